@@ -1,0 +1,37 @@
+"""Bagpipe: deep recommendation models whose embedding tables do not fit the GPU, trained as fast as if they did, with the same result.
+
+Importing this package loads no torch: names that need it are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from bagpipe.errors import BagpipeError
+from bagpipe.types import SGD, Adagrad, Adam, Normal, RowWiseAdagrad, TableConfig, Uniform
+
+if TYPE_CHECKING:
+    from bagpipe.cache.collection import EmbeddingBagCollection
+    from bagpipe.train.lookahead import lookahead
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "BagpipeError",
+    "EmbeddingBagCollection",
+    "Normal",
+    "RowWiseAdagrad",
+    "TableConfig",
+    "Uniform",
+    "lookahead",
+]
+
+_LAZY = {"EmbeddingBagCollection": "bagpipe.cache.collection", "lookahead": "bagpipe.train.lookahead"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'bagpipe' has no attribute {name!r}")

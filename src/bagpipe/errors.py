@@ -1,0 +1,66 @@
+"""Every error that Bagpipe raises on purpose, in one tree.
+
+    BagpipeError
+    ├── ConfigError (ValueError)            a setting is wrong; nothing has started
+    │   └── CacheTooSmallError              one batch alone needs more slots than the cache has
+    ├── DataError (ValueError)              the input is wrong: says which file, line, column or feature
+    ├── StoreError (OSError)                an embedding store could not read or write
+    ├── CheckpointError                     a checkpoint is missing, damaged or of another run
+    ├── UsageError (RuntimeError)           the library was called in an order that it can't serve
+    ├── PlanError (AssertionError)          a plan breaks an invariant: a defect of ours, please report it
+    └── BackgroundError (RuntimeError)      a background thread failed; the failure itself is the ``__cause__``
+
+A message names what was wrong, where, the limit, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class BagpipeError(Exception):
+    """Base of every error that Bagpipe raises on purpose."""
+
+
+class ConfigError(BagpipeError, ValueError):
+    """A setting is wrong, on its own or together with another one."""
+
+
+class CacheTooSmallError(ConfigError):
+    """One batch alone needs more slots than the cache has."""
+
+    def __init__(self, *, step: int, group: str, num_needed: int, num_slots: int) -> None:
+        self.step, self.group, self.num_needed, self.num_slots = step, group, num_needed, num_slots
+        super().__init__(
+            f"step {step} uses {num_needed:,} distinct rows of {group}, but its cache has {num_slots:,} slots: "
+            f"give the cache at least {num_needed:,} rows or train with smaller batches"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_cache_too_small, (self.step, self.group, self.num_needed, self.num_slots)
+
+
+def _rebuild_cache_too_small(step: int, group: str, num_needed: int, num_slots: int) -> CacheTooSmallError:
+    return CacheTooSmallError(step=step, group=group, num_needed=num_needed, num_slots=num_slots)
+
+
+class DataError(BagpipeError, ValueError):
+    """The input data are wrong; the message says which file, line, column or feature."""
+
+
+class StoreError(BagpipeError, OSError):
+    """An embedding store could not read or write its rows."""
+
+
+class CheckpointError(BagpipeError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class UsageError(BagpipeError, RuntimeError):
+    """The library was called in an order that it cannot serve."""
+
+
+class PlanError(BagpipeError, AssertionError):
+    """A plan breaks one of the invariants of docs/design.md."""
+
+
+class BackgroundError(BagpipeError, RuntimeError):
+    """A background thread failed; the failure itself is the ``__cause__``."""

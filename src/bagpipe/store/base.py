@@ -1,0 +1,45 @@
+"""The embedding store protocol: where all records of one group live.
+
+Ordering, which every store promises and `tests/store_contract.py` holds:
+
+- a `fetch` that starts after a `write` has returned sees what it wrote;
+- `fetch` and `write` may run at the same time in different threads as long as their rows are disjoint (the plan's fences see to
+  that); both release the GIL during the copying;
+- a row never written reads as its initial record, the same in every store (`bagpipe.store.init`), and reading it does not
+  make it touched;
+- `snapshot` and `clear` run alone: no fetch or write at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from bagpipe.types import Float32Array, Group, Int64Array
+
+
+class EmbeddingStore(Protocol):
+    """All records of one group: `num_rows` x `record_width` float32, weights first and then optimizer state."""
+
+    @property
+    def group(self) -> Group:
+        """The group whose records these are."""
+
+    @property
+    def num_touched(self) -> int:
+        """Rows written at least once."""
+
+    def fetch(self, rows: Int64Array, out: Float32Array) -> None:
+        """Reads `rows` (n,) into `out` (n, record_width), C-contiguous. StoreError: a row is out of range, or the medium failed."""
+
+    def write(self, rows: Int64Array, records: Float32Array) -> None:
+        """Writes `records` (n, record_width) to `rows` (n,), all distinct. StoreError as for `fetch`."""
+
+    def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
+        """Yields every touched row once, rows ascending, in blocks of at most `block_rows`: rows (n,), records (n, record_width)."""
+
+    def clear(self) -> None:
+        """Forgets all that was written: every row reads as its initial record again."""
+
+    def close(self) -> None:
+        """Releases files and memory; further calls are an error. Closing twice is allowed."""

@@ -1,0 +1,319 @@
+"""The values that every part of Bagpipe speaks: tables, groups, jagged ids, optimizers, plans. No behaviour.
+
+Numpy only, so that the control plane (reader, oracle, stores) never loads torch. Arrays in these values are never
+changed after construction.
+
+Sizes in the shape comments: F features, B samples, L lookups, U unique rows of one batch, all of one group.
+A *bag* is one feature of one sample. Lookups and ``bag_offsets`` are feature-major as in TorchRec's KeyedJaggedTensor
+(bag ``f * B + b``); pooled output and its gradient are sample-major (output row ``b * F + f``), as a dense layer reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from bagpipe.errors import ConfigError
+
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+Pooling: TypeAlias = Literal["sum", "mean"]
+
+MAX_PIECE_LENGTH = 128
+"""Longest run of bags that one piece of a gradient schedule sums; bounds a kernel's work whatever the skew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Initial weights drawn uniformly from [low, high)."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise ConfigError(f"Uniform(low={self.low}, high={self.high}): low must not be above high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normal:
+    """Initial weights drawn from a normal distribution."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.std >= 0:
+            raise ConfigError(f"Normal(mean={self.mean}, std={self.std}): std must not be negative")
+
+
+Initializer: TypeAlias = Uniform | Normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """One embedding table; the fields are those of TorchRec's ``EmbeddingBagConfig``.
+
+    ``init`` defaults to ``Uniform(-1/sqrt(n), 1/sqrt(n))`` with n = num_embeddings, as TorchRec and the DLRM reference do.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    feature_names: Sequence[str]
+    pooling: Pooling = "sum"
+    init: Initializer | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_embeddings < 1:
+            raise ConfigError(f"table {self.name!r}: num_embeddings is {self.num_embeddings}, must be at least 1")
+        if self.embedding_dim < 1:
+            raise ConfigError(f"table {self.name!r}: embedding_dim is {self.embedding_dim}, must be at least 1")
+        if isinstance(self.feature_names, str) or not self.feature_names:
+            raise ConfigError(
+                f"table {self.name!r}: feature_names must be a non-empty list of names, is {self.feature_names!r}"
+            )
+        if self.pooling not in ("sum", "mean"):
+            raise ConfigError(f"table {self.name!r}: pooling is {self.pooling!r}, must be 'sum' or 'mean'")
+        object.__setattr__(self, "feature_names", tuple(self.feature_names))
+
+    @property
+    def initializer(self) -> Initializer:
+        """``init``, or the default when it is None."""
+        bound = 1.0 / float(np.sqrt(self.num_embeddings))
+        return self.init if self.init is not None else Uniform(low=-bound, high=bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """``w -= lr * g``; equals ``torch.optim.SGD``. Momentum is refused: it would move rows that no batch touches."""
+
+    lr: float
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_learning_rate(self.lr)
+        if self.momentum != 0.0:
+            raise ConfigError(
+                f"SGD(momentum={self.momentum}): momentum changes every row at every step, touched or not, so it can't be exact "
+                "for rows outside the cache: use momentum=0, Adagrad, RowWiseAdagrad or Adam"
+            )
+
+    def state_width(self, embedding_dim: int) -> int:
+        """Floats of optimizer state a row."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adagrad:
+    """``s += g * g; w -= lr * g / (sqrt(s) + eps)``; equals ``torch.optim.Adagrad`` on sparse gradients."""
+
+    lr: float
+    eps: float = 1e-10
+    initial_accumulator_value: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_learning_rate(self.lr)
+        _check_not_negative(self, "eps", "initial_accumulator_value")
+
+    def state_width(self, embedding_dim: int) -> int:
+        """Floats of optimizer state a row."""
+        return embedding_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowWiseAdagrad:
+    """``s += mean(g * g); w -= lr * g / (sqrt(s) + eps)`` with one s a row; equals ``torchrec.optim.RowWiseAdagrad``."""
+
+    lr: float
+    eps: float = 1e-8
+    initial_accumulator_value: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_learning_rate(self.lr)
+        _check_not_negative(self, "eps", "initial_accumulator_value")
+
+    def state_width(self, embedding_dim: int) -> int:
+        """Floats of optimizer state a row."""
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Lazy Adam: moments of a row move only when it is touched, bias correction by the global step; equals ``torch.optim.SparseAdam``."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check_learning_rate(self.lr)
+        _check_not_negative(self, "eps")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"Adam(betas={self.betas}): each beta must be in [0, 1)")
+
+    def state_width(self, embedding_dim: int) -> int:
+        """Floats of optimizer state a row: the first moments, then the second."""
+        return 2 * embedding_dim
+
+
+Optimizer: TypeAlias = SGD | Adagrad | RowWiseAdagrad | Adam
+
+
+def _check_learning_rate(lr: float) -> None:
+    if not (np.isfinite(lr) and lr >= 0):
+        raise ConfigError(f"lr is {lr}, must be finite and not negative")
+
+
+def _check_not_negative(optimizer: object, *names: str) -> None:
+    for name in names:
+        if not getattr(optimizer, name) >= 0:
+            raise ConfigError(f"{type(optimizer).__name__}: {name} is {getattr(optimizer, name)}, must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tables of one dimension and one optimizer, which share a row space, a cache and a store.
+
+    Tables keep the order in which they were given; features are table by table. ``row`` = ``row_offsets[table] + id``.
+    """
+
+    index: int
+    tables: tuple[TableConfig, ...]
+    optimizer: Optimizer
+
+    @property
+    def name(self) -> str:
+        """As error messages and reports call it."""
+        return f"group {self.index} (dim {self.embedding_dim})"
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.tables[0].embedding_dim
+
+    @property
+    def state_width(self) -> int:
+        return self.optimizer.state_width(self.embedding_dim)
+
+    @property
+    def record_width(self) -> int:
+        """Floats a record: the weights, then the optimizer state."""
+        return self.embedding_dim + self.state_width
+
+    @property
+    def record_bytes(self) -> int:
+        return 4 * self.record_width
+
+    @cached_property
+    def row_offsets(self) -> Int64Array:
+        """First row of each table, then the number of rows."""  # (num_tables + 1,)
+        return np.concatenate([[0], np.cumsum([table.num_embeddings for table in self.tables])]).astype(np.int64)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_offsets[-1])
+
+    @cached_property
+    def features(self) -> tuple[str, ...]:
+        """Feature names in the order of the lookups and of the pooled output."""
+        return tuple(feature for table in self.tables for feature in table.feature_names)
+
+    @cached_property
+    def feature_tables(self) -> tuple[int, ...]:
+        """For each feature the index of its table."""
+        return tuple(index for index, table in enumerate(self.tables) for _ in table.feature_names)
+
+
+def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[Group, ...]:
+    """Groups tables by dimension, in order of first appearance. Refuses duplicate table names and features with two tables."""
+    names = [table.name for table in tables]
+    features = [feature for table in tables for feature in table.feature_names]
+    for what, items in (("table name", names), ("feature", features)):
+        repeated = sorted({item for item in items if items.count(item) > 1})
+        if repeated:
+            raise ConfigError(f"{what} {repeated[0]!r} is given more than once")
+    if not tables:
+        raise ConfigError("no tables are given: at least one is needed")
+    dims = list(dict.fromkeys(table.embedding_dim for table in tables))
+    return tuple(
+        Group(index=index, tables=tuple(table for table in tables if table.embedding_dim == dim), optimizer=optimizer)
+        for index, dim in enumerate(dims)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jagged:
+    """Multi-hot ids of one batch, feature-major: a KeyedJaggedTensor in numpy. ``offsets`` None: one id in every bag."""
+
+    keys: tuple[str, ...]
+    values: npt.NDArray[np.integer]  # (num_lookups,) ids, each within its table
+    batch_size: int
+    offsets: npt.NDArray[np.integer] | None = None  # (F * B + 1,), bag f * B + b
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSchedule:
+    """The order and grouping of a batch's backward sums, decided from ids alone.
+
+    Unique row u is in ``unique_slots[u]``. Piece p sums gradient rows ``bags[piece_offsets[p]:piece_offsets[p + 1]]``
+    one after the other, at most ``MAX_PIECE_LENGTH`` of them. Piece u < U is the first of unique row u; further pieces of
+    rows with many lookups follow: those of row ``long_uniques[k]`` are ``U + long_offsets[k] .. U + long_offsets[k + 1]``,
+    and its gradient is its first piece plus the sum of the further ones.
+    """
+
+    unique_slots: Int32Array  # (U,)
+    bags: Int32Array  # (L,) output rows b * F + f, by unique row, in lookup order within a row
+    piece_offsets: Int32Array  # (num_pieces + 1,) into bags
+    long_uniques: Int32Array  # (num_long,) ascending
+    long_offsets: Int32Array  # (num_long + 1,), 0 first
+
+    @property
+    def num_uniques(self) -> int:
+        return len(self.unique_slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfers:
+    """Records to move at one moment: first read the evicted slots, then fill the fetched ones.
+
+    A slot in ``fetch_slots`` was never filled before or stands in an ``evict_slots`` not later than this one.
+    The fetch may read the store once every eviction of ticks up to ``fence_tick`` has been written (-1: nothing to wait for).
+    """
+
+    evict_rows: Int64Array  # (num_evicted,)
+    evict_slots: Int32Array  # (num_evicted,)
+    fetch_rows: Int64Array  # (num_fetched,)
+    fetch_slots: Int32Array  # (num_fetched,)
+    fence_tick: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """What one trainer does in one step with one group. Tick t is the moment just before the compute of step t.
+
+    ``early`` transfers are issued at tick ``max(0, step - prefetch_depth)``, behind the compute of earlier steps; ``late`` ones
+    at tick ``step``, on the critical path, because their slot or their row is not free sooner. At one tick, late comes first.
+    """
+
+    lookup_slots: Int32Array  # (L,) feature-major
+    bag_offsets: Int32Array | None  # (F * B + 1,) into lookup_slots; None: one lookup in every bag
+    bag_scales: Float32Array | None  # (B * F,) by output row, 1 / bag length for mean pooling; None: all features are summed
+    schedule: GradientSchedule
+    early: Transfers
+    late: Transfers
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """All that a trainer must do with embeddings in one step."""
+
+    step: int
+    batch_size: int
+    groups: tuple[GroupPlan, ...]
+    lookahead: int = field(default=0)  # batches that the oracle had seen beyond this one when it planned it
