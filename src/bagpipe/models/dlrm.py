@@ -1,0 +1,76 @@
+"""DLRM: dense and sparse features, pairwise dot products, one logit (Naumov et al., arXiv 1906.00091).
+
+    dense (B, num_dense) -> dense_arch ->  (B, D)    ┐
+    sparse               -> embeddings ->  (B, F, D) ┴-> inter_arch -> (B, D + pairs) -> over_arch -> logits (B,)
+
+Submodules bear the names of TorchRec's DLRM. The embeddings are any module that maps the sparse features of a batch to
+pooled embeddings: `bagpipe.EmbeddingBagCollection`, or tables in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bagpipe.errors import ConfigError
+from bagpipe.models.layers import MLP, PairwiseDot, Pooled
+
+
+class DLRM(nn.Module):
+    """Deep Learning Recommendation Model.
+
+    Args:
+        embeddings: maps sparse features to pooled embeddings of `num_features` features, all of `embedding_dim`.
+        num_dense: dense features a sample.
+        num_features: sparse features a sample; by default those of `embeddings.groups`.
+        bottom: layer sizes of the MLP over dense features; the last one must be the embedding dimension.
+        top: layer sizes of the MLP over the interactions; the last one must be 1.
+
+    Raises:
+        ConfigError: the last size of `bottom` or `top` is not what it must be, or tables have several dimensions.
+    """
+
+    def __init__(
+        self,
+        embeddings: nn.Module,
+        num_dense: int,
+        *,
+        num_features: int | None = None,
+        bottom: Sequence[int] = (512, 256, 64),
+        top: Sequence[int] = (512, 256, 1),
+    ) -> None:
+        super().__init__()
+        if not top or top[-1] != 1:
+            raise ConfigError(f"DLRM(top={list(top)}): the last layer makes the logit, so its size must be 1")
+        if not bottom:
+            raise ConfigError("DLRM(bottom=[]): needs at least one layer, of the embedding dimension")
+        _check_dimensions(embeddings, bottom[-1])
+        if num_features is None:
+            num_features = sum(len(group.features) for group in embeddings.groups)  # type: ignore[union-attr,misc]
+        self.num_features = num_features
+        self.embedding_dim = bottom[-1]
+        self.embeddings = embeddings
+        self.dense_arch = MLP(num_dense, bottom)
+        self.inter_arch = PairwiseDot(num_features + 1)
+        self.over_arch = MLP(self.embedding_dim + self.inter_arch.num_pairs, top, last_activation=False)
+
+    def forward(self, dense: Tensor, sparse: object) -> Tensor:
+        """Logits (B,) float32 of dense features (B, num_dense) float32 and the batch's sparse features."""
+        pooled: Pooled = self.embeddings(sparse)
+        embedded_sparse = pooled.values().view(-1, self.num_features, self.embedding_dim)  # (B, F, D)
+        embedded_dense = self.dense_arch(dense)  # (B, D)
+        vectors = torch.cat([embedded_dense.unsqueeze(1), embedded_sparse], dim=1)  # (B, F + 1, D)
+        concatenated = torch.cat([embedded_dense, self.inter_arch(vectors)], dim=1)
+        logits: Tensor = self.over_arch(concatenated)
+        return logits.squeeze(1)
+
+
+def _check_dimensions(embeddings: nn.Module, embedding_dim: int) -> None:
+    for group in getattr(embeddings, "groups", ()):
+        if group.embedding_dim != embedding_dim:
+            raise ConfigError(
+                f"DLRM(bottom=[..., {embedding_dim}]): table {group.tables[0].name!r} has embedding_dim {group.embedding_dim}; "
+                "the interaction multiplies the vectors of a sample: give every table and the last layer of bottom one dimension"
+            )
