@@ -72,5 +72,5 @@ def _check_dimensions(embeddings: nn.Module, embedding_dim: int) -> None:
         if group.embedding_dim != embedding_dim:
             raise ConfigError(
                 f"DLRM(bottom=[..., {embedding_dim}]): table {group.tables[0].name!r} has embedding_dim {group.embedding_dim}; "
-                "the interaction multiplies the vectors of a sample: give every table and the last layer of bottom one dimension"
+                "the interaction multiplies the vectors of a sample: give all tables and the last layer of bottom one dimension"
             )

@@ -1,0 +1,64 @@
+"""What a run may change when it resumes, and what would make its numbers those of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_FREE = (
+    "cache",
+    "log",
+    "checkpoint",
+    "prepare",
+    "data.verify",
+    "embeddings.store",
+    "train.epochs",
+    "train.steps",
+    "train.eval_every_steps",
+    "train.eval_batch_size",
+)
+"""Keys, or whole sections, that leave every trained number as it is, to the last bit."""
+_ROUNDING = ("train.device",)
+"""Keys that change numbers by rounding only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One key that two configurations set differently; None where one of them leaves it out."""
+
+    key: str
+    old: object
+    new: object
+
+    @property
+    def matters(self) -> bool:
+        """Whether a resumed run would end in the numbers of neither configuration."""
+        return not _within(self.key, _FREE + _ROUNDING)
+
+    def __str__(self) -> str:
+        note = " (the last bits of the results will differ)" if _within(self.key, _ROUNDING) else ""
+        return f"{self.key}: {self.old!r} -> {self.new!r}{note}"
+
+
+def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Every key in which two configurations, as nested mappings, differ; in the order of their keys."""
+    old_keys, new_keys = dict(_flatten(old)), dict(_flatten(new))
+    keys = sorted(old_keys.keys() | new_keys.keys())
+    return tuple(
+        Difference(key=key, old=old_keys.get(key), new=new_keys.get(key))
+        for key in keys
+        if old_keys.get(key) != new_keys.get(key)
+    )
+
+
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

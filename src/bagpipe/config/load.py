@@ -1,0 +1,153 @@
+"""From TOML and `--set` to a checked section, with every mistake told at once in the file's own terms.
+
+pydantic finds the mistakes; this module words them: the key as it stands in the file, its value, what it must be, and for an
+unknown key the nearest right one. Values are checked strictly: 1 is no string, "1" no number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from bagpipe.config.base import Section
+from bagpipe.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
+_BARE_WORD = re.compile(r"[A-Za-z0-9_./:~*-]+")
+
+
+def load_config(model: type[S], path: Path, overrides: Sequence[str] = (), *, only: Sequence[str] | None = None) -> S:
+    """Reads a TOML file, applies `section.key=value` overrides and checks the whole.
+
+    Args:
+        model: the section that the file as a whole is.
+        path: the file.
+        overrides: each `section.key=value`; the value is TOML, or a bare word, which is a string.
+        only: top-level keys to look at; the others are left out. All of them by default.
+
+    Raises:
+        ConfigError: the file can't be read, or lists every mistake in it.
+    """
+    settings = read_toml(path)
+    for override in overrides:
+        _apply(settings, override)
+    if only is not None:
+        settings = {key: value for key, value in settings.items() if key in only}
+    return check_config(model, settings, source=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's content. ConfigError: there is no such file, or it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+
+
+def check_config(model: type[S], settings: dict[str, Any], *, source: str) -> S:
+    """The section that `settings` describe. ConfigError: lists every mistake; `source` says where they come from."""
+    try:
+        return model.model_validate_json(json.dumps(settings, default=str), strict=True)
+    except ValidationError as error:
+        mistakes = list(dict.fromkeys(_mistakes(model, settings, error.errors(include_url=False))))
+    heading = f"{source}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+    raise ConfigError("\n".join([heading, *(f"  {mistake}" for mistake in mistakes)]))
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not all([*sections, name]):
+        raise ConfigError(f"--set {override}: must be section.key=value, e.g. train.batch_size=4096")
+    table = settings
+    for depth, section in enumerate(sections):
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+    table[name] = _parse_value(override, text.strip())
+
+
+def _parse_value(override: str, text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if _BARE_WORD.fullmatch(text):
+            return text
+        raise ConfigError(f"--set {override}: the value is neither TOML nor one word: {error}") from error
+
+
+def _mistakes(model: type[Section], settings: dict[str, Any], errors: Sequence[ErrorDetails]) -> Iterator[str]:
+    by_path: dict[str, list[str]] = {}
+    for error in errors:
+        path, value = _locate(settings, error["loc"], missing=error["type"] == "missing")
+        if error["type"] == "extra_forbidden":
+            yield _unknown_key(model, error["loc"], path)
+        elif error["type"] == "missing":
+            yield f"{path}: is missing"
+        elif "error" in error.get("ctx", {}):
+            yield f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+        else:
+            shown = "" if isinstance(value, dict) else f" = {json.dumps(value, default=str)}"
+            by_path.setdefault(f"{path}{shown}", []).append(_lower_first(error["msg"]))
+    for where, reasons in by_path.items():
+        yield f"{where}: {', or '.join(dict.fromkeys(reasons))}"
+
+
+def _locate(settings: dict[str, Any], location: tuple[int | str, ...], *, missing: bool) -> tuple[str, object]:
+    """The key as it stands in the file, and its value: pydantic's location without the union members that it names."""
+    path = ""
+    value: Any = settings
+    for part in location:
+        if isinstance(part, int) and isinstance(value, list):
+            path, value = f"{path}[{part}]", value[part]
+        elif isinstance(value, dict) and (part in value or (missing and part is location[-1])):
+            path, value = f"{path}.{part}" if path else str(part), value.get(str(part))
+    return path, value
+
+
+def _unknown_key(model: type[Section], location: tuple[int | str, ...], path: str) -> str:
+    known = _known_keys(model, location[:-1])
+    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    section = path.rpartition(".")[0]
+    remedy = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(known)}"
+    return f"{path}: unknown key in [{section}]; {remedy}" if section else f"[{path}]: unknown section; {remedy}"
+
+
+def _known_keys(model: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at pydantic's location, which names a key, a list's index or the `kind` of a union member."""
+    sections = [model]
+    for part in location:
+        keyed = [section for section in sections if part in section.model_fields]
+        tagged = [section for section in sections if "kind" in section.model_fields and part in _kinds(section)]
+        if keyed:
+            sections = [inner for section in keyed for inner in _sections_in(section.model_fields[str(part)].annotation)]
+        elif tagged:
+            sections = tagged
+    return list(dict.fromkeys(key for section in sections for key in section.model_fields))
+
+
+def _kinds(section: type[Section]) -> tuple[object, ...]:
+    return get_args(section.model_fields["kind"].annotation)
+
+
+def _sections_in(annotation: object) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,238 @@
+"""The configuration of a run: one section for each part, checked one by one and then together.
+
+Sections translate themselves into the values of `bagpipe.types` (`build`), so that nothing but this package knows how a
+file spells them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from bagpipe.config.base import Section
+from bagpipe.config.data import DataConfig, PrepareConfig
+from bagpipe.types import SGD, Adagrad, Adam, Initializer, Normal, Optimizer, Pooling, RowWiseAdagrad, Uniform
+
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+MemorySize: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(B|KiB|MiB|GiB|TiB)$")]
+"""For example "4GiB"."""
+Beta: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class EmbeddingSGD(Section):
+    """`bagpipe.SGD`. `momentum` is there to be refused with its reason."""
+
+    kind: Literal["sgd"]
+    lr: NonNegativeFloat
+    momentum: float = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.build()
+        return self
+
+    def build(self) -> Optimizer:
+        """The optimizer that this section describes."""
+        return SGD(lr=self.lr, momentum=self.momentum)
+
+
+class EmbeddingAdagrad(Section):
+    """`bagpipe.Adagrad`."""
+
+    kind: Literal["adagrad"]
+    lr: NonNegativeFloat
+    eps: NonNegativeFloat = 1e-10
+    initial_accumulator_value: NonNegativeFloat = 0.0
+
+    def build(self) -> Optimizer:
+        """The optimizer that this section describes."""
+        return Adagrad(lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value)
+
+
+class EmbeddingRowWiseAdagrad(Section):
+    """`bagpipe.RowWiseAdagrad`."""
+
+    kind: Literal["rowwise_adagrad"]
+    lr: NonNegativeFloat
+    eps: NonNegativeFloat = 1e-8
+    initial_accumulator_value: NonNegativeFloat = 0.0
+
+    def build(self) -> Optimizer:
+        """The optimizer that this section describes."""
+        return RowWiseAdagrad(lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value)
+
+
+class EmbeddingAdam(Section):
+    """`bagpipe.Adam`, which is lazy."""
+
+    kind: Literal["adam"]
+    lr: NonNegativeFloat
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: NonNegativeFloat = 1e-8
+
+    def build(self) -> Optimizer:
+        """The optimizer that this section describes."""
+        return Adam(lr=self.lr, betas=self.betas, eps=self.eps)
+
+
+EmbeddingOptimizerConfig: TypeAlias = Annotated[
+    EmbeddingSGD | EmbeddingAdagrad | EmbeddingRowWiseAdagrad | EmbeddingAdam, Field(discriminator="kind")
+]
+
+
+class UniformInit(Section):
+    """Initial weights drawn uniformly from [low, high)."""
+
+    kind: Literal["uniform"]
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.build()
+        return self
+
+    def build(self) -> Initializer:
+        """The initializer that this section describes."""
+        return Uniform(low=self.low, high=self.high)
+
+
+class NormalInit(Section):
+    """Initial weights drawn from a normal distribution."""
+
+    kind: Literal["normal"]
+    mean: float = 0.0
+    std: NonNegativeFloat = 1.0
+
+    def build(self) -> Initializer:
+        """The initializer that this section describes."""
+        return Normal(mean=self.mean, std=self.std)
+
+
+class MemoryStoreConfig(Section):
+    """All rows in this process's memory."""
+
+    kind: Literal["memory"] = "memory"
+
+
+class FileStoreConfig(Section):
+    """All rows in memory-mapped files of a folder, for tables beyond RAM."""
+
+    kind: Literal["file"]
+    folder: Path
+
+
+StoreConfig: TypeAlias = Annotated[MemoryStoreConfig | FileStoreConfig, Field(discriminator="kind")]
+
+
+class EmbeddingsConfig(Section):
+    """The embedding tables; how many rows each has is the data's to say."""
+
+    embedding_dim: PositiveInt = 64
+    pooling: Pooling = "sum"
+    optimizer: EmbeddingOptimizerConfig = EmbeddingRowWiseAdagrad(kind="rowwise_adagrad", lr=0.02)
+    init: Annotated[UniformInit | NormalInit, Field(discriminator="kind")] | None = None
+    """Left out: uniform in +-1/sqrt(rows of the table), as TorchRec and the DLRM reference do."""
+    store: StoreConfig = MemoryStoreConfig()
+
+
+class ModelConfig(Section):
+    """The dense part."""
+
+    kind: Literal["dlrm"] = "dlrm"
+    bottom: tuple[PositiveInt, ...] = Field(default=(512, 256, 64), min_length=1)
+    """Layers over dense features; the last one must have the embedding dimension."""
+    top: tuple[PositiveInt, ...] = Field(default=(512, 256, 1), min_length=1)
+    """Layers over the interactions; the last one must have size 1, the logit."""
+
+
+class CacheConfig(Section):
+    """The embedding cache and the oracle that plans for it. Nothing here changes a result."""
+
+    size: Literal["auto"] | PositiveInt | MemorySize = "auto"
+    """Rows, or memory for records, e.g. "4GiB"."""
+    lookahead: Literal["auto"] | PositiveInt = "auto"
+    """Batches that the oracle sees ahead."""
+    lookahead_memory: MemorySize = "1GiB"
+    prefetch_depth: PositiveInt = 2
+    """Steps before its use that a fetch may be issued."""
+    threads: PositiveInt | None = None
+    """Threads that de-duplicate; the library's choice when left out."""
+    check: bool = False
+    """Whether every plan is checked against its invariants while running (slow)."""
+
+
+class DenseOptimizerConfig(Section):
+    """The torch optimizer of the dense part."""
+
+    kind: Literal["sgd", "adagrad", "adam", "adamw"] = "adagrad"
+    lr: PositiveFloat = 0.02
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    batch_size: PositiveInt = 2048
+    epochs: PositiveInt | None = None
+    """Times to read the training split; 1 when neither this nor `steps` is given."""
+    steps: PositiveInt | None = None
+    """Steps to train, over as many epochs as it takes."""
+    drop_last: bool = False
+    """Whether the smaller batch at the end of an epoch is left out."""
+    optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    seed: Seed = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every_steps: PositiveInt | None = None
+    """Steps between evaluations on the validation split; there is always one at the end."""
+    eval_batch_size: PositiveInt = 8192
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs = {self.epochs} and steps = {self.steps} are both given: give the one that ends the run")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save. A signal always saves."""
+
+    every_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
+    """Checkpoints to keep, the last ones."""
+    at_end: bool = True
+
+
+class LogConfig(Section):
+    """Where a run leaves its files: log.jsonl, tensorboard/ and checkpoints/."""
+
+    folder: Path
+    every_steps: PositiveInt = 50
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """All of a run."""
+
+    data: DataConfig
+    log: LogConfig
+    model: ModelConfig = ModelConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    cache: CacheConfig = CacheConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    prepare: PrepareConfig | None = None
+    """What `bagpipe data prepare` does with the same file; training does not look at it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model.bottom[-1] != self.embeddings.embedding_dim:
+            raise ValueError(
+                f"model.bottom ends with {self.model.bottom[-1]} but embeddings.embedding_dim is "
+                f"{self.embeddings.embedding_dim}: the interaction multiplies both, so make them equal"
+            )
+        if self.model.top[-1] != 1:
+            raise ValueError(f"model.top ends with {self.model.top[-1]}: its last layer is the logit, so it must be 1")
+        return self
