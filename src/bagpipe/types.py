@@ -11,7 +11,7 @@ A *bag* is one feature of one sample. Lookups and ``bag_offsets`` are feature-ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -101,8 +101,8 @@ class SGD:
         _check_learning_rate(self.lr)
         if self.momentum != 0.0:
             raise ConfigError(
-                f"SGD(momentum={self.momentum}): momentum changes every row at every step, touched or not, so it can't be exact "
-                "for rows outside the cache: use momentum=0, Adagrad, RowWiseAdagrad or Adam"
+                f"SGD(momentum={self.momentum}): momentum moves every row at every step, touched or not, so it can't be "
+                "exact for rows outside the cache: use momentum=0, Adagrad, RowWiseAdagrad or Adam"
             )
 
     def state_width(self, embedding_dim: int) -> int:
@@ -146,7 +146,10 @@ class RowWiseAdagrad:
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Lazy Adam: moments of a row move only when it is touched, bias correction by the global step; equals ``torch.optim.SparseAdam``."""
+    """Lazy Adam: a row's moments move only when it is touched; bias correction by the global step.
+
+    Equals ``torch.optim.SparseAdam``.
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -297,8 +300,8 @@ class Transfers:
 class GroupPlan:
     """What one trainer does in one step with one group. Tick t is the moment just before the compute of step t.
 
-    ``early`` transfers are issued at tick ``max(0, step - prefetch_depth)``, behind the compute of earlier steps; ``late`` ones
-    at tick ``step``, on the critical path, because their slot or their row is not free sooner. At one tick, late comes first.
+    ``early`` transfers are issued at the plan's ``early_tick``, behind the compute of earlier steps; ``late`` ones at tick
+    ``step``, on the critical path, because their slot or their row is not free sooner. At one tick, late ones come first.
     """
 
     lookup_slots: Int32Array  # (L,) feature-major
@@ -314,6 +317,7 @@ class StepPlan:
     """All that a trainer must do with embeddings in one step."""
 
     step: int
+    early_tick: int  # when the early transfers are issued: prefetch_depth steps ahead, not before the stream's first step
     batch_size: int
     groups: tuple[GroupPlan, ...]
-    lookahead: int = field(default=0)  # batches that the oracle had seen beyond this one when it planned it
+    lookahead: int  # batches that the oracle had seen beyond this one when it planned it

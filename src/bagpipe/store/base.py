@@ -30,13 +30,16 @@ class EmbeddingStore(Protocol):
         """Rows written at least once."""
 
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
-        """Reads `rows` (n,) into `out` (n, record_width), C-contiguous. StoreError: a row is out of range, or the medium failed."""
+        """Reads `rows` (n,) into `out` (n, record_width), C-contiguous.
+
+        Raises StoreError when a row is out of range or the medium failed.
+        """
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """Writes `records` (n, record_width) to `rows` (n,), all distinct. StoreError as for `fetch`."""
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
-        """Yields every touched row once, rows ascending, in blocks of at most `block_rows`: rows (n,), records (n, record_width)."""
+        """Yields every touched row once, ascending, in blocks of at most `block_rows`: rows (n,), records (n, record_width)."""
 
     def clear(self) -> None:
         """Forgets all that was written: every row reads as its initial record again."""

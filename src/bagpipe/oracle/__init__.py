@@ -1,0 +1,9 @@
+"""The control plane: from ids to plans. Numpy and numba only; never imports torch."""
+
+from bagpipe.oracle.cacher import Cacher
+from bagpipe.oracle.checks import PlanChecker, checked
+from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.report import OracleReport
+from bagpipe.oracle.window import DedupedBatch, Oracle
+
+__all__ = ["Cacher", "DedupedBatch", "DedupedGroup", "Oracle", "OracleReport", "PlanChecker", "checked", "dedup"]

@@ -1,0 +1,222 @@
+"""The Cacher's loops, compiled. They work in place on the arrays that `bagpipe.oracle.cacher.Cacher` owns.
+
+`row_states` (num_rows, 2) int32 holds side by side, since both are wanted at once and a row's state is seldom in the CPU's cache,
+
+- `[row, SLOT]`: the row's slot; -1 never evicted, or -2 - tick when it was evicted at that tick;
+- `[row, LAST_USE]`: its latest occurrence in the window, -1 for none.
+
+`due` (num_slots,) int32 says of a slot's row: the step of its next use, `NOT_SETTLED`, or -2 - place when it stands at that
+place of the queue of rows without a next use; an entry of the queue whose slot says otherwise is stale.
+
+Loops over rows first gather what is far away into a small buffer without branching on it, so that many cache misses are under way
+at a time, and then decide: with the branch in the gathering loop each wrong guess waited for memory, and `admit` took 3x as long.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bagpipe._jit import jit
+from bagpipe.types import Int32Array, Int64Array
+
+SLOT, LAST_USE = 0, 1
+NOT_SETTLED = -1
+OCCURRENCES = (1 << 31) - 1
+"""Mask of occurrence numbers, which wrap round; rings are powers of two, so a number's low bits stay its place."""
+
+
+@jit
+def admit(
+    rows: Int64Array, step: int, first_occurrence: int, row_states: Int32Array, next_uses: Int32Array, due: Int32Array
+) -> int:
+    """Tells each row's previous occurrence that the row comes next at `step`; returns how many settled rows are now due then."""
+    mask = len(next_uses) - 1
+    found = np.empty((len(rows), 2), np.int32)
+    for index in range(len(rows)):
+        row = np.uint64(rows[index])
+        occurrence = (first_occurrence + index) & OCCURRENCES
+        found[index, SLOT] = row_states[row, SLOT]
+        found[index, LAST_USE] = row_states[row, LAST_USE]
+        row_states[row, LAST_USE] = occurrence
+        next_uses[occurrence & mask] = -1
+    num_due = 0
+    for index in range(len(rows)):
+        if found[index, LAST_USE] >= 0:
+            next_uses[found[index, LAST_USE] & mask] = step
+        elif found[index, SLOT] >= 0:
+            due[found[index, SLOT]] = step
+            num_due += 1
+    return num_due
+
+
+@jit
+def settle(
+    rows: Int64Array,
+    slots: Int32Array,
+    first_occurrence: int,
+    step: int,
+    may_be_gone: bool,
+    row_states: Int32Array,
+    rows_of_slots: Int64Array,
+    next_uses: Int32Array,
+    due: Int32Array,
+    num_due: Int64Array,
+    unknown: Int32Array,
+    unknown_ends: Int64Array,
+) -> None:
+    """Says of each row that is still resident and that no step up to `step` used again when it is due, if that is known.
+
+    `may_be_gone` says that a row may have been evicted before it settled.
+    """
+    mask = len(next_uses) - 1
+    due_mask = len(num_due) - 1
+    end = unknown_ends[1]
+    for index in range(len(rows)):
+        next_use = next_uses[(first_occurrence + index) & mask]
+        row, slot = rows[index], np.uint32(slots[index])
+        if next_use < 0:
+            row_states[np.uint64(row), LAST_USE] = -1
+            if not may_be_gone or rows_of_slots[slot] == row:
+                due[slot] = -2 - end
+                unknown[end] = slots[index]
+                end += 1
+        elif next_use > step and (not may_be_gone or rows_of_slots[slot] == row):
+            due[slot] = next_use
+            num_due[next_use & due_mask] += 1
+    unknown_ends[1] = end
+
+
+@jit
+def compact(unknown: Int32Array, unknown_ends: Int64Array, due: Int32Array) -> None:
+    """Drops the stale entries of the queue of rows without a next use."""
+    end = 0
+    for place in range(unknown_ends[0], unknown_ends[1]):
+        slot = unknown[place]
+        if due[slot] == -2 - place:
+            due[slot] = -2 - end
+            unknown[end] = slot
+            end += 1
+    unknown_ends[0] = 0
+    unknown_ends[1] = end
+
+
+@jit
+def find_resident(rows: Int64Array, row_states: Int32Array) -> tuple[Int32Array, Int32Array]:
+    """Returns each row's slot, negative when it has none, and the indices of those rows."""
+    slots = np.empty(len(rows), np.int32)
+    missing = np.empty(len(rows), np.int32)
+    for index in range(len(rows)):
+        slots[index] = row_states[np.uint64(rows[index]), SLOT]
+    num_missing = 0
+    for index in range(len(rows)):
+        missing[num_missing] = index
+        num_missing += slots[index] < 0
+    return slots, missing[:num_missing]
+
+
+@jit
+def pop_unknown(unknown: Int32Array, unknown_ends: Int64Array, due: Int32Array, freed: Int32Array) -> int:
+    """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
+    num_freed = 0
+    place = unknown_ends[0]
+    while num_freed < len(freed) and place < unknown_ends[1]:
+        slot = unknown[place]
+        if due[slot] == -2 - place:
+            due[slot] = NOT_SETTLED
+            freed[num_freed] = slot
+            num_freed += 1
+        place += 1
+    unknown_ends[0] = place
+    return num_freed
+
+
+@jit
+def pop_due(rows: Int64Array, due_step: int, row_states: Int32Array, due: Int32Array, freed: Int32Array) -> int:
+    """Moves slots of settled rows that are used next at `due_step`, by the batch `rows`, to `freed`; returns how many."""
+    num_freed = 0
+    for index in range(len(rows)):
+        if num_freed == len(freed):
+            break
+        slot = row_states[np.uint64(rows[index]), SLOT]
+        if slot >= 0 and due[slot] == due_step:
+            due[slot] = NOT_SETTLED
+            freed[num_freed] = slot
+            num_freed += 1
+    return num_freed
+
+
+@jit
+def pop_unsettled(
+    rows: Int64Array,
+    slots: Int32Array,
+    first_occurrence: int,
+    step: int,
+    rows_of_slots: Int64Array,
+    next_uses: Int32Array,
+    freed: Int32Array,
+) -> int:
+    """Moves slots of rows that a recent step used, but no step from then up to `step`, to `freed`; returns how many."""
+    mask = len(next_uses) - 1
+    num_freed = 0
+    for index in range(len(rows)):
+        if num_freed == len(freed):
+            break
+        next_use = next_uses[(first_occurrence + index) & mask]
+        if (next_use < 0 or next_use > step) and rows_of_slots[slots[index]] == rows[index]:
+            freed[num_freed] = slots[index]
+            num_freed += 1
+    return num_freed
+
+
+@jit
+def assign(
+    rows: Int64Array,
+    missing: Int32Array,
+    slots: Int32Array,
+    freed: Int32Array,
+    num_settled: int,
+    early_tick: int,
+    row_states: Int32Array,
+    rows_of_slots: Int64Array,
+) -> tuple[Int64Array, Int32Array, int, int, int]:
+    """Gives the i-th freed slot to the i-th missing row, and puts the fetches that may be early before the others.
+
+    Returns (fetch_rows, fetch_slots, how many are early, the latest eviction among the early rows and among the late ones).
+    """
+    fetch_rows = np.empty(len(missing), np.int64)
+    fetch_slots = np.empty(len(missing), np.int32)
+    num_early, num_late = 0, 0
+    early_fence, late_fence = -1, -1
+    for index in range(len(missing)):
+        row, slot = rows[missing[index]], freed[index]
+        evicted_at = -2 - slots[missing[index]]  # -1: never evicted
+        if index < num_settled and evicted_at <= early_tick:
+            place = num_early
+            num_early += 1
+            early_fence = max(early_fence, evicted_at)
+        else:
+            num_late += 1
+            place = len(missing) - num_late
+            late_fence = max(late_fence, evicted_at)
+        fetch_rows[place] = row
+        fetch_slots[place] = slot
+        slots[missing[index]] = slot
+        row_states[np.uint64(row), SLOT] = slot
+        rows_of_slots[slot] = row
+    return fetch_rows, fetch_slots, num_early, early_fence, late_fence
+
+
+@jit
+def mark_evicted(rows: Int64Array, tick: int, row_states: Int32Array) -> None:
+    """Remembers of each row that it left its slot at `tick`."""
+    for index in range(len(rows)):
+        row_states[np.uint64(rows[index]), SLOT] = -2 - tick
+
+
+@jit
+def expand(slots: Int32Array, inverse: Int32Array) -> Int32Array:
+    """The slot of each lookup."""
+    lookup_slots = np.empty(len(inverse), np.int32)
+    for lookup in range(len(inverse)):
+        lookup_slots[lookup] = slots[np.uint32(inverse[lookup])]
+    return lookup_slots

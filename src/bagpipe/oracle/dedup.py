@@ -1,0 +1,283 @@
+"""De-duplication: from the ids of one batch to its distinct rows and the order of its backward sums.
+
+Stateless, so that any number of batches run at a time on any number of threads (the kernels release the GIL), and pure:
+the same ids give the same arrays on any machine. One pass over the lookups finds the distinct rows, a second one
+groups the bags by row (a counting sort); nothing is sorted by comparison.
+
+Tables are taken one after the other, so that the hash table in use holds one table's ids and stays in the CPU's cache. A table
+whose ids fit the hash table is addressed directly. Cost: about 5 ms for 425,984 lookups on one core (docs/results.md).
+
+A `DedupedGroup` keeps 12 bytes a lookup (8 where all bags hold one id) and about 16 a distinct row while its batch is in
+the window; a running call needs 4 to 8 bytes a lookup more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bagpipe._jit import jit
+from bagpipe.errors import DataError
+from bagpipe.types import MAX_PIECE_LENGTH, Float32Array, Group, Int32Array, Int64Array, Jagged
+
+_MAX_LOOKUPS = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupedGroup:
+    """What one batch asks of one group, before slots are known. The schedule's arrays are those of `GradientSchedule`."""
+
+    unique_rows: Int64Array  # (U,) in first-use order
+    inverse: Int32Array  # (L,) for each lookup the index of its row in unique_rows
+    bag_offsets: Int32Array | None  # (F * B + 1,)
+    bag_scales: Float32Array | None  # (B * F,)
+    bags: Int32Array  # (L,)
+    piece_offsets: Int32Array  # (num_pieces + 1,)
+    long_uniques: Int32Array  # (num_long,)
+    long_offsets: Int32Array  # (num_long + 1,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this value holds."""
+        return sum(array.nbytes for array in vars(self).values() if array is not None)
+
+
+def dedup(group: Group, batch: Jagged) -> DedupedGroup:
+    """Finds the distinct rows of `batch` in `group` and its gradient schedule.
+
+    Raises DataError when a feature of the group is missing, an id lies outside its table, or the offsets are inconsistent.
+    """
+    feature_starts, feature_lengths = _feature_slices(group, batch)
+    num_lookups = int(feature_lengths.sum())
+    if num_lookups > _MAX_LOOKUPS:
+        raise DataError(
+            f"{group.name}: a batch has {num_lookups:,} lookups, the limit is {_MAX_LOOKUPS:,}: use smaller batches"
+        )
+    feature_tables = np.asarray(group.feature_tables, np.int64)
+    table_lookups = np.bincount(feature_tables, weights=feature_lengths).astype(np.int64)
+    max_uniques = int(np.minimum(table_lookups, np.diff(group.row_offsets)).sum())
+    inverse = np.empty(num_lookups, np.int32)
+    unique_rows = np.empty(max_uniques, np.int64)
+    counts = np.empty(max_uniques, np.int32)
+    num_uniques, bad_feature, bad_lookup = _number_rows(
+        batch.values, feature_starts, feature_lengths, feature_tables, group.row_offsets, inverse, unique_rows, counts
+    )
+    if bad_feature >= 0:
+        table = group.tables[group.feature_tables[bad_feature]]
+        raise DataError(
+            f"feature {group.features[bad_feature]!r}: id {batch.values[feature_starts[bad_feature] + bad_lookup]} "
+            f"(lookup {bad_lookup} of this batch) lies outside table {table.name!r}, whose ids are 0 to {table.num_embeddings - 1}"
+        )
+    bag_offsets = _group_offsets(group, batch, feature_starts, feature_lengths)
+    piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(counts[:num_uniques], MAX_PIECE_LENGTH)
+    bags = np.empty(num_lookups, np.int32)
+    _group_bags(
+        inverse,
+        np.empty(0, np.int32) if bag_offsets is None else bag_offsets,
+        batch.batch_size,
+        len(group.features),
+        piece_offsets,
+        cursors,
+        bags,
+    )
+    return DedupedGroup(
+        unique_rows=unique_rows[:num_uniques].copy(),  # the rest of the buffer must not live as long as the batch does
+        inverse=inverse,
+        bag_offsets=bag_offsets,
+        bag_scales=_bag_scales(group, batch.batch_size, bag_offsets),
+        bags=bags,
+        piece_offsets=piece_offsets,
+        long_uniques=long_uniques,
+        long_offsets=long_offsets,
+    )
+
+
+def _feature_slices(group: Group, batch: Jagged) -> tuple[Int64Array, Int64Array]:
+    """Where each feature of the group starts in `batch.values` and how many lookups it has: (F,) and (F,)."""
+    position = {key: index for index, key in enumerate(batch.keys)}
+    missing = [feature for feature in group.features if feature not in position]
+    if missing:
+        raise DataError(f"the batch has no feature {missing[0]!r}, which {group.name} needs; it has {', '.join(batch.keys)}")
+    keys = np.array([position[feature] for feature in group.features], np.int64)
+    size, num_bags = batch.batch_size, batch.batch_size * len(batch.keys)
+    if batch.offsets is None:
+        if len(batch.values) != num_bags:
+            raise DataError(
+                f"the batch has {len(batch.values):,} ids for {len(batch.keys)} features x {size:,} samples: without offsets each "
+                "bag holds exactly one id"
+            )
+        return keys * size, np.full(len(keys), size, np.int64)
+    offsets = batch.offsets
+    if (
+        len(offsets) != num_bags + 1
+        or offsets[0] != 0
+        or offsets[-1] != len(batch.values)
+        or bool((np.diff(offsets) < 0).any())
+    ):
+        raise DataError(
+            f"the batch's offsets must be {num_bags + 1:,} non-decreasing numbers from 0 to {len(batch.values):,}, "
+            f"are {len(offsets):,} from {offsets[0] if len(offsets) else None} to {offsets[-1] if len(offsets) else None}"
+        )
+    starts = offsets[keys * size].astype(np.int64)
+    return starts, offsets[(keys + 1) * size].astype(np.int64) - starts
+
+
+def _group_offsets(group: Group, batch: Jagged, feature_starts: Int64Array, feature_lengths: Int64Array) -> Int32Array | None:
+    """Bag offsets into the group's own lookups; None when every bag holds one id."""
+    if batch.offsets is None:
+        return None
+    size = batch.batch_size
+    position = {key: index for index, key in enumerate(batch.keys)}
+    group_offsets = np.zeros(len(group.features) * size + 1, np.int32)
+    group_starts = np.cumsum(feature_lengths) - feature_lengths
+    for index, feature in enumerate(group.features):
+        ends = batch.offsets[position[feature] * size + 1 : (position[feature] + 1) * size + 1]
+        group_offsets[index * size + 1 : (index + 1) * size + 1] = ends - feature_starts[index] + group_starts[index]
+    return group_offsets
+
+
+def _bag_scales(group: Group, batch_size: int, bag_offsets: Int32Array | None) -> Float32Array | None:
+    """1 / length of each bag of a mean-pooled feature, 1 elsewhere, by output row; None when nothing needs scaling."""
+    is_mean = np.array([group.tables[table].pooling == "mean" for table in group.feature_tables])
+    if bag_offsets is None or not is_mean.any():
+        return None
+    lengths = np.diff(bag_offsets).reshape(len(group.features), batch_size)
+    scales = np.where(is_mean[:, None], 1.0 / np.maximum(lengths, 1), 1.0)
+    return np.ascontiguousarray(scales.T, dtype=np.float32).reshape(-1)
+
+
+@jit
+def _number_rows(
+    values: npt.NDArray[np.integer],
+    feature_starts: Int64Array,
+    feature_lengths: Int64Array,
+    feature_tables: Int64Array,
+    row_offsets: Int64Array,
+    inverse: Int32Array,
+    unique_rows: Int64Array,
+    counts: Int32Array,
+) -> tuple[int, int, int]:
+    """Numbers the distinct rows in first-use order; fills `inverse`, `unique_rows` and `counts`.
+
+    Returns (number of distinct rows, feature and lookup of the first id outside its table or -1, -1).
+    Open addressing with linear probing over at most half-full power-of-two tables, multiplicative hashing (Knuth 6.4).
+    """
+    num_features = len(feature_starts)
+    num_uniques = 0
+    position = 0
+    feature = 0
+    while feature < num_features:
+        table = feature_tables[feature]
+        first_row = row_offsets[table]
+        num_embeddings = row_offsets[table + 1] - first_row
+        last = feature
+        num_lookups = 0
+        while last < num_features and feature_tables[last] == table:
+            num_lookups += feature_lengths[last]
+            last += 1
+        bits = 4
+        while (1 << bits) < 2 * min(num_lookups, num_embeddings):
+            bits += 1
+        mask = np.uint64((1 << bits) - 1)
+        direct = num_embeddings <= (1 << bits)
+        shift = np.uint64(64 - bits)
+        heads = np.full(1 << bits, -1, np.int32)
+        for current in range(feature, last):
+            start = feature_starts[current]
+            for lookup in range(start, start + feature_lengths[current]):
+                identifier = np.int64(values[lookup])
+                if identifier < 0 or identifier >= num_embeddings:
+                    return num_uniques, current, lookup - start
+                row = first_row + identifier
+                place = np.uint64(identifier)
+                if not direct:
+                    place = (place * np.uint64(0x9E3779B97F4A7C15)) >> shift
+                unique = heads[place]
+                # Direct addressing has no collisions: only a hashed place may hold another row.
+                while unique >= 0 and not direct and unique_rows[np.uint32(unique)] != row:
+                    place = (place + np.uint64(1)) & mask
+                    unique = heads[place]
+                if unique < 0:
+                    unique = np.int32(num_uniques)
+                    heads[place] = unique
+                    unique_rows[num_uniques] = row
+                    counts[num_uniques] = 0
+                    num_uniques += 1
+                counts[np.uint32(unique)] += 1
+                inverse[position] = unique
+                position += 1
+        feature = last
+    return num_uniques, -1, -1
+
+
+@jit
+def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
+    """Lays out the pieces of all rows: (piece_offsets, long_uniques, long_offsets) of `GradientSchedule`, and `cursors`.
+
+    `cursors` (U, 2) holds for each row where its first piece starts and where its further pieces start.
+    """
+    num_uniques = len(counts)
+    num_long = 0
+    num_pieces = num_uniques
+    for unique in range(num_uniques):
+        if counts[unique] > max_length:
+            num_long += 1
+            num_pieces += (counts[unique] - 1) // max_length
+    piece_offsets = np.empty(num_pieces + 1, np.int32)
+    long_uniques = np.empty(num_long, np.int32)
+    long_offsets = np.empty(num_long + 1, np.int32)
+    cursors = np.empty((num_uniques, 2), np.int32)
+    end = 0
+    for unique in range(num_uniques):
+        piece_offsets[unique] = end
+        cursors[unique, 0] = end
+        end += min(counts[unique], max_length)
+        cursors[unique, 1] = end
+    long_offsets[0] = 0
+    long = 0
+    piece = num_uniques
+    for unique in range(num_uniques):
+        rest = counts[unique] - max_length
+        if rest > 0:
+            cursors[unique, 1] = end
+            long_uniques[long] = unique
+            while rest > 0:
+                piece_offsets[piece] = end
+                end += min(rest, max_length)
+                rest -= max_length
+                piece += 1
+            long += 1
+            long_offsets[long] = piece - num_uniques
+    piece_offsets[num_pieces] = end
+    return piece_offsets, long_uniques, long_offsets, cursors
+
+
+@jit
+def _group_bags(
+    inverse: Int32Array,
+    bag_offsets: Int32Array,
+    batch_size: int,
+    num_features: int,
+    piece_offsets: Int32Array,
+    cursors: Int32Array,
+    bags: Int32Array,
+) -> None:
+    """Fills `bags` (L,): the output rows grouped by distinct row, in lookup order within a row."""
+    lookup = 0
+    for feature in range(num_features):
+        bag = feature
+        for sample in range(batch_size):
+            end = lookup + 1
+            if len(bag_offsets) > 0:
+                end = bag_offsets[feature * batch_size + sample + 1]
+            while lookup < end:
+                unique = np.uint32(inverse[lookup])
+                place = cursors[unique, 0]
+                bags[np.uint32(place)] = bag
+                place += 1
+                # Past its first piece a row goes on with its further ones, which lie in one run.
+                cursors[unique, 0] = cursors[unique, 1] if place == piece_offsets[unique + np.uint32(1)] else place
+                lookup += 1
+            bag += num_features

@@ -1,0 +1,82 @@
+"""What the oracle saw and decided, added up from the plans alone: hit rate, rows and bytes each way, slots, lookahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from bagpipe.types import Group, StepPlan
+
+
+@dataclass(kw_only=True)
+class OracleReport:
+    """Totals over the steps planned so far, over all groups. Rows are records moved; bytes are records' bytes."""
+
+    num_steps: int = 0
+    num_lookups: int = 0
+    num_uniques: int = 0  # distinct rows used, summed over steps
+    num_fetched: int = 0
+    num_fetched_late: int = 0  # of them on the critical path
+    num_written_back: int = 0
+    num_waiting_steps: int = 0  # steps with a late transfer
+    fetched_bytes: int = 0
+    written_back_bytes: int = 0
+    peak_slots: int = 0
+    total_lookahead: int = 0
+    max_lookahead: int = 0
+    _record_bytes: Sequence[int] = field(default=(), repr=False)
+
+    @classmethod
+    def for_groups(cls, groups: Sequence[Group]) -> OracleReport:
+        """An empty report for plans of these groups."""
+        return cls(_record_bytes=[group.record_bytes for group in groups])
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the distinct rows of each step that were in the cache already."""
+        return 1.0 - self.num_fetched / self.num_uniques if self.num_uniques else 0.0
+
+    @property
+    def fetched_rows_per_step(self) -> float:
+        return self.num_fetched / max(1, self.num_steps)
+
+    @property
+    def written_back_rows_per_step(self) -> float:
+        return self.num_written_back / max(1, self.num_steps)
+
+    @property
+    def mean_lookahead(self) -> float:
+        """Batches that the oracle had seen beyond the one it planned, on average: the effective lookahead."""
+        return self.total_lookahead / max(1, self.num_steps)
+
+    def add(self, plan: StepPlan, peak_slots: Sequence[int]) -> None:
+        """Counts one step's plan; `peak_slots` for each group."""
+        self.num_steps += 1
+        self.total_lookahead += plan.lookahead
+        self.max_lookahead = max(self.max_lookahead, plan.lookahead)
+        self.peak_slots = sum(peak_slots)
+        has_late = False
+        for group, record_bytes in zip(plan.groups, self._record_bytes, strict=True):
+            num_late = len(group.late.fetch_rows)
+            num_fetched = len(group.early.fetch_rows) + num_late
+            num_written_back = len(group.early.evict_rows) + len(group.late.evict_rows)
+            self.num_lookups += len(group.lookup_slots)
+            self.num_uniques += group.schedule.num_uniques
+            self.num_fetched += num_fetched
+            self.num_fetched_late += num_late
+            self.num_written_back += num_written_back
+            self.fetched_bytes += num_fetched * record_bytes
+            self.written_back_bytes += num_written_back * record_bytes
+            has_late = has_late or num_late > 0
+        self.num_waiting_steps += has_late
+
+    def as_dict(self) -> dict[str, float]:
+        """All totals and rates by name."""
+        totals = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+        rates = {
+            "hit_rate": self.hit_rate,
+            "fetched_rows_per_step": self.fetched_rows_per_step,
+            "written_back_rows_per_step": self.written_back_rows_per_step,
+            "mean_lookahead": self.mean_lookahead,
+        }
+        return totals | rates

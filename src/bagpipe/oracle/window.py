@@ -1,0 +1,132 @@
+"""The lookahead window: which batches the Cacher has seen when it plans a step. Pure and lazy.
+
+`Oracle.plan` pulls batches only as it needs them, so that whoever consumes the plans sets the pace (back-pressure), and it
+plans step t once the window holds `lookahead` batches beyond it or the data end.
+
+With `lookahead="auto"` the window starts small and grows by one batch a step while that can still save a fetch, that is while
+rows leave the cache whose next use nobody knows, and while the window's own memory stays within its budget.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from bagpipe.errors import ConfigError
+from bagpipe.oracle.cacher import Cacher
+from bagpipe.oracle.dedup import DedupedGroup
+from bagpipe.types import Group, StepPlan
+
+Payload = TypeVar("Payload")
+
+AUTO_START = 8
+"""Batches ahead with which `lookahead="auto"` starts."""
+MAX_LOOKAHEAD = 4096
+"""Farthest that the oracle ever looks, in batches."""
+DEFAULT_LOOKAHEAD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupedBatch(Generic[Payload]):
+    """One batch after de-duplication; `payload` is whatever travels with it to the trainer."""
+
+    payload: Payload
+    batch_size: int
+    groups: tuple[DedupedGroup, ...]
+    payload_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this batch holds while it is in the window."""
+        return self.payload_bytes + sum(group.nbytes for group in self.groups)
+
+
+class Oracle:
+    """Plans a stream of batches for all groups. One object plans one stream."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        num_slots: Sequence[int],
+        lookahead: int | Literal["auto"] = "auto",
+        lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES,
+        prefetch_depth: int = 2,
+        first_step: int = 0,
+    ) -> None:
+        """`num_slots` for each group. Raises ConfigError for values out of range."""
+        if lookahead != "auto" and not 1 <= lookahead <= MAX_LOOKAHEAD:
+            raise ConfigError(f"lookahead is {lookahead}, must be 'auto' or from 1 to {MAX_LOOKAHEAD:,} batches")
+        if not 0 <= prefetch_depth <= MAX_LOOKAHEAD:
+            raise ConfigError(f"prefetch_depth is {prefetch_depth}, must be from 0 to {MAX_LOOKAHEAD:,} steps")
+        if len(num_slots) != len(groups):
+            raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(groups)} groups")
+        self._is_auto = lookahead == "auto"
+        self._lookahead = AUTO_START if lookahead == "auto" else lookahead
+        self._lookahead_bytes = lookahead_bytes
+        self._prefetch_depth, self._first_step = prefetch_depth, first_step
+        self._cachers = [
+            Cacher(
+                group,
+                num_slots=slots,
+                max_lookahead=MAX_LOOKAHEAD if lookahead == "auto" else lookahead,
+                prefetch_depth=prefetch_depth,
+                first_step=first_step,
+            )
+            for group, slots in zip(groups, num_slots, strict=True)
+        ]
+
+    @property
+    def peak_slots(self) -> tuple[int, ...]:
+        """For each group how many slots were ever filled."""
+        return tuple(cacher.num_used_slots for cacher in self._cachers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cachers' own state; the window's batches not included."""
+        return sum(cacher.nbytes for cacher in self._cachers)
+
+    def plan(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
+        """Yields each batch with its plan, in order. Raises CacheTooSmallError, and whatever `batches` raises."""
+        source = iter(batches)
+        window: deque[DedupedBatch[Payload]] = deque()
+        window_bytes = 0
+        has_more = True
+        step = self._first_step
+        while True:
+            while has_more and len(window) <= self._lookahead:
+                batch = next(source, None)
+                if batch is None:
+                    has_more = False
+                    break
+                for cacher, group in zip(self._cachers, batch.groups, strict=True):
+                    cacher.admit(group)
+                window.append(batch)
+                window_bytes += batch.nbytes
+            if not window:
+                return
+            batch = window.popleft()
+            window_bytes -= batch.nbytes
+            yield self._plan_step(step, batch, len(window)), batch
+            self._adapt(window_bytes, batch.nbytes)
+            step += 1
+
+    def _plan_step(self, step: int, batch: DedupedBatch[Payload], num_ahead: int) -> StepPlan:
+        return StepPlan(
+            step=step,
+            early_tick=max(self._first_step, step - self._prefetch_depth),
+            batch_size=batch.batch_size,
+            groups=tuple(cacher.plan() for cacher in self._cachers),
+            lookahead=num_ahead,
+        )
+
+    def _adapt(self, window_bytes: int, batch_bytes: int) -> None:
+        """Lets an automatic window grow by one batch where that can save a fetch and fits the budget."""
+        if not self._is_auto or self._lookahead >= MAX_LOOKAHEAD:
+            return
+        if window_bytes + 2 * batch_bytes > self._lookahead_bytes:
+            return
+        if any(cacher.evicted_blindly for cacher in self._cachers):
+            self._lookahead += 1
