@@ -76,9 +76,7 @@ class TableConfig:
         if self.embedding_dim < 1:
             raise ConfigError(f"table {self.name!r}: embedding_dim is {self.embedding_dim}, must be at least 1")
         if isinstance(self.feature_names, str) or not self.feature_names:
-            raise ConfigError(
-                f"table {self.name!r}: feature_names must be a non-empty list of names, is {self.feature_names!r}"
-            )
+            raise ConfigError(f"table {self.name!r}: feature_names must be a non-empty list of names, is {self.feature_names!r}")
         if self.pooling not in ("sum", "mean"):
             raise ConfigError(f"table {self.name!r}: pooling is {self.pooling!r}, must be 'sum' or 'mean'")
         object.__setattr__(self, "feature_names", tuple(self.feature_names))

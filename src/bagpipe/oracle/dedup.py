@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from bagpipe._jit import jit
 from bagpipe.errors import DataError
+from bagpipe.jagged import group_lookups, id_outside_table
 from bagpipe.types import MAX_PIECE_LENGTH, Float32Array, Group, Int32Array, Int64Array, Jagged
 
 _MAX_LOOKUPS = 2**31 - 1
@@ -49,103 +50,42 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
 
     Raises DataError when a feature of the group is missing, an id lies outside its table, or the offsets are inconsistent.
     """
-    feature_starts, feature_lengths = _feature_slices(group, batch)
-    num_lookups = int(feature_lengths.sum())
+    lookups = group_lookups(group, batch)
+    num_lookups = lookups.num_lookups
     if num_lookups > _MAX_LOOKUPS:
-        raise DataError(
-            f"{group.name}: a batch has {num_lookups:,} lookups, the limit is {_MAX_LOOKUPS:,}: use smaller batches"
-        )
+        raise DataError(f"{group.name}: a batch has {num_lookups:,} lookups, the limit is {_MAX_LOOKUPS:,}: use smaller batches")
     feature_tables = np.asarray(group.feature_tables, np.int64)
-    table_lookups = np.bincount(feature_tables, weights=feature_lengths).astype(np.int64)
+    table_lookups = np.bincount(feature_tables, weights=lookups.feature_lengths).astype(np.int64)
     max_uniques = int(np.minimum(table_lookups, np.diff(group.row_offsets)).sum())
     inverse = np.empty(num_lookups, np.int32)
     unique_rows = np.empty(max_uniques, np.int64)
     counts = np.empty(max_uniques, np.int32)
     num_uniques, bad_feature, bad_lookup = _number_rows(
-        batch.values, feature_starts, feature_lengths, feature_tables, group.row_offsets, inverse, unique_rows, counts
+        batch.values,
+        lookups.feature_starts,
+        lookups.feature_lengths,
+        feature_tables,
+        group.row_offsets,
+        inverse,
+        unique_rows,
+        counts,
     )
     if bad_feature >= 0:
-        table = group.tables[group.feature_tables[bad_feature]]
-        raise DataError(
-            f"feature {group.features[bad_feature]!r}: id {batch.values[feature_starts[bad_feature] + bad_lookup]} "
-            f"(lookup {bad_lookup} of this batch) lies outside table {table.name!r}, whose ids are 0 to {table.num_embeddings - 1}"
-        )
-    bag_offsets = _group_offsets(group, batch, feature_starts, feature_lengths)
+        raise id_outside_table(group, batch, lookups, bad_feature, bad_lookup)
     piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(counts[:num_uniques], MAX_PIECE_LENGTH)
+    bag_offsets = np.empty(0, np.int32) if lookups.bag_offsets is None else lookups.bag_offsets
     bags = np.empty(num_lookups, np.int32)
-    _group_bags(
-        inverse,
-        np.empty(0, np.int32) if bag_offsets is None else bag_offsets,
-        batch.batch_size,
-        len(group.features),
-        piece_offsets,
-        cursors,
-        bags,
-    )
+    _group_bags(inverse, bag_offsets, batch.batch_size, len(group.features), piece_offsets, cursors, bags)
     return DedupedGroup(
         unique_rows=unique_rows[:num_uniques].copy(),  # the rest of the buffer must not live as long as the batch does
         inverse=inverse,
-        bag_offsets=bag_offsets,
-        bag_scales=_bag_scales(group, batch.batch_size, bag_offsets),
+        bag_offsets=lookups.bag_offsets,
+        bag_scales=lookups.bag_scales,
         bags=bags,
         piece_offsets=piece_offsets,
         long_uniques=long_uniques,
         long_offsets=long_offsets,
     )
-
-
-def _feature_slices(group: Group, batch: Jagged) -> tuple[Int64Array, Int64Array]:
-    """Where each feature of the group starts in `batch.values` and how many lookups it has: (F,) and (F,)."""
-    position = {key: index for index, key in enumerate(batch.keys)}
-    missing = [feature for feature in group.features if feature not in position]
-    if missing:
-        raise DataError(f"the batch has no feature {missing[0]!r}, which {group.name} needs; it has {', '.join(batch.keys)}")
-    keys = np.array([position[feature] for feature in group.features], np.int64)
-    size, num_bags = batch.batch_size, batch.batch_size * len(batch.keys)
-    if batch.offsets is None:
-        if len(batch.values) != num_bags:
-            raise DataError(
-                f"the batch has {len(batch.values):,} ids for {len(batch.keys)} features x {size:,} samples: without offsets each "
-                "bag holds exactly one id"
-            )
-        return keys * size, np.full(len(keys), size, np.int64)
-    offsets = batch.offsets
-    if (
-        len(offsets) != num_bags + 1
-        or offsets[0] != 0
-        or offsets[-1] != len(batch.values)
-        or bool((np.diff(offsets) < 0).any())
-    ):
-        raise DataError(
-            f"the batch's offsets must be {num_bags + 1:,} non-decreasing numbers from 0 to {len(batch.values):,}, "
-            f"are {len(offsets):,} from {offsets[0] if len(offsets) else None} to {offsets[-1] if len(offsets) else None}"
-        )
-    starts = offsets[keys * size].astype(np.int64)
-    return starts, offsets[(keys + 1) * size].astype(np.int64) - starts
-
-
-def _group_offsets(group: Group, batch: Jagged, feature_starts: Int64Array, feature_lengths: Int64Array) -> Int32Array | None:
-    """Bag offsets into the group's own lookups; None when every bag holds one id."""
-    if batch.offsets is None:
-        return None
-    size = batch.batch_size
-    position = {key: index for index, key in enumerate(batch.keys)}
-    group_offsets = np.zeros(len(group.features) * size + 1, np.int32)
-    group_starts = np.cumsum(feature_lengths) - feature_lengths
-    for index, feature in enumerate(group.features):
-        ends = batch.offsets[position[feature] * size + 1 : (position[feature] + 1) * size + 1]
-        group_offsets[index * size + 1 : (index + 1) * size + 1] = ends - feature_starts[index] + group_starts[index]
-    return group_offsets
-
-
-def _bag_scales(group: Group, batch_size: int, bag_offsets: Int32Array | None) -> Float32Array | None:
-    """1 / length of each bag of a mean-pooled feature, 1 elsewhere, by output row; None when nothing needs scaling."""
-    is_mean = np.array([group.tables[table].pooling == "mean" for table in group.feature_tables])
-    if bag_offsets is None or not is_mean.any():
-        return None
-    lengths = np.diff(bag_offsets).reshape(len(group.features), batch_size)
-    scales = np.where(is_mean[:, None], 1.0 / np.maximum(lengths, 1), 1.0)
-    return np.ascontiguousarray(scales.T, dtype=np.float32).reshape(-1)
 
 
 @jit

@@ -1,0 +1,282 @@
+"""`EmbeddingBagCollection`: embedding tables that live in stores, used as an ordinary `nn.Module`.
+
+In training it serves only the batches that `bagpipe.lookahead` hands out, since the plan of a step says where its rows are.
+Backward updates the rows: the tables are no parameters, as with TorchRec's fused optimizers. In evaluation (`eval()`) it reads
+the stores, for any batch, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bagpipe.cache.device_cache import DeviceCache
+from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.cache.executor import Executor
+from bagpipe.cache.tables import LazyTable, save_tables
+from bagpipe.errors import ConfigError, UsageError
+from bagpipe.jagged import as_jagged, group_lookups, group_rows
+from bagpipe.store import MemoryStore
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import Group, Jagged, Optimizer, TableConfig, group_tables
+
+
+class PooledEmbeddings:
+    """Pooled embeddings of one batch by feature, with the methods of TorchRec's KeyedTensor.
+
+    Features are ordered table by table, tables of one dimension together. Tensors are views of one (B, F, D) a group.
+    """
+
+    def __init__(self, features: Sequence[tuple[str, ...]], groups: Sequence[Tensor]) -> None:
+        """`features` and pooled tensors (B, F, D), by group."""
+        self.groups = tuple(groups)
+        self._places = {name: (group, index) for group, names in enumerate(features) for index, name in enumerate(names)}
+
+    def keys(self) -> list[str]:
+        """Feature names in the order of `values`."""
+        return list(self._places)
+
+    def values(self) -> Tensor:
+        """All features side by side: (B, sum of D); not copied when there is one group."""
+        flat = [group.flatten(1) for group in self.groups]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+    def __getitem__(self, feature: str) -> Tensor:
+        """One feature's embeddings: (B, D)."""
+        group, index = self._places[feature]
+        return self.groups[group][:, index]
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Feature -> (B, D)."""
+        return {name: self[name] for name in self._places}
+
+
+class EmbeddingBagCollection(nn.Module):
+    """Pooled embeddings of several tables, with the optimizer fused into backward.
+
+    ``forward`` takes a batch's jagged ids (a KeyedJaggedTensor or `bagpipe.types.Jagged`) and returns `PooledEmbeddings`.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        *,
+        optimizer: Optimizer,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        store: Callable[[Group, int], EmbeddingStore] = MemoryStore,
+    ) -> None:
+        """`store` makes the store of each group from the group and `seed`, from which rows are initialised on first use."""
+        super().__init__()
+        self.groups = group_tables(tables, optimizer)
+        self.stores = tuple(store(group, seed) for group in self.groups)
+        self.device = torch.device(device)
+        self.lr = optimizer.lr
+        self.step = 0
+        """Steps trained so far; the number that the next one gets."""
+        self.executor: Executor | None = None
+        self._features = [group.features for group in self.groups]
+        self._current_sparse: object = None
+        self._was_served = False
+        # Autograd calls a function's backward only if one of its inputs wants a gradient; the tables are no tensors here.
+        self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the embeddings' learning rate from the next backward on."""
+        self.lr = lr
+        for cache in self.executor.caches if self.executor else ():
+            cache.lr = lr
+
+    def forward(self, sparse: Any) -> PooledEmbeddings:
+        """Looks up and pools the ids of one batch.
+
+        In training, `sparse` must be that of the batch which `bagpipe.lookahead` handed out last, and may be passed once.
+        """
+        if not self.training:
+            return PooledEmbeddings(self._features, self._read(as_jagged(sparse)))
+        plans = self._plans_of(sparse)
+        assert self.executor is not None
+        return PooledEmbeddings(
+            self._features,
+            [
+                _Lookup.apply(self._anchor, cache, plan)  # type: ignore[no-untyped-call]
+                for cache, plan in zip(self.executor.caches, plans, strict=True)
+            ],
+        )
+
+    def start(self, num_slots: Sequence[int]) -> Executor:
+        """Gives the tables a cache of `num_slots` for each group and an executor of plans; ends the one before, if any."""
+        self.stop()
+        if len(num_slots) != len(self.groups):
+            raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(self.groups)} groups")
+        caches = [
+            DeviceCache(group=group, num_slots=slots, device=self.device, lr=self.lr)
+            for group, slots in zip(self.groups, num_slots, strict=True)
+        ]
+        self.executor = Executor(caches, self.stores)
+        return self.executor
+
+    def begin_step(self, sparse: object) -> None:
+        """Makes the rows of the next submitted plan ready; `sparse` is the batch's sparse part as the user will pass it."""
+        assert self.executor is not None
+        self.executor.begin_step()
+        self._current_sparse, self._was_served = sparse, False
+
+    def end_step(self) -> None:
+        """Closes the step that `begin_step` opened."""
+        assert self.executor is not None
+        self.executor.end_step()
+        self._current_sparse = None
+        self.step += 1
+
+    def flush(self) -> None:
+        """Writes all resident rows to the stores, which then hold the whole truth. Call it between steps."""
+        if self.executor is not None:
+            self.executor.flush()
+
+    def stop(self) -> None:
+        """Flushes and gives the cache back; the tables stay usable through `eval()` and a new `bagpipe.lookahead`."""
+        try:
+            self.flush()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Gives the cache back without flushing, after a failure: the stores keep what was written back so far."""
+        if self.executor is not None:
+            self.executor.close()
+            self.executor = None
+            self._current_sparse = None
+
+    def close(self) -> None:
+        """Stops and closes the stores; nothing can be read afterwards."""
+        try:
+            self.stop()
+        finally:
+            for store in self.stores:
+                store.close()
+
+    def tables(self) -> dict[str, LazyTable]:
+        """Every table's weights by name, read block by block from the stores; flushed first."""
+        self.flush()
+        return {
+            table.name: LazyTable(store, index)
+            for group, store in zip(self.groups, self.stores, strict=True)
+            for index, table in enumerate(group.tables)
+        }
+
+    def save_tables(self, path: str | Path) -> None:
+        """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in bounded memory."""
+        save_tables({_weight_key(name): table for name, table in self.tables().items()}, Path(path))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
+        destination.update({prefix + _weight_key(name): table for name, table in self.tables().items()})
+
+    def _load_from_state_dict(  # the signature is nn.Module's
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes each table's weights from a tensor or a `LazyTable`; optimizer state is kept."""
+        if self.executor is not None:
+            raise UsageError("load_state_dict while bagpipe.lookahead is running: load before the training loop, or call stop()")
+        known = {prefix + _weight_key(name): table for name, table in self.tables().items()}
+        for key, table in known.items():
+            if key not in state_dict:
+                missing_keys.append(key)
+            elif tuple(state_dict[key].shape) != table.shape:
+                error_msgs.append(f"{key}: shape {tuple(state_dict[key].shape)} does not fit the table's {table.shape}")
+            else:
+                table.load(state_dict[key])
+        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+    def _plans_of(self, sparse: Any) -> tuple[DevicePlan, ...]:
+        """The current step's plans, after a look at whether they can be those of `sparse`."""
+        if self.executor is None or self.executor.current is None:
+            raise UsageError(
+                "no batch is being trained: iterate over bagpipe.lookahead(loader, embeddings) and pass each batch's sparse part, "
+                "or call eval() to read rows without training"
+            )
+        if self._was_served:
+            raise UsageError(f"step {self.step}: forward was called twice for one batch; its rows can be updated only once")
+        if sparse is not self._current_sparse and not _same_ids(as_jagged(sparse), as_jagged(self._current_sparse)):
+            raise UsageError(
+                f"step {self.step}: forward was given other ids than those of the batch that bagpipe.lookahead handed out last; "
+                "its plan is for that batch alone"
+            )
+        self._was_served = torch.is_grad_enabled()
+        return self.executor.current
+
+    def _read(self, batch: Jagged) -> list[Tensor]:
+        """Pools rows straight from the stores."""
+        self.flush()
+        return [self._read_group(group, store, batch) for group, store in zip(self.groups, self.stores, strict=True)]
+
+    def _read_group(self, group: Group, store: EmbeddingStore, batch: Jagged) -> Tensor:
+        lookups = group_lookups(group, batch)
+        rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
+        records = np.empty((len(rows), group.record_width), np.float32)
+        store.fetch(rows, records)
+        cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=self.lr)
+        cache.weights = torch.from_numpy(records)[:, : group.embedding_dim].contiguous().to(self.device)
+        nothing = to_device(np.empty(0, np.int32), self.device)
+        return cache.lookup(
+            DevicePlan(
+                step=self.step,
+                batch_size=batch.batch_size,
+                num_features=len(group.features),
+                lookup_slots=to_device(inverse.astype(np.int32), self.device),
+                bag_offsets=None if lookups.bag_offsets is None else to_device(lookups.bag_offsets, self.device),
+                bag_scales=None if lookups.bag_scales is None else to_device(lookups.bag_scales, self.device),
+                unique_slots=nothing,
+                bags=nothing,
+                piece_offsets=nothing,
+                long_uniques=nothing,
+                long_offsets=nothing,
+            )
+        )
+
+
+class _Lookup(torch.autograd.Function):
+    """Lookup of one group; its backward sums the gradients along the plan and applies the optimizer."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, cache: DeviceCache, plan: DevicePlan) -> Tensor:
+        """`anchor` carries no value; it makes autograd call backward."""
+        ctx.cache, ctx.plan, ctx.was_applied = cache, plan, False
+        return cache.lookup(plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grads: Tensor) -> tuple[None, None, None]:
+        """Updates the rows with `grads` (B, F, D)."""
+        if ctx.was_applied:
+            raise UsageError(f"step {ctx.plan.step}: backward ran twice through the same lookup; its rows are updated only once")
+        ctx.was_applied = True
+        ctx.cache.update(ctx.plan, grads)
+        return None, None, None
+
+
+def _weight_key(table: str) -> str:
+    """Where TorchRec keeps a table's weights in a state dict."""
+    return f"embedding_bags.{table}.weight"
+
+
+def _same_ids(one: Jagged, other: Jagged) -> bool:
+    if one.keys != other.keys or not np.array_equal(one.values, other.values):
+        return False
+    if one.offsets is None or other.offsets is None:
+        return one.offsets is other.offsets
+    return np.array_equal(one.offsets, other.offsets)

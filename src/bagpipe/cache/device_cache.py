@@ -1,0 +1,51 @@
+"""One group's cache on the trainer's device: weights and optimizer state of the rows in its slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bagpipe.cache import kernels_cpu, kernels_torch
+from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.types import Group
+
+
+@dataclass(kw_only=True)
+class DeviceCache:
+    """`num_slots` records on `device`, weights and state apart so that a lookup reads weights only.
+
+    A slot's content is undefined until `fill` writes it. Slots are int32 tensors on the device.
+    """
+
+    group: Group
+    num_slots: int
+    device: torch.device
+    lr: float
+    weights: Tensor = field(init=False)  # (num_slots, D) float32
+    state: Tensor = field(init=False)  # (num_slots, S) float32
+
+    def __post_init__(self) -> None:
+        self.weights = torch.empty(self.num_slots, self.group.embedding_dim, device=self.device)
+        self.state = torch.empty(self.num_slots, self.group.state_width, device=self.device)
+        self._kernels = kernels_cpu if self.device.type == "cpu" else kernels_torch
+
+    def lookup(self, plan: DevicePlan) -> Tensor:
+        """Pooled embeddings, sample-major: (B, F, D)."""
+        pooled: Tensor = self._kernels.lookup(self.weights, plan)
+        return pooled.view(plan.batch_size, plan.num_features, -1)
+
+    def update(self, plan: DevicePlan, grads: Tensor) -> None:
+        """Applies one optimizer step; `grads` (B, F, D) is the gradient of `lookup`'s result."""
+        flat = grads.reshape(plan.num_bags, -1).to(torch.float32).contiguous()
+        self._kernels.update(self.weights, self.state, plan, flat, self.group.optimizer, self.lr)
+
+    def fill(self, slots: Tensor, records: Tensor) -> None:
+        """Puts `records` (n, record_width) into `slots` (n,)."""
+        self._kernels.fill(self.weights, self.state, slots, records)
+
+    def read(self, slots: Tensor) -> Tensor:
+        """The records in `slots` (n,): (n, record_width)."""
+        records: Tensor = self._kernels.read(self.weights, self.state, slots)
+        return records

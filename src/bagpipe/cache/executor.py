@@ -1,0 +1,261 @@
+"""Executes plans: moves records between stores and the device cache, ahead of their use and behind it.
+
+Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At each tick the trainer's thread
+hands out work and goes on; two background threads do it, each in the order given:
+
+    transfer thread   late transfers of step t, then the early ones that are due: evicted slots -> packed buffer,
+                      store -> staging buffer -> fetched slots; and the plan's arrays -> device
+    write-back thread packed buffer -> store
+
+The only waits of the trainer's thread are for the transfers of the step that it is about to compute: for the early ones, issued
+`prefetch_depth` steps ago ("rows"), and for the late ones ("slots"). Before it reads the store, a fetch waits for the write-backs
+that its fence names. On CUDA both directions go through pinned memory on a stream of their own, ordered with the compute
+stream by events, so that the host waits for neither. Pinned and device buffers come from torch's caching allocators, which reuse a
+buffer once the streams that it was used on are done with it.
+
+Positions, in steps: submitted >= issued >= transferred >= trained >= written back.
+
+A failure in a background thread is raised by the next call here, with its cause.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagpipe.cache.device_cache import DeviceCache
+from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.errors import BackgroundError
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import Int64Array, StepPlan, Transfers
+
+Result = TypeVar("Result")
+
+_MAX_PENDING_WRITES = 64
+"""Write-backs that may be waiting, each of one group and step; more would let a slow store fill the memory."""
+_FLUSH_BLOCK_ROWS = 65_536
+
+
+@dataclass(kw_only=True)
+class Waits:
+    """Seconds that the trainer's thread waited, added up over steps."""
+
+    plan_s: float = 0.0
+    rows_s: float = 0.0
+    slots_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A submitted step: its plan and, once issued, what the background threads are doing for it."""
+
+    plan: StepPlan
+    early: Future[_Transferred] | None = None
+    late: Future[_Transferred] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Transferred:
+    """The result of one step's early or late transfers; `ready` is what the compute stream must wait for on CUDA."""
+
+    plans: tuple[DevicePlan, ...]  # by group, with the early transfers; empty with the late ones
+    ready: torch.cuda.Event | None
+
+
+class Executor:
+    """Runs one stream of plans against one cache and one store a group. Owned by one `EmbeddingBagCollection`."""
+
+    def __init__(self, caches: Sequence[DeviceCache], stores: Sequence[EmbeddingStore]) -> None:
+        self.caches, self.stores = tuple(caches), tuple(stores)
+        self.waits = Waits()
+        self.current: tuple[DevicePlan, ...] | None = None
+        """The plans of the step that is being computed, by group."""
+        self._device = caches[0].device
+        self._stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._compute_stream: torch.cuda.Stream | None = None
+        self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
+        self._transfer_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-transfer")
+        self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-write-back")
+        self._pending: deque[_Pending] = deque()
+        self._writes: deque[tuple[int, Future[None]]] = deque()  # (tick, write-back), appended by the transfer thread
+        self._flushed = True
+
+    def submit(self, plan: StepPlan) -> None:
+        """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead where possible."""
+        self._pending.append(_Pending(plan=plan))
+
+    def begin_step(self) -> None:
+        """Tick of the oldest submitted step: issues what is due, then waits until that step can be computed."""
+        pending = self._pending[0]
+        tick = pending.plan.step
+        computed = self._record_compute()
+        pending.late = self._transfer_thread.submit(self._transfer, pending.plan, tick, computed, is_late=True)
+        for due in self._pending:
+            if due.plan.early_tick > tick:
+                break
+            if due.early is None:
+                early_tick = due.plan.early_tick
+                due.early = self._transfer_thread.submit(self._transfer, due.plan, early_tick, computed, is_late=False)
+        self._raise_failed_writes()
+        assert pending.early is not None
+        started = time.perf_counter()
+        early = self._result(pending.early, pending.plan.step)
+        rows_done = time.perf_counter()
+        late = self._result(pending.late, pending.plan.step)
+        self.waits.rows_s += rows_done - started
+        self.waits.slots_s += time.perf_counter() - rows_done
+        self._wait_on_device(early, late)
+        self.current = early.plans
+        self._flushed = False
+
+    def end_step(self) -> None:
+        """Says that the compute of the current step has been issued."""
+        self.current = None
+        self._pending.popleft()
+
+    def flush(self) -> None:
+        """Writes every resident record to its store; to be called between steps. Rows stay in the cache."""
+        if self._flushed:
+            return
+        self._drain()
+        for cache, store, rows_of_slots in zip(self.caches, self.stores, self._rows_of_slots, strict=True):
+            slots = np.flatnonzero(rows_of_slots >= 0).astype(np.int32)
+            for begin in range(0, len(slots), _FLUSH_BLOCK_ROWS):
+                block = slots[begin : begin + _FLUSH_BLOCK_ROWS]
+                records = cache.read(torch.from_numpy(block).to(self._device)).cpu()
+                store.write(rows_of_slots[block], records.numpy())
+        self._flushed = True
+
+    def close(self) -> None:
+        """Ends the background threads; what is not flushed is lost. Closing twice is allowed."""
+        for pending in self._pending:
+            for future in (pending.early, pending.late):
+                if future is not None:
+                    future.cancel()
+        self._transfer_thread.shutdown(wait=True, cancel_futures=True)
+        self._write_thread.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self.current = None
+
+    def _drain(self) -> None:
+        """Waits for all issued transfers and write-backs, and raises what they raised."""
+        for pending in self._pending:
+            for future in (pending.early, pending.late):
+                if future is not None:
+                    self._result(future, pending.plan.step)
+        for tick, write in list(self._writes):
+            self._result(write, tick)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _transfer(self, plan: StepPlan, tick: int, computed: torch.cuda.Event | None, *, is_late: bool) -> _Transferred:
+        """Runs on the transfer thread: one step's late transfers, or its early ones and its plan's way to the device."""
+        with self._on_side_stream(computed) as ready:
+            for index, group_plan in enumerate(plan.groups):
+                self._evict(index, group_plan.late if is_late else group_plan.early, tick)
+            for index, group_plan in enumerate(plan.groups):
+                self._fetch(index, group_plan.late if is_late else group_plan.early)
+            plans = () if is_late else self._plans_to_device(plan)
+        return _Transferred(plans=plans, ready=ready)
+
+    def _plans_to_device(self, plan: StepPlan) -> tuple[DevicePlan, ...]:
+        return tuple(
+            DevicePlan.of(
+                group_plan,
+                step=plan.step,
+                batch_size=plan.batch_size,
+                num_features=len(cache.group.features),
+                device=self._device,
+            )
+            for group_plan, cache in zip(plan.groups, self.caches, strict=True)
+        )
+
+    def _evict(self, index: int, transfers: Transfers, tick: int) -> None:
+        """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
+        if len(transfers.evict_rows) == 0:
+            return
+        records = self.caches[index].read(to_device(transfers.evict_slots, self._device))
+        self._rows_of_slots[index][transfers.evict_slots] = -1
+        copied = None
+        if self._stream is not None:
+            records = torch.empty(records.shape, pin_memory=True).copy_(records, non_blocking=True)
+            copied = self._stream.record_event()
+        if len(self._writes) >= _MAX_PENDING_WRITES:
+            self._writes[0][1].result()
+        while self._writes and self._writes[0][1].done() and self._writes[0][1].exception() is None:
+            self._writes.popleft()
+        write = self._write_thread.submit(self._write_back, index, transfers.evict_rows, records, copied)
+        self._writes.append((tick, write))
+
+    def _write_back(self, index: int, rows: Int64Array, records: Tensor, copied: torch.cuda.Event | None) -> None:
+        """Runs on the write-back thread."""
+        if copied is not None:
+            copied.synchronize()
+        self.stores[index].write(rows, records.numpy())
+
+    def _fetch(self, index: int, transfers: Transfers) -> None:
+        """Reads rows from the store, once its fence allows, and fills their slots."""
+        if len(transfers.fetch_rows) == 0:
+            return
+        for tick, write in list(self._writes):
+            if tick <= transfers.fence_tick:
+                write.result()
+        shape = (len(transfers.fetch_rows), self.caches[index].group.record_width)
+        staging = torch.empty(shape, pin_memory=self._stream is not None)
+        self.stores[index].fetch(transfers.fetch_rows, staging.numpy())
+        slots = to_device(transfers.fetch_slots, self._device)
+        self.caches[index].fill(slots, staging.to(self._device, non_blocking=True))
+        self._rows_of_slots[index][transfers.fetch_slots] = transfers.fetch_rows
+
+    @contextmanager
+    def _on_side_stream(self, computed: torch.cuda.Event | None) -> Iterator[torch.cuda.Event | None]:
+        """Issues device work on the side stream, after `computed`; the event yielded is recorded at the end of it."""
+        if self._stream is None or computed is None:
+            yield None
+            return
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(computed)
+            yield ready
+            ready.record(self._stream)
+
+    def _record_compute(self) -> torch.cuda.Event | None:
+        """An event after all compute issued so far; None on a CPU, where it is done already."""
+        if self._stream is None:
+            return None
+        self._compute_stream = torch.cuda.current_stream(self._device)
+        computed: torch.cuda.Event = self._compute_stream.record_event()
+        return computed
+
+    def _wait_on_device(self, early: _Transferred, late: _Transferred) -> None:
+        """Makes the compute stream, not the host, wait for the step's transfers."""
+        if self._compute_stream is None:
+            return
+        for transferred in (early, late):
+            if transferred.ready is not None:
+                self._compute_stream.wait_event(transferred.ready)
+        for plan in early.plans:
+            plan.record_stream(self._compute_stream)
+
+    def _raise_failed_writes(self) -> None:
+        for tick, write in list(self._writes):
+            if write.done() and write.exception() is not None:
+                self._result(write, tick)
+
+    def _result(self, future: Future[Result], step: int) -> Result:
+        """A background task's result; what it raised is raised here as the cause of a BackgroundError."""
+        try:
+            return future.result()
+        except Exception as error:
+            raise BackgroundError(f"moving embedding rows for step {step} failed: {error}") from error

@@ -1,0 +1,113 @@
+"""The data plane's operations in plain torch: the reference for every kernel, and what CUDA runs until tuned kernels exist.
+
+Four operations on one group's cache, `weights` (num_slots, D) and `state` (num_slots, S), both float32:
+
+    lookup   gather + pool                    -> (B * F, D)
+    update   sum gradients along the plan's schedule, then apply the optimizer to the records in place
+    fill     records (n, D + S) into slots
+    read     slots into records (n, D + S)
+
+All sums run in the order that the schedule names and no atomics are used, so results do not depend on timing.
+The optimizers' formulas, with their sources, stand at the classes in `bagpipe.types`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+
+
+def lookup(weights: Tensor, plan: DevicePlan) -> Tensor:
+    """Pooled embeddings by output row: (B * F, D) float32."""
+    if plan.bag_offsets is None:
+        pooled = weights.index_select(0, plan.lookup_slots)  # (F * B, D)
+    elif len(plan.lookup_slots) == 0:
+        pooled = weights.new_zeros(plan.num_bags, weights.shape[1])
+    else:
+        pooled = functional.embedding_bag(
+            plan.lookup_slots, weights, plan.bag_offsets, mode="sum", include_last_offset=True
+        )  # (F * B, D)
+    by_feature = pooled.view(plan.num_features, plan.batch_size, -1)
+    by_sample = by_feature.transpose(0, 1).reshape(plan.num_bags, -1)  # (B * F, D)
+    return by_sample if plan.bag_scales is None else by_sample * plan.bag_scales[:, None]
+
+
+def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float) -> None:
+    """Applies one optimizer step with `grads` (B * F, D), the gradient of `lookup`'s result."""
+    if len(plan.unique_slots) == 0:
+        return
+    sums = sum_gradients(plan, grads)
+    slots = plan.unique_slots.long()
+    old_weights, old_state = weights[slots], state[slots]
+    weights[slots], state[slots] = _apply(old_weights, old_state, sums, optimizer, lr, plan.step)
+
+
+def sum_gradients(plan: DevicePlan, grads: Tensor) -> Tensor:
+    """The gradient of each unique row along the schedule: (U, D)."""
+    if plan.bag_scales is not None:
+        grads = grads * plan.bag_scales[:, None]
+    pieces = functional.embedding_bag(plan.bags, grads, plan.piece_offsets, mode="sum", include_last_offset=True)
+    num_uniques = len(plan.unique_slots)
+    sums, further = pieces[:num_uniques], pieces[num_uniques:]
+    if len(further):
+        order = torch.arange(len(further), dtype=torch.int32, device=grads.device)
+        totals = functional.embedding_bag(order, further, plan.long_offsets, mode="sum", include_last_offset=True)
+        long_uniques = plan.long_uniques.long()
+        sums[long_uniques] = sums[long_uniques] + totals
+    return sums
+
+
+def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None:
+    """Puts `records` (n, D + S) into `slots` (n,)."""
+    index = slots.long()
+    weights[index] = records[:, : weights.shape[1]]
+    state[index] = records[:, weights.shape[1] :]
+
+
+def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
+    """The records in `slots` (n,): (n, D + S)."""
+    index = slots.long()
+    return torch.cat([weights[index], state[index]], dim=1)
+
+
+def mean_of_squares(sums: Tensor) -> Tensor:
+    """Mean of squares of each row (U, D) -> (U, 1), added up in eight lanes as the CPU kernel does."""
+    squares = functional.pad(sums * sums, (0, -sums.shape[1] % 8)).view(len(sums), -1, 8)
+    lanes = torch.zeros_like(squares[:, 0])
+    for part in squares.unbind(1):
+        lanes = lanes + part
+    lanes = lanes[:, 0::2] + lanes[:, 1::2]
+    lanes = lanes[:, 0::2] + lanes[:, 1::2]
+    return (lanes[:, 0:1] + lanes[:, 1:2]) / sums.shape[1]
+
+
+def adam_step_size(optimizer: Adam, lr: float, step: int) -> float:
+    """Adam's learning rate with both bias corrections at `step`, counted from 0."""
+    beta1, beta2 = optimizer.betas
+    return lr * math.sqrt(1.0 - beta2 ** (step + 1)) / (1.0 - beta1 ** (step + 1))
+
+
+def _apply(weights: Tensor, state: Tensor, grads: Tensor, optimizer: Optimizer, lr: float, step: int) -> tuple[Tensor, Tensor]:
+    """New weights and state of the unique rows; every operand is rounded to float32 as written."""
+    match optimizer:
+        case SGD():
+            return weights - grads * lr, state
+        case Adagrad():
+            state = state + grads * grads
+            return weights - (grads / (state.sqrt() + optimizer.eps)) * lr, state
+        case RowWiseAdagrad():
+            state = state + mean_of_squares(grads)
+            return weights - (grads / (state.sqrt() + optimizer.eps)) * lr, state
+        case Adam():
+            beta1, beta2 = optimizer.betas
+            first, second = state.chunk(2, dim=1)
+            first = first + (grads - first) * (1.0 - beta1)
+            second = second + (grads * grads - second) * (1.0 - beta2)
+            update = (first / (second.sqrt() + optimizer.eps)) * adam_step_size(optimizer, lr, step)
+            return weights - update, torch.cat([first, second], dim=1)

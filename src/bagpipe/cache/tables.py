@@ -1,0 +1,88 @@
+"""Whole tables without whole tables in memory: read, loaded and saved block by block through their store."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+
+from bagpipe.errors import UsageError
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import Float32Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK_ROWS = 65_536
+
+
+class LazyTable:
+    """One table's weights, (num_embeddings, embedding_dim) float32, read from its store when asked for.
+
+    Slicing gives tensors: ``table[10:20]``. It is what `state_dict` holds, since the whole table may not fit in memory.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, store: EmbeddingStore, index: int) -> None:
+        """`index` of the table in the store's group."""
+        group = store.group
+        self._store, self._first_row = store, int(group.row_offsets[index])
+        self.shape = (group.tables[index].num_embeddings, group.embedding_dim)
+        self.name = group.tables[index].name
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        begin, end, step = rows.indices(len(self))
+        return torch.from_numpy(self._records(np.arange(begin, end, step))[:, : self.shape[1]].copy())
+
+    def blocks(self, block_rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
+        """The table from top to bottom in blocks of at most `block_rows` rows."""
+        for begin in range(0, len(self), block_rows):
+            yield self[begin : begin + block_rows]
+
+    def load(self, weights: Any) -> None:
+        """Overwrites the table with `weights`, anything of its shape whose slices are tensors; optimizer state is kept."""
+        for begin in range(0, len(self), _BLOCK_ROWS):
+            ids = np.arange(begin, min(begin + _BLOCK_ROWS, len(self)))
+            records = self._records(ids)
+            records[:, : self.shape[1]] = weights[begin : begin + _BLOCK_ROWS].detach().cpu().numpy()
+            self._store.write(ids + self._first_row, records)
+
+    def _records(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Float32Array:
+        records = np.empty((len(ids), self._store.group.record_width), np.float32)
+        self._store.fetch(ids + self._first_row, records)
+        return records
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"table {self.name!r} is not pickled whole, it may not fit in memory: save the tables with "
+            "embeddings.save_tables(path), and in a state dict keep only the entries that are tensors"
+        )
+
+
+def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
+    """Writes the tables to a safetensors file, block by block.
+
+    The format (https://github.com/huggingface/safetensors, "Format") is an 8-byte little-endian header length, a JSON header and
+    the raw data; it is written here because the library's own writer wants every tensor in memory at once.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for key, table in tables.items():
+        begin, end = end, end + 4 * table.shape[0] * table.shape[1]
+        header[key] = {"dtype": "F32", "shape": list(table.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for table in tables.values():
+            for block in table.blocks():
+                file.write(block.numpy().astype("<f4", copy=False).tobytes())

@@ -1,0 +1,130 @@
+"""Jagged ids: what a batch's sparse part may be, and which of its lookups belong to a group. Numpy only.
+
+TorchRec's KeyedJaggedTensor, and anything with its methods, is recognised by them, so that TorchRec need not be installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bagpipe.errors import DataError
+from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, Jagged
+
+_METHODS = ("keys", "values", "lengths", "offsets", "stride")
+
+
+def as_jagged(sparse: Any) -> Jagged:
+    """`sparse` as numpy: a `Jagged`, or anything with the methods of TorchRec's KeyedJaggedTensor.
+
+    Nothing is copied when its tensors are on the CPU. Raises DataError for other types, per-sample weights and batch sizes that
+    differ between keys.
+    """
+    if isinstance(sparse, Jagged):
+        return sparse
+    missing = [name for name in _METHODS if not callable(getattr(sparse, name, None))]
+    if missing:
+        raise DataError(
+            f"the sparse part of a batch must be a bagpipe.types.Jagged or a KeyedJaggedTensor, is {type(sparse).__name__}, "
+            f"which has no method {missing[0]}()"
+        )
+    if callable(getattr(sparse, "weights_or_none", None)) and sparse.weights_or_none() is not None:
+        raise DataError("the KeyedJaggedTensor has per-sample weights, which are not supported: pass one without weights")
+    if callable(getattr(sparse, "variable_stride_per_key", None)) and sparse.variable_stride_per_key():
+        raise DataError("the KeyedJaggedTensor has another batch size for each key: give every key the same number of samples")
+    values, offsets = _to_numpy(sparse.values()), _to_numpy(sparse.offsets())
+    keys, batch_size = tuple(sparse.keys()), int(sparse.stride())
+    is_single_hot = len(values) == len(keys) * batch_size and bool((np.diff(offsets) == 1).all())
+    return Jagged(keys=keys, values=values, batch_size=batch_size, offsets=None if is_single_hot else offsets)
+
+
+def _to_numpy(tensor: Any) -> npt.NDArray[np.integer]:
+    array: npt.NDArray[np.integer] = np.asarray(tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor)
+    return array
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupLookups:
+    """Where the lookups of one group's features lie in a batch, and how they form bags."""
+
+    feature_starts: Int64Array  # (F,) into the batch's values
+    feature_lengths: Int64Array  # (F,)
+    bag_offsets: Int32Array | None  # (F * B + 1,) into the group's own lookups; None: one lookup in every bag
+    bag_scales: Float32Array | None  # (B * F,) by output row: 1 / bag length for mean pooling; None: nothing to scale
+
+    @property
+    def num_lookups(self) -> int:
+        return int(self.feature_lengths.sum())
+
+
+def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
+    """Finds the group's features in `batch`. Raises DataError when one is missing or the offsets are inconsistent."""
+    position = {key: index for index, key in enumerate(batch.keys)}
+    missing = [feature for feature in group.features if feature not in position]
+    if missing:
+        raise DataError(f"the batch has no feature {missing[0]!r}, which {group.name} needs; it has {', '.join(batch.keys)}")
+    keys = np.array([position[feature] for feature in group.features], np.int64)
+    _check_offsets(batch)
+    if batch.offsets is None:
+        lengths = np.full(len(keys), batch.batch_size, np.int64)
+        return GroupLookups(feature_starts=keys * batch.batch_size, feature_lengths=lengths, bag_offsets=None, bag_scales=None)
+    starts = batch.offsets[keys * batch.batch_size].astype(np.int64)
+    lengths = batch.offsets[(keys + 1) * batch.batch_size].astype(np.int64) - starts
+    bag_lengths = np.diff(batch.offsets).reshape(len(batch.keys), batch.batch_size)[keys]  # (F, B)
+    bag_offsets = np.zeros(bag_lengths.size + 1, np.int32)
+    np.cumsum(bag_lengths, out=bag_offsets[1:])
+    return GroupLookups(
+        feature_starts=starts, feature_lengths=lengths, bag_offsets=bag_offsets, bag_scales=_bag_scales(group, bag_lengths)
+    )
+
+
+def group_rows(group: Group, batch: Jagged, lookups: GroupLookups) -> Int64Array:
+    """The row of each lookup of the group, feature-major: (L,). Raises DataError for an id outside its table."""
+    rows = np.empty(lookups.num_lookups, np.int64)
+    begin = 0
+    for feature, table in enumerate(group.feature_tables):
+        start, length = lookups.feature_starts[feature], int(lookups.feature_lengths[feature])
+        ids = batch.values[start : start + length]
+        outside = np.flatnonzero((ids < 0) | (ids >= group.tables[table].num_embeddings))
+        if len(outside):
+            raise id_outside_table(group, batch, lookups, feature, int(outside[0]))
+        rows[begin : begin + length] = ids
+        rows[begin : begin + length] += group.row_offsets[table]
+        begin += length
+    return rows
+
+
+def id_outside_table(group: Group, batch: Jagged, lookups: GroupLookups, feature: int, lookup: int) -> DataError:
+    """The error for the given lookup of the given feature of the group."""
+    table = group.tables[group.feature_tables[feature]]
+    return DataError(
+        f"feature {group.features[feature]!r}: id {batch.values[lookups.feature_starts[feature] + lookup]} (lookup {lookup} of "
+        f"this batch) lies outside table {table.name!r}, whose ids are 0 to {table.num_embeddings - 1}"
+    )
+
+
+def _check_offsets(batch: Jagged) -> None:
+    num_bags, num_lookups, offsets = batch.batch_size * len(batch.keys), len(batch.values), batch.offsets
+    if offsets is None:
+        if num_lookups != num_bags:
+            raise DataError(
+                f"the batch has {num_lookups:,} ids for {len(batch.keys)} features x {batch.batch_size:,} samples: "
+                "without offsets each bag holds exactly one id"
+            )
+    elif len(offsets) != num_bags + 1 or offsets[0] != 0 or offsets[-1] != num_lookups or bool((np.diff(offsets) < 0).any()):
+        raise DataError(
+            f"the batch's offsets must be {num_bags + 1:,} non-decreasing numbers from 0 to {num_lookups:,}, "
+            f"are {len(offsets):,} from {offsets[:1].tolist()} to {offsets[-1:].tolist()}"
+        )
+
+
+def _bag_scales(group: Group, bag_lengths: npt.NDArray[np.integer]) -> Float32Array | None:
+    """1 / length of each bag of a mean-pooled feature and 1 elsewhere, by output row, from lengths (F, B)."""
+    is_mean = np.array([group.tables[table].pooling == "mean" for table in group.feature_tables])
+    if not is_mean.any():
+        return None
+    scales = np.where(is_mean[:, None], 1.0 / np.maximum(bag_lengths, 1), 1.0)
+    return np.ascontiguousarray(scales.T, dtype=np.float32).reshape(-1)

@@ -1,0 +1,114 @@
+"""The oracle beside the trainer: reading, de-duplication and planning in threads of their own, with bounded queues.
+
+    reader + Cacher (one thread) --ids--> de-duplication (thread pool) --in order--> Cacher --plans--> bounded queue --> trainer
+
+One thread reads the batches and plans, since both must be in order; between the two, de-duplication of several batches runs at a
+time on a pool. Threads suffice because all loops release the GIL. Back-pressure: the queue of finished plans holds
+`plans_ahead` of them, and when it is full nothing upstream moves.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+from bagpipe.errors import BackgroundError, BagpipeError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[Result]:
+    """`map` on `pool` with at most `ahead` calls under way or waiting; results in the order of `items`."""
+    futures: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) >= ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+class BackgroundIterator(Generic[Item]):
+    """Iterates `items` in a thread of its own, at most `ahead` items ahead of the consumer.
+
+    What `items` raises is raised by `next` in its place in the order: a BagpipeError as it is, since its message says all, anything
+    else as the cause of a BackgroundError. `close` ends the thread; it is also called at the end of the iteration.
+    """
+
+    _END = object()
+
+    def __init__(self, items: Iterable[Item], *, ahead: int, name: str) -> None:
+        self._queue: queue.Queue[object] = queue.Queue(maxsize=max(1, ahead))
+        self._closed = threading.Event()
+        self._name = name
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(items,), name=f"bagpipe-{name}", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        if self._closed.is_set():
+            raise StopIteration
+        item = self._queue.get()
+        return self._deliver(item)
+
+    def next_if_ready(self) -> Item | None:
+        """The next item if there is one without waiting, else None; the end of the iteration also gives None."""
+        if self._closed.is_set() or self._queue.empty():
+            return None
+        try:
+            return self._deliver(self._queue.get_nowait())
+        except StopIteration:
+            return None
+
+    def close(self) -> None:
+        """Ends the thread and drops what it had ready. Closing twice is allowed."""
+        self._closed.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _deliver(self, item: object) -> Item:
+        if item is not self._END:
+            return item  # type: ignore[return-value]
+        self.close()
+        if self._failure is None:
+            raise StopIteration
+        if isinstance(self._failure, BagpipeError):
+            raise self._failure
+        raise BackgroundError(f"the {self._name} thread failed: {self._failure!r}") from self._failure
+
+    def _run(self, items: Iterable[Item]) -> None:
+        iterator = iter(items)
+        try:
+            for item in iterator:
+                if not self._put(item):
+                    break
+        except BaseException as error:  # whatever it is, it must reach the training loop
+            self._failure = error
+        finally:
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
+            self._put(self._END)
+
+    def _put(self, item: object) -> bool:
+        """Waits for room; False when the consumer has gone. `close` makes room after it has said so."""
+        if self._closed.is_set():
+            return False
+        self._queue.put(item)
+        return True

@@ -1,0 +1,199 @@
+"""Plans against the naive oracle and the invariants, over random traces, caches, lookaheads and prefetch depths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import reference, strategies
+
+from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
+from bagpipe.oracle import DedupedBatch, Oracle, OracleReport, checked, dedup
+from bagpipe.types import SGD, Group, GroupPlan, Jagged, StepPlan, TableConfig, Transfers, group_tables
+
+
+def deduped(group: Group, batches: list[Jagged]) -> Iterator[DedupedBatch[None]]:
+    for batch in batches:
+        yield DedupedBatch(payload=None, batch_size=batch.batch_size, groups=(dedup(group, batch),))
+
+
+def smallest_cache(group: Group, batches: list[Jagged]) -> int:
+    return max(1, *(len(reference.unique_rows(group, batch)) for batch in batches))
+
+
+@given(strategies.group_traces(), st.integers(0, 70), st.integers(1, 30), st.integers(0, 4), st.integers(0, 5))
+@settings(max_examples=400, deadline=None)
+def test_plans_keep_the_invariants_and_fetch_what_the_naive_oracle_fetches(
+    trace: tuple[Group, list[Jagged]], extra_slots: int, lookahead: int, prefetch_depth: int, first_step: int
+) -> None:
+    group, batches = trace
+    num_slots = smallest_cache(group, batches) + extra_slots
+    oracle = Oracle([group], num_slots=[num_slots], lookahead=lookahead, prefetch_depth=prefetch_depth, first_step=first_step)
+    planned = checked([group], [num_slots], oracle.plan(deduped(group, batches)))
+    plans = [plan.groups[0] for plan, _ in planned]
+    naive = reference.naive_oracle(
+        [reference.unique_rows(group, batch) for batch in batches],
+        num_slots=num_slots,
+        lookahead=lookahead,
+        prefetch_depth=prefetch_depth,
+    )
+    assert len(plans) == len(naive)
+    for plan, (fetched, evicted) in zip(plans, naive, strict=True):
+        assert {*plan.early.fetch_rows, *plan.late.fetch_rows} == set(fetched)
+        assert {*plan.early.evict_rows, *plan.late.evict_rows} == evicted
+
+
+@given(strategies.group_traces(), st.integers(0, 30), st.integers(1, 30))
+@settings(max_examples=50, deadline=None)
+def test_plans_are_deterministic(trace: tuple[Group, list[Jagged]], extra_slots: int, lookahead: int) -> None:
+    group, batches = trace
+    num_slots = smallest_cache(group, batches) + extra_slots
+
+    def plan() -> list[GroupPlan]:
+        oracle = Oracle([group], num_slots=[num_slots], lookahead=lookahead)
+        return [plan.groups[0] for plan, _ in oracle.plan(deduped(group, batches))]
+
+    for one, other in zip(plan(), plan(), strict=True):
+        np.testing.assert_array_equal(one.lookup_slots, other.lookup_slots)
+        np.testing.assert_array_equal(one.early.fetch_rows, other.early.fetch_rows)
+        np.testing.assert_array_equal(one.late.evict_slots, other.late.evict_slots)
+
+
+@given(strategies.group_traces(), st.integers(0, 30))
+@settings(max_examples=50, deadline=None)
+def test_auto_lookahead_keeps_the_invariants(trace: tuple[Group, list[Jagged]], extra_slots: int) -> None:
+    group, batches = trace
+    num_slots = smallest_cache(group, batches) + extra_slots
+    oracle = Oracle([group], num_slots=[num_slots], lookahead="auto")
+    assert len(list(checked([group], [num_slots], oracle.plan(deduped(group, batches))))) == len(batches)
+
+
+def zipf_batches(num_batches: int, batch_size: int = 64) -> tuple[Group, list[Jagged]]:
+    (group,) = group_tables([TableConfig(name="t", num_embeddings=2000, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
+    rng = np.random.default_rng(7)
+    return group, [
+        Jagged(keys=("f",), values=(2000 * rng.random(batch_size) ** 4).astype(np.int64), batch_size=batch_size)
+        for _ in range(num_batches)
+    ]
+
+
+def report_of(group: Group, batches: list[Jagged], **options: int) -> OracleReport:
+    num_slots = options.pop("num_slots")
+    oracle = Oracle([group], num_slots=[num_slots], **options)
+    report = OracleReport.for_groups([group])
+    for plan, _ in oracle.plan(deduped(group, batches)):
+        report.add(plan, oracle.peak_slots)
+    return report
+
+
+def test_a_longer_lookahead_and_a_bigger_cache_fetch_less() -> None:
+    group, batches = zipf_batches(300)
+    by_lookahead = [report_of(group, batches, num_slots=250, lookahead=ahead).num_fetched for ahead in (1, 4, 16, 64, 256)]
+    by_cache = [report_of(group, batches, num_slots=slots, lookahead=32).num_fetched for slots in (100, 200, 400, 800, 2000)]
+    assert by_lookahead == sorted(by_lookahead, reverse=True)
+    assert by_lookahead[-1] < 0.95 * by_lookahead[0]
+    assert by_cache == sorted(by_cache, reverse=True)
+    assert by_cache[-1] == len({int(value) for batch in batches for value in batch.values})
+
+
+def test_the_report_counts_rows_bytes_slots_and_lookahead() -> None:
+    group, batches = zipf_batches(50)
+    report = report_of(group, batches, num_slots=2000, lookahead=10)
+    num_uniques = [len(set(batch.values.tolist())) for batch in batches]
+    num_seen = len({int(value) for batch in batches for value in batch.values})
+    assert (report.num_steps, report.num_lookups, report.num_uniques) == (50, 50 * 64, sum(num_uniques))
+    assert (report.num_fetched, report.num_written_back, report.peak_slots) == (num_seen, 0, num_seen)
+    assert report.fetched_bytes == num_seen * 4 * 4
+    assert report.hit_rate == pytest.approx(1 - num_seen / sum(num_uniques))
+    assert report.max_lookahead == 10
+    assert report.as_dict()["hit_rate"] == report.hit_rate
+
+
+def test_auto_lookahead_grows_only_while_it_can_save_a_fetch_and_fits_its_memory() -> None:
+    group, batches = zipf_batches(200)
+    narrow = Oracle([group], num_slots=[150], lookahead="auto", lookahead_bytes=60_000)
+    wide = Oracle([group], num_slots=[150], lookahead="auto")
+    ample = Oracle([group], num_slots=[2000], lookahead="auto")
+    reached = [max(plan.lookahead for plan, _ in oracle.plan(deduped(group, batches))) for oracle in (narrow, wide, ample)]
+    assert reached[0] < reached[1]
+    assert reached[2] == 8  # nothing ever leaves this cache
+
+
+def test_a_cache_too_small_for_one_batch_is_refused_with_step_need_and_limit() -> None:
+    group, batches = zipf_batches(3)
+    oracle = Oracle([group], num_slots=[10], lookahead=1, first_step=40)
+    with pytest.raises(CacheTooSmallError, match=r"step 40 uses \d+ distinct rows of group 0 .*cache has 10 slots: give"):
+        list(oracle.plan(deduped(group, batches)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lookahead": 0}, "lookahead is 0, must be 'auto' or from 1"),
+        ({"prefetch_depth": -1}, "prefetch_depth is -1"),
+        ({"num_slots": [1, 2]}, "num_slots has 2 entries for 1 groups"),
+        ({"num_slots": [0]}, "a cache of 0 slots"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    group, _ = zipf_batches(1)
+    with pytest.raises(ConfigError, match=message):
+        Oracle([group], **({"num_slots": [10]} | options))  # type: ignore[arg-type]
+
+
+def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
+    """The plan with one fault planted; None where this plan has no place for it."""
+    early, slots = plan.early, plan.schedule.unique_slots
+    if fault == "flip a slot" and len(slots) > 1:
+        flipped = slots.copy()
+        flipped[:2] = slots[1::-1]
+        return replace(plan, schedule=replace(plan.schedule, unique_slots=flipped))
+    if fault == "drop a write-back" and len(early.evict_rows):
+        return replace(plan, early=replace(early, evict_rows=early.evict_rows[1:], evict_slots=early.evict_slots[1:]))
+    if fault == "drop a fetch" and len(early.fetch_rows):
+        return replace(plan, early=replace(early, fetch_rows=early.fetch_rows[1:], fetch_slots=early.fetch_slots[1:]))
+    if fault == "forget a fence" and max(early.fence_tick, plan.late.fence_tick) >= 0:
+        return replace(plan, early=replace(early, fence_tick=-1), late=replace(plan.late, fence_tick=-1))
+    if fault == "slot out of range" and len(early.fetch_slots):
+        return replace(plan, early=replace(early, fetch_slots=early.fetch_slots + 10_000))
+    if fault == "re-use a slot too early" and len(plan.late.evict_rows) and len(plan.late.fetch_rows):
+        return replace(plan, early=merged(early, plan.late), late=merged(plan.late, plan.late, 0))
+    return None
+
+
+def merged(one: Transfers, other: Transfers, length: int | None = None) -> Transfers:
+    """`one` and then `other`, cut to `length` entries."""
+    names = ("evict_rows", "evict_slots", "fetch_rows", "fetch_slots")
+    arrays = {name: np.concatenate([getattr(one, name), getattr(other, name)])[:length] for name in names}
+    return Transfers(**arrays, fence_tick=max(one.fence_tick, other.fence_tick))
+
+
+@pytest.mark.parametrize(
+    ("fault", "num_slots", "invariants"),
+    [
+        ("flip a slot", 200, "1"),
+        ("drop a write-back", 200, "[56]"),
+        ("drop a fetch", 200, "1"),
+        ("forget a fence", 100, "4"),
+        ("slot out of range", 200, "3"),
+        ("re-use a slot too early", 64, "[56]"),
+    ],
+)
+def test_a_planted_fault_is_found(fault: str, num_slots: int, invariants: str) -> None:
+    group, batches = zipf_batches(60)
+    oracle = Oracle([group], num_slots=[num_slots], lookahead=8, prefetch_depth=2)
+
+    def planned() -> Iterator[tuple[StepPlan, DedupedBatch[None]]]:
+        planted = False
+        for plan, batch in oracle.plan(deduped(group, batches)):
+            wrong = None if planted or plan.step < 20 else faulty(plan.groups[0], fault)
+            planted = planted or wrong is not None
+            yield (replace(plan, groups=(wrong,)) if wrong else plan), batch
+        assert planted, "the trace has no place for this fault"
+
+    with pytest.raises(PlanError, match=rf"step \d+, group 0 .*invariant {invariants} "):
+        list(checked([group], [num_slots], planned()))

@@ -1,0 +1,103 @@
+"""De-duplication against the naive reading of a batch, and the gradient schedule against its definition."""
+
+from __future__ import annotations
+
+from itertools import chain, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import reference, strategies
+
+from bagpipe.errors import DataError
+from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.types import MAX_PIECE_LENGTH, SGD, Group, Jagged, TableConfig, group_tables
+
+
+def bags_of_pieces(deduped: DedupedGroup) -> list[list[int]]:
+    offsets = deduped.piece_offsets
+    return [deduped.bags[offsets[piece] : offsets[piece + 1]].tolist() for piece in range(len(offsets) - 1)]
+
+
+def check_schedule(group: Group, batch: Jagged, deduped: DedupedGroup) -> None:
+    """Every bag feeds its row exactly once, in lookup order, in pieces of bounded length."""
+    expected: dict[int, list[int]] = {}
+    for row, feature, sample in reference.lookups(group, batch):
+        expected.setdefault(row, []).append(sample * len(group.features) + feature)
+    pieces = bags_of_pieces(deduped)
+    further = dict(zip(deduped.long_uniques.tolist(), pairwise(deduped.long_offsets.tolist()), strict=True))
+    num_uniques = len(deduped.unique_rows)
+    for unique, row in enumerate(deduped.unique_rows.tolist()):
+        begin, end = further.get(unique, (0, 0))
+        parts = [pieces[unique], *pieces[num_uniques + begin : num_uniques + end]]
+        assert list(chain.from_iterable(parts)) == expected.pop(row)
+        assert all(len(part) == MAX_PIECE_LENGTH for part in parts[:-1])
+        assert 1 <= len(parts[-1]) <= MAX_PIECE_LENGTH
+    assert not expected
+    assert num_uniques + deduped.long_offsets[-1] == len(pieces)
+
+
+@given(strategies.group_traces())
+@settings(max_examples=150, deadline=None)
+def test_matches_the_naive_reading(trace: tuple[Group, list[Jagged]]) -> None:
+    group, batches = trace
+    for batch in batches:
+        deduped = dedup(group, batch)
+        rows = [row for row, _, _ in reference.lookups(group, batch)]
+        assert deduped.unique_rows.tolist() == reference.unique_rows(group, batch)
+        assert deduped.unique_rows[deduped.inverse].tolist() == rows
+        check_schedule(group, batch, deduped)
+
+
+@given(st.integers(1, 1000), st.sampled_from([1, 3, 100_000]), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_long_rows_are_cut_into_pieces(batch_size: int, num_embeddings: int, seed: int) -> None:
+    (group,) = group_tables(
+        [TableConfig(name="t", num_embeddings=num_embeddings, embedding_dim=4, feature_names=["a", "b"])], SGD(lr=0.1)
+    )
+    values = np.random.default_rng(seed).integers(0, num_embeddings, 2 * batch_size).astype(np.int32)
+    batch = Jagged(keys=("a", "b"), values=values, batch_size=batch_size)
+    check_schedule(group, batch, dedup(group, batch))
+
+
+TABLES = [
+    TableConfig(name="user", num_embeddings=10, embedding_dim=4, feature_names=["user"]),
+    TableConfig(name="item", num_embeddings=100, embedding_dim=4, feature_names=["item"], pooling="mean"),
+]
+
+
+@pytest.mark.parametrize("bad", [-1, 10, 2**31 - 1])
+def test_an_id_outside_its_table_is_named(bad: int) -> None:
+    (group,) = group_tables(TABLES, SGD(lr=0.1))
+    batch = Jagged(keys=("user", "item"), values=np.array([3, bad, 0, 0]), batch_size=2)
+    with pytest.raises(DataError, match=rf"feature 'user': id {bad} \(lookup 1 .*table 'user', whose ids are 0 to 9"):
+        dedup(group, batch)
+
+
+def test_a_missing_feature_is_named() -> None:
+    (group,) = group_tables(TABLES, SGD(lr=0.1))
+    with pytest.raises(DataError, match=r"no feature 'item'.*it has user"):
+        dedup(group, Jagged(keys=("user",), values=np.array([3]), batch_size=1))
+
+
+@pytest.mark.parametrize("offsets", [[0, 1, 2], [0, 2, 1, 2, 2], [1, 1, 1, 1, 2], [0, 1, 1, 1, 3]])
+def test_inconsistent_offsets_are_refused(offsets: list[int]) -> None:
+    (group,) = group_tables(TABLES, SGD(lr=0.1))
+    batch = Jagged(keys=("user", "item"), values=np.array([3, 4]), batch_size=2, offsets=np.array(offsets))
+    with pytest.raises(DataError, match="offsets must be 5 non-decreasing numbers from 0 to 2"):
+        dedup(group, batch)
+
+
+def test_too_few_ids_without_offsets_are_refused() -> None:
+    (group,) = group_tables(TABLES, SGD(lr=0.1))
+    with pytest.raises(DataError, match="has 3 ids for 2 features x 2 samples"):
+        dedup(group, Jagged(keys=("user", "item"), values=np.array([3, 4, 5]), batch_size=2))
+
+
+def test_mean_pooling_scales_by_bag_length_and_sum_does_not() -> None:
+    (group,) = group_tables(TABLES, SGD(lr=0.1))
+    batch = Jagged(keys=("item", "user"), values=np.array([5, 6, 7, 8, 1, 1]), batch_size=2, offsets=np.array([0, 4, 4, 5, 6]))
+    scales = dedup(group, batch).bag_scales
+    assert scales is not None
+    np.testing.assert_array_equal(scales.reshape(2, 2), [[1.0, 0.25], [1.0, 1.0]])  # (sample, feature): user, item

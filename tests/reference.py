@@ -1,0 +1,142 @@
+"""Slow and obvious twins of what the library does, written without it: a naive oracle and an in-memory trainer.
+
+They share only the value types with the code under test. Rows are plain integers, sets and dicts; floats are numpy
+float32 with one rounding an operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bagpipe.types import MAX_PIECE_LENGTH, SGD, Adagrad, Adam, Group, Jagged, RowWiseAdagrad
+
+NEVER = 10**9
+
+
+def lookups(group: Group, batch: Jagged) -> list[tuple[int, int, int]]:
+    """(row, feature, sample) of each lookup of the group, feature-major."""
+    result = []
+    for feature, name in enumerate(group.features):
+        key = batch.keys.index(name)
+        table = group.feature_tables[feature]
+        first_row = sum(table.num_embeddings for table in group.tables[:table])
+        for sample in range(batch.batch_size):
+            bag = key * batch.batch_size + sample
+            begin, end = (bag, bag + 1) if batch.offsets is None else batch.offsets[bag : bag + 2]
+            result += [(first_row + int(identifier), feature, sample) for identifier in batch.values[begin:end]]
+    return result
+
+
+def unique_rows(group: Group, batch: Jagged) -> list[int]:
+    """Distinct rows in first-use order."""
+    return list(dict.fromkeys(row for row, _, _ in lookups(group, batch)))
+
+
+def naive_oracle(
+    batches: Sequence[list[int]], *, num_slots: int, lookahead: int, prefetch_depth: int
+) -> list[tuple[list[int], set[int]]]:
+    """For each step the rows fetched, in batch order, and the set of rows evicted, by scanning for the farthest next use."""
+    cached: set[int] = set()
+    last_use: dict[int, int] = {}
+    result = []
+    for step, rows in enumerate(batches):
+        window = batches[step : step + lookahead + 1]
+        missing = [row for row in rows if row not in cached]
+        num_evicted = max(0, len(cached) + len(missing) - num_slots)
+
+        def next_use(row: int, step: int = step, window: Sequence[list[int]] = window) -> int:
+            return next((step + ahead for ahead, later in enumerate(window) if row in later), NEVER)
+
+        def key(row: int, step: int = step) -> tuple[int, ...]:
+            """What goes first is smallest."""
+            used, due = last_use[row], next_use(row)
+            if used >= step - prefetch_depth:
+                return (2, used, batches[used].index(row))
+            if due == NEVER:
+                return (0, used, batches[used].index(row))
+            return (1, -due, batches[due].index(row))
+
+        victims = sorted((row for row in cached if row not in rows), key=key)[:num_evicted]
+        cached = cached - set(victims) | set(missing)
+        last_use.update(dict.fromkeys(rows, step))
+        result.append((missing, set(victims)))
+    return result
+
+
+class InMemoryTables:
+    """One group's tables, whole, as (num_rows, D) weights and (num_rows, S) state; trained with the library's arithmetic."""
+
+    def __init__(self, group: Group, records: np.ndarray) -> None:
+        """`records` (num_rows, D + S) are copied."""
+        self.group = group
+        self.weights = records[:, : group.embedding_dim].astype(np.float32).copy()
+        self.state = records[:, group.embedding_dim :].astype(np.float32).copy()
+        self.step = 0
+
+    def lookup(self, batch: Jagged) -> np.ndarray:
+        """Pooled embeddings (B, F, D)."""
+        pooled = np.zeros((batch.batch_size, len(self.group.features), self.group.embedding_dim), np.float32)
+        for row, feature, sample in lookups(self.group, batch):
+            pooled[sample, feature] += self.weights[row]
+        return pooled * self._scales(batch)
+
+    def update(self, batch: Jagged, grads: np.ndarray) -> None:
+        """One optimizer step with the gradient (B, F, D) of `lookup`'s result."""
+        grads = grads.astype(np.float32) * self._scales(batch)
+        bags: dict[int, list[np.ndarray]] = {}
+        for row, feature, sample in lookups(self.group, batch):
+            bags.setdefault(row, []).append(grads[sample, feature])
+        for row, parts in bags.items():
+            pieces = [_in_order(parts[begin : begin + MAX_PIECE_LENGTH]) for begin in range(0, len(parts), MAX_PIECE_LENGTH)]
+            total = pieces[0] if len(pieces) == 1 else pieces[0] + _in_order(pieces[1:])
+            self.weights[row], self.state[row] = self._apply(self.weights[row], self.state[row], total)
+        self.step += 1
+
+    def records(self) -> np.ndarray:
+        return np.concatenate([self.weights, self.state], axis=1)
+
+    def _scales(self, batch: Jagged) -> np.ndarray:
+        """(B, F, 1): 1 / bag length where pooling is mean."""
+        lengths = np.zeros((batch.batch_size, len(self.group.features), 1), np.float64)
+        for _, feature, sample in lookups(self.group, batch):
+            lengths[sample, feature] += 1
+        is_mean = np.array([self.group.tables[table].pooling == "mean" for table in self.group.feature_tables])
+        return np.where(is_mean[None, :, None], 1 / np.maximum(lengths, 1), 1.0).astype(np.float32)
+
+    def _apply(self, weights: np.ndarray, state: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        optimizer, one = self.group.optimizer, np.float32
+        lr = one(optimizer.lr)
+        match optimizer:
+            case SGD():
+                return weights - grad * lr, state
+            case Adagrad():
+                state = state + grad * grad
+                return weights - grad / (np.sqrt(state) + one(optimizer.eps)) * lr, state
+            case RowWiseAdagrad():
+                state = state + _mean_of_squares(grad)
+                return weights - grad / (np.sqrt(state) + one(optimizer.eps)) * lr, state
+            case Adam():
+                beta1, beta2 = optimizer.betas
+                first, second = np.split(state, 2)
+                first = first + (grad - first) * one(1 - beta1)
+                second = second + (grad * grad - second) * one(1 - beta2)
+                count = self.step + 1
+                size = one(optimizer.lr * (1 - beta2**count) ** 0.5 / (1 - beta1**count))
+                return weights - first / (np.sqrt(second) + one(optimizer.eps)) * size, np.concatenate([first, second])
+
+
+def _in_order(parts: Sequence[np.ndarray]) -> np.ndarray:
+    total = np.zeros_like(parts[0])
+    for part in parts:
+        total = total + part
+    return total
+
+
+def _mean_of_squares(grad: np.ndarray) -> np.float32:
+    lanes = np.zeros(8, np.float32)
+    for index, value in enumerate(grad):
+        lanes[index % 8] += value * value
+    total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
+    return total / np.float32(len(grad))
