@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from bagpipe.types import Float32Array, Jagged
+
+Split: TypeAlias = Literal["train", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """A categorical feature of a data set, and the table that its ids are of."""
+
+    name: str
+    table: str
+    num_embeddings: int
+    multi_hot: bool = False  # whether a bag may hold another number of ids than one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +38,10 @@ class BatchSource(Protocol):
     """A split of a data set that can be read from any batch on, always in the same order."""
 
     @property
+    def features(self) -> tuple[FeatureSpec, ...]:
+        """The features of every batch, in the order of its `sparse.keys`."""
+
+    @property
     def num_dense(self) -> int:
         """Dense features a sample."""
 
@@ -35,3 +51,10 @@ class BatchSource(Protocol):
 
     def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
         """Yields the batches of one epoch from batch number `start` on; the last one may be smaller unless dropped."""
+
+
+def count_batches(num_samples: int, batch_size: int, *, drop_last: bool = False) -> int:
+    """Batches in an epoch of `num_samples`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+    return num_samples // batch_size if drop_last else -(-num_samples // batch_size)

@@ -1,0 +1,44 @@
+"""Where batches come from: prepared files, or a synthetic stream. Never imports torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bagpipe.data.base import BatchSource, Split
+from bagpipe.data.cardinalities import CARDINALITIES
+from bagpipe.data.prepared import PreparedSource
+from bagpipe.data.synthetic import SyntheticSource
+
+if TYPE_CHECKING:
+    from bagpipe.config.data import DataConfig, SyntheticData
+
+__all__ = ["open_source"]
+
+
+def open_source(config: DataConfig, split: Split) -> BatchSource:
+    """The split of the data that the configuration names. DataError: prepared files are missing or damaged."""
+    if config.kind == "synthetic":
+        return _open_synthetic(config, split)
+    return PreparedSource(
+        config.folder,
+        split,
+        features=config.features,
+        shuffle=config.shuffle and split == "train",
+        seed=config.seed,
+        verify=config.verify,
+    )
+
+
+def _open_synthetic(config: SyntheticData, split: Split) -> SyntheticSource:
+    sizes = CARDINALITIES[config.num_embeddings] if isinstance(config.num_embeddings, str) else config.num_embeddings
+    limit = config.max_num_embeddings
+    lengths = {name: (length, length) if isinstance(length, int) else length for name, length in config.multi_hot.items()}
+    return SyntheticSource(
+        [size if limit is None else min(size, limit) for size in sizes],
+        split=split,
+        num_samples=config.num_samples if split == "train" else config.num_validation_samples,
+        num_dense=config.num_dense,
+        skew=config.skew,
+        bag_lengths=lengths,
+        seed=config.seed,
+    )

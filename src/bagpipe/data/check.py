@@ -1,0 +1,78 @@
+"""Refuses a batch that would train on nonsense: numbers not finite, ids outside their table, offsets that don't fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from bagpipe.data.base import Batch, FeatureSpec
+from bagpipe.errors import DataError
+from bagpipe.types import Jagged
+
+
+def check_batch(batch: Batch, features: Sequence[FeatureSpec], *, where: str, dense_names: Sequence[str] = ()) -> None:
+    """Raises DataError for the first fault of `batch`; `where` says which batch of what, e.g. ``"batch 7 of train"``.
+
+    Checked are: labels and dense features are finite; every key has a table in `features`; ``0 <= id < num_embeddings``;
+    offsets start at 0, never fall and end at the number of ids. Costs one pass over the batch.
+    """
+    _check_finite(batch, where, dense_names)
+    check_jagged(batch.sparse, features, where=where)
+
+
+def check_jagged(sparse: Jagged, features: Sequence[FeatureSpec], *, where: str) -> None:
+    """The part of `check_batch` that concerns ids."""
+    offsets = _feature_offsets(sparse, where)
+    by_name = {feature.name: feature for feature in features}
+    for index, key in enumerate(sparse.keys):
+        spec = by_name.get(key)
+        if spec is None:
+            raise DataError(f"{where}: feature {key!r} has no table; tables exist for {', '.join(by_name) or 'no feature'}")
+        ids = sparse.values[offsets[index] : offsets[index + 1]]
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= spec.num_embeddings):
+            _refuse_id(sparse, index, spec, ids, where)
+
+
+def _check_finite(batch: Batch, where: str, dense_names: Sequence[str]) -> None:
+    if not np.isfinite(batch.labels).all():
+        sample = int(np.argmin(np.isfinite(batch.labels)))
+        raise DataError(f"{where}: the label of sample {sample} is {batch.labels[sample]}, must be finite")
+    if not np.isfinite(batch.dense).all():
+        sample, column = (int(part) for part in np.argwhere(~np.isfinite(batch.dense))[0])
+        name = repr(dense_names[column]) if column < len(dense_names) else str(column)
+        raise DataError(
+            f"{where}: dense feature {name} of sample {sample} is {batch.dense[sample, column]}, must be finite: "
+            "replace or drop such values before training"
+        )
+
+
+def _feature_offsets(sparse: Jagged, where: str) -> npt.NDArray[np.integer]:
+    """Where the ids of each feature begin, (F + 1,)."""
+    num_bags = len(sparse.keys) * sparse.batch_size
+    if sparse.offsets is None:
+        if len(sparse.values) != num_bags:
+            raise DataError(
+                f"{where}: {len(sparse.values)} ids for {len(sparse.keys)} features of {sparse.batch_size} samples, "
+                f"must be {num_bags} when there are no offsets"
+            )
+        return np.arange(len(sparse.keys) + 1) * sparse.batch_size
+    offsets = sparse.offsets
+    if len(offsets) != num_bags + 1:
+        raise DataError(f"{where}: {len(offsets)} offsets, must be {num_bags + 1} (features x samples + 1)")
+    if offsets[0] != 0 or offsets[-1] != len(sparse.values) or (np.diff(offsets) < 0).any():
+        raise DataError(f"{where}: offsets must start at 0, never fall and end at {len(sparse.values)}, the number of ids")
+    return offsets[:: sparse.batch_size] if sparse.batch_size else np.zeros(len(sparse.keys) + 1, np.int64)
+
+
+def _refuse_id(sparse: Jagged, index: int, spec: FeatureSpec, ids: npt.NDArray[np.integer], where: str) -> None:
+    position = int(np.argmax((ids < 0) | (ids >= spec.num_embeddings)))
+    sample = position
+    if sparse.offsets is not None:
+        bags = sparse.offsets[index * sparse.batch_size : (index + 1) * sparse.batch_size + 1]
+        sample = int(np.searchsorted(bags - bags[0], position, side="right")) - 1
+    raise DataError(
+        f"{where}: feature {spec.name!r} of sample {sample} has id {int(ids[position])}, but table {spec.table!r} holds ids "
+        f"0 to {spec.num_embeddings - 1}: raise its num_embeddings or map the ids into it"
+    )

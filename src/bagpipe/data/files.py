@@ -1,0 +1,89 @@
+"""Files that are whole or not there: hashed while written, synced to disk, and named last."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import xxhash
+
+_CHUNK_BYTES: Final = 4 << 20
+
+
+class HashingFile:
+    """A binary file open for writing that knows its size and xxh3_128; it is on disk once closed without an error."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_bytes = path, 0
+        self._hash = xxhash.xxh3_128()
+        self._file = open(path, "wb")
+
+    @property
+    def checksum(self) -> str:
+        """xxh3_128 of what was written, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    @property
+    def closed(self) -> bool:
+        """As Arrow asks of a file."""
+        return self._file.closed
+
+    def write(self, data: Any) -> int:
+        """Appends a bytes-like object and returns its length in bytes."""
+        self._hash.update(data)
+        num_bytes = self._file.write(data)
+        self.num_bytes += num_bytes
+        return num_bytes
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.num_bytes
+
+    def flush(self) -> None:
+        """Hands buffered bytes to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Syncs and closes; again is allowed."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def checksum_file(path: Path) -> str:
+    """xxh3_128 of a file's bytes, in hexadecimal."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content` such that a reader, or a crash, sees all of it or nothing of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with HashingFile(temporary) as file:
+        file.write(content)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the folder's names durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

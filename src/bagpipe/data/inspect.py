@@ -1,0 +1,139 @@
+"""How large and how skewed the tables of a data set are: what decides how small a cache may be.
+
+Ids are counted exactly; memory is 16 bytes for each distinct id, three times that while merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from bagpipe.data.base import BatchSource
+from bagpipe.data.counting import KeyCounter
+from bagpipe.errors import ConfigError
+from bagpipe.types import Int64Array
+
+ALL_TABLES: Final = "all tables"
+_NUM_CURVE_POINTS: Final = 64
+_TOP_SHARE: Final = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableStats:
+    """The accesses to one table, or to all of them. Shares are of its lookups, from 0 to 1."""
+
+    table: str
+    num_embeddings: int
+    num_seen: int  # distinct ids
+    num_lookups: int
+    num_bags: int
+    num_seen_once: int  # ids that came once
+    top_seen_share: float  # of lookups, that go to the most frequent 1 % of the ids seen (at least one id)
+    top_rows_share: float  # of lookups, that go to as many of the most frequent ids as 1 % of num_embeddings is (at least one)
+    curve: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] = field(repr=False, compare=False)
+    # (points,) most frequent rows as a share of num_embeddings, and (points,) the share of lookups that they take
+
+    @property
+    def mean_bag_length(self) -> float:
+        """Ids a bag."""
+        return self.num_lookups / self.num_bags if self.num_bags else 0.0
+
+
+def inspect_source(source: BatchSource, max_batches: int | None = None, batch_size: int = 16_384) -> list[TableStats]:
+    """Statistics of each table over the first `max_batches` batches, in the order of the features.
+
+    Where there are several tables, a last entry named ALL_TABLES pools them.
+    """
+    tables = {feature.table: feature.num_embeddings for feature in source.features}
+    counters = {table: KeyCounter() for table in tables}
+    num_bags = dict.fromkeys(tables, 0)
+    for batch in islice(source.batches(batch_size=batch_size), max_batches):
+        sparse, size = batch.sparse, batch.batch_size
+        for index, feature in enumerate(source.features):
+            first, last = index * size, (index + 1) * size
+            if sparse.offsets is not None:
+                first, last = int(sparse.offsets[first]), int(sparse.offsets[last])
+            counters[feature.table].add(sparse.values[first:last].astype(np.int64))
+            num_bags[feature.table] += size
+    counts = {table: counter.counts()[1] for table, counter in counters.items()}
+    stats = [_stats(table, size, num_bags[table], counts[table]) for table, size in tables.items()]
+    if len(tables) > 1:
+        pooled = np.concatenate(list(counts.values()))
+        stats.append(_stats(ALL_TABLES, sum(tables.values()), sum(num_bags.values()), pooled))
+    return stats
+
+
+def render_table(stats: Sequence[TableStats]) -> Table:
+    """The statistics as a rich table."""
+    table = Table(title="Embedding tables")
+    table.add_column("table", no_wrap=True)
+    for heading in ("rows", "ids seen", "seen once", "lookups", "ids a bag", "top 1 % of seen", "top 1 % of rows"):
+        table.add_column(heading, justify="right")
+    for entry in stats:
+        table.add_row(
+            entry.table,
+            f"{entry.num_embeddings:,}",
+            f"{entry.num_seen:,}",
+            f"{entry.num_seen_once:,}",
+            f"{entry.num_lookups:,}",
+            f"{entry.mean_bag_length:.2f}",
+            f"{entry.top_seen_share:.1%}",
+            f"{entry.top_rows_share:.1%}",
+            style="bold" if entry.table == ALL_TABLES else None,
+        )
+    return table
+
+
+def save_plot(stats: Sequence[TableStats], path: Path) -> None:
+    """Draws the share of lookups against the share of rows that takes them, one line a table, and saves it in the format of
+    the path's ending. ConfigError: matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for entry in stats:
+        pooled = entry.table == ALL_TABLES
+        line = {"color": "black", "linewidth": 2.5} if pooled else {"linewidth": 0.8, "alpha": 0.7}
+        axes.plot(*entry.curve, label=entry.table, **line)
+    axes.axvline(_TOP_SHARE, color="grey", linestyle=":", linewidth=1)
+    axes.set(xscale="log", xlabel="most frequent rows, share of num_embeddings", ylabel="share of lookups", ylim=(0, 1.02))
+    axes.legend(fontsize="x-small", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def _stats(table: str, num_embeddings: int, num_bags: int, counts: Int64Array) -> TableStats:
+    ranked = np.sort(counts)[::-1]
+    taken = np.cumsum(ranked)
+    num_lookups = int(taken[-1]) if len(taken) else 0
+    return TableStats(
+        table=table,
+        num_embeddings=num_embeddings,
+        num_seen=len(ranked),
+        num_lookups=num_lookups,
+        num_bags=num_bags,
+        num_seen_once=int(np.count_nonzero(ranked == 1)),
+        top_seen_share=_share(taken, _TOP_SHARE * len(ranked)),
+        top_rows_share=_share(taken, _TOP_SHARE * num_embeddings),
+        curve=_curve(taken, num_embeddings),
+    )
+
+
+def _share(taken: Int64Array, num_rows: float) -> float:
+    """The share of lookups that go to the `num_rows` most frequent ids; `taken` (m,) are running sums, most frequent first."""
+    return float(taken[min(max(int(num_rows), 1), len(taken)) - 1] / taken[-1]) if len(taken) else 0.0
+
+
+def _curve(taken: Int64Array, num_embeddings: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    if len(taken) == 0:
+        return np.empty(0), np.empty(0)
+    rows = np.unique(np.geomspace(1, len(taken), _NUM_CURVE_POINTS).astype(np.int64))
+    return rows / num_embeddings, taken[rows - 1] / taken[-1]

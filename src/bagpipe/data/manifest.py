@@ -1,0 +1,161 @@
+"""`manifest.json`: what a folder of prepared data holds. It is written last, so a folder without one is not finished.
+
+It carries a checksum of itself, so that an edited or damaged manifest is refused like an altered data file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final, Literal, Self
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from bagpipe.data.base import FeatureSpec, Split
+from bagpipe.data.files import checksum_file, write_atomically
+from bagpipe.errors import DataError
+
+MANIFEST_NAME: Final = "manifest.json"
+FORMAT_VERSION: Final = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Entry):
+    """One file of the folder."""
+
+    name: str
+    num_bytes: int
+    checksum: str  # xxh3_128
+    num_rows: int
+
+
+class FeatureEntry(_Entry):
+    """One categorical feature, in column order."""
+
+    name: str
+    table: str
+    multi_hot: bool
+
+
+class SkippedEntry(_Entry):
+    """Rows left out for one reason, and the first of them."""
+
+    count: int
+    first: str
+
+
+class SourceEntry(_Entry):
+    """What the data were prepared from."""
+
+    kind: str
+    files: tuple[str, ...]
+    num_rows_read: int
+    skipped: dict[str, SkippedEntry]
+
+    @property
+    def num_rows_skipped(self) -> int:
+        return sum(entry.count for entry in self.skipped.values())
+
+
+class PreparedManifest(_Entry):
+    """The whole of `manifest.json`. Every data file's record batches have `rows_per_batch` rows, but for its last one."""
+
+    format_version: Literal[1] = 1
+    label: str
+    dense_names: tuple[str, ...]
+    dense_transform: Literal["log", "none"]
+    features: tuple[FeatureEntry, ...]
+    num_embeddings: dict[str, int]  # by table
+    vocabulary: Literal["hash", "dictionary"]
+    dictionaries: dict[str, FileEntry]  # by table
+    rows_per_batch: int
+    splits: dict[Split, tuple[FileEntry, ...]]
+    source: SourceEntry
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for feature in self.features:
+            if feature.table not in self.num_embeddings:
+                raise ValueError(f"table {feature.table!r} of feature {feature.name!r} has no num_embeddings")
+        return self
+
+    @property
+    def feature_specs(self) -> tuple[FeatureSpec, ...]:
+        """The features with their tables' sizes, in column order."""
+        return tuple(
+            FeatureSpec(
+                name=entry.name,
+                table=entry.table,
+                num_embeddings=self.num_embeddings[entry.table],
+                multi_hot=entry.multi_hot,
+            )
+            for entry in self.features
+        )
+
+    def num_rows(self, split: Split) -> int:
+        """Rows of a split, 0 where there is none."""
+        return sum(file.num_rows for file in self.splits.get(split, ()))
+
+    def save(self, folder: Path) -> None:
+        """Writes it into `folder`, all or nothing."""
+        content = self.model_dump(mode="json")
+        write_atomically(folder / MANIFEST_NAME, _encode({**content, "manifest_checksum": _checksum(content)}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads the manifest of `folder`. DataError: there is none, it was altered, or another version wrote it."""
+        path = folder / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(
+                f"{folder} holds no {MANIFEST_NAME}, so it is not prepared data, or preparing was interrupted: "
+                "run `bagpipe data prepare` again"
+            ) from error
+        except ValueError as error:
+            raise _altered(path) from error
+        if not isinstance(content, dict):
+            raise _altered(path)
+        if (version := content.get("format_version")) != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {version}, this version of Bagpipe reads {FORMAT_VERSION}: prepare it again"
+            )
+        if content.pop("manifest_checksum", None) != _checksum(content):
+            raise _altered(path)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise DataError(f"{path} is not a valid manifest: {error}") from error
+
+
+def check_file(folder: Path, entry: FileEntry, *, verify: bool) -> Path:
+    """The path of a file of the folder. DataError: it is missing or of another size, or with `verify` of another checksum."""
+    path = folder / entry.name
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} is missing, though the manifest lists it: prepare the data again") from error
+    if num_bytes != entry.num_bytes:
+        raise DataError(
+            f"{path} has {num_bytes:,} bytes, but {entry.num_bytes:,} were written: it is truncated or altered, "
+            "so prepare the data again"
+        )
+    if verify and (checksum := checksum_file(path)) != entry.checksum:
+        raise DataError(f"{path} has checksum {checksum}, but {entry.checksum} was written: it is altered, prepare it again")
+    return path
+
+
+def _altered(path: Path) -> DataError:
+    return DataError(f"{path} is not as it was written (damaged or edited): prepare the data again")
+
+
+def _encode(content: dict[str, object]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _checksum(content: dict[str, object]) -> str:
+    return xxhash.xxh3_128_hexdigest(_encode(content))

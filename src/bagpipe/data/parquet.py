@@ -1,0 +1,196 @@
+"""Any Parquet files as a raw source, by a mapping of their columns; only the mapped columns are read.
+
+Row groups are read in blocks of BLOCK_ROWS. Row positions in messages count from 0 within a file, as data frames do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bagpipe.data.arrow_keys import is_list, list_keys, single_keys, split_keys
+from bagpipe.data.raw import Keys, Problems, Progress, RawBlock, RawFeature
+from bagpipe.errors import DataError
+from bagpipe.types import Float32Array, Int64Array
+
+if TYPE_CHECKING:
+    from bagpipe.config.data import ParquetFiles, SparseColumn
+
+BLOCK_ROWS: Final = 65_536
+_FLOAT_SIGN: Final = 0x7FFF_FFFF_FFFF_FFFF
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class ParquetSource:
+    """Parquet files in the given order, as a `RawSource`. DataError: a mapped column is missing, or a file can't be read."""
+
+    def __init__(self, files: Sequence[Path], config: ParquetFiles) -> None:
+        self._files, self._config = tuple(files), config
+        self._columns = _mapped_columns(config)
+        schema = self._check_schemas()
+        self.features = tuple(_raw_feature(column, schema.field(column.column).type) for column in config.sparse)
+        self.dense_names = config.dense
+        self.has_time = config.time is not None
+
+    def num_rows(self) -> int:
+        """Rows of all files, from their footers."""
+        return sum(_open(file).metadata.num_rows for file in self._files)
+
+    def times(self) -> Iterator[Int64Array]:
+        """The time column, rows without a time left out."""
+        name = str(self._config.time)
+        for file in self._files:
+            for batch in _batches(file, [name]):
+                values, good = _time_keys(batch.column(0), f"{file}, column {name!r}")
+                yield values[good]
+
+    def blocks(self, problems: Problems, progress: Callable[[Progress], None], stage: str) -> Iterator[RawBlock]:
+        """All rows that can be read; the others go to `problems` with file and row."""
+        total, row = self.num_rows(), 0
+        for file in self._files:
+            first_row = row
+            for batch in _batches(file, self._columns):
+                yield self._block(batch, row, _Place(file, row - first_row, problems))
+                row += len(batch)
+                progress(Progress(stage=stage, done=row, total=total, unit="rows"))
+
+    def _check_schemas(self) -> Any:
+        first = _open(self._files[0]).schema_arrow
+        for file in self._files:
+            schema = _open(file).schema_arrow
+            for name in self._columns:
+                if name not in schema.names:
+                    raise DataError(f"{file} has no column {name!r}; its columns are {', '.join(schema.names)}")
+                if schema.field(name).type != first.field(name).type:
+                    raise DataError(
+                        f"{file}: column {name!r} is of type {schema.field(name).type}, "
+                        f"but {first.field(name).type} in {self._files[0]}: write both with one type"
+                    )
+        if self.num_rows() == 0:
+            raise DataError(f"{', '.join(map(str, self._files))}: no rows")
+        return first
+
+    def _block(self, batch: Any, row: int, place: _Place) -> RawBlock:
+        config = self._config
+        good = np.ones(len(batch), np.bool_)
+        labels = _labels(batch.column(config.label.column), config.label.column, config.label.at_least, good, place)
+        dense = np.empty((len(batch), len(config.dense)), np.float32)
+        for index, name in enumerate(config.dense):
+            dense[:, index] = _dense(batch.column(name), name, good, place)
+        times = None
+        if config.time is not None:
+            times, timed = _time_keys(batch.column(config.time), f"{place.file}, column {config.time!r}")
+            place.refuse(~timed, good, "time is missing", f"column {config.time!r} is missing or not finite", None)
+        keys = tuple(_feature_keys(batch.column(column.column), column, place.file) for column in config.sparse)
+        block = RawBlock(rows=np.arange(row, row + len(batch)), labels=labels, dense=dense, keys=keys, times=times)
+        return block if good.all() else block.take(np.flatnonzero(good))
+
+
+class _Place:
+    """Where a block lies, to name its bad rows."""
+
+    def __init__(self, file: Path, first_row: int, problems: Problems) -> None:
+        self.file, self._first_row, self._problems = file, first_row, problems
+
+    def refuse(self, bad: BoolArray, good: BoolArray, reason: str, what: str, values: npt.NDArray[Any] | None) -> None:
+        """Reports the rows of `bad` that were good so far, and marks them."""
+        bad = bad & good
+        if not bad.any():
+            return
+        index = int(np.argmax(bad))
+        shown = "" if values is None else f" is {values[index]}"
+        where = f"{self.file}, row {self._first_row + index} (from 0)"
+        self._problems.add(reason, int(np.count_nonzero(bad)), f"{where}: {what.replace('{}', shown)}")
+        good &= ~bad
+
+
+def _mapped_columns(config: ParquetFiles) -> list[str]:
+    names = [config.label.column, *config.dense, *(column.column for column in config.sparse)]
+    return list(dict.fromkeys(names + ([config.time] if config.time else [])))
+
+
+def _raw_feature(column: SparseColumn, kind: Any) -> RawFeature:
+    return RawFeature(
+        name=column.feature,
+        table=column.table_name,
+        num_embeddings=column.num_embeddings,
+        multi_hot=is_list(kind) or column.separator is not None,
+    )
+
+
+def _feature_keys(array: Any, column: SparseColumn, file: Path) -> Keys:
+    where = f"{file}, column {column.column!r}"
+    if column.separator is not None:
+        return split_keys(array, column.separator, where)
+    return list_keys(array, where) if is_list(array.type) else single_keys(array, where)
+
+
+def _labels(array: Any, name: str, at_least: float | None, good: BoolArray, place: _Place) -> Float32Array:
+    values, present = _numbers(array, name, place.file)
+    place.refuse(~present, good, "label is missing", f"label column {name!r} is missing", None)
+    place.refuse(~np.isfinite(values), good, "label is not finite", f"label column {name!r}{{}}, must be finite", values)
+    if at_least is not None:
+        return (values >= at_least).astype(np.float32)
+    must = "must be in [0, 1]; set source.label.at_least to turn it into 0 and 1"
+    place.refuse((values < 0) | (values > 1), good, "label is outside [0, 1]", f"label column {name!r}{{}}, {must}", values)
+    return values.astype(np.float32)
+
+
+def _dense(array: Any, name: str, good: BoolArray, place: _Place) -> Float32Array:
+    values, _ = _numbers(array, name, place.file)
+    with np.errstate(over="ignore"):
+        narrow: Float32Array = values.astype(np.float32)
+    what = f"dense column {name!r}{{}}, must be finite in float32 (a missing value is a null)"
+    place.refuse(~np.isfinite(narrow), good, "dense value is not finite", what, values)
+    return narrow
+
+
+def _numbers(array: Any, name: str, file: Path) -> tuple[npt.NDArray[np.float64], BoolArray]:
+    """Values as float64 (0 where missing), and where they are present."""
+    kind = array.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)):
+        raise DataError(f"{file}, column {name!r} is of type {kind}, must be a number: cast it first")
+    present: BoolArray = array.is_valid().to_numpy(zero_copy_only=False)
+    values = pc.fill_null(array.cast(pa.float64(), safe=False), 0.0).to_numpy(zero_copy_only=False)
+    return values, present
+
+
+def _time_keys(array: Any, where: str) -> tuple[Int64Array, BoolArray]:
+    """Integers in the order of the times (n,), and which rows have one (n,)."""
+    kind = array.type
+    present: BoolArray = array.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_floating(kind):
+        times = pc.fill_null(array.cast(pa.float64()), 0.0).to_numpy(zero_copy_only=False)
+        bits = (times + 0.0).view(np.int64)  # + 0.0 turns -0.0 into 0.0
+        # IEEE 754 numbers compare as their bits do once the negative ones are turned round.
+        return np.where(bits < 0, bits ^ _FLOAT_SIGN, bits), present & np.isfinite(times)
+    if pa.types.is_date32(kind) or pa.types.is_time32(kind):
+        array = array.cast(pa.int32())
+    elif pa.types.is_temporal(kind):
+        array = array.cast(pa.int64())
+    elif not pa.types.is_integer(kind):
+        raise DataError(f"{where} is of type {kind}; a time must be an integer, a float, a date or a timestamp")
+    values: Int64Array = pc.fill_null(array, 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return values, present
+
+
+def _open(file: Path) -> Any:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} can't be read as Parquet: {error}") from error
+
+
+def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
+    try:
+        yield from _open(file).iter_batches(batch_size=BLOCK_ROWS, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} can't be read to its end: {error}") from error

@@ -1,0 +1,232 @@
+"""Raw files to prepared ones: the work behind `bagpipe data prepare`.
+
+Passes over the input, each in bounded memory (a block, a record batch a split, the dictionaries):
+1. only for a split by time: the time column, or a count of the rows;
+2. only for a dictionary: the keys of the training rows are counted;
+3. rows are turned into ids and written, split by split.
+`manifest.json` comes last, so that an interrupted preparation leaves nothing that a reader would take for whole data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from bagpipe.data.base import Split
+from bagpipe.data.cardinalities import CARDINALITIES
+from bagpipe.data.counting import KeyCounter
+from bagpipe.data.criteo import SPARSE_NAMES, CriteoSource
+from bagpipe.data.files import sync_folder
+from bagpipe.data.manifest import (
+    MANIFEST_NAME,
+    FeatureEntry,
+    FileEntry,
+    PreparedManifest,
+    SkippedEntry,
+    SourceEntry,
+)
+from bagpipe.data.parquet import ParquetSource
+from bagpipe.data.raw import Problems, Progress, RawBlock, RawSource, find_files
+from bagpipe.data.splitting import Splitter, make_splitter
+from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary, Vocabulary
+from bagpipe.data.writer import SplitWriter, prepared_schema, record_batch
+from bagpipe.errors import DataError
+from bagpipe.types import Float32Array
+
+if TYPE_CHECKING:
+    from bagpipe.config.data import CriteoFiles, PrepareConfig
+
+ProgressCallback = Callable[[Progress], None]
+COUNT_STAGE: Final = "counting values"
+WRITE_STAGE: Final = "writing"
+_SPLITS: Final[tuple[Split, Split]] = ("train", "validation")
+_OWN_FILES: Final = ("train-*.arrow", "validation-*.arrow", "dictionary-*.arrow", MANIFEST_NAME + ".tmp")
+
+
+def prepare(config: PrepareConfig, progress: ProgressCallback = lambda _: None) -> PreparedManifest:
+    """Writes the folder `config.output` and returns its manifest; `progress` is called after every block.
+
+    DataError: a file is missing, empty or damaged; a column is missing or of a type that can't be used; a row can't be read and
+    `on_error` is "raise"; no row is left to train on; the folder holds prepared data and `overwrite` is not set, or can't
+    be written.
+    """
+    try:
+        return _prepare(config, progress)
+    except OSError as error:
+        raise DataError(f"preparing into {config.output} failed: {error}; there is no manifest, so start again") from error
+
+
+def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManifest:
+    source = open_raw(config)
+    _clear_folder(config)
+    splitter = make_splitter(config.split, source)
+    vocabularies = _make_vocabularies(config, source, splitter, progress)
+    dictionaries = _save_dictionaries(config.output, vocabularies)
+    splits, problems = _write_splits(config, source, splitter, vocabularies, progress)
+    manifest = _describe(config, source, vocabularies, dictionaries, splits, problems)
+    if not manifest.num_rows("train"):
+        raise DataError(f"no training rows are left of {manifest.source.num_rows_read:,}: {_why_none(manifest)}")
+    sync_folder(config.output)
+    manifest.save(config.output)
+    return manifest
+
+
+def open_raw(config: PrepareConfig) -> RawSource:
+    """The raw source that the configuration names."""
+    files = find_files(config.source.files)
+    if config.source.kind == "parquet":
+        return ParquetSource(files, config.source)
+    return CriteoSource(files, _criteo_sizes(config.source))
+
+
+def _criteo_sizes(source: CriteoFiles) -> tuple[int | None, ...]:
+    sizes = source.num_embeddings
+    if isinstance(sizes, str):
+        return CARDINALITIES[sizes]
+    return sizes if isinstance(sizes, tuple) else (sizes,) * len(SPARSE_NAMES)
+
+
+def _clear_folder(config: PrepareConfig) -> None:
+    """Makes the folder, and removes what an earlier preparation left in it: the manifest first."""
+    folder = config.output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"output {folder} is, or lies under, a file; it must be a folder") from error
+    manifest = folder / MANIFEST_NAME
+    if manifest.exists() and not config.overwrite:
+        raise DataError(f"{folder} already holds prepared data: choose another output, or set overwrite = true")
+    manifest.unlink(missing_ok=True)
+    sync_folder(folder)
+    for pattern in _OWN_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _make_vocabularies(
+    config: PrepareConfig, source: RawSource, splitter: Splitter, progress: ProgressCallback
+) -> dict[str, Vocabulary]:
+    """The vocabulary of each table."""
+    sizes = {feature.table: feature.num_embeddings for feature in source.features}
+    if config.vocabulary.kind == "hash":
+        return {table: HashVocabulary(_required(size, table)) for table, size in sizes.items()}
+    counters = {table: KeyCounter() for table in sizes}
+    for block in source.blocks(Problems(on_error=config.on_error), progress, COUNT_STAGE):
+        training = block.take(np.flatnonzero(~splitter.is_validation(block)))
+        for feature, keys in zip(source.features, training.keys, strict=True):
+            counters[feature.table].add(keys.values)
+    min_count = config.vocabulary.min_count
+    return {
+        table: DictionaryVocabulary(*counters.pop(table).counts(), min_count=min_count, max_embeddings=size)
+        for table, size in sizes.items()
+    }
+
+
+def _required(size: int | None, table: str) -> int:
+    if size is None:
+        raise DataError(f"table {table!r} has no num_embeddings, which hashing needs")
+    return size
+
+
+def _save_dictionaries(folder: Path, vocabularies: dict[str, Vocabulary]) -> dict[str, FileEntry]:
+    entries = {}
+    for number, (table, vocabulary) in enumerate(vocabularies.items()):
+        if isinstance(vocabulary, DictionaryVocabulary):
+            file = vocabulary.save(folder / f"dictionary-{number:05d}.arrow")
+            entries[table] = FileEntry(
+                name=file.path.name,
+                num_bytes=file.num_bytes,
+                checksum=file.checksum,
+                num_rows=vocabulary.num_embeddings - 1,
+            )
+    return entries
+
+
+def _write_splits(
+    config: PrepareConfig,
+    source: RawSource,
+    splitter: Splitter,
+    vocabularies: dict[str, Vocabulary],
+    progress: ProgressCallback,
+) -> tuple[dict[Split, tuple[FileEntry, ...]], Problems]:
+    problems = Problems(on_error=config.on_error)
+    schema = prepared_schema(_feature_entries(source), len(source.dense_names))
+    by_feature = [vocabularies[feature.table] for feature in source.features]
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(_split_writer(config, split, schema)) for split in _SPLITS}
+        for block in source.blocks(problems, progress, WRITE_STAGE):
+            held_out = splitter.is_validation(block)
+            for split, chosen in zip(_SPLITS, (~held_out, held_out), strict=True):
+                if chosen.any():
+                    part = block if chosen.all() else block.take(np.flatnonzero(chosen))
+                    writers[split].write(_encode(part, schema, by_feature, config.dense_transform))
+    return {split: tuple(writers[split].entries) for split in _SPLITS}, problems
+
+
+def _split_writer(config: PrepareConfig, split: Split, schema: Any) -> SplitWriter:
+    return SplitWriter(
+        config.output,
+        split,
+        schema,
+        rows_per_batch=config.rows_per_batch,
+        batches_per_file=config.batches_per_file,
+    )
+
+
+def _encode(block: RawBlock, schema: Any, by_feature: list[Vocabulary], transform: str) -> Any:
+    ids = [
+        (vocabulary.ids(keys.values), None if keys.offsets is None else keys.offsets.astype(np.int32))
+        for vocabulary, keys in zip(by_feature, block.keys, strict=True)
+    ]
+    dense = log_transform(block.dense) if transform == "log" else block.dense
+    return record_batch(schema, block.labels, dense, ids)
+
+
+def log_transform(dense: Float32Array) -> Float32Array:
+    """``log(max(x, 0) + 1)`` as the DLRM reference does (facebookresearch/dlrm, data_utils.py), in float32."""
+    transformed: Float32Array = np.log(np.maximum(dense, np.float32(0)) + np.float32(1))
+    return transformed
+
+
+def _feature_entries(source: RawSource) -> tuple[FeatureEntry, ...]:
+    return tuple(FeatureEntry(name=feature.name, table=feature.table, multi_hot=feature.multi_hot) for feature in source.features)
+
+
+def _describe(
+    config: PrepareConfig,
+    source: RawSource,
+    vocabularies: dict[str, Vocabulary],
+    dictionaries: dict[str, FileEntry],
+    splits: dict[Split, tuple[FileEntry, ...]],
+    problems: Problems,
+) -> PreparedManifest:
+    skipped = {reason: SkippedEntry(count=rows.count, first=rows.first) for reason, rows in problems.skipped.items()}
+    num_kept = sum(file.num_rows for files in splits.values() for file in files)
+    return PreparedManifest(
+        label=config.source.label.column if config.source.kind == "parquet" else "label",
+        dense_names=source.dense_names,
+        dense_transform=config.dense_transform,
+        features=_feature_entries(source),
+        num_embeddings={table: vocabulary.num_embeddings for table, vocabulary in vocabularies.items()},
+        vocabulary=config.vocabulary.kind,
+        dictionaries=dictionaries,
+        rows_per_batch=config.rows_per_batch,
+        splits=splits,
+        source=SourceEntry(
+            kind=config.source.kind,
+            files=config.source.files,
+            num_rows_read=num_kept + sum(entry.count for entry in skipped.values()),
+            skipped=skipped,
+        ),
+    )
+
+
+def _why_none(manifest: PreparedManifest) -> str:
+    if manifest.num_rows("validation"):
+        return "all that can be read went to validation, so lower split.validation_share or split by share"
+    reasons = [f"{entry.count:,} because of {reason}, first {entry.first}" for reason, entry in manifest.source.skipped.items()]
+    return "all were skipped: " + "; ".join(reasons)

@@ -1,0 +1,212 @@
+"""Reads prepared data: Arrow IPC files, memory-mapped, in batches of any size across record batches and files.
+
+A batch is copied out of the mapped columns once, feature-major, so it stays good when the source is closed. With only
+single-hot features there are no offsets; with any multi-hot one there are offsets for all. Ids and numbers of every
+batch are checked as they are read (`bagpipe.data.check`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from bagpipe._jit import jit
+from bagpipe.data.base import Batch, FeatureSpec, Split, count_batches
+from bagpipe.data.check import check_batch
+from bagpipe.data.manifest import PreparedManifest, check_file
+from bagpipe.data.reading_order import WINDOW_BATCHES, FrontToBack, Piece, Shuffled
+from bagpipe.errors import ConfigError, DataError
+from bagpipe.types import Float32Array, Int32Array, Int64Array, Jagged
+
+_NUM_CACHED_VIEWS: Final = 2 * WINDOW_BATCHES
+_FIRST_FEATURE_COLUMN: Final = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """The columns of one record batch, mapped."""
+
+    labels: Float32Array  # (n,)
+    dense: Float32Array  # (n, D)
+    ids: tuple[Int32Array, ...]  # one a feature
+    offsets: tuple[Int32Array | None, ...]  # (n + 1,) for each multi-hot feature
+
+
+class PreparedSource:
+    """One split of a folder of prepared data, as a `BatchSource`.
+
+    `features` chooses some, in that order. `shuffle` reads in another order each epoch, by `seed`. `verify` compares
+    the checksums of the split's files first; sizes are compared either way. DataError: a file is missing, truncated or
+    altered, or the split is empty. ConfigError: a chosen feature does not exist.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: Split,
+        *,
+        features: Sequence[str] | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        verify: bool = True,
+    ) -> None:
+        self.manifest = PreparedManifest.load(folder)
+        self._split, self._shuffle, self._seed = split, shuffle, seed
+        self._columns = _chosen_columns(self.manifest, features)
+        self.features: tuple[FeatureSpec, ...] = tuple(self.manifest.feature_specs[column] for column in self._columns)
+        self._keys = tuple(feature.name for feature in self.features)
+        entries = self.manifest.splits.get(split, ())
+        if not entries:
+            raise DataError(f"{folder} has no {split} rows: prepare it with split.validation_share above 0")
+        self._readers = [_open(check_file(folder, entry, verify=verify)) for entry in entries]
+        self._where, self._starts = _record_batches(self._readers, [entry.num_rows for entry in entries], self.manifest, folder)
+        self._views: OrderedDict[int, _View] = OrderedDict()
+
+    @property
+    def num_dense(self) -> int:
+        """Dense features a sample."""
+        return len(self.manifest.dense_names)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in one epoch."""
+        return int(self._starts[-1])
+
+    def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
+        """Yields an epoch's batches from number `start` on. DataError: a number is not finite, an id not of its table."""
+        order = Shuffled(self._starts, seed=self._seed, epoch=epoch) if self._shuffle else FrontToBack(self._starts)
+        for number in range(start, count_batches(self.num_samples, batch_size, drop_last=drop_last)):
+            begin = number * batch_size
+            size = min(batch_size, self.num_samples - begin)
+            batch = self._gather(list(order.pieces(begin, begin + size)), size)
+            where = f"batch {number} of {self._split}, epoch {epoch}"
+            check_batch(batch, self.features, where=where, dense_names=self.manifest.dense_names)
+            yield batch
+
+    def _gather(self, pieces: list[Piece], size: int) -> Batch:
+        labels = np.empty(size, np.float32)
+        dense = np.empty((size, self.num_dense), np.float32)
+        views = [self._view(piece.record_batch) for piece in pieces]
+        for piece, view in zip(pieces, views, strict=True):
+            labels[piece.positions] = view.labels[piece.rows]
+            if isinstance(piece.rows, slice):
+                dense[piece.positions] = view.dense[piece.rows]
+            else:
+                _copy_rows(view.dense, piece.rows, _numbers(piece.positions), dense)
+        multi_hot = any(feature.multi_hot for feature in self.features)
+        sparse = (self._gather_jagged if multi_hot else self._gather_single)(pieces, views, size)
+        return Batch(dense=dense, sparse=sparse, labels=labels)
+
+    def _gather_single(self, pieces: list[Piece], views: list[_View], size: int) -> Jagged:
+        values = np.empty((len(self._columns), size), np.int32)
+        for piece, view in zip(pieces, views, strict=True):
+            for index, ids in enumerate(view.ids):
+                if isinstance(piece.rows, slice):
+                    values[index, piece.positions] = ids[piece.rows]
+                else:
+                    _copy_ids(ids, piece.rows, _numbers(piece.positions), values[index])
+        return Jagged(keys=self._keys, values=values.reshape(-1), batch_size=size)
+
+    def _gather_jagged(self, pieces: list[Piece], views: list[_View], size: int) -> Jagged:
+        lengths = np.ones((len(self._columns), size), np.int32)
+        for piece, view in zip(pieces, views, strict=True):
+            for index, bounds in enumerate(view.offsets):
+                if bounds is not None:
+                    lengths[index, piece.positions] = np.diff(bounds)[piece.rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        values = np.empty(int(offsets[-1]), np.int32)
+        for piece, view in zip(pieces, views, strict=True):
+            rows, positions = _numbers(piece.rows), _numbers(piece.positions)
+            for index, (ids, bounds) in enumerate(zip(view.ids, view.offsets, strict=True)):
+                begins = offsets[index * size : (index + 1) * size]
+                if bounds is None:
+                    values[begins[positions]] = ids[rows]
+                else:
+                    _copy_bags(ids, bounds, rows, begins, positions, values)
+        return Jagged(keys=self._keys, values=values, batch_size=size, offsets=offsets)
+
+    def _view(self, index: int) -> _View:
+        view = self._views.get(index)
+        if view is None:
+            reader, number = self._where[index]
+            view = self._map(self._readers[reader].get_batch(number))
+            self._views[index] = view
+            if len(self._views) > _NUM_CACHED_VIEWS:
+                self._views.popitem(last=False)
+        return view
+
+    def _map(self, batch: Any) -> _View:
+        columns = [batch.column(_FIRST_FEATURE_COLUMN + column) for column in self._columns]
+        multi_hot = [feature.multi_hot for feature in self.features]
+        return _View(
+            labels=batch.column(0).to_numpy(),
+            dense=batch.column(1).values.to_numpy().reshape(len(batch), self.num_dense),
+            ids=tuple((column.values if many else column).to_numpy() for column, many in zip(columns, multi_hot, strict=True)),
+            offsets=tuple(column.offsets.to_numpy() if many else None for column, many in zip(columns, multi_hot, strict=True)),
+        )
+
+
+@jit
+def _copy_rows(dense: Float32Array, rows: Int64Array, positions: Int64Array, out: Float32Array) -> None:
+    for i in range(len(rows)):
+        for j in range(out.shape[1]):
+            out[positions[i], j] = dense[rows[i], j]
+
+
+@jit
+def _copy_ids(ids: Int32Array, rows: Int64Array, positions: Int64Array, out: Int32Array) -> None:
+    for i in range(len(rows)):
+        out[positions[i]] = ids[rows[i]]
+
+
+@jit
+def _copy_bags(
+    ids: Int32Array, bounds: Int32Array, rows: Int64Array, begins: Int32Array, positions: Int64Array, values: Int32Array
+) -> None:
+    for i in range(len(rows)):
+        begin = begins[positions[i]]
+        first = bounds[rows[i]]
+        for k in range(bounds[rows[i] + 1] - first):
+            values[begin + k] = ids[first + k]
+
+
+def _numbers(chosen: Int64Array | slice) -> Int64Array:
+    return np.arange(chosen.start, chosen.stop) if isinstance(chosen, slice) else chosen
+
+
+def _chosen_columns(manifest: PreparedManifest, features: Sequence[str] | None) -> tuple[int, ...]:
+    names = [feature.name for feature in manifest.features]
+    for name in features or ():
+        if name not in names:
+            raise ConfigError(f"feature {name!r} is not in the prepared data, which has {', '.join(names)}")
+        if (features or ()).count(name) > 1:
+            raise ConfigError(f"feature {name!r} is chosen more than once")
+    return tuple(range(len(names)) if features is None else (names.index(name) for name in features))
+
+
+def _open(path: Path) -> Any:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} can't be read as an Arrow file: {error}") from error
+
+
+def _record_batches(
+    readers: list[Any], num_rows: list[int], manifest: PreparedManifest, folder: Path
+) -> tuple[list[tuple[int, int]], Int64Array]:
+    """For each record batch of the split its (reader, number), and the first row of each, then the number of rows."""
+    where: list[tuple[int, int]] = []
+    starts = [0]
+    for index, (reader, rows) in enumerate(zip(readers, num_rows, strict=True)):
+        for number in range(reader.num_record_batches):
+            where.append((index, number))
+            starts.append(starts[-1] + min(manifest.rows_per_batch, rows - number * manifest.rows_per_batch))
+    if starts[-1] != sum(num_rows) or sorted(starts) != starts:
+        raise DataError(f"{folder}: the files hold other rows than the manifest says: prepare the data again")
+    return where, np.array(starts, np.int64)

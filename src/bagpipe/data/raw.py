@@ -1,0 +1,143 @@
+"""What every raw source turns into before it is prepared: blocks of labels, dense numbers and 64-bit keys.
+
+A *key* stands for a categorical value: an integer is its own key, a string's is its xxh3_64, a missing value's is
+MISSING_KEY, a value like any other. Ids come from keys by a vocabulary (`bagpipe.data.vocabulary`).
+
+A *row number* counts all rows of the input in reading order, from 0, rows that can't be read included, so that a split by
+row number stays the same whether bad rows are skipped or repaired.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+import numpy as np
+
+from bagpipe.errors import DataError
+from bagpipe.types import Float32Array, Int64Array
+
+MISSING_KEY: Final = -(2**63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawFeature:
+    """A categorical feature of a raw source; `num_embeddings` None leaves the size to a dictionary."""
+
+    name: str
+    table: str
+    num_embeddings: int | None
+    multi_hot: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """One feature of a block. `offsets` None: one key a row."""
+
+    values: Int64Array  # (num_keys,)
+    offsets: Int64Array | None  # (n + 1,)
+
+    def take(self, chosen: Int64Array) -> Keys:
+        """The rows numbered `chosen` (m,), in that order."""
+        if self.offsets is None:
+            return Keys(values=self.values[chosen], offsets=None)
+        starts, lengths = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return Keys(values=self.values[places], offsets=offsets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawBlock:
+    """Rows that could be read; F features, D dense columns."""
+
+    rows: Int64Array  # (n,) row numbers, ascending
+    labels: Float32Array  # (n,) in [0, 1]
+    dense: Float32Array  # (n, D) as read, 0 where missing
+    keys: tuple[Keys, ...]  # F of them
+    times: Int64Array | None = None  # (n,) in the order of time; None: there is no time column
+
+    def take(self, chosen: Int64Array) -> RawBlock:
+        """The rows at positions `chosen` (m,) of this block."""
+        return RawBlock(
+            rows=self.rows[chosen],
+            labels=self.labels[chosen],
+            dense=self.dense[chosen],
+            keys=tuple(keys.take(chosen) for keys in self.keys),
+            times=None if self.times is None else self.times[chosen],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a stage of preparing is; `unit` is "bytes" of the input files or "rows"."""
+
+    stage: str
+    done: int
+    total: int
+    unit: Literal["bytes", "rows"]
+
+
+@dataclass(kw_only=True)
+class Skipped:
+    """Rows left out for one reason, and the first of them."""
+
+    count: int
+    first: str
+
+
+@dataclass(kw_only=True)
+class Problems:
+    """What becomes of rows that can't be read: the first one is raised, or all are counted by reason."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+
+    def add(self, reason: str, count: int, first: str) -> None:
+        """Notes `count` rows; `first` says where the first is and what is wrong. DataError where on_error is "raise"."""
+        if self.on_error == "raise":
+            raise DataError(f"{first}; repair the row, or set on_error = 'skip' to leave such rows out and count them")
+        self.skipped.setdefault(reason, Skipped(count=0, first=first)).count += count
+
+
+class RawSource(Protocol):
+    """Files in a raw format, read front to back as often as needed."""
+
+    @property
+    def features(self) -> tuple[RawFeature, ...]:
+        """In the order of `RawBlock.keys`."""
+
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """In the order of `RawBlock.dense`."""
+
+    @property
+    def has_time(self) -> bool:
+        """Whether there is a time column."""
+
+    def num_rows(self) -> int:
+        """Rows of all files, those that can't be read included. DataError: a file is missing, damaged or empty."""
+
+    def times(self) -> Iterator[Int64Array]:
+        """The time column alone, in blocks; only where there is one."""
+
+    def blocks(self, problems: Problems, progress: Callable[[Progress], None], stage: str) -> Iterator[RawBlock]:
+        """All rows that can be read; the others go to `problems`."""
+
+
+def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
+    """The files of paths and glob patterns. DataError: one of them stands for no file, or for an empty one."""
+    files: list[Path] = []
+    for pattern in patterns:
+        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [Path(pattern)]
+        found = [path for path in found if path.is_file()]
+        if not found:
+            raise DataError(f"no file at {pattern!r}, seen from {Path.cwd()}")
+        files += found
+    for path in files:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty")
+    return tuple(files)

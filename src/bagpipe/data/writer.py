@@ -1,0 +1,105 @@
+"""Writes one split as Arrow IPC files: column 0 the label, column 1 the dense features, then the categorical features.
+
+Every record batch holds exactly `rows_per_batch` rows but for a file's last one, so that a reader finds any row by a
+division. At most one record batch and one block are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+
+from bagpipe.data.base import Split
+from bagpipe.data.files import HashingFile
+from bagpipe.data.manifest import FeatureEntry, FileEntry
+from bagpipe.types import Float32Array, Int32Array
+
+
+def prepared_schema(features: Sequence[FeatureEntry], num_dense: int) -> Any:
+    """The Arrow schema of the files of a split."""
+    fields = [pa.field("label", pa.float32()), pa.field("dense", pa.list_(pa.float32(), num_dense))]
+    kinds = {True: pa.list_(pa.int32()), False: pa.int32()}
+    return pa.schema(fields + [pa.field(feature.name, kinds[feature.multi_hot]) for feature in features])
+
+
+def record_batch(
+    schema: Any, labels: Float32Array, dense: Float32Array, ids: Sequence[tuple[Int32Array, Int32Array | None]]
+) -> Any:
+    """A record batch of labels (n,), dense (n, D) and for each feature its ids and, where multi-hot, offsets (n + 1,)."""
+    # from_buffers, because FixedSizeListArray.from_arrays divides by the list size, which is 0 without dense features.
+    numbers = pa.array(dense.reshape(-1))
+    columns = [pa.array(labels), pa.Array.from_buffers(schema.field(1).type, len(labels), [None], children=[numbers])]
+    for values, offsets in ids:
+        column = pa.array(values)
+        columns.append(column if offsets is None else pa.ListArray.from_arrays(pa.array(offsets), column))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+class SplitWriter:
+    """A context manager that cuts what it is given into record batches and files of equal sizes."""
+
+    def __init__(self, folder: Path, split: Split, schema: Any, *, rows_per_batch: int, batches_per_file: int) -> None:
+        self._folder, self._split, self._schema = folder, split, schema
+        self._rows_per_batch, self._rows_per_file = rows_per_batch, rows_per_batch * batches_per_file
+        self._pending: list[Any] = []
+        self._num_pending = 0
+        self._file: HashingFile | None = None
+        self._writer: Any = None
+        self._file_rows = 0
+        self.entries: list[FileEntry] = []
+
+    def write(self, batch: Any) -> None:
+        """Appends the rows of a record batch."""
+        while len(batch):
+            taken = min(len(batch), self._rows_per_batch - self._num_pending)
+            self._pending.append(batch.slice(0, taken))
+            self._num_pending += taken
+            batch = batch.slice(taken)
+            if self._num_pending == self._rows_per_batch:
+                self._flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+            self._end_file()
+        elif self._file is not None:
+            self._file.__exit__(kind, error, trace)
+
+    def _flush(self) -> None:
+        if not self._num_pending:
+            return
+        if self._file is None:
+            self._file = HashingFile(self._folder / f"{self._split}-{len(self.entries):05d}.arrow")
+            self._writer = pa.ipc.new_file(self._file, self._schema)
+        self._writer.write_batch(_whole(self._pending))
+        self._file_rows += self._num_pending
+        self._pending, self._num_pending = [], 0
+        if self._file_rows == self._rows_per_file:
+            self._end_file()
+
+    def _end_file(self) -> None:
+        if self._file is None:
+            return
+        self._writer.close()
+        self._file.close()
+        self.entries.append(
+            FileEntry(
+                name=self._file.path.name,
+                num_bytes=self._file.num_bytes,
+                checksum=self._file.checksum,
+                num_rows=self._file_rows,
+            )
+        )
+        self._file, self._writer, self._file_rows = None, None, 0
+
+
+def _whole(batches: list[Any]) -> Any:
+    """One record batch of several."""
+    return batches[0] if len(batches) == 1 else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]

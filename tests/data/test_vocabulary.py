@@ -1,0 +1,60 @@
+"""Ids by hash and by dictionary against plain Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.data.naive import frequency_ids, hash_id
+
+from bagpipe.data import counting
+from bagpipe.data.counting import KeyCounter
+from bagpipe.data.files import checksum_file
+from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary
+
+KEYS = st.lists(st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1), max_size=60)
+
+
+@given(keys=KEYS, num_embeddings=st.integers(1, 2**31 - 1))
+def test_hash_ids_equal_the_plain_formula(keys: list[int], num_embeddings: int) -> None:
+    ids = HashVocabulary(num_embeddings).ids(np.array(keys, np.int64))
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [hash_id(key, num_embeddings) for key in keys]
+
+
+@given(parts=st.lists(KEYS, max_size=6), min_count=st.integers(1, 4), limit=st.none() | st.integers(1, 6), unseen=KEYS)
+def test_dictionary_equals_a_counter(parts: list[list[int]], min_count: int, limit: int | None, unseen: list[int]) -> None:
+    counter = KeyCounter()
+    for part in parts:
+        counter.add(np.array(part, np.int64))
+    keys = [key for part in parts for key in part]
+    expected = frequency_ids(keys, min_count)
+    vocabulary = DictionaryVocabulary(*counter.counts(), min_count=min_count, max_embeddings=limit)
+    kept = {key: id for key, id in expected.items() if limit is None or id < limit}
+    assert vocabulary.num_embeddings == len(kept) + 1
+    asked = np.array(keys + unseen, np.int64)
+    assert vocabulary.ids(asked).tolist() == [kept.get(key, 0) for key in keys + unseen]
+
+
+def test_counter_merges_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_LEAST_PENDING", 4)
+    random = np.random.default_rng(0)
+    parts = [random.integers(0, 20, 5) for _ in range(50)]
+    counter = KeyCounter()
+    for part in parts:
+        counter.add(part)
+    keys, counts = np.unique(np.concatenate(parts), return_counts=True)
+    assert counter.counts()[0].tolist() == keys.tolist()
+    assert counter.counts()[1].tolist() == counts.tolist()
+
+
+def test_a_saved_dictionary_holds_key_and_count_by_id(tmp_path: Path) -> None:
+    vocabulary = DictionaryVocabulary(np.array([4, 7, 9]), np.array([2, 5, 1]), min_count=2, max_embeddings=None)
+    file = vocabulary.save(tmp_path / "d.arrow")
+    table = pa.ipc.open_file(file.path).read_all()
+    assert table.to_pydict() == {"key": [7, 4], "count": [5, 2]}
+    assert (file.checksum, file.num_bytes) == (checksum_file(file.path), file.path.stat().st_size)
