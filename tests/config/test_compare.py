@@ -17,6 +17,8 @@ from bagpipe.config.compare import compare_configs
         ("train.device", False),
         ("embeddings.store.kind", False),
         ("data.verify", False),
+        ("data.folder", False),
+        ("data.content", True),
         ("data.seed", True),
         ("model.top", True),
         ("embeddings.embedding_dim", True),

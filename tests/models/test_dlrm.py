@@ -40,8 +40,7 @@ class InMemoryEmbeddings(nn.Module):
 
 def groups_of(*dims: int) -> tuple[Group, ...]:
     tables = [
-        TableConfig(name=f"C{i}", num_embeddings=10 + i, embedding_dim=dim, feature_names=[f"C{i}"])
-        for i, dim in enumerate(dims)
+        TableConfig(name=f"C{i}", num_embeddings=10 + i, embedding_dim=dim, feature_names=[f"C{i}"]) for i, dim in enumerate(dims)
     ]
     return group_tables(tables, SGD(lr=0.1))
 

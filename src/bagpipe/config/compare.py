@@ -11,6 +11,7 @@ _FREE = (
     "log",
     "checkpoint",
     "prepare",
+    "data.folder",  # where prepared data are; what they are is told apart by their checksums
     "data.verify",
     "embeddings.store",
     "train.epochs",
@@ -46,9 +47,7 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Dif
     old_keys, new_keys = dict(_flatten(old)), dict(_flatten(new))
     keys = sorted(old_keys.keys() | new_keys.keys())
     return tuple(
-        Difference(key=key, old=old_keys.get(key), new=new_keys.get(key))
-        for key in keys
-        if old_keys.get(key) != new_keys.get(key)
+        Difference(key=key, old=old_keys.get(key), new=new_keys.get(key)) for key in keys if old_keys.get(key) != new_keys.get(key)
     )
 
 

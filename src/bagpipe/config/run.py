@@ -236,3 +236,15 @@ class RunConfig(Section):
         if self.model.top[-1] != 1:
             raise ValueError(f"model.top ends with {self.model.top[-1]}: its last layer is the logit, so it must be 1")
         return self
+
+
+class DataFile(Section):
+    """The part of a run's file that `bagpipe data inspect` reads."""
+
+    data: DataConfig
+
+
+class PrepareFile(Section):
+    """The part of a run's file that `bagpipe data prepare` reads."""
+
+    prepare: PrepareConfig

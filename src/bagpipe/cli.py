@@ -1,0 +1,163 @@
+"""The `bagpipe` command. Commands import what they need when they run, so that `--help` is quick and torch sees its settings.
+
+A user's mistake prints one message on stderr and ends with status 2, without a traceback. A run that a signal ended at a
+step boundary, with a checkpoint, ends with 128 + the signal's number. A traceback means a defect of ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from bagpipe.errors import BackgroundError, BagpipeError, PlanError
+
+if TYPE_CHECKING:
+    from bagpipe.config.run import RunConfig
+    from bagpipe.train.trainer import Result
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+data_app = typer.Typer(no_args_is_help=True, help="Prepare data and look at them.")
+app.add_typer(data_app, name="data")
+
+File = Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", default_factory=list, help="Set a key; may be repeated.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """Train deep recommendation models whose embedding tables do not fit the GPU."""
+    if show_version:
+        typer.echo(f"bagpipe {version('bagpipe')}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    file: File,
+    overrides: Overrides,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of the run's folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the checkpoints that an earlier run left.")] = False,
+) -> None:
+    """Train a model."""
+    console = Console()
+    with mistakes_told():
+        if resume and overwrite:
+            raise typer.BadParameter("--resume goes on with the earlier run that --overwrite removes: give one of them")
+        from bagpipe.config.load import load_config
+        from bagpipe.config.run import RunConfig
+
+        config = load_config(RunConfig, file, overrides)
+        _prepare_environment(config.train.device)
+        result = _train(console, config, resume=resume, overwrite=overwrite)
+    _tell_end(console, config, result)
+
+
+@data_app.command("prepare")
+def prepare_data(file: File, overrides: Overrides) -> None:
+    """Turn raw files into prepared ones, as the [prepare] section says."""
+    console = Console()
+    with mistakes_told():
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+        from bagpipe.config.load import load_config
+        from bagpipe.config.run import PrepareFile
+        from bagpipe.data.prepare import prepare
+        from bagpipe.data.raw import Progress as DataProgress
+
+        config = load_config(PrepareFile, file, overrides, only=["prepare"]).prepare
+        with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def show(done: DataProgress) -> None:
+                if done.stage not in tasks:
+                    tasks[done.stage] = bar.add_task(done.stage)
+                bar.update(tasks[done.stage], completed=done.done, total=done.total)
+
+            manifest = prepare(config, show)
+    rows = {split: f"{manifest.num_rows(split):,}" for split in ("train", "validation")}
+    skipped = f", {manifest.source.num_rows_skipped:,} skipped" if manifest.source.num_rows_skipped else ""
+    console.print(
+        f"{config.output}: {rows['train']} training and {rows['validation']} validation rows{skipped}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@data_app.command("inspect")
+def inspect_data(
+    file: File,
+    overrides: Overrides,
+    split: Annotated[str, typer.Option(help="train or validation")] = "train",
+    batches: Annotated[int, typer.Option(min=1, help="Batches of 16,384 samples to read.")] = 100,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of the skew here (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Print how many ids each table has and how skewed its accesses are."""
+    console = Console()
+    with mistakes_told():
+        from bagpipe.config.load import load_config
+        from bagpipe.config.run import DataFile
+        from bagpipe.data import open_source
+        from bagpipe.data.inspect import inspect_source, render_table, save_plot
+
+        if split not in ("train", "validation"):
+            raise typer.BadParameter(f"--split {split}: must be train or validation")
+        config = load_config(DataFile, file, overrides, only=["data"]).data
+        stats = inspect_source(open_source(config, "train" if split == "train" else "validation"), max_batches=batches)
+        console.print(render_table(stats))
+        if plot is not None:
+            save_plot(stats, plot)
+            console.print(f"plot: {plot}")
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Turns the errors that a user can do something about into a message and status 2."""
+    try:
+        yield
+    except BagpipeError as error:
+        cause = error.__cause__ if isinstance(error, BackgroundError) else error
+        if isinstance(error, PlanError) or not isinstance(cause, BagpipeError) or isinstance(cause, PlanError):
+            raise
+        Console(stderr=True).print(f"error: {cause}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _prepare_environment(device: str) -> None:
+    """Settings that torch reads when it is loaded.
+
+    Without transparent huge pages the pooled output page-faults anew at every step on a CPU, and a forward takes two to
+    three times as long. Deterministic matrix products on CUDA need a fixed workspace.
+    """
+    if device != "cuda":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _train(console: Console, config: RunConfig, *, resume: bool, overwrite: bool) -> Result:
+    from bagpipe.train.progress import ConsoleReporter
+    from bagpipe.train.trainer import train
+
+    with ConsoleReporter(console) as reporter:
+        return train(config, reporter=reporter, resume=resume, overwrite=overwrite)
+
+
+def _tell_end(console: Console, config: RunConfig, result: Result) -> None:
+    saved = f"checkpoint: {result.checkpoint}" if result.checkpoint is not None else "no checkpoint"
+    if result.stopped_by is not None:
+        console.print(
+            f"stopped by {result.stopped_by.name} after step {result.step:,}; {saved}; go on with --resume", highlight=False
+        )
+        raise typer.Exit(128 + result.stopped_by)
+    console.print(f"trained {result.step:,} steps; {saved}; log: {config.log.folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,156 @@
+"""From a configuration to the parts of a run: everything that the loop only uses is made, and refused, here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.config.data import DataConfig
+from bagpipe.config.run import DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TrainConfig
+from bagpipe.data import open_source
+from bagpipe.data.base import BatchSource, FeatureSpec, count_batches
+from bagpipe.data.manifest import PreparedManifest
+from bagpipe.errors import ConfigError
+from bagpipe.models import DLRM
+from bagpipe.store import FileStore, MemoryStore
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.train.batches import Schedule
+from bagpipe.train.checkpoint import State
+from bagpipe.types import Group, TableConfig
+
+_DENSE_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run."""
+
+    config: RunConfig
+    settings: Mapping[str, Any]  # what a checkpoint remembers: the configuration and the identity of the data, as JSON values
+    device: torch.device
+    source: BatchSource
+    validation: BatchSource | None
+    schedule: Schedule
+    model: DLRM
+    optimizer: torch.optim.Optimizer
+    embeddings: EmbeddingBagCollection
+
+    @property
+    def state(self) -> State:
+        """What training changes."""
+        return State(model=self.model, optimizer=self.optimizer, embeddings=self.embeddings)
+
+
+@contextmanager
+def build_run(config: RunConfig) -> Iterator[Run]:
+    """Opens the data, makes the model and its tables, and closes them at the end.
+
+    Raises:
+        ConfigError: settings that only the data or the machine can refuse.
+        DataError: the data can't be read.
+        StoreError: a store can't be made.
+    """
+    device = _choose_device(config.train.device)
+    source = open_source(config.data, "train")
+    validation = open_source(config.data, "validation") if _has_validation(config.data) else None
+    schedule = make_schedule(config.train, source.num_samples)
+    torch.manual_seed(config.train.seed)
+    embeddings = EmbeddingBagCollection(
+        make_tables(source.features, config.embeddings),
+        optimizer=config.embeddings.optimizer.build(),
+        device=device,
+        seed=config.train.seed,
+        store=_store_maker(config.embeddings),
+    )
+    try:
+        model = DLRM(embeddings, source.num_dense, bottom=config.model.bottom, top=config.model.top).to(device)
+        yield Run(
+            config=config,
+            settings=describe_run(config),
+            device=device,
+            source=source,
+            validation=validation,
+            schedule=schedule,
+            model=model,
+            optimizer=make_dense_optimizer(model, config.train.optimizer),
+            embeddings=embeddings,
+        )
+    finally:
+        embeddings.close()
+
+
+def make_tables(features: Sequence[FeatureSpec], config: EmbeddingsConfig) -> list[TableConfig]:
+    """One table for each that the features name, in order of first appearance."""
+    names = list(dict.fromkeys(feature.table for feature in features))
+    sizes = {feature.table: feature.num_embeddings for feature in features}
+    return [
+        TableConfig(
+            name=name,
+            num_embeddings=sizes[name],
+            embedding_dim=config.embedding_dim,
+            feature_names=[feature.name for feature in features if feature.table == name],
+            pooling=config.pooling,
+            init=config.init.build() if config.init is not None else None,
+        )
+        for name in names
+    ]
+
+
+def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
+    """How many steps to train. ConfigError: not one batch is left."""
+    num_batches = count_batches(num_samples, config.batch_size, drop_last=config.drop_last)
+    if num_batches == 0:
+        raise ConfigError(
+            f"train.batch_size = {config.batch_size:,} with drop_last leaves no batch of the {num_samples:,} training samples: "
+            "set drop_last = false or a smaller batch_size"
+        )
+    num_steps = config.steps if config.steps is not None else (config.epochs or 1) * num_batches
+    return Schedule(batch_size=config.batch_size, drop_last=config.drop_last, num_batches=num_batches, num_steps=num_steps)
+
+
+def make_dense_optimizer(model: torch.nn.Module, config: DenseOptimizerConfig) -> torch.optim.Optimizer:
+    """The torch optimizer of the dense part; embeddings have no parameters that it could see."""
+    return _DENSE_OPTIMIZERS[config.kind](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def describe_run(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON values, and for prepared data what tells its training split from another one."""
+    settings = config.model_dump(mode="json")
+    if config.data.kind == "prepared":
+        files = PreparedManifest.load(config.data.folder).splits.get("train", ())
+        settings["data"]["content"] = xxhash.xxh3_128("".join(file.checksum for file in files).encode()).hexdigest()
+    return settings
+
+
+def _has_validation(config: DataConfig) -> bool:
+    return config.kind != "prepared" or PreparedManifest.load(config.folder).num_rows("validation") > 0
+
+
+def _choose_device(name: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError("train.device = 'cuda': torch sees no CUDA device here: use 'cpu' or 'auto'")
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    torch.use_deterministic_algorithms(True)
+    # Filling every new tensor with NaN would cost a pass over it and guards nothing of ours.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _store_maker(config: EmbeddingsConfig) -> Callable[[Group, int], EmbeddingStore]:
+    store = config.store
+    if store.kind == "memory":
+        return MemoryStore
+    return lambda group, seed: FileStore(group, seed, store.folder / f"group-{group.index}")

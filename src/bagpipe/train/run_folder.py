@@ -1,0 +1,54 @@
+"""A run's folder: made, locked for one process, and asked what an earlier run left in it."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bagpipe.errors import ConfigError
+from bagpipe.train.checkpoint_files import list_checkpoints, remove_temporary, step_of
+
+
+@contextmanager
+def claim_run_folder(folder: Path) -> Iterator[Path]:
+    """Makes the folder and holds it for this process; yields its folder of checkpoints, cleared of unfinished ones.
+
+    The operating system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: the folder can't be written, or another process trains in it.
+    """
+    checkpoints = folder / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"log.folder = {str(folder)!r}: can't be written: {error.strerror}: give another one") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"log.folder = {str(folder)!r}: another process trains in it: give another one") from error
+        try:
+            remove_temporary(checkpoints)
+        except OSError as error:
+            raise ConfigError(f"log.folder = {str(folder)!r}: {error.filename}: {error.strerror}") from error
+        yield checkpoints
+
+
+def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:
+    """Makes sure that a new run mixes with no older one.
+
+    ConfigError: an earlier run left checkpoints, and `overwrite` is not set; with it they are removed.
+    """
+    left = list_checkpoints(checkpoints)
+    if left and not overwrite:
+        raise ConfigError(
+            f"log.folder = {str(checkpoints.parent)!r}: holds checkpoints of an earlier run, up to step {step_of(left[-1]):,}: "
+            "go on with it (--resume), remove them (--overwrite), or give another folder"
+        )
+    for path in left:
+        shutil.rmtree(path)

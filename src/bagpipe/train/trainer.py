@@ -1,0 +1,213 @@
+"""A run from a configuration: restore, loop, evaluate, save.
+
+Everything that the loop uses is built before it. One step is: forward, loss, backward (in which embeddings are updated),
+dense optimizer. Between two steps, and only there, the run logs, evaluates, saves and ends.
+
+A checkpoint that can't be written, because the disk is full or the folder became read-only, does not end the run: it goes on,
+says so, and tries again at the next interval; the checkpoints before it stay good. Only if the last one, at the end or on a
+signal, can't be written, the run fails with its error. A loss that is not finite ends the run before it can be saved.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from bagpipe.config.run import RunConfig
+from bagpipe.errors import CheckpointError
+from bagpipe.train.batches import TorchBatch
+from bagpipe.train.build import Run, build_run
+from bagpipe.train.checkpoint import (
+    SavedRun,
+    check_resumable,
+    environment,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from bagpipe.train.evaluate import evaluate
+from bagpipe.train.logs import RunLog
+from bagpipe.train.lookahead import Lookahead, lookahead
+from bagpipe.train.meter import Meter
+from bagpipe.train.metrics import Scores
+from bagpipe.train.report import Reporter
+from bagpipe.train.run_folder import claim_run_folder, start_afresh
+from bagpipe.train.signals import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    scores: Scores | None  # on the validation split at the last step; None: there is none, or a signal ended the run
+    checkpoint: Path | None  # the newest one
+    stopped_by: signal.Signals | None
+
+
+def train(config: RunConfig, *, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Result:
+    """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
+
+    Args:
+        config: the run.
+        reporter: told about progress.
+        resume: whether to go on from the newest valid checkpoint in the run's folder; where there is none, the run starts
+            afresh and says so.
+        overwrite: whether a fresh run may remove the checkpoints of an earlier one.
+
+    Raises:
+        ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor `overwrite` is set.
+        DataError: the data are wrong.
+        CheckpointError: none can be resumed from, or the last one can't be written.
+        LossError: the loss is not finite.
+    """
+    with claim_run_folder(config.log.folder) as checkpoints, build_run(config) as run:
+        saved = _resume(run, checkpoints, reporter) if resume else None
+        if saved is None:
+            start_afresh(checkpoints, overwrite=overwrite)
+        step = None if saved is None else saved.step
+        with RunLog(config.log.folder, step=step, tensorboard=config.log.tensorboard) as log, StopRequest() as stop:
+            loop = _Loop(run, checkpoints, log, reporter, stop)
+            return loop.run(saved)
+
+
+def _resume(run: Run, checkpoints: Path, reporter: Reporter) -> SavedRun | None:
+    saved = find_checkpoint(checkpoints, on_damaged=lambda error: reporter.say(f"skipped a checkpoint: {error}"))
+    if saved is None:
+        reporter.say(f"{checkpoints} holds no checkpoint to resume from: starting afresh")
+        return None
+    for difference in check_resumable(saved, run.settings):
+        reporter.say(f"resuming with another {difference}")
+    for name, value in environment().items():
+        if (before := saved.environment.get(name)) != value:
+            reporter.say(f"resuming with another {name}: {before!r} -> {value!r} (the last bits of the results may differ)")
+    load_checkpoint(saved, run.state)
+    reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
+    return saved
+
+
+class _Loop:
+    """The steps of a run and what happens between them."""
+
+    def __init__(self, run: Run, checkpoints: Path, log: RunLog, reporter: Reporter, stop: StopRequest) -> None:
+        self._run, self._checkpoints, self._log = run, checkpoints, log
+        self._reporter, self._stop = reporter, stop
+        self._meter = Meter()
+        self._step = run.embeddings.step
+        self._newest: Path | None = None
+        self._saved_step = -1
+
+    def run(self, saved: SavedRun | None) -> Result:
+        """Trains what is left after `saved`."""
+        run, config = self._run, self._run.config
+        if saved is not None:
+            self._newest, self._saved_step = saved.path, saved.step
+        self._log.write("start", self._step, config=run.settings, environment=environment(), device=str(run.device))
+        self._reporter.start(self._step, run.schedule.num_steps)
+        started = time.perf_counter()
+        with self._open_stream() as stream:
+            self._meter.restart(stream)
+            for batch in stream:
+                self._train_step(batch)
+                self._reporter.advance(self._step)
+                if self._is_due(config.log.every_steps):
+                    self._write_progress(stream)
+                if self._is_due(config.train.eval_every_steps):
+                    self._pause(stream, self._evaluate)
+                if self._is_due(config.checkpoint.every_steps):
+                    self._pause(stream, self._try_to_save)
+                if self._stop.signal is not None:
+                    break
+            self._write_progress(stream)
+            stream.flush()
+            scores = self._finish()
+            self._log.write("end", self._step, elapsed_s=time.perf_counter() - started, **stream.report.as_dict())
+        return Result(step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stop.signal)
+
+    def _is_due(self, every_steps: int | None) -> bool:
+        """The last step has its own evaluation and checkpoint, so nothing is due there."""
+        return every_steps is not None and self._step % every_steps == 0 and self._step < self._run.schedule.num_steps
+
+    def _open_stream(self) -> Lookahead[TorchBatch]:
+        run, cache = self._run, self._run.config.cache
+        start = run.schedule.position_after(self._step)
+        return lookahead(
+            run.schedule.remaining(run.source, start, pin_memory=run.device.type == "cuda"),
+            run.embeddings,
+            cache=cache.size,
+            lookahead=cache.lookahead,
+            lookahead_memory=cache.lookahead_memory,
+            prefetch_depth=cache.prefetch_depth,
+            dedup_threads=cache.threads,
+            check=cache.check,
+        )
+
+    def _train_step(self, host_batch: TorchBatch) -> None:
+        run, batch = self._run, host_batch.to(self._run.device)
+        loss = binary_cross_entropy_with_logits(run.model(batch.dense, batch.sparse), batch.labels)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        run.optimizer.step()
+        self._step += 1
+        self._meter.add(self._step, loss, batch.batch_size)
+
+    def _write_progress(self, stream: Lookahead[TorchBatch]) -> None:
+        progress = self._meter.take(stream)
+        if progress is not None:
+            self._log.write("train", self._step, **asdict(progress))
+            self._reporter.show(progress)
+
+    def _pause(self, stream: Lookahead[TorchBatch], work: Callable[[], object]) -> None:
+        """Does something between two steps that needs the whole truth in the stores and whose time is not the training's."""
+        self._write_progress(stream)
+        stream.flush()
+        work()
+        self._meter.restart(stream)
+
+    def _evaluate(self) -> Scores | None:
+        run = self._run
+        if run.validation is None:
+            return None
+        scores = evaluate(run.model, run.validation, batch_size=run.config.train.eval_batch_size, device=run.device)
+        self._log.write("evaluation", self._step, **asdict(scores))
+        self._reporter.say(f"step {self._step:,}: {describe_scores(scores)}")
+        return scores
+
+    def _try_to_save(self) -> None:
+        try:
+            self._save()
+        except CheckpointError as error:
+            self._log.write("checkpoint_failed", self._step, reason=str(error))
+            self._reporter.say(f"step {self._step:,}: no checkpoint, the run goes on without it: {error}")
+
+    def _save(self) -> None:
+        run, step = self._run, self._step
+        if step == self._saved_step:
+            return
+        started = time.perf_counter()
+        self._newest = save_checkpoint(
+            self._checkpoints,
+            state=run.state,
+            position=run.schedule.position_after(step),
+            config=run.settings,
+            keep=run.config.checkpoint.keep,
+        )
+        self._saved_step = step
+        self._log.write("checkpoint", step, path=str(self._newest), elapsed_s=time.perf_counter() - started)
+
+    def _finish(self) -> Scores | None:
+        """The last checkpoint, then the last evaluation; a signal leaves out the evaluation."""
+        if self._stop.signal is not None or self._run.config.checkpoint.at_end:
+            self._save()
+        return self._evaluate() if self._stop.signal is None else None
+
+
+def describe_scores(scores: Scores) -> str:
+    """One line for a person."""
+    auc = "none (one class only)" if scores.auc is None else f"{scores.auc:.4f}"
+    return f"validation AUC {auc}, log-loss {scores.log_loss:.4f} on {scores.num_samples:,} samples"

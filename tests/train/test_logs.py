@@ -1,0 +1,42 @@
+"""The log of a run, and that a resumed run's reads as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bagpipe.train.logs import LOG_NAME, RunLog
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / LOG_NAME).read_text().splitlines()]
+
+
+def write_steps(folder: Path, *steps: int, after: int | None = None) -> None:
+    with RunLog(folder, step=after, tensorboard=False) as log:
+        for step in steps:
+            log.write("train", step, loss=0.5)
+
+
+def test_a_resumed_run_drops_the_steps_that_it_trains_again(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2, 3)
+    with (tmp_path / LOG_NAME).open("a") as file:
+        file.write('{"kind": "train", "st')  # a process was killed here
+    write_steps(tmp_path, 3, 4, after=2)
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_fresh_run_starts_a_fresh_log(tmp_path: Path) -> None:
+    write_steps(tmp_path, 0, 1)
+    write_steps(tmp_path, 0)
+    assert steps_in(tmp_path) == [0]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path, step=None, tensorboard=True) as log:
+        log.write("train", 3, loss=0.25, note="text", auc=None)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.25)]
+    assert events.Tags()["scalars"] == ["train/loss"]
