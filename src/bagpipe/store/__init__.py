@@ -1,0 +1,8 @@
+"""Where all records live: one store a group, behind the protocol of `bagpipe.store.base`. Numpy and numba only."""
+
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.store.file import FileStore
+from bagpipe.store.init import RowInitializer
+from bagpipe.store.memory import MemoryStore
+
+__all__ = ["EmbeddingStore", "FileStore", "MemoryStore", "RowInitializer"]

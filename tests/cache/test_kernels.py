@@ -1,0 +1,84 @@
+"""The fused CPU kernels against the torch reference, and the reference against torch.nn and torch.optim."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bagpipe.cache import kernels_cpu, kernels_torch
+from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.oracle import DedupedBatch, Oracle, dedup
+from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, Optimizer, RowWiseAdagrad, TableConfig, group_tables
+
+OPTIMIZERS = [SGD(lr=0.1), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.1)]
+
+
+def make_case(optimizer: Optimizer, dim: int, is_jagged: bool, batch_size: int = 700) -> tuple[Group, Jagged, DevicePlan]:
+    """A skewed batch with rows long enough for several pieces, empty bags, repeated ids, a shared table and mean pooling."""
+    (group,) = group_tables(
+        [
+            TableConfig(name="small", num_embeddings=3, embedding_dim=dim, feature_names=["a", "b"], pooling="mean"),
+            TableConfig(name="large", num_embeddings=2000, embedding_dim=dim, feature_names=["c"]),
+        ],
+        optimizer,
+    )
+    rng = np.random.default_rng(dim)
+    lengths = rng.integers(0, 4, 3 * batch_size) if is_jagged else np.ones(3 * batch_size, np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    values = rng.integers(0, 3, offsets[-1])
+    values[offsets[2 * batch_size] :] = rng.integers(0, 2000, offsets[-1] - offsets[2 * batch_size])
+    batch = Jagged(keys=("a", "b", "c"), values=values, batch_size=batch_size, offsets=offsets if is_jagged else None)
+    oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
+    ((plan, _),) = oracle.plan([DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))])
+    device_plan = DevicePlan.of(plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu"))
+    assert len(device_plan.long_uniques) > 0
+    return group, batch, device_plan
+
+
+@pytest.mark.parametrize("is_jagged", [False, True])
+@pytest.mark.parametrize("dim", [1, 4, 13, 64])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
+def test_cpu_kernels_equal_the_torch_reference(optimizer: Optimizer, dim: int, is_jagged: bool) -> None:
+    group, _, plan = make_case(optimizer, dim, is_jagged)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(group.num_rows, dim, generator=generator)
+    state = torch.rand(group.num_rows, group.state_width, generator=generator)
+    grads = torch.randn(plan.num_bags, dim, generator=generator)
+    assert torch.equal(kernels_cpu.lookup(weights, plan), kernels_torch.lookup(weights, plan))
+    expected_weights, expected_state = weights.clone(), state.clone()
+    kernels_cpu.update(weights, state, plan, grads, optimizer, optimizer.lr)
+    kernels_torch.update(expected_weights, expected_state, plan, grads, optimizer, optimizer.lr)
+    # Equal but for torch's square root on CPUs, which is not correctly rounded.
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(state, expected_state, rtol=1e-6, atol=1e-6)
+    if isinstance(optimizer, SGD):
+        assert torch.equal(weights, expected_weights)
+
+
+@pytest.mark.parametrize("kernels", [kernels_cpu, kernels_torch], ids=["cpu", "torch"])
+def test_fill_and_read_are_inverse(kernels: object) -> None:
+    weights, state = torch.zeros(50, 5), torch.zeros(50, 2)
+    slots, records = torch.tensor([3, 49, 0], dtype=torch.int32), torch.randn(3, 7)
+    kernels.fill(weights, state, slots, records)  # type: ignore[attr-defined]
+    assert torch.equal(kernels.read(weights, state, slots), records)  # type: ignore[attr-defined]
+    assert int((weights != 0).any(1).sum()) == 3
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_the_number_of_threads_changes_no_bit(num_threads: int) -> None:
+    optimizer = RowWiseAdagrad(lr=0.1)
+    group, _, plan = make_case(optimizer, 16, True, batch_size=3000)
+    weights, state = torch.randn(group.num_rows, 16), torch.rand(group.num_rows, 1)
+    grads = torch.randn(plan.num_bags, 16)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, num_threads):
+        torch.set_num_threads(threads)
+        try:
+            new_weights, new_state = weights.clone(), state.clone()
+            kernels_cpu.update(new_weights, new_state, plan, grads, optimizer, 0.1)
+            results.append((kernels_cpu.lookup(weights, plan), new_weights, new_state))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
