@@ -288,7 +288,8 @@ def test_close_to_torch_embedding_bag_and_torch_optim(
             torch_optimizer.step()
         torch_optimizer.zero_grad()
     for name, twin in twins.items():
-        torch.testing.assert_close(embeddings.tables()[name][:], twin.weight.detach(), rtol=1e-4, atol=1e-5)
+        # Adam divides a gradient by its own size, so where one is nearly zero the order of its sum shows in the update.
+        torch.testing.assert_close(embeddings.tables()[name][:], twin.weight.detach(), rtol=1e-4, atol=1e-4)
 
 
 def torch_pooled(groups: Sequence[Group], twins: dict[str, torch.nn.EmbeddingBag], batch: Jagged) -> list[Tensor]:

@@ -1,0 +1,181 @@
+"""The user's module: what it accepts and refuses, reading without training, state dicts and saved tables."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from torch import Tensor
+
+import bagpipe
+from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.errors import ConfigError, DataError, UsageError
+from bagpipe.types import SGD, Jagged, TableConfig
+
+TABLES = [
+    TableConfig(name="users", num_embeddings=20, embedding_dim=4, feature_names=["user"]),
+    TableConfig(name="genres", num_embeddings=7, embedding_dim=4, feature_names=["genre"], pooling="mean"),
+    TableConfig(name="hours", num_embeddings=24, embedding_dim=2, feature_names=["hour"]),
+]
+BATCH = Jagged(
+    keys=("hour", "user", "genre"),
+    values=np.array([3, 4, 19, 0, 6, 6, 5]),
+    batch_size=2,
+    offsets=np.array([0, 1, 2, 3, 4, 4, 7]),
+)
+
+
+class KeyedJagged:
+    """What Bagpipe reads of TorchRec's KeyedJaggedTensor."""
+
+    def __init__(self, batch: Jagged, weights: Tensor | None = None, variable_stride: bool = False) -> None:
+        self._batch, self._weights, self._variable_stride = batch, weights, variable_stride
+
+    def keys(self) -> list[str]:
+        return list(self._batch.keys)
+
+    def values(self) -> Tensor:
+        return torch.from_numpy(self._batch.values)
+
+    def offsets(self) -> Tensor:
+        return torch.from_numpy(np.asarray(self._batch.offsets))
+
+    def lengths(self) -> Tensor:
+        return self.offsets().diff()
+
+    def stride(self) -> int:
+        return self._batch.batch_size
+
+    def weights_or_none(self) -> Tensor | None:
+        return self._weights
+
+    def variable_stride_per_key(self) -> bool:
+        return self._variable_stride
+
+
+@pytest.fixture
+def embeddings() -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.5), seed=1)
+
+
+def test_eval_pools_rows_of_the_stores_for_any_batch(embeddings: EmbeddingBagCollection) -> None:
+    tables = {name: table[:] for name, table in embeddings.tables().items()}
+    pooled = embeddings.eval()(BATCH)
+    assert pooled.keys() == ["user", "genre", "hour"]
+    assert torch.equal(pooled["user"], tables["users"][[19, 0]])
+    assert torch.equal(pooled["hour"], tables["hours"][[3, 4]])
+    assert torch.equal(pooled["genre"][0], torch.zeros(4))  # an empty bag
+    torch.testing.assert_close(pooled["genre"][1], tables["genres"][[6, 6, 5]].mean(0))
+    assert pooled.values().shape == (2, 4 + 4 + 2)
+    assert all(store.num_touched == 0 for store in embeddings.stores)
+
+
+def test_a_keyed_jagged_tensor_is_read_by_its_methods(embeddings: EmbeddingBagCollection) -> None:
+    embeddings.eval()
+    assert torch.equal(embeddings(KeyedJagged(BATCH)).values(), embeddings(BATCH).values())
+    with pytest.raises(DataError, match="per-sample weights, which are not supported"):
+        embeddings(KeyedJagged(BATCH, weights=torch.ones(7)))
+    with pytest.raises(DataError, match="another batch size for each key"):
+        embeddings(KeyedJagged(BATCH, variable_stride=True))
+    with pytest.raises(DataError, match=r"must be a bagpipe.types.Jagged or a KeyedJaggedTensor, is list.*no method keys\(\)"):
+        embeddings([1, 2])
+
+
+def test_training_keeps_rows_current_for_eval_in_the_middle_of_a_run(embeddings: EmbeddingBagCollection) -> None:
+    before = embeddings.tables()["users"][:]
+    with bagpipe.lookahead([BATCH] * 3, embeddings, cache="auto") as stream:
+        for step, batch in enumerate(stream):
+            embeddings.train()
+            pooled = embeddings(batch)
+            pooled["user"].sum().backward()
+            embeddings.eval()
+            now = embeddings(BATCH)["user"]
+            torch.testing.assert_close(now, before[[19, 0]] - 0.5 * (step + 1))
+
+
+def test_without_lookahead_training_says_what_to_do(embeddings: EmbeddingBagCollection) -> None:
+    with pytest.raises(UsageError, match=r"iterate over bagpipe.lookahead\(loader, embeddings\).*or call eval\(\)"):
+        embeddings(BATCH)
+
+
+def test_other_ids_a_second_forward_and_a_second_backward_are_refused(embeddings: EmbeddingBagCollection) -> None:
+    other = Jagged(keys=BATCH.keys, values=BATCH.values[::-1] % 7, batch_size=2, offsets=BATCH.offsets)
+    stream = iter(bagpipe.lookahead([BATCH], embeddings))
+    batch = next(stream)
+    with pytest.raises(UsageError, match="step 0: forward was given other ids"):
+        embeddings(other)
+    pooled = embeddings(KeyedJagged(batch))  # the same ids as another object: a copy on the way to the model
+    with pytest.raises(UsageError, match="step 0: forward was called twice"):
+        embeddings(batch)
+    loss = pooled["user"].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(UsageError, match="step 0: backward ran twice"):
+        loss.backward()
+
+
+def test_a_changed_learning_rate_holds_from_the_next_backward(embeddings: EmbeddingBagCollection) -> None:
+    before = embeddings.tables()["hours"][:]
+    for step, batch in enumerate(bagpipe.lookahead([BATCH] * 2, embeddings)):
+        embeddings.set_learning_rate([0.5, 0.25][step])
+        embeddings(batch)["hour"].sum().backward()
+    torch.testing.assert_close(embeddings.tables()["hours"][3:5], before[3:5] - 0.75)
+    assert embeddings.step == 2
+
+
+def test_state_dict_holds_tables_lazily_and_loads_into_another_collection(embeddings: EmbeddingBagCollection) -> None:
+    model = torch.nn.ModuleDict({"embeddings": embeddings, "dense": torch.nn.Linear(2, 2)})
+    state = model.state_dict()
+    table = state["embeddings.embedding_bags.users.weight"]
+    assert (table.shape, table.dtype, len(list(table.blocks(6)))) == ((20, 4), torch.float32, 4)
+    with pytest.raises(UsageError, match=r"table 'users' is not pickled whole.*save_tables\(path\)"):
+        pickle.dumps(table)
+    other = torch.nn.ModuleDict(
+        {"embeddings": EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.5), seed=2), "dense": torch.nn.Linear(2, 2)}
+    )
+    other.load_state_dict(state)
+    for name, table in embeddings.tables().items():
+        assert torch.equal(table[:], other["embeddings"].tables()[name][:])  # type: ignore[operator]
+
+
+def test_load_state_dict_takes_tensors_and_names_what_does_not_fit(embeddings: EmbeddingBagCollection) -> None:
+    state = {f"embedding_bags.{name}.weight": torch.rand(table.shape) for name, table in embeddings.tables().items()}
+    embeddings.load_state_dict(state)
+    assert torch.equal(embeddings.tables()["genres"][:], state["embedding_bags.genres.weight"])
+    with pytest.raises(RuntimeError, match=r"embedding_bags.users.weight: shape \(3, 4\) does not fit the table's \(20, 4\)"):
+        embeddings.load_state_dict(state | {"embedding_bags.users.weight": torch.rand(3, 4)})
+    del state["embedding_bags.hours.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*embedding_bags.hours.weight"):
+        embeddings.load_state_dict(state)
+
+
+def test_saved_tables_are_a_safetensors_file(embeddings: EmbeddingBagCollection, tmp_path: Path) -> None:
+    embeddings.save_tables(tmp_path / "tables.safetensors")
+    with safetensors.safe_open(tmp_path / "tables.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(f"embedding_bags.{table.name}.weight" for table in TABLES)
+        for name, table in embeddings.tables().items():
+            assert torch.equal(file.get_tensor(f"embedding_bags.{name}.weight"), table[:])
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([], "no tables are given"),
+        ([TABLES[0], TABLES[0]], "table name 'users' is given more than once"),
+        (
+            [TABLES[0], TableConfig(name="more", num_embeddings=3, embedding_dim=4, feature_names=["user"])],
+            "feature 'user' is given more than once",
+        ),
+    ],
+)
+def test_tables_that_do_not_fit_together_are_refused(tables: list[TableConfig], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EmbeddingBagCollection(tables, optimizer=SGD(lr=0.5))
+
+
+def test_momentum_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="momentum moves every row at every step, touched or not"):
+        SGD(lr=0.1, momentum=0.9)

@@ -1,0 +1,68 @@
+"""Equality on a GPU: bit for bit over caches, lookaheads, depths, stores and restarts; close to the same run on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.store import FileStore
+from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from tests.train import test_equality as equality
+
+pytestmark = pytest.mark.gpu
+
+OPTIMIZERS: list[Optimizer] = [SGD(lr=0.5), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.05)]
+VARIANTS: list[dict[str, Any]] = [
+    {"extra_slots": 0},
+    {"extra_slots": 30, "lookahead": 1},
+    {"extra_slots": 30, "lookahead": 20, "prefetch_depth": 0},
+    {"extra_slots": 30, "lookahead": 20, "prefetch_depth": 5},
+    {"extra_slots": 30, "restarts": [11, 30]},
+    {"extra_slots": 10_000},
+    {"extra_slots": 30, "file": True},
+]
+
+
+def run(device: str, optimizer: Optimizer, folder: Path, **variant: Any) -> tuple[list[float], list[np.ndarray]]:
+    """Losses and final records of one way to train the same batches."""
+    batches = equality.skewed_batches(50)
+    store = {"store": lambda group, seed: FileStore(group, seed, folder / str(group.index))} if variant.pop("file", False) else {}
+    embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=optimizer, device=device, seed=11, **store)
+    extra_slots, restarts = variant.pop("extra_slots"), variant.pop("restarts", [])
+    cache = [slots + extra_slots for slots in equality.smallest_caches(embeddings.groups, batches)]
+    dense = equality.make_dense(embeddings.groups).to(device)
+    losses: list[float] = []
+    bounds = [0, *restarts, len(batches)]
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        losses += equality.train_cached(embeddings, batches[begin:end], dense, cache=cache, **variant)
+    records = equality.all_records(embeddings)
+    embeddings.close()
+    return losses, records
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
+def test_bit_for_bit_on_one_device_and_close_to_the_cpu(optimizer: Optimizer, tmp_path: Path) -> None:
+    results = [run("cuda", optimizer, tmp_path / str(index), **dict(variant)) for index, variant in enumerate(VARIANTS)]
+    for losses, records in results[1:]:
+        assert losses == results[0][0]
+        for one, other in zip(records, results[0][1], strict=True):
+            np.testing.assert_array_equal(one, other)
+    cpu_losses, cpu_records = run("cpu", optimizer, tmp_path / "cpu", extra_slots=30)
+    np.testing.assert_allclose(results[0][0], cpu_losses, rtol=1e-3)
+    for one, other in zip(results[0][1], cpu_records, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)
+
+
+def test_no_device_memory_is_left_behind(tmp_path: Path) -> None:
+    run("cuda", SGD(lr=0.5), tmp_path, extra_slots=30)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for index in range(3):
+        run("cuda", SGD(lr=0.5), tmp_path / str(index), extra_slots=30)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before

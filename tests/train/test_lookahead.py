@@ -1,0 +1,210 @@
+"""The iterator around the loader: any iterable, order, back-pressure, failures of background threads, ending early."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import bagpipe
+from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError, DataError, StoreError
+from bagpipe.store import MemoryStore
+from bagpipe.train.capacity import parse_bytes, slots_for
+from bagpipe.types import SGD, Float32Array, Int64Array, Jagged, TableConfig, group_tables
+
+TABLES = [TableConfig(name="t", num_embeddings=1000, embedding_dim=4, feature_names=["f"])]
+
+
+@dataclass
+class Batch:
+    """A user's batch type."""
+
+    sparse: Jagged
+    number: int
+
+
+def batches(count: int, size: int = 16) -> Iterator[Batch]:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        yield Batch(sparse=Jagged(keys=("f",), values=rng.integers(0, 1000, size), batch_size=size), number=number)
+
+
+def make_embeddings(store: type[MemoryStore] = MemoryStore) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.1), store=store)
+
+
+def train(embeddings: EmbeddingBagCollection, stream: bagpipe.train.lookahead.Lookahead[Batch]) -> list[int]:
+    numbers = []
+    for batch in stream:
+        embeddings(batch.sparse).values().sum().backward()
+        numbers.append(batch.number)
+    return numbers
+
+
+def bagpipe_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("bagpipe-o", "bagpipe-t", "bagpipe-w"))]
+
+
+def test_batches_come_through_unchanged_and_in_order_and_threads_end() -> None:
+    embeddings = make_embeddings()
+    stream = bagpipe.lookahead(batches(30), embeddings, cache=64, lookahead=5)
+    assert train(embeddings, stream) == list(range(30))
+    assert stream.report.num_steps == 30
+    assert stream.report.max_lookahead == 5
+    assert embeddings.step == 30
+    assert bagpipe_threads() == []
+
+
+def test_a_data_loader_dicts_and_a_sparse_function_work() -> None:
+    embeddings = make_embeddings()
+    loader = DataLoader(list(range(64)), batch_size=8, collate_fn=lambda ids: {"ids": torch.tensor(ids)})  # type: ignore[arg-type]
+
+    def find(batch: dict[str, torch.Tensor]) -> Jagged:
+        return Jagged(keys=("f",), values=batch["ids"].numpy(), batch_size=len(batch["ids"]))
+
+    for batch in bagpipe.lookahead(loader, embeddings, sparse=find):
+        embeddings(find(batch)).values().sum().backward()
+    assert embeddings.stores[0].num_touched == 64
+    for wrapped in bagpipe.lookahead([{"sparse": batch.sparse} for batch in batches(2)], embeddings):
+        embeddings(wrapped["sparse"])
+    with pytest.raises(DataError, match=r"type dict has no attribute or key sparse or sparse_features.*sparse=lambda"):
+        next(iter(bagpipe.lookahead(loader, embeddings)))
+
+
+def test_the_reader_is_not_read_further_ahead_than_the_window() -> None:
+    read = []
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches(1000):
+            read.append(batch.number)
+            yield batch
+
+    embeddings = make_embeddings()
+    stream = bagpipe.lookahead(counted(), embeddings, cache=200, lookahead=10, prefetch_depth=1, dedup_threads=1)
+    next(stream)
+    deadline = time.monotonic() + 5
+    while len(read) < 11 and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    threading.Event().wait(0.2)
+    # one handed out, one prefetched, two plans ready and one waiting, ten in the window, two being de-duplicated, one in hand
+    assert 11 <= len(read) <= 20
+    stream.close()
+    assert bagpipe_threads() == []
+
+
+def test_a_break_leaves_trained_rows_readable_and_a_new_stream_possible() -> None:
+    embeddings = make_embeddings()
+    for batch in bagpipe.lookahead(batches(30), embeddings, cache=64):
+        embeddings(batch.sparse).values().sum().backward()
+        if batch.number == 3:
+            break
+    assert embeddings.step == 4
+    embeddings.flush()
+    assert embeddings.stores[0].num_touched > 16
+    assert train(embeddings, bagpipe.lookahead(batches(5), embeddings, cache=64)) == list(range(5))
+    assert embeddings.step == 9
+
+
+def test_a_failing_reader_is_raised_in_its_place_with_its_cause() -> None:
+    def failing() -> Iterator[Batch]:
+        yield from batches(7)
+        raise OSError("the disk is gone")
+
+    embeddings = make_embeddings()
+    stream = bagpipe.lookahead(failing(), embeddings, cache=64, lookahead=2, dedup_threads=1)
+    with pytest.raises(BackgroundError, match=r"the oracle thread failed: OSError\('the disk is gone'\)") as caught:
+        train(embeddings, stream)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert embeddings.step > 0
+    assert bagpipe_threads() == []
+
+
+def test_a_bad_id_and_a_cache_too_small_are_raised_as_they_are() -> None:
+    embeddings = make_embeddings()
+    bad = [*batches(2), Batch(sparse=Jagged(keys=("f",), values=np.array([1000]), batch_size=1), number=2)]
+    with pytest.raises(DataError, match="feature 'f': id 1000"):
+        train(embeddings, bagpipe.lookahead(bad, embeddings))
+    with pytest.raises(CacheTooSmallError, match="its cache has 3 slots"):
+        train(embeddings, bagpipe.lookahead(batches(3), embeddings, cache=3))
+
+
+@pytest.mark.parametrize("method", ["fetch", "write"])
+def test_a_failing_store_is_raised_at_the_next_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = make_embeddings()
+    original = getattr(MemoryStore, method)
+    calls = []
+
+    def failing(store: MemoryStore, rows: Int64Array, records: Float32Array) -> None:
+        calls.append(len(rows))
+        if len(calls) > 5:
+            raise StoreError("no space left on the medium")
+        original(store, rows, records)
+
+    monkeypatch.setattr(MemoryStore, method, failing)
+    with pytest.raises(BackgroundError, match=r"moving embedding rows for step \d+ failed: no space left") as caught:
+        train(embeddings, bagpipe.lookahead(batches(500), embeddings, cache=40, lookahead=4))
+    assert isinstance(caught.value.__cause__, StoreError)
+    assert embeddings.step < 100
+    assert bagpipe_threads() == []
+
+
+def test_an_error_in_the_loop_ends_the_stream_and_is_not_hidden() -> None:
+    embeddings = make_embeddings()
+
+    def loop() -> None:
+        with bagpipe.lookahead(batches(30), embeddings, cache=64) as stream:
+            for _ in stream:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        loop()
+    assert bagpipe_threads() == []
+
+
+def test_waits_are_counted_where_they_happen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = MemoryStore.fetch
+
+    def slow(store: MemoryStore, rows: Int64Array, out: Float32Array) -> None:
+        threading.Event().wait(0.02)
+        original(store, rows, out)
+
+    monkeypatch.setattr(MemoryStore, "fetch", slow)
+    embeddings = make_embeddings()
+    stream = bagpipe.lookahead(batches(20), embeddings, cache=1000, prefetch_depth=1)
+    train(embeddings, stream)
+    assert stream.waits.rows_s > 0.2
+    assert stream.waits.slots_s < 0.1
+
+
+@pytest.mark.parametrize(("size", "expected"), [("512MiB", 512 << 20), ("4GB", 4 * 10**9), ("1.5KiB", 1536), ("7", 7), (99, 99)])
+def test_sizes_are_parsed(size: int | str, expected: int) -> None:
+    assert parse_bytes(size, "cache") == expected
+
+
+@pytest.mark.parametrize("size", ["4 gigs", "-1GB", "GB", "4GBs"])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match=r"cache is .*must be a size such as '512MiB'"):
+        parse_bytes(size, "cache")
+
+
+def test_slots_are_shared_by_rows_and_never_exceed_a_table() -> None:
+    tables = [
+        TableConfig(name="a", num_embeddings=900, embedding_dim=4, feature_names=["a"]),
+        TableConfig(name="b", num_embeddings=100, embedding_dim=2, feature_names=["b"]),
+    ]
+    groups, cpu = group_tables(tables, SGD(lr=0.1)), torch.device("cpu")
+    assert slots_for(100, groups, cpu) == [90, 10]
+    assert slots_for([7, 500], groups, cpu) == [7, 100]
+    assert slots_for(f"{(900 * 16 + 100 * 8) // 10}B", groups, cpu) == [90, 10]
+    assert slots_for("auto", groups, cpu) == [900, 100]
+    with pytest.raises(ConfigError, match=r"cache=5 leaves no slot for group 1 \(dim 2\) with 100 rows"):
+        slots_for(5, groups, cpu)
+    with pytest.raises(ConfigError, match="cache has 3 entries for 2 groups"):
+        slots_for([1, 2, 3], groups, cpu)
