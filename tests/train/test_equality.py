@@ -6,6 +6,7 @@ small dense model; every step's loss, all weights and all optimizer state must b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests import reference, strategies
 from torch import Tensor
 
 import bagpipe
@@ -23,7 +25,6 @@ from bagpipe.oracle.cacher import Cacher
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import SGD, Adagrad, Adam, Group, GroupPlan, Jagged, Optimizer, RowWiseAdagrad, TableConfig, group_tables
-from tests import reference, strategies
 
 OPTIMIZERS = [SGD(lr=0.5), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.05)]
 
@@ -112,7 +113,7 @@ def check_equal(
     dense = make_dense(groups)
     bounds = [0, *sorted(restarts), len(batches)]
     losses = []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         losses += train_cached(embeddings, batches[begin:end], dense, cache=cache, **options)
     assert losses == expected_losses
     for records, expected in zip(all_records(embeddings), expected_records, strict=True):

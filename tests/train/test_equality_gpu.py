@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.train import test_equality as equality
 
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.store import FileStore
 from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
-from tests.train import test_equality as equality
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +39,7 @@ def run(device: str, optimizer: Optimizer, folder: Path, **variant: Any) -> tupl
     dense = equality.make_dense(embeddings.groups).to(device)
     losses: list[float] = []
     bounds = [0, *restarts, len(batches)]
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         losses += equality.train_cached(embeddings, batches[begin:end], dense, cache=cache, **variant)
     records = equality.all_records(embeddings)
     embeddings.close()
