@@ -100,7 +100,8 @@ class Executor:
         pending = self._pending[0]
         tick = pending.plan.step
         computed = self._record_compute()
-        pending.late = self._transfer_thread.submit(self._transfer, pending.plan, tick, computed, is_late=True)
+        if any(_moves_anything(group.late) for group in pending.plan.groups):
+            pending.late = self._transfer_thread.submit(self._transfer, pending.plan, tick, computed, is_late=True)
         for due in self._pending:
             if due.plan.early_tick > tick:
                 break
@@ -112,7 +113,7 @@ class Executor:
         started = time.perf_counter()
         early = self._result(pending.early, pending.plan.step)
         rows_done = time.perf_counter()
-        late = self._result(pending.late, pending.plan.step)
+        late = None if pending.late is None else self._result(pending.late, pending.plan.step)
         self.waits.rows_s += rows_done - started
         self.waits.slots_s += time.perf_counter() - rows_done
         self._wait_on_device(early, late)
@@ -238,12 +239,12 @@ class Executor:
         computed: torch.cuda.Event = self._compute_stream.record_event()
         return computed
 
-    def _wait_on_device(self, early: _Transferred, late: _Transferred) -> None:
+    def _wait_on_device(self, early: _Transferred, late: _Transferred | None) -> None:
         """Makes the compute stream, not the host, wait for the step's transfers."""
         if self._compute_stream is None:
             return
         for transferred in (early, late):
-            if transferred.ready is not None:
+            if transferred is not None and transferred.ready is not None:
                 self._compute_stream.wait_event(transferred.ready)
         for plan in early.plans:
             plan.record_stream(self._compute_stream)
@@ -259,3 +260,7 @@ class Executor:
             return future.result()
         except Exception as error:
             raise BackgroundError(f"moving embedding rows for step {step} failed: {error}") from error
+
+
+def _moves_anything(transfers: Transfers) -> bool:
+    return len(transfers.evict_rows) > 0 or len(transfers.fetch_rows) > 0
