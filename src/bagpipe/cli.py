@@ -157,7 +157,9 @@ def _tell_end(console: Console, config: RunConfig, result: Result) -> None:
     saved = f"checkpoint: {result.checkpoint}" if result.checkpoint is not None else "no checkpoint"
     if result.stopped_by is not None:
         console.print(
-            f"stopped by {result.stopped_by.name} after step {result.step:,}; {saved}; go on with --resume", highlight=False
+            f"stopped by {result.stopped_by.name} after step {result.step:,}; {saved}; go on with --resume",
+            highlight=False,
+            soft_wrap=True,
         )
         raise typer.Exit(128 + result.stopped_by)
     console.print(f"trained {result.step:,} steps; {saved}; log: {config.log.folder}", highlight=False, soft_wrap=True)

@@ -14,7 +14,10 @@ NUM_STEPS = 24
 
 
 def small_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
-    """Three tables, 24 steps over one and a half epochs, a cache that must evict; `sections` overlay its own."""
+    """Three tables, 24 steps over one and a half epochs, a cache that must evict.
+
+    `sections` overlay its own, and replace one of another kind.
+    """
     settings: dict[str, dict[str, Any]] = {
         "data": {
             "kind": "synthetic",
@@ -30,7 +33,8 @@ def small_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
         "log": {"folder": str(folder), "every_steps": 4, "tensorboard": False},
     }
     for name, section in sections.items():
-        settings[name] = settings.get(name, {}) | section
+        replaces = section.get("kind") not in (None, settings.get(name, {}).get("kind"))
+        settings[name] = section if replaces else settings.get(name, {}) | section
     return check_config(RunConfig, settings, source="test")
 
 

@@ -11,67 +11,66 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from pathlib import Path
+from typing import Literal
 
 from tests.train.runs import newest_files, small_config
 
 NUM_KILLS = 8
+Moment = tuple[Literal["calls"], int] | tuple[Literal["seconds"], float]
 
 
-def run(folder: str, kill_after_calls: int | None) -> None:
-    """Trains or resumes; dies at the given call of fsync or rename."""
+def run(folder: str, moment: Moment | None) -> None:
+    """Trains or resumes; dies at the given moment, without a chance to clean up."""
     from bagpipe.train.report import SilentReporter
     from bagpipe.train.trainer import train
 
-    if kill_after_calls is not None:
-        calls = itertools.count(1)
-        real_fsync, real_rename = os.fsync, Path.rename
-
-        def die_in_time() -> None:
-            if next(calls) == kill_after_calls:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def fsync(descriptor: int) -> None:
-            die_in_time()
-            real_fsync(descriptor)
-
-        def rename(path: Path, target: Path) -> Path:
-            die_in_time()
-            return real_rename(path, target)
-
-        os.fsync, Path.rename = fsync, rename  # type: ignore[method-assign]
-    config = small_config(Path(folder), checkpoint={"every_steps": 2, "keep": 2})
+    if moment is not None and moment[0] == "calls":
+        die_at_call(moment[1])
+    elif moment is not None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whose default is to die at once
+        signal.setitimer(signal.ITIMER_REAL, moment[1])
+    config = small_config(Path(folder), train={"steps": 60}, checkpoint={"every_steps": 2, "keep": 2})
     train(config, reporter=SilentReporter(), resume=True)
+
+
+def die_at_call(number: int) -> None:
+    """Makes this process die at its n-th call of fsync or rename."""
+    calls = itertools.count(1)
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def die_in_time() -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fsync(descriptor: int) -> None:
+        die_in_time()
+        real_fsync(descriptor)
+
+    def rename(path: Path, target: Path) -> Path:
+        die_in_time()
+        return real_rename(path, target)
+
+    os.fsync, Path.rename = fsync, rename  # type: ignore[method-assign]
 
 
 def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bagpipe.train.trainer", "tests.train.runs"])
 
-    def start(folder: Path, kill_after_calls: int | None = None) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=run, args=(str(folder), kill_after_calls))
+    def run_once(name: str, moment: Moment | None) -> int | None:
+        process = context.Process(target=run, args=(str(tmp_path / name), moment))
         process.start()
-        return process
-
-    start(tmp_path / "warm").join()  # starts the server
-    started = time.perf_counter()
-    undisturbed = start(tmp_path / "undisturbed")
-    undisturbed.join()
-    elapsed_s = time.perf_counter() - started
-    assert undisturbed.exitcode == 0
-
-    moments, num_killed = random.Random(0), 0
-    for kill in range(NUM_KILLS):
-        process = start(tmp_path / "killed", moments.randint(1, 14) if kill % 2 else None)
-        process.join(timeout=None if kill % 2 else moments.uniform(0.2, 0.8) * elapsed_s)
-        process.kill()
         process.join()
-        num_killed += process.exitcode == -signal.SIGKILL
-    assert num_killed >= NUM_KILLS // 2
-    last = start(tmp_path / "killed")
-    last.join()
-    assert last.exitcode == 0
+        return process.exitcode
+
+    assert run_once("undisturbed", None) == 0
+    moments = random.Random(0)
+    exits = [
+        run_once("killed", ("seconds", moments.uniform(0.05, 0.5)) if kill % 2 else ("calls", moments.randint(1, 20)))
+        for kill in range(NUM_KILLS)
+    ]
+    assert exits.count(-signal.SIGKILL) == NUM_KILLS // 2
+    assert run_once("killed", None) == 0
     assert newest_files(tmp_path / "killed") == newest_files(tmp_path / "undisturbed")
-    leftovers = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir() if "tmp" in path.name]
-    assert leftovers == []
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir() if "tmp" in path.name] == []

@@ -40,3 +40,14 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.25)]
     assert events.Tags()["scalars"] == ["train/loss"]
+
+
+def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    told: list[str] = []
+    with RunLog(tmp_path, step=None, tensorboard=False, on_failure=told.append) as log:
+        log._file.close()
+        log._file = open("/dev/full", "w", buffering=1)
+        log.write("train", 1, loss=0.5)
+        log.write("train", 2, loss=0.5)
+    assert len(told) == 1
+    assert "/dev/full: can't be written: No space left on device; the run goes on" in told[0]

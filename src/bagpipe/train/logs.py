@@ -7,6 +7,8 @@ records of steps that it will train again, so that the log reads as that of an u
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,10 +25,14 @@ class RunLog:
         folder: the run's folder, which exists.
         step: the step that the run resumes from: records of later steps are dropped. None: a fresh run, all are.
         tensorboard: whether to write for TensorBoard too, into `folder`/tensorboard.
+        on_failure: told once when a record can't be written, as on a full disk; the run is worth more than its log.
     """
 
-    def __init__(self, folder: Path, *, step: int | None, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, *, step: int | None, tensorboard: bool, on_failure: Callable[[str], None] = lambda _: None
+    ) -> None:
         path = folder / LOG_NAME
+        self._on_failure: Callable[[str], None] | None = on_failure
         _drop_records_after(path, -1 if step is None else step)
         self._file = path.open("a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1) if tensorboard else None
@@ -35,18 +41,27 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with self._failures_told(), self._file:
+            if self._board is not None:
+                self._board.close()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Adds a record; its numbers become TensorBoard scalars named `kind`/name."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        if self._board is None:
-            return
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._failures_told():
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            for name, value in numbers.items():
+                if self._board is not None:
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._on_failure is not None:
+                self._on_failure(f"{self._file.name}: can't be written: {error.strerror}; the run goes on without some of its log")
+                self._on_failure = None
 
 
 def _drop_records_after(path: Path, step: int) -> None:

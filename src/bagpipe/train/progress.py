@@ -11,8 +11,8 @@ from rich.console import Console
 from bagpipe.train.report import Progress
 
 _NUMBERS = (
-    "{task.fields[speed]} ex/s loss {task.fields[loss]} hit {task.fields[hit_rate]} "
-    "wait ms: plan {task.fields[plan]} rows {task.fields[rows]} slots {task.fields[slots]}"
+    "{task.fields[speed]}/s loss {task.fields[loss]} hit {task.fields[hit_rate]} "
+    "wait plan {task.fields[plan]} rows {task.fields[rows]} slots {task.fields[slots]} ms"
 )
 _NOTHING_YET: dict[str, Any] = dict.fromkeys(("loss", "speed", "hit_rate", "plan", "rows", "slots"), "-")
 

@@ -71,7 +71,8 @@ def train(config: RunConfig, *, reporter: Reporter, resume: bool = False, overwr
         if saved is None:
             start_afresh(checkpoints, overwrite=overwrite)
         step = None if saved is None else saved.step
-        with RunLog(config.log.folder, step=step, tensorboard=config.log.tensorboard) as log, StopRequest() as stop:
+        log_files = RunLog(config.log.folder, step=step, tensorboard=config.log.tensorboard, on_failure=reporter.say)
+        with log_files as log, StopRequest() as stop:
             loop = _Loop(run, checkpoints, log, reporter, stop)
             return loop.run(saved)
 
