@@ -1,0 +1,74 @@
+"""`bagpipe plan`: the dry run. Replays the oracle over a run's data for several cache sizes and lookaheads; loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from bagpipe.cli_common import File, JsonFile, Overrides, console_progress, mistakes_told, save_json
+
+if TYPE_CHECKING:
+    from bagpipe.config.run import RunConfig
+    from bagpipe.oracle.dry_run import DryRun, Progress
+
+DEFAULT_CACHES = ("0.3%", "1%", "2%", "5%", "10%")
+DEFAULT_LOOKAHEADS = (1, 20, 100, 200)
+
+
+def plan(
+    file: File,
+    overrides: Overrides,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(help="A cache size: rows (675_000), a share (2%) or memory (4GiB); may be repeated.", show_default=False),
+    ] = None,
+    lookahead: Annotated[
+        list[int] | None, typer.Option(help="Batches that the oracle sees ahead; may be repeated.", min=1, show_default=False)
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=2, help="Steps to replay; the first quarter warms the cache up and is not counted.")
+    ] = 400,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of rows fetched a step here (.png, .svg, .pdf).")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what caches and lookaheads of several sizes would fetch, without training."""
+    console = Console()
+    with mistakes_told():
+        from bagpipe.config.load import load_config
+        from bagpipe.config.run import RunConfig
+        from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest, save_plot
+
+        config = load_config(RunConfig, file, overrides)
+        with console_progress(console) as progress:
+            result = _dry_run(config, cache or DEFAULT_CACHES, lookahead or DEFAULT_LOOKAHEADS, steps, progress)
+        console.print(render_points(result))
+        console.print(render_smallest(result))
+        if plot is not None:
+            save_plot(result, plot)
+            console.print(f"plot: {plot}", highlight=False, soft_wrap=True)
+        if json_file is not None:
+            save_json(as_dict(result), json_file)
+
+
+def _dry_run(config: RunConfig, caches: Sequence[str], lookaheads: Sequence[int], num_steps: int, progress: Progress) -> DryRun:
+    from bagpipe.config.tables import make_tables
+    from bagpipe.data import open_source
+    from bagpipe.oracle.dry_run import Grid, dry_run, read_trace
+    from bagpipe.oracle.sizes import parse_rows
+    from bagpipe.types import group_tables
+
+    source = open_source(config.data, "train")
+    groups = group_tables(make_tables(source.features, config.embeddings), config.embeddings.optimizer.build())
+    grid = Grid(
+        cache_rows=[parse_rows(cache, groups, "--cache") for cache in caches],
+        lookaheads=lookaheads,
+        num_steps=num_steps,
+        prefetch_depth=config.cache.prefetch_depth,
+    )
+    batches = source.batches(batch_size=config.train.batch_size, drop_last=config.train.drop_last)
+    trace = read_trace(groups, (batch.sparse for batch in batches), max_batches=grid.num_batches, progress=progress)
+    return dry_run(trace, grid, progress=progress)

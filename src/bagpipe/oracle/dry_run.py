@@ -1,0 +1,265 @@
+"""The dry run: what a cache of each size would fetch with each lookahead, from the ids alone. No rows, no model, no device.
+
+Slots, fetches and evictions depend only on the distinct rows of each batch. So batches are read and de-duplicated once, on a
+thread pool, and only their distinct rows are kept (a `Trace`); the oracle that trains then replays the trace for each point
+of a grid of cache sizes and lookaheads, several points at a time.
+
+Counting. The first `warmup_steps` fill the cache and are left out; the others are counted, the same ones for every point. A
+trace longer than the counted steps is only looked ahead into, so that the last of them are planned with a full window.
+
+A step *waits* when some of its transfers are late: a row's slot, or the row itself, is not free `prefetch_depth` steps ahead,
+so that its fetch stands on the critical path. A cache *never stalls* when no counted step waits. Whether the store then
+delivers in time depends on its speed and the step's length: compare them with the bytes a step. The smallest such cache is
+looked for between the smallest never-stalling size of the grid and the next smaller size that stalls or is too small for a
+batch, by bisection to within `RESOLUTION`. A size below it stalls, or was not tried because a larger one does.
+
+Memory: 8 bytes a distinct row and batch for the trace; for each point under way what a `Cacher` takes (8 bytes a row of the
+tables, 20 a slot, 4 a distinct row and batch of lookahead). No more points are under way than `CACHERS_BYTES` has room for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+from bagpipe.errors import CacheTooSmallError, ConfigError, DataError
+from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.pipeline import ordered_map
+from bagpipe.oracle.report import OracleReport
+from bagpipe.oracle.sizes import slots_of
+from bagpipe.oracle.window import DedupedBatch, Oracle
+from bagpipe.types import Group, Jagged
+
+RESOLUTION = 0.01
+"""How near to the border between stalling and never stalling the bisection goes, as a share of the cache."""
+CACHERS_BYTES = 4 << 30
+"""Memory that points under way may take together; one always may."""
+
+Item = TypeVar("Item")
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Is told of a stage's name, how much of it is done, and how much there is."""
+
+_NO_LOOKUPS = np.empty(0, np.int32)
+_NO_PIECES = np.zeros(1, np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The distinct rows of each batch of a stream."""
+
+    groups: tuple[Group, ...]
+    batches: tuple[DedupedBatch[None], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the trace holds."""
+        return sum(batch.nbytes for batch in self.batches)
+
+    @property
+    def uniques_per_step(self) -> float:
+        """Distinct rows of a batch, on average."""
+        return sum(len(group.unique_rows) for batch in self.batches for group in batch.groups) / len(self.batches)
+
+    @property
+    def smallest_cache(self) -> int:
+        """The fewest rows over all groups with which no batch alone needs more slots than its group gets."""
+        num_rows = sum(group.num_rows for group in self.groups)
+        needs = np.array([[len(group.unique_rows) for group in batch.groups] for batch in self.batches]).max(axis=0)
+        return max(-(-int(need) * num_rows // group.num_rows) for need, group in zip(needs, self.groups, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What to replay: each cache size (rows over all groups) with each lookahead."""
+
+    cache_rows: Sequence[int]
+    lookaheads: Sequence[int]
+    num_steps: int
+    prefetch_depth: int = 2
+    warmup_steps: int | None = None
+    """Steps left out at the beginning; by default a quarter."""
+
+    def __post_init__(self) -> None:
+        if not self.cache_rows or not self.lookaheads:
+            raise ConfigError("a dry run needs at least one cache size and one lookahead")
+        if self.num_steps < 1 or not 0 <= self.num_warmup_steps < self.num_steps:
+            raise ConfigError(f"a dry run of {self.num_steps} steps, {self.num_warmup_steps} of them to warm up, counts no step")
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps left out at the beginning."""
+        return self.num_steps // 4 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of which a trace can make use."""
+        return self.num_steps + max(self.lookaheads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One cache size with one lookahead. `report` counts the steps after the warm-up; None when a batch alone needs more slots."""
+
+    cache_rows: int
+    lookahead: int
+    report: OracleReport | None
+    num_needed: int = 0  # slots that the batch needs for which the cache is too small
+
+    @property
+    def never_stalls(self) -> bool:
+        """Whether no counted step waited."""
+        return self.report is not None and self.report.num_waiting_steps == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """The points by lookahead and then cache size; for each lookahead the smallest cache that never stalls, None if none does."""
+
+    groups: tuple[Group, ...]
+    grid: Grid
+    num_counted_steps: int
+    uniques_per_step: float
+    points: tuple[Point, ...]
+    smallest: dict[int, int | None]
+
+    def cache_bytes(self, cache_rows: int) -> int:
+        """Bytes of records in a cache of `cache_rows` rows over all groups."""
+        slots = slots_of(cache_rows, self.groups)
+        return sum(count * group.record_bytes for count, group in zip(slots, self.groups, strict=True))
+
+
+def read_trace(
+    groups: Sequence[Group],
+    batches: Iterable[Jagged],
+    *,
+    max_batches: int,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """De-duplicates up to `max_batches` batches. DataError: there is none, or what `batches` and `dedup` raise."""
+    num_threads = threads or os.cpu_count() or 1
+    kept = []
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup") as pool:
+        found = ordered_map(partial(_distinct_rows, groups), islice(batches, max_batches), pool, ahead=2 * num_threads)
+        for batch in found:
+            kept.append(batch)
+            if progress is not None:
+                progress("reading batches", len(kept), max_batches)
+    if not kept:
+        raise DataError("a dry run needs at least one batch, the data have none")
+    return Trace(groups=tuple(groups), batches=tuple(kept))
+
+
+def dry_run(
+    trace: Trace, grid: Grid, *, find_smallest: bool = True, threads: int | None = None, progress: Progress | None = None
+) -> DryRun:
+    """Replays `trace` for every point of `grid`. ConfigError: the trace ends before the first counted step, or a bad lookahead."""
+    num_steps = min(grid.num_steps, len(trace.batches))
+    if num_steps <= grid.num_warmup_steps:
+        raise ConfigError(
+            f"the data have {len(trace.batches):,} batches, of which the first {grid.num_warmup_steps:,} only warm up: "
+            "ask for fewer steps, or make the batches smaller"
+        )
+    cache_rows, lookaheads = sorted(set(grid.cache_rows)), sorted(set(grid.lookaheads))
+    todo = [(rows, lookahead) for lookahead in lookaheads for rows in cache_rows]
+    with ThreadPoolExecutor(_num_threads(trace, grid, threads), thread_name_prefix="bagpipe-replay") as pool:
+        points = tuple(_told(pool.map(lambda point: replay(trace, grid, *point), todo), "replaying", len(todo), progress))
+    smallest: dict[int, int | None] = {}
+    for lookahead in _told(lookaheads if find_smallest else (), "finding the smallest cache", len(lookaheads), progress):
+        guess = next(reversed(smallest.values()), None)
+        smallest[lookahead] = _find_smallest(trace, grid, [point for point in points if point.lookahead == lookahead], guess)
+    return DryRun(
+        groups=trace.groups,
+        grid=grid,
+        num_counted_steps=num_steps - grid.num_warmup_steps,
+        uniques_per_step=trace.uniques_per_step,
+        points=points,
+        smallest=smallest,
+    )
+
+
+def replay(trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_it_waits: bool = False) -> Point:
+    """Replays one point; with `until_it_waits` no further than the first counted step that waits."""
+    slots = slots_of(cache_rows, trace.groups)
+    oracle = Oracle(trace.groups, num_slots=slots, lookahead=lookahead, prefetch_depth=grid.prefetch_depth)
+    report = OracleReport.for_groups(trace.groups)
+    try:
+        for plan, _ in islice(oracle.plan(trace.batches), grid.num_steps):
+            if plan.step >= grid.num_warmup_steps:
+                report.add(plan, oracle.peak_slots)
+            if until_it_waits and report.num_waiting_steps:
+                break
+    except CacheTooSmallError as error:
+        return Point(cache_rows=cache_rows, lookahead=lookahead, report=None, num_needed=error.num_needed)
+    return Point(cache_rows=cache_rows, lookahead=lookahead, report=report)
+
+
+def _find_smallest(trace: Trace, grid: Grid, points: Sequence[Point], guess: int | None) -> int | None:
+    """The module's bisection among the points of one lookahead; None when every size of the grid stalls.
+
+    `guess`, the result for a shorter lookahead, is tried first: the border hardly depends on the lookahead.
+    """
+    low, high = trace.smallest_cache - 1, None
+    for point in reversed(points):  # the largest cache first
+        if not point.never_stalls:
+            low = max(low, point.cache_rows)
+            break
+        high = point.cache_rows
+    if high is None:
+        return None
+    guesses = [] if guess is None else [guess - _resolution(guess), guess]
+    while high - low > _resolution(high):
+        middle = guesses.pop() if guesses else (low + high) // 2
+        if not low < middle < high:
+            continue
+        if replay(trace, grid, middle, points[0].lookahead, until_it_waits=True).never_stalls:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _resolution(cache_rows: int) -> int:
+    return max(1, int(RESOLUTION * cache_rows))
+
+
+def _told(items: Iterable[Item], stage: str, total: int, progress: Progress | None) -> Iterator[Item]:
+    """Passes `items` on and tells of each once the next one is asked for."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        if progress is not None:
+            progress(stage, done, total)
+
+
+def _distinct_rows(groups: Sequence[Group], batch: Jagged) -> DedupedBatch[None]:
+    """De-duplicates one batch and drops all but its distinct rows; a Cacher looks at nothing else."""
+    return DedupedBatch(
+        payload=None, batch_size=batch.batch_size, groups=tuple(_rows_only(dedup(group, batch)) for group in groups)
+    )
+
+
+def _rows_only(group: DedupedGroup) -> DedupedGroup:
+    return DedupedGroup(
+        unique_rows=group.unique_rows,
+        inverse=_NO_LOOKUPS,
+        bag_offsets=None,
+        bag_scales=None,
+        bags=_NO_LOOKUPS,
+        piece_offsets=_NO_PIECES,
+        long_uniques=_NO_LOOKUPS,
+        long_offsets=_NO_PIECES,
+    )
+
+
+def _num_threads(trace: Trace, grid: Grid, threads: int | None) -> int:
+    num_rows = sum(group.num_rows for group in trace.groups)
+    # Rings are powers of two, hence twice what is in use at most.
+    cacher_bytes = 8 * num_rows + 20 * max(grid.cache_rows) + 8 * int(trace.uniques_per_step) * max(grid.lookaheads)
+    return max(1, min(threads or os.cpu_count() or 1, CACHERS_BYTES // cacher_bytes))

@@ -1,0 +1,143 @@
+"""A dry run for the eye and for other programs: tables, a plot, JSON values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from bagpipe.errors import ConfigError
+from bagpipe.oracle.dry_run import DryRun, Point
+
+
+def render_points(result: DryRun) -> Table:
+    """One line a point: a rich table."""
+    table = Table(
+        title=f"Oracle replayed: {result.num_counted_steps:,} steps of {result.uniques_per_step:,.0f} distinct rows on average",
+        caption="in, out: fetched and written back a step; late: rows a step on the critical path; waits: steps with any",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    headings = ("ahead", "cache", "of all", "memory", "hits", "rows in", "in", "rows out", "out", "late", "waits", "peak")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    last = None
+    for point in result.points:
+        if last is not None and point.lookahead != last:
+            table.add_section()
+        last = point.lookahead
+        table.add_row(str(point.lookahead), *_size_cells(result, point.cache_rows), *_point_cells(point))
+    return table
+
+
+def render_smallest(result: DryRun) -> Table:
+    """For each lookahead the smallest cache that never stalls: a rich table."""
+    table = Table(title="Smallest cache that never stalls")
+    for heading in ("lookahead", "cache rows", "of all", "memory"):
+        table.add_column(heading, justify="right")
+    for lookahead, rows in result.smallest.items():
+        table.add_row(str(lookahead), *(_size_cells(result, rows) if rows is not None else ("above all", "-", "-")))
+    return table
+
+
+def as_dict(result: DryRun) -> dict[str, Any]:
+    """All of a dry run as JSON values."""
+    return {
+        "num_counted_steps": result.num_counted_steps,
+        "num_warmup_steps": result.grid.num_warmup_steps,
+        "prefetch_depth": result.grid.prefetch_depth,
+        "num_rows": sum(group.num_rows for group in result.groups),
+        "uniques_per_step": result.uniques_per_step,
+        "points": [_point_dict(result, point) for point in result.points],
+        "smallest_cache_that_never_stalls": [
+            {"lookahead": lookahead, "cache_rows": rows, "cache_bytes": None if rows is None else result.cache_bytes(rows)}
+            for lookahead, rows in result.smallest.items()
+        ],
+    }
+
+
+def save_plot(result: DryRun, path: Path) -> None:
+    """Draws rows fetched a step over cache size, one curve a lookahead, and saves it in the format of the path's ending.
+
+    ConfigError: matplotlib is not installed, or can't write there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out") from error
+    num_rows = sum(group.num_rows for group in result.groups)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for lookahead in sorted({point.lookahead for point in result.points}):
+        points = [point for point in result.points if point.lookahead == lookahead and point.report is not None]
+        shares = [100 * point.cache_rows / num_rows for point in points]
+        fetched = [point.report.fetched_rows_per_step for point in points if point.report is not None]
+        axes.plot(shares, fetched, marker="o", markersize=3, label=f"lookahead {lookahead}")
+    axes.set(xscale="log", xlabel="cache, % of the rows", ylabel="rows fetched a step")
+    axes.set_ylim(bottom=0)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the plot can't be saved: {error}") from error
+
+
+def format_count(count: float) -> str:
+    """For example "1.50M"."""
+    for unit in ("", "k"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:,.3g}M"
+
+
+def format_bytes(size: float) -> str:
+    """For example "1.5G", in powers of 1024."""
+    for unit in ("", "K", "M"):
+        if size < 1024:
+            return f"{size:.3g}{unit}" if size < 1000 else f"{size:.0f}{unit}"
+        size /= 1024
+    return f"{size:,.3g}G"
+
+
+def _size_cells(result: DryRun, cache_rows: int) -> tuple[str, str, str]:
+    num_rows = sum(group.num_rows for group in result.groups)
+    return format_count(cache_rows), f"{cache_rows / num_rows:.2%}", format_bytes(result.cache_bytes(cache_rows))
+
+
+def _point_cells(point: Point) -> tuple[str, ...]:
+    report = point.report
+    if report is None:
+        return "small", f"<{format_count(point.num_needed)}", *("-" for _ in range(6))
+    steps = report.num_steps
+    return (
+        f"{report.hit_rate:.1%}",
+        f"{report.fetched_rows_per_step:,.0f}",
+        format_bytes(report.fetched_bytes / steps),
+        f"{report.written_back_rows_per_step:,.0f}",
+        format_bytes(report.written_back_bytes / steps),
+        f"{report.num_fetched_late / steps:,.0f}",
+        f"{report.num_waiting_steps / steps:.0%}",
+        format_count(report.peak_slots),
+    )
+
+
+def _point_dict(result: DryRun, point: Point) -> dict[str, Any]:
+    size = {"cache_rows": point.cache_rows, "cache_bytes": result.cache_bytes(point.cache_rows), "lookahead": point.lookahead}
+    report = point.report
+    if report is None:
+        return size | {"too_small_for_batch_of": point.num_needed}
+    return size | {
+        "hit_rate": report.hit_rate,
+        "rows_fetched_per_step": report.fetched_rows_per_step,
+        "bytes_fetched_per_step": report.fetched_bytes / report.num_steps,
+        "rows_written_back_per_step": report.written_back_rows_per_step,
+        "bytes_written_back_per_step": report.written_back_bytes / report.num_steps,
+        "rows_fetched_late_per_step": report.num_fetched_late / report.num_steps,
+        "waiting_steps_share": report.num_waiting_steps / report.num_steps,
+        "peak_slots": report.peak_slots,
+    }
