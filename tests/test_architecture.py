@@ -1,0 +1,92 @@
+"""Who may import whom (docs/design.md), read from the source, and the public surface."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bagpipe
+
+PACKAGE = Path(bagpipe.__file__).parent
+
+BASE = {"types", "errors", "jagged", "_jit"}
+ALLOWED = {
+    "types": {"errors"},
+    "errors": set(),
+    "_jit": set(),
+    "jagged": {"types", "errors"},
+    "config": BASE,
+    "oracle": BASE,
+    "store": BASE,
+    "data": BASE | {"config"},
+    "cache": BASE | {"store"},
+    "models": {"errors"},
+    "train": BASE | {"config", "oracle", "store", "data", "cache", "models"},
+    "bench": BASE | {"config", "oracle", "store", "data", "cache", "models", "train"},
+}
+MAY_IMPORT_TORCH = {"cache", "models", "train", "bench"}
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Modules imported anywhere in the file, but for those that only type checkers see."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for inner in node.body:
+                inner.__dict__["only_types"] = True
+    for node in ast.walk(tree):
+        if node.__dict__.get("only_types"):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """(part of the package, file)."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part != "__init__" and not part.startswith("cli"):
+            yield part, path
+
+
+@pytest.mark.parametrize(("part", "path"), list(sources()), ids=lambda value: getattr(value, "stem", value))
+def test_every_part_imports_only_what_it_may(part: str, path: Path) -> None:
+    for module in imports(ast.parse(path.read_text())):
+        root, _, rest = module.partition(".")
+        if root == "torch":
+            assert part in MAY_IMPORT_TORCH, f"{path} imports torch"
+        if root == "bagpipe":
+            imported = rest.split(".")[0]
+            assert imported == part or imported in ALLOWED[part], f"{path} imports bagpipe.{rest}"
+
+
+def test_the_control_plane_loads_without_torch() -> None:
+    code = (
+        "import sys, bagpipe, bagpipe.oracle, bagpipe.store, bagpipe.data, bagpipe.data.prepare, bagpipe.config.run;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_surface() -> None:
+    assert bagpipe.__all__ == [
+        "SGD",
+        "Adagrad",
+        "Adam",
+        "BagpipeError",
+        "EmbeddingBagCollection",
+        "Normal",
+        "RowWiseAdagrad",
+        "TableConfig",
+        "Uniform",
+        "lookahead",
+    ]
+    assert all(getattr(bagpipe, name) is not None for name in bagpipe.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = bagpipe.nothing  # type: ignore[attr-defined]
