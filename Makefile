@@ -12,7 +12,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 train: $(INSTALLED)  ## train the default run (about two minutes on two cores)
-	$(BIN)/bagpipe train examples/quickstart.toml
+	$(BIN)/bagpipe train examples/quickstart.toml --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

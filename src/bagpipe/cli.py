@@ -6,9 +6,6 @@ step boundary, with a checkpoint, ends with 128 + the signal's number. A traceba
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from bagpipe.errors import BackgroundError, BagpipeError, PlanError
+from bagpipe.cli_common import File, Overrides, mistakes_told, prepare_environment
+from bagpipe.cli_plan import plan
 
 if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
@@ -25,11 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data and look at them.")
 app.add_typer(data_app, name="data")
-
-File = Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", default_factory=list, help="Set a key; may be repeated.")
-]
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)
@@ -58,7 +52,7 @@ def train(
         from bagpipe.config.run import RunConfig
 
         config = load_config(RunConfig, file, overrides)
-        _prepare_environment(config.train.device)
+        prepare_environment(config.train.device)
         result = _train(console, config, resume=resume, overwrite=overwrite)
     _tell_end(console, config, result)
 
@@ -118,31 +112,6 @@ def inspect_data(
         if plot is not None:
             save_plot(stats, plot)
             console.print(f"plot: {plot}")
-
-
-@contextmanager
-def mistakes_told() -> Iterator[None]:
-    """Turns the errors that a user can do something about into a message and status 2."""
-    try:
-        yield
-    except BagpipeError as error:
-        cause = error.__cause__ if isinstance(error, BackgroundError) else error
-        if isinstance(error, PlanError) or not isinstance(cause, BagpipeError) or isinstance(cause, PlanError):
-            raise
-        Console(stderr=True).print(f"error: {cause}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-
-
-def _prepare_environment(device: str) -> None:
-    """Settings that torch reads when it is loaded.
-
-    Without transparent huge pages the pooled output page-faults anew at every step on a CPU, and a forward takes two to
-    three times as long. Deterministic matrix products on CUDA need a fixed workspace.
-    """
-    if device != "cuda":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if device != "cpu":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _train(console: Console, config: RunConfig, *, resume: bool, overwrite: bool) -> Result:

@@ -6,6 +6,7 @@
     ├── DataError (ValueError)              the input is wrong: says which file, line, column or feature
     ├── StoreError (OSError)                an embedding store could not read or write
     ├── CheckpointError                     a checkpoint is missing, damaged or of another run
+    ├── LossError (ArithmeticError)         the training loss is not finite
     ├── UsageError (RuntimeError)           the library was called in an order that it can't serve
     ├── PlanError (AssertionError)          a plan breaks an invariant: a defect of ours, please report it
     └── BackgroundError (RuntimeError)      a background thread failed; the failure itself is the ``__cause__``
@@ -52,6 +53,10 @@ class StoreError(BagpipeError, OSError):
 
 class CheckpointError(BagpipeError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class LossError(BagpipeError, ArithmeticError):
+    """The training loss is not finite; the message names the step."""
 
 
 class UsageError(BagpipeError, RuntimeError):

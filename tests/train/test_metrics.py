@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from bagpipe.train.metrics import BinaryScores, LossError, LossWindow
+from bagpipe.errors import LossError
+from bagpipe.train.metrics import BinaryScores, LossWindow
 
 
 def scores_of(logits: list[float], labels: list[float]) -> BinaryScores:

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 from tests.train.runs import NUM_STEPS, Listener, newest_files, small_config
 
-from bagpipe.errors import CheckpointError, ConfigError
+from bagpipe.errors import CheckpointError, ConfigError, LossError
 from bagpipe.train.checkpoint_files import list_checkpoints, step_of
 from bagpipe.train.logs import LOG_NAME
-from bagpipe.train.metrics import LossError
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 

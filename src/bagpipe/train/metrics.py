@@ -14,11 +14,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
 
-from bagpipe.errors import BagpipeError
-
-
-class LossError(BagpipeError, ArithmeticError):
-    """The training loss is not finite; the message names the step."""
+from bagpipe.errors import LossError
 
 
 @dataclass(frozen=True, kw_only=True)
