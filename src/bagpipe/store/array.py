@@ -1,11 +1,16 @@
 """What the memory and the file store share: records in one array, of which only touched rows are ever materialised.
 
-A row costs its record once it is written, and one byte for whether it was. Reading an untouched row computes its initial record
-and changes nothing. Gather and scatter are single loops without the GIL: the caller's background threads are the parallelism.
+Owned here: the two arrays, records (num_rows, record_width) float32 and touched (num_rows,) uint8, and the number of touched rows.
+A subclass makes the arrays, lets go of them, and may reserve their place before a write. The caller's arrays are only borrowed.
+
+Cost: `record_bytes` a touched row in whole pages, and one byte of state a row (a byte, not a bit, so that threads that write
+neighbouring rows need no atomics). Reading an untouched row computes its initial record and changes nothing. Gather and scatter are
+single loops without the GIL, bound by memory latency: the caller's background threads are the parallelism.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,57 +18,87 @@ import numpy.typing as npt
 
 from bagpipe._jit import jit
 from bagpipe.errors import StoreError
+from bagpipe.store._prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.store.init import RowInitializer
 from bagpipe.types import Float32Array, Group, Int64Array
 
-TouchedArray = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
+UInt8Array = npt.NDArray[np.uint8]
+
+_SCAN_ROWS = 1 << 20
+"""Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
 
 
 class ArrayStore:
-    """An `EmbeddingStore` over a records array (num_rows, record_width) float32 and a touched array (num_rows,) uint8."""
+    """An `EmbeddingStore` over a records array (num_rows, record_width) float32 and a touched array (num_rows,) uint8, all zero."""
 
-    def __init__(self, group: Group, seed: int, records: Float32Array, touched: TouchedArray) -> None:
+    def __init__(self, group: Group, seed: int, records: Float32Array, touched: UInt8Array) -> None:
         self.group = group
         self._initializer = RowInitializer(group, seed)
         self._records: Float32Array | None = records
         self._touched = touched
+        self._num_touched = 0
+        self._count_lock = threading.Lock()
 
     @property
     def num_touched(self) -> int:
-        """Rows written at least once."""
+        """Rows written at least once; counted as they are written, so that asking costs nothing."""
         self._open_records()
-        return int(np.count_nonzero(self._touched))
+        return self._num_touched
 
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         """See `EmbeddingStore.fetch`."""
-        records = self._checked(rows, out)
-        wanted = np.empty(len(rows), np.bool_)
-        if _gather(records, self._touched, rows, out, wanted):
-            self._initializer.fill_where(rows, wanted, out)
+        records = self._checked(rows, out, "out")
+        if not out.flags.writeable:
+            raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
+        untouched = np.empty(len(rows), np.bool_)
+        if _gather(records, self._touched, rows, out, untouched):
+            self._initializer.fill_where(rows, untouched, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
-        self._checked(rows, records)
+        own = self._checked(rows, records, "records")
         self._make_room(rows)
-        _scatter(self._open_records(), self._touched, rows, records)
+        num_new = _scatter(own, self._touched, rows, records)
+        with self._count_lock:
+            self._num_touched += num_new
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
         """See `EmbeddingStore.snapshot`."""
+        self._open_records()
+        if block_rows < 1:
+            raise StoreError(f"block_rows of a snapshot of {self.group.name} is {block_rows}, must be at least 1")
+        return self._snapshot(block_rows)
+
+    def clear(self) -> None:
+        """See `EmbeddingStore.clear`."""
+        self._open_records()
+        self._erase()
+        self._num_touched = 0
+
+    def close(self) -> None:
+        """See `EmbeddingStore.close`."""
+        self._records, self._touched = None, np.empty(0, np.uint8)
+
+    def _erase(self) -> None:
+        """Makes both arrays zero again, and gives their memory back."""
+        raise NotImplementedError
+
+    def _make_room(self, rows: Int64Array) -> None:
+        """Called before rows are written; a store whose medium can be full reserves their place here."""
+
+    def _snapshot(self, block_rows: int) -> Iterator[tuple[Int64Array, Float32Array]]:
         for rows in self._touched_blocks(block_rows):
             out = np.empty((len(rows), self.group.record_width), np.float32)
             self.fetch(rows, out)
             yield rows, out
 
-    def _make_room(self, rows: Int64Array) -> None:
-        """Called before rows are written; a store whose medium can be full reserves their place here."""
-
     def _touched_blocks(self, block_rows: int) -> Iterator[Int64Array]:
-        """Touched rows ascending, in blocks of at most `block_rows`, scanning a stretch of the flags at a time."""
-        stretch = max(block_rows, 1 << 20)
+        """Touched rows ascending, in blocks of at most `block_rows`, all full but the last."""
         pending = np.empty(0, np.int64)
-        for begin in range(0, self.group.num_rows, stretch):
+        for begin in range(0, self.group.num_rows, _SCAN_ROWS):
             self._open_records()
-            found = np.flatnonzero(self._touched[begin : begin + stretch]) + begin
+            found = np.flatnonzero(self._touched[begin : begin + _SCAN_ROWS]) + begin
             pending = np.concatenate([pending, found])
             while len(pending) >= block_rows:
                 yield pending[:block_rows]
@@ -72,54 +107,77 @@ class ArrayStore:
             yield pending
 
     def _open_records(self) -> Float32Array:
-        if self._records is None:
-            raise StoreError(f"the store of {self.group.name} is closed")
-        return self._records
+        records = self._records  # read once: another thread may close
+        if records is None:
+            raise StoreError(f"the store of {self.group.name} is closed: make a new one, and restore it from a checkpoint")
+        return records
 
-    def _checked(self, rows: Int64Array, records: Float32Array) -> Float32Array:
+    def _checked(self, rows: Int64Array, records: Float32Array, what: str) -> Float32Array:
         """Refuses arguments that do not fit before anything is read or written; returns the open records."""
         own = self._open_records()
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1:
+            raise StoreError(f"rows for {self.group.name} must be a 1-D int64 array, are {_describe(rows)}")
         wanted = (len(rows), self.group.record_width)
-        if rows.dtype != np.int64 or rows.ndim != 1:
-            raise StoreError(f"rows must be a 1-D int64 array, are {rows.ndim}-D {rows.dtype}")
-        if records.shape != wanted or records.dtype != np.float32 or not records.flags.c_contiguous:
+        fits = isinstance(records, np.ndarray) and records.dtype == np.float32 and records.shape == wanted
+        if not fits or not records.flags.c_contiguous:
             raise StoreError(
-                f"records for {len(rows):,} rows of {self.group.name} must be C-contiguous float32 of shape {wanted}, "
-                f"are {records.dtype} of shape {records.shape}"
+                f"{what} for {len(rows):,} rows of {self.group.name} must be C-contiguous float32 of shape {wanted}, "
+                f"is {_describe(records)}"
             )
-        if len(rows) and not (rows.min() >= 0 and rows.max() < len(own)):
-            bad = int(rows[(rows < 0) | (rows >= len(own))][0])
-            raise StoreError(f"row {bad:,} lies outside {self.group.name}, whose rows are 0 to {len(own) - 1:,}")
+        bad = _first_outside(rows, len(own))
+        if bad >= 0:
+            raise StoreError(f"row {rows[bad]:,} lies outside {self.group.name}, whose rows are 0 to {len(own) - 1:,}")
         return own
 
 
+def _describe(value: object) -> str:
+    """An argument's type and layout, for error messages."""
+    if not isinstance(value, np.ndarray):
+        return f"a {type(value).__name__}"
+    layout = "C-contiguous" if value.flags.c_contiguous else "not C-contiguous"
+    return f"{value.dtype} of shape {value.shape}, {layout}"
+
+
 @jit
-def _gather(
-    records: Float32Array,
-    touched: TouchedArray,
-    rows: Int64Array,
-    out: Float32Array,
-    wanted: np.ndarray[tuple[int], np.dtype[np.bool_]],
-) -> bool:
-    """Copies touched rows to `out`, notes in `wanted` which are not; returns whether there are any such."""
-    any_wanted = False
+def _first_outside(rows: Int64Array, num_rows: int) -> int:
+    """Index of the first row that is not in [0, num_rows), or -1."""
     for index in range(len(rows)):
-        wanted[index] = touched[np.uint64(rows[index])] == 0
-        any_wanted |= wanted[index]
+        if rows[index] < 0 or rows[index] >= num_rows:
+            return index
+    return -1
+
+
+@jit
+def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, out: Float32Array, untouched: BoolArray) -> bool:
+    """Copies touched rows to `out`, notes in `untouched` which are not; returns whether there are any such."""
+    any_untouched = False
     for index in range(len(rows)):
-        if not wanted[index]:
+        # Unsigned, so that numba leaves out its test for negative indices; also below.
+        untouched[index] = touched[np.uint64(rows[index])] == 0
+        any_untouched |= untouched[index]
+    for index in range(len(rows)):
+        ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)
+        prefetch_record(records, rows[ahead])
+        if not untouched[index]:
             source = records[np.uint64(rows[index])]
             target = out[index]
             for column in range(len(target)):
                 target[column] = source[column]
-    return any_wanted
+    return any_untouched
 
 
 @jit
-def _scatter(records: Float32Array, touched: TouchedArray, rows: Int64Array, values: Float32Array) -> None:
+def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
+    """Copies `values` to `records[rows]` and marks them touched; returns how many were not so before."""
+    num_new = 0
     for index in range(len(rows)):
-        target = records[np.uint64(rows[index])]
+        ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)
+        prefetch_record(records, rows[ahead])
+        row = np.uint64(rows[index])
+        target = records[row]
         source = values[index]
         for column in range(len(source)):
             target[column] = source[column]
-        touched[np.uint64(rows[index])] = 1
+        num_new += 1 - touched[row]
+        touched[row] = 1
+    return num_new

@@ -32,14 +32,21 @@ class EmbeddingStore(Protocol):
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         """Reads `rows` (n,) into `out` (n, record_width), C-contiguous.
 
-        Raises StoreError when a row is out of range or the medium failed.
+        Raises StoreError when a row is out of range, an array does not fit (nothing is read then) or the medium failed.
+        Both arrays are the caller's again when this returns; a row may be given twice.
         """
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
-        """Writes `records` (n, record_width) to `rows` (n,), all distinct. StoreError as for `fetch`."""
+        """Writes `records` (n, record_width) to `rows` (n,), all distinct. StoreError as for `fetch`; nothing is written then.
+
+        Both arrays are the caller's again when this returns.
+        """
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
-        """Yields every touched row once, ascending, in blocks of at most `block_rows`: rows (n,), records (n, record_width)."""
+        """Yields every touched row once, ascending, in blocks of at most `block_rows`: rows (n,), records (n, record_width).
+
+        Raises StoreError, at the call, when `block_rows` is below 1 or the store is closed.
+        """
 
     def clear(self) -> None:
         """Forgets all that was written: every row reads as its initial record again."""

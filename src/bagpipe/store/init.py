@@ -2,7 +2,10 @@
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the seed as its key and
 (row, block) as its counter gives four 32-bit numbers a block, one for each weight. Nothing is stored: an untouched row is computed
-when it is read, at about 5 ns a weight, so creating a table of any size costs nothing.
+when it is read, so creating a table of any size costs nothing.
+
+Cost, on one core: about 7 ns a Uniform weight, 32 ns a Normal one. Uniform weights are the same on every machine; Normal ones go
+through the C library's log, sin and cos in float64, whose last bit may differ between machines and then, rarely, the float32's.
 """
 
 from __future__ import annotations
@@ -10,20 +13,24 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from bagpipe._jit import jit
-from bagpipe.types import Adagrad, Float32Array, Group, Int64Array, Normal, RowWiseAdagrad
+from bagpipe.types import Adagrad, Float32Array, Group, Initializer, Int64Array, Normal, RowWiseAdagrad
 
-_UNIFORM, _NORMAL = 0, 1
+Float64Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class RowInitializer:
-    """Computes the initial records of one group's rows."""
+    """Computes the initial records of one group's rows: weights by its table's distribution, then the optimizer's initial state."""
 
     def __init__(self, group: Group, seed: int) -> None:
+        initializers = [table.initializer for table in group.tables]
         self._row_offsets = group.row_offsets
-        self._kinds = np.array([isinstance(table.initializer, Normal) for table in group.tables], np.int64)
-        self._parameters = np.array([_parameters(table.initializer) for table in group.tables], np.float64)  # (tables, 2)
+        self._is_normal = np.array([isinstance(initializer, Normal) for initializer in initializers], np.bool_)  # (num_tables,)
+        self._affine = np.array([_affine(initializer) for initializer in initializers], np.float64)  # (num_tables, 2)
+        self._limits = np.array([_limits(initializer) for initializer in initializers], np.float32)  # (num_tables, 2)
         self._dim = group.embedding_dim
         self._seed = np.uint64(seed % 2**64)
         optimizer = group.optimizer
@@ -33,15 +40,31 @@ class RowInitializer:
         """Writes the initial records of `rows` (n,), which must be in range, to `out` (n, record_width)."""
         self.fill_where(rows, np.ones(len(rows), np.bool_), out)
 
-    def fill_where(self, rows: Int64Array, wanted: np.ndarray[tuple[int], np.dtype[np.bool_]], out: Float32Array) -> None:
+    def fill_where(self, rows: Int64Array, wanted: BoolArray, out: Float32Array) -> None:
         """As `fill`, for those rows where `wanted` (n,) holds; other entries of `out` stay."""
-        _fill(rows, wanted, self._row_offsets, self._kinds, self._parameters, self._dim, self._seed, self._state, out)
+        _fill(rows, wanted, self._row_offsets, self._is_normal, self._affine, self._limits, self._dim, self._seed, self._state, out)
 
 
-def _parameters(initializer: object) -> tuple[float, float]:
-    """(low, high) or (mean, std)."""
-    first, second = vars(initializer).values()
-    return float(first), float(second)
+def _affine(initializer: Initializer) -> tuple[float, float]:
+    """(shift, scale) from a draw of [0, 1) or of the standard normal distribution to a weight."""
+    if isinstance(initializer, Normal):
+        return initializer.mean, initializer.std
+    return initializer.low, initializer.high - initializer.low
+
+
+def _limits(initializer: Initializer) -> tuple[np.float32, np.float32]:
+    """Least and greatest float32 that the distribution may give: rounding must not leave [low, high).
+
+    Where [low, high) holds no float32, the one nearest to low.
+    """
+    if isinstance(initializer, Normal):
+        return np.float32(-np.inf), np.float32(np.inf)
+    least, beyond = np.float32(initializer.low), np.float32(initializer.high)
+    if float(least) < initializer.low:
+        least = np.nextafter(least, np.float32(np.inf))
+    if float(beyond) >= initializer.high:
+        beyond = np.nextafter(beyond, np.float32(-np.inf))
+    return (least, beyond) if least <= beyond else (np.float32(initializer.low), np.float32(initializer.low))
 
 
 @jit
@@ -63,10 +86,11 @@ def philox(key: np.uint64, low: np.uint64, high: np.uint64) -> tuple[np.uint64, 
 @jit
 def _fill(
     rows: Int64Array,
-    wanted: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    wanted: BoolArray,
     row_offsets: Int64Array,
-    kinds: Int64Array,
-    parameters: np.ndarray[tuple[int, int], np.dtype[np.float64]],
+    is_normal: BoolArray,
+    affine: Float64Array,
+    limits: Float32Array,
     dim: int,
     seed: np.uint64,
     state: np.float32,
@@ -78,27 +102,29 @@ def _fill(
             continue
         row = rows[index]
         table = np.searchsorted(row_offsets, row, side="right") - 1
-        first, second = parameters[table]
+        shift, scale = affine[table]
+        least, greatest = limits[table]
         for begin in range(0, dim, 4):
             numbers = philox(seed, np.uint64(row), np.uint64(begin // 4))
-            if kinds[table] == _NORMAL:
+            if is_normal[table]:
                 _normal(numbers, draws)
-                for lane in range(min(4, dim - begin)):
-                    out[index, begin + lane] = first + second * draws[lane]
             else:
-                for lane in range(min(4, dim - begin)):
-                    # 24 bits: every fraction is a float32 below 1, and rounding to float32 can't reach `high` but by one case.
-                    fraction = np.float64(numbers[lane] >> np.uint64(8)) / 16777216.0
-                    value = np.float32(first + (second - first) * fraction)
-                    out[index, begin + lane] = value if value < second or first == second else np.float32(first)
+                _unit(numbers, draws)
+            for lane in range(min(4, dim - begin)):
+                out[index, begin + lane] = min(max(np.float32(shift + scale * draws[lane]), least), greatest)
         for column in range(dim, out.shape[1]):
             out[index, column] = state
 
 
 @jit
-def _normal(
-    numbers: tuple[np.uint64, np.uint64, np.uint64, np.uint64], draws: np.ndarray[tuple[int], np.dtype[np.float64]]
-) -> None:
+def _unit(numbers: tuple[np.uint64, np.uint64, np.uint64, np.uint64], draws: Float64Array) -> None:
+    """Four numbers of [0, 1) from the upper 24 bits of each, which is all that a float32 holds."""
+    for lane in range(4):
+        draws[lane] = np.float64(numbers[lane] >> np.uint64(8)) / 16777216.0
+
+
+@jit
+def _normal(numbers: tuple[np.uint64, np.uint64, np.uint64, np.uint64], draws: Float64Array) -> None:
     """Four standard normal numbers from four uniform ones (Box and Muller 1958)."""
     for pair in range(0, 4, 2):
         radius = math.sqrt(-2.0 * math.log((np.float64(numbers[pair]) + 1.0) / 4294967296.0))

@@ -1,31 +1,58 @@
 """All records of a group in this process's memory.
 
-The array is virtual until it is written: a store of any size is created at once, and its memory follows the rows touched (in whole
-pages; with transparent huge pages, which numpy asks for, 2 MB at a time). Not for tables beyond RAM: use the file store.
+The arrays are anonymous maps that take memory page by page as rows are written, so a store of any size is created in microseconds,
+even one larger than RAM: the kernel is asked not to count the map against its limit (MAP_NORESERVE, without which it refuses what
+could never fit at once). Rows touched beyond RAM get the process killed: for such tables use the file store.
+
+Pages are huge (2 MB) when the whole table takes at most half of RAM: a gather of 20,000 random records then took 4.4 ms instead of
+6.8 (4.2 GB table, two busy cores, fewer TLB misses), but the first row touched in a page pays for all of it, so that the first
+writes took 14 s until all was mapped, and memory is soon that of the whole table. Larger tables keep 4 KB pages, and their memory
+follows the rows touched.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
+
 import numpy as np
 
-from bagpipe.store.array import ArrayStore
-from bagpipe.types import Group
+from bagpipe.errors import StoreError
+from bagpipe.store.array import ArrayStore, UInt8Array
+from bagpipe.types import Float32Array, Group
+
+_MAP_NORESERVE = 0x4000
+"""Linux's value on x86-64 and arm64; Python's `mmap` does not name it."""
+
+_HUGE_PAGES_MAX_SHARE = 0.5
+"""Of physical memory: a table that takes more keeps small pages."""
 
 
 class MemoryStore(ArrayStore):
-    """An `EmbeddingStore` in host RAM: `record_bytes` + 1 bytes a row at most."""
+    """An `EmbeddingStore` in host RAM: at most `record_bytes` + 1 bytes a row. Raises StoreError when it can't be mapped."""
 
     def __init__(self, group: Group, seed: int) -> None:
-        super().__init__(
-            group, seed, np.zeros((group.num_rows, group.record_width), np.float32), np.zeros(group.num_rows, np.uint8)
-        )
+        super().__init__(group, seed, *_allocate(group))
 
-    def clear(self) -> None:
-        """See `EmbeddingStore.clear`."""
-        shape = self._open_records().shape
+    def _erase(self) -> None:
         self._records = None  # the old memory goes before the new is asked for
-        self._records, self._touched = np.zeros(shape, np.float32), np.zeros(shape[0], np.uint8)
+        self._records, self._touched = _allocate(self.group)
 
-    def close(self) -> None:
-        """See `EmbeddingStore.close`."""
-        self._records, self._touched = None, np.empty(0, np.uint8)
+
+def _allocate(group: Group) -> tuple[Float32Array, UInt8Array]:
+    """Records (num_rows, record_width) and touched flags (num_rows,), zero and not yet backed by memory."""
+    size_bytes = group.num_rows * group.record_bytes
+    try:
+        records = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        touched = mmap.mmap(-1, group.num_rows, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except (OSError, OverflowError) as error:
+        raise StoreError(
+            f"can't map {size_bytes:,} bytes of memory for the {group.num_rows:,} rows of {group.name} ({error}): "
+            "use the file store"
+        ) from error
+    if size_bytes <= _HUGE_PAGES_MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages; small ones give the same results
+            records.madvise(mmap.MADV_HUGEPAGE)
+    shape = (group.num_rows, group.record_width)
+    return np.frombuffer(records, np.float32).reshape(shape), np.frombuffer(touched, np.uint8)

@@ -1,0 +1,39 @@
+"""The memory store: the contract, and what is its own."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+from tests.store_contract import StoreContract, StoreFactory, fetch, make_group, records_of
+
+from bagpipe.errors import StoreError
+from bagpipe.store import MemoryStore
+from bagpipe.store import memory as memory_module
+
+
+class TestMemoryStore(StoreContract):
+    @pytest.fixture
+    def make(self) -> StoreFactory:
+        return MemoryStore
+
+
+def test_memory_that_cannot_be_mapped_is_a_store_error() -> None:
+    group = make_group(2**50, dim=64)
+    with pytest.raises(StoreError, match=r"can't map .* bytes .* group 2 .*use the file store"):
+        MemoryStore(group, 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_small_and_huge_pages_give_the_same_records(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.setattr(memory_module, "_HUGE_PAGES_MAX_SHARE", share)
+    store = MemoryStore(make_group(), 0)
+    rows = np.arange(0, 1_300, 3)
+    store.write(rows, records_of(rows))
+    np.testing.assert_array_equal(fetch(store, rows), records_of(rows))
+
+
+def test_a_kernel_without_huge_pages_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)  # refused by any kernel
+    assert MemoryStore(make_group(), 0).num_touched == 0
