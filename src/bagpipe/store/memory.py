@@ -5,9 +5,9 @@ even one larger than RAM: the kernel is asked not to count the map against its l
 could never fit at once). Rows touched beyond RAM get the process killed: for such tables use the file store.
 
 Pages are huge (2 MB) when the whole table takes at most half of RAM: a gather of 20,000 random records then took 4.4 ms instead of
-6.8 (4.2 GB table, two busy cores, fewer TLB misses), but the first row touched in a page pays for all of it, so that the first
-writes took 14 s until all was mapped, and memory is soon that of the whole table. Larger tables keep 4 KB pages, and their memory
-follows the rows touched.
+6.8 (4.2 GB table, two busy cores, fewer TLB misses). The first row touched in a page pays for clearing all of it, so the first
+steps are slow (a virtual machine took 0.2 s a GB for it, and 3 s where its host had to find the memory first), and memory is soon
+that of the whole table. Larger tables keep 4 KB pages, and their memory follows the rows touched.
 """
 
 from __future__ import annotations
