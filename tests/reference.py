@@ -56,7 +56,10 @@ def naive_oracle(
                 return (2, used, batches[used].index(row))
             if due == NEVER:
                 return (0, used, batches[used].index(row))
-            return (1, -due, batches[due].index(row))
+            settled_at, seen_at = used + prefetch_depth + 1, max(0, due - lookahead)
+            if seen_at > settled_at:  # it waited without a next use until the batch that uses it next came into sight
+                return (1, -due, seen_at, 0, batches[due].index(row))
+            return (1, -due, settled_at, 1, batches[used].index(row))
 
         victims = sorted((row for row in cached if row not in rows), key=key)[:num_evicted]
         cached = cached - set(victims) | set(missing)

@@ -5,8 +5,7 @@
 - `[row, SLOT]`: the row's slot; -1 never evicted, or -2 - tick when it was evicted at that tick;
 - `[row, LAST_USE]`: its latest occurrence in the window, -1 for none.
 
-`due` (num_slots,) int32 says of a slot's row: the step of its next use, `NOT_SETTLED`, or -2 - place when it stands at that
-place of the queue of rows without a next use; an entry of the queue whose slot says otherwise is stale.
+`found` (U, 2) int32 is what `admit` read there for a batch's rows. The eviction queues are those of `bagpipe.oracle._queues`.
 
 Loops over rows first gather what is far away into a small buffer without branching on it, so that many cache misses are under way
 at a time, and then decide: with the branch in the gathering loop each wrong guess waited for memory, and `admit` took 3x as long.
@@ -17,19 +16,27 @@ from __future__ import annotations
 import numpy as np
 
 from bagpipe._jit import jit
+from bagpipe.oracle._queues import NOT_QUEUED, push_due
 from bagpipe.types import Int32Array, Int64Array
 
 SLOT, LAST_USE = 0, 1
-NOT_SETTLED = -1
 OCCURRENCES = (1 << 31) - 1
 """Mask of occurrence numbers, which wrap round; rings are powers of two, so a number's low bits stay its place."""
 
 
 @jit
 def admit(
-    rows: Int64Array, step: int, first_occurrence: int, row_states: Int32Array, next_uses: Int32Array, due: Int32Array
-) -> int:
-    """Tells each row's previous occurrence that the row comes next at `step`; returns how many settled rows are now due then."""
+    rows: Int64Array,
+    step: int,
+    first_occurrence: int,
+    row_states: Int32Array,
+    next_uses: Int32Array,
+    places: Int32Array,
+    chunks: Int32Array,
+    chains: Int32Array,
+    due: Int32Array,
+) -> Int32Array:
+    """Tells each row's previous occurrence that the row comes next at `step`; queues settled rows there. Returns `found`."""
     mask = len(next_uses) - 1
     found = np.empty((len(rows), 2), np.int32)
     for index in range(len(rows)):
@@ -39,14 +46,14 @@ def admit(
         found[index, LAST_USE] = row_states[row, LAST_USE]
         row_states[row, LAST_USE] = occurrence
         next_uses[occurrence & mask] = -1
-    num_due = 0
+    queue = step % (len(due) - 1)
     for index in range(len(rows)):
         if found[index, LAST_USE] >= 0:
             next_uses[found[index, LAST_USE] & mask] = step
         elif found[index, SLOT] >= 0:
-            due[found[index, SLOT]] = step
-            num_due += 1
-    return num_due
+            places[found[index, SLOT]] = NOT_QUEUED
+            push_due(chunks, chains, due, queue, found[index, SLOT])
+    return found
 
 
 @jit
@@ -59,90 +66,63 @@ def settle(
     row_states: Int32Array,
     rows_of_slots: Int64Array,
     next_uses: Int32Array,
+    queue: Int32Array,
+    queue_ends: Int64Array,
+    places: Int32Array,
+    chunks: Int32Array,
+    chains: Int32Array,
     due: Int32Array,
-    num_due: Int64Array,
-    unknown: Int32Array,
-    unknown_ends: Int64Array,
 ) -> None:
-    """Says of each row that is still resident and that no step up to `step` used again when it is due, if that is known.
+    """Queues a batch's rows by their next use; those that a step up to `step` used again are passed over.
 
-    `may_be_gone` says that a row may have been evicted before it settled.
+    `may_be_gone`: some may have been evicted before they settled.
     """
     mask = len(next_uses) - 1
-    due_mask = len(num_due) - 1
-    end = unknown_ends[1]
+    num_queues = len(due) - 1
+    first_queue = step % num_queues
+    end = queue_ends[1]
     for index in range(len(rows)):
         next_use = next_uses[(first_occurrence + index) & mask]
-        row, slot = rows[index], np.uint32(slots[index])
         if next_use < 0:
-            row_states[np.uint64(row), LAST_USE] = -1
-            if not may_be_gone or rows_of_slots[slot] == row:
-                due[slot] = -2 - end
-                unknown[end] = slots[index]
-                end += 1
-        elif next_use > step and (not may_be_gone or rows_of_slots[slot] == row):
-            due[slot] = next_use
-            num_due[next_use & due_mask] += 1
-    unknown_ends[1] = end
-
-
-@jit
-def compact(unknown: Int32Array, unknown_ends: Int64Array, due: Int32Array) -> None:
-    """Drops the stale entries of the queue of rows without a next use."""
-    end = 0
-    for place in range(unknown_ends[0], unknown_ends[1]):
-        slot = unknown[place]
-        if due[slot] == -2 - place:
-            due[slot] = -2 - end
-            unknown[end] = slot
+            row_states[np.uint64(rows[index]), LAST_USE] = -1
+        elif next_use <= step:
+            continue
+        if may_be_gone and rows_of_slots[slots[index]] != rows[index]:
+            continue
+        if next_use < 0:
+            places[slots[index]] = end
+            queue[end] = slots[index]
             end += 1
-    unknown_ends[0] = 0
-    unknown_ends[1] = end
+        else:
+            due_queue = first_queue + (next_use - step)
+            push_due(chunks, chains, due, due_queue if due_queue < num_queues else due_queue - num_queues, slots[index])
+    queue_ends[1] = end
 
 
 @jit
-def find_resident(rows: Int64Array, row_states: Int32Array) -> tuple[Int32Array, Int32Array]:
-    """Returns each row's slot, negative when it has none, and the indices of those rows."""
+def find_resident(
+    rows: Int64Array, found: Int32Array, row_states: Int32Array, rows_of_slots: Int64Array
+) -> tuple[Int32Array, Int32Array]:
+    """Returns each row's slot, negative when it has none, and the indices of those rows.
+
+    Most rows are still where `found` says, which the slot itself confirms: it is nearer than the row's state.
+    """
     slots = np.empty(len(rows), np.int32)
     missing = np.empty(len(rows), np.int32)
+    num_moved = 0
     for index in range(len(rows)):
-        slots[index] = row_states[np.uint64(rows[index]), SLOT]
+        slot = found[index, SLOT]
+        slots[index] = slot
+        missing[num_moved] = index
+        num_moved += slot < 0 or rows_of_slots[max(slot, 0)] != rows[index]
     num_missing = 0
-    for index in range(len(rows)):
-        missing[num_missing] = index
-        num_missing += slots[index] < 0
-    return slots, missing[:num_missing]
-
-
-@jit
-def pop_unknown(unknown: Int32Array, unknown_ends: Int64Array, due: Int32Array, freed: Int32Array) -> int:
-    """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
-    num_freed = 0
-    place = unknown_ends[0]
-    while num_freed < len(freed) and place < unknown_ends[1]:
-        slot = unknown[place]
-        if due[slot] == -2 - place:
-            due[slot] = NOT_SETTLED
-            freed[num_freed] = slot
-            num_freed += 1
-        place += 1
-    unknown_ends[0] = place
-    return num_freed
-
-
-@jit
-def pop_due(rows: Int64Array, due_step: int, row_states: Int32Array, due: Int32Array, freed: Int32Array) -> int:
-    """Moves slots of settled rows that are used next at `due_step`, by the batch `rows`, to `freed`; returns how many."""
-    num_freed = 0
-    for index in range(len(rows)):
-        if num_freed == len(freed):
-            break
+    for place in range(num_moved):
+        index = missing[place]
         slot = row_states[np.uint64(rows[index]), SLOT]
-        if slot >= 0 and due[slot] == due_step:
-            due[slot] = NOT_SETTLED
-            freed[num_freed] = slot
-            num_freed += 1
-    return num_freed
+        slots[index] = slot
+        missing[num_missing] = index
+        num_missing += slot < 0
+    return slots, missing[:num_missing]
 
 
 @jit

@@ -7,17 +7,18 @@ passed since its last use, so that its slot can be filled ahead.
 Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). In this order, and no further than needed, go
 
 1. settled rows with no known next use, the longest unused first (in one batch: in its order),
-2. settled rows by their next use, the farthest first (of one next use: in the order of the batch that uses them next),
+2. settled rows by their next use, the farthest first (of one next use: the one of which that has been known longest, and what
+   became known at once in the order of the batch that made it known),
 3. rows that are not settled and that this step does not need, the longest unused first: the step has to wait for their slots.
 
-State, all flat arrays so that one step is a few loops without a hash table (`bagpipe.oracle._loops`):
+State, all flat arrays so that one step is a few loops without a hash table (`_loops`, `_queues`):
 
 - per row 8 bytes: its slot (or when it was evicted) and its latest occurrence in the window;
-- per distinct row of each batch in the window 4 bytes: a ring with the step at which that occurrence's row comes next;
-- per slot 20 bytes: its row, when its row is due, and two entries of the queue of rows without a next use.
+- per distinct row of each batch in the window 12 bytes: a ring with the step at which that occurrence's row comes next, and
+  the row's state when the batch was admitted;
+- per slot 24 bytes: its row, and its place in the eviction queues.
 
-Occurrences are numbered on; a number's low bits are its place in the ring. Settled rows with a next use stand in no list: the
-batch that uses them next is one, and `_num_due` says which batches are worth looking through.
+Occurrences are numbered on; a number's low bits are its place in the ring.
 """
 
 from __future__ import annotations
@@ -28,9 +29,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from bagpipe.errors import CacheTooSmallError, ConfigError
-from bagpipe.oracle import _loops
+from bagpipe.oracle import _loops, _queues
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.types import GradientSchedule, Group, GroupPlan, Int32Array, Int64Array, Transfers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Admitted:
+    """A batch of the window that is not planned yet."""
+
+    batch: DedupedGroup
+    first_occurrence: int
+    found: Int32Array  # (U, 2), see _loops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +64,17 @@ class Cacher:
         self._first_step = self._next_step = self._next_admitted = first_step
         self._row_states = np.full((group.num_rows, 2), -1, np.int32)  # see _loops
         self._rows_of_slots = np.full(num_slots, -1, np.int64)
-        self._due = np.full(num_slots, _loops.NOT_SETTLED, np.int32)
-        self._num_due = np.zeros(1 << (max_lookahead + 1).bit_length(), np.int64)  # by the low bits of the step
-        self._unknown = np.empty(2 * num_slots, np.int32)  # queue of slots, longest unused first; stale entries are passed over
-        self._unknown_ends = np.zeros(2, np.int64)  # its first entry and one past its last
+        self._queue = np.empty(2 * num_slots, np.int32)  # see _queues, as are the others
+        self._queue_ends = np.zeros(2, np.int64)
+        self._places = np.full(num_slots, _queues.NOT_QUEUED, np.int32)
+        self._num_due_queues = max_lookahead + 2
+        self._chunks, self._chains, self._due = _queues.make_due_queues(num_slots, self._num_due_queues)
         self._next_uses = np.empty(1 << 16, np.int32)
         self._next_occurrence = 0
         self._num_kept = 0  # occurrences still in the ring
         self._num_used_slots = 0
         self._last_forced_step = first_step - 1  # the last one that evicted rows before they settled
-        self._admitted: deque[tuple[DedupedGroup, int]] = deque()
+        self._admitted: deque[_Admitted] = deque()
         self._unsettled: deque[_Planned] = deque()
         self.evicted_blindly = False
         """Whether the last plan evicted a row whose next use nobody knows: a longer window might have chosen better."""
@@ -76,7 +87,7 @@ class Cacher:
     @property
     def nbytes(self) -> int:
         """Bytes of this object's own arrays; the window's batches not included."""
-        arrays = (self._row_states, self._rows_of_slots, self._due, self._num_due, self._unknown, self._next_uses)
+        arrays = (self._row_states, self._rows_of_slots, self._queue, self._places, self._chunks, self._chains, self._next_uses)
         return sum(array.nbytes for array in arrays)
 
     def admit(self, batch: DedupedGroup) -> None:
@@ -85,25 +96,35 @@ class Cacher:
         if num_uniques > self.num_slots:
             raise CacheTooSmallError(step=step, group=self.group.name, num_needed=num_uniques, num_slots=self.num_slots)
         self._reserve(num_uniques)
-        self._num_due[step & (len(self._num_due) - 1)] = _loops.admit(
-            batch.unique_rows, step, self._next_occurrence, self._row_states, self._next_uses, self._due
+        found = _loops.admit(
+            batch.unique_rows,
+            step,
+            self._next_occurrence,
+            self._row_states,
+            self._next_uses,
+            self._places,
+            self._chunks,
+            self._chains,
+            self._due,
         )
-        self._admitted.append((batch, self._next_occurrence))
+        self._admitted.append(_Admitted(batch=batch, first_occurrence=self._next_occurrence, found=found))
         self._next_occurrence = (self._next_occurrence + num_uniques) & _loops.OCCURRENCES
         self._num_kept += num_uniques
         self._next_admitted += 1
 
     def plan(self) -> GroupPlan:
         """Plans the oldest admitted batch that is not planned yet."""
-        batch, first_occurrence = self._admitted.popleft()
+        admitted = self._admitted.popleft()
+        batch = admitted.batch
         step = self._next_step
         self._next_step += 1
         while self._unsettled and self._unsettled[0].step < step - self.prefetch_depth:
             self._settle(self._unsettled.popleft(), step)
-        slots, missing = _loops.find_resident(batch.unique_rows, self._row_states)
+        _queues.clear_due(self._chains, self._due, step % self._num_due_queues)
+        slots, missing = _loops.find_resident(batch.unique_rows, admitted.found, self._row_states, self._rows_of_slots)
         freed, num_fresh, num_settled = self._free_slots(len(missing), step)
         early, late = self._transfers(batch.unique_rows, missing, slots, freed, num_fresh, num_settled, step)
-        self._unsettled.append(_Planned(step=step, rows=batch.unique_rows, slots=slots, first_occurrence=first_occurrence))
+        self._unsettled.append(_Planned(step=step, rows=batch.unique_rows, slots=slots, first_occurrence=admitted.first_occurrence))
         return GroupPlan(
             lookup_slots=_loops.expand(slots, batch.inverse),
             bag_offsets=batch.bag_offsets,
@@ -132,8 +153,8 @@ class Cacher:
 
     def _settle(self, planned: _Planned, step: int) -> None:
         """Makes a batch's rows that no later step has used candidates for eviction."""
-        if self._unknown_ends[1] + len(planned.rows) > len(self._unknown):
-            _loops.compact(self._unknown, self._unknown_ends, self._due)
+        if self._queue_ends[1] + len(planned.rows) > len(self._queue):
+            _queues.compact(self._queue, self._queue_ends, self._places)
         _loops.settle(
             planned.rows,
             planned.slots,
@@ -143,10 +164,12 @@ class Cacher:
             self._row_states,
             self._rows_of_slots,
             self._next_uses,
+            self._queue,
+            self._queue_ends,
+            self._places,
+            self._chunks,
+            self._chains,
             self._due,
-            self._num_due,
-            self._unknown,
-            self._unknown_ends,
         )
         self._num_kept -= len(planned.rows)
 
@@ -159,7 +182,7 @@ class Cacher:
         num_fresh = min(num_missing, self.num_slots - self._num_used_slots)
         freed[:num_fresh] = np.arange(self._num_used_slots, self._num_used_slots + num_fresh, dtype=np.int32)
         self._num_used_slots += num_fresh
-        num_freed = num_fresh + _loops.pop_unknown(self._unknown, self._unknown_ends, self._due, freed[num_fresh:])
+        num_freed = num_fresh + _queues.pop_unknown(self._queue, self._queue_ends, self._places, freed[num_fresh:])
         self.evicted_blindly = num_freed > num_fresh
         num_freed += self._pop_due(freed[num_freed:])
         num_settled = num_freed
@@ -181,14 +204,11 @@ class Cacher:
     def _pop_due(self, freed: Int32Array) -> int:
         """Fills `freed` with slots of settled rows, those with the farthest next use first; returns how many."""
         num_freed = 0
-        for distance, (batch, _) in enumerate(reversed(self._admitted)):
+        for due_step in range(self._next_admitted - 1, self._next_step - 1, -1):
             if num_freed == len(freed):
                 break
-            due_step = self._next_admitted - 1 - distance
-            if self._num_due[due_step & (len(self._num_due) - 1)]:
-                num_popped = _loops.pop_due(batch.unique_rows, due_step, self._row_states, self._due, freed[num_freed:])
-                self._num_due[due_step & (len(self._num_due) - 1)] -= num_popped
-                num_freed += num_popped
+            queue = due_step % self._num_due_queues
+            num_freed += _queues.pop_due(self._chunks, self._chains, self._due, queue, freed[num_freed:])
         return num_freed
 
     def _transfers(

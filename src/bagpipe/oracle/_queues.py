@@ -1,0 +1,119 @@
+"""The Cacher's eviction queues, compiled: slots of settled rows in the order in which they may go.
+
+**The queue of rows without a next use** is an array of slots, `queue`, with its two ends, `queue_ends`. `places` (num_slots,) says where
+a slot stands in it, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose slot says otherwise is
+stale and passed over. `compact` drops stale entries when the array is full.
+
+**The due queues**, one for each step of the window, are chains of chunks of `CHUNK` slots, so that filling and emptying them runs
+through memory in order. `chunks` (num_chunks, CHUNK) holds the slots, `chains` (num_chunks,) the next chunk of a chain, and `due`
+(num_queues + 1, 4) of each queue its `FIRST` and `LAST` chunk, where in them it `BEGIN`s and `END`s; the last line's `FIRST` is the chain
+of free chunks. A slot leaves from the front, or with all others when its step comes; it stands in one queue at a time, so
+`num_slots / CHUNK` chunks and one more for each queue suffice.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bagpipe._jit import jit
+from bagpipe.types import Int32Array, Int64Array
+
+NOT_QUEUED = -1
+CHUNK = 128
+FIRST, LAST, BEGIN, END = range(4)
+_NO_CHUNK = -1
+
+
+@jit
+def compact(queue: Int32Array, queue_ends: Int64Array, places: Int32Array) -> None:
+    """Drops the stale entries of the queue of rows without a next use."""
+    end = 0
+    for place in range(queue_ends[0], queue_ends[1]):
+        slot = queue[place]
+        if places[slot] == place:
+            places[slot] = end
+            queue[end] = slot
+            end += 1
+    queue_ends[0] = 0
+    queue_ends[1] = end
+
+
+@jit
+def pop_unknown(queue: Int32Array, queue_ends: Int64Array, places: Int32Array, freed: Int32Array) -> int:
+    """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
+    num_freed = 0
+    place = queue_ends[0]
+    while num_freed < len(freed) and place < queue_ends[1]:
+        slot = queue[place]
+        if places[slot] == place:
+            places[slot] = NOT_QUEUED
+            freed[num_freed] = slot
+            num_freed += 1
+        place += 1
+    queue_ends[0] = place
+    return num_freed
+
+
+def make_due_queues(num_slots: int, num_queues: int) -> tuple[Int32Array, Int32Array, Int32Array]:
+    """Empty due queues: (chunks, chains, due)."""
+    num_chunks = -(-num_slots // CHUNK) + num_queues + 1
+    chains = np.arange(1, num_chunks + 1, dtype=np.int32)
+    chains[-1] = _NO_CHUNK
+    due = np.full((num_queues + 1, 4), _NO_CHUNK, np.int32)
+    due[num_queues, FIRST] = 0
+    return np.empty((num_chunks, CHUNK), np.int32), chains, due
+
+
+@jit
+def push_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queue: int, slot: int) -> None:
+    """Puts a slot at the end of a due queue."""
+    last = due[queue, LAST]
+    if due[queue, FIRST] == _NO_CHUNK or due[queue, END] == CHUNK:
+        free = len(due) - 1
+        chunk = due[free, FIRST]
+        due[free, FIRST] = chains[chunk]
+        chains[chunk] = _NO_CHUNK
+        if due[queue, FIRST] == _NO_CHUNK:
+            due[queue, FIRST] = chunk
+            due[queue, BEGIN] = 0
+        else:
+            chains[last] = chunk
+        due[queue, LAST] = chunk
+        due[queue, END] = 0
+        last = chunk
+    chunks[last, due[queue, END]] = slot
+    due[queue, END] += 1
+
+
+@jit
+def pop_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queue: int, freed: Int32Array) -> int:
+    """Moves slots from the front of a due queue to `freed` until it is full; returns how many."""
+    num_freed = 0
+    while num_freed < len(freed) and due[queue, FIRST] != _NO_CHUNK:
+        chunk = due[queue, FIRST]
+        end = due[queue, END] if chunk == due[queue, LAST] else CHUNK
+        count = min(end - due[queue, BEGIN], len(freed) - num_freed)
+        for index in range(count):
+            freed[num_freed + index] = chunks[chunk, due[queue, BEGIN] + index]
+        num_freed += count
+        due[queue, BEGIN] += count
+        if due[queue, BEGIN] == end:
+            _free_first_chunk(chains, due, queue)
+    return num_freed
+
+
+@jit
+def clear_due(chains: Int32Array, due: Int32Array, queue: int) -> None:
+    """Empties a due queue."""
+    while due[queue, FIRST] != _NO_CHUNK:
+        _free_first_chunk(chains, due, queue)
+
+
+@jit
+def _free_first_chunk(chains: Int32Array, due: Int32Array, queue: int) -> None:
+    free = len(due) - 1
+    chunk = due[queue, FIRST]
+    due[queue, FIRST] = chains[chunk]
+    due[queue, BEGIN] = 0
+    chains[chunk] = due[free, FIRST]
+    due[free, FIRST] = chunk
