@@ -14,11 +14,12 @@ import bagpipe
 
 PACKAGE = Path(bagpipe.__file__).parent
 
-BASE = {"types", "errors", "jagged", "_jit"}
+BASE = {"types", "errors", "jagged", "_jit", "_prefetch"}
 ALLOWED = {
     "types": {"errors"},
     "errors": set(),
     "_jit": set(),
+    "_prefetch": {"_jit"},
     "jagged": {"types", "errors"},
     "config": BASE,
     "oracle": BASE,

@@ -16,10 +16,13 @@ from __future__ import annotations
 import numpy as np
 
 from bagpipe._jit import jit
-from bagpipe.oracle._queues import NOT_QUEUED, push_due
+from bagpipe._prefetch import prefetch
+from bagpipe.oracle._queues import NOT_QUEUED
 from bagpipe.types import Int32Array, Int64Array
 
 SLOT, LAST_USE = 0, 1
+AHEAD = 16
+"""Rows ahead for which a row's state is asked for."""
 OCCURRENCES = (1 << 31) - 1
 """Mask of occurrence numbers, which wrap round; rings are powers of two, so a number's low bits stay its place."""
 
@@ -32,28 +35,31 @@ def admit(
     row_states: Int32Array,
     next_uses: Int32Array,
     places: Int32Array,
-    chunks: Int32Array,
-    chains: Int32Array,
-    due: Int32Array,
-) -> Int32Array:
-    """Tells each row's previous occurrence that the row comes next at `step`; queues settled rows there. Returns `found`."""
+) -> tuple[Int32Array, Int32Array]:
+    """Tells each row's previous occurrence that the row comes next at `step`, and takes settled rows off the queue.
+
+    Returns `found` and the slots of the settled rows, which are now due at `step`.
+    """
     mask = len(next_uses) - 1
     found = np.empty((len(rows), 2), np.int32)
     for index in range(len(rows)):
+        prefetch(row_states, rows[min(index + AHEAD, len(rows) - 1)], SLOT)
         row = np.uint64(rows[index])
         occurrence = (first_occurrence + index) & OCCURRENCES
         found[index, SLOT] = row_states[row, SLOT]
         found[index, LAST_USE] = row_states[row, LAST_USE]
         row_states[row, LAST_USE] = occurrence
         next_uses[occurrence & mask] = -1
-    queue = step % (len(due) - 1)
+    due_slots = np.empty(len(rows), np.int32)
+    num_due = 0
     for index in range(len(rows)):
         if found[index, LAST_USE] >= 0:
             next_uses[found[index, LAST_USE] & mask] = step
         elif found[index, SLOT] >= 0:
             places[found[index, SLOT]] = NOT_QUEUED
-            push_due(chunks, chains, due, queue, found[index, SLOT])
-    return found
+            due_slots[num_due] = found[index, SLOT]
+            num_due += 1
+    return found, due_slots[:num_due]
 
 
 @jit
@@ -69,18 +75,18 @@ def settle(
     queue: Int32Array,
     queue_ends: Int64Array,
     places: Int32Array,
-    chunks: Int32Array,
-    chains: Int32Array,
-    due: Int32Array,
-) -> None:
-    """Queues a batch's rows by their next use; those that a step up to `step` used again are passed over.
+    num_due_queues: int,
+) -> tuple[Int32Array, Int32Array]:
+    """Queues a batch's rows that have no next use; those that a step up to `step` used again are passed over.
 
-    `may_be_gone`: some may have been evicted before they settled.
+    Returns the due queues and the slots of all others. `may_be_gone`: some rows may have been evicted before they settled.
     """
     mask = len(next_uses) - 1
-    num_queues = len(due) - 1
-    first_queue = step % num_queues
+    offset = step - step % num_due_queues
     end = queue_ends[1]
+    due_queues = np.empty(len(rows), np.int32)
+    due_slots = np.empty(len(rows), np.int32)
+    num_due = 0
     for index in range(len(rows)):
         next_use = next_uses[(first_occurrence + index) & mask]
         if next_use < 0:
@@ -94,9 +100,12 @@ def settle(
             queue[end] = slots[index]
             end += 1
         else:
-            due_queue = first_queue + (next_use - step)
-            push_due(chunks, chains, due, due_queue if due_queue < num_queues else due_queue - num_queues, slots[index])
+            due_queue = next_use - offset
+            due_queues[num_due] = due_queue - num_due_queues if due_queue >= num_due_queues else due_queue
+            due_slots[num_due] = slots[index]
+            num_due += 1
     queue_ends[1] = end
+    return due_queues[:num_due], due_slots[:num_due]
 
 
 @jit
@@ -109,14 +118,17 @@ def find_resident(
     """
     slots = np.empty(len(rows), np.int32)
     missing = np.empty(len(rows), np.int32)
+    holds = np.empty(len(rows), np.int64)
+    for index in range(len(rows)):
+        holds[index] = rows_of_slots[max(found[index, SLOT], 0)]
     num_moved = 0
     for index in range(len(rows)):
-        slot = found[index, SLOT]
-        slots[index] = slot
+        slots[index] = found[index, SLOT]
         missing[num_moved] = index
-        num_moved += slot < 0 or rows_of_slots[max(slot, 0)] != rows[index]
+        num_moved += (found[index, SLOT] < 0) | (holds[index] != rows[index])
     num_missing = 0
     for place in range(num_moved):
+        prefetch(row_states, rows[missing[min(place + AHEAD, num_moved - 1)]], SLOT)
         index = missing[place]
         slot = row_states[np.uint64(rows[index]), SLOT]
         slots[index] = slot

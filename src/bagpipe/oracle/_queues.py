@@ -1,14 +1,17 @@
 """The Cacher's eviction queues, compiled: slots of settled rows in the order in which they may go.
 
-**The queue of rows without a next use** is an array of slots, `queue`, with its two ends, `queue_ends`. `places` (num_slots,) says where
-a slot stands in it, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose slot says otherwise is
-stale and passed over. `compact` drops stale entries when the array is full.
+**The queue of rows without a next use** is an array of slots, `queue`, with its two ends, `queue_ends`. `places` (num_slots,) says
+where a slot stands in it, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose slot says
+otherwise is stale and passed over. `compact` drops stale entries when the array is full.
 
 **The due queues**, one for each step of the window, are chains of chunks of `CHUNK` slots, so that filling and emptying them runs
 through memory in order. `chunks` (num_chunks, CHUNK) holds the slots, `chains` (num_chunks,) the next chunk of a chain, and `due`
-(num_queues + 1, 4) of each queue its `FIRST` and `LAST` chunk, where in them it `BEGIN`s and `END`s; the last line's `FIRST` is the chain
-of free chunks. A slot leaves from the front, or with all others when its step comes; it stands in one queue at a time, so
-`num_slots / CHUNK` chunks and one more for each queue suffice.
+(num_queues + 1, 4) of each queue its `FIRST` and `LAST` chunk, and where in them it `BEGIN`s and `END`s; the last line's `FIRST` is
+the chain of free chunks. A slot leaves from the front, or with all others when its step comes; it stands in one queue at a time,
+so `num_slots / CHUNK` chunks and one more for each queue suffice.
+
+Functions take whole arrays: a call from compiled code costs a reference count of every array that it passes, so one call a slot
+took five times as long.
 """
 
 from __future__ import annotations
@@ -65,24 +68,26 @@ def make_due_queues(num_slots: int, num_queues: int) -> tuple[Int32Array, Int32A
 
 
 @jit
-def push_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queue: int, slot: int) -> None:
-    """Puts a slot at the end of a due queue."""
-    last = due[queue, LAST]
-    if due[queue, FIRST] == _NO_CHUNK or due[queue, END] == CHUNK:
-        free = len(due) - 1
-        chunk = due[free, FIRST]
-        due[free, FIRST] = chains[chunk]
-        chains[chunk] = _NO_CHUNK
-        if due[queue, FIRST] == _NO_CHUNK:
-            due[queue, FIRST] = chunk
-            due[queue, BEGIN] = 0
-        else:
-            chains[last] = chunk
-        due[queue, LAST] = chunk
-        due[queue, END] = 0
-        last = chunk
-    chunks[last, due[queue, END]] = slot
-    due[queue, END] += 1
+def push_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queues: Int32Array, slots: Int32Array) -> None:
+    """Puts each slot (n,) at the end of its due queue (n,)."""
+    free = len(due) - 1
+    for index in range(len(slots)):
+        queue = np.uint32(queues[index])
+        last = due[queue, LAST]
+        if due[queue, FIRST] == _NO_CHUNK or due[queue, END] == CHUNK:
+            chunk = due[free, FIRST]
+            due[free, FIRST] = chains[chunk]
+            chains[chunk] = _NO_CHUNK
+            if due[queue, FIRST] == _NO_CHUNK:
+                due[queue, FIRST] = chunk
+                due[queue, BEGIN] = 0
+            else:
+                chains[last] = chunk
+            due[queue, LAST] = chunk
+            due[queue, END] = 0
+            last = chunk
+        chunks[np.uint32(last), np.uint32(due[queue, END])] = slots[index]
+        due[queue, END] += 1
 
 
 @jit

@@ -96,17 +96,10 @@ class Cacher:
         if num_uniques > self.num_slots:
             raise CacheTooSmallError(step=step, group=self.group.name, num_needed=num_uniques, num_slots=self.num_slots)
         self._reserve(num_uniques)
-        found = _loops.admit(
-            batch.unique_rows,
-            step,
-            self._next_occurrence,
-            self._row_states,
-            self._next_uses,
-            self._places,
-            self._chunks,
-            self._chains,
-            self._due,
+        found, due_slots = _loops.admit(
+            batch.unique_rows, step, self._next_occurrence, self._row_states, self._next_uses, self._places
         )
+        self._push_due(np.full(len(due_slots), step % self._num_due_queues, np.int32), due_slots)
         self._admitted.append(_Admitted(batch=batch, first_occurrence=self._next_occurrence, found=found))
         self._next_occurrence = (self._next_occurrence + num_uniques) & _loops.OCCURRENCES
         self._num_kept += num_uniques
@@ -155,7 +148,7 @@ class Cacher:
         """Makes a batch's rows that no later step has used candidates for eviction."""
         if self._queue_ends[1] + len(planned.rows) > len(self._queue):
             _queues.compact(self._queue, self._queue_ends, self._places)
-        _loops.settle(
+        due_queues, due_slots = _loops.settle(
             planned.rows,
             planned.slots,
             planned.first_occurrence,
@@ -167,11 +160,13 @@ class Cacher:
             self._queue,
             self._queue_ends,
             self._places,
-            self._chunks,
-            self._chains,
-            self._due,
+            self._num_due_queues,
         )
+        self._push_due(due_queues, due_slots)
         self._num_kept -= len(planned.rows)
+
+    def _push_due(self, queues: Int32Array, slots: Int32Array) -> None:
+        _queues.push_due(self._chunks, self._chains, self._due, queues, slots)
 
     def _free_slots(self, num_missing: int, step: int) -> tuple[Int32Array, int, int]:
         """Finds slots for the missing rows, in the order of the module's list, never used ones before all others.

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bagpipe._jit import jit
+from bagpipe._prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.errors import StoreError
-from bagpipe.store._prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.store.init import RowInitializer
 from bagpipe.types import Float32Array, Group, Int64Array
 

@@ -1,4 +1,4 @@
-"""A hint to the processor, for loops over random rows: `prefetch(array, row, column)` asks for that element's cache line.
+"""A hint to the processor, for loops over random rows: `prefetch(array, row, column)` asks for a 2-D array's cache line.
 
 A gather of random records waits for memory, and the processor sees only a few rows ahead. Asking for the record some rows ahead
 takes a fifth to a half off a gather (measured on 260-byte records). A hint changes no value and can't fault.
@@ -43,11 +43,11 @@ def _prefetch_types(typing_context: Any, array: Any, row: Any, column: Any) -> A
     return types.void(array, row, column), generate
 
 
-_prefetch: Any = intrinsic(_prefetch_types)
+prefetch: Any = intrinsic(_prefetch_types)
 
 
 @jit
 def prefetch_record(records: npt.NDArray[np.float32], row: int) -> None:
     """Asks for all cache lines of `records[row]`; `row` must be in range."""
     for column in range(0, records.shape[1], _LINE_FLOATS):
-        _prefetch(records, row, column)
+        prefetch(records, row, column)
