@@ -1,0 +1,233 @@
+"""`bagpipe bench oracle`: what it costs to turn ids into plans, without a trainer.
+
+1. De-duplication with gradient schedule, one batch at a time on one thread; the results of the last `window` batches are kept, as
+   in real use, so that every call writes to memory that is cold. In turns with the same written with numpy.
+2. Slot assignment (`Cacher.admit` and `plan`) for each lookahead, once the cache is full; in turns with numpy on the same batches.
+3. The whole pipeline live, from batches in memory: a pool that de-duplicates, the Cacher in its thread, a consumer that only
+   takes plans; batches a second once the cache is full and while the window is.
+4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead, and how much this process grew while the live
+   pipeline ran, which also counts what the allocator keeps.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from rich.table import Table
+
+from bagpipe.bench import numpy_oracle
+from bagpipe.bench.measure import Progress, Result, Timing, resident_bytes
+from bagpipe.bench.streams import SKEW, kaggle_group, make_batches
+from bagpipe.oracle.cacher import Cacher
+from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
+from bagpipe.oracle.window import DedupedBatch, Oracle
+from bagpipe.types import Group, GroupPlan, Jagged
+
+PREFETCH_DEPTH = 2
+_PLANS_AHEAD = 2
+_READ_AHEAD = 16
+"""Batches that the live pipeline may have read beyond the window."""
+_MiB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleBench:
+    """Sizes of the benchmark."""
+
+    batch_size: int = 16_384
+    max_rows: int | None = None
+    skew: float = SKEW
+    cache_share: float = 0.02
+    lookaheads: Sequence[int] = (20, 100)
+    window: int = 20
+    num_measured: int = 50
+    num_warmup: int = 40
+    """Batches planned before measuring; the cache must be full by then, which the result says."""
+
+    @property
+    def num_batches(self) -> int:
+        """Distinct batches needed."""
+        return self.num_warmup + self.num_measured + max(self.lookaheads) + _READ_AHEAD
+
+
+def bench_oracle(sizes: OracleBench, progress: Progress) -> Result:
+    """Runs all four parts."""
+    group = kaggle_group(max_rows=sizes.max_rows)
+    num_slots = int(sizes.cache_share * group.num_rows)
+    batches = make_batches(group, num_batches=sizes.num_batches, batch_size=sizes.batch_size, skew=sizes.skew, progress=progress)
+    jagged = [batch.sparse for batch in batches]
+    live = {lookahead: _run_live(sizes, group, num_slots, jagged, lookahead, progress) for lookahead in sizes.lookaheads}
+    deduped, dedup_times = _time_dedup(sizes, group, jagged, progress)
+    slots = {lookahead: _time_slots(sizes, group, num_slots, deduped, lookahead, progress) for lookahead in sizes.lookaheads}
+    values: dict[str, Any] = {
+        "sizes": asdict(sizes),
+        "num_rows": group.num_rows,
+        "num_slots": num_slots,
+        "num_lookups": len(jagged[0].values),
+        "num_uniques": sum(len(batch.unique_rows) for batch in deduped) / len(deduped),
+        "bytes": _bytes_per_item(),
+        "dedup": dedup_times,
+        "slots": slots,
+        "live": live,
+    }
+    return Result(name="oracle", tables=(_times_table(values), _live_table(values)), values=values)
+
+
+def _time_dedup(
+    sizes: OracleBench, group: Group, batches: list[Jagged], progress: Progress
+) -> tuple[list[DedupedGroup], dict[str, Any]]:
+    """All batches de-duplicated, and the times of the last `num_measured` of both arms."""
+    first = len(batches) - sizes.num_measured
+    deduped = []
+    kept: deque[DedupedGroup] = deque(maxlen=sizes.window)
+    ours, naive = [], []
+    for index, batch in enumerate(batches):
+        started = time.perf_counter()
+        deduped.append(dedup(group, batch))
+        ours_done = time.perf_counter()
+        if index >= first:
+            kept.append(numpy_oracle.dedup(group, batch))
+            naive.append(time.perf_counter() - ours_done)
+            ours.append(ours_done - started)
+        progress("de-duplicating", index + 1, len(batches))
+    return deduped, _compared(ours, naive)
+
+
+def _time_slots(
+    sizes: OracleBench, group: Group, num_slots: int, batches: list[DedupedGroup], lookahead: int, progress: Progress
+) -> dict[str, Any]:
+    """Plans with both arms in turns; times once warmed up."""
+    cachers: list[Cacher | numpy_oracle.NumpyCacher] = [
+        Cacher(group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH),
+        numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=PREFETCH_DEPTH),
+    ]
+    times: tuple[list[float], list[float]] = ([], [])
+    fetched = [0, 0]
+    for cacher in cachers:
+        for batch in batches[:lookahead]:
+            cacher.admit(batch)
+    num_steps = sizes.num_warmup + sizes.num_measured
+    for step in range(num_steps):
+        for arm, cacher in enumerate(cachers):
+            started = time.perf_counter()
+            cacher.admit(batches[step + lookahead])
+            plan = cacher.plan()
+            if step >= sizes.num_warmup:
+                times[arm].append(time.perf_counter() - started)
+                fetched[arm] += _num_fetched(plan)
+        progress(f"assigning slots, lookahead {lookahead}", step + 1, num_steps)
+    return _compared(*times) | {
+        "cache_was_full": cachers[0].num_used_slots == num_slots,
+        "fetched_rows_per_step": fetched[0] / sizes.num_measured,
+        "numpy_fetched_rows_per_step": fetched[1] / sizes.num_measured,
+    }
+
+
+def _num_fetched(plan: GroupPlan) -> int:
+    return len(plan.early.fetch_rows) + len(plan.late.fetch_rows)
+
+
+def _compared(ours: list[float], naive: list[float]) -> dict[str, Any]:
+    one, other = Timing.of(ours), Timing.of(naive)
+    return {"bagpipe": one, "numpy": other, "times_faster": other.median_ms / one.median_ms}
+
+
+def _run_live(
+    sizes: OracleBench, group: Group, num_slots: int, batches: list[Jagged], lookahead: int, progress: Progress
+) -> dict[str, Any]:
+    """The pipeline as `bagpipe.lookahead` builds it, with a consumer that does nothing."""
+    num_threads = max(1, (os.cpu_count() or 2) - 1)
+    gc.collect()
+    resident_before = resident_bytes()
+    oracle = Oracle([group], num_slots=[num_slots], lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH)
+    num_steps = sizes.num_warmup + sizes.num_measured
+    window: deque[int] = deque(maxlen=lookahead)
+    started = cpu_started = 0.0
+    with ThreadPoolExecutor(num_threads) as pool:
+        deduped = ordered_map(partial(_dedup_batch, group), batches, pool, ahead=2 * num_threads)
+        plans = BackgroundIterator(oracle.plan(_watched(deduped, window.append)), ahead=_PLANS_AHEAD, name="oracle")
+        for step in range(num_steps):
+            if step == sizes.num_warmup:
+                started, cpu_started = time.perf_counter(), time.process_time()
+            next(plans)
+            progress(f"pipeline live, lookahead {lookahead}", step + 1, num_steps)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        resident_after = resident_bytes()
+        plans.close()
+    grown = None if resident_before is None or resident_after is None else resident_after - resident_before
+    ring_bytes = 4 * sum(window) / len(window)
+    batch_bytes = dedup(group, batches[0]).nbytes
+    return {
+        "dedup_threads": num_threads,
+        "batches_per_s": sizes.num_measured / seconds,
+        "lookups_per_s": sizes.num_measured * len(batches[0].values) / seconds,
+        "cpu_ms_per_batch": 1e3 * cpu_seconds / sizes.num_measured,
+        "state_bytes": oracle.nbytes,
+        "bytes_per_batch": batch_bytes + ring_bytes,
+        "window_bytes": lookahead * batch_bytes,
+        "resident_growth_bytes": grown,
+    }
+
+
+def _bytes_per_item() -> dict[str, float]:
+    """What a Cacher's arrays take for each row and each slot, found by making it larger."""
+    small, large = kaggle_group(max_rows=1_000), kaggle_group(max_rows=100_000)
+    settings = {"max_lookahead": 1, "prefetch_depth": PREFETCH_DEPTH}
+    base = Cacher(small, num_slots=1_000, **settings).nbytes
+    return {
+        "row": (Cacher(large, num_slots=1_000, **settings).nbytes - base) / (large.num_rows - small.num_rows),
+        "slot": (Cacher(small, num_slots=11_000, **settings).nbytes - base) / 10_000,
+    }
+
+
+def _dedup_batch(group: Group, batch: Jagged) -> DedupedBatch[None]:
+    return DedupedBatch(payload=None, batch_size=batch.batch_size, groups=(dedup(group, batch),))
+
+
+def _watched(batches: Iterator[DedupedBatch[None]], tell: Callable[[int], None]) -> Iterator[DedupedBatch[None]]:
+    """Tells how many distinct rows each batch has."""
+    for batch in batches:
+        tell(len(batch.groups[0].unique_rows))
+        yield batch
+
+
+def _times_table(values: dict[str, Any]) -> Table:
+    table = Table(title=f"Oracle, {values['num_lookups']:,} lookups, {values['num_uniques']:,.0f} distinct rows a batch")
+    for heading in ("", "ms a batch", "numpy", "times faster"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    arms = [("de-duplication, one thread", values["dedup"])]
+    arms += [(f"slots, lookahead {lookahead}", timed) for lookahead, timed in values["slots"].items()]
+    for name, timed in arms:
+        table.add_row(name, str(timed["bagpipe"]), str(timed["numpy"]), f"{timed['times_faster']:.1f}")
+    for lookahead, timed in values["slots"].items():
+        both = [values["dedup"][arm].median_ms + timed[arm].median_ms for arm in ("bagpipe", "numpy")]
+        table.add_row(f"both, lookahead {lookahead}", f"{both[0]:.2f}", f"{both[1]:.2f}", f"{both[1] / both[0]:.1f}", style="bold")
+    return table
+
+
+def _live_table(values: dict[str, Any]) -> Table:
+    each = values["bytes"]
+    table = Table(title="Oracle live, and its memory", caption=f"state: {each['row']:.0f} B a row, {each['slot']:.0f} B a slot")
+    for heading in ("lookahead", "batches/s", "CPU ms a batch", "state MiB", "window MiB", "process grew MiB", "KiB a batch"):
+        table.add_column(heading, justify="right")
+    for lookahead, live in values["live"].items():
+        grown = live["resident_growth_bytes"]
+        table.add_row(
+            str(lookahead),
+            f"{live['batches_per_s']:.1f}",
+            f"{live['cpu_ms_per_batch']:.1f}",
+            f"{live['state_bytes'] / _MiB:.0f}",
+            f"{live['window_bytes'] / _MiB:.0f}",
+            "-" if grown is None else f"{grown / _MiB:.0f}",
+            f"{live['bytes_per_batch'] / 1024:,.0f}",
+        )
+    return table

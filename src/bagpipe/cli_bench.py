@@ -1,0 +1,94 @@
+"""`bagpipe bench`: measures again what docs/results.md states. The benchmarks are in `bagpipe.bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bagpipe.cli_common import JsonFile, console_progress, mistakes_told, prepare_environment, save_json
+
+if TYPE_CHECKING:
+    from bagpipe.bench.measure import Progress, Result
+
+
+class Benchmark(StrEnum):
+    """What can be measured."""
+
+    oracle = "oracle"
+    step = "step"
+    curve = "curve"
+    all = "all"
+
+
+def bench(
+    what: Annotated[Benchmark, typer.Argument(show_default=True)] = Benchmark.all,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it works; the numbers mean nothing.")] = False,
+    batch_size: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size; may be repeated for step.")] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Cut tables to so many rows; step cuts to 2,200,000 by default.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="step: an arm to run; may be repeated. All by default.")] = None,
+    lookahead: Annotated[list[int] | None, typer.Option(min=1, help="Batches ahead; may be repeated for oracle and curve.")] = None,
+    cache: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="oracle, step: share of the rows in the cache.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="step: turns of each arm; oracle: batches measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="curve: save the plot here (.png, .svg, .pdf).")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the oracle, a training step against tables in RAM, and rows fetched over cache size."""
+    console = Console()
+    given = {
+        "batch_sizes": batch_size,
+        "max_rows": max_rows,
+        "arms": arm,
+        "lookaheads": lookahead,
+        "cache_share": cache,
+        "rounds": rounds,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    prepare_environment("cpu")
+    with mistakes_told():
+        from bagpipe.bench.measure import as_json, describe_environment
+
+        values: dict[str, Any] = {"environment": describe_environment(), "quick": quick}
+        for run in _chosen(what, quick, options, plot):
+            with console_progress(console) as progress:
+                result = run(progress)
+            _show(console, result)
+            values[result.name] = as_json(result.values)
+        if json_file is not None:
+            save_json(values, json_file)
+
+
+def _show(console: Console, result: Result) -> None:
+    for table in result.tables:
+        console.print(table)
+    for note in result.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def _chosen(what: Benchmark, quick: bool, options: dict[str, Any], plot: Path | None) -> list[Callable[[Progress], Result]]:
+    """The benchmarks to run, in order, each with its sizes."""
+    from bagpipe.bench.sizes import curve_sizes, oracle_sizes, step_sizes
+
+    def oracle(progress: Progress) -> Result:
+        from bagpipe.bench.oracle_bench import bench_oracle
+
+        return bench_oracle(oracle_sizes(options, quick=quick), progress)
+
+    def step(progress: Progress) -> Result:
+        from bagpipe.bench.step_bench import bench_step
+
+        return bench_step(step_sizes(options, quick=quick), progress)
+
+    def curve(progress: Progress) -> Result:
+        from bagpipe.bench.curve_bench import bench_curve
+
+        return bench_curve(curve_sizes(options, quick=quick), progress, plot)
+
+    runs = {Benchmark.oracle: oracle, Benchmark.step: step, Benchmark.curve: curve}
+    return list(runs.values()) if what is Benchmark.all else [runs[what]]

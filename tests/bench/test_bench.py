@@ -1,0 +1,123 @@
+"""Benchmarks run at tiny sizes, print and save what they promise; the arms compute the same; the numpy oracle's plans are valid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from bagpipe.bench import numpy_oracle
+from bagpipe.bench.measure import Timing, silent
+from bagpipe.bench.streams import kaggle_group, make_batches
+from bagpipe.cli_bench import bench
+from bagpipe.oracle import Cacher, DedupedBatch, DedupedGroup, checked, dedup
+from bagpipe.types import Group, GroupPlan, Jagged, StepPlan
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(bench)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_all_benchmarks_at_tiny_sizes(tmp_path: Path) -> None:
+    result = run("all", "--quick", "--json", tmp_path / "all.json", "--plot", tmp_path / "curve.svg")
+    assert result.exit_code == 0, result.stderr
+    values = json.loads((tmp_path / "all.json").read_text())
+    assert values["environment"]["packages"]["torch"]
+    assert values["environment"]["cores"] >= 1
+    assert values["oracle"]["dedup"]["bagpipe"]["count"] == 3
+    assert 4 <= values["oracle"]["bytes"]["row"] <= 16
+    assert 8 <= values["oracle"]["bytes"]["slot"] <= 64
+    assert values["oracle"]["live"]["4"]["batches_per_s"] > 0
+    step = values["step"]["by_batch_size"]["32"]
+    assert step["arms"]["bagpipe"]["embedding"]["count"] == 10
+    assert step["ratios"]["step_over_fused"] > 0
+    assert all(difference < 1e-3 for difference in step["loss_differences"].values())
+    assert step["loss_differences"]["fused to bagpipe"] == 0.0
+    assert values["curve"]["rises"] == {"cache size": 0, "lookahead": 0}
+    assert (tmp_path / "curve.svg").stat().st_size > 1000
+
+
+def test_options_reach_the_benchmark() -> None:
+    result = run("step", "--quick", "--arm", "fused", "--batch", "16", "--rounds", "1", "--max-rows", "50", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.output[result.output.index("\n{\n") :])["step"]
+    assert list(values["by_batch_size"]["16"]["arms"]) == ["fused"]
+    assert values["sizes"]["max_rows"] == 50
+    assert values["by_batch_size"]["16"]["bagpipe"] is None
+
+
+def test_mistakes_are_told(tmp_path: Path) -> None:
+    result = run("step", "--quick", "--arm", "tensorflow")
+    assert result.exit_code == 2
+    assert "arm 'tensorflow' is unknown: there are bagpipe, fused, fbgemm, torch_bags" in result.stderr
+    result = run("curve", "--quick", "--json", tmp_path / "nowhere" / "x.json")
+    assert result.exit_code == 2
+    assert "x.json: can't be written" in result.stderr
+
+
+def test_timings_tell_median_and_spread() -> None:
+    timing = Timing.of([0.001, 0.002, 0.003, 0.004, 0.005])
+    assert (timing.min_ms, timing.low_ms, timing.median_ms, timing.high_ms, timing.max_ms) == (1, 2, 3, 4, 5)
+    assert str(timing) == "3.00 [2.00, 4.00]"
+
+
+def planned(
+    cacher: Cacher | numpy_oracle.NumpyCacher, batches: list[DedupedGroup], lookahead: int
+) -> Iterator[tuple[StepPlan, DedupedBatch[None]]]:
+    num_admitted = 0
+    for step, batch in enumerate(batches):
+        while num_admitted < min(len(batches), step + lookahead + 1):
+            cacher.admit(batches[num_admitted])
+            num_admitted += 1
+        plan = StepPlan(step=step, early_tick=max(0, step - 2), batch_size=64, groups=(cacher.plan(),), lookahead=0)
+        yield plan, DedupedBatch(payload=None, batch_size=64, groups=(batch,))
+
+
+def num_fetched(plan: GroupPlan) -> int:
+    return len(plan.early.fetch_rows) + len(plan.late.fetch_rows)
+
+
+@pytest.mark.parametrize("lookahead", [1, 5, 20])
+@pytest.mark.parametrize("num_slots", [900, 1500, 3000])
+def test_the_numpy_oracle_plans_as_well_as_ours(lookahead: int, num_slots: int) -> None:
+    group, batches = small_stream()
+    ours = Cacher(group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=2)
+    naive = numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=2)
+    expected = sum(num_fetched(plan.groups[0]) for plan, _ in planned(ours, [dedup(group, batch) for batch in batches], lookahead))
+    plans = planned(naive, [numpy_oracle.dedup(group, batch) for batch in batches], lookahead)
+    found = sum(num_fetched(plan.groups[0]) for plan, _ in checked([group], [num_slots], plans))
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_the_numpy_oracle_finds_the_same_rows_and_sums() -> None:
+    group, batches = small_stream()
+    skewed = Jagged(keys=batches[0].keys, values=batches[0].values % 2, batch_size=batches[0].batch_size)
+    for batch in (batches[0], skewed):
+        ours, naive = dedup(group, batch), numpy_oracle.dedup(group, batch)
+        np.testing.assert_array_equal(ours.unique_rows[ours.inverse], naive.unique_rows[naive.inverse])
+        assert bags_by_row(ours) == bags_by_row(naive)
+
+
+def small_stream() -> tuple[Group, list[Jagged]]:
+    group = kaggle_group(max_rows=500)
+    batches = make_batches(group, num_batches=40, batch_size=64, progress=silent)
+    return group, [batch.sparse for batch in batches]
+
+
+def bags_by_row(batch: DedupedGroup) -> dict[int, list[list[int]]]:
+    """Row -> the bags of each of its pieces, in order."""
+    pieces = [batch.bags[begin:end].tolist() for begin, end in zip(batch.piece_offsets, batch.piece_offsets[1:], strict=False)]
+    num_uniques = len(batch.unique_rows)
+    found = {int(row): [pieces[index]] for index, row in enumerate(batch.unique_rows)}
+    for index, unique in enumerate(batch.long_uniques):
+        first, last = batch.long_offsets[index], batch.long_offsets[index + 1]
+        found[int(batch.unique_rows[unique])] += pieces[num_uniques + first : num_uniques + last]
+    return found
