@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from bagpipe.config.data import DataConfig, PrepareConfig, SyntheticData
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 CRITEO = {"kind": "criteo", "files": ["a"], "num_embeddings": 7}
 PARQUET = {"kind": "parquet", "files": ["a"], "label": {"column": "y"}}
-
-
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("prepare_*.toml")), ids=lambda path: path.name)
-def test_examples_are_valid(path: Path) -> None:
-    PrepareConfig.model_validate(tomllib.loads(path.read_text()))
 
 
 def test_kind_decides() -> None:

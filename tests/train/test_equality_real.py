@@ -9,14 +9,14 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from tests.train import test_real_runs as real
+from tests.train.test_equality import check_equal
 
 from bagpipe.config.load import check_config
 from bagpipe.config.run import PrepareFile
 from bagpipe.data.prepare import prepare
 from bagpipe.data.prepared import PreparedSource
 from bagpipe.types import RowWiseAdagrad, TableConfig
-from tests.train import test_real_runs as real
-from tests.train.test_equality import check_equal
 
 pytestmark = real.pytestmark
 
