@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from bagpipe.cli_bench import bench
 from bagpipe.cli_common import File, Overrides, mistakes_told, prepare_environment
 from bagpipe.cli_plan import plan
 
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__d
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data and look at them.")
 app.add_typer(data_app, name="data")
 app.command()(plan)
+app.command()(bench)
 
 
 @app.callback(invoke_without_command=True)
