@@ -22,7 +22,8 @@ PREFETCH_DISTANCE = 8
 
 _cgutils: Any = numba.core.cgutils  # only a part of numba is typed
 
-_LINE_FLOATS = 16
+LINE_FLOATS = 16
+"""float32 values in a cache line."""
 _READ, _KEEP, _DATA = 0, 3, 1  # operands of llvm.prefetch: for reading, in all cache levels, in the data cache
 
 
@@ -49,5 +50,5 @@ prefetch: Any = intrinsic(_prefetch_types)
 @jit
 def prefetch_record(records: npt.NDArray[np.float32], row: int) -> None:
     """Asks for all cache lines of `records[row]`; `row` must be in range."""
-    for column in range(0, records.shape[1], _LINE_FLOATS):
+    for column in range(0, records.shape[1], LINE_FLOATS):
         prefetch(records, row, column)

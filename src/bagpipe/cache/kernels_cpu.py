@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,15 @@ import torch
 from torch import Tensor
 
 from bagpipe._jit import jit
+from bagpipe._prefetch import LINE_FLOATS, prefetch
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.kernels_torch import adam_step_size
 from bagpipe.types import SGD, Adagrad, Adam, Float32Array, Int32Array, Optimizer, RowWiseAdagrad
 
 _SGD, _ADAGRAD, _ROW_WISE_ADAGRAD, _ADAM = range(4)
 _CHUNKS_A_THREAD = 4
+_ROWS_AHEAD, _GRADS_AHEAD = 4, 6
+"""How far ahead rows of the cache and of the gradient are asked for."""
 _MIN_CHUNK = 256
 """Rows or samples below which a chunk is not worth handing to another thread."""
 
@@ -44,22 +48,31 @@ def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:
         work(0, num_items)
         return
     bounds = np.linspace(0, num_items, num_chunks + 1).astype(np.int64).tolist()
-    list(_pool(num_threads).map(work, bounds[:-1], bounds[1:]))
+    chunks = iter(pairwise(bounds))  # all threads take from it, so that a slow one takes fewer
+
+    def work_off() -> None:
+        for begin, end in chunks:
+            work(begin, end)
+
+    others = [_pool(num_threads - 1).submit(work_off) for _ in range(num_threads - 1)]
+    work_off()
+    for other in others:
+        other.result()
 
 
 def lookup(weights: Tensor, plan: DevicePlan) -> Tensor:
     """Pooled embeddings by output row: (B * F, D) float32."""
     pooled = torch.empty(plan.num_bags, weights.shape[1])
-    arguments = (
-        weights.numpy(),
-        plan.lookup_slots.numpy(),
-        _optional(plan.bag_offsets, np.int32),
-        _optional(plan.bag_scales, np.float32),
-        plan.batch_size,
-        plan.num_features,
-        pooled.numpy(),
+    table, slots, out = weights.numpy(), plan.lookup_slots.numpy(), pooled.numpy()
+    batch_size, num_features = plan.batch_size, plan.num_features
+    if plan.bag_offsets is None:
+        _in_chunks(batch_size, lambda begin, end: _lookup_one_hot(begin, end, table, slots, batch_size, num_features, out))
+        return pooled
+    offsets, scales = plan.bag_offsets.numpy(), _optional(plan.bag_scales, np.float32)
+    _in_chunks(
+        batch_size,
+        lambda begin, end: _lookup_jagged(begin, end, table, slots, offsets, scales, batch_size, num_features, out),
     )
-    _in_chunks(plan.batch_size, lambda begin, end: _lookup(begin, end, *arguments))
     return pooled
 
 
@@ -114,7 +127,24 @@ def _constants(optimizer: Optimizer, lr: float, step: int) -> tuple[int, Float32
 
 
 @jit
-def _lookup(
+def _lookup_one_hot(
+    begin: int, end: int, weights: Float32Array, slots: Int32Array, batch_size: int, num_features: int, pooled: Float32Array
+) -> None:
+    dim = weights.shape[1]
+    for sample in range(begin, end):
+        ahead = min(sample + 1, batch_size - 1)
+        for feature in range(num_features):
+            next_slot = slots[feature * batch_size + ahead]
+            for column in range(0, dim, LINE_FLOATS):
+                prefetch(weights, next_slot, column)
+            slot = np.uint32(slots[feature * batch_size + sample])
+            out = sample * num_features + feature
+            for index in range(dim):
+                pooled[out, index] = weights[slot, index]
+
+
+@jit
+def _lookup_jagged(
     begin: int,
     end: int,
     weights: Float32Array,
@@ -128,23 +158,17 @@ def _lookup(
     dim = weights.shape[1]
     for sample in range(begin, end):
         for feature in range(num_features):
-            out = pooled[sample * num_features + feature]
+            out = sample * num_features + feature
             bag = feature * batch_size + sample
-            if len(bag_offsets) == 0:
-                row = weights[slots[bag]]
-                for index in range(dim):
-                    out[index] = row[index]
-                continue
             for index in range(dim):
-                out[index] = np.float32(0.0)
+                pooled[out, index] = np.float32(0.0)
             for position in range(bag_offsets[bag], bag_offsets[bag + 1]):
-                row = weights[slots[position]]
+                slot = np.uint32(slots[position])
                 for index in range(dim):
-                    out[index] += row[index]
+                    pooled[out, index] += weights[slot, index]
             if len(bag_scales) > 0:
-                scale = bag_scales[sample * num_features + feature]
                 for index in range(dim):
-                    out[index] *= scale
+                    pooled[out, index] *= bag_scales[out]
 
 
 @jit
@@ -170,6 +194,11 @@ def _update(
     piece_sum = np.empty(dim, np.float32)
     long = np.searchsorted(long_uniques, begin)
     for unique in range(begin, end):
+        next_slot = unique_slots[min(unique + _ROWS_AHEAD, num_uniques - 1)]
+        for column in range(0, dim, LINE_FLOATS):
+            prefetch(weights, next_slot, column)
+        for column in range(0, state.shape[1], LINE_FLOATS):
+            prefetch(state, next_slot, column)
         _sum_piece(unique, grads, bags, piece_offsets, bag_scales, total)
         if long < len(long_uniques) and long_uniques[long] == unique:
             further[:] = np.float32(0.0)
@@ -180,8 +209,7 @@ def _update(
             for index in range(dim):
                 total[index] += further[index]
             long += 1
-        slot = unique_slots[unique]
-        _apply(weights[slot], state[slot], total, kind, scalars)
+        _apply(weights, state, unique_slots[unique], total, kind, scalars)
 
 
 @jit
@@ -193,17 +221,21 @@ def _sum_piece(
     bag_scales: Float32Array,
     total: Float32Array,
 ) -> None:
-    total[:] = np.float32(0.0)
+    dim = len(total)
+    for index in range(dim):
+        total[index] = np.float32(0.0)
     for position in range(piece_offsets[piece], piece_offsets[piece + 1]):
-        bag = bags[position]
-        grad = grads[bag]
+        next_bag = bags[min(position + _GRADS_AHEAD, len(bags) - 1)]
+        for column in range(0, dim, LINE_FLOATS):
+            prefetch(grads, next_bag, column)
+        bag = np.uint32(bags[position])
         if len(bag_scales) == 0:
-            for index in range(len(total)):
-                total[index] += grad[index]
+            for index in range(dim):
+                total[index] += grads[bag, index]
         else:
             scale = bag_scales[bag]
-            for index in range(len(total)):
-                total[index] += grad[index] * scale
+            for index in range(dim):
+                total[index] += grads[bag, index] * scale
 
 
 @jit
@@ -220,44 +252,56 @@ def _mean_of_squares(grad: Float32Array) -> np.float32:
 
 
 @jit
-def _apply(weights: Float32Array, state: Float32Array, grad: Float32Array, kind: int, scalars: Float32Array) -> None:
+def _apply(weights: Float32Array, state: Float32Array, slot: int, grad: Float32Array, kind: int, scalars: Float32Array) -> None:
     """One row's optimizer step in place: `kernels_torch._apply`, element by element."""
-    dim = len(weights)
+    row = np.uint32(slot)
+    dim = len(grad)
     lr = scalars[0]
     if kind == _SGD:
         for index in range(dim):
-            weights[index] -= grad[index] * lr
+            weights[row, index] -= grad[index] * lr
     elif kind == _ADAGRAD:
         for index in range(dim):
-            state[index] += grad[index] * grad[index]
-            weights[index] -= grad[index] / (np.sqrt(state[index]) + scalars[1]) * lr
+            state[row, index] += grad[index] * grad[index]
+            weights[row, index] -= grad[index] / (np.sqrt(state[row, index]) + scalars[1]) * lr
     elif kind == _ROW_WISE_ADAGRAD:
-        state[0] += _mean_of_squares(grad)
-        divisor = np.sqrt(state[0]) + scalars[1]
+        total = state[row, 0] + _mean_of_squares(grad)
+        state[row, 0] = total
+        divisor = np.sqrt(total) + scalars[1]
         for index in range(dim):
-            weights[index] -= grad[index] / divisor * lr
+            weights[row, index] -= grad[index] / divisor * lr
     else:
         for index in range(dim):
-            first = state[index] + (grad[index] - state[index]) * scalars[2]
-            second = state[dim + index] + (grad[index] * grad[index] - state[dim + index]) * scalars[3]
-            state[index] = first
-            state[dim + index] = second
-            weights[index] -= first / (np.sqrt(second) + scalars[1]) * lr
+            first = state[row, index] + (grad[index] - state[row, index]) * scalars[2]
+            second = state[row, dim + index] + (grad[index] * grad[index] - state[row, dim + index]) * scalars[3]
+            state[row, index] = first
+            state[row, dim + index] = second
+            weights[row, index] -= first / (np.sqrt(second) + scalars[1]) * lr
 
 
 @jit
 def _fill(weights: Float32Array, state: Float32Array, slots: Int32Array, records: Float32Array) -> None:
     dim = weights.shape[1]
     for index in range(len(slots)):
-        slot = slots[index]
-        weights[slot] = records[index, :dim]
-        state[slot] = records[index, dim:]
+        next_slot = slots[min(index + _ROWS_AHEAD, len(slots) - 1)]
+        for column in range(0, dim, LINE_FLOATS):
+            prefetch(weights, next_slot, column)
+        slot = np.uint32(slots[index])
+        for column in range(dim):
+            weights[slot, column] = records[index, column]
+        for column in range(state.shape[1]):
+            state[slot, column] = records[index, dim + column]
 
 
 @jit
 def _read(weights: Float32Array, state: Float32Array, slots: Int32Array, records: Float32Array) -> None:
     dim = weights.shape[1]
     for index in range(len(slots)):
-        slot = slots[index]
-        records[index, :dim] = weights[slot]
-        records[index, dim:] = state[slot]
+        next_slot = slots[min(index + _ROWS_AHEAD, len(slots) - 1)]
+        for column in range(0, dim, LINE_FLOATS):
+            prefetch(weights, next_slot, column)
+        slot = np.uint32(slots[index])
+        for column in range(dim):
+            records[index, column] = weights[slot, column]
+        for column in range(state.shape[1]):
+            records[index, dim + column] = state[slot, column]
