@@ -37,7 +37,7 @@ def as_jagged(sparse: Any) -> Jagged:
         raise DataError("the KeyedJaggedTensor has another batch size for each key: give every key the same number of samples")
     values, offsets = _to_numpy(sparse.values()), _to_numpy(sparse.offsets())
     keys, batch_size = tuple(sparse.keys()), int(sparse.stride())
-    is_single_hot = len(values) == len(keys) * batch_size and bool((np.diff(offsets) == 1).all())
+    is_single_hot = len(values) == len(keys) * batch_size == len(offsets) - 1 and bool((np.diff(offsets) == 1).all())
     return Jagged(keys=keys, values=values, batch_size=batch_size, offsets=None if is_single_hot else offsets)
 
 
@@ -67,6 +67,7 @@ def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
     if missing:
         raise DataError(f"the batch has no feature {missing[0]!r}, which {group.name} needs; it has {', '.join(batch.keys)}")
     keys = np.array([position[feature] for feature in group.features], np.int64)
+    _check_arrays(batch)
     _check_offsets(batch)
     if batch.offsets is None:
         lengths = np.full(len(keys), batch.batch_size, np.int64)
@@ -106,6 +107,18 @@ def id_outside_table(group: Group, batch: Jagged, lookups: GroupLookups, feature
     )
 
 
+def _check_arrays(batch: Jagged) -> None:
+    """Refuses what the compiled loops would misread."""
+    for name, array in (("ids", batch.values), ("offsets", batch.offsets)):
+        if array is None and name == "offsets":
+            continue
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or not array.dtype.isnative or array.ndim != 1:
+            found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise DataError(f"a batch's {name} must be a 1-D array of integers, are {found}")
+    if len(set(batch.keys)) != len(batch.keys):
+        raise DataError(f"the batch names a feature twice: {', '.join(batch.keys)}")
+
+
 def _check_offsets(batch: Jagged) -> None:
     num_bags, num_lookups, offsets = batch.batch_size * len(batch.keys), len(batch.values), batch.offsets
     if offsets is None:
@@ -114,7 +127,7 @@ def _check_offsets(batch: Jagged) -> None:
                 f"the batch has {num_lookups:,} ids for {len(batch.keys)} features x {batch.batch_size:,} samples: "
                 "without offsets each bag holds exactly one id"
             )
-    elif len(offsets) != num_bags + 1 or offsets[0] != 0 or offsets[-1] != num_lookups or bool((np.diff(offsets) < 0).any()):
+    elif len(offsets) != num_bags + 1 or offsets[0] != 0 or offsets[-1] != num_lookups or bool((offsets[1:] < offsets[:-1]).any()):
         raise DataError(
             f"the batch's offsets must be {num_bags + 1:,} non-decreasing numbers from 0 to {num_lookups:,}, "
             f"are {len(offsets):,} from {offsets[:1].tolist()} to {offsets[-1:].tolist()}"

@@ -299,7 +299,8 @@ class GroupPlan:
     """What one trainer does in one step with one group. Tick t is the moment just before the compute of step t.
 
     ``early`` transfers are issued at the plan's ``early_tick``, behind the compute of earlier steps; ``late`` ones at tick
-    ``step``, on the critical path, because their slot or their row is not free sooner. At one tick, late ones come first.
+    ``step``, on the critical path, because their slot or their row is not free sooner. A plan's early ones come
+    before its late ones; otherwise, at one tick, late ones come first.
     """
 
     lookup_slots: Int32Array  # (L,) feature-major

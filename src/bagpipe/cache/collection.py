@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ class EmbeddingBagCollection(nn.Module):
         """Steps trained so far; the number that the next one gets."""
         self.executor: Executor | None = None
         self._features = [group.features for group in self.groups]
+        self._failure: BaseException | None = None
         self._current_sparse: object = None
         self._was_served = False
         # Autograd calls a function's backward only if one of its inputs wants a gradient; the tables are no tensors here.
@@ -105,14 +106,14 @@ class EmbeddingBagCollection(nn.Module):
         return PooledEmbeddings(
             self._features,
             [
-                _Lookup.apply(self._anchor, cache, plan)  # type: ignore[no-untyped-call]
+                _Lookup.apply(self._anchor, self.executor, cache, plan)  # type: ignore[no-untyped-call]
                 for cache, plan in zip(self.executor.caches, plans, strict=True)
             ],
         )
 
     def start(self, num_slots: Sequence[int]) -> Executor:
-        """Gives the tables a cache of `num_slots` for each group and an executor of plans; ends the one before, if any."""
-        self.stop()
+        """Gives the tables a cache of `num_slots` for each group and an executor of plans; `stop` ends the one before first."""
+        assert self.executor is None
         if len(num_slots) != len(self.groups):
             raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(self.groups)} groups")
         caches = [
@@ -136,19 +137,35 @@ class EmbeddingBagCollection(nn.Module):
         self.step += 1
 
     def flush(self) -> None:
-        """Writes all resident rows to the stores, which then hold the whole truth. Call it between steps."""
+        """Writes all resident rows to the stores, which then hold the whole truth until the next update.
+
+        Raises UsageError when rows were lost by an earlier failure.
+        """
+        if self._failure is not None:
+            raise UsageError(
+                f"embedding rows were lost after step {self.step} ({self._failure}): restore a checkpoint into new embeddings"
+            ) from self._failure
         if self.executor is not None:
             self.executor.flush()
 
     def stop(self) -> None:
-        """Flushes and gives the cache back; the tables stay usable through `eval()` and a new `bagpipe.lookahead`."""
+        """Closes an open step, flushes and gives the cache back; `eval()` and a new `bagpipe.lookahead` go on from here."""
         try:
+            if self.executor is not None and self.executor.current is not None:
+                self.end_step()
             self.flush()
-        finally:
-            self.abandon()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self._end_executor()
 
-    def abandon(self) -> None:
-        """Gives the cache back without flushing, after a failure: the stores keep what was written back so far."""
+    def fail(self, error: BaseException) -> None:
+        """Gives the cache back without flushing, because moving rows failed; the tables refuse all use from now on."""
+        if self.executor is not None:
+            self._failure = error
+            self._end_executor()
+
+    def _end_executor(self) -> None:
         if self.executor is not None:
             self.executor.close()
             self.executor = None
@@ -166,7 +183,7 @@ class EmbeddingBagCollection(nn.Module):
         """Every table's weights by name, read block by block from the stores; flushed first."""
         self.flush()
         return {
-            table.name: LazyTable(store, index)
+            table.name: LazyTable(store, index, self.flush)
             for group, store in zip(self.groups, self.stores, strict=True)
             for index, table in enumerate(group.tables)
         }
@@ -174,6 +191,12 @@ class EmbeddingBagCollection(nn.Module):
     def save_tables(self, path: str | Path) -> None:
         """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in bounded memory."""
         save_tables({_weight_key(name): table for name, table in self.tables().items()}, Path(path))
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "embedding tables are neither copied nor pickled whole, they may not fit in memory: use save_tables(path), or load "
+            "state_dict() into another EmbeddingBagCollection"
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
@@ -253,20 +276,25 @@ class _Lookup(torch.autograd.Function):
     """Lookup of one group; its backward sums the gradients along the plan and applies the optimizer."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, cache: DeviceCache, plan: DevicePlan) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, executor: Executor, cache: DeviceCache, plan: DevicePlan) -> Tensor:
         """`anchor` carries no value; it makes autograd call backward."""
-        ctx.cache, ctx.plan, ctx.was_applied = cache, plan, False
+        ctx.executor, ctx.cache, ctx.plan, ctx.was_applied = executor, cache, plan, False
         return cache.lookup(plan)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grads: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, grads: Tensor) -> tuple[None, None, None, None]:
         """Updates the rows with `grads` (B, F, D)."""
+        if not ctx.executor.is_current(ctx.plan):
+            raise UsageError(
+                f"step {ctx.plan.step}: backward ran after the next batch was asked for, when its rows may have left the cache: "
+                "call backward on each batch's loss before the next iteration"
+            )
         if ctx.was_applied:
             raise UsageError(f"step {ctx.plan.step}: backward ran twice through the same lookup; its rows are updated only once")
         ctx.was_applied = True
         ctx.cache.update(ctx.plan, grads)
-        return None, None, None
+        return None, None, None, None
 
 
 def _weight_key(table: str) -> str:

@@ -34,11 +34,11 @@ class DeviceCache:
     def lookup(self, plan: DevicePlan) -> Tensor:
         """Pooled embeddings, sample-major: (B, F, D)."""
         pooled: Tensor = self._kernels.lookup(self.weights, plan)
-        return pooled.view(plan.batch_size, plan.num_features, -1)
+        return pooled.view(plan.batch_size, plan.num_features, self.group.embedding_dim)
 
     def update(self, plan: DevicePlan, grads: Tensor) -> None:
         """Applies one optimizer step; `grads` (B, F, D) is the gradient of `lookup`'s result."""
-        flat = grads.reshape(plan.num_bags, -1).to(torch.float32).contiguous()
+        flat = grads.reshape(plan.num_bags, self.group.embedding_dim).to(torch.float32).contiguous()
         self._kernels.update(self.weights, self.state, plan, flat, self.group.optimizer, self.lr)
 
     def fill(self, slots: Tensor, records: Tensor) -> None:

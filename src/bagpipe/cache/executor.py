@@ -3,8 +3,8 @@
 Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At each tick the trainer's thread
 hands out work and goes on; two background threads do it, each in the order given:
 
-    transfer thread   late transfers of step t, then the early ones that are due: evicted slots -> packed buffer,
-                      store -> staging buffer -> fetched slots; and the plan's arrays -> device
+    transfer thread   late transfers of step t, then the early ones of later steps that are due: evicted slots -> packed
+                      buffer, store -> staging buffer -> fetched slots; and the plan's arrays -> device
     write-back thread packed buffer -> store
 
 The only waits of the trainer's thread are for the transfers of the step that it is about to compute: for the early ones, issued
@@ -15,7 +15,8 @@ buffer once the streams that it was used on are done with it.
 
 Positions, in steps: submitted >= issued >= transferred >= trained >= written back.
 
-A failure in a background thread is raised by the next call here, with its cause.
+A failure in a background thread is raised by the next call here, with its cause. On CUDA, forward and backward must run on the
+stream that is current when the next batch is asked for.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Executor:
         self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-write-back")
         self._pending: deque[_Pending] = deque()
         self._writes: deque[tuple[int, Future[None]]] = deque()  # (tick, write-back), appended by the transfer thread
-        self._flushed = True
+        self._is_clean = True  # the stores hold everything
 
     def submit(self, plan: StepPlan) -> None:
         """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead where possible."""
@@ -100,14 +101,14 @@ class Executor:
         pending = self._pending[0]
         tick = pending.plan.step
         computed = self._record_compute()
+        # A plan that came too late to be issued ahead: its own early transfers still come before its late ones, which may fill
+        # a slot that an early one empties. Early ones of later steps come last: they may fetch what this step's late ones evict.
+        self._issue_early(pending, computed)
         if any(_moves_anything(group.late) for group in pending.plan.groups):
             pending.late = self._transfer_thread.submit(self._transfer, pending.plan, tick, computed, is_late=True)
         for due in self._pending:
-            if due.plan.early_tick > tick:
-                break
-            if due.early is None:
-                early_tick = due.plan.early_tick
-                due.early = self._transfer_thread.submit(self._transfer, due.plan, early_tick, computed, is_late=False)
+            if due.plan.early_tick <= tick:
+                self._issue_early(due, computed)
         self._raise_failed_writes()
         assert pending.early is not None
         started = time.perf_counter()
@@ -118,7 +119,16 @@ class Executor:
         self.waits.slots_s += time.perf_counter() - rows_done
         self._wait_on_device(early, late)
         self.current = early.plans
-        self._flushed = False
+        self._is_clean = False
+
+    def _issue_early(self, pending: _Pending, computed: torch.cuda.Event | None) -> None:
+        if pending.early is None:
+            tick = pending.plan.early_tick
+            pending.early = self._transfer_thread.submit(self._transfer, pending.plan, tick, computed, is_late=False)
+
+    def is_current(self, plan: DevicePlan) -> bool:
+        """Whether `plan` belongs to the step that is being computed."""
+        return any(current is plan for current in self.current or ())
 
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
@@ -126,8 +136,8 @@ class Executor:
         self._pending.popleft()
 
     def flush(self) -> None:
-        """Writes every resident record to its store; to be called between steps. Rows stay in the cache."""
-        if self._flushed:
+        """Writes every resident record to its store; rows stay in the cache. What is updated afterwards needs another flush."""
+        if self._is_clean:
             return
         self._drain()
         for cache, store, rows_of_slots in zip(self.caches, self.stores, self._rows_of_slots, strict=True):
@@ -136,7 +146,7 @@ class Executor:
                 block = slots[begin : begin + _FLUSH_BLOCK_ROWS]
                 records = cache.read(torch.from_numpy(block).to(self._device)).cpu()
                 store.write(rows_of_slots[block], records.numpy())
-        self._flushed = True
+        self._is_clean = self.current is None  # a step that is open may still update its rows
 
     def close(self) -> None:
         """Ends the background threads; what is not flushed is lost. Closing twice is allowed."""
@@ -146,6 +156,8 @@ class Executor:
                     future.cancel()
         self._transfer_thread.shutdown(wait=True, cancel_futures=True)
         self._write_thread.shutdown(wait=True, cancel_futures=True)
+        if self._stream is not None:
+            self._stream.synchronize()  # the caches' memory goes back to the compute stream's pool
         self._pending.clear()
         self.current = None
 

@@ -33,8 +33,8 @@ def lookup(weights: Tensor, plan: DevicePlan) -> Tensor:
         pooled = functional.embedding_bag(
             plan.lookup_slots, weights, plan.bag_offsets, mode="sum", include_last_offset=True
         )  # (F * B, D)
-    by_feature = pooled.view(plan.num_features, plan.batch_size, -1)
-    by_sample = by_feature.transpose(0, 1).reshape(plan.num_bags, -1)  # (B * F, D)
+    by_feature = pooled.view(plan.num_features, plan.batch_size, weights.shape[1])
+    by_sample = by_feature.transpose(0, 1).reshape(plan.num_bags, weights.shape[1])  # (B * F, D)
     return by_sample if plan.bag_scales is None else by_sample * plan.bag_scales[:, None]
 
 

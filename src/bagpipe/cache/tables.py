@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,8 +29,9 @@ class LazyTable:
 
     dtype = torch.float32
 
-    def __init__(self, store: EmbeddingStore, index: int) -> None:
-        """`index` of the table in the store's group."""
+    def __init__(self, store: EmbeddingStore, index: int, flush: Callable[[], None]) -> None:
+        """`index` of the table in the store's group; `flush` brings the store up to date before each read."""
+        self._flush = flush
         group = store.group
         self._store, self._first_row = store, int(group.row_offsets[index])
         self.shape = (group.tables[index].num_embeddings, group.embedding_dim)
@@ -57,6 +58,7 @@ class LazyTable:
             self._store.write(ids + self._first_row, records)
 
     def _records(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Float32Array:
+        self._flush()
         records = np.empty((len(ids), self._store.group.record_width), np.float32)
         self._store.fetch(ids + self._first_row, records)
         return records

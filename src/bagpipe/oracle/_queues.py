@@ -7,8 +7,8 @@ otherwise is stale and passed over. `compact` drops stale entries when the array
 **The due queues**, one for each step of the window, are chains of chunks of `CHUNK` slots, so that filling and emptying them runs
 through memory in order. `chunks` (num_chunks, CHUNK) holds the slots, `chains` (num_chunks,) the next chunk of a chain, and `due`
 (num_queues + 1, 4) of each queue its `FIRST` and `LAST` chunk, and where in them it `BEGIN`s and `END`s; the last line's `FIRST` is
-the chain of free chunks. A slot leaves from the front, or with all others when its step comes; it stands in one queue at a time,
-so `num_slots / CHUNK` chunks and one more for each queue suffice.
+the chain of free chunks. A slot leaves from the front, or with all others when its step comes. It stands in one queue at a time,
+and only a queue's first and last chunk are not full, so `num_slots / CHUNK` chunks and two more for each queue suffice.
 
 Functions take whole arrays: a call from compiled code costs a reference count of every array that it passes, so one call a slot
 took five times as long.
@@ -59,7 +59,7 @@ def pop_unknown(queue: Int32Array, queue_ends: Int64Array, places: Int32Array, f
 
 def make_due_queues(num_slots: int, num_queues: int) -> tuple[Int32Array, Int32Array, Int32Array]:
     """Empty due queues: (chunks, chains, due)."""
-    num_chunks = -(-num_slots // CHUNK) + num_queues + 1
+    num_chunks = -(-num_slots // CHUNK) + 2 * num_queues
     chains = np.arange(1, num_chunks + 1, dtype=np.int32)
     chains[-1] = _NO_CHUNK
     due = np.full((num_queues + 1, 4), _NO_CHUNK, np.int32)

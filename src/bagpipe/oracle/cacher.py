@@ -87,14 +87,23 @@ class Cacher:
     @property
     def nbytes(self) -> int:
         """Bytes of this object's own arrays; the window's batches not included."""
-        arrays = (self._row_states, self._rows_of_slots, self._queue, self._places, self._chunks, self._chains, self._next_uses)
-        return sum(array.nbytes for array in arrays)
+        owned = (value for value in vars(self).values() if isinstance(value, np.ndarray))
+        return sum(array.nbytes for array in owned)
+
+    def check_fits(self, batch: DedupedGroup) -> None:
+        """Raises CacheTooSmallError when the batch to be admitted next alone needs more slots than there are."""
+        if len(batch.unique_rows) > self.num_slots:
+            raise CacheTooSmallError(
+                step=self._next_admitted,
+                group=self.group.name,
+                num_needed=len(batch.unique_rows),
+                num_slots=self.num_slots,
+            )
 
     def admit(self, batch: DedupedGroup) -> None:
-        """Lets the window see one more batch. Raises CacheTooSmallError when it alone needs more slots than there are."""
+        """Lets the window see one more batch, which must fit."""
+        self.check_fits(batch)
         step, num_uniques = self._next_admitted, len(batch.unique_rows)
-        if num_uniques > self.num_slots:
-            raise CacheTooSmallError(step=step, group=self.group.name, num_needed=num_uniques, num_slots=self.num_slots)
         self._reserve(num_uniques)
         found, due_slots = _loops.admit(
             batch.unique_rows, step, self._next_occurrence, self._row_states, self._next_uses, self._places

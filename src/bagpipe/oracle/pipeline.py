@@ -25,15 +25,29 @@ Result = TypeVar("Result")
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Result]:
-    """`map` on `pool` with at most `ahead` calls under way or waiting; results in the order of `items`."""
+    """`map` on `pool` with at most `ahead` calls under way or waiting; results in the order of `items`.
+
+    What `items` raises is raised after the results of all items before it.
+    """
     futures: deque[Future[Result]] = deque()
+    iterator = iter(items)
+    failure: BaseException | None = None
     try:
-        for item in items:
+        while failure is None:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            except BaseException as error:
+                failure = error
+                break
             futures.append(pool.submit(function, item))
-            if len(futures) >= ahead:
+            while futures and (len(futures) >= ahead or futures[0].done()):
                 yield futures.popleft().result()
         while futures:
             yield futures.popleft().result()
+        if failure is not None:
+            raise failure
     finally:
         for future in futures:
             future.cancel()
@@ -53,6 +67,7 @@ class BackgroundIterator(Generic[Item]):
         self._closed = threading.Event()
         self._name = name
         self._failure: BaseException | None = None
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, args=(items,), name=f"bagpipe-{name}", daemon=True)
         self._thread.start()
 
@@ -62,17 +77,18 @@ class BackgroundIterator(Generic[Item]):
     def __next__(self) -> Item:
         if self._closed.is_set():
             raise StopIteration
-        item = self._queue.get()
+        item = self._END if self._has_ended else self._queue.get()
         return self._deliver(item)
 
     def next_if_ready(self) -> Item | None:
-        """The next item if there is one without waiting, else None; the end of the iteration also gives None."""
-        if self._closed.is_set() or self._queue.empty():
+        """The next item if there is one without waiting, else None; the end, or a failure, is left for `next`."""
+        if self._closed.is_set() or self._has_ended or self._queue.empty():
             return None
-        try:
-            return self._deliver(self._queue.get_nowait())
-        except StopIteration:
+        item = self._queue.get_nowait()
+        if item is self._END:
+            self._has_ended = True
             return None
+        return item  # type: ignore[return-value]
 
     def close(self) -> None:
         """Ends the thread and drops what it had ready. Closing twice is allowed."""

@@ -89,29 +89,44 @@ class Oracle:
         return sum(cacher.nbytes for cacher in self._cachers)
 
     def plan(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
-        """Yields each batch with its plan, in order. Raises CacheTooSmallError, and whatever `batches` raises."""
+        """Yields each batch with its plan, in order.
+
+        Raises CacheTooSmallError, and whatever `batches` raises, after the plans of all batches before it.
+        """
         source = iter(batches)
         window: deque[DedupedBatch[Payload]] = deque()
         window_bytes = 0
+        failure: BaseException | None = None
         has_more = True
         step = self._first_step
         while True:
             while has_more and len(window) <= self._lookahead:
-                batch = next(source, None)
-                if batch is None:
+                try:
+                    batch = next(source)
+                    self._admit(batch)
+                except StopIteration:
                     has_more = False
-                    break
-                for cacher, group in zip(self._cachers, batch.groups, strict=True):
-                    cacher.admit(group)
-                window.append(batch)
-                window_bytes += batch.nbytes
+                except BaseException as error:
+                    failure, has_more = error, False
+                else:
+                    window.append(batch)
+                    window_bytes += batch.nbytes
             if not window:
-                return
+                break
             batch = window.popleft()
             window_bytes -= batch.nbytes
             yield self._plan_step(step, batch, len(window)), batch
             self._adapt(window_bytes, batch.nbytes)
             step += 1
+        if failure is not None:
+            raise failure
+
+    def _admit(self, batch: DedupedBatch[Payload]) -> None:
+        """Lets all groups see the batch, or none."""
+        for cacher, group in zip(self._cachers, batch.groups, strict=True):
+            cacher.check_fits(group)
+        for cacher, group in zip(self._cachers, batch.groups, strict=True):
+            cacher.admit(group)
 
     def _plan_step(self, step: int, batch: DedupedBatch[Payload], num_ahead: int) -> StepPlan:
         return StepPlan(

@@ -21,7 +21,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.executor import Waits
-from bagpipe.errors import DataError, UsageError
+from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
 from bagpipe.jagged import as_jagged
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import dedup
@@ -59,8 +59,14 @@ def lookahead(
     `dedup_threads` defaults to the number of cores less one. `check` replays every plan against the invariants before it is used.
     `sparse` finds a batch's jagged ids; by default the batch itself or its `sparse` or `sparse_features` attribute or key.
 
-    Raises ConfigError for values out of range. Iterating raises CacheTooSmallError, DataError, BackgroundError.
+    Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the loss's gradient before it does.
+
+    Raises ConfigError for values out of range. Iterating raises CacheTooSmallError, DataError and what the loader raised (as the
+    cause of a BackgroundError) after all batches before the bad one were handed out.
     """
+    if dedup_threads is not None and dedup_threads < 1:
+        raise ConfigError(f"dedup_threads is {dedup_threads}, must be at least 1")
+    embeddings.stop()  # an earlier stream's cache must be free before this one is sized, and its last step closed
     num_slots = slots_for(cache, embeddings.groups, embeddings.device)
     oracle = Oracle(
         embeddings.groups,
@@ -100,7 +106,8 @@ class Lookahead(Generic[BatchT]):
         self._is_open = True
         num_threads = dedup_threads or max(1, (os.cpu_count() or 2) - 1)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup")
-        deduped = ordered_map(partial(_dedup, embeddings.groups, find_sparse), batches, self._pool, ahead=2 * num_threads)
+        numbered = enumerate(batches, embeddings.step)
+        deduped = ordered_map(partial(_dedup, embeddings.groups, find_sparse), numbered, self._pool, ahead=2 * num_threads)
         planned = oracle.plan(deduped)
         if check:
             planned = checked(embeddings.groups, num_slots, planned)
@@ -123,19 +130,19 @@ class Lookahead(Generic[BatchT]):
         """Closes the step before and hands out the next batch once its rows are in the cache."""
         if not self._is_open:
             raise StopIteration
+        if not self._owns_embeddings:
+            self.close()
+            raise UsageError("these embeddings were stopped, or given to another bagpipe.lookahead; this one can't go on")
         try:
             self._end_step()
             if not self._submit_ahead():
                 self.close()
                 raise StopIteration
             plan, batch, sparse = self._submitted.pop(0)
-            self._embeddings.begin_step(sparse)
-        except StopIteration:
-            raise
+            self._begin_step(sparse)
         except BaseException:
-            self._abandon()
+            self.close()
             raise
-        self._in_step = True
         self.report.add(plan, self._oracle.peak_slots)
         return batch
 
@@ -143,39 +150,43 @@ class Lookahead(Generic[BatchT]):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if exception[0] is None:
-            self.close()
-        else:
-            self._abandon()
+        self.close()
 
     def close(self) -> None:
-        """Closes the step, writes everything back and ends the threads. Closing twice is allowed."""
+        """Closes the step, writes everything back and ends the threads. Closing twice is allowed.
+
+        The rows are written back after an error in the loop, the loader or the data too: the cache is as good as before it.
+        """
         if not self._is_open:
             return
-        self._end_step()
         self._end_threads()
-        if self._embeddings.executor is self._executor:
+        if self._owns_embeddings:
+            self._end_step()
             self._embeddings.stop()
 
     def __del__(self) -> None:
         # A loop left by `break` drops the iterator: its threads must not outlive it. The rows stay in the embeddings' cache.
         if getattr(self, "_plans", None) is not None and self._is_open:
-            self._end_step()
             self._end_threads()
+            if self._owns_embeddings:
+                self._end_step()
 
     def flush(self) -> None:
         """Closes the step and writes all resident rows to the stores, as before a checkpoint; the iteration goes on."""
         self._end_step()
         self._embeddings.flush()
 
-    def _abandon(self) -> None:
-        """Ends everything after a failure; a second one while flushing must not hide the first."""
-        if not self._is_open:
-            return
-        self._end_threads()
-        self._in_step = False
-        if self._embeddings.executor is self._executor:
-            self._embeddings.abandon()
+    @property
+    def _owns_embeddings(self) -> bool:
+        return self._embeddings.executor is self._executor
+
+    def _begin_step(self, sparse: object) -> None:
+        try:
+            self._embeddings.begin_step(sparse)
+        except BackgroundError as error:
+            self._embeddings.fail(error)
+            raise
+        self._in_step = True
 
     def _end_threads(self) -> None:
         self._is_open = False
@@ -184,8 +195,6 @@ class Lookahead(Generic[BatchT]):
 
     def _end_step(self) -> None:
         if self._in_step:
-            if self._embeddings.executor is not self._executor:
-                raise UsageError("another bagpipe.lookahead was started on these embeddings; this one can't go on")
             self._embeddings.end_step()
             self._in_step = False
 
@@ -210,14 +219,21 @@ class Lookahead(Generic[BatchT]):
         self._submitted.append((plan, *batch.payload))
 
 
-def _dedup(groups: Sequence[Group], find_sparse: Callable[[BatchT], Any], batch: BatchT) -> DedupedBatch[tuple[BatchT, Any]]:
-    sparse = find_sparse(batch)
-    jagged = as_jagged(sparse)
+def _dedup(
+    groups: Sequence[Group], find_sparse: Callable[[BatchT], Any], numbered: tuple[int, BatchT]
+) -> DedupedBatch[tuple[BatchT, Any]]:
+    step, batch = numbered
+    try:
+        sparse = find_sparse(batch)
+        jagged = as_jagged(sparse)
+        deduped = tuple(dedup(group, jagged) for group in groups)
+    except DataError as error:
+        raise DataError(f"step {step}: {error}") from error
     return DedupedBatch(
         payload=(batch, sparse),
         payload_bytes=_payload_bytes(jagged),
         batch_size=jagged.batch_size,
-        groups=tuple(dedup(group, jagged) for group in groups),
+        groups=deduped,
     )
 
 
