@@ -44,7 +44,7 @@ def plan(
 
         config = load_config(RunConfig, file, overrides)
         with console_progress(console) as progress:
-            result = _dry_run(config, cache or DEFAULT_CACHES, lookahead or DEFAULT_LOOKAHEADS, steps, progress)
+            result = _dry_run(config, cache or (), lookahead or DEFAULT_LOOKAHEADS, steps, progress)
         console.print(render_points(result))
         console.print(render_smallest(result))
         if plot is not None:
@@ -55,6 +55,8 @@ def plan(
 
 
 def _dry_run(config: RunConfig, caches: Sequence[str], lookaheads: Sequence[int], num_steps: int, progress: Progress) -> DryRun:
+    from dataclasses import replace
+
     from bagpipe.config.tables import make_tables
     from bagpipe.data import open_source
     from bagpipe.oracle.dry_run import Grid, dry_run, read_trace
@@ -64,11 +66,15 @@ def _dry_run(config: RunConfig, caches: Sequence[str], lookaheads: Sequence[int]
     source = open_source(config.data, "train")
     groups = group_tables(make_tables(source.features, config.embeddings), config.embeddings.optimizer.build())
     grid = Grid(
-        cache_rows=[parse_rows(cache, groups, "--cache") for cache in caches],
+        cache_rows=[parse_rows(cache, groups, "--cache") for cache in caches or DEFAULT_CACHES],
         lookaheads=lookaheads,
         num_steps=num_steps,
         prefetch_depth=config.cache.prefetch_depth,
     )
     batches = source.batches(batch_size=config.train.batch_size, drop_last=config.train.drop_last)
     trace = read_trace(groups, (batch.sparse for batch in batches), max_batches=grid.num_batches, progress=progress)
+    if not caches:
+        sizes = [max(parse_rows(size, groups, "--cache"), trace.smallest_cache) for size in DEFAULT_CACHES]
+        twice = min(2 * trace.smallest_cache, sum(group.num_rows for group in groups))
+        grid = replace(grid, cache_rows=sorted({*sizes, twice}))
     return dry_run(trace, grid, progress=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,10 +85,9 @@ def test_the_smallest_cache_lies_on_the_border(trace: Trace, result: DryRun) -> 
         assert not replay(trace, result.grid, rows - max(1, rows // 50), lookahead).never_stalls
 
 
-def test_no_smallest_cache_where_all_stall(trace: Trace) -> None:
+def test_the_smallest_cache_is_found_where_all_of_the_grid_stall(trace: Trace, result: DryRun) -> None:
     stalling = dry_run(trace, Grid(cache_rows=[trace.smallest_cache], lookaheads=[1], num_steps=40))
-    assert stalling.smallest == {1: None}
-    assert "above all" in printed(stalling)
+    assert stalling.smallest[1] == pytest.approx(result.smallest[1], rel=0.03)
 
 
 def test_too_small_caches_are_told(trace: Trace, result: DryRun) -> None:
@@ -139,13 +139,13 @@ def test_sizes(size: str, rows: int) -> None:
 
 @pytest.mark.parametrize("size", ["", "two", "2 percent", "-4", "1.5.2", "4XB"])
 def test_sizes_that_are_none(size: str) -> None:
-    with pytest.raises(ConfigError, match=f"--cache {size}: must be rows"):
+    with pytest.raises(ConfigError, match=re.escape(f"--cache is {size!r}, must be rows")):
         parse_rows(size, two_groups(), "--cache")
 
 
 def test_a_size_without_a_slot_is_refused() -> None:
     groups = group_tables([TableConfig(name="a", num_embeddings=600, embedding_dim=4, feature_names=["a"])], SGD(lr=0.1))
-    with pytest.raises(ConfigError, match=r"--cache 0\.01%: leaves no slot"):
+    with pytest.raises(ConfigError, match=r"--cache is '0\.01%', less than a row"):
         parse_rows("0.01%", groups, "--cache")
 
 

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError, DataError, StoreError
+from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.store import MemoryStore
-from bagpipe.train.capacity import parse_bytes, slots_for
+from bagpipe.train.capacity import slots_for
 from bagpipe.types import SGD, Float32Array, Int64Array, Jagged, TableConfig, group_tables
 
 TABLES = [TableConfig(name="t", num_embeddings=1000, embedding_dim=4, feature_names=["f"])]
@@ -200,11 +201,15 @@ def test_slots_are_shared_by_rows_and_never_exceed_a_table() -> None:
         TableConfig(name="b", num_embeddings=100, embedding_dim=2, feature_names=["b"]),
     ]
     groups, cpu = group_tables(tables, SGD(lr=0.1)), torch.device("cpu")
-    assert slots_for(100, groups, cpu) == [90, 10]
+    assert slots_for(100, groups, cpu) == [86, 13]  # five each, and 90 by rows
+    assert slots_for(np.int64(100), groups, cpu) == slots_for("10%", groups, cpu) == [86, 13]
     assert slots_for([7, 500], groups, cpu) == [7, 100]
-    assert slots_for(f"{(900 * 16 + 100 * 8) // 10}B", groups, cpu) == [90, 10]
+    assert slots_for(f"{(900 * 16 + 100 * 8) // 10}B", groups, cpu) == [86, 13]
     assert slots_for("auto", groups, cpu) == [900, 100]
-    with pytest.raises(ConfigError, match=r"cache=5 leaves no slot for group 1 \(dim 2\) with 100 rows"):
-        slots_for(5, groups, cpu)
+    assert slots_for(2, groups, cpu) == [1, 1]
+    with pytest.raises(ConfigError, match="cache is '1', less than a row for each of 2 groups with 1,000 rows"):
+        slots_for(1, groups, cpu)
+    with pytest.raises(ConfigError, match="cache is True, must be rows"):
+        slots_for(True, groups, cpu)
     with pytest.raises(ConfigError, match="cache has 3 entries for 2 groups"):
         slots_for([1, 2, 3], groups, cpu)

@@ -18,6 +18,8 @@ from bagpipe.types import SGD, Adagrad, Adam, Initializer, Normal, Optimizer, Po
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 MemorySize: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(B|KiB|MiB|GiB|TiB)$")]
 """For example "4GiB"."""
+RowShare: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")]
+"""For example "2%"."""
 Beta: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -151,8 +153,8 @@ class ModelConfig(Section):
 class CacheConfig(Section):
     """The embedding cache and the oracle that plans for it. Nothing here changes a result."""
 
-    size: Literal["auto"] | PositiveInt | MemorySize = "auto"
-    """Rows, or memory for records, e.g. "4GiB"."""
+    size: Literal["auto"] | PositiveInt | MemorySize | RowShare = "auto"
+    """Rows, a share of all rows, e.g. "2%", or memory for records, e.g. "4GiB"."""
     lookahead: Literal["auto"] | PositiveInt = "auto"
     """Batches that the oracle sees ahead."""
     lookahead_memory: MemorySize = "1GiB"

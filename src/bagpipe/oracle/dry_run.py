@@ -20,6 +20,7 @@ tables, 20 a slot, 4 a distinct row and batch of lookahead). No more points are 
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,9 +71,10 @@ class Trace:
     @property
     def smallest_cache(self) -> int:
         """The fewest rows over all groups with which no batch alone needs more slots than its group gets."""
-        num_rows = sum(group.num_rows for group in self.groups)
         needs = np.array([[len(group.unique_rows) for group in batch.groups] for batch in self.batches]).max(axis=0)
-        return max(-(-int(need) * num_rows // group.num_rows) for need, group in zip(needs, self.groups, strict=True))
+        sizes = range(len(self.groups), sum(group.num_rows for group in self.groups))
+        fits = bisect_left(sizes, True, key=lambda rows: bool((np.array(slots_of(rows, self.groups)) >= needs).all()))
+        return len(self.groups) + fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +122,14 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """The points by lookahead and then cache size; for each lookahead the smallest cache that never stalls, None if none does."""
+    """The points by lookahead and then cache size; for each lookahead the smallest cache that never stalls."""
 
     groups: tuple[Group, ...]
     grid: Grid
     num_counted_steps: int
     uniques_per_step: float
     points: tuple[Point, ...]
-    smallest: dict[int, int | None]
+    smallest: dict[int, int]
 
     def cache_bytes(self, cache_rows: int) -> int:
         """Bytes of records in a cache of `cache_rows` rows over all groups."""
@@ -171,7 +173,7 @@ def dry_run(
     todo = [(rows, lookahead) for lookahead in lookaheads for rows in cache_rows]
     with ThreadPoolExecutor(_num_threads(trace, grid, threads), thread_name_prefix="bagpipe-replay") as pool:
         points = tuple(_told(pool.map(lambda point: replay(trace, grid, *point), todo), "replaying", len(todo), progress))
-    smallest: dict[int, int | None] = {}
+    smallest: dict[int, int] = {}
     for lookahead in _told(lookaheads if find_smallest else (), "finding the smallest cache", len(lookaheads), progress):
         guess = next(reversed(smallest.values()), None)
         smallest[lookahead] = _find_smallest(trace, grid, [point for point in points if point.lookahead == lookahead], guess)
@@ -201,19 +203,17 @@ def replay(trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_i
     return Point(cache_rows=cache_rows, lookahead=lookahead, report=report)
 
 
-def _find_smallest(trace: Trace, grid: Grid, points: Sequence[Point], guess: int | None) -> int | None:
-    """The module's bisection among the points of one lookahead; None when every size of the grid stalls.
+def _find_smallest(trace: Trace, grid: Grid, points: Sequence[Point], guess: int | None) -> int:
+    """The module's bisection among the points of one lookahead. A cache that holds all rows never stalls.
 
     `guess`, the result for a shorter lookahead, is tried first: the border hardly depends on the lookahead.
     """
-    low, high = trace.smallest_cache - 1, None
+    low, high = trace.smallest_cache - 1, sum(group.num_rows for group in trace.groups)
     for point in reversed(points):  # the largest cache first
         if not point.never_stalls:
             low = max(low, point.cache_rows)
             break
         high = point.cache_rows
-    if high is None:
-        return None
     guesses = [] if guess is None else [guess - _resolution(guess), guess]
     while high - low > _resolution(high):
         middle = guesses.pop() if guesses else (low + high) // 2

@@ -39,7 +39,7 @@ def render_smallest(result: DryRun) -> Table:
     for heading in ("lookahead", "cache rows", "of all", "memory"):
         table.add_column(heading, justify="right")
     for lookahead, rows in result.smallest.items():
-        table.add_row(str(lookahead), *(_size_cells(result, rows) if rows is not None else ("above all", "-", "-")))
+        table.add_row(str(lookahead), *_size_cells(result, rows))
     return table
 
 
@@ -53,7 +53,7 @@ def as_dict(result: DryRun) -> dict[str, Any]:
         "uniques_per_step": result.uniques_per_step,
         "points": [_point_dict(result, point) for point in result.points],
         "smallest_cache_that_never_stalls": [
-            {"lookahead": lookahead, "cache_rows": rows, "cache_bytes": None if rows is None else result.cache_bytes(rows)}
+            {"lookahead": lookahead, "cache_rows": rows, "cache_bytes": result.cache_bytes(rows)}
             for lookahead, rows in result.smallest.items()
         ],
     }

@@ -1,7 +1,4 @@
-"""What a user may call a cache size, in slots for each group: rows ("675_000"), a share of all rows ("2%"), memory ("4GiB").
-
-A size is over all groups and is shared in proportion to their rows, as `bagpipe.lookahead` shares it.
-"""
+"""What a user may call a size: rows (675_000), a share of all rows ("2%") or memory ("4GiB"); and slots for each group from it."""
 
 from __future__ import annotations
 
@@ -17,29 +14,50 @@ _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base ** (power + 1) for base, suffix in ((1000, "B"), (1024, "iB")) for power, prefix in enumerate("KMGT")
 }
 _SIZE = re.compile(r"(?P<number>\d[\d_]*(?:\.\d+)?)\s*(?P<unit>%|[A-Za-z]+)?")
+_FLOOR_SHARE = 0.1
+"""Share of a cache that is divided evenly among the groups, so that one with few rows is not starved by one with many."""
 
 
-def parse_rows(size: str, groups: Sequence[Group], name: str) -> int:
+def parse_bytes(size: int | str, name: str) -> int:
+    """Bytes of "512MiB", "4GB", "1.5GiB" or a plain number, at least 1. Raises ConfigError naming `name`."""
+    number, unit = _parse(str(size))
+    if number is None or (unit is not None and unit not in _UNITS) or number < 1:
+        raise ConfigError(f"{name} is {size!r}, must be a size such as '512MiB' or '4GB'")
+    return int(number * _UNITS[unit or "B"])
+
+
+def parse_rows(size: int | str, groups: Sequence[Group], name: str) -> int:
     """Rows over all groups that `size` stands for, at most all there are. ConfigError, naming `name`, when it is none or zero."""
     num_rows = sum(group.num_rows for group in groups)
-    match = _SIZE.fullmatch(size.strip())
-    unit = match["unit"] if match else None
-    if match is None or (unit not in (None, "%") and unit not in _UNITS):
-        raise ConfigError(f"{name} {size}: must be rows such as 675_000, a share of the rows such as 2%, or memory such as 4GiB")
-    number = float(match["number"].replace("_", ""))
+    number, unit = _parse(str(size))
+    if number is None or (unit not in (None, "%") and unit not in _UNITS):
+        raise ConfigError(
+            f"{name} is {size!r}, must be rows such as 675_000, a share of the rows such as '2%', or memory such as '4GiB'"
+        )
     if unit == "%":
         rows = number / 100 * num_rows
     elif unit is None:
         rows = number
     else:
         rows = number * _UNITS[unit] * num_rows / sum(group.num_rows * group.record_bytes for group in groups)
-    if min(slots_of(int(rows), groups)) < 1:
-        raise ConfigError(f"{name} {size}: leaves no slot for one of the groups, which have {num_rows:,} rows: make it larger")
+    if rows < len(groups):
+        raise ConfigError(
+            f"{name} is {size!r}, less than a row for each of {len(groups)} groups with {num_rows:,} rows: make it larger"
+        )
     return min(int(rows), num_rows)
 
 
 def slots_of(cache_rows: int, groups: Sequence[Group]) -> list[int]:
-    """Slots for each group of a cache of `cache_rows` over all groups; no group gets more slots than it has rows."""
+    """Slots for each group of a cache of `cache_rows`, which is at least one a group and at most all rows.
+
+    A tenth is shared evenly, the rest in proportion to the groups' rows; no group gets more slots than it has rows.
+    """
     num_rows = np.array([group.num_rows for group in groups])
-    slots = np.floor(cache_rows / num_rows.sum() * num_rows + 1e-9).astype(np.int64)
-    return [int(count) for count in np.minimum(slots, num_rows)]
+    slots = np.minimum(num_rows, max(1, int(_FLOOR_SHARE * cache_rows / len(groups))))
+    share = (cache_rows - slots.sum()) / max(1, (num_rows - slots).sum())
+    return [int(count) for count in slots + np.floor(share * (num_rows - slots) + 1e-9).astype(np.int64)]
+
+
+def _parse(size: str) -> tuple[float | None, str | None]:
+    match = _SIZE.fullmatch(size.strip())
+    return (None, None) if match is None else (float(match["number"].replace("_", "")), match["unit"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ import xxhash
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.config.data import DataConfig
 from bagpipe.config.run import DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TrainConfig
+from bagpipe.config.tables import make_tables
 from bagpipe.data import open_source
-from bagpipe.data.base import BatchSource, FeatureSpec, count_batches
+from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM
@@ -22,7 +23,7 @@ from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.batches import Schedule
 from bagpipe.train.checkpoint import State
-from bagpipe.types import Group, TableConfig
+from bagpipe.types import Group
 
 _DENSE_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -88,23 +89,6 @@ def build_run(config: RunConfig) -> Iterator[Run]:
         )
     finally:
         embeddings.close()
-
-
-def make_tables(features: Sequence[FeatureSpec], config: EmbeddingsConfig) -> list[TableConfig]:
-    """One table for each that the features name, in order of first appearance."""
-    names = list(dict.fromkeys(feature.table for feature in features))
-    sizes = {feature.table: feature.num_embeddings for feature in features}
-    return [
-        TableConfig(
-            name=name,
-            num_embeddings=sizes[name],
-            embedding_dim=config.embedding_dim,
-            feature_names=[feature.name for feature in features if feature.table == name],
-            pooling=config.pooling,
-            init=config.init.build() if config.init is not None else None,
-        )
-        for name in names
-    ]
 
 
 def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:

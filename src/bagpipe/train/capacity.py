@@ -1,60 +1,39 @@
-"""From what the user says of the cache ("auto", "4GiB", rows) to slots for each group."""
+"""From what the user says of the cache to slots for each group, on the trainer's device."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
+from numbers import Integral
 
-import numpy as np
 import torch
 
 from bagpipe.errors import ConfigError
+from bagpipe.oracle.sizes import parse_rows, slots_of
 from bagpipe.types import Group
 
 AUTO_SHARE = 0.5
 """Share of the device's free memory that `cache="auto"` takes: the model and its activations need the rest."""
 
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base ** (power + 1) for base, suffix in ((1000, "B"), (1024, "iB")) for power, prefix in enumerate("KMGT")
-}
-
-
-def parse_bytes(size: int | str, name: str) -> int:
-    """Bytes of "512MiB", "4GB", "1.5GiB" or a plain number. Raises ConfigError naming `name`."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
-    if match is None or match[2] not in _UNITS:
-        raise ConfigError(f"{name} is {size!r}, must be a size such as '512MiB' or '4GB'")
-    return int(float(match[1]) * _UNITS[match[2]])
-
 
 def slots_for(cache: int | str | Sequence[int], groups: Sequence[Group], device: torch.device) -> list[int]:
-    """Slots for each group. A total is shared in proportion to the groups' rows; no group gets more slots than it has rows.
+    """Slots for each group; none gets more than it has rows.
 
-    `cache` is a number of rows over all groups, a size in bytes of records, "auto", or a number of rows for each group.
+    `cache` is a number of rows over all groups, a share of them ("2%"), memory for records ("4GiB"), "auto", or a number of
+    rows for each group. Raises ConfigError for anything else.
     """
-    num_rows = np.array([group.num_rows for group in groups])
-    if not isinstance(cache, int | str):
+    if isinstance(cache, bool) or not isinstance(cache, Integral | str | Sequence):
+        raise ConfigError(f"cache is {cache!r}, must be rows, a size such as '4GiB' or '2%', 'auto', or a list of rows by group")
+    if isinstance(cache, Sequence) and not isinstance(cache, str):
         if len(cache) != len(groups):
             raise ConfigError(f"cache has {len(cache)} entries for {len(groups)} groups")
-        wanted = np.array(cache)
-    else:
-        row_bytes = np.array([group.record_bytes for group in groups])
-        if isinstance(cache, int):
-            share = cache / num_rows.sum()
-        else:
-            size = int(AUTO_SHARE * _free_bytes(device)) if cache == "auto" else parse_bytes(cache, "cache")
-            share = size / float(num_rows @ row_bytes)
-        wanted = np.floor(share * num_rows + 1e-9).astype(np.int64)
-    if (wanted < 1).any():
-        group = groups[int(np.argmin(wanted))]
-        raise ConfigError(f"cache={cache!r} leaves no slot for {group.name} with {group.num_rows:,} rows: make it larger")
-    return [int(slots) for slots in np.minimum(wanted, num_rows)]
+        return [min(int(slots), group.num_rows) for slots, group in zip(cache, groups, strict=True)]
+    size = f"{int(AUTO_SHARE * _free_bytes(device))}B" if cache == "auto" else str(cache)
+    return slots_of(parse_rows(size, groups, "cache"), groups)
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

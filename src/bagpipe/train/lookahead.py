@@ -27,8 +27,9 @@ from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import dedup
 from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
 from bagpipe.oracle.report import OracleReport
+from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.oracle.window import DedupedBatch, Oracle
-from bagpipe.train.capacity import parse_bytes, slots_for
+from bagpipe.train.capacity import slots_for
 from bagpipe.types import Group, Jagged, StepPlan
 
 BatchT = TypeVar("BatchT")
@@ -53,7 +54,8 @@ def lookahead(
     """Iterates `batches` with `embeddings` prepared for each; see `Lookahead` for what else the iterator tells.
 
     `batches` may be any iterable, a torch DataLoader too; it is read in a thread of its own, `lookahead` batches ahead.
-    `cache` is the device cache over all tables: rows, bytes ("4GiB"), rows for each group, or "auto" (a share of the free memory).
+    `cache` is the device cache over all tables: rows, a share of them ("2%"), memory ("4GiB"), rows for each group of tables of one
+    dimension, or "auto" (half of the free memory).
     `lookahead="auto"` grows the window while more of it saves fetches and it fits `lookahead_memory`.
     `prefetch_depth` is how many steps before its use a row may be fetched.
     `dedup_threads` defaults to the number of cores less one. `check` replays every plan against the invariants before it is used.
