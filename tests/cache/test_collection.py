@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -117,6 +118,44 @@ def test_other_ids_a_second_forward_and_a_second_backward_are_refused(embeddings
         loss.backward()
 
 
+def test_backward_after_the_next_batch_was_asked_for_is_refused(embeddings: EmbeddingBagCollection) -> None:
+    stream = iter(bagpipe.lookahead([BATCH] * 3, embeddings))
+    late = embeddings(next(stream))["user"].sum()
+    next(stream)
+    with pytest.raises(UsageError, match="step 0: backward ran after the next batch was asked for"):
+        late.backward()
+
+
+def test_reading_between_forward_and_backward_loses_no_update(embeddings: EmbeddingBagCollection) -> None:
+    before = embeddings.tables()["users"][:]
+    for batch in bagpipe.lookahead([BATCH], embeddings):
+        loss = embeddings(batch)["user"].sum()
+        embeddings.eval()
+        embeddings(BATCH)
+        embeddings.train()
+        loss.backward()
+    torch.testing.assert_close(embeddings.tables()["users"][:][[19, 0]], before[[19, 0]] - 0.5)
+
+
+def test_a_lazy_table_is_current_whenever_it_is_read(embeddings: EmbeddingBagCollection) -> None:
+    table = embeddings.state_dict()["embedding_bags.hours.weight"]
+    before = table[:]
+    for step, batch in enumerate(bagpipe.lookahead([BATCH] * 3, embeddings)):
+        embeddings(batch)["hour"].sum().backward()
+        torch.testing.assert_close(table[3:5], before[3:5] - 0.5 * (step + 1))
+
+
+def test_batches_without_samples_or_without_lookups_pass(embeddings: EmbeddingBagCollection) -> None:
+    nothing = np.empty(0, np.int64)
+    no_samples = Jagged(keys=BATCH.keys, values=nothing, batch_size=0, offsets=np.zeros(1, np.int64))
+    no_lookups = Jagged(keys=BATCH.keys, values=nothing, batch_size=2, offsets=np.zeros(7, np.int64))
+    before = {name: table[:] for name, table in embeddings.tables().items()}
+    for batch in bagpipe.lookahead([no_samples, no_lookups, no_samples], embeddings):
+        embeddings(batch).values().sum().backward()
+    assert all(torch.equal(table[:], before[name]) for name, table in embeddings.tables().items())
+    assert embeddings.eval()(no_samples).values().shape == (0, 10)
+
+
 def test_a_changed_learning_rate_holds_from_the_next_backward(embeddings: EmbeddingBagCollection) -> None:
     before = embeddings.tables()["hours"][:]
     for step, batch in enumerate(bagpipe.lookahead([BATCH] * 2, embeddings)):
@@ -133,6 +172,8 @@ def test_state_dict_holds_tables_lazily_and_loads_into_another_collection(embedd
     assert (table.shape, table.dtype, len(list(table.blocks(6)))) == ((20, 4), torch.float32, 4)
     with pytest.raises(UsageError, match=r"table 'users' is not pickled whole.*save_tables\(path\)"):
         pickle.dumps(table)
+    with pytest.raises(UsageError, match="neither copied nor pickled whole"):
+        copy.deepcopy(model)
     other = torch.nn.ModuleDict(
         {"embeddings": EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.5), seed=2), "dense": torch.nn.Linear(2, 2)}
     )

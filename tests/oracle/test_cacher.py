@@ -145,6 +145,23 @@ def test_values_out_of_range_are_refused(options: dict[str, object], message: st
         Oracle([group], **({"num_slots": [10]} | options))  # type: ignore[arg-type]
 
 
+def test_due_queues_never_run_out_of_chunks() -> None:
+    """Every queue holds one partly emptied and one partly filled chunk at once."""
+    num_queues, length = 40, 129
+    (group,) = group_tables(
+        [TableConfig(name="t", num_embeddings=num_queues * length, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0)
+    )
+
+    def batch(ids: range) -> Jagged:
+        return Jagged(keys=("f",), values=np.array(ids), batch_size=len(ids))
+
+    few = [batch(range(queue * length, queue * length + 2)) for queue in range(num_queues)]
+    many = [batch(range(queue * length, (queue + 1) * length)) for queue in range(num_queues)]
+    num_slots = length + 2 * (num_queues - 1)
+    oracle = Oracle([group], num_slots=[num_slots], lookahead=num_queues, prefetch_depth=0)
+    assert len(list(checked([group], [num_slots], oracle.plan(deduped(group, few + many * 4))))) == 5 * num_queues
+
+
 def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
     """The plan with one fault planted; None where this plan has no place for it."""
     early, slots = plan.early, plan.schedule.unique_slots

@@ -95,6 +95,35 @@ def test_too_few_ids_without_offsets_are_refused() -> None:
         dedup(group, Jagged(keys=("user", "item"), values=np.array([3, 4, 5]), batch_size=2))
 
 
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (np.array([1.7, 0.4]), "1-D float64"),
+        (np.array([True, False]), "1-D bool"),
+        (np.array([[1], [2]]), "2-D int64"),
+        (np.array([1, 2], dtype=">i8"), "1-D >i8"),
+        ([1, 2], "list"),
+    ],
+)
+def test_ids_that_are_no_integers_are_refused(values: np.ndarray, found: str) -> None:
+    (group,) = group_tables(TABLES[:1], SGD(lr=0.1))
+    with pytest.raises(DataError, match=f"ids must be a 1-D array of integers, are {found}"):
+        dedup(group, Jagged(keys=("user",), values=values, batch_size=2))
+
+
+def test_unsigned_offsets_that_go_down_are_refused() -> None:
+    (group,) = group_tables(TABLES, SGD(lr=0.1))
+    batch = Jagged(keys=("user", "item"), values=np.zeros(4, np.int64), batch_size=1, offsets=np.array([0, 9, 4], np.uint64))
+    with pytest.raises(DataError, match="non-decreasing"):
+        dedup(group, batch)
+
+
+def test_a_feature_named_twice_is_refused() -> None:
+    (group,) = group_tables(TABLES[:1], SGD(lr=0.1))
+    with pytest.raises(DataError, match="names a feature twice: user, user"):
+        dedup(group, Jagged(keys=("user", "user"), values=np.zeros(2, np.int64), batch_size=1))
+
+
 def test_mean_pooling_scales_by_bag_length_and_sum_does_not() -> None:
     (group,) = group_tables(TABLES, SGD(lr=0.1))
     batch = Jagged(keys=("item", "user"), values=np.array([5, 6, 7, 8, 1, 1]), batch_size=2, offsets=np.array([0, 4, 4, 5, 6]))

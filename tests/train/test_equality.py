@@ -22,6 +22,7 @@ from torch import Tensor
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.oracle.cacher import Cacher
+from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import SGD, Adagrad, Adam, Group, GroupPlan, Jagged, Optimizer, RowWiseAdagrad, TableConfig, group_tables
@@ -151,6 +152,26 @@ def test_any_trace_cache_lookahead_depth_threads_and_restarts(
         prefetch_depth=prefetch_depth,
         dedup_threads=dedup_threads,
     )
+
+
+@given(data=st.data(), prefetch_depth=st.integers(0, 3), extra_slots=st.integers(0, 5), lookahead=st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_plans_that_come_late(data: st.DataObject, prefetch_depth: int, extra_slots: int, lookahead: int) -> None:
+    """As with a slow loader: a plan often reaches the executor only when its step is due."""
+    tables = data.draw(strategies.table_lists())
+    batches = data.draw(strategies.traces(tables, max_steps=15))
+    is_ready = np.random.default_rng(data.draw(st.integers(0, 1000))).random(10_000) < data.draw(st.sampled_from([0.0, 0.5]))
+    ready, next_if_ready = iter(is_ready.tolist()), BackgroundIterator.next_if_ready
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BackgroundIterator, "next_if_ready", lambda plans: next_if_ready(plans) if next(ready) else None)
+        check_equal(
+            tables,
+            SGD(lr=0.5),
+            batches,
+            extra_slots=extra_slots,
+            lookahead=lookahead,
+            prefetch_depth=prefetch_depth,
+        )
 
 
 TABLES = [

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError, DataError, StoreError
+from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError, DataError, StoreError, UsageError
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.store import MemoryStore
 from bagpipe.train.capacity import slots_for
@@ -113,6 +113,22 @@ def test_a_break_leaves_trained_rows_readable_and_a_new_stream_possible() -> Non
     assert embeddings.step == 9
 
 
+def test_a_new_stream_replaces_one_that_is_in_a_step() -> None:
+    embeddings = make_embeddings()
+    first = bagpipe.lookahead(batches(500), embeddings, cache=200)
+    for batch in first:
+        embeddings(batch.sparse).values().sum().backward()
+        if batch.number == 5:
+            break
+    second = bagpipe.lookahead(batches(3), embeddings, cache=200)
+    assert embeddings.step == 6
+    with pytest.raises(UsageError, match=r"given to another bagpipe\.lookahead"):
+        next(first)
+    assert train(embeddings, second) == [0, 1, 2]
+    assert embeddings.step == 9
+    assert bagpipe_threads() == []
+
+
 def test_a_failing_reader_is_raised_in_its_place_with_its_cause() -> None:
     def failing() -> Iterator[Batch]:
         yield from batches(7)
@@ -123,15 +139,17 @@ def test_a_failing_reader_is_raised_in_its_place_with_its_cause() -> None:
     with pytest.raises(BackgroundError, match=r"the oracle thread failed: OSError\('the disk is gone'\)") as caught:
         train(embeddings, stream)
     assert isinstance(caught.value.__cause__, OSError)
-    assert embeddings.step > 0
+    assert embeddings.step == 7
     assert bagpipe_threads() == []
 
 
 def test_a_bad_id_and_a_cache_too_small_are_raised_as_they_are() -> None:
     embeddings = make_embeddings()
     bad = [*batches(2), Batch(sparse=Jagged(keys=("f",), values=np.array([1000]), batch_size=1), number=2)]
-    with pytest.raises(DataError, match="feature 'f': id 1000"):
+    with pytest.raises(DataError, match="step 2: feature 'f': id 1000"):
         train(embeddings, bagpipe.lookahead(bad, embeddings))
+    assert embeddings.step == 2
+    assert embeddings.stores[0].num_touched > 16  # what was trained before is kept
     with pytest.raises(CacheTooSmallError, match="its cache has 3 slots"):
         train(embeddings, bagpipe.lookahead(batches(3), embeddings, cache=3))
 
@@ -153,6 +171,8 @@ def test_a_failing_store_is_raised_at_the_next_step(method: str, monkeypatch: py
         train(embeddings, bagpipe.lookahead(batches(500), embeddings, cache=40, lookahead=4))
     assert isinstance(caught.value.__cause__, StoreError)
     assert embeddings.step < 100
+    with pytest.raises(UsageError, match=r"embedding rows were lost after step \d+ .*restore a checkpoint"):
+        embeddings.tables()
     assert bagpipe_threads() == []
 
 
@@ -167,6 +187,8 @@ def test_an_error_in_the_loop_ends_the_stream_and_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         loop()
     assert bagpipe_threads() == []
+    assert embeddings.step == 1
+    assert embeddings.stores[0].num_touched > 0
 
 
 def test_waits_are_counted_where_they_happen(monkeypatch: pytest.MonkeyPatch) -> None:
