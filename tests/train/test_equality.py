@@ -154,6 +154,14 @@ def test_any_trace_cache_lookahead_depth_threads_and_restarts(
     )
 
 
+def test_a_late_plan_whose_late_fetch_fills_a_slot_that_its_early_eviction_empties(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BackgroundIterator, "next_if_ready", lambda plans: None)
+    tables = [TableConfig(name="t", num_embeddings=12, embedding_dim=4, feature_names=["f"])]
+    ids = [[11, 10, 8, 3], [6, 9, 7, 10], [6, 0, 9, 11], [0, 9, 8, 4], [3, 9, 2, 11], [9, 6, 11, 3]]
+    batches = [Jagged(keys=("f",), values=np.array(row), batch_size=4) for row in ids]
+    check_equal(tables, SGD(lr=1.0), batches, extra_slots=3, lookahead=1, prefetch_depth=2)
+
+
 @given(data=st.data(), prefetch_depth=st.integers(0, 3), extra_slots=st.integers(0, 5), lookahead=st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_plans_that_come_late(data: st.DataObject, prefetch_depth: int, extra_slots: int, lookahead: int) -> None:
