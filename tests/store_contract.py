@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
@@ -239,10 +241,31 @@ class StoreContract:
             with pytest.raises(StoreError, match=r"store of group 2 \(dim 6\) is closed"):
                 use()
 
+    def test_closing_under_running_calls_ends_them_well_or_with_a_store_error(self, store: EmbeddingStore) -> None:
+        """As when a run fails while its write-backs are under way."""
+        started = threading.Barrier(3)
+
+        def work(first: int) -> None:
+            rows = np.arange(first, NUM_ROWS, 2)
+            started.wait(timeout=60)
+            while True:
+                store.write(rows, records_of(rows))
+                np.testing.assert_array_equal(fetch(store, rows), records_of(rows))
+
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(work, first) for first in (0, 1)]
+            started.wait(timeout=60)
+            store.close()
+            for future in futures:
+                with pytest.raises(StoreError, match="closed"):
+                    future.result(timeout=60)
+
     def test_a_huge_group_is_made_lazily(self, make: StoreFactory) -> None:
         """24 GiB of records: the test would run out of memory, disk or time if they were materialised."""
         group = make_group(100_000_000, dim=64)
+        started = time.perf_counter()
         store = make(group, SEED)
+        assert time.perf_counter() - started < 1
         rows = rows_of(0, 33_333_333, 99_999_999)
         store.write(rows[1:], records_of(rows[1:], width=65))
         np.testing.assert_array_equal(fetch(store, rows), [*initial(group, rows[:1]), *records_of(rows[1:], width=65)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -97,6 +98,13 @@ def test_seeds_rows_and_columns_differ() -> None:
     assert not (weights == fill(MIXED, np.arange(4_000), seed=2)).all(axis=1).any()
     np.testing.assert_array_equal(fill(MIXED, np.arange(9), seed=-1), fill(MIXED, np.arange(9), seed=2**64 - 1))
     assert not np.array_equal(fill(MIXED, np.arange(9), seed=3), fill(MIXED, np.arange(9), seed=3 + 2**32))
+
+
+def test_groups_of_one_seed_differ() -> None:
+    """A model gives all its groups the same seed; a smaller group must not repeat the columns of a larger one."""
+    first = fill(MIXED, np.arange(4_000))
+    second = fill(dataclasses.replace(MIXED, index=1), np.arange(4_000))
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / np.sqrt(first.size)
 
 
 def test_uniform_has_its_range_and_moments() -> None:

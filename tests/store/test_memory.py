@@ -34,6 +34,25 @@ def test_small_and_huge_pages_give_the_same_records(monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(fetch(store, rows), records_of(rows))
 
 
+def test_a_write_that_is_under_way_when_the_store_closes_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops check no bounds: flags that shrank under them would be written past their end."""
+    store = MemoryStore(make_group(1_000_000), 0)
+    rows = np.arange(0, 1_000_000, 100)
+    monkeypatch.setattr(store, "_make_room", lambda rows: store.close())
+    store.write(rows, records_of(rows))
+    with pytest.raises(StoreError, match="is closed"):
+        fetch(store, rows)
+
+
+def test_no_memory_for_flags_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "zeros", refuse)
+    with pytest.raises(StoreError, match=r"can't get 1,300 bytes of memory, one for each row of group 2"):
+        MemoryStore(make_group(), 0)
+
+
 def test_a_kernel_without_huge_pages_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)  # refused by any kernel
     assert MemoryStore(make_group(), 0).num_touched == 0

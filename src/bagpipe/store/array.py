@@ -1,9 +1,12 @@
 """What the memory and the file store share: records in one array, of which only touched rows are ever materialised.
 
 Owned here: the two arrays, records (num_rows, record_width) float32 and touched (num_rows,) uint8, and the number of touched rows.
-A subclass makes the arrays, lets go of them, and may reserve their place before a write. The caller's arrays are only borrowed.
+A subclass makes the records array, erases it, and may reserve room before a write. The caller's arrays are only borrowed.
 
-Cost: `record_bytes` a touched row in whole pages, and one byte of state a row (a byte, not a bit, so that threads that write
+A call takes both arrays at once, as one pair, and keeps them alive while it runs: the loops do not check bounds, so a `close` from
+another thread must not change an array under them.
+
+Cost: `record_bytes` a touched row in whole pages, and one byte of memory a row (a byte, not a bit, so that threads that write
 neighbouring rows need no atomics). Reading an untouched row computes its initial record and changes nothing. Gather and scatter are
 single loops without the GIL, bound by memory latency: the caller's background threads are the parallelism.
 """
@@ -30,58 +33,58 @@ _SCAN_ROWS = 1 << 20
 
 
 class ArrayStore:
-    """An `EmbeddingStore` over a records array (num_rows, record_width) float32 and a touched array (num_rows,) uint8, all zero."""
+    """An `EmbeddingStore` over a records array (num_rows, record_width) float32, all zero."""
 
-    def __init__(self, group: Group, seed: int, records: Float32Array, touched: UInt8Array) -> None:
+    def __init__(self, group: Group, seed: int, records: Float32Array) -> None:
         self.group = group
         self._initializer = RowInitializer(group, seed)
-        self._records: Float32Array | None = records
-        self._touched = touched
+        self._arrays: tuple[Float32Array, UInt8Array] | None = (records, _no_row_touched(group))  # None: closed
         self._num_touched = 0
         self._count_lock = threading.Lock()
 
     @property
     def num_touched(self) -> int:
         """Rows written at least once; counted as they are written, so that asking costs nothing."""
-        self._open_records()
+        self._open_arrays()
         return self._num_touched
 
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         """See `EmbeddingStore.fetch`."""
-        records = self._checked(rows, out, "out")
+        records, touched = self._checked(rows, out, "out")
         if not out.flags.writeable:
             raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
         untouched = np.empty(len(rows), np.bool_)
-        if _gather(records, self._touched, rows, out, untouched):
+        if _gather(records, touched, rows, out, untouched):
             self._initializer.fill_where(rows, untouched, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
-        own = self._checked(rows, records, "records")
+        own, touched = self._checked(rows, records, "records")
         self._make_room(rows)
-        num_new = _scatter(own, self._touched, rows, records)
+        num_new = _scatter(own, touched, rows, records)
         with self._count_lock:
             self._num_touched += num_new
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
         """See `EmbeddingStore.snapshot`."""
-        self._open_records()
+        self._open_arrays()
         if block_rows < 1:
             raise StoreError(f"block_rows of a snapshot of {self.group.name} is {block_rows}, must be at least 1")
         return self._snapshot(block_rows)
 
     def clear(self) -> None:
         """See `EmbeddingStore.clear`."""
-        self._open_records()
-        self._erase()
+        self._open_arrays()
+        self._arrays = None  # old memory goes before new is asked for; and a store that can't be cleared is closed
+        self._arrays = self._erased_records(), _no_row_touched(self.group)
         self._num_touched = 0
 
     def close(self) -> None:
         """See `EmbeddingStore.close`."""
-        self._records, self._touched = None, np.empty(0, np.uint8)
+        self._arrays = None
 
-    def _erase(self) -> None:
-        """Makes both arrays zero again, and gives their memory back."""
+    def _erased_records(self) -> Float32Array:
+        """The records array, all zero again, its memory given back. Raises StoreError when that can't be done."""
         raise NotImplementedError
 
     def _make_room(self, rows: Int64Array) -> None:
@@ -97,8 +100,8 @@ class ArrayStore:
         """Touched rows ascending, in blocks of at most `block_rows`, all full but the last."""
         pending = np.empty(0, np.int64)
         for begin in range(0, self.group.num_rows, _SCAN_ROWS):
-            self._open_records()
-            found = np.flatnonzero(self._touched[begin : begin + _SCAN_ROWS]) + begin
+            _, touched = self._open_arrays()
+            found = np.flatnonzero(touched[begin : begin + _SCAN_ROWS]) + begin
             pending = np.concatenate([pending, found])
             while len(pending) >= block_rows:
                 yield pending[:block_rows]
@@ -106,15 +109,15 @@ class ArrayStore:
         if len(pending):
             yield pending
 
-    def _open_records(self) -> Float32Array:
-        records = self._records  # read once: another thread may close
-        if records is None:
+    def _open_arrays(self) -> tuple[Float32Array, UInt8Array]:
+        arrays = self._arrays  # read once: another thread may close
+        if arrays is None:
             raise StoreError(f"the store of {self.group.name} is closed: make a new one, and restore it from a checkpoint")
-        return records
+        return arrays
 
-    def _checked(self, rows: Int64Array, records: Float32Array, what: str) -> Float32Array:
-        """Refuses arguments that do not fit before anything is read or written; returns the open records."""
-        own = self._open_records()
+    def _checked(self, rows: Int64Array, records: Float32Array, what: str) -> tuple[Float32Array, UInt8Array]:
+        """Refuses arguments that do not fit before anything is read or written; returns the open arrays."""
+        arrays = self._open_arrays()
         if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1:
             raise StoreError(f"rows for {self.group.name} must be a 1-D int64 array, are {_describe(rows)}")
         wanted = (len(rows), self.group.record_width)
@@ -124,10 +127,20 @@ class ArrayStore:
                 f"{what} for {len(rows):,} rows of {self.group.name} must be C-contiguous float32 of shape {wanted}, "
                 f"is {_describe(records)}"
             )
-        bad = _first_outside(rows, len(own))
+        bad = _first_outside(rows, self.group.num_rows)
         if bad >= 0:
-            raise StoreError(f"row {rows[bad]:,} lies outside {self.group.name}, whose rows are 0 to {len(own) - 1:,}")
-        return own
+            raise StoreError(f"row {rows[bad]:,} lies outside {self.group.name}, whose rows are 0 to {self.group.num_rows - 1:,}")
+        return arrays
+
+
+def _no_row_touched(group: Group) -> UInt8Array:
+    """Flags (num_rows,), zero and not yet backed by memory."""
+    try:
+        return np.zeros(group.num_rows, np.uint8)
+    except MemoryError as error:
+        raise StoreError(
+            f"can't get {group.num_rows:,} bytes of memory, one for each row of {group.name}: use fewer rows or more memory"
+        ) from error
 
 
 def _describe(value: object) -> str:

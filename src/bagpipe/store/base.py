@@ -7,7 +7,8 @@ Ordering, which every store promises and `tests/store_contract.py` holds:
   that); both release the GIL during the copying;
 - a row never written reads as its initial record, the same in every store (`bagpipe.store.init`), and reading it does not
   make it touched;
-- `snapshot` and `clear` run alone: no fetch or write at the same time.
+- `snapshot` and `clear` run alone: no fetch or write at the same time;
+- a fetch or write that is under way when another thread calls `close` either ends well or raises StoreError.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class EmbeddingStore(Protocol):
         """
 
     def clear(self) -> None:
-        """Forgets all that was written: every row reads as its initial record again."""
+        """Forgets all that was written: every row reads as its initial record again.
+
+        Raises StoreError, and is closed then, when the medium failed.
+        """
 
     def close(self) -> None:
         """Releases files and memory; further calls are an error. Closing twice is allowed."""

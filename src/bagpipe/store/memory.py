@@ -1,6 +1,6 @@
 """All records of a group in this process's memory.
 
-The arrays are anonymous maps that take memory page by page as rows are written, so a store of any size is created in microseconds,
+The array is an anonymous map that takes memory page by page as rows are written, so a store of any size is created in microseconds,
 even one larger than RAM: the kernel is asked not to count the map against its limit (MAP_NORESERVE, without which it refuses what
 could never fit at once). Rows touched beyond RAM get the process killed: for such tables use the file store.
 
@@ -19,7 +19,7 @@ import os
 import numpy as np
 
 from bagpipe.errors import StoreError
-from bagpipe.store.array import ArrayStore, UInt8Array
+from bagpipe.store.array import ArrayStore
 from bagpipe.types import Float32Array, Group
 
 _MAP_NORESERVE = 0x4000
@@ -33,19 +33,17 @@ class MemoryStore(ArrayStore):
     """An `EmbeddingStore` in host RAM: at most `record_bytes` + 1 bytes a row. Raises StoreError when it can't be mapped."""
 
     def __init__(self, group: Group, seed: int) -> None:
-        super().__init__(group, seed, *_allocate(group))
+        super().__init__(group, seed, _allocate(group))
 
-    def _erase(self) -> None:
-        self._records = None  # the old memory goes before the new is asked for
-        self._records, self._touched = _allocate(self.group)
+    def _erased_records(self) -> Float32Array:
+        return _allocate(self.group)
 
 
-def _allocate(group: Group) -> tuple[Float32Array, UInt8Array]:
-    """Records (num_rows, record_width) and touched flags (num_rows,), zero and not yet backed by memory."""
+def _allocate(group: Group) -> Float32Array:
+    """Records (num_rows, record_width), zero and not yet backed by memory."""
     size_bytes = group.num_rows * group.record_bytes
     try:
         records = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        touched = mmap.mmap(-1, group.num_rows, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except (OSError, OverflowError) as error:
         raise StoreError(
             f"can't map {size_bytes:,} bytes of memory for the {group.num_rows:,} rows of {group.name} ({error}): "
@@ -54,5 +52,4 @@ def _allocate(group: Group) -> tuple[Float32Array, UInt8Array]:
     if size_bytes <= _HUGE_PAGES_MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages; small ones give the same results
             records.madvise(mmap.MADV_HUGEPAGE)
-    shape = (group.num_rows, group.record_width)
-    return np.frombuffer(records, np.float32).reshape(shape), np.frombuffer(touched, np.uint8)
+    return np.frombuffer(records, np.float32).reshape(group.num_rows, group.record_width)
