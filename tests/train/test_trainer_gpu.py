@@ -1,0 +1,26 @@
+"""A run on a GPU: resumed, or with another cache, it ends with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.train.runs import NUM_STEPS, newest_files, small_config
+
+from bagpipe.train.report import SilentReporter
+from bagpipe.train.trainer import train
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_resumed_run_on_a_gpu_ends_like_one_that_nothing_happened_to(tmp_path: Path) -> None:
+    gpu = {"device": "cuda"}
+    result = train(small_config(tmp_path / "undisturbed", train=gpu), reporter=SilentReporter())
+    assert result.scores is not None
+    train(small_config(tmp_path / "resumed", train=gpu | {"steps": 13}), reporter=SilentReporter())
+    train(
+        small_config(tmp_path / "resumed", train=gpu | {"steps": NUM_STEPS}, cache={"size": 400, "lookahead": 2}),
+        reporter=SilentReporter(),
+        resume=True,
+    )
+    assert newest_files(tmp_path / "resumed") == newest_files(tmp_path / "undisturbed")
