@@ -5,6 +5,7 @@ TorchRec's KeyedJaggedTensor, and anything with its methods, is recognised by th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,17 @@ def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
     return GroupLookups(
         feature_starts=starts, feature_lengths=lengths, bag_offsets=bag_offsets, bag_scales=_bag_scales(group, bag_lengths)
     )
+
+
+def check_features(groups: Sequence[Group], batch: Jagged) -> None:
+    """Raises DataError when a feature of `batch` belongs to no table: its ids would be dropped in silence."""
+    known = [feature for group in groups for feature in group.features]
+    strangers = [key for key in batch.keys if key not in known]
+    if strangers:
+        raise DataError(
+            f"the batch has feature {strangers[0]!r}, which no table looks up; the tables' features are {', '.join(known)}: add it "
+            "to a table's feature_names or leave it out of the batch"
+        )
 
 
 def group_rows(group: Group, batch: Jagged, lookups: GroupLookups) -> Int64Array:

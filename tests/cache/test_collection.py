@@ -217,6 +217,15 @@ def test_tables_that_do_not_fit_together_are_refused(tables: list[TableConfig], 
         EmbeddingBagCollection(tables, optimizer=SGD(lr=0.5))
 
 
+def test_a_feature_without_a_table_is_named(embeddings: EmbeddingBagCollection) -> None:
+    batch = Jagged(keys=("hour", "user", "genre", "brand"), values=np.zeros(4, np.int64), batch_size=1)
+    message = r"feature 'brand', which no table looks up; the tables' features are user, genre, hour"
+    with pytest.raises(DataError, match=message):
+        embeddings.eval()(batch)
+    with pytest.raises(DataError, match="step 0: the batch has " + message):
+        next(iter(bagpipe.lookahead([batch], embeddings)))
+
+
 def test_momentum_is_refused_with_the_reason() -> None:
     with pytest.raises(ConfigError, match="momentum moves every row at every step, touched or not"):
         SGD(lr=0.1, momentum=0.9)

@@ -21,7 +21,7 @@ from bagpipe.cache.device_plan import DevicePlan, to_device
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.tables import LazyTable, save_tables
 from bagpipe.errors import ConfigError, UsageError
-from bagpipe.jagged import as_jagged, group_lookups, group_rows
+from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows
 from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Group, Jagged, Optimizer, TableConfig, group_tables
@@ -244,6 +244,7 @@ class EmbeddingBagCollection(nn.Module):
 
     def _read(self, batch: Jagged) -> list[Tensor]:
         """Pools rows straight from the stores."""
+        check_features(self.groups, batch)
         self.flush()
         return [self._read_group(group, store, batch) for group, store in zip(self.groups, self.stores, strict=True)]
 

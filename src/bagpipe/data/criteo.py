@@ -58,7 +58,7 @@ class CriteoSource:
 
     def times(self) -> Iterator[Int64Array]:
         """Criteo has no time column; its lines are in order of time."""
-        raise NotImplementedError("Criteo files have no time column")
+        raise AssertionError("has_time is False")
 
     def blocks(self, problems: Problems, progress: Callable[[Progress], None], stage: str) -> Iterator[RawBlock]:
         """All well-formed lines; the others go to `problems` with file and line."""

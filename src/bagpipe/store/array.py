@@ -14,6 +14,7 @@ single loops without the GIL, bound by memory latency: the caller's background t
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,7 +33,7 @@ _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
 
 
-class ArrayStore:
+class ArrayStore(ABC):
     """An `EmbeddingStore` over a records array (num_rows, record_width) float32, all zero."""
 
     def __init__(self, group: Group, seed: int, records: Float32Array) -> None:
@@ -83,9 +84,9 @@ class ArrayStore:
         """See `EmbeddingStore.close`."""
         self._arrays = None
 
+    @abstractmethod
     def _erased_records(self) -> Float32Array:
         """The records array, all zero again, its memory given back. Raises StoreError when that can't be done."""
-        raise NotImplementedError
 
     def _make_room(self, rows: Int64Array) -> None:
         """Called before rows are written; a store whose medium can be full reserves their place here."""

@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, TypeVar
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.executor import Waits
 from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
-from bagpipe.jagged import as_jagged
+from bagpipe.jagged import as_jagged, check_features
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import dedup
 from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
@@ -228,6 +228,7 @@ def _dedup(
     try:
         sparse = find_sparse(batch)
         jagged = as_jagged(sparse)
+        check_features(groups, jagged)
         deduped = tuple(dedup(group, jagged) for group in groups)
     except DataError as error:
         raise DataError(f"step {step}: {error}") from error
