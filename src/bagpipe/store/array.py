@@ -88,6 +88,7 @@ class ArrayStore(ABC):
     def _erased_records(self) -> Float32Array:
         """The records array, all zero again, its memory given back. Raises StoreError when that can't be done."""
 
+    @abstractmethod
     def _make_room(self, rows: Int64Array) -> None:
         """Called before rows are written; a store whose medium can be full reserves their place here."""
 

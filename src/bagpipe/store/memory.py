@@ -20,7 +20,7 @@ import numpy as np
 
 from bagpipe.errors import StoreError
 from bagpipe.store.array import ArrayStore
-from bagpipe.types import Float32Array, Group
+from bagpipe.types import Float32Array, Group, Int64Array
 
 _MAP_NORESERVE = 0x4000
 """Linux's value on x86-64 and arm64; Python's `mmap` does not name it."""
@@ -53,3 +53,6 @@ def _allocate(group: Group) -> Float32Array:
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages; small ones give the same results
             records.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(records, np.float32).reshape(group.num_rows, group.record_width)
+
+    def _make_room(self, rows: Int64Array) -> None:
+        """Nothing to reserve: the system gives pages as they are touched."""
