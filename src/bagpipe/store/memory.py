@@ -35,6 +35,9 @@ class MemoryStore(ArrayStore):
     def __init__(self, group: Group, seed: int) -> None:
         super().__init__(group, seed, _allocate(group))
 
+    def _make_room(self, rows: Int64Array) -> None:
+        """Nothing to reserve: the system gives pages as they are touched."""
+
     def _erased_records(self) -> Float32Array:
         return _allocate(self.group)
 
@@ -53,6 +56,3 @@ def _allocate(group: Group) -> Float32Array:
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages; small ones give the same results
             records.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(records, np.float32).reshape(group.num_rows, group.record_width)
-
-    def _make_room(self, rows: Int64Array) -> None:
-        """Nothing to reserve: the system gives pages as they are touched."""
