@@ -162,6 +162,20 @@ def test_due_queues_never_run_out_of_chunks() -> None:
     assert len(list(checked([group], [num_slots], oracle.plan(deduped(group, few + many * 4))))) == 5 * num_queues
 
 
+def test_numbers_of_occurrences_wrap_round_and_their_ring_grows_unseen() -> None:
+    group, batches = zipf_batches(200)
+
+    def plans(first_occurrence: int, ring_size: int) -> list[GroupPlan]:
+        oracle = Oracle([group], num_slots=[150], lookahead=20)
+        (cacher,) = oracle._cachers
+        cacher._next_occurrence, cacher._next_uses = first_occurrence, np.empty(ring_size, np.int32)
+        return [plan.groups[0] for plan, _ in checked([group], [150], oracle.plan(deduped(group, batches)))]
+
+    for one, other in zip(plans(0, 1 << 16), plans(2**31 - 3000, 4), strict=True):
+        np.testing.assert_array_equal(one.lookup_slots, other.lookup_slots)
+        np.testing.assert_array_equal(one.early.fetch_rows, other.early.fetch_rows)
+
+
 def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
     """The plan with one fault planted; None where this plan has no place for it."""
     early, slots = plan.early, plan.schedule.unique_slots

@@ -63,6 +63,14 @@ def admit(
 
 
 @jit
+def copy_ring(ring: Int32Array, larger: Int32Array, first_occurrence: int, num_occurrences: int) -> None:
+    """Copies the entries of consecutive occurrences to their places in a larger ring."""
+    mask, larger_mask = len(ring) - 1, len(larger) - 1
+    for occurrence in range(first_occurrence, first_occurrence + num_occurrences):
+        larger[occurrence & larger_mask] = ring[occurrence & mask]
+
+
+@jit
 def settle(
     rows: Int64Array,
     slots: Int32Array,

@@ -144,13 +144,12 @@ class Cacher:
 
     def _reserve(self, num_uniques: int) -> None:
         """Makes room in the ring for a batch's occurrences."""
-        old_size = size = len(self._next_uses)
+        size = len(self._next_uses)
         while size < self._num_kept + num_uniques:
             size *= 2
-        if size > old_size:
+        if size > len(self._next_uses):
             grown = np.empty(size, np.int32)
-            kept = (self._next_occurrence - np.arange(1, self._num_kept + 1)) & _loops.OCCURRENCES
-            grown[kept & (size - 1)] = self._next_uses[kept & (old_size - 1)]
+            _loops.copy_ring(self._next_uses, grown, self._next_occurrence - self._num_kept, self._num_kept)
             self._next_uses = grown
 
     def _settle(self, planned: _Planned, step: int) -> None:
