@@ -111,7 +111,7 @@ class FusedArm:
 
 
 class FbgemmArm:
-    """FBGEMM's tables on the CPU, with the optimizer fused and indices of the faster type (int64, measured)."""
+    """FBGEMM's tables on the CPU, with the optimizer fused and int64 indices; int32 ones take as long (measured)."""
 
     name = "fbgemm"
 

@@ -2,7 +2,7 @@
 
 One (N, D) tensor for all tables. Nothing is known ahead, so backward first has to find the distinct rows of the batch and the
 order of their sums: neighbouring tables form parts, which a thread pool de-duplicates while finished parts are summed and updated
-by the kernels of the cache. (De-duplicating all tables in one call on one core took about twice as long.)
+by the kernels of the cache.
 """
 
 from __future__ import annotations

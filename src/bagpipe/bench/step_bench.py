@@ -147,7 +147,7 @@ def bench_step(sizes: StepBench, progress: Progress) -> Result:
         "copy_bytes_per_s": bandwidth,
         "by_batch_size": by_batch,
     }
-    notes = ["THP_MEM_ALLOC_ENABLE=1 was set before torch was loaded, for every arm (transparent huge pages for its allocations)"]
+    notes = ["every arm ran in this process, with one THP_MEM_ALLOC_ENABLE for all (the command sets it to 1 unless it is given)"]
     if any("fbgemm" in result["missing"] for result in by_batch.values()):
         notes.append("fbgemm-gpu-cpu is not installed, its arm is left out: pip install --no-deps fbgemm-gpu-cpu")
     return Result(name="step", tables=render(values), values=values, notes=tuple(notes))

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, Self
 import pyarrow as pa
 import xxhash
 
+from bagpipe.data.files import sync_folder
 from bagpipe.errors import CheckpointError, StoreError
 from bagpipe.types import Float32Array, Int64Array
 
@@ -155,11 +156,11 @@ class CheckpointWriter:
         text = json.dumps({**body, "xxh3_128": _checksum(body)}, indent=1)
         with self._open(MANIFEST) as file:
             file.write(text.encode())
-        _fsync_folder(self._temporary)
+        sync_folder(self._temporary)
         if self.path.exists():
             _remove(self.path)
         self._temporary.rename(self.path)
-        _fsync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -244,14 +245,6 @@ def _hash_file(path: Path) -> str:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(checkpoint: Path) -> None:
