@@ -69,13 +69,20 @@ def test_timings_tell_median_and_spread() -> None:
     assert str(timing) == "3.00 [2.00, 4.00]"
 
 
+def admit(cacher: Cacher | numpy_oracle.NumpyCacher, batch: DedupedGroup) -> None:
+    if isinstance(cacher, Cacher):
+        cacher.admit(cacher.linker.link(batch))
+    else:
+        cacher.admit(batch)
+
+
 def planned(
     cacher: Cacher | numpy_oracle.NumpyCacher, batches: list[DedupedGroup], lookahead: int
 ) -> Iterator[tuple[StepPlan, DedupedBatch[None]]]:
     num_admitted = 0
     for step, batch in enumerate(batches):
         while num_admitted < min(len(batches), step + lookahead + 1):
-            cacher.admit(batches[num_admitted])
+            admit(cacher, batches[num_admitted])
             num_admitted += 1
         plan = StepPlan(step=step, early_tick=max(0, step - 2), batch_size=64, groups=(cacher.plan(),), lookahead=0)
         yield plan, DedupedBatch(payload=None, batch_size=64, groups=(batch,))

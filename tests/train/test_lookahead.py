@@ -136,7 +136,7 @@ def test_a_failing_reader_is_raised_in_its_place_with_its_cause() -> None:
 
     embeddings = make_embeddings()
     stream = bagpipe.lookahead(failing(), embeddings, cache=64, lookahead=2, dedup_threads=1)
-    with pytest.raises(BackgroundError, match=r"the oracle thread failed: OSError\('the disk is gone'\)") as caught:
+    with pytest.raises(BackgroundError, match=r"the reader thread failed: OSError\('the disk is gone'\)") as caught:
         train(embeddings, stream)
     assert isinstance(caught.value.__cause__, OSError)
     assert embeddings.step == 7

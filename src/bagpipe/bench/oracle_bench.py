@@ -2,7 +2,8 @@
 
 1. De-duplication with gradient schedule, one batch at a time on one thread; the results of the last `window` batches are kept, as
    in real use, so that every call writes to memory that is cold. In turns with the same written with numpy.
-2. Slot assignment (`Cacher.admit` and `plan`) for each lookahead, once the cache is full; in turns with numpy on the same batches.
+2. Slot assignment for each lookahead, once the cache is full, in turns with numpy on the same batches: its two stages `Linker.link`
+   and `Cacher.admit` + `plan`, which run in two threads when live, and their sum.
 3. The whole pipeline live, from batches in memory: a pool that de-duplicates, the Cacher in its thread, a consumer that only
    takes plans; batches a second once the cache is full and while the window is.
 4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead, and how much this process grew while the live
@@ -106,29 +107,38 @@ def _time_slots(
     sizes: OracleBench, group: Group, num_slots: int, batches: list[DedupedGroup], lookahead: int, progress: Progress
 ) -> dict[str, Any]:
     """Plans with both arms in turns; times once warmed up."""
-    cachers: list[Cacher | numpy_oracle.NumpyCacher] = [
-        Cacher(group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH),
-        numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=PREFETCH_DEPTH),
-    ]
-    times: tuple[list[float], list[float]] = ([], [])
-    fetched = [0, 0]
-    for cacher in cachers:
-        for batch in batches[:lookahead]:
-            cacher.admit(batch)
+    ours = Cacher(group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH)
+    naive = numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=PREFETCH_DEPTH)
+    for batch in batches[:lookahead]:
+        ours.admit(ours.linker.link(batch))
+        naive.admit(batch)
+    linking, assigning, both, numpy = [], [], [], []
+    num_fetched = num_numpy_fetched = 0
     num_steps = sizes.num_warmup + sizes.num_measured
     for step in range(num_steps):
-        for arm, cacher in enumerate(cachers):
-            started = time.perf_counter()
-            cacher.admit(batches[step + lookahead])
-            plan = cacher.plan()
-            if step >= sizes.num_warmup:
-                times[arm].append(time.perf_counter() - started)
-                fetched[arm] += _num_fetched(plan)
+        batch = batches[step + lookahead]
+        started = time.perf_counter()
+        linked = ours.linker.link(batch)
+        linked_at = time.perf_counter()
+        ours.admit(linked)
+        plan = ours.plan()
+        planned_at = time.perf_counter()
+        naive.admit(batch)
+        numpy_plan = naive.plan()
+        if step >= sizes.num_warmup:
+            numpy.append(time.perf_counter() - planned_at)
+            linking.append(linked_at - started)
+            assigning.append(planned_at - linked_at)
+            both.append(planned_at - started)
+            num_fetched += _num_fetched(plan)
+            num_numpy_fetched += _num_fetched(numpy_plan)
         progress(f"assigning slots, lookahead {lookahead}", step + 1, num_steps)
-    return _compared(*times) | {
-        "cache_was_full": cachers[0].num_used_slots == num_slots,
-        "fetched_rows_per_step": fetched[0] / sizes.num_measured,
-        "numpy_fetched_rows_per_step": fetched[1] / sizes.num_measured,
+    return _compared(both, numpy) | {
+        "linking": Timing.of(linking),
+        "assigning": Timing.of(assigning),
+        "cache_was_full": ours.num_used_slots == num_slots,
+        "fetched_rows_per_step": num_fetched / sizes.num_measured,
+        "numpy_fetched_rows_per_step": num_numpy_fetched / sizes.num_measured,
     }
 
 
@@ -205,9 +215,12 @@ def _times_table(values: dict[str, Any]) -> Table:
     for heading in ("", "ms a batch", "numpy", "times faster"):
         table.add_column(heading, justify="left" if heading == "" else "right")
     arms = [("de-duplication, one thread", values["dedup"])]
-    arms += [(f"slots, lookahead {lookahead}", timed) for lookahead, timed in values["slots"].items()]
+    arms += [(f"linking and slots, lookahead {lookahead}", timed) for lookahead, timed in values["slots"].items()]
     for name, timed in arms:
         table.add_row(name, str(timed["bagpipe"]), str(timed["numpy"]), f"{timed['times_faster']:.1f}")
+        for stage in ("linking", "assigning"):
+            if stage in timed:
+                table.add_row(f"  {stage}", str(timed[stage]))
     for lookahead, timed in values["slots"].items():
         both = [values["dedup"][arm].median_ms + timed[arm].median_ms for arm in ("bagpipe", "numpy")]
         table.add_row(f"both, lookahead {lookahead}", f"{both[0]:.2f}", f"{both[1]:.2f}", f"{both[1] / both[0]:.1f}", style="bold")

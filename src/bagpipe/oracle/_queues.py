@@ -4,11 +4,13 @@
 where a slot stands in it, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose slot says
 otherwise is stale and passed over. `compact` drops stale entries when the array is full.
 
-**The due queues**, one for each step of the window, are chains of chunks of `CHUNK` slots, so that filling and emptying them runs
-through memory in order. `chunks` (num_chunks, CHUNK) holds the slots, `chains` (num_chunks,) the next chunk of a chain, and `due`
+**The due queues**, one for each step of the window, hold the settled rows that the step needs: their slots, and their indices in
+the step's batch. They are chains of chunks of `CHUNK` entries, so that filling and emptying them runs through memory in order.
+`chunks` (num_chunks, CHUNK, 2) holds the entries, `chains` (num_chunks,) the next chunk of a chain, and `due`
 (num_queues + 1, 4) of each queue its `FIRST` and `LAST` chunk, and where in them it `BEGIN`s and `END`s; the last line's `FIRST` is
-the chain of free chunks. A slot leaves from the front, or with all others when its step comes. It stands in one queue at a time,
-and only a queue's first and last chunk are not full, so `num_slots / CHUNK` chunks and two more for each queue suffice.
+the chain of free chunks. An entry leaves from the front, when its row is evicted, or with all others when its step comes. A slot
+stands in one queue at a time, and only a queue's first and last chunk are not full, so `num_slots / CHUNK` chunks and two more for
+each queue suffice.
 
 Functions take whole arrays: a call from compiled code costs a reference count of every array that it passes, so one call a slot
 took five times as long.
@@ -23,6 +25,7 @@ from bagpipe.types import Int32Array, Int64Array
 
 NOT_QUEUED = -1
 CHUNK = 128
+SLOT, INDEX = 0, 1
 FIRST, LAST, BEGIN, END = range(4)
 _NO_CHUNK = -1
 
@@ -42,16 +45,27 @@ def compact(queue: Int32Array, queue_ends: Int64Array, places: Int32Array) -> No
 
 
 @jit
+def push_unknown(queue: Int32Array, queue_ends: Int64Array, places: Int32Array, slots: Int32Array) -> None:
+    """Puts slots (n,) at the end of the queue, which must have room for them."""
+    end = queue_ends[1]
+    for slot in slots:
+        queue[end] = slot
+        places[slot] = end
+        end += 1
+    queue_ends[1] = end
+
+
+@jit
 def pop_unknown(queue: Int32Array, queue_ends: Int64Array, places: Int32Array, freed: Int32Array) -> int:
     """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
     num_freed = 0
     place = queue_ends[0]
     while num_freed < len(freed) and place < queue_ends[1]:
         slot = queue[place]
-        if places[slot] == place:
-            places[slot] = NOT_QUEUED
-            freed[num_freed] = slot
-            num_freed += 1
+        is_current = places[slot] == place
+        places[slot] = NOT_QUEUED if is_current else places[slot]
+        freed[num_freed] = slot
+        num_freed += is_current
         place += 1
     queue_ends[0] = place
     return num_freed
@@ -64,15 +78,23 @@ def make_due_queues(num_slots: int, num_queues: int) -> tuple[Int32Array, Int32A
     chains[-1] = _NO_CHUNK
     due = np.full((num_queues + 1, 4), _NO_CHUNK, np.int32)
     due[num_queues, FIRST] = 0
-    return np.empty((num_chunks, CHUNK), np.int32), chains, due
+    return np.empty((num_chunks, CHUNK, 2), np.int32), chains, due
 
 
 @jit
-def push_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queues: Int32Array, slots: Int32Array) -> None:
-    """Puts each slot (n,) at the end of its due queue (n,)."""
+def push_due(
+    chunks: Int32Array, chains: Int32Array, due: Int32Array, steps: Int32Array, indices: Int32Array, slots: Int32Array
+) -> None:
+    """Puts each row (n,) at the end of the queue of the step (n,) that needs it. Step s has queue s modulo their number."""
     free = len(due) - 1
-    for index in range(len(slots)):
-        queue = np.uint32(queues[index])
+    # One division for all: the steps lie within one turn of the queues.
+    first = np.int64(0) if len(steps) == 0 else np.int64(steps[0]) - np.int64(steps[0]) % free
+    for entry in range(len(slots)):
+        queue = steps[entry] - first
+        if queue >= free:
+            queue -= free
+        elif queue < 0:
+            queue += free
         last = due[queue, LAST]
         if due[queue, FIRST] == _NO_CHUNK or due[queue, END] == CHUNK:
             chunk = due[free, FIRST]
@@ -86,8 +108,10 @@ def push_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queues: In
             due[queue, LAST] = chunk
             due[queue, END] = 0
             last = chunk
-        chunks[np.uint32(last), np.uint32(due[queue, END])] = slots[index]
-        due[queue, END] += 1
+        end = np.uint32(due[queue, END])
+        chunks[np.uint32(last), end, SLOT] = slots[entry]
+        chunks[np.uint32(last), end, INDEX] = indices[entry]
+        due[queue, END] = end + 1
 
 
 @jit
@@ -98,8 +122,8 @@ def pop_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queue: int,
         chunk = due[queue, FIRST]
         end = due[queue, END] if chunk == due[queue, LAST] else CHUNK
         count = min(end - due[queue, BEGIN], len(freed) - num_freed)
-        for index in range(count):
-            freed[num_freed + index] = chunks[chunk, due[queue, BEGIN] + index]
+        for entry in range(count):
+            freed[num_freed + entry] = chunks[chunk, due[queue, BEGIN] + entry, SLOT]
         num_freed += count
         due[queue, BEGIN] += count
         if due[queue, BEGIN] == end:
@@ -108,9 +132,13 @@ def pop_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queue: int,
 
 
 @jit
-def clear_due(chains: Int32Array, due: Int32Array, queue: int) -> None:
-    """Empties a due queue."""
+def take_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queue: int, slots: Int32Array) -> None:
+    """Empties a due queue, its step has come: writes its slots to their indices in `slots`."""
     while due[queue, FIRST] != _NO_CHUNK:
+        chunk = due[queue, FIRST]
+        end = due[queue, END] if chunk == due[queue, LAST] else CHUNK
+        for entry in range(due[queue, BEGIN], end):
+            slots[np.uint32(chunks[chunk, entry, INDEX])] = chunks[chunk, entry, SLOT]
         _free_first_chunk(chains, due, queue)
 
 

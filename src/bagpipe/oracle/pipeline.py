@@ -1,14 +1,15 @@
 """The oracle beside the trainer: reading, de-duplication and planning in threads of their own, with bounded queues.
 
-    reader + Cacher (one thread) --ids--> de-duplication (thread pool) --in order--> Cacher --plans--> bounded queue --> trainer
+    reader --ids--> de-duplication (pool) --in order--> linker --bounded queue--> Cacher --bounded queue of plans--> trainer
+    '------------------ one thread ------------------------'                    one thread
 
-One thread reads the batches and plans, since both must be in order; between the two, de-duplication of several batches runs at a
-time on a pool. Threads suffice because all loops release the GIL. Back-pressure: the queue of finished plans holds
-`plans_ahead` of them, and when it is full nothing upstream moves.
+What must be in order has a thread of its own; between reading and linking, de-duplication of several batches runs at a time on a
+pool. Threads suffice because all loops release the GIL. Back-pressure: when a queue is full nothing upstream of it moves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections import deque
@@ -91,12 +92,15 @@ class BackgroundIterator(Generic[Item]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Ends the thread and drops what it had ready. Closing twice is allowed."""
+        """Ends the thread and drops what it had ready. Closing twice is allowed, and from another thread than the consumer's."""
         self._closed.set()
-        while not self._queue.empty():
-            self._queue.get_nowait()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
         if self._thread is not threading.current_thread():
             self._thread.join()
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(self._END)  # a consumer in a thread of its own may be waiting for an item
 
     def _deliver(self, item: object) -> Item:
         if item is not self._END:

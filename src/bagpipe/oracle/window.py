@@ -1,5 +1,7 @@
 """The lookahead window: which batches the Cacher has seen when it plans a step. Pure and lazy.
 
+Two sequential stages, which may run in two threads: `link` (what comes next where) and `plan_linked` (which slots).
+
 `Oracle.plan` pulls batches only as it needs them, so that whoever consumes the plans sets the pace (back-pressure), and it
 plans step t once the window holds `lookahead` batches beyond it or the data end.
 
@@ -17,6 +19,7 @@ from typing import Generic, Literal, TypeVar
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.cacher import Cacher
 from bagpipe.oracle.dedup import DedupedGroup
+from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.types import Group, StepPlan
 
 Payload = TypeVar("Payload")
@@ -43,6 +46,14 @@ class DedupedBatch(Generic[Payload]):
         return self.payload_bytes + sum(group.nbytes for group in self.groups)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinkedBatch(Generic[Payload]):
+    """A batch whose rows know their previous uses."""
+
+    batch: DedupedBatch[Payload]
+    groups: tuple[LinkedGroup, ...]
+
+
 class Oracle:
     """Plans a stream of batches for all groups. One object plans one stream."""
 
@@ -55,8 +66,9 @@ class Oracle:
         lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES,
         prefetch_depth: int = 2,
         first_step: int = 0,
+        num_threads: int = 1,
     ) -> None:
-        """`num_slots` for each group. Raises ConfigError for values out of range."""
+        """`num_slots` for each group; `num_threads` share the loops of one stage. Raises ConfigError for values out of range."""
         if lookahead != "auto" and not 1 <= lookahead <= MAX_LOOKAHEAD:
             raise ConfigError(f"lookahead is {lookahead}, must be 'auto' or from 1 to {MAX_LOOKAHEAD:,} batches")
         if not 0 <= prefetch_depth <= MAX_LOOKAHEAD:
@@ -74,6 +86,7 @@ class Oracle:
                 max_lookahead=MAX_LOOKAHEAD if lookahead == "auto" else lookahead,
                 prefetch_depth=prefetch_depth,
                 first_step=first_step,
+                num_threads=num_threads,
             )
             for group, slots in zip(groups, num_slots, strict=True)
         ]
@@ -89,10 +102,20 @@ class Oracle:
         return sum(cacher.nbytes for cacher in self._cachers)
 
     def plan(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
-        """Yields each batch with its plan, in order.
+        """Both stages, one after the other: yields each batch with its plan, in order.
 
         Raises CacheTooSmallError, and whatever `batches` raises, after the plans of all batches before it.
         """
+        return self.plan_linked(self.link(batches))
+
+    def link(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[LinkedBatch[Payload]]:
+        """The first stage. May be any number of batches ahead of the second."""
+        for batch in batches:
+            linked = (cacher.linker.link(group) for cacher, group in zip(self._cachers, batch.groups, strict=True))
+            yield LinkedBatch(batch=batch, groups=tuple(linked))
+
+    def plan_linked(self, batches: Iterable[LinkedBatch[Payload]]) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
+        """The second stage; raises as `plan` does."""
         source = iter(batches)
         window: deque[DedupedBatch[Payload]] = deque()
         window_bytes = 0
@@ -102,15 +125,15 @@ class Oracle:
         while True:
             while has_more and len(window) <= self._lookahead:
                 try:
-                    batch = next(source)
-                    self._admit(batch)
+                    linked = next(source)
+                    self._admit(linked)
                 except StopIteration:
                     has_more = False
                 except BaseException as error:
                     failure, has_more = error, False
                 else:
-                    window.append(batch)
-                    window_bytes += batch.nbytes
+                    window.append(linked.batch)
+                    window_bytes += linked.batch.nbytes
             if not window:
                 break
             batch = window.popleft()
@@ -121,11 +144,16 @@ class Oracle:
         if failure is not None:
             raise failure
 
-    def _admit(self, batch: DedupedBatch[Payload]) -> None:
+    def close(self) -> None:
+        """Ends the threads that share loops; there are none with one thread."""
+        for cacher in self._cachers:
+            cacher.close()
+
+    def _admit(self, linked: LinkedBatch[Payload]) -> None:
         """Lets all groups see the batch, or none."""
-        for cacher, group in zip(self._cachers, batch.groups, strict=True):
-            cacher.check_fits(group)
-        for cacher, group in zip(self._cachers, batch.groups, strict=True):
+        for cacher, group in zip(self._cachers, linked.groups, strict=True):
+            cacher.check_fits(group.batch)
+        for cacher, group in zip(self._cachers, linked.groups, strict=True):
             cacher.admit(group)
 
     def _plan_step(self, step: int, batch: DedupedBatch[Payload], num_ahead: int) -> StepPlan:

@@ -35,6 +35,8 @@ from bagpipe.types import Group, Jagged, StepPlan
 BatchT = TypeVar("BatchT")
 
 _SPARSE_NAMES = ("sparse", "sparse_features")
+_LINKED_AHEAD = 2
+"""Batches read, de-duplicated and linked beyond the oracle's window."""
 _PLANS_AHEAD = 2
 """Finished plans that wait for the trainer beyond those already being executed."""
 
@@ -110,7 +112,8 @@ class Lookahead(Generic[BatchT]):
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup")
         numbered = enumerate(batches, embeddings.step)
         deduped = ordered_map(partial(_dedup, embeddings.groups, find_sparse), numbered, self._pool, ahead=2 * num_threads)
-        planned = oracle.plan(deduped)
+        self._linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
+        planned = oracle.plan_linked(self._linked)
         if check:
             planned = checked(embeddings.groups, num_slots, planned)
         self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
@@ -192,7 +195,9 @@ class Lookahead(Generic[BatchT]):
 
     def _end_threads(self) -> None:
         self._is_open = False
+        self._linked.close()
         self._plans.close()
+        self._oracle.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _end_step(self) -> None:

@@ -1,0 +1,161 @@
+"""The first sequential stage of planning: tells each use of a row when and where the row comes next. Pure; knows no slots.
+
+Distinct rows of batches are *occurrences*, numbered on and on. Linking a batch finds each row's previous occurrence and writes
+there the batch's step and the row's index in it. The Cacher reads that later, when it settles the earlier batch, and ignores
+what lies beyond its window; so the linker may run any number of batches ahead, in a thread of its own, and plans stay the same.
+
+State: per row 4 bytes, its latest occurrence; per occurrence that the Cacher has not settled 8 bytes in a ring. An occurrence's
+low bits are its place in the ring. Numbers wrap round at 2**31, so before one could be taken for a later one a slow sweep over all
+rows, a few of them with each batch, forgets it.
+
+Cost: one random read and write of the rows' array an occurrence, which is what bounds it (docs/results.md).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from bagpipe._jit import jit
+from bagpipe._prefetch import prefetch
+from bagpipe.oracle._fork import Fork
+from bagpipe.oracle.dedup import DedupedGroup
+from bagpipe.types import Group, Int32Array, Int64Array
+
+OCCURRENCES = (1 << 31) - 1
+"""Mask of occurrence numbers; rings are powers of two, so a number's low bits stay its place when numbers wrap round."""
+STEP, INDEX = 0, 1
+_FORGOTTEN_AGE, _SWEEP = 1 << 29, 1 << 28
+"""Occurrences after which one is forgotten, at the latest when the sweep comes by; a sweep takes so many."""
+_AHEAD = 16
+"""Rows ahead for which a row's state is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkedGroup:
+    """A batch's distinct rows with their previous uses."""
+
+    batch: DedupedGroup
+    first_occurrence: int
+    previous: Int32Array  # (U,) each row's previous occurrence, -1 for none; one settled long ago may be told or not
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """A batch that the Cacher has not settled yet, as far as the linker knows."""
+
+    step: int
+    num_uniques: int
+
+
+class Linker:
+    """Links one group's batches in order. Used by one thread; `settled` may be set by another."""
+
+    def __init__(self, group: Group, *, first_step: int = 0, num_threads: int = 1) -> None:
+        """`first_step` is the number of the first batch."""
+        self._fork = Fork(num_threads, "link")
+        self.next_uses = np.empty((1 << 16, 2), np.int32)
+        """By occurrence the `STEP` (-1: none known) and the `INDEX` of the row's next use; replaced when it must grow."""
+        self.settled = first_step - 1
+        """The last step whose occurrences nobody reads any more."""
+        self._last_uses = np.full((group.num_rows, 1), -1, np.int32)
+        self._next_step, self._next_occurrence = first_step, 0
+        self._kept: deque[_Kept] = deque()
+        self._num_kept = 0  # occurrences
+        self._num_swept = 0.0  # rows of the current sweep
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this object's own arrays."""
+        return self._last_uses.nbytes + self.next_uses.nbytes
+
+    def link(self, batch: DedupedGroup) -> LinkedGroup:
+        """Links the next batch."""
+        rows, first, step = batch.unique_rows, self._next_occurrence, self._next_step
+        while self._kept and self._kept[0].step <= self.settled:
+            self._num_kept -= self._kept.popleft().num_uniques
+        self.next_uses = roomy_ring(self.next_uses, first - self._num_kept, self._num_kept, len(rows))
+        self._sweep(len(rows))
+        previous = np.empty(len(rows), np.int32)
+        self._fork.map(
+            lambda begin, end: _link(rows, begin, end, step, first, self._num_kept, self._last_uses, self.next_uses, previous),
+            len(rows),
+        )
+        self._kept.append(_Kept(step=step, num_uniques=len(rows)))
+        self._num_kept += len(rows)
+        self._next_occurrence = (first + len(rows)) & OCCURRENCES
+        self._next_step += 1
+        return LinkedGroup(batch=batch, first_occurrence=first, previous=previous)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._fork.close()
+
+    def _sweep(self, num_uniques: int) -> None:
+        """Forgets old occurrences of as many rows as keep the sweep's pace."""
+        num_rows, begin = len(self._last_uses), int(self._num_swept)
+        self._num_swept += num_uniques * num_rows / _SWEEP
+        _forget(self._last_uses[begin : int(self._num_swept)], self._next_occurrence)
+        if self._num_swept >= num_rows:
+            self._num_swept = 0.0
+
+
+def roomy_ring(ring: Int32Array, first_occurrence: int, num_kept: int, num_more: int) -> Int32Array:
+    """`ring`, or where it has no room for `num_more` occurrences after `num_kept`, a copy that has."""
+    size = len(ring)
+    while size < num_kept + num_more:
+        size *= 2
+    if size == len(ring):
+        return ring
+    larger = np.empty((size, *ring.shape[1:]), np.int32)
+    _copy_ring(ring, larger, first_occurrence, num_kept)
+    return larger
+
+
+@jit
+def _link(
+    rows: Int64Array,
+    begin: int,
+    end: int,
+    step: int,
+    first_occurrence: int,
+    num_kept: int,
+    last_uses: Int32Array,
+    next_uses: Int32Array,
+    previous: Int32Array,
+) -> None:
+    """Links the rows from `begin` to `end` and fills `previous`.
+
+    Gathers first and decides then: with a branch in the gathering loop each wrong guess waits for memory, thrice as long.
+    """
+    mask = len(next_uses) - 1
+    for index in range(begin, end):
+        prefetch(last_uses, rows[min(index + _AHEAD, len(rows) - 1)], 0)
+        row = np.uint64(rows[index])
+        previous[index] = last_uses[row, 0]
+        last_uses[row, 0] = (first_occurrence + index) & OCCURRENCES
+    for index in range(begin, end):
+        # What has no place in the ring any more is written to the row's own place, which is cleared afterwards.
+        age = (first_occurrence - previous[index]) & OCCURRENCES
+        occurrence = previous[index] if (previous[index] >= 0) & (age <= num_kept) else first_occurrence + index
+        next_uses[occurrence & mask, INDEX] = index
+        next_uses[occurrence & mask, STEP] = step
+    for occurrence in range(first_occurrence + begin, first_occurrence + end):
+        next_uses[occurrence & mask, STEP] = -1
+
+
+@jit
+def _forget(last_uses: Int32Array, next_occurrence: int) -> None:
+    for row in range(len(last_uses)):
+        if ((next_occurrence - last_uses[row, 0]) & OCCURRENCES) > _FORGOTTEN_AGE:
+            last_uses[row, 0] = -1
+
+
+@jit
+def _copy_ring(ring: Int32Array, larger: Int32Array, first_occurrence: int, num_occurrences: int) -> None:
+    """Copies the entries of consecutive occurrences to their places in a larger ring."""
+    mask, larger_mask = len(ring) - 1, len(larger) - 1
+    for occurrence in range(first_occurrence, first_occurrence + num_occurrences):
+        larger[occurrence & larger_mask] = ring[occurrence & mask]
