@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from bagpipe.cache import kernels_cpu, kernels_torch
 from bagpipe.cache.device_plan import DevicePlan
@@ -36,16 +39,26 @@ def make_case(optimizer: Optimizer, dim: int, is_jagged: bool, batch_size: int =
     return group, batch, device_plan
 
 
-@pytest.mark.parametrize("is_jagged", [False, True])
+def pooled(kernels: ModuleType, weights: Tensor, plan: DevicePlan, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`kernels.lookup` into a buffer of its own."""
+    out = torch.full((plan.num_bags, weights.shape[1]), float("nan"), dtype=dtype)
+    kernels.lookup(weights, plan, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("is_jagged", "grad_dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("dim", [1, 4, 13, 64])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
-def test_cpu_kernels_equal_the_torch_reference(optimizer: Optimizer, dim: int, is_jagged: bool) -> None:
+def test_cpu_kernels_equal_the_torch_reference(optimizer: Optimizer, dim: int, is_jagged: bool, grad_dtype: torch.dtype) -> None:
     group, _, plan = make_case(optimizer, dim, is_jagged)
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(group.num_rows, dim, generator=generator)
     state = torch.rand(group.num_rows, group.state_width, generator=generator)
-    grads = torch.randn(plan.num_bags, dim, generator=generator)
-    assert torch.equal(kernels_cpu.lookup(weights, plan), kernels_torch.lookup(weights, plan))
+    grads = torch.randn(plan.num_bags, dim, generator=generator).to(grad_dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(pooled(kernels_cpu, weights, plan, dtype), pooled(kernels_torch, weights, plan, dtype))
     expected_weights, expected_state = weights.clone(), state.clone()
     kernels_cpu.update(weights, state, plan, grads, optimizer, optimizer.lr)
     kernels_torch.update(expected_weights, expected_state, plan, grads, optimizer, optimizer.lr)
@@ -78,7 +91,7 @@ def test_the_number_of_threads_changes_no_bit(num_threads: int) -> None:
         try:
             new_weights, new_state = weights.clone(), state.clone()
             kernels_cpu.update(new_weights, new_state, plan, grads, optimizer, 0.1)
-            results.append((kernels_cpu.lookup(weights, plan), new_weights, new_state))
+            results.append((pooled(kernels_cpu, weights, plan), new_weights, new_state))
         finally:
             torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -64,7 +64,9 @@ class FusedTables(nn.Module):
         """(B, F, D)."""
         num_samples, num_features = batch.sparse.batch_size, len(self.group.features)
         plan = _plan(self.step, num_samples, num_features, batch.rows, _NOTHING)
-        return kernels_cpu.lookup(self.weights, plan).view(num_samples, num_features, -1)
+        pooled = torch.empty(num_samples, num_features, self.weights.shape[1])
+        kernels_cpu.lookup(self.weights, plan, pooled.view(num_samples * num_features, -1))
+        return pooled
 
     def update(self, batch: FusedBatch, grads: Tensor) -> None:
         """Sums `grads` (B, F, D) by row and applies the optimizer."""

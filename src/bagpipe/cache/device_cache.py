@@ -31,14 +31,19 @@ class DeviceCache:
         self.state = torch.empty(self.num_slots, self.group.state_width, device=self.device)
         self._kernels = kernels_cpu if self.device.type == "cpu" else kernels_torch
 
-    def lookup(self, plan: DevicePlan) -> Tensor:
-        """Pooled embeddings, sample-major: (B, F, D)."""
-        pooled: Tensor = self._kernels.lookup(self.weights, plan)
-        return pooled.view(plan.batch_size, plan.num_features, self.group.embedding_dim)
+    def lookup(self, plan: DevicePlan, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """Pooled embeddings, sample-major: (B, F, D) in `dtype`, float32 or bfloat16; or in `out`, contiguous, and its type."""
+        shape = (plan.batch_size, plan.num_features, self.group.embedding_dim)
+        pooled = torch.empty(shape, dtype=dtype, device=self.device) if out is None else out
+        assert pooled.shape == shape
+        assert pooled.dtype in (torch.float32, torch.bfloat16)
+        self._kernels.lookup(self.weights, plan, pooled.view(plan.num_bags, self.group.embedding_dim))
+        return pooled
 
     def update(self, plan: DevicePlan, grads: Tensor) -> None:
-        """Applies one optimizer step; `grads` (B, F, D) is the gradient of `lookup`'s result."""
-        flat = grads.reshape(plan.num_bags, self.group.embedding_dim).to(torch.float32).contiguous()
+        """Applies one optimizer step; `grads` (B, F, D), float32 or bfloat16, is the gradient of `lookup`'s result."""
+        assert grads.dtype in (torch.float32, torch.bfloat16)
+        flat = grads.reshape(plan.num_bags, self.group.embedding_dim).contiguous()
         self._kernels.update(self.weights, self.state, plan, flat, self.group.optimizer, self.lr)
 
     def fill(self, slots: Tensor, records: Tensor) -> None:

@@ -60,29 +60,32 @@ def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:
         other.result()
 
 
-def lookup(weights: Tensor, plan: DevicePlan) -> Tensor:
-    """Pooled embeddings by output row: (B * F, D) float32."""
-    pooled = torch.empty(plan.num_bags, weights.shape[1])
-    table, slots, out = weights.numpy(), plan.lookup_slots.numpy(), pooled.numpy()
+def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
+    """Fills `out` (B * F, D), float32 or, through a float32 buffer, bfloat16, with the pooled embeddings by output row."""
+    if out.dtype != torch.float32:
+        buffer = torch.empty(out.shape)
+        lookup(weights, plan, buffer)
+        out.copy_(buffer)
+        return
+    table, slots, pooled = weights.numpy(), plan.lookup_slots.numpy(), out.numpy()
     batch_size, num_features = plan.batch_size, plan.num_features
     if plan.bag_offsets is None:
-        _in_chunks(batch_size, lambda begin, end: _lookup_one_hot(begin, end, table, slots, batch_size, num_features, out))
-        return pooled
+        _in_chunks(batch_size, lambda begin, end: _lookup_one_hot(begin, end, table, slots, batch_size, num_features, pooled))
+        return
     offsets, scales = plan.bag_offsets.numpy(), _optional(plan.bag_scales, np.float32)
     _in_chunks(
         batch_size,
-        lambda begin, end: _lookup_jagged(begin, end, table, slots, offsets, scales, batch_size, num_features, out),
+        lambda begin, end: _lookup_jagged(begin, end, table, slots, offsets, scales, batch_size, num_features, pooled),
     )
-    return pooled
 
 
 def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), the gradient of `lookup`'s result."""
+    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result."""
     kind, scalars = _constants(optimizer, lr, plan.step)
     arguments = (
         weights.numpy(),
         state.numpy(),
-        grads.numpy(),
+        grads.float().numpy(),
         plan.unique_slots.numpy(),
         plan.bags.numpy(),
         plan.piece_offsets.numpy(),

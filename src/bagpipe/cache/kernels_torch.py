@@ -2,8 +2,8 @@
 
 Four operations on one group's cache, `weights` (num_slots, D) and `state` (num_slots, S), both float32:
 
-    lookup   gather + pool                    -> (B * F, D)
-    update   sum gradients along the plan's schedule, then apply the optimizer to the records in place
+    lookup   gather + pool                    -> (B * F, D), float32 or bfloat16
+    update   sum gradients of either type along the plan's schedule, in float32, and apply the optimizer to the records in place
     fill     records (n, D + S) into slots
     read     slots into records (n, D + S)
 
@@ -23,8 +23,8 @@ from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 
-def lookup(weights: Tensor, plan: DevicePlan) -> Tensor:
-    """Pooled embeddings by output row: (B * F, D) float32."""
+def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
+    """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed and scaled in float32."""
     if plan.bag_offsets is None:
         pooled = weights.index_select(0, plan.lookup_slots)  # (F * B, D)
     elif len(plan.lookup_slots) == 0:
@@ -34,15 +34,17 @@ def lookup(weights: Tensor, plan: DevicePlan) -> Tensor:
             plan.lookup_slots, weights, plan.bag_offsets, mode="sum", include_last_offset=True
         )  # (F * B, D)
     by_feature = pooled.view(plan.num_features, plan.batch_size, weights.shape[1])
-    by_sample = by_feature.transpose(0, 1).reshape(plan.num_bags, weights.shape[1])  # (B * F, D)
-    return by_sample if plan.bag_scales is None else by_sample * plan.bag_scales[:, None]
+    by_sample = by_feature.transpose(0, 1)  # (B, F, D)
+    if plan.bag_scales is not None:
+        by_sample = by_sample * plan.bag_scales.view(plan.batch_size, plan.num_features, 1)
+    out.view(by_sample.shape).copy_(by_sample)
 
 
 def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), the gradient of `lookup`'s result."""
+    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result."""
     if len(plan.unique_slots) == 0:
         return
-    sums = sum_gradients(plan, grads)
+    sums = sum_gradients(plan, grads.float())
     slots = plan.unique_slots.long()
     old_weights, old_state = weights[slots], state[slots]
     weights[slots], state[slots] = _apply(old_weights, old_state, sums, optimizer, lr, plan.step)
