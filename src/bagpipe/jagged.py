@@ -15,6 +15,7 @@ import numpy.typing as npt
 from bagpipe.errors import DataError
 from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, Jagged
 
+_SPARSE_NAMES = ("sparse", "sparse_features")
 _METHODS = ("keys", "values", "lengths", "offsets", "stride")
 
 
@@ -40,6 +41,21 @@ def as_jagged(sparse: Any) -> Jagged:
     keys, batch_size = tuple(sparse.keys()), int(sparse.stride())
     is_single_hot = len(values) == len(keys) * batch_size == len(offsets) - 1 and bool((np.diff(offsets) == 1).all())
     return Jagged(keys=keys, values=values, batch_size=batch_size, offsets=None if is_single_hot else offsets)
+
+
+def find_sparse(batch: Any) -> Any:
+    """The jagged part of a batch: itself, or its attribute or key `sparse` or `sparse_features`. DataError: it has none."""
+    if isinstance(batch, Jagged) or callable(getattr(batch, "offsets", None)):
+        return batch
+    for name in _SPARSE_NAMES:
+        if isinstance(batch, dict) and name in batch:
+            return batch[name]
+        if hasattr(batch, name):
+            return getattr(batch, name)
+    raise DataError(
+        f"a batch of type {type(batch).__name__} has no attribute or key {' or '.join(_SPARSE_NAMES)}: tell bagpipe.lookahead "
+        "where its jagged ids are, for example sparse=lambda batch: batch[1]"
+    )
 
 
 def _to_numpy(tensor: Any) -> npt.NDArray[np.integer]:

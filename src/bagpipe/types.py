@@ -23,6 +23,7 @@ from bagpipe.errors import ConfigError
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
+UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Pooling: TypeAlias = Literal["sum", "mean"]
 
 MAX_PIECE_LENGTH = 128

@@ -235,3 +235,40 @@ def test_slots_are_shared_by_rows_and_never_exceed_a_table() -> None:
         slots_for(True, groups, cpu)
     with pytest.raises(ConfigError, match="cache has 3 entries for 2 groups"):
         slots_for([1, 2, 3], groups, cpu)
+
+
+@dataclass
+class Picklable:
+    """An iterable that can be sent to another process."""
+
+    count: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return batches(self.count)
+
+
+def test_the_oracle_in_a_process_of_its_own_gives_the_same_tables() -> None:
+    tables = []
+    for where in ("thread", "process"):
+        embeddings = make_embeddings()
+        stream = bagpipe.lookahead(Picklable(40), embeddings, cache=70, lookahead=5, prefetch_depth=1, oracle=where)  # type: ignore[arg-type]
+        assert train(embeddings, stream) == list(range(40))
+        assert (stream.report.num_steps, stream.report.peak_slots) == (40, 70)
+        tables.append(embeddings.tables()["t"][:])
+        embeddings.close()
+    torch.testing.assert_close(*tables, rtol=0, atol=0)
+
+
+def test_a_stream_in_a_process_may_be_left_and_embeddings_go_on() -> None:
+    embeddings = make_embeddings()
+    for batch in bagpipe.lookahead(Picklable(40), embeddings, cache=70, oracle="process"):
+        embeddings(batch.sparse).values().sum().backward()
+        if batch.number == 5:
+            break
+    assert train(embeddings, bagpipe.lookahead(batches(3), embeddings, cache=200)) == [0, 1, 2]
+    assert embeddings.step == 9
+    with pytest.raises(ConfigError, match="oracle is 'elsewhere'"):
+        bagpipe.lookahead(batches(3), embeddings, oracle="elsewhere")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="can't be sent to another process"):
+        bagpipe.lookahead(batches(3), embeddings, cache=100, oracle="process")
+    embeddings.close()

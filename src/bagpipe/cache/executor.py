@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +60,7 @@ class _Pending:
     """A submitted step: its plan and, once issued, what the background threads are doing for it."""
 
     plan: StepPlan
+    release: Callable[[], None] | None
     early: Future[_Transferred] | None = None
     late: Future[_Transferred] | None = None
 
@@ -90,17 +91,25 @@ class Executor:
         self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-write-back")
         self._pending: deque[_Pending] = deque()
         self._writes: deque[tuple[int, Future[None]]] = deque()  # (tick, write-back), appended by the transfer thread
+        self._ended: list[Callable[[], None]] = []  # of steps that have ended since the last one began
+        self._computing: deque[tuple[torch.cuda.Event, list[Callable[[], None]]]] = deque()  # of those that the device is still at
         self._is_clean = True  # the stores hold everything
+        self.at_close: list[Callable[[], None]] = []
+        """Called at the end of `close`, when neither the threads nor the device read a plan any more."""
 
-    def submit(self, plan: StepPlan) -> None:
-        """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead where possible."""
-        self._pending.append(_Pending(plan=plan))
+    def submit(self, plan: StepPlan, release: Callable[[], None] | None = None) -> None:
+        """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead where possible.
+
+        `release` is called by the trainer's thread once nothing reads the plan's arrays any more, if that is before `close`.
+        """
+        self._pending.append(_Pending(plan=plan, release=release))
 
     def begin_step(self) -> None:
         """Tick of the oldest submitted step: issues what is due, then waits until that step can be computed."""
         pending = self._pending[0]
         tick = pending.plan.step
         computed = self._record_compute()
+        self._release_ended(computed)
         # A plan that came too late to be issued ahead: its own early transfers still come before its late ones, which may fill
         # a slot that an early one empties. Early ones of later steps come last: they may fetch what this step's late ones evict.
         self._issue_early(pending, computed)
@@ -133,7 +142,9 @@ class Executor:
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
         self.current = None
-        self._pending.popleft()
+        release = self._pending.popleft().release
+        if release is not None:
+            self._ended.append(release)
 
     def flush(self) -> None:
         """Writes every resident record to its store; rows stay in the cache. What is updated afterwards needs another flush."""
@@ -160,6 +171,8 @@ class Executor:
             self._stream.synchronize()  # the caches' memory goes back to the compute stream's pool
         self._pending.clear()
         self.current = None
+        while self.at_close:
+            self.at_close.pop(0)()
 
     def _drain(self) -> None:
         """Waits for all issued transfers and write-backs, and raises what they raised."""
@@ -208,7 +221,8 @@ class Executor:
             self._writes[0][1].result()
         while self._writes and self._writes[0][1].done() and self._writes[0][1].exception() is None:
             self._writes.popleft()
-        write = self._write_thread.submit(self._write_back, index, transfers.evict_rows, records, copied)
+        rows = transfers.evict_rows.copy()  # may be written later than the plan is released
+        write = self._write_thread.submit(self._write_back, index, rows, records, copied)
         self._writes.append((tick, write))
 
     def _write_back(self, index: int, rows: Int64Array, records: Tensor, copied: torch.cuda.Event | None) -> None:
@@ -242,6 +256,18 @@ class Executor:
             self._stream.wait_event(computed)
             yield ready
             ready.record(self._stream)
+
+    def _release_ended(self, computed: torch.cuda.Event | None) -> None:
+        """Releases the plans of ended steps: on a CPU at once, on CUDA when the device has come to `computed`."""
+        if self._ended and computed is not None:
+            self._computing.append((computed, self._ended))
+        elif self._ended:
+            for release in self._ended:
+                release()
+        self._ended = []
+        while self._computing and self._computing[0][0].query():  # type: ignore[no-untyped-call]
+            for release in self._computing.popleft()[1]:
+                release()
 
     def _record_compute(self) -> torch.cuda.Event | None:
         """An event after all compute issued so far; None on a CPU, where it is done already."""

@@ -28,7 +28,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe.errors import CacheTooSmallError, ConfigError
+from bagpipe.errors import CacheTooSmallError
 from bagpipe.oracle import _loops, _queues
 from bagpipe.oracle._fork import Fork
 from bagpipe.oracle.dedup import DedupedGroup
@@ -64,8 +64,6 @@ class Cacher:
 
         `num_threads` share the loops over a batch's rows, and as many those of the linker; plans do not depend on it.
         """
-        if not 1 <= num_slots < 2**31:
-            raise ConfigError(f"{group.name}: a cache of {num_slots:,} slots, must be from 1 to {2**31 - 1:,}")
         self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
         self.linker = Linker(group, first_step=first_step, num_threads=num_threads)
         """Links batches before they are admitted; may run ahead in another thread."""

@@ -1,15 +1,10 @@
-"""The oracle beside the trainer: reading, de-duplication and planning in threads of their own, with bounded queues.
+"""Stages that run beside each other in threads, in order and with bounded queues between them.
 
-    reader --ids--> de-duplication (pool) --in order--> linker --bounded queue--> Cacher --bounded queue of plans--> trainer
-    '------------------ one thread ------------------------'                    one thread
-
-What must be in order has a thread of its own; between reading and linking, de-duplication of several batches runs at a time on a
-pool. Threads suffice because all loops release the GIL. Back-pressure: when a queue is full nothing upstream of it moves.
+Threads suffice for loops that release the GIL. Back-pressure: when a queue is full nothing upstream of it moves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from collections import deque
@@ -92,15 +87,12 @@ class BackgroundIterator(Generic[Item]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Ends the thread and drops what it had ready. Closing twice is allowed, and from another thread than the consumer's."""
+        """Ends the thread and drops what it had ready. Closing twice is allowed."""
         self._closed.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
+        while not self._queue.empty():
+            self._queue.get_nowait()
         if self._thread is not threading.current_thread():
             self._thread.join()
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(self._END)  # a consumer in a thread of its own may be waiting for an item
 
     def _deliver(self, item: object) -> Item:
         if item is not self._END:

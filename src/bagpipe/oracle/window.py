@@ -54,6 +54,21 @@ class LinkedBatch(Generic[Payload]):
     groups: tuple[LinkedGroup, ...]
 
 
+def check_window(
+    groups: Sequence[Group], *, num_slots: Sequence[int], lookahead: int | Literal["auto"], prefetch_depth: int
+) -> None:
+    """Raises ConfigError for values out of range."""
+    if lookahead != "auto" and not 1 <= lookahead <= MAX_LOOKAHEAD:
+        raise ConfigError(f"lookahead is {lookahead}, must be 'auto' or from 1 to {MAX_LOOKAHEAD:,} batches")
+    if not 0 <= prefetch_depth <= MAX_LOOKAHEAD:
+        raise ConfigError(f"prefetch_depth is {prefetch_depth}, must be from 0 to {MAX_LOOKAHEAD:,} steps")
+    if len(num_slots) != len(groups):
+        raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(groups)} groups")
+    for group, slots in zip(groups, num_slots, strict=True):
+        if not 1 <= slots < 2**31:
+            raise ConfigError(f"{group.name}: a cache of {slots:,} slots, must be from 1 to {2**31 - 1:,}")
+
+
 class Oracle:
     """Plans a stream of batches for all groups. One object plans one stream."""
 
@@ -69,12 +84,7 @@ class Oracle:
         num_threads: int = 1,
     ) -> None:
         """`num_slots` for each group; `num_threads` share the loops of one stage. Raises ConfigError for values out of range."""
-        if lookahead != "auto" and not 1 <= lookahead <= MAX_LOOKAHEAD:
-            raise ConfigError(f"lookahead is {lookahead}, must be 'auto' or from 1 to {MAX_LOOKAHEAD:,} batches")
-        if not 0 <= prefetch_depth <= MAX_LOOKAHEAD:
-            raise ConfigError(f"prefetch_depth is {prefetch_depth}, must be from 0 to {MAX_LOOKAHEAD:,} steps")
-        if len(num_slots) != len(groups):
-            raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(groups)} groups")
+        check_window(groups, num_slots=num_slots, lookahead=lookahead, prefetch_depth=prefetch_depth)
         self._is_auto = lookahead == "auto"
         self._lookahead = AUTO_START if lookahead == "auto" else lookahead
         self._lookahead_bytes = lookahead_bytes

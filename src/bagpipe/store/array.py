@@ -24,10 +24,9 @@ from bagpipe._jit import jit
 from bagpipe._prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.errors import StoreError
 from bagpipe.store.init import RowInitializer
-from bagpipe.types import Float32Array, Group, Int64Array
+from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 
 BoolArray = npt.NDArray[np.bool_]
-UInt8Array = npt.NDArray[np.uint8]
 
 _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""

@@ -12,31 +12,27 @@ only passes plans on, and waits if the next step's plan or rows are not there (`
 
 from __future__ import annotations
 
-import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Generic, Literal, TypeVar
+
+import torch
 
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.executor import Waits
-from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
-from bagpipe.jagged import as_jagged, check_features
-from bagpipe.oracle.checks import checked
-from bagpipe.oracle.dedup import dedup
-from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
+from bagpipe.errors import BackgroundError, ConfigError, UsageError
+from bagpipe.jagged import find_sparse
+from bagpipe.oracle.pipeline import BackgroundIterator
+from bagpipe.oracle.process import OracleProcess
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.sizes import parse_bytes
-from bagpipe.oracle.window import DedupedBatch, Oracle
+from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.train.capacity import slots_for
-from bagpipe.types import Group, Jagged, StepPlan
+from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
 
-_SPARSE_NAMES = ("sparse", "sparse_features")
-_LINKED_AHEAD = 2
-"""Batches read, de-duplicated and linked beyond the oracle's window."""
 _PLANS_AHEAD = 2
 """Finished plans that wait for the trainer beyond those already being executed."""
 
@@ -52,6 +48,7 @@ def lookahead(
     dedup_threads: int | None = None,
     check: bool = False,
     sparse: Callable[[BatchT], Any] | None = None,
+    oracle: Literal["thread", "process"] = "thread",
 ) -> Lookahead[BatchT]:
     """Iterates `batches` with `embeddings` prepared for each; see `Lookahead` for what else the iterator tells.
 
@@ -62,6 +59,9 @@ def lookahead(
     `prefetch_depth` is how many steps before its use a row may be fetched.
     `dedup_threads` defaults to the number of cores less one. `check` replays every plan against the invariants before it is used.
     `sparse` finds a batch's jagged ids; by default the batch itself or its `sparse` or `sparse_features` attribute or key.
+    `oracle` says where batches are read and planned: in threads of this process, or in a process of its own (Linux), which keeps
+    steps of a few milliseconds free of it. `batches` and `sparse` must be picklable then, and as with a DataLoader's workers a
+    script needs ``if __name__ == "__main__":``.
 
     Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the loss's gradient before it does.
 
@@ -70,18 +70,20 @@ def lookahead(
     """
     if dedup_threads is not None and dedup_threads < 1:
         raise ConfigError(f"dedup_threads is {dedup_threads}, must be at least 1")
+    if oracle not in ("thread", "process"):
+        raise ConfigError(f"oracle is {oracle!r}, must be 'thread' or 'process'")
     embeddings.stop()  # an earlier stream's cache must be free before this one is sized, and its last step closed
-    num_slots = slots_for(cache, embeddings.groups, embeddings.device)
-    oracle = Oracle(
-        embeddings.groups,
-        num_slots=num_slots,
+    options = StreamOptions(
+        groups=embeddings.groups,
+        num_slots=tuple(slots_for(cache, embeddings.groups, embeddings.device)),
         lookahead=lookahead,
         lookahead_bytes=parse_bytes(lookahead_memory, "lookahead_memory"),
         prefetch_depth=prefetch_depth,
         first_step=embeddings.step,
+        dedup_threads=dedup_threads,
+        check=check,
     )
-    find_sparse = sparse if sparse is not None else _find_sparse
-    return Lookahead(batches, embeddings, oracle, num_slots, prefetch_depth, dedup_threads, check, find_sparse)
+    return Lookahead(batches, embeddings, options, sparse if sparse is not None else find_sparse, oracle == "process")
 
 
 class Lookahead(Generic[BatchT]):
@@ -92,41 +94,31 @@ class Lookahead(Generic[BatchT]):
 
     def __init__(
         self,
-        batches: Iterable[BatchT],
+        batches: Iterable[BatchT | Deferred[BatchT]],
         embeddings: EmbeddingBagCollection,
-        oracle: Oracle,
-        num_slots: Sequence[int],
-        prefetch_depth: int,
-        dedup_threads: int | None,
-        check: bool,
+        options: StreamOptions,
         find_sparse: Callable[[BatchT], Any],
+        in_process: bool,
     ) -> None:
         self.report = OracleReport.for_groups(embeddings.groups)
-        self._embeddings, self._oracle = embeddings, oracle
-        self._executor = embeddings.start(num_slots)
-        self._submitted: list[tuple[StepPlan, BatchT, Any]] = []
-        self._prefetch_depth = prefetch_depth
+        self.oracle_bytes = 0
+        """Bytes of the oracle's own state, without the batches in its window."""
+        self._embeddings, self._prefetch_depth = embeddings, options.prefetch_depth
+        self._submitted: deque[Planned[BatchT]] = deque()
         self._in_step = False
+        self._pinned: list[UInt8Array] = []
+        self._executor = embeddings.start(options.num_slots)
+        self._process: OracleProcess[BatchT] | None = None
+        if in_process:
+            self._process = self._start_process(batches, options, find_sparse)
         self._is_open = True
-        num_threads = dedup_threads or max(1, (os.cpu_count() or 2) - 1)
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup")
-        numbered = enumerate(batches, embeddings.step)
-        deduped = ordered_map(partial(_dedup, embeddings.groups, find_sparse), numbered, self._pool, ahead=2 * num_threads)
-        self._linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
-        planned = oracle.plan_linked(self._linked)
-        if check:
-            planned = checked(embeddings.groups, num_slots, planned)
+        planned = plan_stream(batches, options, find_sparse) if self._process is None else self._process.items()
         self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
 
     @property
     def waits(self) -> Waits:
         """Seconds that the training loop waited for plans, rows and slots, so far."""
         return self._executor.waits
-
-    @property
-    def oracle_bytes(self) -> int:
-        """Bytes of the oracle's own state, without the batches in its window."""
-        return self._oracle.nbytes
 
     def __iter__(self) -> Iterator[BatchT]:
         return self
@@ -143,13 +135,14 @@ class Lookahead(Generic[BatchT]):
             if not self._submit_ahead():
                 self.close()
                 raise StopIteration
-            plan, batch, sparse = self._submitted.pop(0)
-            self._begin_step(sparse)
+            planned = self._submitted.popleft()
+            self._begin_step(planned.sparse)
         except BaseException:
             self.close()
             raise
-        self.report.add(plan, self._oracle.peak_slots)
-        return batch
+        self.report.add(planned.plan, planned.peak_slots)
+        self.oracle_bytes = planned.oracle_bytes
+        return planned.batch
 
     def __enter__(self) -> Lookahead[BatchT]:
         return self
@@ -195,10 +188,42 @@ class Lookahead(Generic[BatchT]):
 
     def _end_threads(self) -> None:
         self._is_open = False
-        self._linked.close()
+        if self._process is not None:
+            self._process.stop()
         self._plans.close()
-        self._oracle.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start_process(
+        self,
+        batches: Iterable[BatchT | Deferred[BatchT]],
+        options: StreamOptions,
+        find_sparse: Callable[[BatchT], Any],
+    ) -> OracleProcess[BatchT]:
+        try:
+            process = OracleProcess(
+                batches,
+                options,
+                find_sparse,
+                num_places=options.prefetch_depth + 2 * _PLANS_AHEAD,
+                on_region=self._pin if self._embeddings.device.type == "cuda" else lambda _: None,
+            )
+        except BaseException:
+            self._embeddings.stop()
+            raise
+        # The device reads plans where the process put them: that memory goes when the executor has ended.
+        self._executor.at_close.append(self._unpin)
+        self._executor.at_close.append(process.close)
+        return process
+
+    def _pin(self, memory: UInt8Array) -> None:
+        """Lets the device copy plans from where the oracle process put them."""
+        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
+        if int(error) == 0:  # else they go through pinned memory of torch's, one copy more
+            self._pinned.append(memory)
+
+    def _unpin(self) -> None:
+        for memory in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
+        self._pinned.clear()
 
     def _end_step(self) -> None:
         if self._in_step:
@@ -213,52 +238,14 @@ class Lookahead(Generic[BatchT]):
             self.waits.plan_s += time.perf_counter() - started
             if planned is None:
                 return False
-            self._submit(*planned)
+            self._submit(planned)
         while len(self._submitted) <= self._prefetch_depth:
             planned = self._plans.next_if_ready()
             if planned is None:
                 break
-            self._submit(*planned)
+            self._submit(planned)
         return True
 
-    def _submit(self, plan: StepPlan, batch: DedupedBatch[tuple[BatchT, Any]]) -> None:
-        self._executor.submit(plan)
-        self._submitted.append((plan, *batch.payload))
-
-
-def _dedup(
-    groups: Sequence[Group], find_sparse: Callable[[BatchT], Any], numbered: tuple[int, BatchT]
-) -> DedupedBatch[tuple[BatchT, Any]]:
-    step, batch = numbered
-    try:
-        sparse = find_sparse(batch)
-        jagged = as_jagged(sparse)
-        check_features(groups, jagged)
-        deduped = tuple(dedup(group, jagged) for group in groups)
-    except DataError as error:
-        raise DataError(f"step {step}: {error}") from error
-    return DedupedBatch(
-        payload=(batch, sparse),
-        payload_bytes=_payload_bytes(jagged),
-        batch_size=jagged.batch_size,
-        groups=deduped,
-    )
-
-
-def _find_sparse(batch: Any) -> Any:
-    """The jagged part of a batch: itself, or its attribute or key `sparse` or `sparse_features`."""
-    if isinstance(batch, Jagged) or callable(getattr(batch, "offsets", None)):
-        return batch
-    for name in _SPARSE_NAMES:
-        if isinstance(batch, dict) and name in batch:
-            return batch[name]
-        if hasattr(batch, name):
-            return getattr(batch, name)
-    raise DataError(
-        f"a batch of type {type(batch).__name__} has no attribute or key {' or '.join(_SPARSE_NAMES)}: tell bagpipe.lookahead "
-        "where its jagged ids are, for example sparse=lambda batch: batch[1]"
-    )
-
-
-def _payload_bytes(batch: Jagged) -> int:
-    return batch.values.nbytes + (0 if batch.offsets is None else batch.offsets.nbytes)
+    def _submit(self, planned: Planned[BatchT]) -> None:
+        self._executor.submit(planned.plan, planned.release)
+        self._submitted.append(planned)

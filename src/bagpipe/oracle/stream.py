@@ -1,0 +1,132 @@
+"""From an iterable of batches to plans, all stages running beside each other.
+
+    reader --> de-duplication (pool) --in order--> linker --bounded queue--> Cacher --> (plan, batch)
+    '------------------- one thread -------------------'                '- the caller's thread -'
+
+What must be in order has a thread of its own; between reading and linking, de-duplication of several batches runs at a time on a
+pool. A `Deferred` batch is read there too. `plan_stream` never loads torch, and all that it takes can be pickled, so that it also
+runs in a process of its own (`bagpipe.oracle.process`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
+
+from bagpipe.errors import DataError
+from bagpipe.jagged import as_jagged, check_features
+from bagpipe.oracle.checks import checked
+from bagpipe.oracle.dedup import dedup
+from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
+from bagpipe.oracle.window import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
+from bagpipe.types import Group, Jagged, StepPlan
+
+BatchT = TypeVar("BatchT")
+
+_LINKED_AHEAD = 2
+"""Batches read, de-duplicated and linked beyond the oracle's window."""
+_CORES_A_PLANNER = 4
+"""Of how many cores one shares the loops of the sequential stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How a stream is planned; see `bagpipe.lookahead`."""
+
+    groups: tuple[Group, ...]
+    num_slots: tuple[int, ...]
+    lookahead: int | Literal["auto"] = "auto"
+    lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES
+    prefetch_depth: int = 2
+    first_step: int = 0
+    dedup_threads: int | None = None  # None: the number of cores less one
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        check_window(self.groups, num_slots=self.num_slots, lookahead=self.lookahead, prefetch_depth=self.prefetch_depth)
+
+    def make_oracle(self) -> Oracle:
+        """The oracle that these options describe."""
+        return Oracle(
+            self.groups,
+            num_slots=self.num_slots,
+            lookahead=self.lookahead,
+            lookahead_bytes=self.lookahead_bytes,
+            prefetch_depth=self.prefetch_depth,
+            first_step=self.first_step,
+            num_threads=max(1, (os.cpu_count() or 1) // _CORES_A_PLANNER),
+        )
+
+
+@dataclass(frozen=True)
+class Deferred(Generic[BatchT]):
+    """A batch that is not read yet; `read` may run in any thread, beside others."""
+
+    read: Callable[[], BatchT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Generic[BatchT]):
+    """A batch and its plan."""
+
+    plan: StepPlan
+    batch: BatchT
+    sparse: Any
+    """The batch's ids, the very object that the batch holds."""
+    peak_slots: tuple[int, ...]
+    oracle_bytes: int  # of the oracle's own state
+    release: Callable[[], None] | None = None
+    """To be called once nothing reads the plan's arrays any more, steps in order; None where they live by themselves."""
+
+
+def plan_stream(
+    batches: Iterable[BatchT | Deferred[BatchT]], options: StreamOptions, find_sparse: Callable[[BatchT], Any]
+) -> Iterator[Planned[BatchT]]:
+    """Yields each batch with its plan, in order.
+
+    Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a BackgroundError) after all batches before it.
+    """
+    oracle = options.make_oracle()
+    num_threads = options.dedup_threads or max(1, (os.cpu_count() or 2) - 1)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup") as pool:
+        numbered = enumerate(batches, options.first_step)
+        deduped = ordered_map(partial(_dedup, options.groups, find_sparse), numbered, pool, ahead=2 * num_threads)
+        linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
+        planned = oracle.plan_linked(linked)
+        if options.check:
+            planned = checked(options.groups, options.num_slots, planned)
+        try:
+            for plan, deduped_batch in planned:
+                batch, sparse = deduped_batch.payload
+                yield Planned(plan=plan, batch=batch, sparse=sparse, peak_slots=oracle.peak_slots, oracle_bytes=oracle.nbytes)
+        finally:
+            linked.close()
+            oracle.close()
+
+
+def _dedup(
+    groups: Sequence[Group], find_sparse: Callable[[BatchT], Any], numbered: tuple[int, BatchT | Deferred[BatchT]]
+) -> DedupedBatch[tuple[BatchT, Any]]:
+    step, item = numbered
+    batch = item.read() if isinstance(item, Deferred) else item
+    try:
+        sparse = find_sparse(batch)
+        jagged = as_jagged(sparse)
+        check_features(groups, jagged)
+        deduped = tuple(dedup(group, jagged) for group in groups)
+    except DataError as error:
+        raise DataError(f"step {step}: {error}") from error
+    return DedupedBatch(
+        payload=(batch, sparse),
+        payload_bytes=_payload_bytes(jagged),
+        batch_size=jagged.batch_size,
+        groups=deduped,
+    )
+
+
+def _payload_bytes(batch: Jagged) -> int:
+    return batch.values.nbytes + (0 if batch.offsets is None else batch.offsets.nbytes)
