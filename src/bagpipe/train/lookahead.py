@@ -106,7 +106,6 @@ class Lookahead(Generic[BatchT]):
         self._embeddings, self._prefetch_depth = embeddings, options.prefetch_depth
         self._submitted: deque[Planned[BatchT]] = deque()
         self._in_step = False
-        self._pinned: list[UInt8Array] = []
         self._executor = embeddings.start(options.num_slots)
         self._process: OracleProcess[BatchT] | None = None
         if in_process:
@@ -198,32 +197,23 @@ class Lookahead(Generic[BatchT]):
         options: StreamOptions,
         find_sparse: Callable[[BatchT], Any],
     ) -> OracleProcess[BatchT]:
+        # Nothing that outlives this object may hold it, or it would never end the threads of a loop left by `break`.
+        pinned = _PinnedMemory()
         try:
             process = OracleProcess(
                 batches,
                 options,
                 find_sparse,
                 num_places=options.prefetch_depth + 2 * _PLANS_AHEAD,
-                on_region=self._pin if self._embeddings.device.type == "cuda" else lambda _: None,
+                on_region=pinned.pin if self._embeddings.device.type == "cuda" else lambda _: None,
             )
         except BaseException:
             self._embeddings.stop()
             raise
         # The device reads plans where the process put them: that memory goes when the executor has ended.
-        self._executor.at_close.append(self._unpin)
+        self._executor.at_close.append(pinned.unpin)
         self._executor.at_close.append(process.close)
         return process
-
-    def _pin(self, memory: UInt8Array) -> None:
-        """Lets the device copy plans from where the oracle process put them."""
-        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
-        if int(error) == 0:  # else they go through pinned memory of torch's, one copy more
-            self._pinned.append(memory)
-
-    def _unpin(self) -> None:
-        for memory in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
-        self._pinned.clear()
 
     def _end_step(self) -> None:
         if self._in_step:
@@ -249,3 +239,22 @@ class Lookahead(Generic[BatchT]):
     def _submit(self, planned: Planned[BatchT]) -> None:
         self._executor.submit(planned.plan, planned.release)
         self._submitted.append(planned)
+
+
+class _PinnedMemory:
+    """Shared memory that the device may copy from directly."""
+
+    def __init__(self) -> None:
+        self._regions: list[UInt8Array] = []
+
+    def pin(self, memory: UInt8Array) -> None:
+        """Pins a region; where the system refuses, plans go through pinned memory of torch's, one copy more."""
+        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
+        if int(error) == 0:
+            self._regions.append(memory)
+
+    def unpin(self) -> None:
+        """Gives all regions back."""
+        for memory in self._regions:
+            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
+        self._regions.clear()
