@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +91,16 @@ def test_any_batches_from_anywhere(
         part = list(source.batches(batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last))
         last = NUM_ROWS - NUM_ROWS % batch_size if drop_last else NUM_ROWS
         assert unpack(part, keys) == whole[start * batch_size : last]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_may_be_read_by_several_threads_and_in_another_process(folder: Path, shuffle: bool) -> None:
+    source = PreparedSource(folder, "train", shuffle=shuffle)
+    whole = unpack(list(source.batches(batch_size=7, epoch=1)), ("row", "bag"))
+    with ThreadPoolExecutor(4) as pool:
+        for one in (source, pickle.loads(pickle.dumps(source))):
+            batches = pool.map(lambda read: read(), one.reads(batch_size=7, epoch=1))
+            assert unpack(list(batches), ("row", "bag")) == whole
 
 
 def test_shuffling_depends_on_seed_and_epoch_only(folder: Path) -> None:

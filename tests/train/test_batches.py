@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,10 +12,10 @@ import pytest
 from bagpipe.config.run import EmbeddingsConfig, TrainConfig
 from bagpipe.data.base import Batch, FeatureSpec, count_batches
 from bagpipe.errors import ConfigError
-from bagpipe.train.batches import Schedule, TorchBatch
+from bagpipe.train.batches import RemainingBatches, Schedule, TorchBatch
 from bagpipe.train.build import make_schedule, make_tables
 from bagpipe.train.checkpoint import Position
-from bagpipe.types import Jagged
+from bagpipe.types import Int64Array, Jagged
 
 
 class CountingSource:
@@ -26,15 +28,23 @@ class CountingSource:
         self.num_samples = num_samples
 
     def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
+        for read in self.reads(batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last):
+            yield read()
+
+    def reads(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Callable[[], Batch]]:
         for index in range(start, count_batches(self.num_samples, batch_size, drop_last=drop_last)):
             numbers = np.arange(index * batch_size, min((index + 1) * batch_size, self.num_samples)) + 1000 * epoch
-            sparse = Jagged(keys=("f",), values=np.zeros(len(numbers), np.int64), batch_size=len(numbers))
-            dense = numbers.astype(np.float32)[:, None]
-            yield Batch(dense=dense, sparse=sparse, labels=np.zeros(len(numbers), np.float32))
+            yield partial(counted_batch, numbers)
+
+
+def counted_batch(numbers: Int64Array) -> Batch:
+    sparse = Jagged(keys=("f",), values=np.zeros(len(numbers), np.int64), batch_size=len(numbers))
+    return Batch(dense=numbers.astype(np.float32)[:, None], sparse=sparse, labels=np.zeros(len(numbers), np.float32))
 
 
 def firsts(schedule: Schedule, source: CountingSource, start: Position) -> list[float]:
-    return [float(batch.dense[0, 0]) for batch in schedule.remaining(source, start, pin_memory=False)]
+    batches = RemainingBatches(source=source, schedule=schedule, start=start)
+    return [float(batch.read().dense[0, 0]) for batch in pickle.loads(pickle.dumps(batches))]
 
 
 @pytest.mark.parametrize(("steps", "drop_last"), [(5, False), (7, False), (7, True), (1, False)])

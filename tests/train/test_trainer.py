@@ -57,8 +57,9 @@ def test_a_run_logs_scores_and_saves(tmp_path: Path) -> None:
         {},
         {"cache": {"size": 430, "lookahead": 1, "prefetch_depth": 1}},
         {"train": {"eval_every_steps": 5}, "checkpoint": {"every_steps": 3, "keep": 1}},
+        {"cache": {"oracle": "process"}},
     ],
-    ids=["same", "another cache", "evaluations and checkpoints"],
+    ids=["same", "another cache", "evaluations and checkpoints", "oracle process"],
 )
 @pytest.mark.parametrize("stop_at", [1, 16, 17])
 def test_a_resumed_run_ends_like_one_that_nothing_happened_to(

@@ -161,7 +161,9 @@ class CacheConfig(Section):
     prefetch_depth: PositiveInt = 2
     """Steps before its use that a fetch may be issued."""
     threads: PositiveInt | None = None
-    """Threads that de-duplicate; the library's choice when left out."""
+    """Threads that read and de-duplicate; the library's choice when left out."""
+    oracle: Literal["auto", "thread", "process"] = "auto"
+    """Where batches are read and planned: in threads of the trainer, or in a process of its own, as "auto" does for a GPU."""
     check: bool = False
     """Whether every plan is checked against its invariants while running (slow)."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -51,6 +51,9 @@ class BatchSource(Protocol):
 
     def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
         """Yields the batches of one epoch from batch number `start` on; the last one may be smaller unless dropped."""
+
+    def reads(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Callable[[], Batch]]:
+        """The batches of `batches`, not read yet: calls that may run in any thread, beside each other and in any order."""
 
 
 def count_batches(num_samples: int, batch_size: int, *, drop_last: bool = False) -> int:

@@ -7,9 +7,11 @@ batch are checked as they are read (`bagpipe.data.check`).
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,6 +69,12 @@ class PreparedSource:
         self._readers = [_open(check_file(folder, entry, verify=verify)) for entry in entries]
         self._where, self._starts = _record_batches(self._readers, [entry.num_rows for entry in entries], self.manifest, folder)
         self._views: OrderedDict[int, _View] = OrderedDict()
+        self._views_lock = threading.Lock()
+        self._reopen = partial(PreparedSource, folder, split, features=features, shuffle=shuffle, seed=seed, verify=False)
+
+    def __reduce__(self) -> tuple[Callable[[], PreparedSource], tuple[()]]:
+        """Another process opens the files anew; their checksums have been compared here."""
+        return self._reopen, ()
 
     @property
     def num_dense(self) -> int:
@@ -80,14 +88,22 @@ class PreparedSource:
 
     def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
         """Yields an epoch's batches from number `start` on. DataError: a number is not finite, an id not of its table."""
+        for read in self.reads(batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last):
+            yield read()
+
+    def reads(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Callable[[], Batch]]:
+        """See `BatchSource.reads`; the calls raise DataError as `batches` does."""
         order = Shuffled(self._starts, seed=self._seed, epoch=epoch) if self._shuffle else FrontToBack(self._starts)
         for number in range(start, count_batches(self.num_samples, batch_size, drop_last=drop_last)):
             begin = number * batch_size
             size = min(batch_size, self.num_samples - begin)
-            batch = self._gather(list(order.pieces(begin, begin + size)), size)
             where = f"batch {number} of {self._split}, epoch {epoch}"
-            check_batch(batch, self.features, where=where, dense_names=self.manifest.dense_names)
-            yield batch
+            yield partial(self._read, list(order.pieces(begin, begin + size)), size, where)
+
+    def _read(self, pieces: list[Piece], size: int, where: str) -> Batch:
+        batch = self._gather(pieces, size)
+        check_batch(batch, self.features, where=where, dense_names=self.manifest.dense_names)
+        return batch
 
     def _gather(self, pieces: list[Piece], size: int) -> Batch:
         labels = np.empty(size, np.float32)
@@ -132,14 +148,15 @@ class PreparedSource:
         return Jagged(keys=self._keys, values=values, batch_size=size, offsets=offsets)
 
     def _view(self, index: int) -> _View:
-        view = self._views.get(index)
-        if view is None:
-            reader, number = self._where[index]
-            view = self._map(self._readers[reader].get_batch(number))
-            self._views[index] = view
-            if len(self._views) > _NUM_CACHED_VIEWS:
-                self._views.popitem(last=False)
-        return view
+        with self._views_lock:
+            view = self._views.get(index)
+            if view is None:
+                reader, number = self._where[index]
+                view = self._map(self._readers[reader].get_batch(number))
+                self._views[index] = view
+                if len(self._views) > _NUM_CACHED_VIEWS:
+                    self._views.popitem(last=False)
+            return view
 
     def _map(self, batch: Any) -> _View:
         columns = [batch.column(_FIRST_FEATURE_COLUMN + column) for column in self._columns]

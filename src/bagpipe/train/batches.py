@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bagpipe.data.base import Batch, BatchSource
+from bagpipe.oracle.stream import Deferred
 from bagpipe.train.checkpoint import Position
 from bagpipe.types import Jagged
 
@@ -56,13 +57,21 @@ class Schedule:
         epoch, batch = divmod(step, self.num_batches)
         return Position(epoch=epoch, batch=batch)
 
-    def remaining(self, source: BatchSource, start: Position, *, pin_memory: bool) -> Iterator[TorchBatch]:
-        """The batches from `start` to the end of the run."""
-        left = self.num_steps - (start.epoch * self.num_batches + start.batch)
-        epoch, first = start.epoch, start.batch
+
+@dataclass(frozen=True, kw_only=True)
+class RemainingBatches:
+    """The batches of a run from `start` to its end, to be read where they are de-duplicated. Can be sent to another process."""
+
+    source: BatchSource
+    schedule: Schedule
+    start: Position
+
+    def __iter__(self) -> Iterator[Deferred[Batch]]:
+        schedule, epoch, first = self.schedule, self.start.epoch, self.start.batch
+        left = schedule.num_steps - (epoch * schedule.num_batches + first)
         while left > 0:
-            batches = source.batches(batch_size=self.batch_size, epoch=epoch, start=first, drop_last=self.drop_last)
-            for batch in islice(batches, left):
-                yield TorchBatch.of(batch, pin_memory=pin_memory)
-            left -= self.num_batches - first
+            reads = self.source.reads(batch_size=schedule.batch_size, epoch=epoch, start=first, drop_last=schedule.drop_last)
+            for read in islice(reads, left):
+                yield Deferred(read)
+            left -= schedule.num_batches - first
             epoch, first = epoch + 1, 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ _PLANS_AHEAD = 2
 
 
 def lookahead(
-    batches: Iterable[BatchT],
+    batches: Iterable[BatchT | Deferred[BatchT]],
     embeddings: EmbeddingBagCollection,
     *,
     cache: int | str | Sequence[int] = "auto",
@@ -49,7 +50,8 @@ def lookahead(
     check: bool = False,
     sparse: Callable[[BatchT], Any] | None = None,
     oracle: Literal["thread", "process"] = "thread",
-) -> Lookahead[BatchT]:
+    prepare: Callable[[BatchT], Any] | None = None,
+) -> Lookahead[Any]:
     """Iterates `batches` with `embeddings` prepared for each; see `Lookahead` for what else the iterator tells.
 
     `batches` may be any iterable, a torch DataLoader too; it is read in a thread of its own, `lookahead` batches ahead.
@@ -62,6 +64,7 @@ def lookahead(
     `oracle` says where batches are read and planned: in threads of this process, or in a process of its own (Linux), which keeps
     steps of a few milliseconds free of it. `batches` and `sparse` must be picklable then, and as with a DataLoader's workers a
     script needs ``if __name__ == "__main__":``.
+    `prepare` turns each batch into what is handed out, in a background thread of this process: the place to pin memory.
 
     Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the loss's gradient before it does.
 
@@ -83,7 +86,7 @@ def lookahead(
         dedup_threads=dedup_threads,
         check=check,
     )
-    return Lookahead(batches, embeddings, options, sparse if sparse is not None else find_sparse, oracle == "process")
+    return Lookahead(batches, embeddings, options, sparse or find_sparse, prepare, in_process=oracle == "process")
 
 
 class Lookahead(Generic[BatchT]):
@@ -94,10 +97,12 @@ class Lookahead(Generic[BatchT]):
 
     def __init__(
         self,
-        batches: Iterable[BatchT | Deferred[BatchT]],
+        batches: Iterable[Any],
         embeddings: EmbeddingBagCollection,
         options: StreamOptions,
-        find_sparse: Callable[[BatchT], Any],
+        find_sparse: Callable[[Any], Any],
+        prepare: Callable[[Any], BatchT] | None,
+        *,
         in_process: bool,
     ) -> None:
         self.report = OracleReport.for_groups(embeddings.groups)
@@ -107,11 +112,13 @@ class Lookahead(Generic[BatchT]):
         self._submitted: deque[Planned[BatchT]] = deque()
         self._in_step = False
         self._executor = embeddings.start(options.num_slots)
-        self._process: OracleProcess[BatchT] | None = None
+        self._process: OracleProcess[Any] | None = None
         if in_process:
             self._process = self._start_process(batches, options, find_sparse)
         self._is_open = True
         planned = plan_stream(batches, options, find_sparse) if self._process is None else self._process.items()
+        if prepare is not None:
+            planned = (replace(item, batch=prepare(item.batch)) for item in planned)
         self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
 
     @property
@@ -192,11 +199,8 @@ class Lookahead(Generic[BatchT]):
         self._plans.close()
 
     def _start_process(
-        self,
-        batches: Iterable[BatchT | Deferred[BatchT]],
-        options: StreamOptions,
-        find_sparse: Callable[[BatchT], Any],
-    ) -> OracleProcess[BatchT]:
+        self, batches: Iterable[Any], options: StreamOptions, find_sparse: Callable[[Any], Any]
+    ) -> OracleProcess[Any]:
         # Nothing that outlives this object may hold it, or it would never end the threads of a loop left by `break`.
         pinned = _PinnedMemory()
         try:

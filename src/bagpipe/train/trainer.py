@@ -14,13 +14,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bagpipe.config.run import RunConfig
 from bagpipe.errors import CheckpointError
-from bagpipe.train.batches import TorchBatch
+from bagpipe.train.batches import RemainingBatches, TorchBatch
 from bagpipe.train.build import Run, build_run
 from bagpipe.train.checkpoint import (
     SavedRun,
@@ -137,8 +138,9 @@ class _Loop:
     def _open_stream(self) -> Lookahead[TorchBatch]:
         run, cache = self._run, self._run.config.cache
         start = run.schedule.position_after(self._step)
+        in_process = cache.oracle == "process" or (cache.oracle == "auto" and run.device.type == "cuda")
         return lookahead(
-            run.schedule.remaining(run.source, start, pin_memory=run.device.type == "cuda"),
+            RemainingBatches(source=run.source, schedule=run.schedule, start=start),
             run.embeddings,
             cache=cache.size,
             lookahead=cache.lookahead,
@@ -146,6 +148,8 @@ class _Loop:
             prefetch_depth=cache.prefetch_depth,
             dedup_threads=cache.threads,
             check=cache.check,
+            oracle="process" if in_process else "thread",
+            prepare=partial(TorchBatch.of, pin_memory=run.device.type == "cuda"),
         )
 
     def _train_step(self, host_batch: TorchBatch) -> None:
