@@ -1,22 +1,12 @@
 """The Cacher's eviction queues, compiled: slots of settled rows in the order in which they may go.
 
-**The queue of rows without a next use** is an array of slots, `queue`, with its two ends, `queue_ends`. `places` (num_slots,) says
-where a slot stands in it, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose slot says
-otherwise is stale and passed over. `compact` drops stale entries when the array is full.
-
-**The due queues**, one for each step of the window, hold the settled rows that the step needs: their slots, and their indices in
-the step's batch. They are chains of chunks of `CHUNK` entries, so that filling and emptying them runs through memory in order.
-`chunks` (num_chunks, CHUNK, 2) holds the entries, `chains` (num_chunks,) the next chunk of a chain, and `due`
-(num_queues + 1, 4) of each queue its `FIRST` and `LAST` chunk, and where in them it `BEGIN`s and `END`s; the last line's `FIRST` is
-the chain of free chunks. An entry leaves from the front, when its row is evicted, or with all others when its step comes. A slot
-stands in one queue at a time, and only a queue's first and last chunk are not full, so `num_slots / CHUNK` chunks and two more for
-each queue suffice.
-
 Functions take whole arrays: a call from compiled code costs a reference count of every array that it passes, so one call a slot
 took five times as long.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,63 +20,96 @@ FIRST, LAST, BEGIN, END = range(4)
 _NO_CHUNK = -1
 
 
+class UnknownQueue(NamedTuple):
+    """Slots of rows without a known next use, the longest unused first.
+
+    `places` says where a slot stands, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose slot
+    says otherwise is stale and passed over. Stale entries are dropped when the array is full.
+    """
+
+    slots: Int32Array  # (2 * num_slots,)
+    ends: Int64Array  # (2,) where the queue begins and ends
+    places: Int32Array  # (num_slots,)
+
+
+class DueQueues(NamedTuple):
+    """One queue for each step of the window: the settled rows that it needs, their slots and their indices in the step's batch.
+
+    Queues are chains of chunks of `CHUNK` entries, so that filling and emptying them runs through memory in order. An entry leaves
+    from the front, when its row is evicted, or with all others when its step comes. A slot stands in one queue at a time, and only
+    a queue's first and last chunk are not full, so `num_slots / CHUNK` chunks and two more for each queue suffice.
+    """
+
+    chunks: Int32Array  # (num_chunks, CHUNK, 2) entries: SLOT, INDEX
+    chains: Int32Array  # (num_chunks,) the next chunk of a chain
+    queues: Int32Array  # (num_queues + 1, 4) FIRST and LAST chunk, and where in them it BEGINs and ENDs; last the free chunks
+
+
+def make_unknown_queue(num_slots: int) -> UnknownQueue:
+    """An empty queue."""
+    return UnknownQueue(np.empty(2 * num_slots, np.int32), np.zeros(2, np.int64), np.full(num_slots, NOT_QUEUED, np.int32))
+
+
+def make_due_queues(num_slots: int, num_queues: int) -> DueQueues:
+    """Empty queues."""
+    num_chunks = -(-num_slots // CHUNK) + 2 * num_queues
+    chains = np.arange(1, num_chunks + 1, dtype=np.int32)
+    chains[-1] = _NO_CHUNK
+    queues = np.full((num_queues + 1, 4), _NO_CHUNK, np.int32)
+    queues[num_queues, FIRST] = 0
+    return DueQueues(np.empty((num_chunks, CHUNK, 2), np.int32), chains, queues)
+
+
 @jit
-def compact(queue: Int32Array, queue_ends: Int64Array, places: Int32Array) -> None:
-    """Drops the stale entries of the queue of rows without a next use."""
+def push_unknown(unknown: UnknownQueue, slots: Int32Array) -> None:
+    """Puts slots (n,) at the end of the queue."""
+    queue, ends, places = unknown.slots, unknown.ends, unknown.places
+    if ends[1] + len(slots) > len(queue):
+        _compact(queue, ends, places)
+    end = ends[1]
+    for slot in slots:
+        queue[end] = slot
+        places[slot] = end
+        end += 1
+    ends[1] = end
+
+
+@jit
+def _compact(queue: Int32Array, ends: Int64Array, places: Int32Array) -> None:
+    """Drops the stale entries."""
     end = 0
-    for place in range(queue_ends[0], queue_ends[1]):
+    for place in range(ends[0], ends[1]):
         slot = queue[place]
         if places[slot] == place:
             places[slot] = end
             queue[end] = slot
             end += 1
-    queue_ends[0] = 0
-    queue_ends[1] = end
+    ends[0] = 0
+    ends[1] = end
 
 
 @jit
-def push_unknown(queue: Int32Array, queue_ends: Int64Array, places: Int32Array, slots: Int32Array) -> None:
-    """Puts slots (n,) at the end of the queue, which must have room for them."""
-    end = queue_ends[1]
-    for slot in slots:
-        queue[end] = slot
-        places[slot] = end
-        end += 1
-    queue_ends[1] = end
-
-
-@jit
-def pop_unknown(queue: Int32Array, queue_ends: Int64Array, places: Int32Array, freed: Int32Array) -> int:
+def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
     """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
+    queue, ends, places = unknown.slots, unknown.ends, unknown.places
     num_freed = 0
-    place = queue_ends[0]
-    while num_freed < len(freed) and place < queue_ends[1]:
+    place = ends[0]
+    while num_freed < len(freed) and place < ends[1]:
         slot = queue[place]
         is_current = places[slot] == place
         places[slot] = NOT_QUEUED if is_current else places[slot]
         freed[num_freed] = slot
         num_freed += is_current
         place += 1
-    queue_ends[0] = place
+    ends[0] = place
     return num_freed
 
 
-def make_due_queues(num_slots: int, num_queues: int) -> tuple[Int32Array, Int32Array, Int32Array]:
-    """Empty due queues: (chunks, chains, due)."""
-    num_chunks = -(-num_slots // CHUNK) + 2 * num_queues
-    chains = np.arange(1, num_chunks + 1, dtype=np.int32)
-    chains[-1] = _NO_CHUNK
-    due = np.full((num_queues + 1, 4), _NO_CHUNK, np.int32)
-    due[num_queues, FIRST] = 0
-    return np.empty((num_chunks, CHUNK, 2), np.int32), chains, due
-
-
 @jit
-def push_due(
-    chunks: Int32Array, chains: Int32Array, due: Int32Array, steps: Int32Array, indices: Int32Array, slots: Int32Array
-) -> None:
+def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array) -> None:
     """Puts each row (n,) at the end of the queue of the step (n,) that needs it. Step s has queue s modulo their number."""
-    free = len(due) - 1
+    chunks, chains, queues = due.chunks, due.chains, due.queues
+    free = len(queues) - 1
     # One division for all: the steps lie within one turn of the queues.
     first = np.int64(0) if len(steps) == 0 else np.int64(steps[0]) - np.int64(steps[0]) % free
     for entry in range(len(slots)):
@@ -95,58 +118,62 @@ def push_due(
             queue -= free
         elif queue < 0:
             queue += free
-        last = due[queue, LAST]
-        if due[queue, FIRST] == _NO_CHUNK or due[queue, END] == CHUNK:
-            chunk = due[free, FIRST]
-            due[free, FIRST] = chains[chunk]
+        last = queues[queue, LAST]
+        if queues[queue, FIRST] == _NO_CHUNK or queues[queue, END] == CHUNK:
+            chunk = queues[free, FIRST]
+            queues[free, FIRST] = chains[chunk]
             chains[chunk] = _NO_CHUNK
-            if due[queue, FIRST] == _NO_CHUNK:
-                due[queue, FIRST] = chunk
-                due[queue, BEGIN] = 0
+            if queues[queue, FIRST] == _NO_CHUNK:
+                queues[queue, FIRST] = chunk
+                queues[queue, BEGIN] = 0
             else:
                 chains[last] = chunk
-            due[queue, LAST] = chunk
-            due[queue, END] = 0
+            queues[queue, LAST] = chunk
+            queues[queue, END] = 0
             last = chunk
-        end = np.uint32(due[queue, END])
+        end = np.uint32(queues[queue, END])
         chunks[np.uint32(last), end, SLOT] = slots[entry]
         chunks[np.uint32(last), end, INDEX] = indices[entry]
-        due[queue, END] = end + 1
+        queues[queue, END] = end + 1
 
 
 @jit
-def pop_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queue: int, freed: Int32Array) -> int:
-    """Moves slots from the front of a due queue to `freed` until it is full; returns how many."""
+def pop_due(due: DueQueues, step: int, freed: Int32Array) -> int:
+    """Moves slots from the front of a step's queue to `freed` until it is full; returns how many."""
+    chunks, chains, queues = due.chunks, due.chains, due.queues
+    queue = step % (len(queues) - 1)
     num_freed = 0
-    while num_freed < len(freed) and due[queue, FIRST] != _NO_CHUNK:
-        chunk = due[queue, FIRST]
-        end = due[queue, END] if chunk == due[queue, LAST] else CHUNK
-        count = min(end - due[queue, BEGIN], len(freed) - num_freed)
+    while num_freed < len(freed) and queues[queue, FIRST] != _NO_CHUNK:
+        chunk = queues[queue, FIRST]
+        end = queues[queue, END] if chunk == queues[queue, LAST] else CHUNK
+        count = min(end - queues[queue, BEGIN], len(freed) - num_freed)
         for entry in range(count):
-            freed[num_freed + entry] = chunks[chunk, due[queue, BEGIN] + entry, SLOT]
+            freed[num_freed + entry] = chunks[chunk, queues[queue, BEGIN] + entry, SLOT]
         num_freed += count
-        due[queue, BEGIN] += count
-        if due[queue, BEGIN] == end:
-            _free_first_chunk(chains, due, queue)
+        queues[queue, BEGIN] += count
+        if queues[queue, BEGIN] == end:
+            _free_first_chunk(chains, queues, queue)
     return num_freed
 
 
 @jit
-def take_due(chunks: Int32Array, chains: Int32Array, due: Int32Array, queue: int, slots: Int32Array) -> None:
-    """Empties a due queue, its step has come: writes its slots to their indices in `slots`."""
-    while due[queue, FIRST] != _NO_CHUNK:
-        chunk = due[queue, FIRST]
-        end = due[queue, END] if chunk == due[queue, LAST] else CHUNK
-        for entry in range(due[queue, BEGIN], end):
+def take_due(due: DueQueues, step: int, slots: Int32Array) -> None:
+    """Empties a step's queue: writes its slots to their indices in `slots`."""
+    chunks, chains, queues = due.chunks, due.chains, due.queues
+    queue = step % (len(queues) - 1)
+    while queues[queue, FIRST] != _NO_CHUNK:
+        chunk = queues[queue, FIRST]
+        end = queues[queue, END] if chunk == queues[queue, LAST] else CHUNK
+        for entry in range(queues[queue, BEGIN], end):
             slots[np.uint32(chunks[chunk, entry, INDEX])] = chunks[chunk, entry, SLOT]
-        _free_first_chunk(chains, due, queue)
+        _free_first_chunk(chains, queues, queue)
 
 
 @jit
-def _free_first_chunk(chains: Int32Array, due: Int32Array, queue: int) -> None:
-    free = len(due) - 1
-    chunk = due[queue, FIRST]
-    due[queue, FIRST] = chains[chunk]
-    due[queue, BEGIN] = 0
-    chains[chunk] = due[free, FIRST]
-    due[free, FIRST] = chunk
+def _free_first_chunk(chains: Int32Array, queues: Int32Array, queue: int) -> None:
+    free = len(queues) - 1
+    chunk = queues[queue, FIRST]
+    queues[queue, FIRST] = chains[chunk]
+    queues[queue, BEGIN] = 0
+    chains[chunk] = queues[free, FIRST]
+    queues[free, FIRST] = chunk

@@ -20,7 +20,6 @@ import numpy as np
 
 from bagpipe._jit import jit
 from bagpipe._prefetch import prefetch
-from bagpipe.oracle._fork import Fork
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.types import Group, Int32Array, Int64Array
 
@@ -53,9 +52,8 @@ class _Kept:
 class Linker:
     """Links one group's batches in order. Used by one thread; `settled` may be set by another."""
 
-    def __init__(self, group: Group, *, first_step: int = 0, num_threads: int = 1) -> None:
+    def __init__(self, group: Group, *, first_step: int = 0) -> None:
         """`first_step` is the number of the first batch."""
-        self._fork = Fork(num_threads, "link")
         self.next_uses = np.empty((1 << 16, 2), np.int32)
         """By occurrence the `STEP` (-1: none known) and the `INDEX` of the row's next use; replaced when it must grow."""
         self.settled = first_step - 1
@@ -78,20 +76,12 @@ class Linker:
             self._num_kept -= self._kept.popleft().num_uniques
         self.next_uses = roomy_ring(self.next_uses, first - self._num_kept, self._num_kept, len(rows))
         self._sweep(len(rows))
-        previous = np.empty(len(rows), np.int32)
-        self._fork.map(
-            lambda begin, end: _link(rows, begin, end, step, first, self._num_kept, self._last_uses, self.next_uses, previous),
-            len(rows),
-        )
+        previous = _link(rows, step, first, self._num_kept, self._last_uses, self.next_uses)
         self._kept.append(_Kept(step=step, num_uniques=len(rows)))
         self._num_kept += len(rows)
         self._next_occurrence = (first + len(rows)) & OCCURRENCES
         self._next_step += 1
         return LinkedGroup(batch=batch, first_occurrence=first, previous=previous)
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._fork.close()
 
     def _sweep(self, num_uniques: int) -> None:
         """Forgets old occurrences of as many rows as keep the sweep's pace."""
@@ -116,34 +106,25 @@ def roomy_ring(ring: Int32Array, first_occurrence: int, num_kept: int, num_more:
 
 @jit
 def _link(
-    rows: Int64Array,
-    begin: int,
-    end: int,
-    step: int,
-    first_occurrence: int,
-    num_kept: int,
-    last_uses: Int32Array,
-    next_uses: Int32Array,
-    previous: Int32Array,
-) -> None:
-    """Links the rows from `begin` to `end` and fills `previous`.
-
-    Gathers first and decides then: with a branch in the gathering loop each wrong guess waits for memory, thrice as long.
-    """
+    rows: Int64Array, step: int, first_occurrence: int, num_kept: int, last_uses: Int32Array, next_uses: Int32Array
+) -> Int32Array:
+    """Gathers first and decides then: with a branch in the gathering loop each wrong guess waits for memory, thrice as long."""
     mask = len(next_uses) - 1
-    for index in range(begin, end):
+    previous = np.empty(len(rows), np.int32)
+    for index in range(len(rows)):
         prefetch(last_uses, rows[min(index + _AHEAD, len(rows) - 1)], 0)
         row = np.uint64(rows[index])
         previous[index] = last_uses[row, 0]
         last_uses[row, 0] = (first_occurrence + index) & OCCURRENCES
-    for index in range(begin, end):
+    for index in range(len(rows)):
         # What has no place in the ring any more is written to the row's own place, which is cleared afterwards.
         age = (first_occurrence - previous[index]) & OCCURRENCES
         occurrence = previous[index] if (previous[index] >= 0) & (age <= num_kept) else first_occurrence + index
         next_uses[occurrence & mask, INDEX] = index
         next_uses[occurrence & mask, STEP] = step
-    for occurrence in range(first_occurrence + begin, first_occurrence + end):
+    for occurrence in range(first_occurrence, first_occurrence + len(rows)):
         next_uses[occurrence & mask, STEP] = -1
+    return previous
 
 
 @jit

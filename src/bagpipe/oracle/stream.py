@@ -29,8 +29,6 @@ BatchT = TypeVar("BatchT")
 
 _LINKED_AHEAD = 2
 """Batches read, de-duplicated and linked beyond the oracle's window."""
-_CORES_A_PLANNER = 4
-"""Of how many cores one shares the loops of the sequential stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,6 @@ class StreamOptions:
             lookahead_bytes=self.lookahead_bytes,
             prefetch_depth=self.prefetch_depth,
             first_step=self.first_step,
-            num_threads=max(1, (os.cpu_count() or 1) // _CORES_A_PLANNER),
         )
 
 
@@ -105,7 +102,6 @@ def plan_stream(
                 yield Planned(plan=plan, batch=batch, sparse=sparse, peak_slots=oracle.peak_slots, oracle_bytes=oracle.nbytes)
         finally:
             linked.close()
-            oracle.close()
 
 
 def _dedup(

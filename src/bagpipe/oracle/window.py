@@ -81,9 +81,8 @@ class Oracle:
         lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES,
         prefetch_depth: int = 2,
         first_step: int = 0,
-        num_threads: int = 1,
     ) -> None:
-        """`num_slots` for each group; `num_threads` share the loops of one stage. Raises ConfigError for values out of range."""
+        """`num_slots` for each group. Raises ConfigError for values out of range."""
         check_window(groups, num_slots=num_slots, lookahead=lookahead, prefetch_depth=prefetch_depth)
         self._is_auto = lookahead == "auto"
         self._lookahead = AUTO_START if lookahead == "auto" else lookahead
@@ -96,7 +95,6 @@ class Oracle:
                 max_lookahead=MAX_LOOKAHEAD if lookahead == "auto" else lookahead,
                 prefetch_depth=prefetch_depth,
                 first_step=first_step,
-                num_threads=num_threads,
             )
             for group, slots in zip(groups, num_slots, strict=True)
         ]
@@ -153,11 +151,6 @@ class Oracle:
             step += 1
         if failure is not None:
             raise failure
-
-    def close(self) -> None:
-        """Ends the threads that share loops; there are none with one thread."""
-        for cacher in self._cachers:
-            cacher.close()
 
     def _admit(self, linked: LinkedBatch[Payload]) -> None:
         """Lets all groups see the batch, or none."""
