@@ -246,7 +246,7 @@ def find_and_free(
 ) -> tuple[Int32Array, Int32Array, Int32Array, int, int, int]:
     """A step's first half: finds the rows' slots, settles a batch (first occurrence, number of rows), and frees settled slots.
 
-    Returns (slots, missing, freed, how many of these were never used, how many there are with those without a next use, and in all).
+    Returns (slots, missing, freed, how many of these were never used, how many there are with those without a next use, in all).
     """
     slots, missing = find(state, previous, oldest_unsettled, step, slots_of_uses)
     if settled[1] > 0:

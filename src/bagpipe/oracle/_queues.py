@@ -23,8 +23,8 @@ _NO_CHUNK = -1
 class UnknownQueue(NamedTuple):
     """Slots of rows without a known next use, the longest unused first.
 
-    `places` says where a slot stands, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose slot
-    says otherwise is stale and passed over. Stale entries are dropped when the array is full.
+    `places` says where a slot stands, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose
+    slot says otherwise is stale and passed over. Stale entries are dropped when the array is full.
     """
 
     slots: Int32Array  # (2 * num_slots,)
