@@ -44,6 +44,9 @@ def train(
     overrides: Overrides,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of the run's folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the checkpoints that an earlier run left.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a profile of ten steps here, a .json that ui.perfetto.dev opens.")
+    ] = None,
 ) -> None:
     """Train a model."""
     console = Console()
@@ -55,7 +58,7 @@ def train(
 
         config = load_config(RunConfig, file, overrides)
         prepare_environment(config.train.device)
-        result = _train(console, config, resume=resume, overwrite=overwrite)
+        result = _train(console, config, resume=resume, overwrite=overwrite, trace=trace)
     _tell_end(console, config, result)
 
 
@@ -116,12 +119,12 @@ def inspect_data(
             console.print(f"plot: {plot}")
 
 
-def _train(console: Console, config: RunConfig, *, resume: bool, overwrite: bool) -> Result:
+def _train(console: Console, config: RunConfig, *, resume: bool, overwrite: bool, trace: Path | None) -> Result:
     from bagpipe.train.progress import ConsoleReporter
     from bagpipe.train.trainer import train
 
     with ConsoleReporter(console) as reporter:
-        return train(config, reporter=reporter, resume=resume, overwrite=overwrite)
+        return train(config, reporter=reporter, resume=resume, overwrite=overwrite, trace=trace)
 
 
 def _tell_end(console: Console, config: RunConfig, result: Result) -> None:

@@ -24,3 +24,19 @@ def test_a_resumed_run_on_a_gpu_ends_like_one_that_nothing_happened_to(tmp_path:
         resume=True,
     )
     assert newest_files(tmp_path / "resumed") == newest_files(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam"])
+def test_a_graph_gives_what_eager_gives_also_resumed(tmp_path: Path, kind: str) -> None:
+    optimizer = {"optimizer": {"kind": kind, "lr": 0.01}}
+    for name, dense in (("eager", "eager"), ("graph", "graph"), ("resumed", "graph")):
+        settings = {"device": "cuda", "dense": dense, "precision": "bf16"} | optimizer
+        if name == "resumed":
+            train(small_config(tmp_path / name, train=settings | {"steps": 13}), reporter=SilentReporter())
+        train(
+            small_config(tmp_path / name, train=settings | {"steps": NUM_STEPS}),
+            reporter=SilentReporter(),
+            resume=name == "resumed",
+        )
+    assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
+    assert newest_files(tmp_path / "resumed") == newest_files(tmp_path / "eager")

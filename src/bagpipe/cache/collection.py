@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, to_device
 from bagpipe.cache.executor import Executor
+from bagpipe.cache.spans import span
 from bagpipe.cache.tables import LazyTable, save_tables
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows
@@ -85,6 +86,7 @@ class EmbeddingBagCollection(nn.Module):
         self._failure: BaseException | None = None
         self._current_sparse: object = None
         self._was_served = False
+        self._to_update: tuple[DevicePlan, ...] = ()
         # Autograd calls a function's backward only if one of its inputs wants a gradient; the tables are no tensors here.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
 
@@ -106,10 +108,42 @@ class EmbeddingBagCollection(nn.Module):
         return PooledEmbeddings(
             self._features,
             [
-                _Lookup.apply(self._anchor, self.executor, cache, plan)  # type: ignore[no-untyped-call]
+                _Lookup.apply(self._anchor, self.executor, cache, plan, self._autocast_dtype())  # type: ignore[no-untyped-call]
                 for cache, plan in zip(self.executor.caches, plans, strict=True)
             ],
         )
+
+    def lookup(self, sparse: Any, *, dtype: torch.dtype = torch.float32, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """`forward` outside of autograd, for training loops that call `update` themselves: pooled embeddings (B, F, D), by group.
+
+        In `dtype`, float32 or bfloat16, or written to `out`, contiguous tensors of either type.
+        """
+        with span("lookup"):
+            plans = self._plans_of(sparse)
+            self._was_served, self._to_update = True, plans
+            assert self.executor is not None
+            outs = [None] * len(plans) if out is None else out
+            return [
+                cache.lookup(plan, dtype=dtype, out=into)
+                for cache, plan, into in zip(self.executor.caches, plans, outs, strict=True)
+            ]
+
+    def update(self, grads: Sequence[Tensor]) -> None:
+        """Updates the rows of the last `lookup` with its result's gradients (B, F, D), float32 or bfloat16; once a step."""
+        if self.executor is None or not self._to_update or self.executor.current is not self._to_update:
+            raise UsageError(
+                f"step {self.step}: update was called without a lookup in this step, or twice: call lookup, then update, once each"
+            )
+        with span("update"):
+            for cache, plan, grad in zip(self.executor.caches, self._to_update, grads, strict=True):
+                cache.update(plan, grad)
+        self._to_update = ()
+
+    def _autocast_dtype(self) -> torch.dtype:
+        """bfloat16 where autocast asks for it, else the rows' own type."""
+        kind = self.device.type
+        is_bfloat16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        return torch.bfloat16 if is_bfloat16 else torch.float32
 
     def start(self, num_slots: Sequence[int]) -> Executor:
         """Gives the tables a cache of `num_slots` for each group and an executor of plans; `stop` ends the one before first."""
@@ -277,14 +311,14 @@ class _Lookup(torch.autograd.Function):
     """Lookup of one group; its backward sums the gradients along the plan and applies the optimizer."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, executor: Executor, cache: DeviceCache, plan: DevicePlan) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, executor: Executor, cache: DeviceCache, plan: DevicePlan, dtype: torch.dtype) -> Tensor:
         """`anchor` carries no value; it makes autograd call backward."""
         ctx.executor, ctx.cache, ctx.plan, ctx.was_applied = executor, cache, plan, False
-        return cache.lookup(plan)
+        return cache.lookup(plan, dtype=dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grads: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, grads: Tensor) -> tuple[None, None, None, None, None]:
         """Updates the rows with `grads` (B, F, D)."""
         if not ctx.executor.is_current(ctx.plan):
             raise UsageError(
@@ -295,7 +329,7 @@ class _Lookup(torch.autograd.Function):
             raise UsageError(f"step {ctx.plan.step}: backward ran twice through the same lookup; its rows are updated only once")
         ctx.was_applied = True
         ctx.cache.update(ctx.plan, grads)
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 def _weight_key(table: str) -> str:

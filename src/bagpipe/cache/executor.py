@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.cache.spans import span
 from bagpipe.errors import BackgroundError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Int64Array, StepPlan, Transfers
@@ -188,11 +189,14 @@ class Executor:
     def _transfer(self, plan: StepPlan, tick: int, computed: torch.cuda.Event | None, *, is_late: bool) -> _Transferred:
         """Runs on the transfer thread: one step's late transfers, or its early ones and its plan's way to the device."""
         with self._on_side_stream(computed) as ready:
-            for index, group_plan in enumerate(plan.groups):
-                self._evict(index, group_plan.late if is_late else group_plan.early, tick)
-            for index, group_plan in enumerate(plan.groups):
-                self._fetch(index, group_plan.late if is_late else group_plan.early)
-            plans = () if is_late else self._plans_to_device(plan)
+            with span("evict"):
+                for index, group_plan in enumerate(plan.groups):
+                    self._evict(index, group_plan.late if is_late else group_plan.early, tick)
+            with span("fetch"):
+                for index, group_plan in enumerate(plan.groups):
+                    self._fetch(index, group_plan.late if is_late else group_plan.early)
+            with span("plan"):
+                plans = () if is_late else self._plans_to_device(plan)
         return _Transferred(plans=plans, ready=ready)
 
     def _plans_to_device(self, plan: StepPlan) -> tuple[DevicePlan, ...]:
@@ -229,7 +233,8 @@ class Executor:
         """Runs on the write-back thread."""
         if copied is not None:
             copied.synchronize()
-        self.stores[index].write(rows, records.numpy())
+        with span("write_back"):
+            self.stores[index].write(rows, records.numpy())
 
     def _fetch(self, index: int, transfers: Transfers) -> None:
         """Reads rows from the store, once its fence allows, and fills their slots."""

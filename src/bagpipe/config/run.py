@@ -187,6 +187,10 @@ class TrainConfig(Section):
     drop_last: bool = False
     """Whether the smaller batch at the end of an epoch is left out."""
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the dense part (autocast) and of pooled embeddings; records stay float32."""
+    dense: Literal["auto", "eager", "graph", "compile"] = "auto"
+    """How the dense part runs: as written, replayed as one CUDA graph ("auto" on a GPU), or through torch.compile and then so."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every_steps: PositiveInt | None = None

@@ -59,9 +59,13 @@ class DLRM(nn.Module):
     def forward(self, dense: Tensor, sparse: object) -> Tensor:
         """Logits (B,) float32 of dense features (B, num_dense) float32 and the batch's sparse features."""
         pooled: Pooled = self.embeddings(sparse)
-        embedded_sparse = pooled.values().view(-1, self.num_features, self.embedding_dim)  # (B, F, D)
+        return self.dense_part(dense, pooled.values())
+
+    def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but the lookup."""
+        embedded_sparse = pooled.view(-1, self.num_features, self.embedding_dim)  # (B, F, D)
         embedded_dense = self.dense_arch(dense)  # (B, D)
-        vectors = torch.cat([embedded_dense.unsqueeze(1), embedded_sparse], dim=1)  # (B, F + 1, D)
+        vectors = torch.cat([embedded_dense.unsqueeze(1), embedded_sparse.to(embedded_dense.dtype)], dim=1)  # (B, F + 1, D)
         concatenated = torch.cat([embedded_dense, self.inter_arch(vectors)], dim=1)
         logits: Tensor = self.over_arch(concatenated)
         return logits.squeeze(1)

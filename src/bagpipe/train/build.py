@@ -23,6 +23,7 @@ from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.batches import Schedule
 from bagpipe.train.checkpoint import State
+from bagpipe.train.dense_step import DenseStep
 from bagpipe.types import Group
 
 _DENSE_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -46,6 +47,7 @@ class Run:
     model: DLRM
     optimizer: torch.optim.Optimizer
     embeddings: EmbeddingBagCollection
+    dense_step: DenseStep
 
     @property
     def state(self) -> State:
@@ -76,6 +78,7 @@ def build_run(config: RunConfig) -> Iterator[Run]:
     )
     try:
         model = DLRM(embeddings, source.num_dense, bottom=config.model.bottom, top=config.model.top).to(device)
+        optimizer = make_dense_optimizer(model, config.train.optimizer, device)
         yield Run(
             config=config,
             settings=describe_run(config),
@@ -84,8 +87,9 @@ def build_run(config: RunConfig) -> Iterator[Run]:
             validation=validation,
             schedule=schedule,
             model=model,
-            optimizer=make_dense_optimizer(model, config.train.optimizer),
+            optimizer=optimizer,
             embeddings=embeddings,
+            dense_step=_make_dense_step(config.train, model, optimizer, embeddings, device),
         )
     finally:
         embeddings.close()
@@ -103,9 +107,32 @@ def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
     return Schedule(batch_size=config.batch_size, drop_last=config.drop_last, num_batches=num_batches, num_steps=num_steps)
 
 
-def make_dense_optimizer(model: torch.nn.Module, config: DenseOptimizerConfig) -> torch.optim.Optimizer:
+def make_dense_optimizer(model: torch.nn.Module, config: DenseOptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """The torch optimizer of the dense part; embeddings have no parameters that it could see."""
-    return _DENSE_OPTIMIZERS[config.kind](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    # Adam counts its steps on the device then, which a CUDA graph needs; the others have nothing to count there.
+    capturable = {"capturable": True} if device.type == "cuda" and config.kind in ("adam", "adamw") else {}
+    return _DENSE_OPTIMIZERS[config.kind](model.parameters(), lr=config.lr, weight_decay=config.weight_decay, **capturable)
+
+
+def _make_dense_step(
+    config: TrainConfig,
+    model: DLRM,
+    optimizer: torch.optim.Optimizer,
+    embeddings: EmbeddingBagCollection,
+    device: torch.device,
+) -> DenseStep:
+    if device.type == "cpu" and config.dense in ("graph", "compile"):
+        raise ConfigError(f"train.dense = {config.dense!r} needs a CUDA device: use 'eager' or 'auto' on a CPU")
+    return DenseStep(
+        model.dense_part,
+        optimizer,
+        groups=[(len(group.features), group.embedding_dim) for group in embeddings.groups],
+        device=device,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        graph=device.type == "cuda" and config.dense != "eager",
+        compile_part=config.dense == "compile",
+    )
 
 
 def describe_run(config: RunConfig) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from torch.nn.functional import binary_cross_entropy_with_logits
-
 from bagpipe.config.run import RunConfig
 from bagpipe.errors import CheckpointError
 from bagpipe.train.batches import RemainingBatches, TorchBatch
@@ -39,6 +37,7 @@ from bagpipe.train.metrics import Scores
 from bagpipe.train.report import Reporter
 from bagpipe.train.run_folder import claim_run_folder, start_afresh
 from bagpipe.train.signals import StopRequest
+from bagpipe.train.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,9 @@ class Result:
     stopped_by: signal.Signals | None
 
 
-def train(config: RunConfig, *, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Result:
+def train(
+    config: RunConfig, *, reporter: Reporter, resume: bool = False, overwrite: bool = False, trace: Path | None = None
+) -> Result:
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
 
     Args:
@@ -60,6 +61,7 @@ def train(config: RunConfig, *, reporter: Reporter, resume: bool = False, overwr
         resume: whether to go on from the newest valid checkpoint in the run's folder; where there is none, the run starts
             afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
+        trace: where to write a profile of some steps (`bagpipe.train.trace`).
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor `overwrite` is set.
@@ -74,8 +76,9 @@ def train(config: RunConfig, *, reporter: Reporter, resume: bool = False, overwr
         step = None if saved is None else saved.step
         log_files = RunLog(config.log.folder, step=step, tensorboard=config.log.tensorboard, on_failure=reporter.say)
         with log_files as log, StopRequest() as stop:
-            loop = _Loop(run, checkpoints, log, reporter, stop)
-            return loop.run(saved)
+            with Trace(trace, run.device) as traced:
+                loop = _Loop(run, checkpoints, log, reporter, stop, traced)
+                return loop.run(saved)
 
 
 def _resume(run: Run, checkpoints: Path, reporter: Reporter) -> SavedRun | None:
@@ -96,9 +99,9 @@ def _resume(run: Run, checkpoints: Path, reporter: Reporter) -> SavedRun | None:
 class _Loop:
     """The steps of a run and what happens between them."""
 
-    def __init__(self, run: Run, checkpoints: Path, log: RunLog, reporter: Reporter, stop: StopRequest) -> None:
+    def __init__(self, run: Run, checkpoints: Path, log: RunLog, reporter: Reporter, stop: StopRequest, trace: Trace) -> None:
         self._run, self._checkpoints, self._log = run, checkpoints, log
-        self._reporter, self._stop = reporter, stop
+        self._reporter, self._stop, self._trace = reporter, stop, trace
         self._meter = Meter()
         self._step = run.embeddings.step
         self._newest: Path | None = None
@@ -116,6 +119,7 @@ class _Loop:
             self._meter.restart(stream)
             for batch in stream:
                 self._train_step(batch)
+                self._trace.step_done()
                 self._reporter.advance(self._step)
                 if self._is_due(config.log.every_steps):
                     self._write_progress(stream)
@@ -152,12 +156,11 @@ class _Loop:
             prepare=partial(TorchBatch.of, pin_memory=run.device.type == "cuda"),
         )
 
-    def _train_step(self, host_batch: TorchBatch) -> None:
-        run, batch = self._run, host_batch.to(self._run.device)
-        loss = binary_cross_entropy_with_logits(run.model(batch.dense, batch.sparse), batch.labels)
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        run.optimizer.step()
+    def _train_step(self, batch: TorchBatch) -> None:
+        run = self._run
+        run.embeddings.lookup(batch.sparse, out=run.dense_step.pooled(batch.batch_size))
+        loss, grads = run.dense_step(batch.dense, batch.labels)
+        run.embeddings.update(grads)
         self._step += 1
         self._meter.add(self._step, loss, batch.batch_size)
 
@@ -178,7 +181,8 @@ class _Loop:
         run = self._run
         if run.validation is None:
             return None
-        scores = evaluate(run.model, run.validation, batch_size=run.config.train.eval_batch_size, device=run.device)
+        train = run.config.train
+        scores = evaluate(run.model, run.validation, batch_size=train.eval_batch_size, device=run.device, precision=train.precision)
         self._log.write("evaluation", self._step, **asdict(scores))
         self._reporter.say(f"step {self._step:,}: {describe_scores(scores)}")
         return scores
@@ -195,6 +199,7 @@ class _Loop:
         if step == self._saved_step:
             return
         started = time.perf_counter()
+        run.dense_step.settle()
         self._newest = save_checkpoint(
             self._checkpoints,
             state=run.state,

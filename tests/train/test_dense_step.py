@@ -1,0 +1,126 @@
+"""The dense part as one call: the same numbers as the plain training loop, and guards around lookup and update."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.train.runs import small_config
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+import bagpipe
+from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.errors import ConfigError, UsageError
+from bagpipe.models import DLRM
+from bagpipe.train.dense_step import DenseStep, Precision
+from bagpipe.train.report import SilentReporter
+from bagpipe.train.trainer import train
+from bagpipe.types import Jagged, RowWiseAdagrad, TableConfig
+
+TABLES = [TableConfig(name=name, num_embeddings=50, embedding_dim=4, feature_names=[name]) for name in ("a", "b")]
+BATCH_SIZE = 8
+
+
+def make() -> tuple[EmbeddingBagCollection, DLRM, torch.optim.Optimizer]:
+    torch.manual_seed(3)
+    embeddings = EmbeddingBagCollection(TABLES, optimizer=RowWiseAdagrad(lr=0.1))
+    model = DLRM(embeddings, 3, bottom=[6, 4], top=[5, 1])
+    return embeddings, model, torch.optim.Adagrad(model.parameters(), lr=0.1)
+
+
+def make_batches(count: int) -> list[tuple[torch.Tensor, Jagged, torch.Tensor]]:
+    rng = np.random.default_rng(0)
+    sizes = [BATCH_SIZE] * (count - 1) + [5]
+    return [
+        (
+            torch.from_numpy(rng.random((size, 3), np.float32)),
+            Jagged(keys=("a", "b"), values=rng.integers(0, 50, 2 * size), batch_size=size),
+            torch.from_numpy(rng.integers(0, 2, size).astype(np.float32)),
+        )
+        for size in sizes
+    ]
+
+
+def dense_step(model: DLRM, optimizer: torch.optim.Optimizer, precision: Precision = "fp32") -> DenseStep:
+    return DenseStep(
+        model.dense_part, optimizer, groups=[(2, 4)], device=torch.device("cpu"), batch_size=BATCH_SIZE, precision=precision
+    )
+
+
+def train_by_calls(precision: Precision = "fp32") -> tuple[list[float], list[torch.Tensor]]:
+    embeddings, model, optimizer = make()
+    step, losses = dense_step(model, optimizer, precision), []
+    for dense, sparse, labels in bagpipe.lookahead(make_batches(9), embeddings, cache=40, sparse=lambda batch: batch[1]):
+        embeddings.lookup(sparse, out=step.pooled(len(labels)))
+        loss, grads = step(dense, labels)
+        embeddings.update(grads)
+        losses.append(float(loss))
+    return losses, [*(parameter.detach() for parameter in model.parameters()), embeddings.tables()["a"][:]]
+
+
+def train_by_autograd(precision: Precision = "fp32") -> tuple[list[float], list[torch.Tensor]]:
+    embeddings, model, optimizer = make()
+    losses = []
+    for dense, sparse, labels in bagpipe.lookahead(make_batches(9), embeddings, cache=40, sparse=lambda batch: batch[1]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(dense, sparse)
+        loss = binary_cross_entropy_with_logits(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, [*(parameter.detach() for parameter in model.parameters()), embeddings.tables()["a"][:]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_calls_give_what_autograd_gives(precision: Precision) -> None:
+    losses, tensors = train_by_calls(precision)
+    expected_losses, expected = train_by_autograd(precision)
+    assert losses == expected_losses
+    for one, other in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_bfloat16_is_close_to_float32_and_not_the_same() -> None:
+    losses, expected = train_by_calls("bf16")[0], train_by_calls("fp32")[0]
+    assert losses != expected
+    assert losses == pytest.approx(expected, rel=0.02)
+
+
+def test_lookup_and_update_are_called_once_a_batch_and_in_this_order() -> None:
+    embeddings, _, _ = make()
+    grads = [torch.ones(BATCH_SIZE, 2, 4)]
+    batches = make_batches(3)
+    stream = bagpipe.lookahead(batches, embeddings, cache=40, sparse=lambda batch: batch[1])
+    _, sparse, _ = next(stream)
+    with pytest.raises(UsageError, match="step 0: update was called without a lookup"):
+        embeddings.update(grads)
+    embeddings.lookup(sparse)
+    with pytest.raises(UsageError, match="forward was called twice"):
+        embeddings.lookup(sparse)
+    embeddings.update(grads)
+    with pytest.raises(UsageError, match="or twice"):
+        embeddings.update(grads)
+    _, sparse, _ = next(stream)
+    embeddings.lookup(sparse)
+    next(stream)
+    with pytest.raises(UsageError, match="step 2: update was called without"):
+        embeddings.update(grads)
+    stream.close()
+
+
+def test_a_graph_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.dense = 'graph' needs a CUDA device"):
+        train(small_config(tmp_path, train={"dense": "graph", "device": "cpu"}), reporter=SilentReporter())
+
+
+def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
+    train(small_config(tmp_path, train={"steps": 40}), reporter=SilentReporter(), trace=tmp_path / "traces" / "trace.json")
+    events = json.loads((tmp_path / "traces" / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events if event["name"].startswith("bagpipe.")}
+    assert names == {f"bagpipe.{stage}" for stage in ("lookup", "dense", "update", "evict", "fetch", "plan", "write_back")}
+    with pytest.raises(ConfigError, match="can't be written"):
+        train(small_config(tmp_path), reporter=SilentReporter(), overwrite=True, trace=tmp_path)
