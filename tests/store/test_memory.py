@@ -56,3 +56,25 @@ def test_no_memory_for_flags_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -
 def test_a_kernel_without_huge_pages_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)  # refused by any kernel
     assert MemoryStore(make_group(), 0).num_touched == 0
+
+
+def test_threads_share_a_call_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = make_group(5000, dim=5)
+    found = []
+    for cores in (1, 8):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        store = MemoryStore(group, 3)
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            rows = rng.permutation(5000)[:2500]
+            records = np.empty((2500, group.record_width), np.float32)
+            store.fetch(rows, records)
+            store.write(rows, records + 1)
+        whole = np.empty((5000, group.record_width), np.float32)
+        store.fetch(np.arange(5000), whole)
+        found.append((whole, store.num_touched))
+        store.close()
+        with pytest.raises(StoreError, match="closed"):
+            store.fetch(np.arange(5000), whole)
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
