@@ -1,8 +1,16 @@
-"""One typed door to numba: compiled on first call, cached on disk, run without the GIL so that threads overlap."""
+"""One typed door to numba: compiled on first call, cached on disk, run without the GIL so that threads overlap.
+
+`parallel_jit` compiles loops over `prange`, which numba's own threads share: a call costs microseconds where parts handed to Python
+threads wait for the GIL, up to 2 ms of a 3 ms step (docs/results.md). Its calls take turns, since numba's simplest threading layer,
+used where neither TBB nor OpenMP is found, must not be entered twice.
+"""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import numba
@@ -10,8 +18,28 @@ import numba
 P = ParamSpec("P")
 R = TypeVar("R")
 
+prange = numba.prange
+NUM_PARTS = 32
+"""Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
+_NUM_THREADS = min(8, max(1, (os.cpu_count() or 1) // 2), numba.get_num_threads())
+"""That share a loop: half of the cores, and no more than it takes to be bound by memory."""
+_one_at_a_time = threading.Lock()
+
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
     """Compiles `function` with numba in nopython mode. No fast-math: results are the same on every machine."""
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True)(function)
     return compiled
+
+
+def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
+    """As `jit`, with `prange` loops shared by threads. Results must not depend on how."""
+    compiled: Callable[P, R] = numba.njit(nogil=True, cache=True, parallel=True)(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _one_at_a_time:
+            numba.set_num_threads(_NUM_THREADS)
+            return compiled(*args, **kwargs)
+
+    return call

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagpipe.store.init import RowInitializer, philox
+from bagpipe.store.init import RowInitializer, fill_part, philox
 from bagpipe.types import (
     SGD,
     Adagrad,
@@ -87,7 +87,7 @@ def test_threads_that_share_an_initializer_get_the_same_records() -> None:
 def test_only_wanted_rows_are_filled() -> None:
     rows = np.array([5, 4_100, 7])
     out = np.full((3, MIXED.record_width), 77, np.float32)
-    RowInitializer(MIXED, 1).fill_where(rows, np.array([True, False, True]), out)
+    fill_part(rows, np.array([True, False, True]), RowInitializer(MIXED, 1).parameters, out)
     assert (out[1] == 77).all()
     np.testing.assert_array_equal(out[[0, 2]], fill(MIXED, rows[[0, 2]]))
 

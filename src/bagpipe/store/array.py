@@ -16,25 +16,16 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise, starmap
-from typing import TypeVar
+from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
-from bagpipe._jit import jit
+from bagpipe._jit import NUM_PARTS, jit, parallel_jit, prange
 from bagpipe._prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.errors import StoreError
-from bagpipe.store.init import RowInitializer
+from bagpipe.store.init import Parameters, RowInitializer, fill_part
 from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 
-Result = TypeVar("Result")
-BoolArray = npt.NDArray[np.bool_]
-
-_MIN_PART = 512
-"""Rows below which a part of a call is not worth handing to another thread."""
 _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
 
@@ -42,11 +33,8 @@ _SCAN_ROWS = 1 << 20
 class ArrayStore(ABC):
     """An `EmbeddingStore` over a records array (num_rows, record_width) float32, all zero."""
 
-    def __init__(self, group: Group, seed: int, records: Float32Array, *, num_threads: int) -> None:
-        """`num_threads` share the rows of a call."""
+    def __init__(self, group: Group, seed: int, records: Float32Array) -> None:
         self.group = group
-        self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="bagpipe-store") if num_threads > 1 else None
         self._initializer = RowInitializer(group, seed)
         self._arrays: tuple[Float32Array, UInt8Array] | None = (records, _no_row_touched(group))  # None: closed
         self._num_touched = 0
@@ -63,21 +51,15 @@ class ArrayStore(ABC):
         records, touched = self._checked(rows, out, "out")
         if not out.flags.writeable:
             raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
-
-        def fetch(part: slice) -> None:
-            untouched = np.empty(part.stop - part.start, np.bool_)
-            if _gather(records, touched, rows[part], out[part], untouched):
-                self._initializer.fill_where(rows[part], untouched, out[part])
-
-        self._in_parts(fetch, len(rows))
+        _gather(records, touched, rows, self._initializer.parameters, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
         own, touched = self._checked(rows, records, "records")
         self._make_room(rows)
-        num_new = self._in_parts(lambda part: _scatter(own, touched, rows[part], records[part]), len(rows))
+        num_new = _scatter(own, touched, rows, records)
         with self._count_lock:
-            self._num_touched += sum(num_new)
+            self._num_touched += num_new
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
         """See `EmbeddingStore.snapshot`."""
@@ -96,22 +78,6 @@ class ArrayStore(ABC):
     def close(self) -> None:
         """See `EmbeddingStore.close`."""
         self._arrays = None
-        if self._pool is not None:
-            self._pool.shutdown(wait=False)
-
-    def _in_parts(self, work: Callable[[slice], Result], num_rows: int) -> list[Result]:
-        """`work` on consecutive parts that cover `num_rows`, by several threads; all results."""
-        num_parts = min(self._num_threads, num_rows // _MIN_PART)
-        if self._pool is None or num_parts < 2:
-            return [work(slice(0, num_rows))]
-        bounds = [part * num_rows // num_parts for part in range(num_parts + 1)]
-        *others, last = starmap(slice, pairwise(bounds))
-        try:
-            futures = [self._pool.submit(work, part) for part in others]
-        except RuntimeError as error:
-            raise self._closed_error() from error
-        result = work(last)
-        return [*(future.result() for future in futures), result]
 
     @abstractmethod
     def _erased_records(self) -> Float32Array:
@@ -143,11 +109,8 @@ class ArrayStore(ABC):
     def _open_arrays(self) -> tuple[Float32Array, UInt8Array]:
         arrays = self._arrays  # read once: another thread may close
         if arrays is None:
-            raise self._closed_error()
+            raise StoreError(f"the store of {self.group.name} is closed: make a new one, and restore it from a checkpoint")
         return arrays
-
-    def _closed_error(self) -> StoreError:
-        return StoreError(f"the store of {self.group.name} is closed: make a new one, and restore it from a checkpoint")
 
     def _checked(self, rows: Int64Array, records: Float32Array, what: str) -> tuple[Float32Array, UInt8Array]:
         """Refuses arguments that do not fit before anything is read or written; returns the open arrays."""
@@ -194,9 +157,17 @@ def _first_outside(rows: Int64Array, num_rows: int) -> int:
     return -1
 
 
+@parallel_jit
+def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
+    """Copies touched rows to `out` and computes the others."""
+    for part in prange(NUM_PARTS):
+        begin, end = part * len(rows) // NUM_PARTS, (part + 1) * len(rows) // NUM_PARTS
+        _gather_part(records, touched, rows[begin:end], initial, out[begin:end])
+
+
 @jit
-def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, out: Float32Array, untouched: BoolArray) -> bool:
-    """Copies touched rows to `out`, notes in `untouched` which are not; returns whether there are any such."""
+def _gather_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
+    untouched = np.empty(len(rows), np.bool_)
     any_untouched = False
     for index in range(len(rows)):
         # Unsigned, so that numba leaves out its test for negative indices; also below.
@@ -210,12 +181,22 @@ def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, out: F
             target = out[index]
             for column in range(len(target)):
                 target[column] = source[column]
-    return any_untouched
+    if any_untouched:
+        fill_part(rows, untouched, initial, out)
+
+
+@parallel_jit
+def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
+    """Copies `values` to `records[rows]` and marks them touched; returns how many were not so before."""
+    num_new = 0
+    for part in prange(NUM_PARTS):
+        begin, end = part * len(rows) // NUM_PARTS, (part + 1) * len(rows) // NUM_PARTS
+        num_new += _scatter_part(records, touched, rows[begin:end], values[begin:end])
+    return num_new
 
 
 @jit
-def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
-    """Copies `values` to `records[rows]` and marks them touched; returns how many were not so before."""
+def _scatter_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
     num_new = 0
     for index in range(len(rows)):
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)

@@ -9,7 +9,7 @@ core and a virtual disk, 20,000 random records of 260 bytes in cache: 5 ms throu
 A map reports a full disk by killing the process, so blocks are reserved first (`bagpipe.store.sparse_file`), at 20 us a MiB, once.
 
 Beyond RAM the page cache keeps the pages used last, and it gets what the process's own memory leaves. A row out of cache costs one
-read of the disk (120 us a row here; by 16 threads, which share each call: 26 us), since fetches read no pages
+read of the disk (120 us a row here; with 16 threads 26 us), since fetches read no pages
 around the row: with random rows those would push others out of the cache. A snapshot reads ahead instead (7.6 us a row without,
 1.1 with). Dirty pages go to disk behind the run; past the kernel's limit (vm.dirty_ratio) writes wait for the disk.
 
@@ -33,8 +33,6 @@ from bagpipe.store.sparse_file import SparseFile
 from bagpipe.types import Float32Array, Group, Int64Array
 
 _FORMAT = 1
-_NUM_THREADS = 16
-"""That share a call: whatever the number of cores, since rows out of the page cache wait for the disk."""
 _HEADER, _RECORDS = "header.json", "records.f32"
 
 
@@ -61,7 +59,7 @@ class FileStore(ArrayStore):
                 f"can't create the file store of {group.name} in {self.path}: {_reason(error)}; "
                 f"it needs a writable folder, on a disk that allows files of {size_bytes:,} bytes"
             ) from error
-        super().__init__(group, seed, self._mapped_records(group), num_threads=_NUM_THREADS)
+        super().__init__(group, seed, self._mapped_records(group))
 
     def close(self) -> None:
         """See `EmbeddingStore.close`. The files stay."""

@@ -12,6 +12,7 @@ through the C library's log, sin and cos in float64, whose last bit may differ b
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,40 +24,40 @@ Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 
+class Parameters(NamedTuple):
+    """What the compiled loop needs to know of a group."""
+
+    row_offsets: Int64Array  # (num_tables + 1,)
+    is_normal: BoolArray  # (num_tables,)
+    affine: Float64Array  # (num_tables, 2) shift and scale
+    limits: Float32Array  # (num_tables, 2) least and greatest
+    dim: int
+    seed: np.uint64
+    stream: np.uint64
+    state: np.float32
+
+
 class RowInitializer:
     """Computes the initial records of one group's rows: weights by its table's distribution, then the optimizer's initial state."""
 
     def __init__(self, group: Group, seed: int) -> None:
         initializers = [table.initializer for table in group.tables]
-        self._row_offsets = group.row_offsets
-        self._is_normal = np.array([isinstance(initializer, Normal) for initializer in initializers], np.bool_)  # (num_tables,)
-        self._affine = np.array([_affine(initializer) for initializer in initializers], np.float64)  # (num_tables, 2)
-        self._limits = np.array([_limits(initializer) for initializer in initializers], np.float32)  # (num_tables, 2)
-        self._dim = group.embedding_dim
-        self._seed = np.uint64(seed % 2**64)
-        self._stream = np.uint64(group.index << 32)
         optimizer = group.optimizer
-        self._state = np.float32(optimizer.initial_accumulator_value if isinstance(optimizer, Adagrad | RowWiseAdagrad) else 0.0)
+        state = optimizer.initial_accumulator_value if isinstance(optimizer, Adagrad | RowWiseAdagrad) else 0.0
+        self.parameters = Parameters(
+            group.row_offsets,
+            np.array([isinstance(initializer, Normal) for initializer in initializers], np.bool_),
+            np.array([_affine(initializer) for initializer in initializers], np.float64),
+            np.array([_limits(initializer) for initializer in initializers], np.float32),
+            group.embedding_dim,
+            np.uint64(seed % 2**64),
+            np.uint64(group.index << 32),
+            np.float32(state),
+        )
 
     def fill(self, rows: Int64Array, out: Float32Array) -> None:
         """Writes the initial records of `rows` (n,), which must be in range, to `out` (n, record_width)."""
-        self.fill_where(rows, np.ones(len(rows), np.bool_), out)
-
-    def fill_where(self, rows: Int64Array, wanted: BoolArray, out: Float32Array) -> None:
-        """As `fill`, for those rows where `wanted` (n,) holds; other entries of `out` stay."""
-        _fill(
-            rows,
-            wanted,
-            self._row_offsets,
-            self._is_normal,
-            self._affine,
-            self._limits,
-            self._dim,
-            self._seed,
-            self._stream,
-            self._state,
-            out,
-        )
+        fill_part(rows, np.ones(len(rows), np.bool_), self.parameters, out)
 
 
 def _affine(initializer: Initializer) -> tuple[float, float]:
@@ -98,37 +99,26 @@ def philox(key: np.uint64, low: np.uint64, high: np.uint64) -> tuple[np.uint64, 
 
 
 @jit
-def _fill(
-    rows: Int64Array,
-    wanted: BoolArray,
-    row_offsets: Int64Array,
-    is_normal: BoolArray,
-    affine: Float64Array,
-    limits: Float32Array,
-    dim: int,
-    seed: np.uint64,
-    stream: np.uint64,
-    state: np.float32,
-    out: Float32Array,
-) -> None:
+def fill_part(rows: Int64Array, wanted: BoolArray, parameters: Parameters, out: Float32Array) -> None:
+    """Writes the initial records of those rows (n,) where `wanted` (n,) holds to `out` (n, record_width)."""
+    dim = parameters.dim
     draws = np.empty(4, np.float64)
     for index in range(len(rows)):
         if not wanted[index]:
             continue
-        row = rows[index]
-        table = np.searchsorted(row_offsets, row, side="right") - 1
-        shift, scale = affine[table]
-        least, greatest = limits[table]
+        table = np.searchsorted(parameters.row_offsets, rows[index], side="right") - 1
+        shift, scale = parameters.affine[table]
+        least, greatest = parameters.limits[table]
         for begin in range(0, dim, 4):
-            numbers = philox(seed, np.uint64(row), stream | np.uint64(begin // 4))
-            if is_normal[table]:
+            numbers = philox(parameters.seed, np.uint64(rows[index]), parameters.stream | np.uint64(begin // 4))
+            if parameters.is_normal[table]:
                 _normal(numbers, draws)
             else:
                 _unit(numbers, draws)
             for lane in range(min(4, dim - begin)):
                 out[index, begin + lane] = min(max(np.float32(shift + scale * draws[lane]), least), greatest)
         for column in range(dim, out.shape[1]):
-            out[index, column] = state
+            out[index, column] = parameters.state
 
 
 @jit

@@ -25,8 +25,6 @@ from bagpipe.types import Float32Array, Group, Int64Array
 _MAP_NORESERVE = 0x4000
 """Linux's value on x86-64 and arm64; Python's `mmap` does not name it."""
 
-_MAX_THREADS = 8
-"""That share a call, and no more than half of the cores: beyond, memory is the limit."""
 _HUGE_PAGES_MAX_SHARE = 0.5
 """Of physical memory: a table that takes more keeps small pages."""
 
@@ -35,7 +33,7 @@ class MemoryStore(ArrayStore):
     """An `EmbeddingStore` in host RAM: at most `record_bytes` + 1 bytes a row. Raises StoreError when it can't be mapped."""
 
     def __init__(self, group: Group, seed: int) -> None:
-        super().__init__(group, seed, _allocate(group), num_threads=min(_MAX_THREADS, max(1, (os.cpu_count() or 1) // 2)))
+        super().__init__(group, seed, _allocate(group))
 
     def _make_room(self, rows: Int64Array) -> None:
         """Nothing to reserve: the system gives pages as they are touched."""
