@@ -1,8 +1,8 @@
 """One typed door to numba: compiled on first call, cached on disk, run without the GIL so that threads overlap.
 
 `parallel_jit` compiles loops over `prange`, which numba's own threads share: a call costs microseconds where parts handed to Python
-threads wait for the GIL, up to 2 ms of a 3 ms step (docs/results.md). Its calls take turns, since numba's simplest threading layer,
-used where neither TBB nor OpenMP is found, must not be entered twice.
+threads wait for the GIL, up to 2 ms of a 3 ms step (docs/results.md). Where numba finds neither TBB nor OpenMP its calls take
+turns, since its own threading layer must not be entered twice.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -21,9 +22,10 @@ R = TypeVar("R")
 prange = numba.prange
 NUM_PARTS = 32
 """Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
-_NUM_THREADS = min(8, max(1, (os.cpu_count() or 1) // 2), numba.get_num_threads())
-"""That share a loop: half of the cores, and no more than it takes to be bound by memory."""
+_NUM_THREADS = min(8, max(1, (os.cpu_count() or 1) // 4), numba.get_num_threads())
+"""That share a loop: a quarter of the cores, for the oracle needs others, and no more than it takes to be bound by memory."""
 _one_at_a_time = threading.Lock()
+_may_overlap = False  # known after the first call
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
@@ -38,8 +40,11 @@ def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _one_at_a_time:
-            numba.set_num_threads(_NUM_THREADS)
-            return compiled(*args, **kwargs)
+        global _may_overlap
+        numba.set_num_threads(_NUM_THREADS)
+        with nullcontext() if _may_overlap else _one_at_a_time:
+            result = compiled(*args, **kwargs)
+            _may_overlap = numba.threading_layer() != "workqueue"  # type: ignore[attr-defined]
+        return result
 
     return call

@@ -1,10 +1,11 @@
 """Executes plans: moves records between stores and the device cache, ahead of their use and behind it.
 
 Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At each tick the trainer's thread
-hands out work and goes on; two background threads do it, each in the order given:
+hands out work and goes on; three background threads do it, each in the order given:
 
     transfer thread   late transfers of step t, then the early ones of later steps that are due: evicted slots -> packed
-                      buffer, store -> staging buffer -> fetched slots; and the plan's arrays -> device
+                      buffer, staging buffer -> fetched slots; and the plan's arrays -> device
+    gather thread     for the same: store -> staging buffer
     write-back thread packed buffer -> store
 
 The only waits of the trainer's thread are for the transfers of the step that it is about to compute: for the early ones, issued
@@ -89,6 +90,8 @@ class Executor:
         self._compute_stream: torch.cuda.Stream | None = None
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
         self._transfer_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-transfer")
+        self._gather_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-gather")
+        self._issued: deque[tuple[int, Future[_Transferred]]] = deque()  # (tick, transfers) that may not have evicted yet
         self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-write-back")
         self._pending: deque[_Pending] = deque()
         self._writes: deque[tuple[int, Future[None]]] = deque()  # (tick, write-back), appended by the transfer thread
@@ -115,7 +118,7 @@ class Executor:
         # a slot that an early one empties. Early ones of later steps come last: they may fetch what this step's late ones evict.
         self._issue_early(pending, computed)
         if any(_moves_anything(group.late) for group in pending.plan.groups):
-            pending.late = self._transfer_thread.submit(self._transfer, pending.plan, tick, computed, is_late=True)
+            pending.late = self._issue(pending.plan, tick, computed, is_late=True)
         for due in self._pending:
             if due.plan.early_tick <= tick:
                 self._issue_early(due, computed)
@@ -133,8 +136,17 @@ class Executor:
 
     def _issue_early(self, pending: _Pending, computed: torch.cuda.Event | None) -> None:
         if pending.early is None:
-            tick = pending.plan.early_tick
-            pending.early = self._transfer_thread.submit(self._transfer, pending.plan, tick, computed, is_late=False)
+            pending.early = self._issue(pending.plan, pending.plan.early_tick, computed, is_late=False)
+
+    def _issue(self, plan: StepPlan, tick: int, computed: torch.cuda.Event | None, *, is_late: bool) -> Future[_Transferred]:
+        """Hands a step's late or early transfers to the threads."""
+        while self._issued and self._issued[0][1].done():
+            self._issued.popleft()
+        transfers = [group.late if is_late else group.early for group in plan.groups]
+        gathered = self._gather_thread.submit(self._gather, transfers, tuple(self._issued))
+        issued = self._transfer_thread.submit(self._transfer, plan, transfers, gathered, tick, computed, is_late=is_late)
+        self._issued.append((tick, issued))
+        return issued
 
     def is_current(self, plan: DevicePlan) -> bool:
         """Whether `plan` belongs to the step that is being computed."""
@@ -166,6 +178,7 @@ class Executor:
             for future in (pending.early, pending.late):
                 if future is not None:
                     future.cancel()
+        self._gather_thread.shutdown(wait=True, cancel_futures=True)
         self._transfer_thread.shutdown(wait=True, cancel_futures=True)
         self._write_thread.shutdown(wait=True, cancel_futures=True)
         if self._stream is not None:
@@ -186,17 +199,26 @@ class Executor:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _transfer(self, plan: StepPlan, tick: int, computed: torch.cuda.Event | None, *, is_late: bool) -> _Transferred:
+    def _transfer(
+        self,
+        plan: StepPlan,
+        transfers: Sequence[Transfers],
+        gathered: Future[list[Tensor]],
+        tick: int,
+        computed: torch.cuda.Event | None,
+        *,
+        is_late: bool,
+    ) -> _Transferred:
         """Runs on the transfer thread: one step's late transfers, or its early ones and its plan's way to the device."""
         with self._on_side_stream(computed) as ready:
             with span("evict"):
-                for index, group_plan in enumerate(plan.groups):
-                    self._evict(index, group_plan.late if is_late else group_plan.early, tick)
-            with span("fetch"):
-                for index, group_plan in enumerate(plan.groups):
-                    self._fetch(index, group_plan.late if is_late else group_plan.early)
+                for index, moved in enumerate(transfers):
+                    self._evict(index, moved, tick)
             with span("plan"):
                 plans = () if is_late else self._plans_to_device(plan)
+            with span("fetch"):
+                for index, (moved, staging) in enumerate(zip(transfers, gathered.result(), strict=True)):
+                    self._fill(index, moved, staging)
         return _Transferred(plans=plans, ready=ready)
 
     def _plans_to_device(self, plan: StepPlan) -> tuple[DevicePlan, ...]:
@@ -236,16 +258,31 @@ class Executor:
         with span("write_back"):
             self.stores[index].write(rows, records.numpy())
 
-    def _fetch(self, index: int, transfers: Transfers) -> None:
-        """Reads rows from the store, once its fence allows, and fills their slots."""
+    def _gather(self, transfers: Sequence[Transfers], issued: Sequence[tuple[int, Future[_Transferred]]]) -> list[Tensor]:
+        """Runs on the gather thread: reads each group's rows from its store (n, record_width), once their fence allows."""
+        stagings = []
+        for index, moved in enumerate(transfers):
+            staging = torch.empty(len(moved.fetch_rows), self.caches[index].group.record_width, pin_memory=self._stream is not None)
+            if len(moved.fetch_rows):
+                self._await_fence(moved.fence_tick, issued)
+                with span("gather"):
+                    self.stores[index].fetch(moved.fetch_rows, staging.numpy())
+            stagings.append(staging)
+        return stagings
+
+    def _await_fence(self, fence_tick: int, issued: Sequence[tuple[int, Future[_Transferred]]]) -> None:
+        """Waits until all that was evicted up to `fence_tick`, by transfers issued before, is in the store."""
+        for tick, transferred in issued:
+            if tick <= fence_tick:
+                transferred.result()
+        for tick, write in list(self._writes):
+            if tick <= fence_tick:
+                write.result()
+
+    def _fill(self, index: int, transfers: Transfers, staging: Tensor) -> None:
+        """Puts gathered records into their slots."""
         if len(transfers.fetch_rows) == 0:
             return
-        for tick, write in list(self._writes):
-            if tick <= transfers.fence_tick:
-                write.result()
-        shape = (len(transfers.fetch_rows), self.caches[index].group.record_width)
-        staging = torch.empty(shape, pin_memory=self._stream is not None)
-        self.stores[index].fetch(transfers.fetch_rows, staging.numpy())
         slots = to_device(transfers.fetch_slots, self._device)
         self.caches[index].fill(slots, staging.to(self._device, non_blocking=True))
         self._rows_of_slots[index][transfers.fetch_slots] = transfers.fetch_rows

@@ -41,7 +41,7 @@ class StreamOptions:
     lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES
     prefetch_depth: int = 2
     first_step: int = 0
-    dedup_threads: int | None = None  # None: the number of cores less one
+    dedup_threads: int | None = None  # None: a third of the cores
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -88,7 +88,9 @@ def plan_stream(
     Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a BackgroundError) after all batches before it.
     """
     oracle = options.make_oracle()
-    num_threads = options.dedup_threads or max(1, (os.cpu_count() or 2) - 1)
+    num_threads = options.dedup_threads or max(
+        1, (os.cpu_count() or 1) // 3
+    )  # the sequential stages and the trainer need cores, too
     with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup") as pool:
         numbered = enumerate(batches, options.first_step)
         deduped = ordered_map(partial(_dedup, options.groups, find_sparse), numbered, pool, ahead=2 * num_threads)
