@@ -121,6 +121,8 @@ def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
     train(small_config(tmp_path, train={"steps": 40}), reporter=SilentReporter(), trace=tmp_path / "traces" / "trace.json")
     events = json.loads((tmp_path / "traces" / "trace.json").read_text())["traceEvents"]
     names = {event["name"] for event in events if event["name"].startswith("bagpipe.")}
-    assert names == {f"bagpipe.{stage}" for stage in ("lookup", "dense", "update", "evict", "fetch", "plan", "write_back")}
+    assert names == {
+        f"bagpipe.{stage}" for stage in ("lookup", "dense", "update", "evict", "gather", "fetch", "plan", "write_back")
+    }
     with pytest.raises(ConfigError, match="can't be written"):
         train(small_config(tmp_path), reporter=SilentReporter(), overwrite=True, trace=tmp_path)
