@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.cache.device_plan import DevicePlan, DeviceTransfers, plan_to_device
 from bagpipe.cache.spans import span
 from bagpipe.errors import BackgroundError
 from bagpipe.store.base import EmbeddingStore
@@ -211,19 +211,23 @@ class Executor:
     ) -> _Transferred:
         """Runs on the transfer thread: one step's late transfers, or its early ones and its plan's way to the device."""
         with self._on_side_stream(computed) as ready:
-            with span("evict"):
-                for index, moved in enumerate(transfers):
-                    self._evict(index, moved, tick)
             with span("plan"):
-                plans = () if is_late else self._plans_to_device(plan)
+                plans: tuple[DevicePlan, ...] = ()
+                if is_late:
+                    moves = [DeviceTransfers.of(moved, self._device) for moved in transfers]
+                else:
+                    plans, moves = self._plans_to_device(plan)
+            with span("evict"):
+                for index, (moved, on_device) in enumerate(zip(transfers, moves, strict=True)):
+                    self._evict(index, moved, on_device.evict_slots, tick)
             with span("fetch"):
-                for index, (moved, staging) in enumerate(zip(transfers, gathered.result(), strict=True)):
-                    self._fill(index, moved, staging)
+                for index, (moved, on_device, staging) in enumerate(zip(transfers, moves, gathered.result(), strict=True)):
+                    self._fill(index, moved, on_device.fetch_slots, staging)
         return _Transferred(plans=plans, ready=ready)
 
-    def _plans_to_device(self, plan: StepPlan) -> tuple[DevicePlan, ...]:
-        return tuple(
-            DevicePlan.of(
+    def _plans_to_device(self, plan: StepPlan) -> tuple[tuple[DevicePlan, ...], list[DeviceTransfers]]:
+        moved = [
+            plan_to_device(
                 group_plan,
                 step=plan.step,
                 batch_size=plan.batch_size,
@@ -231,13 +235,14 @@ class Executor:
                 device=self._device,
             )
             for group_plan, cache in zip(plan.groups, self.caches, strict=True)
-        )
+        ]
+        return tuple(device_plan for device_plan, _ in moved), [transfers for _, transfers in moved]
 
-    def _evict(self, index: int, transfers: Transfers, tick: int) -> None:
+    def _evict(self, index: int, transfers: Transfers, slots: Tensor, tick: int) -> None:
         """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
         if len(transfers.evict_rows) == 0:
             return
-        records = self.caches[index].read(to_device(transfers.evict_slots, self._device))
+        records = self.caches[index].read(slots)
         self._rows_of_slots[index][transfers.evict_slots] = -1
         copied = None
         if self._stream is not None:
@@ -279,11 +284,10 @@ class Executor:
             if tick <= fence_tick:
                 write.result()
 
-    def _fill(self, index: int, transfers: Transfers, staging: Tensor) -> None:
+    def _fill(self, index: int, transfers: Transfers, slots: Tensor, staging: Tensor) -> None:
         """Puts gathered records into their slots."""
         if len(transfers.fetch_rows) == 0:
             return
-        slots = to_device(transfers.fetch_slots, self._device)
         self.caches[index].fill(slots, staging.to(self._device, non_blocking=True))
         self._rows_of_slots[index][transfers.fetch_slots] = transfers.fetch_rows
 
