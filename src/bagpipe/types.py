@@ -304,12 +304,17 @@ class GroupPlan:
     before its late ones; otherwise, at one tick, late ones come first.
     """
 
-    lookup_slots: Int32Array  # (L,) feature-major
-    bag_offsets: Int32Array | None  # (F * B + 1,) into lookup_slots; None: one lookup in every bag
+    inverse: Int32Array  # (L,) feature-major: for each lookup the index of its row in schedule.unique_slots
+    bag_offsets: Int32Array | None  # (F * B + 1,) into inverse; None: one lookup in every bag
     bag_scales: Float32Array | None  # (B * F,) by output row, 1 / bag length for mean pooling; None: all features are summed
     schedule: GradientSchedule
     early: Transfers
     late: Transfers
+
+    @property
+    def lookup_slots(self) -> Int32Array:
+        """The slot of each lookup (L,). The device makes its own from the same two arrays."""
+        return self.schedule.unique_slots[self.inverse]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -248,9 +248,9 @@ def broken_plans(fault: Callable[[GroupPlan], GroupPlan], monkeypatch: pytest.Mo
 
 
 def flip_a_slot(plan: GroupPlan) -> GroupPlan:
-    slots = plan.lookup_slots.copy()
-    slots[:2] = slots[1::-1]
-    return replace(plan, lookup_slots=slots)
+    inverse = plan.inverse.copy()
+    inverse[:2] = inverse[1::-1]
+    return replace(plan, inverse=inverse)
 
 
 def drop_a_write_back(plan: GroupPlan) -> GroupPlan:

@@ -146,7 +146,7 @@ class NumpyCacher:
         self._keys[slots] = _UNSETTLED
         self._unsettled.append(_Planned(step=step, slots=slots, rows=rows, occurrences=occurrences))
         return GroupPlan(
-            lookup_slots=slots[batch.inverse],
+            inverse=batch.inverse,
             bag_offsets=batch.bag_offsets,
             bag_scales=batch.bag_scales,
             schedule=GradientSchedule(

@@ -98,7 +98,8 @@ class DevicePlan:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keeps the memory until `stream` has used it, though another stream allocated it."""
-        self.lookup_slots.record_stream(stream)  # all arrays are views of one copy
+        self.lookup_slots.record_stream(stream)
+        self.unique_slots.record_stream(stream)  # all others are views of the same copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def plan_to_device(
     """Moves one group's plan and its early transfers to `device` on the current stream."""
     schedule = plan.schedule
     arrays = {
-        "lookup_slots": plan.lookup_slots,
+        "inverse": plan.inverse,
         "bag_offsets": plan.bag_offsets,
         "bag_scales": plan.bag_scales,
         "unique_slots": schedule.unique_slots,
@@ -135,5 +136,9 @@ def plan_to_device(
     present = {name: array for name, array in arrays.items() if array is not None}
     tensors: dict[str, Tensor | None] = dict.fromkeys(arrays)
     tensors |= dict(zip(present, all_to_device(list(present.values()), device), strict=True))
+    unique_slots, inverse = tensors["unique_slots"], tensors.pop("inverse")
+    assert unique_slots is not None
+    assert inverse is not None
+    tensors["lookup_slots"] = unique_slots.index_select(0, inverse)  # 5 us here, 0.35 ms in the planner
     transfers = DeviceTransfers(evict_slots=tensors.pop("evict_slots"), fetch_slots=tensors.pop("fetch_slots"))  # type: ignore[arg-type]
     return DevicePlan(step=step, batch_size=batch_size, num_features=num_features, **tensors), transfers  # type: ignore[arg-type]

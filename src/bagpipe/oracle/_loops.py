@@ -224,15 +224,6 @@ def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Arra
 
 
 @jit
-def expand(slots: Int32Array, inverse: Int32Array) -> Int32Array:
-    """The slot of each lookup."""
-    lookup_slots = np.empty(len(inverse), np.int32)
-    for lookup in range(len(inverse)):
-        lookup_slots[lookup] = slots[np.uint32(inverse[lookup])]
-    return lookup_slots
-
-
-@jit
 def find_and_free(
     state: State,
     previous: Int32Array,
@@ -261,7 +252,6 @@ def find_and_free(
 def move(
     state: State,
     rows: Int64Array,
-    inverse: Int32Array,
     missing: Int32Array,
     slots: Int32Array,
     freed: Int32Array,
@@ -271,14 +261,11 @@ def move(
     step: int,
     first_occurrence: int,
     slots_of_uses: Int32Array,
-) -> tuple[Int64Array, Int64Array, Int32Array, int, int, int, Int32Array]:
-    """A step's second half: evicts, assigns, remembers and expands.
-
-    Returns (evict_rows, what `assign` returns, lookup_slots).
-    """
+) -> tuple[Int64Array, Int64Array, Int32Array, int, int, int]:
+    """A step's second half: evicts, assigns and remembers. Returns (evict_rows, what `assign` returns)."""
     evict_rows = evict(state, freed[num_fresh:], num_settled - num_fresh, early_tick, step)
     fetch_rows, fetch_slots, num_early, early_fence, late_fence = assign(
         state, rows, missing, slots, freed, num_settled, early_tick
     )
     keep_uses(slots, first_occurrence, slots_of_uses)
-    return evict_rows, fetch_rows, fetch_slots, num_early, early_fence, late_fence, expand(slots, inverse)
+    return evict_rows, fetch_rows, fetch_slots, num_early, early_fence, late_fence

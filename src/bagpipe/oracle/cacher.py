@@ -130,10 +130,9 @@ class Cacher:
         self._free_unsettled(freed[num_settled:], step)
         self._reserve(linked)
         early_tick = max(self._first_step, step - self.prefetch_depth)
-        evict_rows, fetch_rows, fetch_slots, num_early, early_fence, late_fence, lookup_slots = _loops.move(
+        evict_rows, fetch_rows, fetch_slots, num_early, early_fence, late_fence = _loops.move(
             self._state,
             batch.unique_rows,
-            batch.inverse,
             missing,
             slots,
             freed,
@@ -148,7 +147,7 @@ class Cacher:
         self._num_unsettled += len(slots)
         evict_slots, num_evicted_early = freed[num_fresh:], num_settled - num_fresh
         return GroupPlan(
-            lookup_slots=lookup_slots,
+            inverse=batch.inverse,
             bag_offsets=batch.bag_offsets,
             bag_scales=batch.bag_scales,
             schedule=GradientSchedule(

@@ -60,7 +60,7 @@ class OracleReport:
             num_late = len(group.late.fetch_rows)
             num_fetched = len(group.early.fetch_rows) + num_late
             num_written_back = len(group.early.evict_rows) + len(group.late.evict_rows)
-            self.num_lookups += len(group.lookup_slots)
+            self.num_lookups += len(group.inverse)
             self.num_uniques += group.schedule.num_uniques
             self.num_fetched += num_fetched
             self.num_fetched_late += num_late

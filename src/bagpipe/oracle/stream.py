@@ -41,7 +41,7 @@ class StreamOptions:
     lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES
     prefetch_depth: int = 2
     first_step: int = 0
-    dedup_threads: int | None = None  # None: a third of the cores
+    dedup_threads: int | None = None  # None: a quarter of the cores
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ def plan_stream(
     """
     oracle = options.make_oracle()
     num_threads = options.dedup_threads or max(
-        1, (os.cpu_count() or 1) // 3
+        1, (os.cpu_count() or 1) // 4
     )  # the sequential stages and the trainer need cores, too
     with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup") as pool:
         numbered = enumerate(batches, options.first_step)
