@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from bagpipe.cache import kernels_cpu, kernels_torch
+from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.errors import ConfigError
 from bagpipe.types import Group
 
 
@@ -29,7 +31,7 @@ class DeviceCache:
     def __post_init__(self) -> None:
         self.weights = torch.empty(self.num_slots, self.group.embedding_dim, device=self.device)
         self.state = torch.empty(self.num_slots, self.group.state_width, device=self.device)
-        self._kernels = kernels_cpu if self.device.type == "cpu" else kernels_torch
+        self._kernels = _kernels_of(self.device)
 
     def lookup(self, plan: DevicePlan, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """Pooled embeddings, sample-major: (B, F, D) in `dtype`, float32 or bfloat16; or in `out`, contiguous, and its type."""
@@ -54,3 +56,13 @@ class DeviceCache:
         """The records in `slots` (n,): (n, record_width)."""
         records: Tensor = self._kernels.read(self.weights, self.state, slots)
         return records
+
+
+def _kernels_of(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        return kernels_cpu
+    try:
+        from bagpipe.cache import kernels_triton
+    except ImportError as error:
+        raise ConfigError(f"embeddings on {device} need Triton, which torch for CUDA brings along: pip install triton") from error
+    return kernels_triton

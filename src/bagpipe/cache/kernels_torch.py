@@ -1,4 +1,4 @@
-"""The data plane's operations in plain torch: the reference for every kernel, and what CUDA runs until tuned kernels exist.
+"""The data plane's operations in plain torch: the reference that the tuned kernels are compared with.
 
 Four operations on one group's cache, `weights` (num_slots, D) and `state` (num_slots, S), both float32:
 
