@@ -88,9 +88,8 @@ def plan_stream(
     Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a BackgroundError) after all batches before it.
     """
     oracle = options.make_oracle()
-    num_threads = options.dedup_threads or max(
-        1, (os.cpu_count() or 1) // 4
-    )  # the sequential stages and the trainer need cores, too
+    # No more threads than keep up: on shared memory they slow the sequential stages, which set the pace.
+    num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 4)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup") as pool:
         numbered = enumerate(batches, options.first_step)
         deduped = ordered_map(partial(_dedup, options.groups, find_sparse), numbered, pool, ahead=2 * num_threads)
