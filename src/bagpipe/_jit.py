@@ -2,7 +2,9 @@
 
 `parallel_jit` compiles loops over `prange`, which numba's own threads share: a call costs microseconds where parts handed to Python
 threads wait for the GIL, up to 2 ms of a 3 ms step (docs/results.md). Where numba finds neither TBB nor OpenMP its calls take
-turns, since its own threading layer must not be entered twice.
+turns, since its own threading layer must not be entered twice. Threads start at the first call, not at import: with OpenMP a
+process that is forked after that can't use them (numba ends it and says so), so a fork server may import this package but not
+train with it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ R = TypeVar("R")
 prange = numba.prange
 NUM_PARTS = 32
 """Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
-_NUM_THREADS = min(8, max(1, (os.cpu_count() or 1) // 4), numba.get_num_threads())
+_NUM_THREADS = min(8, max(1, (os.cpu_count() or 1) // 4), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 """That share a loop: a quarter of the cores, for the oracle needs others, and no more than it takes to be bound by memory."""
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
