@@ -15,6 +15,7 @@ import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.models import DLRM
+from bagpipe.train.checkpoint import load_optimizer
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
@@ -126,3 +127,32 @@ def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match="can't be written"):
         train(small_config(tmp_path), reporter=SilentReporter(), overwrite=True, trace=tmp_path)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_a_short_run_is_traced_too(tmp_path: Path, num_steps: int) -> None:
+    train(small_config(tmp_path, train={"steps": num_steps}), reporter=SilentReporter(), trace=tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert "bagpipe.dense" in {event["name"] for event in events}
+
+
+def test_adam_saved_on_another_kind_of_device_goes_on() -> None:
+    layer = torch.nn.Linear(2, 1)
+    saved = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    saved.step()
+    state = saved.state_dict()
+    state["param_groups"][0]["capturable"] = True  # as a run on a GPU leaves it
+    optimizer = torch.optim.Adam(layer.parameters())
+    load_optimizer(optimizer, state)
+    optimizer.step()
+    assert {float(values["step"]) for values in optimizer.state.values()} == {2.0}
+
+
+def test_update_wants_one_gradient_a_group() -> None:
+    embeddings, _, _ = make()
+    stream = bagpipe.lookahead(make_batches(2), embeddings, cache=40, sparse=lambda batch: batch[1])
+    embeddings.lookup(next(stream)[1])
+    with pytest.raises(UsageError, match="0 gradients for 1 groups"):
+        embeddings.update([])
+    stream.close()

@@ -134,6 +134,8 @@ class EmbeddingBagCollection(nn.Module):
             raise UsageError(
                 f"step {self.step}: update was called without a lookup in this step, or twice: call lookup, then update, once each"
             )
+        if len(grads) != len(self._to_update):
+            raise UsageError(f"update was given {len(grads)} gradients for {len(self._to_update)} groups: pass one for each group")
         with span("update"):
             for cache, plan, grad in zip(self.executor.caches, self._to_update, grads, strict=True):
                 cache.update(plan, grad)

@@ -223,10 +223,24 @@ def _load_dense_state(path: Path, state: State) -> None:
         state.model.load_state_dict(content["model"], strict=False)  # embeddings are loaded from their records
     except RuntimeError as error:
         raise CheckpointError(f"{path}: holds another model: {error}") from error
-    state.optimizer.load_state_dict(content["optimizer"])
+    load_optimizer(state.optimizer, content["optimizer"])
     torch.set_rng_state(content["random"])
     if len(content["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(content["random_cuda"])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads a state that may have been saved on another kind of device: where Adam counts its steps is this run's to say."""
+    capturable = [group.get("capturable") for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, is_capturable in zip(optimizer.param_groups, capturable, strict=True):
+        if is_capturable is None:
+            continue
+        group["capturable"] = is_capturable
+        for parameter in group["params"]:
+            values = optimizer.state.get(parameter, {})
+            if "step" in values:
+                values["step"] = values["step"].to(parameter.device if is_capturable else "cpu")
 
 
 def _load_records(path: Path, group: Group, store: EmbeddingStore, num_records: int) -> None:

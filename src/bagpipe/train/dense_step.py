@@ -126,7 +126,7 @@ class DenseStep:
         return captured.loss.clone(), captured.grads
 
     def _capture(self, dense: Tensor, labels: Tensor) -> _Captured:
-        dense, labels = (tensor.to(self._device) for tensor in (dense, labels))
+        dense, labels = (tensor.to(self._device, copy=True) for tensor in (dense, labels))  # replays write here
         pooled = [buffer.detach().requires_grad_() for buffer in self.pooled(len(labels))]
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))

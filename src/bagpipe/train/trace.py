@@ -14,15 +14,16 @@ from bagpipe.cache.spans import tracing
 from bagpipe.errors import ConfigError
 
 FIRST_STEP, NUM_STEPS = 20, 10
-"""Steps of the run, counted from its start or resumption, that are traced: late enough to be steady."""
+"""Steps of the run, counted from its start or resumption, that are traced: late enough to be steady. Short runs start halfway."""
 
 
 class Trace:
     """A context manager around the loop, told of each step's end. Writes the file after the last traced step, or at the end."""
 
-    def __init__(self, path: Path | None, device: torch.device) -> None:
-        """Does nothing without a `path`. ConfigError: the file can't be written."""
+    def __init__(self, path: Path | None, device: torch.device, num_steps: int) -> None:
+        """Does nothing without a `path`. `num_steps` are still to come. ConfigError: the file can't be written."""
         self._path, self._device = path, device
+        self._first_step = min(FIRST_STEP, num_steps // 2)
         self._steps_done = 0
         self._stack = ExitStack()
         self._profile: profile | None = None
@@ -36,18 +37,22 @@ class Trace:
     def step_done(self) -> None:
         """Starts or ends tracing where it is time to."""
         self._steps_done += 1
-        if self._path is not None and self._steps_done == FIRST_STEP:
+        if self._steps_done == self._first_step:
             self._start()
-        elif self._steps_done == FIRST_STEP + NUM_STEPS:
+        elif self._steps_done == self._first_step + NUM_STEPS:
             self._end()
 
     def __enter__(self) -> Self:
+        if self._first_step == 0:
+            self._start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
     def _start(self) -> None:
+        if self._path is None:
+            return
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
         all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
         self._stack.enter_context(tracing())

@@ -76,7 +76,7 @@ def train(
         step = None if saved is None else saved.step
         log_files = RunLog(config.log.folder, step=step, tensorboard=config.log.tensorboard, on_failure=reporter.say)
         with log_files as log, StopRequest() as stop:
-            with Trace(trace, run.device) as traced:
+            with Trace(trace, run.device, run.schedule.num_steps - run.embeddings.step) as traced:
                 loop = _Loop(run, checkpoints, log, reporter, stop, traced)
                 return loop.run(saved)
 
