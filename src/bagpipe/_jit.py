@@ -1,10 +1,10 @@
 """One typed door to numba: compiled on first call, cached on disk, run without the GIL so that threads overlap.
 
-`parallel_jit` compiles loops over `prange`, which numba's own threads share: a call costs microseconds where parts handed to Python
-threads wait for the GIL, up to 2 ms of a 3 ms step (docs/results.md). Where numba finds neither TBB nor OpenMP its calls take
-turns, since its own threading layer must not be entered twice. Threads start at the first call, not at import: with OpenMP a
-process that is forked after that can't use them (numba ends it and says so), so a fork server may import this package but not
-train with it.
+`parallel_jit` compiles loops over `prange`, which numba's own threads share; `threaded` is the door to them. A call costs
+microseconds, where parts handed to Python threads wait for the GIL, up to 2 ms of a 3 ms step (docs/results.md). Where numba finds
+neither TBB nor OpenMP its calls take turns, since its own threading layer must not be entered twice. Threads start at the first
+call, not at import: with OpenMP a process that is forked after that can't use them (numba ends it and says so), so a fork
+server may import this package but not train with it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import numba
+import numpy as np
+import numpy.typing as npt
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,10 +39,15 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
-    """As `jit`, with `prange` loops shared by threads. Results must not depend on how."""
+    """As `jit`, with `prange` loops shared by threads; results must not depend on how. To be called by `threaded` functions."""
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True, parallel=True)(function)
+    return compiled
 
-    @wraps(function)
+
+def threaded(compiled: Callable[P, R]) -> Callable[P, R]:
+    """The door from Python to a compiled function that is, or calls, a `parallel_jit` one."""
+
+    @wraps(compiled)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         global _may_overlap
         numba.set_num_threads(_NUM_THREADS)
@@ -50,3 +57,21 @@ def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return call
+
+
+@jit
+def part_bounds(part: int, num_items: int) -> tuple[int, int]:
+    """Where one of `NUM_PARTS` parts of a loop begins and ends."""
+    return part * num_items // NUM_PARTS, (part + 1) * num_items // NUM_PARTS
+
+
+@jit
+def join_parts(array: npt.NDArray[np.generic], counts: npt.NDArray[np.int64]) -> int:
+    """Moves what each part has put at its beginning in `array`, `counts` items of it, to the front; returns how many there are."""
+    end = 0
+    for part in range(NUM_PARTS):
+        begin, _ = part_bounds(part, len(array))
+        for index in range(begin, begin + counts[part]):
+            array[end] = array[index]
+            end += 1
+    return end

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bagpipe._jit import jit
+from bagpipe._jit import NUM_PARTS, jit, join_parts, parallel_jit, part_bounds, prange, threaded
 from bagpipe._prefetch import prefetch
 from bagpipe.oracle._queues import (
     NOT_QUEUED,
@@ -43,28 +43,63 @@ class State(NamedTuple):
     due: DueQueues
 
 
+@threaded
 @jit
 def admit(state: State, rows: Int64Array, previous: Int32Array, oldest_unsettled: int, step: int) -> None:
     """Makes a new batch's settled rows, which had no known next use, due at `step`."""
     indices = np.empty(len(rows), np.int32)
+    slots = np.empty(len(rows), np.int32)
+    num_resident = _find_resident(state.slots_of_rows, rows, previous, oldest_unsettled, indices, slots)
+    for slot in slots[:num_resident]:
+        state.unknown.places[np.uint32(slot)] = NOT_QUEUED
+    steps = np.full(num_resident, step, np.int32)
+    push_due(state.due, steps, indices[:num_resident], slots[:num_resident])
+
+
+@parallel_jit
+def _find_resident(
+    slots_of_rows: Int32Array,
+    rows: Int64Array,
+    previous: Int32Array,
+    oldest_unsettled: int,
+    indices: Int32Array,
+    slots: Int32Array,
+) -> int:
+    """Fills `indices` and `slots` with the settled rows that have a slot; returns how many."""
+    counts = np.empty(NUM_PARTS, np.int64)
+    for part in prange(NUM_PARTS):
+        begin, end = part_bounds(part, len(rows))
+        counts[part] = _find_resident_part(
+            slots_of_rows, rows[begin:end], previous[begin:end], oldest_unsettled, indices[begin:end], slots[begin:end], begin
+        )
+    join_parts(indices, counts)
+    return join_parts(slots, counts)
+
+
+@jit
+def _find_resident_part(
+    slots_of_rows: Int32Array,
+    rows: Int64Array,
+    previous: Int32Array,
+    oldest_unsettled: int,
+    indices: Int32Array,
+    slots: Int32Array,
+    first_index: int,
+) -> int:
     num_settled = 0
     for index in range(len(rows)):
         indices[num_settled] = index
         is_settled = (previous[index] < 0) | (((previous[index] - oldest_unsettled) & OCCURRENCES) >= _RECENT)
         num_settled += is_settled
-    slots = np.empty(num_settled, np.int32)
     num_resident = 0
     for place in range(num_settled):
-        prefetch(state.slots_of_rows, rows[indices[min(place + _AHEAD, num_settled - 1)]], 0)
+        prefetch(slots_of_rows, rows[indices[min(place + _AHEAD, num_settled - 1)]], 0)
         index = indices[place]
-        slot = state.slots_of_rows[np.uint64(rows[index]), 0]
+        slot = slots_of_rows[np.uint64(rows[index]), 0]
         slots[num_resident] = slot
-        indices[num_resident] = index
+        indices[num_resident] = first_index + index
         num_resident += slot >= 0
-    for place in range(num_resident):
-        state.unknown.places[slots[place]] = NOT_QUEUED
-    steps = np.full(num_resident, step, np.int32)
-    push_due(state.due, steps, indices[:num_resident], slots[:num_resident])
+    return num_resident
 
 
 @jit
@@ -74,17 +109,44 @@ def find(
     """The slot of each row that a step needs, negative where it has none, and the indices of those rows."""
     slots = np.full(len(previous), -1, np.int32)
     take_due(state.due, step, slots)
+    missing = np.empty(len(previous), np.int32)
+    num_missing = _find_unsettled(previous, oldest_unsettled, slots_of_uses, slots, missing)
+    return slots, missing[:num_missing]
+
+
+@parallel_jit
+def _find_unsettled(
+    previous: Int32Array, oldest_unsettled: int, slots_of_uses: Int32Array, slots: Int32Array, missing: Int32Array
+) -> int:
+    """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns how many of these."""
+    counts = np.empty(NUM_PARTS, np.int64)
+    for part in prange(NUM_PARTS):
+        begin, end = part_bounds(part, len(previous))
+        counts[part] = _find_unsettled_part(
+            previous[begin:end], oldest_unsettled, slots_of_uses, slots[begin:end], missing[begin:end], begin
+        )
+    return join_parts(missing, counts)
+
+
+@jit
+def _find_unsettled_part(
+    previous: Int32Array,
+    oldest_unsettled: int,
+    slots_of_uses: Int32Array,
+    slots: Int32Array,
+    missing: Int32Array,
+    first_index: int,
+) -> int:
     mask = len(slots_of_uses) - 1
     for index in range(len(previous)):
         is_unsettled = (previous[index] >= 0) & (((previous[index] - oldest_unsettled) & OCCURRENCES) < _RECENT)
         slot = slots_of_uses[previous[index] & mask]
         slots[index] = slot if is_unsettled else slots[index]
-    missing = np.empty(len(previous), np.int32)
     num_missing = 0
     for index in range(len(previous)):
-        missing[num_missing] = index
+        missing[num_missing] = first_index + index
         num_missing += slots[index] < 0
-    return slots, missing[:num_missing].copy()
+    return num_missing
 
 
 @jit
@@ -98,30 +160,73 @@ def settle(
     slots_of_uses: Int32Array,
 ) -> None:
     """Makes a batch's rows that no step up to `step` has used again candidates for eviction; the window ends at `last_seen`."""
+    unknown = np.empty(num_uniques, np.int32)
+    steps = np.empty(num_uniques, np.int32)
+    indices = np.empty(num_uniques, np.int32)
+    slots = np.empty(num_uniques, np.int32)
+    num_unknown, num_due = _sort_out(first_occurrence, step, last_seen, next_uses, slots_of_uses, unknown, steps, indices, slots)
+    push_unknown(state.unknown, unknown[:num_unknown])
+    push_due(state.due, steps[:num_due], indices[:num_due], slots[:num_due])
+
+
+@parallel_jit
+def _sort_out(
+    first_occurrence: int,
+    step: int,
+    last_seen: int,
+    next_uses: Int32Array,
+    slots_of_uses: Int32Array,
+    unknown: Int32Array,
+    steps: Int32Array,
+    indices: Int32Array,
+    slots: Int32Array,
+) -> tuple[int, int]:
+    """Fills `unknown` with the slots of rows without a known next use, and the others with those that have one."""
+    unknown_counts = np.empty(NUM_PARTS, np.int64)
+    due_counts = np.empty(NUM_PARTS, np.int64)
+    for part in prange(NUM_PARTS):
+        begin, end = part_bounds(part, len(unknown))
+        unknown_counts[part], due_counts[part] = _sort_out_part(
+            first_occurrence + begin,
+            step,
+            last_seen,
+            next_uses,
+            slots_of_uses,
+            unknown[begin:end],
+            steps[begin:end],
+            indices[begin:end],
+            slots[begin:end],
+        )
+    join_parts(steps, due_counts)
+    join_parts(indices, due_counts)
+    return join_parts(unknown, unknown_counts), join_parts(slots, due_counts)
+
+
+@jit
+def _sort_out_part(
+    first_occurrence: int,
+    step: int,
+    last_seen: int,
+    next_uses: Int32Array,
+    slots_of_uses: Int32Array,
+    unknown: Int32Array,
+    steps: Int32Array,
+    indices: Int32Array,
+    slots: Int32Array,
+) -> tuple[int, int]:
     mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
-    unused = np.empty(num_uniques, np.int32)
-    num_unused = 0
-    for index in range(num_uniques):
-        occurrence = first_occurrence + index
-        next_step = next_uses[occurrence & mask, STEP]
-        unused[num_unused] = occurrence & OCCURRENCES
-        num_unused += ((next_step < 0) | (next_step > step)) & (slots_of_uses[occurrence & slots_mask] >= 0)
-    steps = np.empty(num_unused, np.int32)
-    indices = np.empty(num_unused, np.int32)
-    slots = np.empty(num_unused, np.int32)
-    unknown = np.empty(num_unused, np.int32)
     num_unknown = num_due = 0
-    for occurrence in unused[:num_unused]:
+    for occurrence in range(first_occurrence, first_occurrence + len(unknown)):
         next_step, slot = next_uses[occurrence & mask, STEP], slots_of_uses[occurrence & slots_mask]
+        is_unused = ((next_step < 0) | (next_step > step)) & (slot >= 0)
         is_due = (next_step >= 0) & (next_step <= last_seen)
         unknown[num_unknown] = slot
-        num_unknown += not is_due
+        num_unknown += is_unused & (not is_due)
         steps[num_due] = next_step
         indices[num_due] = next_uses[occurrence & mask, INDEX]
         slots[num_due] = slot
-        num_due += is_due
-    push_unknown(state.unknown, unknown[:num_unknown])
-    push_due(state.due, steps[:num_due], indices[:num_due], slots[:num_due])
+        num_due += is_unused & is_due
+    return num_unknown, num_due
 
 
 @jit
@@ -165,16 +270,39 @@ def free_unsettled(
     return num_freed
 
 
-@jit
-def evict(state: State, slots: Int32Array, num_early: int, early_tick: int, late_tick: int) -> Int64Array:
+@parallel_jit
+def _evict(
+    slots_of_rows: Int32Array,
+    rows_of_slots: Int64Array,
+    slots: Int32Array,
+    num_early: int,
+    early_tick: int,
+    late_tick: int,
+) -> Int64Array:
     """The rows that leave their slots (n,), the first `num_early` of them at `early_tick`; remembers when."""
     rows = np.empty(len(slots), np.int64)
-    for index in range(len(slots)):
-        rows[index] = state.rows_of_slots[slots[index]]
-    for index in range(len(slots)):
-        prefetch(state.slots_of_rows, rows[min(index + _AHEAD, len(slots) - 1)], 0)
-        state.slots_of_rows[np.uint64(rows[index]), 0] = -2 - (early_tick if index < num_early else late_tick)
+    for part in prange(NUM_PARTS):
+        begin, end = part_bounds(part, len(slots))
+        num_early_here = min(max(num_early - begin, 0), end - begin)
+        _evict_part(slots_of_rows, rows_of_slots, slots[begin:end], rows[begin:end], num_early_here, early_tick, late_tick)
     return rows
+
+
+@jit
+def _evict_part(
+    slots_of_rows: Int32Array,
+    rows_of_slots: Int64Array,
+    slots: Int32Array,
+    rows: Int64Array,
+    num_early: int,
+    early_tick: int,
+    late_tick: int,
+) -> None:
+    for index in range(len(slots)):
+        rows[index] = rows_of_slots[np.uint32(slots[index])]
+    for index in range(len(slots)):
+        prefetch(slots_of_rows, rows[min(index + _AHEAD, len(slots) - 1)], 0)
+        slots_of_rows[np.uint64(rows[index]), 0] = -2 - (early_tick if index < num_early else late_tick)
 
 
 @jit
@@ -191,28 +319,72 @@ def assign(
 
     Returns (fetch_rows, fetch_slots, how many are early, the latest eviction among the early rows and among the late ones).
     """
+    missing_rows = np.empty(len(missing), np.int64)
+    evicted_at = np.empty(len(missing), np.int32)
+    _take_slots(state.slots_of_rows, state.rows_of_slots, rows, missing, slots, freed, missing_rows, evicted_at)
     fetch_rows = np.empty(len(missing), np.int64)
     fetch_slots = np.empty(len(missing), np.int32)
     num_early, num_late = 0, 0
     early_fence, late_fence = -1, -1
     for index in range(len(missing)):
-        prefetch(state.slots_of_rows, rows[missing[min(index + _AHEAD, len(missing) - 1)]], 0)
-        row, slot = rows[missing[index]], freed[index]
-        evicted_at = -2 - state.slots_of_rows[np.uint64(row), 0]  # -1: never evicted
-        if index < num_settled and evicted_at <= early_tick:
+        if index < num_settled and evicted_at[index] <= early_tick:
             place = num_early
             num_early += 1
-            early_fence = max(early_fence, evicted_at)
+            early_fence = max(early_fence, evicted_at[index])
         else:
             num_late += 1
             place = len(missing) - num_late
-            late_fence = max(late_fence, evicted_at)
-        fetch_rows[place] = row
-        fetch_slots[place] = slot
-        slots[missing[index]] = slot
-        state.slots_of_rows[np.uint64(row), 0] = slot
-        state.rows_of_slots[slot] = row
+            late_fence = max(late_fence, evicted_at[index])
+        fetch_rows[place] = missing_rows[index]
+        fetch_slots[place] = freed[index]
     return fetch_rows, fetch_slots, num_early, early_fence, late_fence
+
+
+@parallel_jit
+def _take_slots(
+    slots_of_rows: Int32Array,
+    rows_of_slots: Int64Array,
+    rows: Int64Array,
+    missing: Int32Array,
+    slots: Int32Array,
+    freed: Int32Array,
+    missing_rows: Int64Array,
+    evicted_at: Int32Array,
+) -> None:
+    """Gives the i-th freed slot to the i-th missing row, and tells the row and when it was evicted, -1 for never."""
+    for part in prange(NUM_PARTS):
+        begin, end = part_bounds(part, len(missing))
+        _take_slots_part(
+            slots_of_rows,
+            rows_of_slots,
+            rows,
+            missing[begin:end],
+            slots,
+            freed[begin:end],
+            missing_rows[begin:end],
+            evicted_at[begin:end],
+        )
+
+
+@jit
+def _take_slots_part(
+    slots_of_rows: Int32Array,
+    rows_of_slots: Int64Array,
+    rows: Int64Array,
+    missing: Int32Array,
+    slots: Int32Array,
+    freed: Int32Array,
+    missing_rows: Int64Array,
+    evicted_at: Int32Array,
+) -> None:
+    for index in range(len(missing)):
+        prefetch(slots_of_rows, rows[missing[min(index + _AHEAD, len(missing) - 1)]], 0)
+        row, slot = rows[np.uint32(missing[index])], freed[index]
+        missing_rows[index] = row
+        evicted_at[index] = -2 - slots_of_rows[np.uint64(row), 0]
+        slots_of_rows[np.uint64(row), 0] = slot
+        rows_of_slots[np.uint32(slot)] = row
+        slots[np.uint32(missing[index])] = slot
 
 
 @jit
@@ -223,6 +395,7 @@ def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Arra
         slots_of_uses[(first_occurrence + index) & mask] = slots[index]
 
 
+@threaded
 @jit
 def find_and_free(
     state: State,
@@ -248,6 +421,7 @@ def find_and_free(
     return slots, missing, freed, num_fresh, num_unknown, num_freed
 
 
+@threaded
 @jit
 def move(
     state: State,
@@ -263,7 +437,7 @@ def move(
     slots_of_uses: Int32Array,
 ) -> tuple[Int64Array, Int64Array, Int32Array, int, int, int]:
     """A step's second half: evicts, assigns and remembers. Returns (evict_rows, what `assign` returns)."""
-    evict_rows = evict(state, freed[num_fresh:], num_settled - num_fresh, early_tick, step)
+    evict_rows = _evict(state.slots_of_rows, state.rows_of_slots, freed[num_fresh:], num_settled - num_fresh, early_tick, step)
     fetch_rows, fetch_slots, num_early, early_fence, late_fence = assign(
         state, rows, missing, slots, freed, num_settled, early_tick
     )

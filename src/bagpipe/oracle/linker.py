@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bagpipe._jit import jit
+from bagpipe._jit import NUM_PARTS, jit, parallel_jit, part_bounds, prange, threaded
 from bagpipe._prefetch import prefetch
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.types import Group, Int32Array, Int64Array
@@ -104,27 +104,45 @@ def roomy_ring(ring: Int32Array, first_occurrence: int, num_kept: int, num_more:
     return larger
 
 
-@jit
+@threaded
+@parallel_jit
 def _link(
     rows: Int64Array, step: int, first_occurrence: int, num_kept: int, last_uses: Int32Array, next_uses: Int32Array
 ) -> Int32Array:
     """Gathers first and decides then: with a branch in the gathering loop each wrong guess waits for memory, thrice as long."""
-    mask = len(next_uses) - 1
     previous = np.empty(len(rows), np.int32)
+    for part in prange(NUM_PARTS):
+        begin, end = part_bounds(part, len(rows))
+        _link_part(rows[begin:end], step, first_occurrence, begin, num_kept, last_uses, next_uses, previous[begin:end])
+    return previous
+
+
+@jit
+def _link_part(
+    rows: Int64Array,
+    step: int,
+    first_occurrence: int,
+    first_index: int,
+    num_kept: int,
+    last_uses: Int32Array,
+    next_uses: Int32Array,
+    previous: Int32Array,
+) -> None:
+    mask = len(next_uses) - 1
+    first = first_occurrence + first_index
     for index in range(len(rows)):
         prefetch(last_uses, rows[min(index + _AHEAD, len(rows) - 1)], 0)
         row = np.uint64(rows[index])
         previous[index] = last_uses[row, 0]
-        last_uses[row, 0] = (first_occurrence + index) & OCCURRENCES
+        last_uses[row, 0] = (first + index) & OCCURRENCES
     for index in range(len(rows)):
         # What has no place in the ring any more is written to the row's own place, which is cleared afterwards.
         age = (first_occurrence - previous[index]) & OCCURRENCES
-        occurrence = previous[index] if (previous[index] >= 0) & (age <= num_kept) else first_occurrence + index
-        next_uses[occurrence & mask, INDEX] = index
+        occurrence = previous[index] if (previous[index] >= 0) & (age <= num_kept) else first + index
+        next_uses[occurrence & mask, INDEX] = first_index + index
         next_uses[occurrence & mask, STEP] = step
-    for occurrence in range(first_occurrence, first_occurrence + len(rows)):
+    for occurrence in range(first, first + len(rows)):
         next_uses[occurrence & mask, STEP] = -1
-    return previous
 
 
 @jit

@@ -16,6 +16,7 @@ If the child dies, the parent raises BackgroundError at the next step; if the pa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import multiprocessing
 import os
@@ -44,6 +45,8 @@ _ALIGNMENT = 256
 _PLANS_AHEAD = 2
 """Finished plans that wait in the child."""
 _STOP_TIMEOUT_S = 5.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES = 1 << 30
 _RELEASED, _STOP = b"released", b"stop"
 
 
@@ -193,6 +196,7 @@ def _run_child(
     num_places: int,
 ) -> None:
     """The child's main function."""
+    _keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when a run ends
         signal.signal(number, signal.SIG_IGN)
     file = reduction.recv_handle(connection)
@@ -210,6 +214,17 @@ def _run_child(
     with contextlib.suppress(OSError):
         connection.send(failure)
         sender.wait_for_stop()
+
+
+def _keep_freed_memory() -> None:
+    """Lets freed arrays stay with the process where the C library is glibc; a step's arrays are as large as the next one's.
+
+    By default their pages go back to the system and are faulted in again, a tenth of the oracle's time (docs/results.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 class _Sender:

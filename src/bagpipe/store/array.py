@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bagpipe._jit import NUM_PARTS, jit, parallel_jit, prange
+from bagpipe._jit import NUM_PARTS, jit, parallel_jit, part_bounds, prange, threaded
 from bagpipe._prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.errors import StoreError
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
@@ -157,11 +157,12 @@ def _first_outside(rows: Int64Array, num_rows: int) -> int:
     return -1
 
 
+@threaded
 @parallel_jit
 def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
     """Copies touched rows to `out` and computes the others."""
     for part in prange(NUM_PARTS):
-        begin, end = part * len(rows) // NUM_PARTS, (part + 1) * len(rows) // NUM_PARTS
+        begin, end = part_bounds(part, len(rows))
         _gather_part(records, touched, rows[begin:end], initial, out[begin:end])
 
 
@@ -185,12 +186,13 @@ def _gather_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, i
         fill_part(rows, untouched, initial, out)
 
 
+@threaded
 @parallel_jit
 def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
     """Copies `values` to `records[rows]` and marks them touched; returns how many were not so before."""
     num_new = 0
     for part in prange(NUM_PARTS):
-        begin, end = part * len(rows) // NUM_PARTS, (part + 1) * len(rows) // NUM_PARTS
+        begin, end = part_bounds(part, len(rows))
         num_new += _scatter_part(records, touched, rows[begin:end], values[begin:end])
     return num_new
 
