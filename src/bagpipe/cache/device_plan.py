@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,63 +13,73 @@ from torch import Tensor
 
 from bagpipe.types import GroupPlan, Transfers, UInt8Array
 
+PlanArray: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+"""All that the device needs of a plan: 1-D."""
+
 _ALIGNMENT = 256
+_WORD = 4
 _MAX_SPREAD = 1.5
 """Bytes between arrays that are worth copying along with them."""
 
 
-def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+def to_device(array: PlanArray, device: torch.device) -> Tensor:
     """A tensor on `device`: the same memory on a CPU, a copy through pinned memory that the host does not wait for on a GPU."""
     (tensor,) = all_to_device([array], device)
     return tensor
 
 
-def all_to_device(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> list[Tensor]:
+def all_to_device(arrays: Sequence[PlanArray], device: torch.device) -> list[Tensor]:
     """`to_device` of several arrays by one copy, since each costs its thread a dozen calls: about 40 us where threads compete.
 
     Arrays that lie close together in shared memory, as a plan of the oracle process does, are copied from where they are.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    source, begins = _together(arrays)
-    copy = source.to(device, non_blocking=True)
+    places = [array.__array_interface__["data"][0] for array in arrays]
+    begin = min(places)
+    end = max(place + array.nbytes for place, array in zip(places, arrays, strict=True))
+    shared = _shared_memory(arrays)
+    if shared is not None and end - begin <= _MAX_SPREAD * sum(array.nbytes for array in arrays) + len(arrays) * _ALIGNMENT:
+        offset = begin - shared.__array_interface__["data"][0]
+        source = torch.from_numpy(shared[offset : offset + end - begin])
+    else:
+        source, places = _packed(arrays)
+        begin = 0
+    words = source.to(device, non_blocking=True).view(torch.int32)
+    tensors = [
+        words[(place - begin) // _WORD : (place - begin + array.nbytes) // _WORD]
+        for place, array in zip(places, arrays, strict=True)
+    ]
     return [
-        copy[begin : begin + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
-        for begin, array in zip(begins, arrays, strict=True)
+        tensor if array.dtype == np.int32 else tensor.view(torch.float32) for tensor, array in zip(tensors, arrays, strict=True)
     ]
 
 
-def _together(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[Tensor, list[int]]:
+def _packed(arrays: Sequence[PlanArray]) -> tuple[Tensor, list[int]]:
     """One pinned uint8 tensor that holds all arrays, and where each begins in it."""
-    shared = _shared_memory(arrays)
-    if shared is not None:
-        addresses = [array.ctypes.data for array in arrays]
-        begin = min(addresses)
-        end = max(address + array.nbytes for address, array in zip(addresses, arrays, strict=True))
-        if end - begin <= _MAX_SPREAD * sum(array.nbytes for array in arrays) + len(arrays) * _ALIGNMENT:
-            offset = begin - shared.ctypes.data
-            return torch.from_numpy(shared[offset : offset + end - begin]), [address - begin for address in addresses]
     begins, end = [], 0
     for array in arrays:
         begins.append(end)
         end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     pinned = torch.empty(end, dtype=torch.uint8, pin_memory=True)
     for begin, array in zip(begins, arrays, strict=True):
-        pinned.numpy()[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        pinned.numpy()[begin : begin + array.nbytes] = np.ascontiguousarray(array).view(np.uint8)
     return pinned, begins
 
 
-def _shared_memory(arrays: Sequence[npt.NDArray[np.generic]]) -> UInt8Array | None:
+def _shared_memory(arrays: Sequence[PlanArray]) -> UInt8Array | None:
     """The memory map that all arrays are views of, if there is one: it is pinned (`bagpipe.train.lookahead`)."""
-    owners = []
-    for array in arrays:
-        owner: object = array
-        while isinstance(owner, np.ndarray) and owner.base is not None:
-            owner = owner.base
-        owners.append(owner.obj if isinstance(owner, memoryview) else owner)
+    owners = [_owner(array) for array in arrays]
     if isinstance(owners[0], np.ndarray) or any(owner is not owners[0] for owner in owners):
         return None
     return np.frombuffer(owners[0], np.uint8)  # type: ignore[call-overload,no-any-return]
+
+
+def _owner(array: PlanArray) -> object:
+    owner: object = array
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    return owner.obj if isinstance(owner, memoryview) else owner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,22 @@
 """Executes plans: moves records between stores and the device cache, ahead of their use and behind it.
 
 Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At each tick the trainer's thread
-hands out work and goes on; three background threads do it, each in the order given:
+hands out what is due (the late transfers of step t, then the early ones of later steps) and goes on:
 
-    transfer thread   late transfers of step t, then the early ones of later steps that are due: evicted slots -> packed
-                      buffer, staging buffer -> fetched slots; and the plan's arrays -> device
-    gather thread     for the same: store -> staging buffer
-    write-back thread packed buffer -> store
+    evict   evicted slots -> packed buffer -> pinned host buffer   the trainer's thread asks the device for it
+            -> store                                               write-back thread
+    fetch   store -> pinned staging buffer                         gather thread
+            -> fetched slots                                       the trainer's thread, at the first tick that finds it gathered
 
-The only waits of the trainer's thread are for the transfers of the step that it is about to compute: for the early ones, issued
+The only waits of the trainer's thread are for the rows of the step that it is about to compute: for the early ones, asked for
 `prefetch_depth` steps ago ("rows"), and for the late ones ("slots"). Before it reads the store, a fetch waits for the write-backs
-that its fence names. On CUDA both directions go through pinned memory on a stream of their own, ordered with the compute
-stream by events, so that the host waits for neither. Pinned and device buffers come from torch's caching allocators, which reuse a
-buffer once the streams that it was used on are done with it.
+that its fence names.
 
-Positions, in steps: submitted >= issued >= transferred >= trained >= written back.
+On CUDA both directions have a stream of their own. Evictions follow the compute issued so far, fills follow the evictions before
+them, and compute follows the fills of its own step, all by events, so that the host waits for neither. Device work is asked for
+by one thread, since threads that do so take turns for Python's lock: a thread of its own for the transfers took 1.5 ms a step, most
+of it waiting (docs/results.md). Pinned and device buffers come from torch's caching allocators, which reuse a buffer once the
+streams that it was used on are done with it.
 
 A failure in a background thread is raised by the next call here, with its cause. On CUDA, forward and backward must run on the
 stream that is current when the next batch is asked for.
@@ -26,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,12 +36,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bagpipe._jit import jit
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, DeviceTransfers, plan_to_device
 from bagpipe.cache.spans import span
 from bagpipe.errors import BackgroundError
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Int64Array, StepPlan, Transfers
+from bagpipe.types import Int32Array, Int64Array, StepPlan, Transfers
 
 Result = TypeVar("Result")
 
@@ -58,21 +61,27 @@ class Waits:
 
 
 @dataclass(kw_only=True)
+class _Transfer:
+    """A step's early or late transfers, handed out."""
+
+    step: int
+    transfers: tuple[Transfers, ...]  # by group, as all that follow
+    on_device: tuple[DeviceTransfers, ...]
+    gathered: Future[list[Tensor]]
+    evicted: torch.cuda.Event | None  # what fills must wait for
+    is_filled: bool = False
+
+
+@dataclass(kw_only=True)
 class _Pending:
-    """A submitted step: its plan and, once issued, what the background threads are doing for it."""
+    """A submitted step."""
 
     plan: StepPlan
     release: Callable[[], None] | None
-    early: Future[_Transferred] | None = None
-    late: Future[_Transferred] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Transferred:
-    """The result of one step's early or late transfers; `ready` is what the compute stream must wait for on CUDA."""
-
-    plans: tuple[DevicePlan, ...]  # by group, with the early transfers; empty with the late ones
-    ready: torch.cuda.Event | None
+    device_plans: tuple[DevicePlan, ...] = ()
+    early: _Transfer | None = None
+    late: _Transfer | None = None
+    ready: torch.cuda.Event | None = None  # the plan and the last of the rows are on the device
 
 
 class Executor:
@@ -84,17 +93,12 @@ class Executor:
         self.current: tuple[DevicePlan, ...] | None = None
         """The plans of the step that is being computed, by group."""
         self._device = caches[0].device
-        self._stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._compute_stream: torch.cuda.Stream | None = None
-        self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
-        self._transfer_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-transfer")
+        self._streams: _Streams | None = _Streams(self._device) if self._device.type == "cuda" else None
+        self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]  # the gather thread's
         self._gather_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-gather")
-        self._issued: deque[tuple[int, Future[_Transferred]]] = deque()  # (tick, transfers) that may not have evicted yet
         self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-write-back")
         self._pending: deque[_Pending] = deque()
-        self._writes: deque[tuple[int, Future[None]]] = deque()  # (tick, write-back), appended by the transfer thread
+        self._writes: deque[tuple[int, Future[None]]] = deque()  # (tick, write-back)
         self._ended: list[Callable[[], None]] = []  # of steps that have ended since the last one began
         self._computing: deque[tuple[torch.cuda.Event, list[Callable[[], None]]]] = deque()  # of those that the device is still at
         self._is_clean = True  # the stores hold everything
@@ -112,41 +116,30 @@ class Executor:
         """Tick of the oldest submitted step: issues what is due, then waits until that step can be computed."""
         pending = self._pending[0]
         tick = pending.plan.step
-        computed = self._record_compute()
+        computed = None if self._streams is None else self._streams.record_compute()
         self._release_ended(computed)
-        # A plan that came too late to be issued ahead: its own early transfers still come before its late ones, which may fill
-        # a slot that an early one empties. Early ones of later steps come last: they may fetch what this step's late ones evict.
-        self._issue_early(pending, computed)
-        if any(_moves_anything(group.late) for group in pending.plan.groups):
-            pending.late = self._issue(pending.plan, tick, computed, is_late=True)
-        for due in self._pending:
-            if due.plan.early_tick <= tick:
-                self._issue_early(due, computed)
-        self._raise_failed_writes()
-        assert pending.early is not None
-        started = time.perf_counter()
-        early = self._result(pending.early, pending.plan.step)
-        rows_done = time.perf_counter()
-        late = None if pending.late is None else self._result(pending.late, pending.plan.step)
-        self.waits.rows_s += rows_done - started
-        self.waits.slots_s += time.perf_counter() - rows_done
-        self._wait_on_device(early, late)
-        self.current = early.plans
+        with _naming(tick):
+            # A plan that came too late to be issued ahead: its own early transfers still come before its late ones, which may
+            # fill a slot that an early one empties. Early ones of later steps come last: they may fetch what this step's late
+            # ones evict.
+            self._issue_early(pending)
+            if any(_moves_anything(group.late) for group in pending.plan.groups):
+                transfers = tuple(group.late for group in pending.plan.groups)
+                pending.late = self._issue(transfers, self._slots_to_device(transfers), tick, tick)
+            for due in self._pending:
+                if due.plan.early_tick <= tick:
+                    self._issue_early(due)
+            self._raise_failed_writes()
+            self._wait_for_rows(pending)
+            for due in self._pending:
+                if due.early is not None and _has_succeeded(due.early.gathered):
+                    self._fill(due, due.early)
+        if self._streams is not None and pending.ready is not None:
+            self._streams.compute.wait_event(pending.ready)
+            for plan in pending.device_plans:
+                plan.record_stream(self._streams.compute)
+        self.current = pending.device_plans
         self._is_clean = False
-
-    def _issue_early(self, pending: _Pending, computed: torch.cuda.Event | None) -> None:
-        if pending.early is None:
-            pending.early = self._issue(pending.plan, pending.plan.early_tick, computed, is_late=False)
-
-    def _issue(self, plan: StepPlan, tick: int, computed: torch.cuda.Event | None, *, is_late: bool) -> Future[_Transferred]:
-        """Hands a step's late or early transfers to the threads."""
-        while self._issued and self._issued[0][1].done():
-            self._issued.popleft()
-        transfers = [group.late if is_late else group.early for group in plan.groups]
-        gathered = self._gather_thread.submit(self._gather, transfers, tuple(self._issued))
-        issued = self._transfer_thread.submit(self._transfer, plan, transfers, gathered, tick, computed, is_late=is_late)
-        self._issued.append((tick, issued))
-        return issued
 
     def is_current(self, plan: DevicePlan) -> bool:
         """Whether `plan` belongs to the step that is being computed."""
@@ -174,87 +167,67 @@ class Executor:
 
     def close(self) -> None:
         """Ends the background threads; what is not flushed is lost. Closing twice is allowed."""
-        for pending in self._pending:
-            for future in (pending.early, pending.late):
-                if future is not None:
-                    future.cancel()
         self._gather_thread.shutdown(wait=True, cancel_futures=True)
-        self._transfer_thread.shutdown(wait=True, cancel_futures=True)
         self._write_thread.shutdown(wait=True, cancel_futures=True)
-        if self._stream is not None:
-            self._stream.synchronize()  # the caches' memory goes back to the compute stream's pool
+        if self._streams is not None:
+            self._streams.synchronize()  # the caches' memory goes back to the compute stream's pool
         self._pending.clear()
         self.current = None
         while self.at_close:
             self.at_close.pop(0)()
 
-    def _drain(self) -> None:
-        """Waits for all issued transfers and write-backs, and raises what they raised."""
-        for pending in self._pending:
-            for future in (pending.early, pending.late):
-                if future is not None:
-                    self._result(future, pending.plan.step)
-        for tick, write in list(self._writes):
-            self._result(write, tick)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def _issue_early(self, pending: _Pending) -> None:
+        """Hands out a step's early transfers and sends its plan to the device, unless that is done."""
+        if pending.early is not None:
+            return
+        plan = pending.plan
+        with span("plan"), self._inward():
+            moved = [
+                plan_to_device(
+                    group_plan,
+                    step=plan.step,
+                    batch_size=plan.batch_size,
+                    num_features=len(cache.group.features),
+                    device=self._device,
+                )
+                for group_plan, cache in zip(plan.groups, self.caches, strict=True)
+            ]
+        pending.device_plans = tuple(device_plan for device_plan, _ in moved)
+        transfers = tuple(group.early for group in plan.groups)
+        pending.early = self._issue(transfers, tuple(on_device for _, on_device in moved), plan.step, plan.early_tick)
 
-    def _transfer(
-        self,
-        plan: StepPlan,
-        transfers: Sequence[Transfers],
-        gathered: Future[list[Tensor]],
-        tick: int,
-        computed: torch.cuda.Event | None,
-        *,
-        is_late: bool,
-    ) -> _Transferred:
-        """Runs on the transfer thread: one step's late transfers, or its early ones and its plan's way to the device."""
-        with self._on_side_stream(computed) as ready:
-            with span("plan"):
-                plans: tuple[DevicePlan, ...] = ()
-                if is_late:
-                    moves = [DeviceTransfers.of(moved, self._device) for moved in transfers]
-                else:
-                    plans, moves = self._plans_to_device(plan)
-            with span("evict"):
-                for index, (moved, on_device) in enumerate(zip(transfers, moves, strict=True)):
-                    self._evict(index, moved, on_device.evict_slots, tick)
-            with span("fetch"):
-                for index, (moved, on_device, staging) in enumerate(zip(transfers, moves, gathered.result(), strict=True)):
-                    self._fill(index, moved, on_device.fetch_slots, staging)
-        return _Transferred(plans=plans, ready=ready)
+    def _issue(self, transfers: tuple[Transfers, ...], on_device: tuple[DeviceTransfers, ...], step: int, tick: int) -> _Transfer:
+        """Evicts, and hands out the fetches."""
+        evicted = None
+        with span("evict"), nullcontext() if self._streams is None else self._streams.outward():
+            for index, (moved, slots) in enumerate(zip(transfers, on_device, strict=True)):
+                self._evict(index, moved, slots.evict_slots, tick)
+            if self._streams is not None:
+                evicted = self._streams.out.record_event()
+        fence = max(moved.fence_tick for moved in transfers)
+        writes = [write for write_tick, write in self._writes if write_tick <= fence]
+        gathered = self._gather_thread.submit(self._gather, transfers, writes)
+        return _Transfer(step=step, transfers=transfers, on_device=on_device, gathered=gathered, evicted=evicted)
 
-    def _plans_to_device(self, plan: StepPlan) -> tuple[tuple[DevicePlan, ...], list[DeviceTransfers]]:
-        moved = [
-            plan_to_device(
-                group_plan,
-                step=plan.step,
-                batch_size=plan.batch_size,
-                num_features=len(cache.group.features),
-                device=self._device,
-            )
-            for group_plan, cache in zip(plan.groups, self.caches, strict=True)
-        ]
-        return tuple(device_plan for device_plan, _ in moved), [transfers for _, transfers in moved]
+    def _slots_to_device(self, transfers: tuple[Transfers, ...]) -> tuple[DeviceTransfers, ...]:
+        with self._inward():
+            return tuple(DeviceTransfers.of(moved, self._device) for moved in transfers)
 
     def _evict(self, index: int, transfers: Transfers, slots: Tensor, tick: int) -> None:
         """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
         if len(transfers.evict_rows) == 0:
             return
-        records = self.caches[index].read(slots)
-        self._rows_of_slots[index][transfers.evict_slots] = -1
-        copied = None
-        if self._stream is not None:
+        records, copied = self.caches[index].read(slots), None
+        if self._streams is not None:
             records = torch.empty(records.shape, pin_memory=True).copy_(records, non_blocking=True)
-            copied = self._stream.record_event()
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied.record(self._streams.out)
         if len(self._writes) >= _MAX_PENDING_WRITES:
             self._writes[0][1].result()
-        while self._writes and self._writes[0][1].done() and self._writes[0][1].exception() is None:
+        while self._writes and _has_succeeded(self._writes[0][1]):
             self._writes.popleft()
         rows = transfers.evict_rows.copy()  # may be written later than the plan is released
-        write = self._write_thread.submit(self._write_back, index, rows, records, copied)
-        self._writes.append((tick, write))
+        self._writes.append((tick, self._write_thread.submit(self._write_back, index, rows, records, copied)))
 
     def _write_back(self, index: int, rows: Int64Array, records: Tensor, copied: torch.cuda.Event | None) -> None:
         """Runs on the write-back thread."""
@@ -263,45 +236,65 @@ class Executor:
         with span("write_back"):
             self.stores[index].write(rows, records.numpy())
 
-    def _gather(self, transfers: Sequence[Transfers], issued: Sequence[tuple[int, Future[_Transferred]]]) -> list[Tensor]:
-        """Runs on the gather thread: reads each group's rows from its store (n, record_width), once their fence allows."""
+    def _gather(self, transfers: Sequence[Transfers], fence: Sequence[Future[None]]) -> list[Tensor]:
+        """Runs on the gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
+        for write in fence:
+            write.result()
         stagings = []
         for index, moved in enumerate(transfers):
-            staging = torch.empty(len(moved.fetch_rows), self.caches[index].group.record_width, pin_memory=self._stream is not None)
+            _note_moves(self._rows_of_slots[index], moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
+            staging = torch.empty(
+                len(moved.fetch_rows), self.caches[index].group.record_width, pin_memory=self._streams is not None
+            )
             if len(moved.fetch_rows):
-                self._await_fence(moved.fence_tick, issued)
                 with span("gather"):
                     self.stores[index].fetch(moved.fetch_rows, staging.numpy())
             stagings.append(staging)
         return stagings
 
-    def _await_fence(self, fence_tick: int, issued: Sequence[tuple[int, Future[_Transferred]]]) -> None:
-        """Waits until all that was evicted up to `fence_tick`, by transfers issued before, is in the store."""
-        for tick, transferred in issued:
-            if tick <= fence_tick:
-                transferred.result()
+    def _wait_for_rows(self, pending: _Pending) -> None:
+        """Fills the rows of the step that comes now, and accounts for the time that they are not gathered yet."""
+        assert pending.early is not None
+        started = time.perf_counter()
+        pending.early.gathered.result()
+        rows_done = time.perf_counter()
+        self.waits.rows_s += rows_done - started
+        self._fill(pending, pending.early)
+        if pending.late is not None:
+            started = time.perf_counter()
+            pending.late.gathered.result()
+            self.waits.slots_s += time.perf_counter() - started
+            self._fill(pending, pending.late)
+
+    def _fill(self, pending: _Pending, transfer: _Transfer) -> None:
+        """Puts gathered records into their slots, unless they are there."""
+        if transfer.is_filled:
+            return
+        transfer.is_filled = True
+        with span("fetch"), self._inward():
+            if self._streams is not None and transfer.evicted is not None:
+                self._streams.into.wait_event(transfer.evicted)
+            for cache, slots, staging in zip(self.caches, transfer.on_device, transfer.gathered.result(), strict=True):
+                if len(staging):
+                    cache.fill(slots.fetch_slots, staging.to(self._device, non_blocking=True))
+            if self._streams is not None:
+                pending.ready = self._streams.into.record_event()
+
+    def _drain(self) -> None:
+        """Waits for all issued transfers and write-backs, and raises what they raised."""
+        for pending in self._pending:
+            with _naming(pending.plan.step):
+                for transfer in (pending.early, pending.late):
+                    if transfer is not None:
+                        self._fill(pending, transfer)
         for tick, write in list(self._writes):
-            if tick <= fence_tick:
+            with _naming(tick):
                 write.result()
+        if self._streams is not None:
+            torch.cuda.synchronize(self._device)
 
-    def _fill(self, index: int, transfers: Transfers, slots: Tensor, staging: Tensor) -> None:
-        """Puts gathered records into their slots."""
-        if len(transfers.fetch_rows) == 0:
-            return
-        self.caches[index].fill(slots, staging.to(self._device, non_blocking=True))
-        self._rows_of_slots[index][transfers.fetch_slots] = transfers.fetch_rows
-
-    @contextmanager
-    def _on_side_stream(self, computed: torch.cuda.Event | None) -> Iterator[torch.cuda.Event | None]:
-        """Issues device work on the side stream, after `computed`; the event yielded is recorded at the end of it."""
-        if self._stream is None or computed is None:
-            yield None
-            return
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(computed)
-            yield ready
-            ready.record(self._stream)
+    def _inward(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._streams is None else torch.cuda.stream(self._streams.into)
 
     def _release_ended(self, computed: torch.cuda.Event | None) -> None:
         """Releases the plans of ended steps: on a CPU at once, on CUDA when the device has come to `computed`."""
@@ -315,36 +308,66 @@ class Executor:
             for release in self._computing.popleft()[1]:
                 release()
 
-    def _record_compute(self) -> torch.cuda.Event | None:
-        """An event after all compute issued so far; None on a CPU, where it is done already."""
-        if self._stream is None:
-            return None
-        self._compute_stream = torch.cuda.current_stream(self._device)
-        computed: torch.cuda.Event = self._compute_stream.record_event()
-        return computed
-
-    def _wait_on_device(self, early: _Transferred, late: _Transferred | None) -> None:
-        """Makes the compute stream, not the host, wait for the step's transfers."""
-        if self._compute_stream is None:
-            return
-        for transferred in (early, late):
-            if transferred is not None and transferred.ready is not None:
-                self._compute_stream.wait_event(transferred.ready)
-        for plan in early.plans:
-            plan.record_stream(self._compute_stream)
-
     def _raise_failed_writes(self) -> None:
         for tick, write in list(self._writes):
             if write.done() and write.exception() is not None:
-                self._result(write, tick)
+                with _naming(tick):
+                    write.result()
 
-    def _result(self, future: Future[Result], step: int) -> Result:
-        """A background task's result; what it raised is raised here as the cause of a BackgroundError."""
-        try:
-            return future.result()
-        except Exception as error:
-            raise BackgroundError(f"moving embedding rows for step {step} failed: {error}") from error
+
+class _Streams:
+    """The streams of a CUDA device: `compute` is the trainer's own, at `record_compute` the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.out: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.into: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.compute = torch.cuda.current_stream(device)
+        self._computed = self.compute.record_event()
+
+    def record_compute(self) -> torch.cuda.Event:
+        """An event after all compute issued so far."""
+        self.compute = torch.cuda.current_stream(self._device)
+        computed: torch.cuda.Event = self.compute.record_event()
+        self._computed = computed
+        return computed
+
+    @contextmanager
+    def outward(self) -> Iterator[None]:
+        """Issues what follows on `out`, after the compute that was recorded last and what `into` has got so far."""
+        with torch.cuda.stream(self.out):
+            self.out.wait_event(self._computed)
+            self.out.wait_event(self.into.record_event())
+            yield
+
+    def synchronize(self) -> None:
+        """Waits for both own streams."""
+        self.out.synchronize()
+        self.into.synchronize()
 
 
 def _moves_anything(transfers: Transfers) -> bool:
     return len(transfers.evict_rows) > 0 or len(transfers.fetch_rows) > 0
+
+
+def _has_succeeded(future: Future[Result]) -> bool:
+    return future.done() and future.exception() is None
+
+
+@jit
+def _note_moves(rows_of_slots: Int64Array, evict_slots: Int32Array, fetch_rows: Int64Array, fetch_slots: Int32Array) -> None:
+    for slot in evict_slots:
+        rows_of_slots[slot] = -1
+    for index in range(len(fetch_slots)):
+        rows_of_slots[fetch_slots[index]] = fetch_rows[index]
+
+
+@contextmanager
+def _naming(step: int) -> Iterator[None]:
+    """Raises any failure inside as the cause of a BackgroundError."""
+    try:
+        yield
+    except BackgroundError:
+        raise
+    except Exception as error:
+        raise BackgroundError(f"moving embedding rows for step {step} failed: {error}") from error

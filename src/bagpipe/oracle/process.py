@@ -46,7 +46,6 @@ _PLANS_AHEAD = 2
 """Finished plans that wait in the child."""
 _STOP_TIMEOUT_S = 5.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_BYTES = 1 << 30
 _RELEASED, _STOP = b"released", b"stop"
 
 
@@ -223,8 +222,8 @@ def _keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the highest that it takes; what is larger, rows' state, is never freed
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 class _Sender:
