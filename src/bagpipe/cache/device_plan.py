@@ -107,11 +107,6 @@ class DevicePlan:
         """Moves one group's plan to `device` on the current stream."""
         return plan_to_device(plan, step=step, batch_size=batch_size, num_features=num_features, device=device)[0]
 
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keeps the memory until `stream` has used it, though another stream allocated it."""
-        self.lookup_slots.record_stream(stream)
-        self.unique_slots.record_stream(stream)  # all others are views of the same copy
-
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTransfers:

@@ -64,7 +64,6 @@ class Waits:
 class _Transfer:
     """A step's early or late transfers, handed out."""
 
-    step: int
     transfers: tuple[Transfers, ...]  # by group, as all that follow
     on_device: tuple[DeviceTransfers, ...]
     gathered: Future[list[Tensor]]
@@ -74,14 +73,15 @@ class _Transfer:
 
 @dataclass(kw_only=True)
 class _Pending:
-    """A submitted step."""
+    """A submitted step, up to the time that nothing reads its plan any more."""
 
     plan: StepPlan
     release: Callable[[], None] | None
     device_plans: tuple[DevicePlan, ...] = ()
     early: _Transfer | None = None
     late: _Transfer | None = None
-    ready: torch.cuda.Event | None = None  # the plan and the last of the rows are on the device
+    ready: torch.cuda.Event | None = None  # its rows, and its plan before them, are on the device
+    computed: torch.cuda.Event | None = None  # after its compute, once it has ended
 
 
 class Executor:
@@ -99,8 +99,7 @@ class Executor:
         self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-write-back")
         self._pending: deque[_Pending] = deque()
         self._writes: deque[tuple[int, Future[None]]] = deque()  # (tick, write-back)
-        self._ended: list[Callable[[], None]] = []  # of steps that have ended since the last one began
-        self._computing: deque[tuple[torch.cuda.Event, list[Callable[[], None]]]] = deque()  # of those that the device is still at
+        self._ended: deque[_Pending] = deque()  # steps whose plans the device may still read
         self._is_clean = True  # the stores hold everything
         self.at_close: list[Callable[[], None]] = []
         """Called at the end of `close`, when neither the threads nor the device read a plan any more."""
@@ -116,16 +115,14 @@ class Executor:
         """Tick of the oldest submitted step: issues what is due, then waits until that step can be computed."""
         pending = self._pending[0]
         tick = pending.plan.step
-        computed = None if self._streams is None else self._streams.record_compute()
-        self._release_ended(computed)
+        self._release_ended(None if self._streams is None else self._streams.record_compute())
         with _naming(tick):
             # A plan that came too late to be issued ahead: its own early transfers still come before its late ones, which may
             # fill a slot that an early one empties. Early ones of later steps come last: they may fetch what this step's late
             # ones evict.
             self._issue_early(pending)
             if any(_moves_anything(group.late) for group in pending.plan.groups):
-                transfers = tuple(group.late for group in pending.plan.groups)
-                pending.late = self._issue(transfers, self._slots_to_device(transfers), tick, tick)
+                self._issue_late(pending)
             for due in self._pending:
                 if due.plan.early_tick <= tick:
                     self._issue_early(due)
@@ -136,8 +133,6 @@ class Executor:
                     self._fill(due, due.early)
         if self._streams is not None and pending.ready is not None:
             self._streams.compute.wait_event(pending.ready)
-            for plan in pending.device_plans:
-                plan.record_stream(self._streams.compute)
         self.current = pending.device_plans
         self._is_clean = False
 
@@ -148,9 +143,7 @@ class Executor:
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
         self.current = None
-        release = self._pending.popleft().release
-        if release is not None:
-            self._ended.append(release)
+        self._ended.append(self._pending.popleft())
 
     def flush(self) -> None:
         """Writes every resident record to its store; rows stay in the cache. What is updated afterwards needs another flush."""
@@ -170,8 +163,9 @@ class Executor:
         self._gather_thread.shutdown(wait=True, cancel_futures=True)
         self._write_thread.shutdown(wait=True, cancel_futures=True)
         if self._streams is not None:
-            self._streams.synchronize()  # the caches' memory goes back to the compute stream's pool
+            torch.cuda.synchronize(self._device)  # plans and the caches' memory are in use until then
         self._pending.clear()
+        self._ended.clear()
         self.current = None
         while self.at_close:
             self.at_close.pop(0)()
@@ -181,7 +175,7 @@ class Executor:
         if pending.early is not None:
             return
         plan = pending.plan
-        with span("plan"), self._inward():
+        with self._outward(), span("plan"):
             moved = [
                 plan_to_device(
                     group_plan,
@@ -192,14 +186,23 @@ class Executor:
                 )
                 for group_plan, cache in zip(plan.groups, self.caches, strict=True)
             ]
-        pending.device_plans = tuple(device_plan for device_plan, _ in moved)
-        transfers = tuple(group.early for group in plan.groups)
-        pending.early = self._issue(transfers, tuple(on_device for _, on_device in moved), plan.step, plan.early_tick)
+            pending.device_plans = tuple(device_plan for device_plan, _ in moved)
+            transfers = tuple(group.early for group in plan.groups)
+            pending.early = self._issue(transfers, tuple(slots for _, slots in moved), plan.early_tick)
 
-    def _issue(self, transfers: tuple[Transfers, ...], on_device: tuple[DeviceTransfers, ...], step: int, tick: int) -> _Transfer:
+    def _issue_late(self, pending: _Pending) -> None:
+        """Hands out the late transfers of the step that comes now."""
+        transfers = tuple(group.late for group in pending.plan.groups)
+        with self._outward():
+            slots = tuple(DeviceTransfers.of(moved, self._device) for moved in transfers)
+            pending.late = self._issue(transfers, slots, pending.plan.step)
+
+    def _issue(self, transfers: tuple[Transfers, ...], on_device: tuple[DeviceTransfers, ...], tick: int) -> _Transfer:
         """Evicts, and hands out the fetches."""
         evicted = None
-        with span("evict"), nullcontext() if self._streams is None else self._streams.outward():
+        with span("evict"):
+            if self._streams is not None:
+                self._streams.out.wait_event(self._streams.computed)
             for index, (moved, slots) in enumerate(zip(transfers, on_device, strict=True)):
                 self._evict(index, moved, slots.evict_slots, tick)
             if self._streams is not None:
@@ -207,11 +210,7 @@ class Executor:
         fence = max(moved.fence_tick for moved in transfers)
         writes = [write for write_tick, write in self._writes if write_tick <= fence]
         gathered = self._gather_thread.submit(self._gather, transfers, writes)
-        return _Transfer(step=step, transfers=transfers, on_device=on_device, gathered=gathered, evicted=evicted)
-
-    def _slots_to_device(self, transfers: tuple[Transfers, ...]) -> tuple[DeviceTransfers, ...]:
-        with self._inward():
-            return tuple(DeviceTransfers.of(moved, self._device) for moved in transfers)
+        return _Transfer(transfers=transfers, on_device=on_device, gathered=gathered, evicted=evicted)
 
     def _evict(self, index: int, transfers: Transfers, slots: Tensor, tick: int) -> None:
         """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
@@ -271,7 +270,8 @@ class Executor:
         if transfer.is_filled:
             return
         transfer.is_filled = True
-        with span("fetch"), self._inward():
+        inward = nullcontext() if self._streams is None else torch.cuda.stream(self._streams.into)
+        with span("fetch"), inward:
             if self._streams is not None and transfer.evicted is not None:
                 self._streams.into.wait_event(transfer.evicted)
             for cache, slots, staging in zip(self.caches, transfer.on_device, transfer.gathered.result(), strict=True):
@@ -293,19 +293,19 @@ class Executor:
         if self._streams is not None:
             torch.cuda.synchronize(self._device)
 
-    def _inward(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._streams is None else torch.cuda.stream(self._streams.into)
+    def _outward(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._streams is None else torch.cuda.stream(self._streams.out)
 
     def _release_ended(self, computed: torch.cuda.Event | None) -> None:
-        """Releases the plans of ended steps: on a CPU at once, on CUDA when the device has come to `computed`."""
-        if self._ended and computed is not None:
-            self._computing.append((computed, self._ended))
-        elif self._ended:
-            for release in self._ended:
-                release()
-        self._ended = []
-        while self._computing and self._computing[0][0].query():  # type: ignore[no-untyped-call]
-            for release in self._computing.popleft()[1]:
+        """Lets go of the plans of ended steps: on a CPU at once, on CUDA when the device has come to `computed`.
+
+        Until then they are held, since the memory of a plan on the device belongs to another stream than the one that reads it.
+        """
+        for ended in self._ended:
+            ended.computed = ended.computed or computed
+        while self._ended and (self._ended[0].computed is None or self._ended[0].computed.query()):  # type: ignore[no-untyped-call]
+            release = self._ended.popleft().release
+            if release is not None:
                 release()
 
     def _raise_failed_writes(self) -> None:
@@ -322,28 +322,15 @@ class _Streams:
         self._device = device
         self.out: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.into: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.compute = torch.cuda.current_stream(device)
-        self._computed = self.compute.record_event()
+        self.compute: torch.cuda.Stream
+        self.computed: torch.cuda.Event
+        self.record_compute()
 
     def record_compute(self) -> torch.cuda.Event:
-        """An event after all compute issued so far."""
+        """Makes `computed` an event after all compute issued so far."""
         self.compute = torch.cuda.current_stream(self._device)
-        computed: torch.cuda.Event = self.compute.record_event()
-        self._computed = computed
-        return computed
-
-    @contextmanager
-    def outward(self) -> Iterator[None]:
-        """Issues what follows on `out`, after the compute that was recorded last and what `into` has got so far."""
-        with torch.cuda.stream(self.out):
-            self.out.wait_event(self._computed)
-            self.out.wait_event(self.into.record_event())
-            yield
-
-    def synchronize(self) -> None:
-        """Waits for both own streams."""
-        self.out.synchronize()
-        self.into.synchronize()
+        self.computed = self.compute.record_event()
+        return self.computed
 
 
 def _moves_anything(transfers: Transfers) -> bool:

@@ -120,8 +120,11 @@ class OracleProcess(Generic[BatchT]):
                 "pickled, or use oracle = 'thread'"
             ) from error
 
-    def items(self) -> Iterator[Planned[BatchT]]:
-        """Each planned batch, in order; raises what the child raised in its place."""
+    def items(self, *, copy_batches: bool = True) -> Iterator[Planned[BatchT]]:
+        """Each planned batch, in order; raises what the child raised in its place.
+
+        Without `copy_batches` a batch's arrays are good until the plan is released.
+        """
         while True:
             message = self._receive()
             if isinstance(message, _Failure):
@@ -130,7 +133,7 @@ class OracleProcess(Generic[BatchT]):
                 if message.cause is not None:
                     message.cause.add_note(f"in the oracle process:\n{message.trace}")
                 raise message.error from message.cause
-            yield self._open(message)
+            yield self._open(message, copy_batches)
 
     def stop(self) -> None:
         """Ends the child, which makes `items` end too. Stopping twice is allowed."""
@@ -156,10 +159,12 @@ class OracleProcess(Generic[BatchT]):
             ) from error
         return message
 
-    def _open(self, item: _Item) -> Planned[BatchT]:
+    def _open(self, item: _Item, copy_batch: bool) -> Planned[BatchT]:
         place = self._place(item)
         plan_arrays = [place[begin : begin + length] for begin, length in item.plan_spans]
-        batch_arrays = [place[begin : begin + length].copy() for begin, length in item.batch_spans]
+        batch_arrays = [place[begin : begin + length] for begin, length in item.batch_spans]
+        if copy_batch:
+            batch_arrays = [array.copy() for array in batch_arrays]
         planned: Planned[BatchT] = pickle.loads(item.plan, buffers=plan_arrays)
         batch, sparse = pickle.loads(item.batch, buffers=batch_arrays)
         return replace(planned, batch=batch, sparse=sparse, release=self._release)

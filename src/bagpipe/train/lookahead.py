@@ -64,7 +64,8 @@ def lookahead(
     `oracle` says where batches are read and planned: in threads of this process, or in a process of its own (Linux), which keeps
     steps of a few milliseconds free of it. `batches` and `sparse` must be picklable then, and as with a DataLoader's workers a
     script needs ``if __name__ == "__main__":``.
-    `prepare` turns each batch into what is handed out, in a background thread of this process: the place to pin memory.
+    `prepare` turns each batch into what is handed out, in a background thread of this process: the place to pin memory. With an
+    oracle process the arrays that it gets are good until the step after the batch's: it copies what shall live longer.
 
     Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the loss's gradient before it does.
 
@@ -116,7 +117,10 @@ class Lookahead(Generic[BatchT]):
         if in_process:
             self._process = self._start_process(batches, options, find_sparse)
         self._is_open = True
-        planned = plan_stream(batches, options, find_sparse) if self._process is None else self._process.items()
+        if self._process is None:
+            planned = plan_stream(batches, options, find_sparse)
+        else:
+            planned = self._process.items(copy_batches=prepare is None)
         if prepare is not None:
             planned = (replace(item, batch=prepare(item.batch)) for item in planned)
         self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")

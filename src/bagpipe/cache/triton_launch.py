@@ -1,0 +1,132 @@
+"""How the Triton kernels are launched, and what they have in common.
+
+A call of a `triton.jit` function binds and classifies each argument anew, which took 50 us of the trainer's thread, five times a
+step (docs/results.md). What the kernels' variants depend on is known here, so each is looked up by that and launched directly.
+What varies from step to step (sizes, learning rate, where a plan's arrays begin) is never compiled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+Argument: TypeAlias = Tensor | int | float | None
+
+_VARYING = (
+    "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records "
+    "slots bag_offsets bag_scales unique_slots bags piece_offsets long_uniques long_offsets"
+).split()
+"""Arguments whose value, or for a plan's arrays whose alignment, must not start a compilation."""
+_ALIGNMENT = 16
+"""Bytes; what Triton compiles in of an address."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How much one program works on: `elements` of a tile, at least one row, `per_thread` of them a thread."""
+
+    elements: int
+    per_thread: int
+
+    def of(self, width: int) -> Tile:
+        """For rows of `width` elements; columns are a power of two, as Triton wants."""
+        columns = triton.next_power_of_2(width)
+        rows = max(1, self.elements // columns)
+        return Tile(rows=rows, columns=columns, num_warps=min(max(rows * columns // (32 * self.per_thread), 1), 16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A program's tile, and its warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+    def count(self, num_rows: int) -> int:
+        """How many tiles cover so many rows."""
+        return -(-num_rows // self.rows)
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """Compiles what kernels call."""
+    return triton.jit(do_not_specialize=_VARYING)(function)
+
+
+class Kernel:
+    """A decorator: a kernel whose parameters are first arguments, then constants (`tl.constexpr`)."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._jit = device_function(function)
+        self._is_compiled = isinstance(self._jit, JITFunction)  # else Triton's interpreter runs it
+        self._variants: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def num_variants(self) -> int:
+        """How many were compiled in this process."""
+        return len(self._variants)
+
+    def launch(self, num_programs: int, arguments: tuple[Argument, ...], constants: Mapping[str, object], num_warps: int) -> None:
+        """Runs on the current stream of the current device, where the tensors are; multiply-adds are not fused."""
+        if not self._is_compiled:
+            self._jit[(num_programs,)](*arguments, **constants)
+            return
+        key = (torch.cuda.current_device(), num_warps, *constants.values(), *map(_kind, arguments))
+        variant = self._variants.get(key)
+        if variant is None:
+            options = {"num_warps": num_warps, "enable_fp_fusion": False}
+            variant = self._jit.warmup(*arguments, **constants, **options, grid=(num_programs,))
+            self._variants[key] = variant
+        variant[(num_programs, 1, 1)](*arguments, *constants.values())
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one, if it is not."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it starts at an odd place: the layout of a tile, and so the order of a tree sum, may depend on that."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _kind(argument: Argument) -> object:
+    return argument.dtype if isinstance(argument, Tensor) else type(argument)
+
+
+@device_function
+def sum_rows(
+    source: tl.tensor,
+    indices: tl.tensor,
+    scales: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tensor:
+    """For each row of the tile the sum of `source[indices[begin:end]]`, in that order, times `scales[index]` each."""
+    columns = tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, tl.max(end - begin, axis=0), UNROLL):
+        for ahead in tl.static_range(UNROLL):
+            position = begin + start + ahead
+            is_row = position < end
+            index = tl.load(indices + position, mask=is_row, other=0).to(tl.int64)
+            inside = is_row[:, None] & (columns < DIM)[None, :]
+            values = tl.load(source + index[:, None] * DIM + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            if scales is not None:
+                values *= tl.load(scales + index, mask=is_row, other=0.0)[:, None]
+            total += values
+    return total
