@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bagpipe.models.layers import MLP, PairwiseDot
+from bagpipe.models.layers import MLP, LowRankCrossNet, PairwiseDot
 
 
 def plain_pairwise_dot(vectors: torch.Tensor) -> torch.Tensor:
@@ -41,3 +41,9 @@ def test_mlp_ends_with_or_without_an_activation() -> None:
 def test_mlp_refuses_sizes_that_make_no_layer(in_features: int, sizes: list[int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         MLP(in_features, sizes)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_a_cross_network_refuses_sizes_below_one(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        LowRankCrossNet(sizes[0], num_layers=sizes[1], rank=sizes[2])

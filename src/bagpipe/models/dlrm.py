@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bagpipe.errors import ConfigError
-from bagpipe.models.layers import MLP, PairwiseDot, Pooled
+from bagpipe.models.base import RankingModel, check_bottom, check_top
+from bagpipe.models.layers import MLP, PairwiseDot
 
 
-class DLRM(nn.Module):
+class DLRM(RankingModel):
     """Deep Learning Recommendation Model.
 
     Args:
@@ -41,40 +41,18 @@ class DLRM(nn.Module):
         bottom: Sequence[int] = (512, 256, 64),
         top: Sequence[int] = (512, 256, 1),
     ) -> None:
-        super().__init__()
-        if not top or top[-1] != 1:
-            raise ConfigError(f"DLRM(top={list(top)}): the last layer makes the logit, so its size must be 1")
-        if not bottom:
-            raise ConfigError("DLRM(bottom=[]): needs at least one layer, of the embedding dimension")
-        _check_dimensions(embeddings, bottom[-1])
-        if num_features is None:
-            num_features = sum(len(group.features) for group in embeddings.groups)  # type: ignore[union-attr,misc]
-        self.num_features = num_features
-        self.embedding_dim = bottom[-1]
-        self.embeddings = embeddings
+        check_bottom("DLRM", bottom, num_dense)
+        check_top("DLRM", top)
+        super().__init__(embeddings, num_features=num_features, embedding_dim=bottom[-1])
         self.dense_arch = MLP(num_dense, bottom)
-        self.inter_arch = PairwiseDot(num_features + 1)
+        self.inter_arch = PairwiseDot(self.num_features + 1)
         self.over_arch = MLP(self.embedding_dim + self.inter_arch.num_pairs, top, last_activation=False)
-
-    def forward(self, dense: Tensor, sparse: object) -> Tensor:
-        """Logits (B,) float32 of dense features (B, num_dense) float32 and the batch's sparse features."""
-        pooled: Pooled = self.embeddings(sparse)
-        return self.dense_part(dense, pooled.values())
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
         """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but the lookup."""
-        embedded_sparse = pooled.view(-1, self.num_features, self.embedding_dim)  # (B, F, D)
+        embedded_sparse = self._vectors(pooled)
         embedded_dense = self.dense_arch(dense)  # (B, D)
         vectors = torch.cat([embedded_dense.unsqueeze(1), embedded_sparse.to(embedded_dense.dtype)], dim=1)  # (B, F + 1, D)
         concatenated = torch.cat([embedded_dense, self.inter_arch(vectors)], dim=1)
         logits: Tensor = self.over_arch(concatenated)
         return logits.squeeze(1)
-
-
-def _check_dimensions(embeddings: nn.Module, embedding_dim: int) -> None:
-    for group in getattr(embeddings, "groups", ()):
-        if group.embedding_dim != embedding_dim:
-            raise ConfigError(
-                f"DLRM(bottom=[..., {embedding_dim}]): table {group.tables[0].name!r} has embedding_dim {group.embedding_dim}; "
-                "the interaction multiplies the vectors of a sample: give all tables and the last layer of bottom one dimension"
-            )

@@ -1,8 +1,15 @@
-"""Layers that recommendation models share: a multi-layer perceptron and the pairwise dot interaction.
+"""Layers that recommendation models share: a multi-layer perceptron, and what combines the features of a sample.
 
-Both follow the DLRM reference (Naumov et al., arXiv 1906.00091). The interaction has a backward of its own: the gradient of
-the products is put back as one symmetric matrix and multiplied once, where autograd would scatter it and multiply twice;
-that is two to three times as fast on a CPU and has no atomics on a GPU, so it is the same from run to run.
+| layer | combines | after |
+|---|---|---|
+| PairwiseDot | vectors, by all dot products | DLRM (Naumov et al., arXiv 1906.00091) |
+| LowRankCrossNet | columns, by explicit crosses of bounded degree | DCN-v2 (Wang et al., arXiv 2008.13535) |
+| FirstOrder | features, by a weighted sum | Wide & Deep (Cheng et al., arXiv 1606.07792) |
+| FactorizationMachine | vectors, by the sum of all dot products | Rendle, "Factorization Machines" (ICDM 2010) |
+
+The pairwise dot has a backward of its own: the gradient of the products is put back as one symmetric matrix and multiplied once,
+where autograd would scatter it and multiply twice; that is two to three times as fast on a CPU and has no atomics on a GPU, so it
+is the same from run to run.
 """
 
 from __future__ import annotations
@@ -102,3 +109,58 @@ class _PairwiseDotFunction(torch.autograd.Function):
         by_pair = torch.nn.functional.pad(by_pair, (0, 1))  # (B, num_pairs + 1), zero last
         matrix = by_pair.index_select(1, symmetric).view(len(vectors), vectors.shape[1], vectors.shape[1])
         return torch.bmm(matrix, vectors), None, None
+
+
+class LowRankCrossNet(nn.Module):
+    """``x[l + 1] = x[0] * (W[l] (V[l] x[l]) + b[l]) + x[l]`` for each layer l: the cross network of DCN-v2, matrices W V of low rank.
+
+    Matrices start as TorchRec's LowRankCrossNet's do: Xavier normal, biases with zero.
+
+    Args:
+        in_features: columns of input and output, (B, in_features) float.
+        num_layers: layers; the output has crosses of up to num_layers + 1 input columns.
+        rank: columns between V and W.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    def __init__(self, in_features: int, *, num_layers: int, rank: int) -> None:
+        super().__init__()
+        if min(in_features, num_layers, rank) < 1:
+            raise ValueError(f"LowRankCrossNet({in_features}, num_layers={num_layers}, rank={rank}): all must be at least 1")
+        downs = [nn.Linear(in_features, rank, bias=False) for _ in range(num_layers)]
+        ups = [nn.Linear(rank, in_features) for _ in range(num_layers)]
+        for linear in downs + ups:
+            nn.init.xavier_normal_(linear.weight)
+        for up in ups:
+            nn.init.zeros_(up.bias)
+        self.down, self.up = nn.ModuleList(downs), nn.ModuleList(ups)  # V; W and b
+
+    def forward(self, columns: Tensor) -> Tensor:
+        """(B, in_features) float to the same shape and type."""
+        crossed = columns
+        for down, up in zip(self.down, self.up, strict=True):
+            crossed = torch.addcmul(crossed, columns, up(down(crossed)))
+        return crossed
+
+
+class FirstOrder(nn.Module):
+    """The linear part of a model: dense features by weights of its own, which start as zero, plus the weights of sparse ones."""
+
+    def __init__(self, num_dense: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_dense))
+
+    def forward(self, dense: Tensor, weights: Tensor) -> Tensor:
+        """(B,) float32 of dense features (B, num_dense) float32 and the sparse features' weights (B, F), which are added up."""
+        return (dense * self.weight).sum(1) + weights.float().sum(1)
+
+
+class FactorizationMachine(nn.Module):
+    """Second-order terms: the sum of the dot products of all pairs of a sample's vectors, as ((sum v)^2 - sum v^2) / 2."""
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B,) float32 of (B, V, D); in float32, since the difference of two large sums is small."""
+        vectors = vectors.float()
+        return 0.5 * (vectors.sum(1).square() - vectors.square().sum(1)).sum(1)
