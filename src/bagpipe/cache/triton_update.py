@@ -24,9 +24,9 @@ _ROW_WISE_ADAGRAD = tl.constexpr(2)
 _ADAM = tl.constexpr(3)
 _MAX_PIECE = tl.constexpr(MAX_PIECE_LENGTH)
 
-_PIECES = Tiling(elements=256, per_thread=4)
-_LONG_ROWS = Tiling(elements=128, per_thread=4)
-_UNROLL = 8
+_PIECES = Tiling(elements=256, per_thread=8)
+_LONG_ROWS = Tiling(elements=64, per_thread=8)
+_UNROLL = 4
 """Rows that a program asks for before it adds them up."""
 
 

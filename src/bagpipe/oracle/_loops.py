@@ -16,9 +16,9 @@ import numpy as np
 from bagpipe._jit import NUM_PARTS, jit, join_parts, parallel_jit, part_bounds, prange, threaded
 from bagpipe._prefetch import prefetch
 from bagpipe.oracle._queues import (
-    NOT_QUEUED,
     DueQueues,
     UnknownQueue,
+    forget_unknown,
     pop_due,
     pop_unknown,
     push_due,
@@ -50,8 +50,7 @@ def admit(state: State, rows: Int64Array, previous: Int32Array, oldest_unsettled
     indices = np.empty(len(rows), np.int32)
     slots = np.empty(len(rows), np.int32)
     num_resident = _find_resident(state.slots_of_rows, rows, previous, oldest_unsettled, indices, slots)
-    for slot in slots[:num_resident]:
-        state.unknown.places[np.uint32(slot)] = NOT_QUEUED
+    forget_unknown(state.unknown, slots[:num_resident])
     steps = np.full(num_resident, step, np.int32)
     push_due(state.due, steps, indices[:num_resident], slots[:num_resident])
 

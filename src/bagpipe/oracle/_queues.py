@@ -11,9 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from bagpipe._jit import jit
+from bagpipe._prefetch import prefetch
 from bagpipe.types import Int32Array, Int64Array
 
 NOT_QUEUED = -1
+_AHEAD = 16
+"""Entries ahead for which a slot's place is asked for."""
 CHUNK = 128
 SLOT, INDEX = 0, 1
 FIRST, LAST, BEGIN, END = range(4)
@@ -24,12 +27,12 @@ class UnknownQueue(NamedTuple):
     """Slots of rows without a known next use, the longest unused first.
 
     `places` says where a slot stands, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose
-    slot says otherwise is stale and passed over. Stale entries are dropped when the array is full.
+    slot says otherwise is stale and passed over. Stale entries are dropped when the ring is full.
     """
 
-    slots: Int32Array  # (2 * num_slots,)
-    ends: Int64Array  # (2,) where the queue begins and ends
-    places: Int32Array  # (num_slots,)
+    slots: Int32Array  # (a power of two, at least 2 * num_slots,) a ring
+    ends: Int64Array  # (2,) where the queue begins and ends; their low bits are places in the ring
+    places: Int32Array  # (num_slots, 1)
 
 
 class DueQueues(NamedTuple):
@@ -47,7 +50,8 @@ class DueQueues(NamedTuple):
 
 def make_unknown_queue(num_slots: int) -> UnknownQueue:
     """An empty queue."""
-    return UnknownQueue(np.empty(2 * num_slots, np.int32), np.zeros(2, np.int64), np.full(num_slots, NOT_QUEUED, np.int32))
+    size = 1 << (2 * num_slots - 1).bit_length()
+    return UnknownQueue(np.empty(size, np.int32), np.zeros(2, np.int64), np.full((num_slots, 1), NOT_QUEUED, np.int32))
 
 
 def make_due_queues(num_slots: int, num_queues: int) -> DueQueues:
@@ -64,44 +68,55 @@ def make_due_queues(num_slots: int, num_queues: int) -> DueQueues:
 def push_unknown(unknown: UnknownQueue, slots: Int32Array) -> None:
     """Puts slots (n,) at the end of the queue."""
     queue, ends, places = unknown.slots, unknown.ends, unknown.places
-    if ends[1] + len(slots) > len(queue):
+    if ends[1] - ends[0] + len(slots) > len(queue):
         _compact(queue, ends, places)
-    end = ends[1]
-    for slot in slots:
-        queue[end] = slot
-        places[slot] = end
-        end += 1
-    ends[1] = end
+    mask, end = len(queue) - 1, ends[1]
+    for index in range(len(slots)):
+        prefetch(places, slots[min(index + _AHEAD, len(slots) - 1)], 0)
+        place = (end + index) & mask
+        queue[place] = slots[index]
+        places[np.uint32(slots[index]), 0] = place
+    ends[1] = end + len(slots)
 
 
 @jit
 def _compact(queue: Int32Array, ends: Int64Array, places: Int32Array) -> None:
     """Drops the stale entries."""
-    end = 0
-    for place in range(ends[0], ends[1]):
-        slot = queue[place]
-        if places[slot] == place:
-            places[slot] = end
-            queue[end] = slot
+    mask, end = len(queue) - 1, ends[0]
+    for entry in range(ends[0], ends[1]):
+        slot = queue[entry & mask]
+        if places[slot, 0] == entry & mask:
+            places[slot, 0] = end & mask
+            queue[end & mask] = slot
             end += 1
-    ends[0] = 0
     ends[1] = end
+
+
+@jit
+def forget_unknown(unknown: UnknownQueue, slots: Int32Array) -> None:
+    """Takes slots (n,) out of the queue, where they may stand or not."""
+    places = unknown.places
+    for index in range(len(slots)):
+        prefetch(places, slots[min(index + _AHEAD, len(slots) - 1)], 0)
+        places[np.uint32(slots[index]), 0] = NOT_QUEUED
 
 
 @jit
 def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
     """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
     queue, ends, places = unknown.slots, unknown.ends, unknown.places
-    num_freed = 0
-    place = ends[0]
-    while num_freed < len(freed) and place < ends[1]:
-        slot = queue[place]
-        is_current = places[slot] == place
-        places[slot] = NOT_QUEUED if is_current else places[slot]
+    mask, num_freed = len(queue) - 1, 0
+    entry, end = ends[0], ends[1]
+    while num_freed < len(freed) and entry < end:
+        prefetch(places, queue[min(entry + _AHEAD, end - 1) & mask], 0)
+        slot = queue[entry & mask]
+        is_current = places[np.uint32(slot), 0] == entry & mask
+        if is_current:
+            places[np.uint32(slot), 0] = NOT_QUEUED
         freed[num_freed] = slot
         num_freed += is_current
-        place += 1
-    ends[0] = place
+        entry += 1
+    ends[0] = entry
     return num_freed
 
 
