@@ -68,6 +68,15 @@ def test_train_then_resume_for_longer(file: Path) -> None:
     assert [record["step"] for record in log if record["kind"] == "end"] == [4, 10]
 
 
+def test_train_another_model_and_trace_it(file: Path) -> None:
+    trace = file.parent / "trace.json"
+    steps = ["--trace", trace, "--trace-steps", 2, "--trace-after", 3]
+    result = invoke("train", file, "--set", "model.kind=dcn", "--set", "model.cross_rank=4", *steps)
+    assert result.exit_code == 0, result.output
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("bagpipe.dense") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
@@ -75,6 +84,8 @@ def test_train_then_resume_for_longer(file: Path) -> None:
         (["--set", "data={kind='prepared', folder='nowhere'}"], "nowhere"),
         (["--set", "cache.size=10"], "give the cache at least"),
         (["--resume", "--overwrite"], "give one of them"),
+        (["--trace-steps", "3"], "give it too"),
+        (["--set", "model.kind=deepfm"], "model.bottom: unknown key in [model]; there are top, kind"),
     ],
 )
 def test_a_mistake_is_one_message_and_status_2(file: Path, arguments: list[str], fact: str) -> None:

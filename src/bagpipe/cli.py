@@ -6,9 +6,10 @@ step boundary, with a checkpoint, ends with 128 + the signal's number. A traceba
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -45,20 +46,25 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of the run's folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the checkpoints that an earlier run left.")] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Write a profile of ten steps here, a .json that ui.perfetto.dev opens.")
+        Path | None, typer.Option(help="Write a profile of some steps here, a .json that ui.perfetto.dev opens.")
     ] = None,
+    trace_steps: Annotated[int | None, typer.Option(min=1, help="Steps to profile; 10 by default.")] = None,
+    trace_after: Annotated[int | None, typer.Option(min=0, help="Steps before the first of them; 20 by default.")] = None,
 ) -> None:
     """Train a model."""
     console = Console()
     with mistakes_told():
         if resume and overwrite:
             raise typer.BadParameter("--resume goes on with the earlier run that --overwrite removes: give one of them")
+        if trace is None and not (trace_steps is None and trace_after is None):
+            raise typer.BadParameter("--trace-steps and --trace-after say which steps --trace FILE writes: give it too")
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
 
         config = load_config(RunConfig, file, overrides)
         prepare_environment(config.train.device)
-        result = _train(console, config, resume=resume, overwrite=overwrite, trace=trace)
+        traced = {"path": trace, "num_steps": trace_steps, "after": trace_after}
+        result = _train(console, config, resume=resume, overwrite=overwrite, traced=traced)
     _tell_end(console, config, result)
 
 
@@ -119,10 +125,13 @@ def inspect_data(
             console.print(f"plot: {plot}")
 
 
-def _train(console: Console, config: RunConfig, *, resume: bool, overwrite: bool, trace: Path | None) -> Result:
+def _train(console: Console, config: RunConfig, *, resume: bool, overwrite: bool, traced: Mapping[str, Any]) -> Result:
     from bagpipe.train.progress import ConsoleReporter
+    from bagpipe.train.trace import TraceOptions
     from bagpipe.train.trainer import train
 
+    given = {key: value for key, value in traced.items() if value is not None}
+    trace = TraceOptions(**given) if given else None
     with ConsoleReporter(console) as reporter:
         return train(config, reporter=reporter, resume=resume, overwrite=overwrite, trace=trace)
 

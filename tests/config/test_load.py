@@ -11,6 +11,8 @@ from bagpipe.config.run import RunConfig
 from bagpipe.errors import ConfigError
 from bagpipe.types import Adam
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart.toml"
+
 MINIMAL = """
 [data]
 kind = "synthetic"
@@ -46,7 +48,12 @@ def test_overrides_are_toml_or_one_word(tmp_path: Path) -> None:
         "cache.check=true",
     ]
     config = load_config(RunConfig, write(tmp_path, MINIMAL), overrides)
-    assert (config.train.batch_size, config.cache.size, config.model.bottom, config.cache.check) == (7, "4GiB", (8, 16), True)
+    assert (config.train.batch_size, config.cache.size, config.model.model_dump()["bottom"], config.cache.check) == (
+        7,
+        "4GiB",
+        (8, 16),
+        True,
+    )
     assert config.embeddings.optimizer.build() == Adam(lr=0.5)
 
 
@@ -83,7 +90,11 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             "embeddings.optimizer = {kind = 'adam', lr = 1.0, beta = 3}",
             "embeddings.optimizer.beta: unknown key in [embeddings.op",
         ),
-        ("embeddings.optimizer = {kind = 'adamm', lr = 1.0}", "'adamm' found"),
+        (
+            "embeddings.optimizer = {kind = 'adamm', lr = 1.0}",
+            "embeddings.optimizer.kind = \"adamm\": unknown; did you mean 'adam'?",
+        ),
+        ("embeddings.optimizer = {kind = 'xyz', lr = 1.0}", "unknown; there are 'sgd', 'adagrad', 'rowwise_adagrad', 'adam'"),
         ("embeddings.optimizer = {kind = 'adam'}", "embeddings.optimizer.lr: is missing"),
         ("embeddings.optimizer = {kind = 'sgd', lr = 1.0, momentum = 0.9}", "every row at every step"),
         ("embeddings.init = {kind = 'uniform', low = 1.0, high = 0.0}", "low must not be above high"),
@@ -91,6 +102,16 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("train = {epochs = 1, steps = 2}", "epochs = 1 and steps = 2 are both given"),
         ("model.bottom = [8]", "model.bottom ends with 8 but embeddings.embedding_dim is 64"),
         ("model.top = [8]", "model.top ends with 8"),
+        ("model = {kind = 'dcn', bottom = [8]}", "model.bottom ends with 8 but embeddings.embedding_dim is 64"),
+        ("model = {kind = 'deepfm', top = [8]}", "model.top ends with 8"),
+        ("model = {kind = 'wide_deep'}\nembeddings.embedding_dim = 1", "so it must be at least 2"),
+        ("model = {kind = 'wide_deep', bottom = [64]}", "model.bottom: unknown key in [model]; there are top, kind"),
+        ("model = {kind = 'dcn', crossrank = 8}", "model.crossrank: unknown key in [model]; did you mean 'cross_rank'?"),
+        ("model = {botom = [64]}", "model.botom: unknown key in [model]; did you mean 'bottom'?"),
+        ("model = {kind = 'dcm'}", "model.kind = \"dcm\": unknown; did you mean 'dcn'?"),
+        ("model = {kind = 3}", "model.kind = \"3\": unknown; there are 'dlrm', 'dcn', 'wide_deep', 'deepfm'"),
+        ("model = {kind = 'dcn', cross_rank = 0}", "model.cross_rank = 0: input should be greater than 0"),
+        ("model = 3", "model = 3: input should be an object"),
         ("train.zzz = 1", "there are batch_size, epochs"),
     ],
 )
@@ -114,3 +135,13 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes, fact: s
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none.toml: can't be read: No such file"):
         load_config(RunConfig, tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "dlrm"), ("[model]\ntop = [1]", "dlrm"), ("[model]\nkind = 'deepfm'", "deepfm")])
+def test_a_model_without_a_kind_is_a_dlrm(tmp_path: Path, text: str, kind: str) -> None:
+    assert load_config(RunConfig, write(tmp_path, MINIMAL + text)).model.kind == kind
+
+
+def test_the_default_run_takes_another_interaction_by_one_key() -> None:
+    model = load_config(RunConfig, EXAMPLE, ["model.kind=dcn"]).model
+    assert (model.kind, model.top[-1]) == ("dcn", 1)

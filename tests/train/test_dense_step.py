@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from bagpipe.models import DLRM
 from bagpipe.train.checkpoint import load_optimizer
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.report import SilentReporter
+from bagpipe.train.trace import TraceOptions
 from bagpipe.train.trainer import train
 from bagpipe.types import Jagged, RowWiseAdagrad, TableConfig
 
@@ -113,27 +116,107 @@ def test_lookup_and_update_are_called_once_a_batch_and_in_this_order() -> None:
     stream.close()
 
 
-def test_a_graph_on_a_cpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.dense = 'graph' needs a CUDA device"):
-        train(small_config(tmp_path, train={"dense": "graph", "device": "cpu"}), reporter=SilentReporter())
+@pytest.mark.parametrize(("key", "value"), [("dense", "graph"), ("dense", "compile"), ("precision", "tf32")])
+def test_what_only_a_gpu_does_is_refused_on_a_cpu(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.{key} = '{value}' needs a CUDA device"):
+        train(small_config(tmp_path, train={key: value, "device": "cpu"}), reporter=SilentReporter())
 
 
 def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
-    train(small_config(tmp_path, train={"steps": 40}), reporter=SilentReporter(), trace=tmp_path / "traces" / "trace.json")
+    train(
+        small_config(tmp_path, train={"steps": 40}),
+        reporter=SilentReporter(),
+        trace=TraceOptions(path=tmp_path / "traces" / "trace.json"),
+    )
     events = json.loads((tmp_path / "traces" / "trace.json").read_text())["traceEvents"]
     names = {event["name"] for event in events if event["name"].startswith("bagpipe.")}
     assert names == {
         f"bagpipe.{stage}" for stage in ("lookup", "dense", "update", "evict", "gather", "fetch", "plan", "write_back")
     }
     with pytest.raises(ConfigError, match="can't be written"):
-        train(small_config(tmp_path), reporter=SilentReporter(), overwrite=True, trace=tmp_path)
+        train(small_config(tmp_path), reporter=SilentReporter(), overwrite=True, trace=TraceOptions(path=tmp_path))
 
 
 @pytest.mark.parametrize("num_steps", [1, 7])
 def test_a_short_run_is_traced_too(tmp_path: Path, num_steps: int) -> None:
-    train(small_config(tmp_path, train={"steps": num_steps}), reporter=SilentReporter(), trace=tmp_path / "trace.json")
+    train(
+        small_config(tmp_path, train={"steps": num_steps}),
+        reporter=SilentReporter(),
+        trace=TraceOptions(path=tmp_path / "trace.json"),
+    )
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert "bagpipe.dense" in {event["name"] for event in events}
+
+
+def test_the_traced_steps_are_the_ones_asked_for(tmp_path: Path) -> None:
+    options = TraceOptions(path=tmp_path / "trace.json", num_steps=3, after=1)
+    train(small_config(tmp_path), reporter=SilentReporter(), trace=options)
+    events = json.loads(options.path.read_text())["traceEvents"]
+    assert [event["name"] for event in events].count("bagpipe.dense") == 3
+    with pytest.raises(ConfigError, match="0 steps after 20: must be at least 1"):
+        TraceOptions(path=tmp_path / "trace.json", num_steps=0)
+
+
+def spoil_capture(step: DenseStep, *args: object) -> NoReturn:
+    """A warm-up that changes all there is, and a capture that fails."""
+    torch.randn(5)
+    optimizer = step._optimizer
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.Adagrad, torch.optim.Adam])
+def test_a_capture_that_fails_changes_nothing_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, make_optimizer: Callable[..., torch.optim.Optimizer]
+) -> None:
+    monkeypatch.setattr(DenseStep, "_capture", spoil_capture)
+    results, said = [], list[str]()
+    for graph in (False, True):
+        torch.manual_seed(3)
+        layer = torch.nn.Linear(2 * 4, 1)
+        step = DenseStep(
+            lambda dense, pooled, layer=layer: layer(pooled + torch.rand_like(pooled)).squeeze(1),
+            make_optimizer(layer.parameters()),
+            groups=[(2, 4)],
+            device=torch.device("cpu"),
+            batch_size=BATCH_SIZE,
+            graph=graph,
+            say=said.append,
+        )
+        step.pooled(BATCH_SIZE)[0].fill_(0.5)
+        losses = [float(step(torch.ones(BATCH_SIZE, 3), torch.ones(BATCH_SIZE))[0]) for _ in range(3)]
+        results.append((losses, layer.weight.detach().numpy().tobytes(), torch.get_rng_state().numpy().tobytes()))
+    assert results[0] == results[1]
+    assert said == [
+        "capturing the dense part as a CUDA graph failed (RuntimeError: operation not permitted when stream is capturing): "
+        "it runs eagerly"
+    ]
+
+
+def test_what_can_not_be_compiled_nor_captured_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: object, **options: object) -> NoReturn:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(DenseStep, "_capture", spoil_capture)
+    layer, said = torch.nn.Linear(2 * 4, 1), list[str]()
+    step = DenseStep(
+        lambda dense, pooled: layer(pooled).squeeze(1),
+        torch.optim.SGD(layer.parameters()),
+        groups=[(2, 4)],
+        device=torch.device("cpu"),
+        batch_size=BATCH_SIZE,
+        graph=True,
+        compile_part=True,
+        say=said.append,
+    )
+    step.pooled(BATCH_SIZE)[0].fill_(0.5)
+    step(torch.ones(BATCH_SIZE, 3), torch.ones(BATCH_SIZE))
+    assert said[0] == "compiling the dense part failed (RuntimeError: no C compiler): it is captured as it is written"
+    assert said[1].startswith("capturing the dense part as a CUDA graph failed (")
+    assert len(said) == 2
 
 
 def test_adam_saved_on_another_kind_of_device_goes_on() -> None:

@@ -96,6 +96,8 @@ def _mistakes(model: type[Section], settings: dict[str, Any], errors: Sequence[E
             yield _unknown_key(model, error["loc"], path)
         elif error["type"] == "missing":
             yield f"{path}: is missing"
+        elif error["type"] == "union_tag_invalid":
+            yield _unknown_kind(path, error["ctx"])
         elif "error" in error.get("ctx", {}):
             yield f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
         else:
@@ -123,6 +125,13 @@ def _unknown_key(model: type[Section], location: tuple[int | str, ...], path: st
     section = path.rpartition(".")[0]
     remedy = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(known)}"
     return f"{path}: unknown key in [{section}]; {remedy}" if section else f"[{path}]: unknown section; {remedy}"
+
+
+def _unknown_kind(path: str, context: dict[str, Any]) -> str:
+    """What a section with a `kind` that no member of its union has is told; pydantic lists the known ones as one text."""
+    kind, known = context["tag"], context["expected_tags"]
+    nearest = difflib.get_close_matches(kind, re.findall(r"'(\w+)'", known), n=1, cutoff=0.5)
+    return f'{path}.kind = "{kind}": unknown; {f"did you mean {nearest[0]!r}?" if nearest else f"there are {known}"}'
 
 
 def _known_keys(model: type[Section], location: tuple[int | str, ...]) -> list[str]:

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from bagpipe.config.base import Section
 from bagpipe.config.data import DataConfig, PrepareConfig
+from bagpipe.config.model import DLRMConfig, ModelConfig
 from bagpipe.types import SGD, Adagrad, Adam, Initializer, Normal, Optimizer, Pooling, RowWiseAdagrad, Uniform
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
@@ -140,16 +141,6 @@ class EmbeddingsConfig(Section):
     store: StoreConfig = MemoryStoreConfig()
 
 
-class ModelConfig(Section):
-    """The dense part."""
-
-    kind: Literal["dlrm"] = "dlrm"
-    bottom: tuple[PositiveInt, ...] = Field(default=(512, 256, 64), min_length=1)
-    """Layers over dense features; the last one must have the embedding dimension."""
-    top: tuple[PositiveInt, ...] = Field(default=(512, 256, 1), min_length=1)
-    """Layers over the interactions; the last one must have size 1, the logit."""
-
-
 class CacheConfig(Section):
     """The embedding cache and the oracle that plans for it. Nothing here changes a result."""
 
@@ -187,8 +178,9 @@ class TrainConfig(Section):
     drop_last: bool = False
     """Whether the smaller batch at the end of an epoch is left out."""
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the dense part (autocast) and of pooled embeddings; records stay float32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of the dense part: "tf32" rounds what its matrix products read (on a GPU), "bf16" is autocast, with pooled embeddings of that
+    type. Records stay float32."""
     dense: Literal["auto", "eager", "graph", "compile"] = "auto"
     """How the dense part runs: as written, replayed as one CUDA graph ("auto" on a GPU), or through torch.compile and then so."""
     seed: Seed = 0
@@ -226,7 +218,7 @@ class RunConfig(Section):
 
     data: DataConfig
     log: LogConfig
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = DLRMConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     cache: CacheConfig = CacheConfig()
     train: TrainConfig = TrainConfig()
@@ -236,13 +228,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.model.bottom[-1] != self.embeddings.embedding_dim:
-            raise ValueError(
-                f"model.bottom ends with {self.model.bottom[-1]} but embeddings.embedding_dim is "
-                f"{self.embeddings.embedding_dim}: the interaction multiplies both, so make them equal"
-            )
-        if self.model.top[-1] != 1:
-            raise ValueError(f"model.top ends with {self.model.top[-1]}: its last layer is the logit, so it must be 1")
+        self.model.check(self.embeddings.embedding_dim)
         return self
 
 

@@ -112,7 +112,7 @@ class _PairwiseDotFunction(torch.autograd.Function):
 
 
 class LowRankCrossNet(nn.Module):
-    """``x[l + 1] = x[0] * (W[l] (V[l] x[l]) + b[l]) + x[l]`` for each layer l: the cross network of DCN-v2, matrices W V of low rank.
+    """``x[l + 1] = x[0] * (W[l] (V[l] x[l]) + b[l]) + x[l]`` for each layer l: DCN-v2's cross network, matrices W V of low rank.
 
     Matrices start as TorchRec's LowRankCrossNet's do: Xavier normal, biases with zero.
 

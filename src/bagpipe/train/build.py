@@ -12,20 +12,27 @@ import xxhash
 
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.config.data import DataConfig
+from bagpipe.config.model import ModelConfig
 from bagpipe.config.run import DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TrainConfig
 from bagpipe.config.tables import make_tables
 from bagpipe.data import open_source
 from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.errors import ConfigError
-from bagpipe.models import DLRM
+from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.batches import Schedule
 from bagpipe.train.checkpoint import State
-from bagpipe.train.dense_step import DenseStep
+from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.types import Group
 
+_MODELS: Mapping[str, Callable[..., RankingModel]] = {
+    "dlrm": DLRM,
+    "dcn": DLRM_DCN,
+    "wide_deep": WideDeep,
+    "deepfm": DeepFM,
+}
 _DENSE_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
@@ -44,7 +51,7 @@ class Run:
     source: BatchSource
     validation: BatchSource | None
     schedule: Schedule
-    model: DLRM
+    model: RankingModel
     optimizer: torch.optim.Optimizer
     embeddings: EmbeddingBagCollection
     dense_step: DenseStep
@@ -56,8 +63,12 @@ class Run:
 
 
 @contextmanager
-def build_run(config: RunConfig) -> Iterator[Run]:
+def build_run(config: RunConfig, *, say: Callable[[str], None] = lambda text: None) -> Iterator[Run]:
     """Opens the data, makes the model and its tables, and closes them at the end.
+
+    Args:
+        config: the run.
+        say: told, in a sentence, what a machine can't do that another way is found for.
 
     Raises:
         ConfigError: settings that only the data or the machine can refuse.
@@ -77,20 +88,21 @@ def build_run(config: RunConfig) -> Iterator[Run]:
         store=_store_maker(config.embeddings),
     )
     try:
-        model = DLRM(embeddings, source.num_dense, bottom=config.model.bottom, top=config.model.top).to(device)
+        model = make_model(config.model, embeddings, source.num_dense).to(device)
         optimizer = make_dense_optimizer(model, config.train.optimizer, device)
-        yield Run(
-            config=config,
-            settings=describe_run(config),
-            device=device,
-            source=source,
-            validation=validation,
-            schedule=schedule,
-            model=model,
-            optimizer=optimizer,
-            embeddings=embeddings,
-            dense_step=_make_dense_step(config.train, model, optimizer, embeddings, device),
-        )
+        with _matrix_products(config.train.precision, device):
+            yield Run(
+                config=config,
+                settings=describe_run(config),
+                device=device,
+                source=source,
+                validation=validation,
+                schedule=schedule,
+                model=model,
+                optimizer=optimizer,
+                embeddings=embeddings,
+                dense_step=_make_dense_step(config.train, model, optimizer, embeddings, device, say),
+            )
     finally:
         embeddings.close()
 
@@ -107,6 +119,11 @@ def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
     return Schedule(batch_size=config.batch_size, drop_last=config.drop_last, num_batches=num_batches, num_steps=num_steps)
 
 
+def make_model(config: ModelConfig, embeddings: torch.nn.Module, num_dense: int) -> RankingModel:
+    """The model that a section describes: its keys are the model's arguments. ConfigError: the data do not fit it."""
+    return _MODELS[config.kind](embeddings, num_dense, **config.model_dump(exclude={"kind"}))
+
+
 def make_dense_optimizer(model: torch.nn.Module, config: DenseOptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """The torch optimizer of the dense part; embeddings have no parameters that it could see."""
     # Adam counts its steps on the device then, which a CUDA graph needs; the others have nothing to count there.
@@ -116,10 +133,11 @@ def make_dense_optimizer(model: torch.nn.Module, config: DenseOptimizerConfig, d
 
 def _make_dense_step(
     config: TrainConfig,
-    model: DLRM,
+    model: RankingModel,
     optimizer: torch.optim.Optimizer,
     embeddings: EmbeddingBagCollection,
     device: torch.device,
+    say: Callable[[str], None],
 ) -> DenseStep:
     if device.type == "cpu" and config.dense in ("graph", "compile"):
         raise ConfigError(f"train.dense = {config.dense!r} needs a CUDA device: use 'eager' or 'auto' on a CPU")
@@ -132,7 +150,24 @@ def _make_dense_step(
         precision=config.precision,
         graph=device.type == "cuda" and config.dense != "eager",
         compile_part=config.dense == "compile",
+        say=say,
     )
+
+
+@contextmanager
+def _matrix_products(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Lets float32 matrix products of the process read TF32, and puts the setting back."""
+    if precision != "tf32":
+        yield
+        return
+    if device.type == "cpu":
+        raise ConfigError("train.precision = 'tf32' needs a CUDA device: use 'fp32' or 'bf16' on a CPU")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def describe_run(config: RunConfig) -> dict[str, Any]:

@@ -7,14 +7,20 @@ With `graph`, batches of `batch_size` samples replay one CUDA graph: a step of h
 launch. Its inputs and outputs have fixed places, so what is returned is good until the next call. Other batches, such as a smaller
 last one, run eagerly with the same arithmetic.
 
-The graph is captured at the first batch of its size, after a warm-up that changes nothing: parameters and optimizer state are put
-back. `bagpipe train` restores checkpoints before.
+The graph is captured at the first batch of its size, after a warm-up; parameters, optimizer state and random numbers are as before
+then. `bagpipe train` restores checkpoints before.
+
+With `compile_part` the captured dense part is torch.compile's; batches of other sizes run as written, since each size would be
+compiled anew. Where compiling fails, say because the machine has no C compiler, the part is captured as written, and where a
+capture fails, because the part does what no graph can hold, every batch runs eagerly: a sentence says so, nothing else changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -25,7 +31,8 @@ from bagpipe.cache.spans import span
 
 DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,)."""
-Precision: TypeAlias = Literal["fp32", "bf16"]
+Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
+"""tf32 is a setting of the process, which `build_run` makes; here it is fp32."""
 
 _NUM_WARMUPS = 3
 """Before a capture, as torch asks for: libraries choose their algorithms then."""
@@ -42,6 +49,15 @@ class _Captured:
     grads: list[Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """A form of the dense part to capture, with what is said when that fails."""
+
+    name: str
+    make: Callable[[], DensePart]
+    otherwise: str
+
+
 class DenseStep:
     """See the module. `optimizer` holds the dense part's parameters; the loss is binary cross-entropy on logits."""
 
@@ -56,12 +72,23 @@ class DenseStep:
         precision: Precision = "fp32",
         graph: bool = False,
         compile_part: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`groups` are (number of features, embedding_dim) of the pooled embeddings. `compile_part` passes it to torch.compile."""
-        self._part: DensePart = torch.compile(dense_part, dynamic=False) if compile_part else dense_part
-        self._optimizer, self._device = optimizer, device
+        """`groups` are (number of features, embedding_dim) of the pooled embeddings.
+
+        `compile_part` captures what torch.compile makes of the dense part, and needs `graph`. `say` is told what does not work.
+        """
+        self._part, self._optimizer, self._device = dense_part, optimizer, device
         self._groups, self._batch_size = tuple(groups), batch_size
-        self._precision, self._uses_graph = precision, graph
+        self._precision, self._say = precision, say
+        self._ways: list[_Way] = []  # in which the dense part may be captured; the first that works is taken
+        if compile_part:
+            compiled = partial(torch.compile, dense_part, dynamic=False)
+            self._ways.append(_Way(name="compiling the dense part", make=compiled, otherwise="it is captured as it is written"))
+        if graph:
+            self._ways.append(
+                _Way(name="capturing the dense part as a CUDA graph", make=lambda: dense_part, otherwise="it runs eagerly")
+            )
         self._buffers: dict[int, list[Tensor]] = {}
         self._captured: _Captured | None = None
         self._num_replays = 0
@@ -89,10 +116,12 @@ class DenseStep:
         `dense` (B, num_dense) and `labels` (B,) float32 may lie in pinned host memory.
         """
         with span("dense"):
-            if self._uses_graph and len(labels) == self._batch_size:
-                return self._replay(dense, labels)
+            if len(labels) == self._batch_size and (self._captured is not None or self._ways):
+                captured = self._captured = self._captured or self._try_to_capture(dense, labels)
+                if captured is not None:
+                    return self._replay(captured, dense, labels)
             dense, labels = (tensor.to(self._device, non_blocking=True) for tensor in (dense, labels))
-            return self._compute(dense, labels, [buffer.detach().requires_grad_() for buffer in self.pooled(len(labels))])
+            return self._compute(self._part, dense, labels, [leaf.detach().requires_grad_() for leaf in self.pooled(len(labels))])
 
     def settle(self) -> None:
         """Brings what the optimizer counts on the host up to date with the replays; to be called before its state is saved."""
@@ -101,70 +130,85 @@ class DenseStep:
                 state["step"] += self._num_replays
         self._num_replays = 0
 
-    def _compute(self, dense: Tensor, labels: Tensor, pooled: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _compute(self, part: DensePart, dense: Tensor, labels: Tensor, pooled: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(dense, labels, pooled)
+        loss = self._backward(part, dense, labels, pooled)
         self._optimizer.step()
         return loss, [_grad(leaf) for leaf in pooled]
 
-    def _backward(self, dense: Tensor, labels: Tensor, pooled: list[Tensor]) -> Tensor:
+    def _backward(self, part: DensePart, dense: Tensor, labels: Tensor, pooled: list[Tensor]) -> Tensor:
         flat = [leaf.flatten(1) for leaf in pooled]
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16", cache_enabled=False):
-            logits = self._part(dense, flat[0] if len(flat) == 1 else torch.cat(flat, dim=1))
+            logits = part(dense, flat[0] if len(flat) == 1 else torch.cat(flat, dim=1))
         loss = binary_cross_entropy_with_logits(logits.float(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _replay(self, dense: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        if self._captured is None:
-            self._captured = self._capture(dense, labels)
-        captured = self._captured
+    def _replay(self, captured: _Captured, dense: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         captured.dense.copy_(dense, non_blocking=True)
         captured.labels.copy_(labels, non_blocking=True)
         captured.graph.replay()
         self._num_replays += 1
         return captured.loss.clone(), captured.grads
 
-    def _capture(self, dense: Tensor, labels: Tensor) -> _Captured:
+    def _try_to_capture(self, dense: Tensor, labels: Tensor) -> _Captured | None:
+        """Captures in the first way that works; None, and no other try, where none does."""
+        while self._ways:
+            way = self._ways[0]
+            try:
+                with _unchanged(self._optimizer, self._device):
+                    return self._capture(way.make(), dense, labels)
+            except RuntimeError as error:  # torch raises its compilers', CUDA's and memory's errors as such
+                self._ways.pop(0)
+                reason = str(error).strip().partition("\n")[0]
+                self._say(f"{way.name} failed ({type(error).__name__}: {reason}): {way.otherwise}")
+        return None
+
+    def _capture(self, part: DensePart, dense: Tensor, labels: Tensor) -> _Captured:
         dense, labels = (tensor.to(self._device, copy=True) for tensor in (dense, labels))  # replays write here
         pooled = [buffer.detach().requires_grad_() for buffer in self.pooled(len(labels))]
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            self._warm_up(dense, labels, pooled)
+            for _ in range(_NUM_WARMUPS):
+                for leaf in pooled:
+                    leaf.grad = None
+                self._compute(part, dense, labels, pooled)
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        counted = [state["step"] for state in self._optimizer.state.values() if "step" in state]
-        counts = [count.clone() for count in counted]
         for leaf in pooled:
             leaf.grad = None
+        graph = torch.cuda.CUDAGraph()
         # The executor's threads go on meanwhile: only this thread must not do what a capture forbids.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            loss, grads = self._compute(dense, labels, pooled)
-        for count, before in zip(counted, counts, strict=True):
-            if count.device.type == "cpu":  # a capture runs what is on the host, and only that
-                count.copy_(before)
+            loss, grads = self._compute(part, dense, labels, pooled)
         return _Captured(graph=graph, dense=dense, labels=labels, loss=loss, grads=grads)
 
-    def _warm_up(self, dense: Tensor, labels: Tensor, pooled: list[Tensor]) -> None:
-        """Runs whole steps, and puts back what they changed."""
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        weights = [parameter.detach().clone() for parameter in parameters]
-        before = {
-            parameter: {name: value.clone() for name, value in state.items()} for parameter, state in self._optimizer.state.items()
-        }
-        for _ in range(_NUM_WARMUPS):
-            for leaf in pooled:
-                leaf.grad = None
-            self._compute(dense, labels, pooled)
-        with torch.no_grad():
-            for parameter, weight in zip(parameters, weights, strict=True):
-                parameter.copy_(weight)
-            for parameter, state in self._optimizer.state.items():
-                for name, value in state.items():
-                    old = before.get(parameter, {}).get(name)
-                    # State that the first step has made starts from zero, with every optimizer that `bagpipe train` offers.
-                    value.copy_(torch.zeros_like(value) if old is None else old)
+
+@contextmanager
+def _unchanged(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[None]:
+    """Puts parameters, optimizer state, random numbers and the current stream back, also after an error.
+
+    Values are put back in place: a captured graph knows their addresses. What a capture counts on the host is among them.
+    """
+    is_cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream(device) if is_cuda else None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    weights = [parameter.detach().clone() for parameter in parameters]
+    before = {parameter: {name: value.clone() for name, value in state.items()} for parameter, state in optimizer.state.items()}
+    with torch.random.fork_rng([device] if is_cuda else []):
+        try:
+            yield
+        finally:
+            if stream is not None:
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+            with torch.no_grad():
+                for parameter, weight in zip(parameters, weights, strict=True):
+                    parameter.copy_(weight)
+                for parameter, state in optimizer.state.items():
+                    for name, value in state.items():
+                        old = before.get(parameter, {}).get(name)
+                        # State that the first step has made starts from zero, with every optimizer of `bagpipe train`.
+                        value.copy_(torch.zeros_like(value) if old is None else old)
 
 
 def _grad(leaf: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from bagpipe.train.metrics import Scores
 from bagpipe.train.report import Reporter
 from bagpipe.train.run_folder import claim_run_folder, start_afresh
 from bagpipe.train.signals import StopRequest
-from bagpipe.train.trace import Trace
+from bagpipe.train.trace import Trace, TraceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Result:
 
 
 def train(
-    config: RunConfig, *, reporter: Reporter, resume: bool = False, overwrite: bool = False, trace: Path | None = None
+    config: RunConfig, *, reporter: Reporter, resume: bool = False, overwrite: bool = False, trace: TraceOptions | None = None
 ) -> Result:
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
 
@@ -61,7 +61,7 @@ def train(
         resume: whether to go on from the newest valid checkpoint in the run's folder; where there is none, the run starts
             afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
-        trace: where to write a profile of some steps (`bagpipe.train.trace`).
+        trace: which steps to profile, and where to write that.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor `overwrite` is set.
@@ -69,7 +69,7 @@ def train(
         CheckpointError: none can be resumed from, or the last one can't be written.
         LossError: the loss is not finite.
     """
-    with claim_run_folder(config.log.folder) as checkpoints, build_run(config) as run:
+    with claim_run_folder(config.log.folder) as checkpoints, build_run(config, say=reporter.say) as run:
         saved = _resume(run, checkpoints, reporter) if resume else None
         if saved is None:
             start_afresh(checkpoints, overwrite=overwrite)

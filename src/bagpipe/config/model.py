@@ -1,0 +1,88 @@
+"""The model sections, told apart by their `kind`; a section without one is a DLRM's.
+
+A section's keys are the arguments of the model in `bagpipe.models` that it stands for, where their meaning is written.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, PositiveInt, Tag
+
+from bagpipe.config.base import Section
+
+LayerSizes: TypeAlias = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class _Model(Section):
+    top: LayerSizes
+    """Layers over what the model makes of its features; the last one must have size 1, the logit."""
+
+    def check(self, embedding_dim: int) -> None:
+        """ValueError: the sizes do not fit together, or not the embedding dimension."""
+        if self.top[-1] != 1:
+            raise ValueError(f"model.top ends with {self.top[-1]}: its last layer is the logit, so it must be 1")
+
+
+class DLRMConfig(_Model):
+    """`bagpipe.models.DLRM`: pairwise dot products."""
+
+    kind: Literal["dlrm"] = "dlrm"
+    bottom: LayerSizes = (512, 256, 64)
+    """Layers over dense features; the last one must have the embedding dimension."""
+    top: LayerSizes = (512, 256, 1)
+
+    def check(self, embedding_dim: int) -> None:
+        """ValueError: the sizes do not fit together, or not the embedding dimension."""
+        if self.bottom[-1] != embedding_dim:
+            raise ValueError(
+                f"model.bottom ends with {self.bottom[-1]} but embeddings.embedding_dim is {embedding_dim}: "
+                "the interaction combines vectors of both, so make them equal"
+            )
+        super().check(embedding_dim)
+
+
+class DCNConfig(DLRMConfig):
+    """`bagpipe.models.DLRM_DCN`: DCN-v2's low-rank cross network."""
+
+    kind: Literal["dcn"] = "dcn"  # type: ignore[assignment]
+    top: LayerSizes = (1024, 1024, 512, 256, 1)
+    num_cross_layers: PositiveInt = 3
+    cross_rank: PositiveInt = 512
+
+
+class WideDeepConfig(_Model):
+    """`bagpipe.models.WideDeep`; the last column of each table holds the linear weights."""
+
+    kind: Literal["wide_deep"] = "wide_deep"
+    top: LayerSizes = (1024, 512, 256, 1)
+
+    def check(self, embedding_dim: int) -> None:
+        """ValueError: the sizes do not fit together, or not the embedding dimension."""
+        if embedding_dim < 2:
+            raise ValueError(
+                f"embeddings.embedding_dim is {embedding_dim} but model.kind = {self.kind!r} keeps linear weights in the last "
+                "column, so it must be at least 2"
+            )
+        super().check(embedding_dim)
+
+
+class DeepFMConfig(WideDeepConfig):
+    """`bagpipe.models.DeepFM`; the last column of each table holds the first-order weights."""
+
+    kind: Literal["deepfm"] = "deepfm"  # type: ignore[assignment]
+    top: LayerSizes = (400, 400, 400, 1)
+
+
+def model_kind(section: object) -> object:
+    """Which model a section is for: its `kind`, or DLRM where it has none."""
+    return section.get("kind", "dlrm") if isinstance(section, dict) else getattr(section, "kind", "dlrm")
+
+
+ModelConfig: TypeAlias = Annotated[
+    Annotated[DLRMConfig, Tag("dlrm")]
+    | Annotated[DCNConfig, Tag("dcn")]
+    | Annotated[WideDeepConfig, Tag("wide_deep")]
+    | Annotated[DeepFMConfig, Tag("deepfm")],
+    Discriminator(model_kind),
+]

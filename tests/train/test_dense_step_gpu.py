@@ -1,0 +1,113 @@
+"""On a GPU: every way to run the dense part trains the same, one that fails gives way, and a steady step waits for nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.train.runs import NUM_STEPS, Listener, newest_files, small_config
+
+from bagpipe.train.dense_step import DenseStep
+from bagpipe.train.report import SilentReporter
+from bagpipe.train.trainer import train
+
+pytestmark = pytest.mark.gpu
+
+MODELS: dict[str, dict[str, Any]] = {
+    "dlrm": {"kind": "dlrm", "bottom": [8, 4], "top": [8, 1]},
+    "dcn": {"kind": "dcn", "bottom": [8, 4], "top": [8, 1], "num_cross_layers": 2, "cross_rank": 3},
+    "wide_deep": {"kind": "wide_deep", "top": [8, 1]},
+    "deepfm": {"kind": "deepfm", "top": [8, 1]},
+}
+
+
+@pytest.mark.parametrize("kind", ["dcn", "wide_deep", "deepfm"])
+def test_a_graph_gives_what_eager_gives(tmp_path: Path, kind: str) -> None:
+    listener = Listener()
+    for dense in ("eager", "graph"):
+        config = small_config(tmp_path / dense, model=MODELS[kind], train={"device": "cuda", "dense": dense, "precision": "bf16"})
+        train(config, reporter=listener)
+    assert not [text for text in listener.said if "failed" in text]
+    assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize("kind", MODELS)
+def test_compiling_works_or_says_that_it_does_not(tmp_path: Path, kind: str) -> None:
+    scores = []
+    for dense in ("graph", "compile"):
+        listener = Listener()
+        config = small_config(tmp_path / dense, model=MODELS[kind], train={"device": "cuda", "dense": dense, "steps": NUM_STEPS})
+        result = train(config, reporter=listener)
+        failed = [text for text in listener.said if "failed" in text]
+        assert not [text for text in failed if not re.fullmatch(r"compiling the dense part failed .*as it is written", text)]
+        assert result.scores is not None
+        scores.append(result.scores.log_loss)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+
+def test_tf32_is_close_to_float32_and_the_setting_is_put_back(tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    scores = []
+    for precision in ("fp32", "tf32"):
+        config = small_config(tmp_path / precision, train={"device": "cuda", "precision": precision})
+        result = train(config, reporter=SilentReporter())
+        assert result.scores is not None
+        scores.append(result.scores.log_loss)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-2)
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("kind", ["adagrad", "adam"])
+def test_a_part_that_no_graph_holds_runs_eagerly_from_the_same_state(kind: str) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    results, said = [], list[str]()
+    for graph in (False, True):
+        torch.manual_seed(3)
+        layer = torch.nn.Linear(8, 1, device=device)
+
+        def part(dense: torch.Tensor, pooled: torch.Tensor, layer: torch.nn.Linear = layer) -> torch.Tensor:
+            if float(pooled.sum()) > 1e9:  # the host learns a value: no capture allows that
+                raise AssertionError
+            logits: torch.Tensor = layer(pooled + torch.rand_like(pooled)).squeeze(1)
+            return logits
+
+        optimizer = {"adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}[kind](
+            layer.parameters(), **({"capturable": True} if kind == "adam" else {})
+        )
+        step = DenseStep(part, optimizer, groups=[(2, 4)], device=device, batch_size=16, graph=graph, say=said.append)
+        step.pooled(16)[0].fill_(0.5)
+        dense, labels = torch.ones(16, 3), torch.ones(16)
+        losses = [float(step(dense, labels)[0]) for _ in range(3)]
+        results.append((losses, layer.weight.tolist(), torch.cuda.get_rng_state(device).tolist(), torch.get_rng_state().tolist()))
+        assert torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+    assert results[0] == results[1]
+    assert len(said) == 1
+    assert said[0].startswith("capturing the dense part as a CUDA graph failed (")
+
+
+class SyncsAreErrors(Listener):
+    """Makes torch raise, in any thread of this process, where the host waits for the device in steps 20 to 60."""
+
+    def advance(self, step: int) -> None:
+        if step in (20, 60):
+            torch.cuda.set_sync_debug_mode("error" if step == 20 else "default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("dense", ["graph", "eager"])
+def test_a_steady_step_never_waits_for_the_device(tmp_path: Path, dense: str) -> None:
+    config = small_config(
+        tmp_path,
+        data={"num_samples": 3200},
+        train={"device": "cuda", "dense": dense, "steps": 80},
+        cache={"size": 120, "lookahead": 5, "oracle": "process"},
+        log={"every_steps": 1000},
+    )
+    try:
+        assert train(config, reporter=SyncsAreErrors()).step == 80
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
