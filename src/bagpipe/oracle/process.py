@@ -45,6 +45,10 @@ _ALIGNMENT = 256
 _PLANS_AHEAD = 2
 """Finished plans that wait in the child."""
 _STOP_TIMEOUT_S = 5.0
+_MAX_PIECES = 1000
+"""Of one call of `pwritev`; Linux takes 1,024."""
+_SWITCH_INTERVAL_S = 2e-4
+"""How long the stages' threads may keep each other waiting for the GIL; Python's own 5 ms are two steps."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _RELEASED, _STOP = b"released", b"stop"
 
@@ -201,6 +205,7 @@ def _run_child(
 ) -> None:
     """The child's main function."""
     _keep_freed_memory()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when a run ends
         signal.signal(number, signal.SIG_IGN)
     file = reduction.recv_handle(connection)
@@ -237,7 +242,6 @@ class _Sender:
     def __init__(self, connection: Connection, file: int, num_places: int) -> None:
         self._connection, self._file = connection, file
         self._region = _Region(begin=0, place_bytes=0, num_places=num_places)
-        self._memory: UInt8Array | None = None
         self._num_sent = self._num_released = 0
 
     def send(self, planned: Planned[Any]) -> bool:
@@ -249,11 +253,7 @@ class _Sender:
             self._grow(num_bytes)
         if not self._wait_for_place():
             return False
-        assert self._memory is not None
-        begin = self._num_sent % self._region.num_places * self._region.place_bytes
-        for (offset, length), buffer in zip(spans, [*plan_buffers, *batch_buffers], strict=True):
-            # numpy's copy, unlike a memoryview's, releases the GIL
-            self._memory[begin + offset : begin + offset + length] = np.frombuffer(buffer, np.uint8)
+        self._write(spans, [*plan_buffers, *batch_buffers])
         item = _Item(
             number=self._num_sent,
             region=self._region,
@@ -288,13 +288,25 @@ class _Sender:
         self._num_released += message == _RELEASED
         return message == _RELEASED
 
+    def _write(self, spans: Sequence[tuple[int, int]], buffers: Sequence[memoryview]) -> None:
+        """Puts buffers where they belong in the next place: by one call, since each waits for the GIL when it returns."""
+        begin = self._region.begin + self._num_sent % self._region.num_places * self._region.place_bytes
+        pieces: list[bytes | memoryview] = []
+        for (_, length), buffer in zip(spans, buffers, strict=True):
+            pieces += [buffer, bytes(-length % _ALIGNMENT)]
+        for first in range(0, len(pieces), _MAX_PIECES):
+            some = pieces[first : first + _MAX_PIECES]
+            num_bytes = sum(map(len, some))
+            if os.pwritev(self._file, some, begin) != num_bytes:
+                raise BackgroundError(f"shared memory of the oracle process is full: {num_bytes:,} bytes could not be written")
+            begin += num_bytes
+
     def _grow(self, num_bytes: int) -> None:
         """Cuts new places; the old ones stay for the items that lie there."""
         place_bytes = -(-2 * num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         begin = self._region.begin + self._region.num_bytes
         self._region = _Region(begin=begin, place_bytes=place_bytes, num_places=self._region.num_places)
         os.ftruncate(self._file, begin + self._region.num_bytes)
-        self._memory = _map(self._file, self._region)
 
 
 def _pickled(value: object) -> tuple[bytes, Sequence[memoryview]]:
