@@ -91,6 +91,7 @@ class DenseStep:
             )
         self._buffers: dict[int, list[Tensor]] = {}
         self._captured: _Captured | None = None
+        self._failed_graphs: list[torch.cuda.CUDAGraph] = []
         self._num_replays = 0
 
     @property
@@ -160,8 +161,9 @@ class DenseStep:
                     return self._capture(way.make(), dense, labels)
             except RuntimeError as error:  # torch raises its compilers', CUDA's and memory's errors as such
                 self._ways.pop(0)
-                reason = str(error).strip().partition("\n")[0]
-                self._say(f"{way.name} failed ({type(error).__name__}: {reason}): {way.otherwise}")
+                first = error.__context__ if isinstance(error.__context__, RuntimeError) else error  # leaving a capture fails too
+                reason = str(first).strip().partition("\n")[0]
+                self._say(f"{way.name} failed ({type(first).__name__}: {reason}): {way.otherwise}")
         return None
 
     def _capture(self, part: DensePart, dense: Tensor, labels: Tensor) -> _Captured:
@@ -178,10 +180,25 @@ class DenseStep:
         for leaf in pooled:
             leaf.grad = None
         graph = torch.cuda.CUDAGraph()
-        # The executor's threads go on meanwhile: only this thread must not do what a capture forbids.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            loss, grads = self._compute(part, dense, labels, pooled)
+        try:
+            # The executor's threads go on meanwhile: only this thread must not do what a capture forbids.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                loss, grads = self._compute(part, dense, labels, pooled)
+        except RuntimeError:
+            self._leave_failed_capture(graph, stream)
+            raise
         return _Captured(graph=graph, dense=dense, labels=labels, loss=loss, grads=grads)
+
+    def _leave_failed_capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+        """Brings torch back from a capture that CUDA has ended with an error, from which `capture_end` leaves too early.
+
+        The allocator goes on asking the graph about streams, so it is kept; random numbers are refused as inside of a capture
+        ("Offset increment outside graph capture"), until another capture ends well.
+        """
+        self._failed_graphs.append(graph)
+        counter = torch.zeros(1, device=self._device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+            counter.add_(1)
 
 
 @contextmanager
@@ -201,6 +218,7 @@ def _unchanged(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterat
         finally:
             if stream is not None:
                 torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+                torch.cuda.synchronize(device)  # a warm-up that fails leaves work there
             with torch.no_grad():
                 for parameter, weight in zip(parameters, weights, strict=True):
                     parameter.copy_(weight)
