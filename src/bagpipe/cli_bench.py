@@ -22,7 +22,8 @@ class Benchmark(StrEnum):
     oracle = "oracle"
     step = "step"
     curve = "curve"
-    all = "all"
+    gpu = "gpu"
+    all = "all"  # but for gpu
 
 
 def bench(
@@ -32,14 +33,15 @@ def bench(
     max_rows: Annotated[
         int | None, typer.Option(min=1, help="Cut tables to so many rows; step cuts to 2,200,000 by default.")
     ] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="step: an arm to run; may be repeated. All by default.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="step, gpu: an arm to run; may be repeated. All by default.")] = None,
     lookahead: Annotated[list[int] | None, typer.Option(min=1, help="Batches ahead; may be repeated for oracle and curve.")] = None,
     cache: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="oracle, step: share of the rows in the cache.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="step: turns of each arm; oracle: batches measured.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="curve: save the plot here (.png, .svg, .pdf).")] = None,
+    workload: Annotated[str, typer.Option(help="gpu: which tables, stream, model and cache: W1, W2, W3, W4 or W4-file.")] = "W1",
+    plot: Annotated[Path | None, typer.Option(help="curve, gpu: save the plot here (.png, .svg, .pdf).")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the oracle, a training step against tables in RAM, and rows fetched over cache size."""
+    """Measure the oracle, a training step against tables in RAM, rows fetched over cache size, a step on a GPU."""
     console = Console()
     given = {
         "batch_sizes": batch_size,
@@ -50,12 +52,12 @@ def bench(
         "rounds": rounds,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    prepare_environment("cpu")
+    prepare_environment("cpu" if what is not Benchmark.gpu else "auto")
     with mistakes_told():
         from bagpipe.bench.measure import as_json, describe_environment
 
         values: dict[str, Any] = {"environment": describe_environment(), "quick": quick}
-        for run in _chosen(what, quick, options, plot):
+        for run in _chosen(what, quick, options, workload, plot):
             with console_progress(console) as progress:
                 result = run(progress)
             _show(console, result)
@@ -71,9 +73,11 @@ def _show(console: Console, result: Result) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def _chosen(what: Benchmark, quick: bool, options: dict[str, Any], plot: Path | None) -> list[Callable[[Progress], Result]]:
-    """The benchmarks to run, in order, each with its sizes."""
-    from bagpipe.bench.sizes import curve_sizes, oracle_sizes, step_sizes
+def _chosen(
+    what: Benchmark, quick: bool, options: dict[str, Any], workload: str, plot: Path | None
+) -> list[Callable[[Progress], Result]]:
+    """The benchmarks to run, in order, each with its sizes; that of a GPU only when it is asked for."""
+    from bagpipe.bench.sizes import curve_sizes, gpu_sizes, oracle_sizes, step_sizes
 
     def oracle(progress: Progress) -> Result:
         from bagpipe.bench.oracle_bench import bench_oracle
@@ -90,5 +94,11 @@ def _chosen(what: Benchmark, quick: bool, options: dict[str, Any], plot: Path | 
 
         return bench_curve(curve_sizes(options, quick=quick), progress, plot)
 
-    runs = {Benchmark.oracle: oracle, Benchmark.step: step, Benchmark.curve: curve}
-    return list(runs.values()) if what is Benchmark.all else [runs[what]]
+    def gpu(progress: Progress) -> Result:
+        from bagpipe.bench.gpu_bench import bench_gpu
+
+        return bench_gpu(gpu_sizes(workload, options, quick=quick), options.get("arms"), progress, plot)
+
+    if what is Benchmark.all:
+        return [oracle, step, curve]
+    return [{Benchmark.oracle: oracle, Benchmark.step: step, Benchmark.curve: curve, Benchmark.gpu: gpu}[what]]

@@ -54,6 +54,22 @@ def test_options_reach_the_benchmark() -> None:
     assert values["by_batch_size"]["16"]["bagpipe"] is None
 
 
+@pytest.mark.parametrize("workload", ["W1", "W3", "W4-file"])
+def test_the_gpu_benchmark_at_tiny_sizes(workload: str, tmp_path: Path) -> None:
+    result = run("gpu", "--quick", "--workload", workload, "--json", tmp_path / "gpu.json", "--plot", tmp_path / "gpu.svg")
+    assert result.exit_code == 0, result.stderr
+    values = json.loads((tmp_path / "gpu.json").read_text())["gpu"]
+    assert {"dense", "bagpipe", "torch_cpu"} <= set(values["arms"])
+    for name, arm in values["arms"].items():
+        assert arm["step"]["median_ms"] > 0
+        assert name == "dense" or arm["loss_difference"] < 1e-3
+    assert values["bagpipe"]["num_fetched"] > 0
+    assert values["floor"]["update"]["bytes"] > 0
+    assert (tmp_path / "gpu.svg").stat().st_size > 1000
+    assert "dense and bagpipe always run" in run("gpu", "--quick", "--arm", "tensorflow").stderr
+    assert "workload 'W9' is unknown" in run("gpu", "--quick", "--workload", "W9").stderr
+
+
 def test_mistakes_are_told(tmp_path: Path) -> None:
     result = run("step", "--quick", "--arm", "tensorflow")
     assert result.exit_code == 2

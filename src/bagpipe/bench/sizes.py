@@ -1,4 +1,4 @@
-"""From the options of `bagpipe bench` to the sizes of each benchmark.."""
+"""From the options of `bagpipe bench` to the sizes of each benchmark."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bagpipe.bench.curve_bench import CurveBench
+from bagpipe.bench.gpu_workloads import Workload, make_workload
 from bagpipe.bench.oracle_bench import OracleBench
 from bagpipe.bench.step_bench import StepBench
 
@@ -55,6 +56,12 @@ def curve_sizes(options: Mapping[str, Any], *, quick: bool) -> CurveBench:
     """Sizes of `bench curve`; of several batch sizes the first."""
     names = {"batch_sizes": "batch_size"}
     return CurveBench(**(_QUICK_CURVE if quick else {}) | _renamed(options, names, leave=("arms", "rounds", "cache_share")))
+
+
+def gpu_sizes(workload: str, options: Mapping[str, Any], *, quick: bool) -> Workload:
+    """The workload of `bench gpu`; of several batch sizes and lookaheads the first. ConfigError: there is no such workload."""
+    names = {"batch_sizes": "batch_size", "lookaheads": "lookahead"}
+    return make_workload(workload, _renamed(options, names, leave=("arms", "cache_share")), quick=quick)
 
 
 def _renamed(options: Mapping[str, Any], names: Mapping[str, str], leave: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -1,0 +1,263 @@
+"""The arms of `bagpipe bench gpu` that need no FBGEMM: one way each to hold tables, look rows up and update them.
+
+    dense       no embedding work at all: what a step can't be faster than
+    bagpipe     tables in a store in host memory or a file, `bagpipe.lookahead` reading prepared files and planning live
+    torch_cpu   tables in host memory, looked up by `torch.nn.functional.embedding_bag` on the CPU, pooled embeddings and their
+                gradients copied; sparse gradients, row-wise Adagrad written with torch operations
+
+An arm writes pooled embeddings into the buffer that the dense part reads, and takes their gradients from there. The FBGEMM
+arms are in `gpu_fbgemm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from bagpipe.bench.gpu_data import ResidentBatch, Stream
+from bagpipe.bench.gpu_workloads import Workload
+from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.data.prepared import PreparedSource
+from bagpipe.store import FileStore, MemoryStore
+from bagpipe.train.batches import RemainingBatches, Schedule, TorchBatch
+from bagpipe.train.checkpoint import Position
+from bagpipe.train.lookahead import Lookahead, lookahead
+from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad
+
+_NUM_SHOWN = 16
+"""Batches that the arm without embeddings goes through."""
+
+
+class GpuArm(Protocol):
+    """One way to train embedding tables. A step is `next_batch`, `lookup`, the dense part, `update`."""
+
+    name: str
+
+    def load(self, rows: Int64Array, records: Float32Array) -> None:
+        """Sets `rows` (n,), ascending, to `records` (n, record_width)."""
+
+    def start(self) -> None:
+        """Makes ready for the first batch; all rows are loaded."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Dense features and labels of the next batch, on the device or in pinned memory."""
+
+    def lookup(self, pooled: Tensor) -> None:
+        """Fills pooled (B, F, D) for the batch."""
+
+    def update(self, grads: Tensor) -> None:
+        """Updates the batch's rows with grads (B, F, D)."""
+
+    def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
+        """The embedding work of the batch that was looked up last, by name, to be called again and again."""
+
+    def close(self) -> None:
+        """Frees the tables. The step that was begun last need not have been updated."""
+
+
+class DenseArm:
+    """The dense part alone, on embeddings that stay."""
+
+    name = "dense"
+
+    def __init__(self, stream: Stream) -> None:
+        self._batches = stream.resident[:_NUM_SHOWN]
+        self._step = 0
+
+    def load(self, rows: Int64Array, records: Float32Array) -> None:
+        """Has no rows."""
+
+    def start(self) -> None:
+        """See `GpuArm.start`."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """See `GpuArm.next_batch`."""
+        batch = self._batches[self._step % len(self._batches)]
+        self._step += 1
+        return batch.dense, batch.labels
+
+    def lookup(self, pooled: Tensor) -> None:
+        """Leaves `pooled` as it is."""
+
+    def update(self, grads: Tensor) -> None:
+        """Does nothing."""
+
+    def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
+        """Has none."""
+        return {}
+
+    def close(self) -> None:
+        """See `GpuArm.close`."""
+
+
+class BagpipeArm:
+    """Bagpipe as `bagpipe train` runs it: reader, oracle and transfers live; on CUDA the oracle in a process of its own."""
+
+    name = "bagpipe"
+
+    def __init__(self, workload: Workload, group: Group, stream: Stream, device: torch.device, folder: Path) -> None:
+        self._workload, self._stream, self._device = workload, stream, device
+        in_file = workload.store == "file"
+        self.embeddings = EmbeddingBagCollection(
+            group.tables,
+            optimizer=group.optimizer,
+            device=device,
+            store=(lambda group, seed: FileStore(group, seed, folder)) if in_file else MemoryStore,
+        )
+        self._lookahead: Lookahead[TorchBatch] | None = None
+        self._batch: TorchBatch | None = None
+
+    @property
+    def lookahead(self) -> Lookahead[TorchBatch]:
+        """The running lookahead."""
+        assert self._lookahead is not None
+        return self._lookahead
+
+    def load(self, rows: Int64Array, records: Float32Array) -> None:
+        """See `GpuArm.load`. Rows count as written from then on, as in a run that has been going for an epoch."""
+        self.embeddings.stores[0].write(rows, records)
+
+    def start(self) -> None:
+        """See `GpuArm.start`."""
+        source = PreparedSource(self._stream.folder, "train", verify=False)
+        num_batches = self._stream.num_batches
+        schedule = Schedule(batch_size=self._workload.batch_size, drop_last=True, num_batches=num_batches, num_steps=num_batches)
+        on_cuda = self._device.type == "cuda"
+        self._lookahead = lookahead(
+            RemainingBatches(source=source, schedule=schedule, start=Position(epoch=0, batch=0)),
+            self.embeddings,
+            cache=self._workload.cache_rows,
+            lookahead=self._workload.lookahead,
+            dedup_threads=self._workload.dedup_threads,
+            oracle="process" if on_cuda else "thread",
+            prepare=partial(TorchBatch.of, pin_memory=on_cuda),
+        )
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """See `GpuArm.next_batch`."""
+        self._batch = next(self.lookahead)
+        return self._batch.dense, self._batch.labels
+
+    def lookup(self, pooled: Tensor) -> None:
+        """See `GpuArm.lookup`."""
+        assert self._batch is not None
+        self.embeddings.lookup(self._batch.sparse, out=[pooled])
+
+    def update(self, grads: Tensor) -> None:
+        """See `GpuArm.update`."""
+        self.embeddings.update([grads])
+
+    def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
+        """See `GpuArm.kernels`."""
+        executor = self.embeddings.executor
+        assert executor is not None
+        assert executor.current is not None
+        (cache,), (plan,) = executor.caches, executor.current
+        return {"lookup": lambda: cache.lookup(plan, out=pooled), "update": lambda: cache.update(plan, grads)}
+
+    def counters(self) -> dict[str, float]:
+        """What the oracle decided and the loop waited for so far, and the time."""
+        report, waits = self.lookahead.report, self.lookahead.waits
+        names = ("num_steps", "num_uniques", "num_fetched", "num_fetched_late", "num_written_back")
+        waited = {name.replace("_s", "_wait_ms"): 1e3 * seconds for name, seconds in asdict(waits).items()}
+        return {name: float(getattr(report, name)) for name in names} | waited
+
+    def counters_since(self, before: dict[str, float]) -> dict[str, float]:
+        """`counters` a step since `before`, and how full the cache is."""
+        after = self.counters()
+        num_steps = after["num_steps"] - before["num_steps"]
+        per_step = {name: (after[name] - before[name]) / num_steps for name in after if name != "num_steps"}
+        return per_step | {
+            "hit_rate": 1.0 - per_step["num_fetched"] / per_step["num_uniques"],
+            "cache_filled": self.lookahead.report.peak_slots / self._workload.cache_rows,
+        }
+
+    def close(self) -> None:
+        """See `GpuArm.close`."""
+        if self._lookahead is not None:
+            self._lookahead.close()
+        self.embeddings.close()
+
+
+class TorchCpuArm:
+    """What torch offers without help: a table each, sparse gradients, everything by copies."""
+
+    name = "torch_cpu"
+
+    def __init__(self, group: Group, stream: Stream) -> None:
+        assert isinstance(group.optimizer, RowWiseAdagrad)
+        self._group, self._optimizer = group, group.optimizer
+        self._batches: Sequence[ResidentBatch] = stream.resident
+        self._step = 0
+        dim = group.embedding_dim
+        self._weights = [torch.empty(table.num_embeddings, dim, requires_grad=True) for table in group.tables]
+        self._state = [torch.zeros(table.num_embeddings, 1) for table in group.tables]
+        self._pooled: Tensor | None = None
+
+    def load(self, rows: Int64Array, records: Float32Array) -> None:
+        """See `GpuArm.load`."""
+        with torch.no_grad():
+            load_tables(self._group, self._weights, rows, records)
+
+    def start(self) -> None:
+        """See `GpuArm.start`."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """See `GpuArm.next_batch`."""
+        batch = self._batches[self._step % len(self._batches)]
+        self._step += 1
+        indices, offsets = batch.indices.cpu(), batch.offsets.cpu().to(torch.int32)
+        size = len(batch.labels)
+        pooled = []
+        for index, weight in enumerate(self._weights):
+            bounds = offsets[index * size : (index + 1) * size + 1]
+            ids = indices[int(bounds[0]) : int(bounds[-1])]
+            pooled.append(embedding_bag(ids, weight, bounds[:-1] - bounds[0], mode="sum", sparse=True))
+        self._pooled = torch.stack(pooled, dim=1)
+        return batch.dense, batch.labels
+
+    def lookup(self, pooled: Tensor) -> None:
+        """See `GpuArm.lookup`: the copy; the CPU has done its part in `next_batch`."""
+        assert self._pooled is not None
+        pooled.copy_(self._pooled.detach())
+
+    def update(self, grads: Tensor) -> None:
+        """See `GpuArm.update`."""
+        assert self._pooled is not None
+        self._pooled.backward(grads.to("cpu", torch.float32))  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for weight, state in zip(self._weights, self._state, strict=True):
+                assert weight.grad is not None
+                grad = weight.grad.coalesce()
+                rows, values = grad.indices()[0], grad.values()
+                squares = state[rows] + values.square().mean(1, keepdim=True)
+                state[rows] = squares
+                weight[rows] -= self._optimizer.lr * values / (squares.sqrt() + self._optimizer.eps)
+                weight.grad = None
+
+    def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
+        """None on the device."""
+        return {}
+
+    def close(self) -> None:
+        """See `GpuArm.close`."""
+        self._weights, self._state = [], []
+
+
+def load_tables(group: Group, weights: Sequence[Any], rows: Int64Array, records: Float32Array) -> None:
+    """Copies to each table, a tensor on any device, the part of `records` (n, record_width) that its rows are."""
+    bounds = np.searchsorted(rows, group.row_offsets)
+    for index, weight in enumerate(weights):
+        begin, end = int(bounds[index]), int(bounds[index + 1])
+        if begin < end:
+            ids = torch.from_numpy(rows[begin:end] - group.row_offsets[index]).to(weight.device)
+            values = torch.from_numpy(np.ascontiguousarray(records[begin:end, : group.embedding_dim]))
+            weight[ids] = values.to(weight.device)
