@@ -95,7 +95,7 @@ _QUICK: Final[Mapping[str, Any]] = {
     "embedding_dim": 8,
     "batch_size": 32,
     "max_rows": 300,
-    "cache_rows": 1_500,
+    "cache_rows": 3_000,
     "lookahead": 3,
     "bottom": (16, 8),
     "top": (16, 1),
