@@ -75,7 +75,7 @@ def _times(values: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for name, arm in values["arms"].items():
         kernels = " + ".join(f"{kernel} {ms:.3f}" for kernel, ms in arm["kernels_ms"].items())
-        difference = "" if arm["loss_difference"] is None else f"{arm['loss_difference']:.1e}"
+        difference = f"{max(arm['loss_differences']):.1e}" if arm["loss_differences"] else ""
         ratios = f"{arm['over_dense']:.2f}", f"{arm['over_bagpipe']:.2f}"
         table.add_row(name, str(arm["step"]), *ratios, kernels, f"{arm['device_bytes'] / 2**30:.2f}", difference)
     return table

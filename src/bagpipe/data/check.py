@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from bagpipe._jit import jit
 from bagpipe.data.base import Batch, FeatureSpec
 from bagpipe.errors import DataError
-from bagpipe.types import Jagged
+from bagpipe.types import Float32Array, Int64Array, Jagged
+
+_EXPONENT = np.int32(0x7F800000)
+"""All its bits are set in float32 infinities and NaNs, and in nothing else."""
 
 
 def check_batch(batch: Batch, features: Sequence[FeatureSpec], *, where: str, dense_names: Sequence[str] = ()) -> None:
@@ -26,26 +30,50 @@ def check_jagged(sparse: Jagged, features: Sequence[FeatureSpec], *, where: str)
     """The part of `check_batch` that concerns ids."""
     offsets = _feature_offsets(sparse, where)
     by_name = {feature.name: feature for feature in features}
+    sizes = np.empty(len(sparse.keys), np.int64)
     for index, key in enumerate(sparse.keys):
         spec = by_name.get(key)
         if spec is None:
             raise DataError(f"{where}: feature {key!r} has no table; tables exist for {', '.join(by_name) or 'no feature'}")
-        ids = sparse.values[offsets[index] : offsets[index + 1]]
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= spec.num_embeddings):
-            _refuse_id(sparse, index, spec, ids, where)
+        sizes[index] = spec.num_embeddings
+    # One compiled call, and no look at the ids here: batches are read by threads that would take turns for the GIL.
+    bad = _first_bad_feature(sparse.values, offsets, sizes)
+    if bad >= 0:
+        _refuse_id(sparse, bad, by_name[sparse.keys[bad]], sparse.values[offsets[bad] : offsets[bad + 1]], where)
 
 
 def _check_finite(batch: Batch, where: str, dense_names: Sequence[str]) -> None:
-    if not np.isfinite(batch.labels).all():
+    if not _are_finite(batch.labels):
         sample = int(np.argmin(np.isfinite(batch.labels)))
         raise DataError(f"{where}: the label of sample {sample} is {batch.labels[sample]}, must be finite")
-    if not np.isfinite(batch.dense).all():
+    if not _are_finite(batch.dense.reshape(-1)):
         sample, column = (int(part) for part in np.argwhere(~np.isfinite(batch.dense))[0])
         name = repr(dense_names[column]) if column < len(dense_names) else str(column)
         raise DataError(
             f"{where}: dense feature {name} of sample {sample} is {batch.dense[sample, column]}, must be finite: "
             "replace or drop such values before training"
         )
+
+
+@jit
+def _are_finite(numbers: Float32Array) -> bool:
+    """Whether all numbers (n,) are, by their exponents."""
+    is_bad = False
+    for bits in numbers.view(np.int32):
+        is_bad |= (bits & _EXPONENT) == _EXPONENT
+    return not is_bad
+
+
+@jit
+def _first_bad_feature(ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], sizes: Int64Array) -> int:
+    """The first feature of which an id is negative or not below its size; -1: there is none."""
+    for feature in range(len(sizes)):
+        is_bad, size = False, sizes[feature]
+        for identifier in ids[offsets[feature] : offsets[feature + 1]]:
+            is_bad |= (identifier < 0) | (identifier >= size)
+        if is_bad:
+            return feature
+    return -1
 
 
 def _feature_offsets(sparse: Jagged, where: str) -> npt.NDArray[np.integer]:

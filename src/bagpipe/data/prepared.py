@@ -36,8 +36,9 @@ class _View:
 
     labels: Float32Array  # (n,)
     dense: Float32Array  # (n, D)
-    ids: tuple[Int32Array, ...]  # one a feature
-    offsets: tuple[Int32Array | None, ...]  # (n + 1,) for each multi-hot feature
+    words: Int32Array  # the whole file, in which ids and offsets lie
+    first_ids: Int64Array  # (F,) where in it each feature's ids begin
+    first_offsets: Int64Array  # (F,) and its offsets (n + 1,); -1 for a single-hot feature
 
 
 class PreparedSource:
@@ -66,7 +67,9 @@ class PreparedSource:
         entries = self.manifest.splits.get(split, ())
         if not entries:
             raise DataError(f"{folder} has no {split} rows: prepare it with split.validation_share above 0")
-        self._readers = [_open(check_file(folder, entry, verify=verify)) for entry in entries]
+        opened = [_open(check_file(folder, entry, verify=verify)) for entry in entries]
+        self._readers = [reader for reader, _ in opened]
+        self._words = [words for _, words in opened]
         self._where, self._starts = _record_batches(self._readers, [entry.num_rows for entry in entries], self.manifest, folder)
         self._views: OrderedDict[int, _View] = OrderedDict()
         self._views_lock = threading.Lock()
@@ -115,36 +118,24 @@ class PreparedSource:
                 dense[piece.positions] = view.dense[piece.rows]
             else:
                 _copy_rows(view.dense, piece.rows, _numbers(piece.positions), dense)
-        multi_hot = any(feature.multi_hot for feature in self.features)
-        sparse = (self._gather_jagged if multi_hot else self._gather_single)(pieces, views, size)
-        return Batch(dense=dense, sparse=sparse, labels=labels)
+        return Batch(dense=dense, sparse=self._gather_ids(pieces, views, size), labels=labels)
 
-    def _gather_single(self, pieces: list[Piece], views: list[_View], size: int) -> Jagged:
-        values = np.empty((len(self._columns), size), np.int32)
-        for piece, view in zip(pieces, views, strict=True):
-            for index, ids in enumerate(view.ids):
-                if isinstance(piece.rows, slice):
-                    values[index, piece.positions] = ids[piece.rows]
-                else:
-                    _copy_ids(ids, piece.rows, _numbers(piece.positions), values[index])
-        return Jagged(keys=self._keys, values=values.reshape(-1), batch_size=size)
-
-    def _gather_jagged(self, pieces: list[Piece], views: list[_View], size: int) -> Jagged:
-        lengths = np.ones((len(self._columns), size), np.int32)
-        for piece, view in zip(pieces, views, strict=True):
-            for index, bounds in enumerate(view.offsets):
-                if bounds is not None:
-                    lengths[index, piece.positions] = np.diff(bounds)[piece.rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        values = np.empty(int(offsets[-1]), np.int32)
-        for piece, view in zip(pieces, views, strict=True):
-            rows, positions = _numbers(piece.rows), _numbers(piece.positions)
-            for index, (ids, bounds) in enumerate(zip(view.ids, view.offsets, strict=True)):
-                begins = offsets[index * size : (index + 1) * size]
-                if bounds is None:
-                    values[begins[positions]] = ids[rows]
-                else:
-                    _copy_bags(ids, bounds, rows, begins, positions, values)
+    def _gather_ids(self, pieces: list[Piece], views: list[_View], size: int) -> Jagged:
+        """Three compiled calls a piece at most: with one a feature its threads would mostly wait for the GIL."""
+        num_bags = len(self._columns) * size
+        places = [(_numbers(piece.rows), _numbers(piece.positions)) for piece in pieces]
+        offsets: Int32Array | None = None
+        if any(feature.multi_hot for feature in self.features):
+            offsets = np.ones(num_bags + 1, np.int32)
+            for (rows, positions), view in zip(places, views, strict=True):
+                _gather_lengths(view.words, view.first_offsets, rows, positions, size, offsets)
+            _add_up(offsets)
+        values = np.empty(num_bags if offsets is None else offsets[-1], np.int32)
+        for (rows, positions), view in zip(places, views, strict=True):
+            if offsets is None:
+                _gather_single(view.words, view.first_ids, rows, positions, size, values)
+            else:
+                _gather_bags(view.words, view.first_ids, view.first_offsets, rows, positions, size, offsets, values)
         return Jagged(keys=self._keys, values=values, batch_size=size, offsets=offsets)
 
     def _view(self, index: int) -> _View:
@@ -152,20 +143,25 @@ class PreparedSource:
             view = self._views.get(index)
             if view is None:
                 reader, number = self._where[index]
-                view = self._map(self._readers[reader].get_batch(number))
+                view = self._map(self._readers[reader].get_batch(number), self._words[reader])
                 self._views[index] = view
                 if len(self._views) > _NUM_CACHED_VIEWS:
                     self._views.popitem(last=False)
             return view
 
-    def _map(self, batch: Any) -> _View:
+    def _map(self, batch: Any, words: Int32Array) -> _View:
         columns = [batch.column(_FIRST_FEATURE_COLUMN + column) for column in self._columns]
-        multi_hot = [feature.multi_hot for feature in self.features]
+        first_ids, first_offsets = [], []
+        for column, feature in zip(columns, self.features, strict=True):
+            ids = column.values if feature.multi_hot else column
+            first_ids.append(_place(ids, words))
+            first_offsets.append(_place(column.offsets, words) if feature.multi_hot else -1)
         return _View(
             labels=batch.column(0).to_numpy(),
             dense=batch.column(1).values.to_numpy().reshape(len(batch), self.num_dense),
-            ids=tuple((column.values if many else column).to_numpy() for column, many in zip(columns, multi_hot, strict=True)),
-            offsets=tuple(column.offsets.to_numpy() if many else None for column, many in zip(columns, multi_hot, strict=True)),
+            words=words,
+            first_ids=np.array(first_ids, np.int64),
+            first_offsets=np.array(first_offsets, np.int64),
         )
 
 
@@ -177,20 +173,69 @@ def _copy_rows(dense: Float32Array, rows: Int64Array, positions: Int64Array, out
 
 
 @jit
-def _copy_ids(ids: Int32Array, rows: Int64Array, positions: Int64Array, out: Int32Array) -> None:
-    for i in range(len(rows)):
-        out[positions[i]] = ids[rows[i]]
+def _gather_single(
+    words: Int32Array, first_ids: Int64Array, rows: Int64Array, positions: Int64Array, size: int, values: Int32Array
+) -> None:
+    for feature in range(len(first_ids)):
+        ids = words[first_ids[feature] :]
+        into = values[feature * size : (feature + 1) * size]
+        for i in range(len(rows)):
+            into[positions[i]] = ids[rows[i]]
 
 
 @jit
-def _copy_bags(
-    ids: Int32Array, bounds: Int32Array, rows: Int64Array, begins: Int32Array, positions: Int64Array, values: Int32Array
+def _gather_lengths(
+    words: Int32Array, first_offsets: Int64Array, rows: Int64Array, positions: Int64Array, size: int, lengths: Int32Array
 ) -> None:
-    for i in range(len(rows)):
-        begin = begins[positions[i]]
-        first = bounds[rows[i]]
-        for k in range(bounds[rows[i] + 1] - first):
-            values[begin + k] = ids[first + k]
+    """Writes the length of each multi-hot bag to its place in `lengths` (F * size + 1,), one on."""
+    for feature in range(len(first_offsets)):
+        if first_offsets[feature] >= 0:
+            bounds = words[first_offsets[feature] :]
+            into = lengths[1 + feature * size : 1 + (feature + 1) * size]
+            for i in range(len(rows)):
+                into[positions[i]] = bounds[rows[i] + 1] - bounds[rows[i]]
+
+
+@jit
+def _add_up(lengths: Int32Array) -> None:
+    """Makes offsets of what `_gather_lengths` has left."""
+    lengths[0] = 0
+    for bag in range(1, len(lengths)):
+        lengths[bag] += lengths[bag - 1]
+
+
+@jit
+def _gather_bags(
+    words: Int32Array,
+    first_ids: Int64Array,
+    first_offsets: Int64Array,
+    rows: Int64Array,
+    positions: Int64Array,
+    size: int,
+    offsets: Int32Array,
+    values: Int32Array,
+) -> None:
+    for feature in range(len(first_ids)):
+        ids = words[first_ids[feature] :]
+        begins = offsets[feature * size : (feature + 1) * size]
+        if first_offsets[feature] < 0:
+            for i in range(len(rows)):
+                values[begins[positions[i]]] = ids[rows[i]]
+        else:
+            bounds = words[first_offsets[feature] :]
+            for i in range(len(rows)):
+                begin = begins[positions[i]]
+                first = bounds[rows[i]]
+                for k in range(bounds[rows[i] + 1] - first):
+                    values[begin + k] = ids[first + k]
+
+
+def _place(column: Any, words: Int32Array) -> int:
+    """Where in the file's words the numbers of an int32 column begin; an empty one begins anywhere."""
+    if len(column) == 0:
+        return 0
+    place: int = (column.buffers()[1].address + 4 * column.offset - words.ctypes.data) // 4
+    return place
 
 
 def _numbers(chosen: Int64Array | slice) -> Int64Array:
@@ -207,9 +252,11 @@ def _chosen_columns(manifest: PreparedManifest, features: Sequence[str] | None) 
     return tuple(range(len(names)) if features is None else (names.index(name) for name in features))
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Any, Int32Array]:
+    """The file's reader, and all of it as numbers; both see the same mapped memory."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path)))
+        file = pa.memory_map(str(path)).read_buffer()
+        return pa.ipc.open_file(file), np.frombuffer(file, np.int32, count=len(file) // 4)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} can't be read as an Arrow file: {error}") from error
 

@@ -15,6 +15,7 @@ If the child dies, the parent raises BackgroundError at the next step; if the pa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import mmap
@@ -112,7 +113,9 @@ class OracleProcess(Generic[BatchT]):
         self._process = multiprocessing.get_context("spawn").Process(
             target=_run_child, args=(theirs, batches, options, find_sparse, num_places), name="bagpipe-oracle"
         )
-        self._stop = weakref.finalize(self, _stop, self._connection, self._process)  # at the latest when the program ends
+        self._stop = weakref.finalize(self, _stop, self._connection, self._process)
+        # When the program ends multiprocessing waits for its processes, before finalizers run but after what is registered later.
+        atexit.register(self._stop)
         try:
             self._process.start()
             theirs.close()  # so that the child's death ends the stream
@@ -142,6 +145,7 @@ class OracleProcess(Generic[BatchT]):
     def stop(self) -> None:
         """Ends the child, which makes `items` end too. Stopping twice is allowed."""
         self._stop()
+        atexit.unregister(self._stop)
 
     def close(self) -> None:
         """Gives the memory back; `items` must have ended and no plan may be in use."""
