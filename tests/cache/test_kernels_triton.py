@@ -7,6 +7,7 @@ order. Only row-wise Adagrad's mean of squares is added up in another order.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,3 +144,38 @@ def test_nothing_to_do_is_no_launch() -> None:
 def test_a_batch_without_lookups_gives_zeros() -> None:
     group = make_group(4, SGD(lr=0.1))
     check_lookup(group, make_plan(group, 5, 0), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dim", "max_length"), [(16, None), (24, 5)])  # dimensions that no other test has compiled
+def test_steps_of_any_size_compile_nothing_and_never_wait_for_the_device(
+    dim: int, max_length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    compiled: list[Any] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs))
+    group = make_group(dim, Adagrad(lr=0.1))
+    weights, state = (tensor.to(DEVICE) for tensor in random_records(group, group.num_rows))
+    # Sizes that Triton tells apart where it may: 1, multiples of 16, and others; the first has long rows and so compiles all.
+    plans = [moved(make_plan(group, batch_size, max_length, seed=batch_size)) for batch_size in (1000, 1, 16, 17, 333, 1024)]
+    grads = [torch.randn(plan.num_bags, dim, device=DEVICE).bfloat16() for plan in plans]
+    all_slots = torch.arange(1000, dtype=torch.int32, device=DEVICE)
+
+    def run(index: int) -> None:
+        plan = plans[index]
+        slots = all_slots[index : index + plan.batch_size]  # begins at odd places
+        kernels_triton.lookup(weights, plan, torch.empty_like(grads[index]))
+        kernels_triton.update(weights, state, plan, grads[index], group.optimizer, 0.1 / (1 + index))
+        kernels_triton.fill(weights, state, slots, kernels_triton.read(weights, state, slots))
+
+    run(0)
+    num_kernels = len(compiled)
+    assert num_kernels == 5  # lookup, update, update of long rows, fill, read
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for index in range(len(plans)):
+            run(index)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(compiled) == num_kernels

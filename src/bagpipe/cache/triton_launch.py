@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -30,20 +31,6 @@ _ALIGNMENT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """How much one program works on: `elements` of a tile, at least one row, `per_thread` of them a thread."""
-
-    elements: int
-    per_thread: int
-
-    def of(self, width: int) -> Tile:
-        """For rows of `width` elements; columns are a power of two, as Triton wants."""
-        columns = triton.next_power_of_2(width)
-        rows = max(1, self.elements // columns)
-        return Tile(rows=rows, columns=columns, num_warps=min(max(rows * columns // (32 * self.per_thread), 1), 16))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tile:
     """A program's tile, and its warps."""
 
@@ -54,6 +41,25 @@ class Tile:
     def count(self, num_rows: int) -> int:
         """How many tiles cover so many rows."""
         return -(-num_rows // self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How much one program works on: `elements` of a tile, at least one row, `per_thread` of them a thread."""
+
+    elements: int
+    per_thread: int
+
+    def of(self, width: int) -> Tile:
+        """For rows of `width` elements."""
+        return _tile(self.elements, self.per_thread, width)
+
+
+@cache
+def _tile(elements: int, per_thread: int, width: int) -> Tile:
+    columns = triton.next_power_of_2(width)  # as Triton wants
+    rows = max(1, elements // columns)
+    return Tile(rows=rows, columns=columns, num_warps=min(max(rows * columns // (32 * per_thread), 1), 16))
 
 
 def device_function(function: Callable[..., Any]) -> Any:
@@ -79,7 +85,8 @@ class Kernel:
         if not self._is_compiled:
             self._jit[(num_programs,)](*arguments, **constants)
             return
-        key = (torch.cuda.current_device(), num_warps, *constants.values(), *map(_kind, arguments))
+        kinds = [argument.dtype if isinstance(argument, Tensor) else type(argument) for argument in arguments]
+        key = (torch.cuda.current_device(), num_warps, *constants.values(), *kinds)
         variant = self._variants.get(key)
         if variant is None:
             options = {"num_warps": num_warps, "enable_fp_fusion": False}
@@ -98,10 +105,6 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def aligned(tensor: Tensor) -> Tensor:
     """`tensor`, copied if it starts at an odd place: the layout of a tile, and so the order of a tree sum, may depend on that."""
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
-
-
-def _kind(argument: Argument) -> object:
-    return argument.dtype if isinstance(argument, Tensor) else type(argument)
 
 
 @device_function

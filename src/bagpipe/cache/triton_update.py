@@ -32,7 +32,7 @@ _UNROLL = 4
 
 def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float) -> None:
     """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result."""
-    num_uniques, num_pieces, num_long = len(plan.unique_slots), len(plan.piece_offsets) - 1, len(plan.long_uniques)
+    num_uniques, num_pieces, num_long = plan.unique_slots.shape[0], plan.piece_offsets.shape[0] - 1, plan.long_uniques.shape[0]
     if num_uniques == 0:
         return
     dim = weights.shape[1]
