@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +150,26 @@ def test_stopping_ends_the_process_at_once_or_by_force(monkeypatch: pytest.Monke
     process = start(Batches(10, "hang"))
     next(process.items())
     process.close()
+
+
+def test_a_program_that_leaves_it_running_still_ends(tmp_path: Path) -> None:
+    # Whoever makes a finalizer before multiprocessing is loaded has finalizers run after it has waited for its processes.
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import weakref\n"
+        "def finalized(): pass\n"
+        "finalizer = weakref.finalize(finalized, int)\n"
+        "if __name__ == '__main__':\n"
+        f"    import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "    from tests.oracle import test_process\n"
+        "    process = test_process.start(test_process.Batches(10**6))\n"
+        "    items = process.items()\n"
+        "    next(items)\n"
+        "    raise RuntimeError('of the user')\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: of the user\n")
 
 
 def test_what_cannot_be_sent_is_refused() -> None:

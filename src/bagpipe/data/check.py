@@ -58,21 +58,23 @@ def _check_finite(batch: Batch, where: str, dense_names: Sequence[str]) -> None:
 @jit
 def _are_finite(numbers: Float32Array) -> bool:
     """Whether all numbers (n,) are, by their exponents."""
-    is_bad = False
+    most = np.int32(0)
     for bits in numbers.view(np.int32):
-        is_bad |= (bits & _EXPONENT) == _EXPONENT
-    return not is_bad
+        most = max(most, bits & _EXPONENT)
+    return bool(most < _EXPONENT)
 
 
 @jit
 def _first_bad_feature(ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], sizes: Int64Array) -> int:
     """The first feature of which an id is negative or not below its size; -1: there is none."""
     for feature in range(len(sizes)):
-        is_bad, size = False, sizes[feature]
-        for identifier in ids[offsets[feature] : offsets[feature + 1]]:
-            is_bad |= (identifier < 0) | (identifier >= size)
-        if is_bad:
-            return feature
+        part = ids[offsets[feature] : offsets[feature + 1]]
+        if len(part) > 0:
+            least = most = part[0]
+            for index in range(len(part)):
+                least, most = min(least, part[index]), max(most, part[index])
+            if least < 0 or most >= sizes[feature]:
+                return feature
     return -1
 
 
