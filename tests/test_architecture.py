@@ -14,11 +14,12 @@ import bagpipe
 
 PACKAGE = Path(bagpipe.__file__).parent
 
-BASE = {"types", "errors", "jagged", "_jit", "_prefetch"}
+BASE = {"types", "errors", "jagged", "_jit", "_malloc", "_prefetch"}
 ALLOWED = {
     "types": {"errors"},
     "errors": set(),
     "_jit": set(),
+    "_malloc": set(),
     "_prefetch": {"_jit"},
     "jagged": {"types", "errors"},
     "config": BASE,
@@ -52,7 +53,7 @@ def sources() -> Iterator[tuple[str, Path]]:
     """(part of the package, file)."""
     for path in sorted(PACKAGE.rglob("*.py")):
         part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if part != "__init__" and not part.startswith("cli"):
+        if part not in ("__init__", "__main__") and not part.startswith("cli"):
             yield part, path
 
 

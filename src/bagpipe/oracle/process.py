@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import mmap
 import multiprocessing
 import os
@@ -35,6 +34,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from bagpipe._malloc import keep_freed_memory
 from bagpipe.errors import BackgroundError, BagpipeError, ConfigError
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
@@ -50,7 +50,6 @@ _MAX_PIECES = 1000
 """Of one call of `pwritev`; Linux takes 1,024."""
 _SWITCH_INTERVAL_S = 2e-4
 """How long the stages' threads may keep each other waiting for the GIL; Python's own 5 ms are two steps."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _RELEASED, _STOP = b"released", b"stop"
 
 
@@ -208,7 +207,7 @@ def _run_child(
     num_places: int,
 ) -> None:
     """The child's main function."""
-    _keep_freed_memory()
+    keep_freed_memory()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when a run ends
         signal.signal(number, signal.SIG_IGN)
@@ -227,17 +226,6 @@ def _run_child(
     with contextlib.suppress(OSError):
         connection.send(failure)
         sender.wait_for_stop()
-
-
-def _keep_freed_memory() -> None:
-    """Lets freed arrays stay with the process where the C library is glibc; a step's arrays are as large as the next one's.
-
-    By default their pages go back to the system and are faulted in again, a tenth of the oracle's time (docs/results.md).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the highest that it takes; what is larger, rows' state, is never freed
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 class _Sender:
