@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, for processes that are ours alone."""
+"""What the C library does with freed memory, for processes that hold no torch tensors."""
 
 from __future__ import annotations
 

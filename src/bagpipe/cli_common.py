@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bagpipe._malloc import keep_freed_memory
 from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, PlanError
 
 File = Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)]
@@ -36,12 +35,11 @@ def mistakes_told() -> Iterator[None]:
 
 
 def prepare_environment(device: str) -> None:
-    """Settings that torch reads when it is loaded, and of the memory allocator.
+    """Settings that torch reads when it is loaded.
 
     Without transparent huge pages the pooled output page-faults anew at every step on a CPU, and a forward takes two to
     three times as long. Deterministic matrix products on CUDA need a fixed workspace.
     """
-    keep_freed_memory()
     if device != "cuda":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if device != "cpu":
