@@ -18,10 +18,8 @@ import gc
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -32,8 +30,8 @@ from bagpipe.bench.measure import Progress, Result, Timing, resident_bytes
 from bagpipe.bench.streams import SKEW, kaggle_group, make_batches
 from bagpipe.oracle.cacher import Cacher
 from bagpipe.oracle.dedup import DedupedGroup, dedup
-from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
-from bagpipe.oracle.window import DedupedBatch, Oracle
+from bagpipe.oracle.pipeline import BackgroundIterator
+from bagpipe.oracle.stream import StreamOptions, plan_stream
 from bagpipe.types import Group, GroupPlan, Jagged
 
 PREFETCH_DEPTH = 2
@@ -162,21 +160,26 @@ def _run_live(
     num_threads = max(1, (os.cpu_count() or 2) - 1)
     gc.collect()
     resident_before = resident_bytes()
-    oracle = Oracle([group], num_slots=[num_slots], lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH)
+    options = StreamOptions(
+        groups=(group,),
+        num_slots=(num_slots,),
+        lookahead=lookahead,
+        prefetch_depth=PREFETCH_DEPTH,
+        dedup_threads=num_threads,
+    )
+    plans = BackgroundIterator(plan_stream(batches, options, lambda batch: batch), ahead=_PLANS_AHEAD, name="oracle")
     num_steps = sizes.num_warmup + sizes.num_measured
-    window: deque[int] = deque(maxlen=lookahead)
+    window: deque[int] = deque(maxlen=lookahead)  # distinct rows of its batches
     started = cpu_started = 0.0
-    with ThreadPoolExecutor(num_threads) as pool:
-        deduped = ordered_map(partial(_dedup_batch, group), batches, pool, ahead=2 * num_threads)
-        plans = BackgroundIterator(oracle.plan(_watched(deduped, window.append)), ahead=_PLANS_AHEAD, name="oracle")
-        for step in range(num_steps):
-            if step == sizes.num_warmup:
-                started, cpu_started = time.perf_counter(), time.process_time()
-            next(plans)
-            progress(f"pipeline live, lookahead {lookahead}", step + 1, num_steps)
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-        resident_after = resident_bytes()
-        plans.close()
+    for step in range(num_steps):
+        if step == sizes.num_warmup:
+            started, cpu_started = time.perf_counter(), time.process_time()
+        planned = next(plans)
+        window.append(len(planned.plan.groups[0].schedule.unique_slots))
+        progress(f"pipeline live, lookahead {lookahead}", step + 1, num_steps)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    resident_after = resident_bytes()
+    plans.close()
     grown = None if resident_before is None or resident_after is None else resident_after - resident_before
     ring_bytes = 4 * sum(window) / len(window)
     batch_bytes = dedup(group, batches[0]).nbytes
@@ -185,7 +188,7 @@ def _run_live(
         "batches_per_s": sizes.num_measured / seconds,
         "lookups_per_s": sizes.num_measured * len(batches[0].values) / seconds,
         "cpu_ms_per_batch": 1e3 * cpu_seconds / sizes.num_measured,
-        "state_bytes": oracle.nbytes,
+        "state_bytes": planned.oracle_bytes,
         "bytes_per_batch": batch_bytes + ring_bytes,
         "window_bytes": lookahead * batch_bytes,
         "resident_growth_bytes": grown,
@@ -201,17 +204,6 @@ def _bytes_per_item() -> dict[str, float]:
         "row": (Cacher(large, num_slots=1_000, **settings).nbytes - base) / (large.num_rows - small.num_rows),
         "slot": (Cacher(small, num_slots=11_000, **settings).nbytes - base) / 10_000,
     }
-
-
-def _dedup_batch(group: Group, batch: Jagged) -> DedupedBatch[None]:
-    return DedupedBatch(payload=None, batch_size=batch.batch_size, groups=(dedup(group, batch),))
-
-
-def _watched(batches: Iterator[DedupedBatch[None]], tell: Callable[[int], None]) -> Iterator[DedupedBatch[None]]:
-    """Tells how many distinct rows each batch has."""
-    for batch in batches:
-        tell(len(batch.groups[0].unique_rows))
-        yield batch
 
 
 def _times_table(values: dict[str, Any]) -> Table:

@@ -3,10 +3,12 @@
 Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At each tick the trainer's thread
 hands out what is due (the late transfers of step t, then the early ones of later steps) and goes on:
 
-    evict   evicted slots -> packed buffer -> pinned host buffer   the trainer's thread asks the device for it
+    evict   evicted slots -> packed buffer -> pinned host buffer   on CUDA the trainer's thread asks the device for it
             -> store                                               write-back thread
     fetch   store -> pinned staging buffer                         gather thread
-            -> fetched slots                                       the trainer's thread, at the first tick that finds it gathered
+            -> fetched slots                                       on CUDA the trainer's thread, once it is there
+
+On a CPU, where copies are work, the gather thread does all but the store's part of an eviction.
 
 The only waits of the trainer's thread are for the rows of the step that it is about to compute: for the early ones, asked for
 `prefetch_depth` steps ago ("rows"), and for the late ones ("slots"). Before it reads the store, a fetch waits for the write-backs
@@ -28,7 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -64,8 +66,7 @@ class Waits:
 class _Transfer:
     """A step's early or late transfers, handed out."""
 
-    transfers: tuple[Transfers, ...]  # by group, as all that follow
-    on_device: tuple[DeviceTransfers, ...]
+    on_device: tuple[DeviceTransfers, ...]  # by group, as what is gathered
     gathered: Future[list[Tensor]]
     evicted: torch.cuda.Event | None  # what fills must wait for
     is_filled: bool = False
@@ -171,11 +172,51 @@ class Executor:
             self.at_close.pop(0)()
 
     def _issue_early(self, pending: _Pending) -> None:
-        """Hands out a step's early transfers and sends its plan to the device, unless that is done."""
-        if pending.early is not None:
-            return
+        """Hands out a step's early transfers and its plan's way to the device, unless that is done."""
+        if pending.early is None:
+            transfers = tuple(group.early for group in pending.plan.groups)
+            pending.early = self._issue(pending, transfers, pending.plan.early_tick, self._plan_to_device)
+
+    def _issue_late(self, pending: _Pending) -> None:
+        """Hands out the late transfers of the step that comes now."""
+        transfers = tuple(group.late for group in pending.plan.groups)
+        pending.late = self._issue(pending, transfers, pending.plan.step, self._late_slots_to_device)
+
+    def _issue(
+        self,
+        pending: _Pending,
+        transfers: tuple[Transfers, ...],
+        tick: int,
+        to_device: Callable[[_Pending], tuple[DeviceTransfers, ...]],
+    ) -> _Transfer:
+        """On CUDA evicts and hands out the fetches; on a CPU, where that is work, the gather thread does all of it."""
+        if self._streams is None:
+            done = self._gather_thread.submit(self._transfer_on_cpu, pending, transfers, tick, to_device)
+            return _Transfer(on_device=(), gathered=done, evicted=None, is_filled=True)
+        with torch.cuda.stream(self._streams.out):
+            on_device = to_device(pending)
+            self._streams.out.wait_event(self._streams.computed)
+            self._evict_all(transfers, on_device, tick)
+            evicted = self._streams.out.record_event()
+        gathered = self._gather_thread.submit(self._gather, transfers)
+        return _Transfer(on_device=on_device, gathered=gathered, evicted=evicted)
+
+    def _transfer_on_cpu(
+        self,
+        pending: _Pending,
+        transfers: tuple[Transfers, ...],
+        tick: int,
+        to_device: Callable[[_Pending], tuple[DeviceTransfers, ...]],
+    ) -> list[Tensor]:
+        """Runs on the gather thread. The compute that evictions must follow is over when it is asked for."""
+        on_device = to_device(pending)
+        self._evict_all(transfers, on_device, tick)
+        self._fill_slots(on_device, self._gather(transfers))
+        return []
+
+    def _plan_to_device(self, pending: _Pending) -> tuple[DeviceTransfers, ...]:
         plan = pending.plan
-        with self._outward(), span("plan"):
+        with span("plan"):
             moved = [
                 plan_to_device(
                     group_plan,
@@ -186,31 +227,16 @@ class Executor:
                 )
                 for group_plan, cache in zip(plan.groups, self.caches, strict=True)
             ]
-            pending.device_plans = tuple(device_plan for device_plan, _ in moved)
-            transfers = tuple(group.early for group in plan.groups)
-            pending.early = self._issue(transfers, tuple(slots for _, slots in moved), plan.early_tick)
+        pending.device_plans = tuple(device_plan for device_plan, _ in moved)
+        return tuple(slots for _, slots in moved)
 
-    def _issue_late(self, pending: _Pending) -> None:
-        """Hands out the late transfers of the step that comes now."""
-        transfers = tuple(group.late for group in pending.plan.groups)
-        with self._outward():
-            slots = tuple(DeviceTransfers.of(moved, self._device) for moved in transfers)
-            pending.late = self._issue(transfers, slots, pending.plan.step)
+    def _late_slots_to_device(self, pending: _Pending) -> tuple[DeviceTransfers, ...]:
+        return tuple(DeviceTransfers.of(group.late, self._device) for group in pending.plan.groups)
 
-    def _issue(self, transfers: tuple[Transfers, ...], on_device: tuple[DeviceTransfers, ...], tick: int) -> _Transfer:
-        """Evicts, and hands out the fetches."""
-        evicted = None
+    def _evict_all(self, transfers: Sequence[Transfers], on_device: Sequence[DeviceTransfers], tick: int) -> None:
         with span("evict"):
-            if self._streams is not None:
-                self._streams.out.wait_event(self._streams.computed)
             for index, (moved, slots) in enumerate(zip(transfers, on_device, strict=True)):
                 self._evict(index, moved, slots.evict_slots, tick)
-            if self._streams is not None:
-                evicted = self._streams.out.record_event()
-        fence = max(moved.fence_tick for moved in transfers)
-        writes = [write for write_tick, write in self._writes if write_tick <= fence]
-        gathered = self._gather_thread.submit(self._gather, transfers, writes)
-        return _Transfer(transfers=transfers, on_device=on_device, gathered=gathered, evicted=evicted)
 
     def _evict(self, index: int, transfers: Transfers, slots: Tensor, tick: int) -> None:
         """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
@@ -235,10 +261,12 @@ class Executor:
         with span("write_back"):
             self.stores[index].write(rows, records.numpy())
 
-    def _gather(self, transfers: Sequence[Transfers], fence: Sequence[Future[None]]) -> list[Tensor]:
+    def _gather(self, transfers: Sequence[Transfers]) -> list[Tensor]:
         """Runs on the gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
-        for write in fence:
-            write.result()
+        fence = max(moved.fence_tick for moved in transfers)
+        for tick, write in list(self._writes):  # all that was evicted before these transfers is among them
+            if tick <= fence:
+                write.result()
         stagings = []
         for index, moved in enumerate(transfers):
             _note_moves(self._rows_of_slots[index], moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
@@ -269,16 +297,19 @@ class Executor:
         """Puts gathered records into their slots, unless they are there."""
         if transfer.is_filled:
             return
+        assert self._streams is not None
+        assert transfer.evicted is not None
         transfer.is_filled = True
-        inward = nullcontext() if self._streams is None else torch.cuda.stream(self._streams.into)
-        with span("fetch"), inward:
-            if self._streams is not None and transfer.evicted is not None:
-                self._streams.into.wait_event(transfer.evicted)
-            for cache, slots, staging in zip(self.caches, transfer.on_device, transfer.gathered.result(), strict=True):
+        with torch.cuda.stream(self._streams.into):
+            self._streams.into.wait_event(transfer.evicted)
+            self._fill_slots(transfer.on_device, transfer.gathered.result())
+            pending.ready = self._streams.into.record_event()
+
+    def _fill_slots(self, on_device: Sequence[DeviceTransfers], stagings: Sequence[Tensor]) -> None:
+        with span("fetch"):
+            for cache, slots, staging in zip(self.caches, on_device, stagings, strict=True):
                 if len(staging):
                     cache.fill(slots.fetch_slots, staging.to(self._device, non_blocking=True))
-            if self._streams is not None:
-                pending.ready = self._streams.into.record_event()
 
     def _drain(self) -> None:
         """Waits for all issued transfers and write-backs, and raises what they raised."""
@@ -286,15 +317,13 @@ class Executor:
             with _naming(pending.plan.step):
                 for transfer in (pending.early, pending.late):
                     if transfer is not None:
+                        transfer.gathered.result()
                         self._fill(pending, transfer)
         for tick, write in list(self._writes):
             with _naming(tick):
                 write.result()
         if self._streams is not None:
             torch.cuda.synchronize(self._device)
-
-    def _outward(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._streams is None else torch.cuda.stream(self._streams.out)
 
     def _release_ended(self, computed: torch.cuda.Event | None) -> None:
         """Lets go of the plans of ended steps: on a CPU at once, on CUDA when the device has come to `computed`.
