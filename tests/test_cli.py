@@ -44,6 +44,11 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
+def test_the_package_is_a_program() -> None:
+    told = subprocess.run([sys.executable, "-m", "bagpipe", "bench", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--workload" in told
+
+
 def test_version() -> None:
     result = invoke("--version")
     assert result.exit_code == 0

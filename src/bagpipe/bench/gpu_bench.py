@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,41 +126,42 @@ class _Bench:
     def run(self) -> dict[str, Any]:
         """All arms, and what they add up to."""
         bandwidths = measure_bandwidths(self._device)
-        bagpipe = BagpipeArm(self._workload, self._group, self._stream, self._device, self._folder / "store")
-        try:
-            return self._run_beside(bagpipe, bandwidths)
-        finally:
-            bagpipe.close()
-
-    def _run_beside(self, bagpipe: BagpipeArm, bandwidths: dict[str, float]) -> dict[str, Any]:
-        runs = {"bagpipe": self._start("bagpipe", lambda: bagpipe), "dense": self._start("dense", lambda: DenseArm(self._stream))}
-        before = bagpipe.counters()
-        for number, name in enumerate(self._names or ("",)):
-            if name:
-                runs[name] = self._start(name, lambda name=name: self._make(name))  # type: ignore[misc]
-            beside = [runs[each] for each in dict.fromkeys(("dense", "bagpipe", name)) if each]
-            for turn in range(self._workload.rounds):
-                for run in beside:
-                    self._turn(run)
-                done = number * self._workload.rounds + turn + 1
-                self._progress("measuring", done, max(1, len(self._names)) * self._workload.rounds)
-            if name:
-                self._time_kernels(runs[name])
-                runs[name].arm.close()
+        sets: list[tuple[str, ...]] = [(name,) for name in self._names] or [()]
+        with ExitStack() as stack:
+            runs = {name: self._start(name, stack) for name in ("bagpipe", "dense")}
+            bagpipe = runs["bagpipe"].arm
+            assert isinstance(bagpipe, BagpipeArm)
+            before = bagpipe.counters()
+            for number, names in enumerate(sets):
+                with ExitStack() as beside:
+                    runs |= {name: self._start(name, beside) for name in names}
+                    for turn in range(self._workload.rounds):
+                        for name in ("dense", "bagpipe", *names):
+                            self._turn(runs[name])
+                        done = number * self._workload.rounds + turn + 1
+                        self._progress("measuring", done, len(sets) * self._workload.rounds)
+                    for name in names:
+                        self._time_kernels(runs[name])
                 self._forget()
-        counted = bagpipe.counters_since(before)
-        self._time_kernels(runs["bagpipe"])
-        return self._values(runs, counted, bandwidths, bagpipe.lookahead.oracle_bytes)
+            counted = bagpipe.counters_since(before)
+            self._time_kernels(runs["bagpipe"])
+            return self._values(runs, counted, bandwidths, bagpipe.lookahead.oracle_bytes)
 
     def _make(self, name: str) -> GpuArm:
-        if name == "torch_cpu":
-            return TorchCpuArm(self._group, self._stream)
+        match name:
+            case "bagpipe":
+                return BagpipeArm(self._workload, self._group, self._stream, self._device, self._folder / "store")
+            case "dense":
+                return DenseArm(self._stream)
+            case "torch_cpu":
+                return TorchCpuArm(self._group, self._stream)
         return FbgemmArm(name, self._group, self._stream, cache_rows=self._workload.cache_rows, device=self._device)
 
-    def _start(self, name: str, make: Callable[[], GpuArm]) -> _Run:
-        """Makes an arm, gives it the initial rows, and trains its first steps."""
+    def _start(self, name: str, stack: ExitStack) -> _Run:
+        """Makes an arm, which `stack` closes, gives it the initial rows, and trains its first steps."""
         before = self._allocated()
-        arm = make()
+        arm = self._make(name)
+        stack.callback(arm.close)
         for rows, records in self._initial_rows(self._stream.touched_rows if name == "bagpipe" else self._stream.resident_rows):
             arm.load(rows, records)
         arm.start()

@@ -15,7 +15,8 @@ Where a planned batch finds a row's slot depends on the row's last use: in a sma
 rows; in the queue of settled rows that wait for this step; and nowhere when the row must be fetched.
 
 State, all flat arrays so that one step is a few loops without a hash table (`_loops`, `_queues`): per row 4 bytes, its slot or when
-it was evicted; per slot 28 bytes, its row and its place in the eviction queues; per unsettled use 4 bytes. The linker's is besides.
+it was evicted; per slot 28 to 36 bytes, its row and its place in the eviction queues; per unsettled use 4 bytes. The linker's is
+besides.
 """
 
 from __future__ import annotations
