@@ -25,6 +25,8 @@ Int64Array: TypeAlias = npt.NDArray[np.int64]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Pooling: TypeAlias = Literal["sum", "mean"]
+DataType: TypeAlias = Literal["fp32", "bf16", "fp16"]
+"""How weights are kept; optimizer state is float32 whatever it is."""
 
 MAX_PIECE_LENGTH = 128
 """Longest run of bags that one piece of a gradient schedule sums; bounds a kernel's work whatever the skew."""
@@ -61,6 +63,8 @@ Initializer: TypeAlias = Uniform | Normal
 class TableConfig:
     """One embedding table; the fields are those of TorchRec's ``EmbeddingBagConfig``.
 
+    With a ``data_type`` of 16 bits, ``"bf16"`` or ``"fp16"``, weights take half the space, everywhere. An update computes in
+    float32 and rounds its result up or down by chance (stochastic rounding), so that steps too small for 16 bits count on average.
     ``init`` defaults to ``Uniform(-1/sqrt(n), 1/sqrt(n))`` with n = num_embeddings, as TorchRec and the DLRM reference do.
     """
 
@@ -70,6 +74,7 @@ class TableConfig:
     feature_names: Sequence[str]
     pooling: Pooling = "sum"
     init: Initializer | None = None
+    data_type: DataType = "fp32"
 
     def __post_init__(self) -> None:
         if self.num_embeddings < 1:
@@ -80,6 +85,8 @@ class TableConfig:
             raise ConfigError(f"table {self.name!r}: feature_names must be a non-empty list of names, is {self.feature_names!r}")
         if self.pooling not in ("sum", "mean"):
             raise ConfigError(f"table {self.name!r}: pooling is {self.pooling!r}, must be 'sum' or 'mean'")
+        if self.data_type not in ("fp32", "bf16", "fp16"):
+            raise ConfigError(f"table {self.name!r}: data_type is {self.data_type!r}, must be 'fp32', 'bf16' or 'fp16'")
         object.__setattr__(self, "feature_names", tuple(self.feature_names))
 
     @property
@@ -181,7 +188,7 @@ def _check_not_negative(optimizer: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tables of one dimension and one optimizer, which share a row space, a cache and a store.
+    """Tables of one dimension, one data type and one optimizer, which share a row space, a cache and a store.
 
     Tables keep the order in which they were given; features are table by table. ``row`` = ``row_offsets[table] + id``.
     """
@@ -193,11 +200,20 @@ class Group:
     @property
     def name(self) -> str:
         """As error messages and reports call it."""
-        return f"group {self.index} (dim {self.embedding_dim})"
+        return f"group {self.index} (dim {self.embedding_dim}{'' if self.data_type == 'fp32' else f', {self.data_type}'})"
 
     @property
     def embedding_dim(self) -> int:
         return self.tables[0].embedding_dim
+
+    @property
+    def data_type(self) -> DataType:
+        return self.tables[0].data_type
+
+    @property
+    def weight_words(self) -> int:
+        """Words of 4 bytes that a record's weights take: weights of 16 bits lie two to a word, the lower half first."""
+        return self.embedding_dim if self.data_type == "fp32" else -(-self.embedding_dim // 2)
 
     @property
     def state_width(self) -> int:
@@ -205,8 +221,8 @@ class Group:
 
     @property
     def record_width(self) -> int:
-        """Floats a record: the weights, then the optimizer state."""
-        return self.embedding_dim + self.state_width
+        """Words a record: the weights, then the optimizer state."""
+        return self.weight_words + self.state_width
 
     @property
     def record_bytes(self) -> int:
@@ -233,7 +249,10 @@ class Group:
 
 
 def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[Group, ...]:
-    """Groups tables by dimension, in order of first appearance. Refuses duplicate table names and features with two tables."""
+    """Groups tables by dimension and data type, in order of first appearance.
+
+    Refuses duplicate table names and features with two tables.
+    """
     names = [table.name for table in tables]
     features = [feature for table in tables for feature in table.feature_names]
     for what, items in (("table name", names), ("feature", features)):
@@ -242,11 +261,10 @@ def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[G
             raise ConfigError(f"{what} {repeated[0]!r} is given more than once")
     if not tables:
         raise ConfigError("no tables are given: at least one is needed")
-    dims = list(dict.fromkeys(table.embedding_dim for table in tables))
-    return tuple(
-        Group(index=index, tables=tuple(table for table in tables if table.embedding_dim == dim), optimizer=optimizer)
-        for index, dim in enumerate(dims)
-    )
+    members: dict[tuple[int, DataType], list[TableConfig]] = {}
+    for table in tables:
+        members.setdefault((table.embedding_dim, table.data_type), []).append(table)
+    return tuple(Group(index=index, tables=tuple(of_group), optimizer=optimizer) for index, of_group in enumerate(members.values()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from bagpipe.config.compare import compare_configs
         ("data.seed", True),
         ("model.top", True),
         ("embeddings.embedding_dim", True),
+        ("embeddings.data_type", True),
         ("embeddings.optimizer.lr", True),
         ("train.batch_size", True),
         ("train.seed", True),

@@ -78,7 +78,7 @@ class EmbeddingBagCollection(nn.Module):
         self.groups = group_tables(tables, optimizer)
         self.stores = tuple(store(group, seed) for group in self.groups)
         self.device = torch.device(device)
-        self.lr = optimizer.lr
+        self.lr, self.seed = optimizer.lr, seed
         self.step = 0
         """Steps trained so far; the number that the next one gets."""
         self.executor: Executor | None = None
@@ -153,7 +153,7 @@ class EmbeddingBagCollection(nn.Module):
         if len(num_slots) != len(self.groups):
             raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(self.groups)} groups")
         caches = [
-            DeviceCache(group=group, num_slots=slots, device=self.device, lr=self.lr)
+            DeviceCache(group=group, num_slots=slots, device=self.device, lr=self.lr, seed=self.seed)
             for group, slots in zip(self.groups, num_slots, strict=True)
         ]
         self.executor = Executor(caches, self.stores)
@@ -290,7 +290,7 @@ class EmbeddingBagCollection(nn.Module):
         records = np.empty((len(rows), group.record_width), np.float32)
         store.fetch(rows, records)
         cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=self.lr)
-        cache.weights = torch.from_numpy(records)[:, : group.embedding_dim].contiguous().to(self.device)
+        cache.fill(to_device(np.arange(len(rows), dtype=np.int32), self.device), torch.from_numpy(records).to(self.device))
         nothing = to_device(np.empty(0, np.int32), self.device)
         return cache.lookup(
             DevicePlan(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.cache.weights import empty_weights, rounding_seed
 from bagpipe.errors import ConfigError
 from bagpipe.types import Group
 
@@ -25,12 +26,15 @@ class DeviceCache:
     num_slots: int
     device: torch.device
     lr: float
-    weights: Tensor = field(init=False)  # (num_slots, D) float32
+    seed: int = 0
+    """Of the model; decides how weights of 16 bits are rounded."""
+    weights: Tensor = field(init=False)  # (num_slots, D) of the group's data type, one column more where that is 16 bits and D odd
     state: Tensor = field(init=False)  # (num_slots, S) float32
 
     def __post_init__(self) -> None:
-        self.weights = torch.empty(self.num_slots, self.group.embedding_dim, device=self.device)
+        self.weights = empty_weights(self.group, self.num_slots, self.device)
         self.state = torch.empty(self.num_slots, self.group.state_width, device=self.device)
+        self._rounding_seed = rounding_seed(self.seed, self.group)
         self._kernels = _kernels_of(self.device)
 
     def lookup(self, plan: DevicePlan, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
@@ -46,7 +50,7 @@ class DeviceCache:
         """Applies one optimizer step; `grads` (B, F, D), float32 or bfloat16, is the gradient of `lookup`'s result."""
         assert grads.dtype in (torch.float32, torch.bfloat16)
         flat = grads.reshape(plan.num_bags, self.group.embedding_dim).contiguous()
-        self._kernels.update(self.weights, self.state, plan, flat, self.group.optimizer, self.lr)
+        self._kernels.update(self.weights, self.state, plan, flat, self.group.optimizer, self.lr, self._rounding_seed)
 
     def fill(self, slots: Tensor, records: Tensor) -> None:
         """Puts `records` (n, record_width) into `slots` (n,)."""

@@ -1,6 +1,6 @@
 """The data plane's operations in plain torch: the reference that the tuned kernels are compared with.
 
-Four operations on one group's cache, `weights` (num_slots, D) and `state` (num_slots, S), both float32:
+Four operations on one group's cache, `weights` (num_slots, D), of the data type, and `state` (num_slots, S) float32:
 
     lookup   gather + pool                    -> (B * F, D), float32 or bfloat16
     update   sum gradients of either type along the plan's schedule, in float32, and apply the optimizer to the records in place
@@ -20,34 +20,44 @@ from torch import Tensor
 from torch.nn import functional
 
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.cache.rounding_torch import round_by_chance
+from bagpipe.cache.weights import words_of
 from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
     """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed and scaled in float32."""
+    dim = out.shape[1]
+    weights = weights[:, :dim].float()
     if plan.bag_offsets is None:
         pooled = weights.index_select(0, plan.lookup_slots)  # (F * B, D)
     elif len(plan.lookup_slots) == 0:
-        pooled = weights.new_zeros(plan.num_bags, weights.shape[1])
+        pooled = weights.new_zeros(plan.num_bags, dim)
     else:
         pooled = functional.embedding_bag(
             plan.lookup_slots, weights, plan.bag_offsets, mode="sum", include_last_offset=True
         )  # (F * B, D)
-    by_feature = pooled.view(plan.num_features, plan.batch_size, weights.shape[1])
+    by_feature = pooled.view(plan.num_features, plan.batch_size, dim)
     by_sample = by_feature.transpose(0, 1)  # (B, F, D)
     if plan.bag_scales is not None:
         by_sample = by_sample * plan.bag_scales.view(plan.batch_size, plan.num_features, 1)
     out.view(by_sample.shape).copy_(by_sample)
 
 
-def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result."""
+def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float, seed: int = 0) -> None:
+    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result.
+
+    New weights of 16 bits are rounded by chance, which `seed` decides.
+    """
     if len(plan.unique_slots) == 0:
         return
     sums = sum_gradients(plan, grads.float())
     slots = plan.unique_slots.long()
-    old_weights, old_state = weights[slots], state[slots]
-    weights[slots], state[slots] = _apply(old_weights, old_state, sums, optimizer, lr, plan.step)
+    dim = grads.shape[1]
+    new_weights, state[slots] = _apply(weights[slots, :dim].float(), state[slots], sums, optimizer, lr, plan.step)
+    if weights.dtype != torch.float32:
+        new_weights = round_by_chance(new_weights, weights.dtype, seed=seed, step=plan.step)
+    weights[slots, :dim] = new_weights
 
 
 def sum_gradients(plan: DevicePlan, grads: Tensor) -> Tensor:
@@ -66,16 +76,16 @@ def sum_gradients(plan: DevicePlan, grads: Tensor) -> Tensor:
 
 
 def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None:
-    """Puts `records` (n, D + S) into `slots` (n,)."""
-    index = slots.long()
-    weights[index] = records[:, : weights.shape[1]]
-    state[index] = records[:, weights.shape[1] :]
+    """Puts `records` (n, record_width) into `slots` (n,)."""
+    index, words = slots.long(), words_of(weights)
+    words[index] = records[:, : words.shape[1]]
+    state[index] = records[:, words.shape[1] :]
 
 
 def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
-    """The records in `slots` (n,): (n, D + S)."""
+    """The records in `slots` (n,): (n, record_width)."""
     index = slots.long()
-    return torch.cat([weights[index], state[index]], dim=1)
+    return torch.cat([words_of(weights)[index], state[index]], dim=1)
 
 
 def mean_of_squares(sums: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ works on a tile of (rows, D) with 16 bytes a load where D is a multiple of 4, an
 
 Arithmetic: the order of sums is the schedule's, multiply-adds are not fused, quotients and square roots are rounded correctly, so
 results equal those of `kernels_cpu` to the bit, except with row-wise Adagrad, whose mean of squares is added up in a tree.
+Weights of 16 bits are widened as they are read; `triton_round` rounds them.
 A row's result depends on its own values and pieces alone: not on its slot, its neighbours in a tile or the size of the cache.
 
 Dimension, types and optimizer are compiled in. Nothing waits for the device, and grids come from the shapes of the plan's tensors.
@@ -25,6 +26,7 @@ from torch import Tensor
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.triton_launch import Kernel, Tiling, aligned, device_function, on_device_of, sum_rows
 from bagpipe.cache.triton_update import update
+from bagpipe.cache.weights import words_of
 
 __all__ = ["fill", "lookup", "read", "update"]
 
@@ -39,13 +41,13 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
     """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed and scaled in float32."""
     if plan.num_bags == 0:
         return
-    dim = weights.shape[1]
+    dim, stride = out.shape[1], weights.shape[1]
     into = aligned(out)
     sizes = (plan.num_bags, plan.num_features, plan.batch_size)
     with on_device_of(weights):
         if plan.bag_offsets is None:
             tile = _ONE_HOT.of(dim)
-            constants = {"DIM": dim, "ROWS": tile.rows, "COLUMNS": tile.columns}
+            constants = {"DIM": dim, "STRIDE": stride, "ROWS": tile.rows, "COLUMNS": tile.columns}
             arguments = (weights, plan.lookup_slots, into, *sizes)
             _lookup_one_hot.launch(tile.count(plan.num_bags), arguments, constants, tile.num_warps)
         else:
@@ -53,7 +55,7 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
             _lookup_jagged.launch(
                 tile.count(plan.num_bags),
                 (weights, plan.lookup_slots, plan.bag_offsets, plan.bag_scales, into, *sizes),
-                {"DIM": dim, "ROWS": tile.rows, "COLUMNS": tile.columns, "UNROLL": _UNROLL},
+                {"DIM": dim, "STRIDE": stride, "ROWS": tile.rows, "COLUMNS": tile.columns, "UNROLL": _UNROLL},
                 tile.num_warps,
             )
         if into is not out:
@@ -61,26 +63,27 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
 
 
 def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None:
-    """Puts `records` (n, D + S) into `slots` (n,)."""
-    _move_records(weights, state, slots, aligned(records), is_fill=True)
+    """Puts `records` (n, record_width) into `slots` (n,)."""
+    _move_records(words_of(weights), state, slots, aligned(records), is_fill=True)
 
 
 def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
-    """The records in `slots` (n,): (n, D + S)."""
-    records = torch.empty(len(slots), weights.shape[1] + state.shape[1], device=weights.device)
-    _move_records(weights, state, slots, records, is_fill=False)
+    """The records in `slots` (n,): (n, record_width)."""
+    words = words_of(weights)
+    records = torch.empty(len(slots), words.shape[1] + state.shape[1], device=weights.device)
+    _move_records(words, state, slots, records, is_fill=False)
     return records
 
 
-def _move_records(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor, *, is_fill: bool) -> None:
+def _move_records(words: Tensor, state: Tensor, slots: Tensor, records: Tensor, *, is_fill: bool) -> None:
     if len(slots) == 0:
         return
-    dim, state_width = weights.shape[1], state.shape[1]
+    dim, state_width = words.shape[1], state.shape[1]
     tile = _RECORDS.of(max(dim, state_width))
-    with on_device_of(weights):
+    with on_device_of(words):
         _move.launch(
             tile.count(len(slots)),
-            (weights, state, slots, records, len(slots)),
+            (words, state, slots, records, len(slots)),
             {"DIM": dim, "STATE_WIDTH": state_width, "IS_FILL": is_fill, "ROWS": tile.rows, "COLUMNS": tile.columns},
             tile.num_warps,
         )
@@ -102,6 +105,7 @@ def _lookup_one_hot(
     num_features: tl.tensor,
     batch_size: tl.tensor,
     DIM: tl.constexpr,
+    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -109,7 +113,7 @@ def _lookup_one_hot(
     columns = tl.arange(0, COLUMNS)
     inside = (bag < num_bags)[:, None] & (columns < DIM)[None, :]  # (ROWS, COLUMNS), as all that follow
     slot = tl.load(slots + bag, mask=bag < num_bags, other=0).to(tl.int64)
-    values = tl.load(weights + slot[:, None] * DIM + columns[None, :], mask=inside)
+    values = tl.load(weights + slot[:, None] * STRIDE + columns[None, :], mask=inside).to(tl.float32)
     row = _output_rows(bag, batch_size, num_features).to(tl.int64)
     tl.store(out + row[:, None] * DIM + columns[None, :], values.to(out.dtype.element_ty), mask=inside)
 
@@ -125,6 +129,7 @@ def _lookup_jagged(
     num_features: tl.tensor,
     batch_size: tl.tensor,
     DIM: tl.constexpr,
+    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -133,7 +138,7 @@ def _lookup_jagged(
     is_bag = bag < num_bags
     begin = tl.load(bag_offsets + bag, mask=is_bag, other=0)
     end = tl.load(bag_offsets + bag + 1, mask=is_bag, other=0)
-    total = sum_rows(weights, slots, None, begin, end, DIM, ROWS, COLUMNS, UNROLL)
+    total = sum_rows(weights, slots, None, begin, end, DIM, STRIDE, ROWS, COLUMNS, UNROLL)
     row = _output_rows(bag, batch_size, num_features).to(tl.int64)
     if bag_scales is not None:
         total *= tl.load(bag_scales + row, mask=is_bag, other=0.0)[:, None]
@@ -144,7 +149,7 @@ def _lookup_jagged(
 
 @Kernel
 def _move(
-    weights: tl.tensor,
+    words: tl.tensor,
     state: tl.tensor,
     slots: tl.tensor,
     records: tl.tensor,
@@ -155,14 +160,14 @@ def _move(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Between slots and packed records: the weights, then the state."""
+    """Between slots and packed records: the weights' words, then the state."""
     record = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_record = record < num_records
     slot = tl.load(slots + record, mask=is_record, other=0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)
     packed = records + record.to(tl.int64)[:, None] * (DIM + STATE_WIDTH) + columns[None, :]
     inside = is_record[:, None] & (columns < DIM)[None, :]
-    _copy(weights + slot[:, None] * DIM + columns[None, :], packed, inside, IS_FILL)
+    _copy(words + slot[:, None] * DIM + columns[None, :], packed, inside, IS_FILL)
     if STATE_WIDTH > 0:
         inside = is_record[:, None] & (columns < STATE_WIDTH)[None, :]
         _copy(state + slot[:, None] * STATE_WIDTH + columns[None, :], packed + DIM, inside, IS_FILL)

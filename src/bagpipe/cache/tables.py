@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 
+from bagpipe.cache.weights import TORCH_DTYPES, weights_in
 from bagpipe.errors import UsageError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Float32Array
@@ -19,22 +20,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_ROWS = 65_536
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class LazyTable:
-    """One table's weights, (num_embeddings, embedding_dim) float32, read from its store when asked for.
+    """One table's weights, (num_embeddings, embedding_dim) in the table's data type, read from its store when asked for.
 
     Slicing gives tensors: ``table[10:20]``. It is what `state_dict` holds, since the whole table may not fit in memory.
     """
-
-    dtype = torch.float32
 
     def __init__(self, store: EmbeddingStore, index: int, flush: Callable[[], None]) -> None:
         """`index` of the table in the store's group; `flush` brings the store up to date before each read."""
         self._flush = flush
         group = store.group
         self._store, self._first_row = store, int(group.row_offsets[index])
-        self.shape = (group.tables[index].num_embeddings, group.embedding_dim)
+        self.shape, self.dtype = (group.tables[index].num_embeddings, group.embedding_dim), TORCH_DTYPES[group.data_type]
         self.name = group.tables[index].name
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class LazyTable:
 
     def __getitem__(self, rows: slice) -> Tensor:
         begin, end, step = rows.indices(len(self))
-        return torch.from_numpy(self._records(np.arange(begin, end, step))[:, : self.shape[1]].copy())
+        return self._weights(self._records(np.arange(begin, end, step))).clone(memory_format=torch.contiguous_format)
 
     def blocks(self, block_rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
         """The table from top to bottom in blocks of at most `block_rows` rows."""
@@ -50,12 +50,18 @@ class LazyTable:
             yield self[begin : begin + block_rows]
 
     def load(self, weights: Any) -> None:
-        """Overwrites the table with `weights`, anything of its shape whose slices are tensors; optimizer state is kept."""
+        """Overwrites the table with `weights`, anything of its shape whose slices are tensors; optimizer state is kept.
+
+        Weights of another type are rounded to the nearest.
+        """
         for begin in range(0, len(self), _BLOCK_ROWS):
             ids = np.arange(begin, min(begin + _BLOCK_ROWS, len(self)))
             records = self._records(ids)
-            records[:, : self.shape[1]] = weights[begin : begin + _BLOCK_ROWS].detach().cpu().numpy()
+            self._weights(records).copy_(weights[begin : begin + _BLOCK_ROWS].detach())
             self._store.write(ids + self._first_row, records)
+
+    def _weights(self, records: Float32Array) -> Tensor:
+        return weights_in(torch.from_numpy(records), self._store.group)
 
     def _records(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Float32Array:
         self._flush()
@@ -79,12 +85,12 @@ def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
     header: dict[str, Any] = {}
     end = 0
     for key, table in tables.items():
-        begin, end = end, end + 4 * table.shape[0] * table.shape[1]
-        header[key] = {"dtype": "F32", "shape": list(table.shape), "data_offsets": [begin, end]}
+        begin, end = end, end + table.dtype.itemsize * table.shape[0] * table.shape[1]
+        header[key] = {"dtype": _SAFETENSORS_TYPES[table.dtype], "shape": list(table.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for table in tables.values():
             for block in table.blocks():
-                file.write(block.numpy().astype("<f4", copy=False).tobytes())
+                file.write(block.view(torch.uint8).numpy().tobytes())  # little-endian, as all machines are that torch runs on

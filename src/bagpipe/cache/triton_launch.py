@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 Argument: TypeAlias = Tensor | int | float | None
 
 _VARYING = (
-    "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records "
+    "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records step seed_low seed_high "
     "slots bag_offsets bag_scales unique_slots bags piece_offsets long_uniques long_offsets"
 ).split()
 """Arguments whose value, or for a plan's arrays whose alignment, must not start a compilation."""
@@ -115,11 +115,15 @@ def sum_rows(
     begin: tl.tensor,
     end: tl.tensor,
     DIM: tl.constexpr,
+    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> tl.tensor:
-    """For each row of the tile the sum of `source[indices[begin:end]]`, in that order, times `scales[index]` each."""
+    """For each row of the tile the sum of `source[indices[begin:end]]`, in that order, times `scales[index]` each.
+
+    Rows of `source` have DIM columns and begin STRIDE apart.
+    """
     columns = tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, tl.max(end - begin, axis=0), UNROLL):
@@ -128,7 +132,7 @@ def sum_rows(
             is_row = position < end
             index = tl.load(indices + position, mask=is_row, other=0).to(tl.int64)
             inside = is_row[:, None] & (columns < DIM)[None, :]
-            values = tl.load(source + index[:, None] * DIM + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            values = tl.load(source + index[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0).to(tl.float32)
             if scales is not None:
                 values *= tl.load(scales + index, mask=is_row, other=0.0)[:, None]
             total += values

@@ -16,6 +16,8 @@ from torch import Tensor
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.kernels_torch import adam_step_size
 from bagpipe.cache.triton_launch import Kernel, Tiling, aligned, device_function, on_device_of, sum_rows
+from bagpipe.cache.triton_round import round_by_chance
+from bagpipe.cache.weights import COLUMNS_A_BLOCK
 from bagpipe.types import MAX_PIECE_LENGTH, SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 _SGD = tl.constexpr(0)
@@ -30,16 +32,20 @@ _UNROLL = 4
 """Rows that a program asks for before it adds them up."""
 
 
-def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result."""
+def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float, seed: int = 0) -> None:
+    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result.
+
+    New weights of 16 bits are rounded by chance, which `seed` decides.
+    """
     num_uniques, num_pieces, num_long = plan.unique_slots.shape[0], plan.piece_offsets.shape[0] - 1, plan.long_uniques.shape[0]
     if num_uniques == 0:
         return
-    dim = weights.shape[1]
-    num_further = num_pieces - num_uniques
+    dim, num_further = grads.shape[1], num_pieces - num_uniques
     kind, scalars = _constants(optimizer, lr, plan.step)
-    tile, long_tile = _PIECES.of(dim), _LONG_ROWS.of(dim)
-    constants = {"DIM": dim, "KIND": kind}
+    rounding = _rounding(weights, plan.step, seed)
+    width = dim if weights.dtype == torch.float32 else max(dim, COLUMNS_A_BLOCK)
+    tile, long_tile = _PIECES.of(width), _LONG_ROWS.of(width)
+    constants = {"DIM": dim, "STRIDE": weights.shape[1], "KIND": kind}
     with on_device_of(weights):
         # First the sums of further pieces, then those of the first pieces of long rows.
         sums = torch.empty(num_further + num_long, dim, device=weights.device)
@@ -60,6 +66,7 @@ def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, opti
                 num_long,
                 1 << num_long.bit_length() >> 1,
                 *scalars,
+                *rounding,
             ),
             constants | {"ROWS": tile.rows, "COLUMNS": tile.columns, "UNROLL": _UNROLL},
             tile.num_warps,
@@ -78,10 +85,19 @@ def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, opti
                     num_pieces,
                     num_long,
                     *scalars,
+                    *rounding,
                 ),
                 constants | {"ROWS": long_tile.rows, "COLUMNS": long_tile.columns, "UNROLL": _UNROLL},
                 long_tile.num_warps,
             )
+
+
+def _rounding(weights: Tensor, step: int, seed: int) -> tuple[int, int, int] | tuple[None, None, None]:
+    """What decides how weights of 16 bits are rounded: the step and the two halves of the seed, all as int32."""
+    if weights.dtype == torch.float32:
+        return None, None, None
+    step, low, high = ((word & 0xFFFFFFFF ^ 1 << 31) - (1 << 31) for word in (step, seed, seed >> 32))
+    return step, low, high
 
 
 def _constants(optimizer: Optimizer, lr: float, step: int) -> tuple[int, tuple[float, float, float, float]]:
@@ -117,7 +133,11 @@ def _update(
     eps: tl.tensor,
     first_rate: tl.tensor,
     second_rate: tl.tensor,
+    step: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
     DIM: tl.constexpr,
+    STRIDE: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -134,8 +154,8 @@ def _update(
     is_unique = piece < num_uniques
     slot = tl.load(unique_slots + piece, mask=is_unique, other=0).to(tl.int64)
     # Before the sums, so that these loads are under way meanwhile.
-    weight, first, second = _load_record(weights, state, slot, is_unique, DIM, KIND, COLUMNS)
-    total = sum_rows(grads, bags, bag_scales, begin, end, DIM, ROWS, COLUMNS, UNROLL)
+    weight, first, second = _load_record(weights, state, slot, is_unique, DIM, STRIDE, KIND, COLUMNS)
+    total = sum_rows(grads, bags, bag_scales, begin, end, DIM, DIM, ROWS, COLUMNS, UNROLL)
     long = tl.full((ROWS,), -1, tl.int32)
     if num_long > 0:
         if (tile >= further_tiles) & (tl.max(end - begin, axis=0) == _MAX_PIECE):
@@ -146,7 +166,11 @@ def _update(
         inside = is_kept[:, None] & (columns < DIM)[None, :]
         tl.store(sums + sum_row[:, None] * DIM + columns[None, :], total, mask=inside)
     is_done = is_unique & (long < 0)
-    _apply(weights, state, slot, is_done, weight, first, second, total, lr, eps, first_rate, second_rate, DIM, KIND, COLUMNS)
+    inside = is_done[:, None] & (tl.arange(0, COLUMNS) < DIM)[None, :]
+    weight = _apply(
+        state, slot, is_done, inside, weight, first, second, total, lr, eps, first_rate, second_rate, DIM, KIND, COLUMNS
+    )
+    _store_weights(weights, slot, inside, weight, piece, step, seed_low, seed_high, STRIDE, ROWS, COLUMNS)
 
 
 @device_function
@@ -180,7 +204,11 @@ def _update_long(
     eps: tl.tensor,
     first_rate: tl.tensor,
     second_rate: tl.tensor,
+    step: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
     DIM: tl.constexpr,
+    STRIDE: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -190,8 +218,9 @@ def _update_long(
     is_long = long < num_long
     begin = tl.load(long_offsets + long, mask=is_long, other=0)
     end = tl.load(long_offsets + long + 1, mask=is_long, other=0)
-    slot = tl.load(unique_slots + tl.load(long_uniques + long, mask=is_long, other=0), mask=is_long, other=0).to(tl.int64)
-    weight, first, second = _load_record(weights, state, slot, is_long, DIM, KIND, COLUMNS)
+    unique = tl.load(long_uniques + long, mask=is_long, other=0)
+    slot = tl.load(unique_slots + unique, mask=is_long, other=0).to(tl.int64)
+    weight, first, second = _load_record(weights, state, slot, is_long, DIM, STRIDE, KIND, COLUMNS)
     columns = tl.arange(0, COLUMNS)
     inside = is_long[:, None] & (columns < DIM)[None, :]
     sum_row = (num_pieces - num_uniques + long).to(tl.int64)
@@ -203,7 +232,11 @@ def _update_long(
             inside = (piece < end)[:, None] & (columns < DIM)[None, :]
             further += tl.load(sums + piece.to(tl.int64)[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
     total += further
-    _apply(weights, state, slot, is_long, weight, first, second, total, lr, eps, first_rate, second_rate, DIM, KIND, COLUMNS)
+    inside = is_long[:, None] & (tl.arange(0, COLUMNS) < DIM)[None, :]
+    weight = _apply(
+        state, slot, is_long, inside, weight, first, second, total, lr, eps, first_rate, second_rate, DIM, KIND, COLUMNS
+    )
+    _store_weights(weights, slot, inside, weight, unique, step, seed_low, seed_high, STRIDE, ROWS, COLUMNS)
 
 
 @device_function
@@ -213,13 +246,14 @@ def _load_record(
     slot: tl.tensor,
     is_row: tl.tensor,
     DIM: tl.constexpr,
+    STRIDE: tl.constexpr,
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
     """Weights (ROWS, COLUMNS) and the optimizer's state in one or two tiles; what an optimizer has not is the weights again."""
     columns = tl.arange(0, COLUMNS)
     inside = is_row[:, None] & (columns < DIM)[None, :]
-    weight = tl.load(weights + slot[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
+    weight = tl.load(weights + slot[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     first = weight
     second = weight
     if KIND == _ADAGRAD:
@@ -234,10 +268,10 @@ def _load_record(
 
 @device_function
 def _apply(
-    weights: tl.tensor,
     state: tl.tensor,
     slot: tl.tensor,
     is_row: tl.tensor,
+    inside: tl.tensor,
     weight: tl.tensor,
     first: tl.tensor,
     second: tl.tensor,
@@ -249,10 +283,9 @@ def _apply(
     DIM: tl.constexpr,
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> None:
-    """The optimizer's step on the records of a tile: `kernels_torch._apply`, operation for operation."""
+) -> tl.tensor:
+    """The optimizer's step on the records of a tile: stores their state and returns their weights; see `kernels_torch._apply`."""
     columns = tl.arange(0, COLUMNS)
-    inside = is_row[:, None] & (columns < DIM)[None, :]
     if KIND == _SGD:
         weight -= grad * lr
     elif KIND == _ADAGRAD:
@@ -271,4 +304,27 @@ def _apply(
         tl.store(state + slot[:, None] * (2 * DIM) + columns[None, :], first, mask=inside)
         tl.store(state + slot[:, None] * (2 * DIM) + DIM + columns[None, :], second, mask=inside)
         weight -= tl.div_rn(first, tl.sqrt_rn(second) + eps) * lr
-    tl.store(weights + slot[:, None] * DIM + columns[None, :], weight, mask=inside)
+    return weight
+
+
+@device_function
+def _store_weights(
+    weights: tl.tensor,
+    slot: tl.tensor,
+    inside: tl.tensor,
+    weight: tl.tensor,
+    unique: tl.tensor,
+    step: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Puts a tile's weights into their slots, rounded if these have 16 bits."""
+    columns = tl.arange(0, COLUMNS)
+    if seed_low is not None:
+        is_bf16: tl.constexpr = weights.dtype.element_ty == tl.bfloat16
+        halves = round_by_chance(weight, unique, step, seed_low, seed_high, is_bf16, ROWS, COLUMNS)
+        weight = halves.to(weights.dtype.element_ty, bitcast=True)
+    tl.store(weights + slot[:, None] * STRIDE + columns[None, :], weight, mask=inside)

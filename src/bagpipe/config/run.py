@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from bagpipe.config.base import Section
 from bagpipe.config.data import DataConfig, PrepareConfig
 from bagpipe.config.model import DLRMConfig, ModelConfig
-from bagpipe.types import SGD, Adagrad, Adam, Initializer, Normal, Optimizer, Pooling, RowWiseAdagrad, Uniform
+from bagpipe.types import SGD, Adagrad, Adam, DataType, Initializer, Normal, Optimizer, Pooling, RowWiseAdagrad, Uniform
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 MemorySize: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(B|KiB|MiB|GiB|TiB)$")]
@@ -134,6 +134,8 @@ class EmbeddingsConfig(Section):
     """The embedding tables; how many rows each has is the data's to say."""
 
     embedding_dim: PositiveInt = 64
+    data_type: DataType = "fp32"
+    """Of the weights, "fp32", "bf16" or "fp16"; see `bagpipe.TableConfig`."""
     pooling: Pooling = "sum"
     optimizer: EmbeddingOptimizerConfig = EmbeddingRowWiseAdagrad(kind="rowwise_adagrad", lr=0.02)
     init: Annotated[UniformInit | NormalInit, Field(discriminator="kind")] | None = None

@@ -23,6 +23,7 @@ def make_tables(features: Sequence[FeatureSpec], config: EmbeddingsConfig) -> li
             embedding_dim=config.embedding_dim,
             feature_names=[feature.name for feature in features if feature.table == name],
             pooling=config.pooling,
+            data_type=config.data_type,
             init=config.init.build() if config.init is not None else None,
         )
         for name in names

@@ -20,7 +20,10 @@ from bagpipe.types import Float32Array, Group, Int64Array
 
 
 class EmbeddingStore(Protocol):
-    """All records of one group: `num_rows` x `record_width` float32, weights first and then optimizer state."""
+    """All records of one group: `num_rows` x `record_width` float32, weights first and then optimizer state.
+
+    Two weights of 16 bits share the bits of a float32 (`Group.weight_words`): records are copied, never computed with.
+    """
 
     @property
     def group(self) -> Group:

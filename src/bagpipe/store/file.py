@@ -100,6 +100,7 @@ def _header(group: Group, seed: int) -> dict[str, Any]:
         "num_rows": group.num_rows,
         "record_width": group.record_width,
         "embedding_dim": group.embedding_dim,
+        "data_type": group.data_type,
         "optimizer": type(group.optimizer).__name__,
         "tables": [[table.name, table.num_embeddings] for table in group.tables],  # in order, which numbers the rows
         "seed": seed,

@@ -198,6 +198,7 @@ def _describe(group: Group) -> dict[str, Any]:
     return {
         "tables": {table.name: table.num_embeddings for table in group.tables},
         "embedding_dim": group.embedding_dim,
+        "data_type": group.data_type,
         "record_width": group.record_width,
     }
 
