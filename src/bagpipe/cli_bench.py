@@ -36,7 +36,7 @@ def bench(
     arm: Annotated[list[str] | None, typer.Option(help="step, gpu: an arm to run; may be repeated. All by default.")] = None,
     lookahead: Annotated[list[int] | None, typer.Option(min=1, help="Batches ahead; may be repeated for oracle and curve.")] = None,
     cache: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="oracle, step: share of the rows in the cache.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="step: turns of each arm; oracle: batches measured.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="step, gpu: turns of each arm; oracle: batches measured.")] = None,
     workload: Annotated[str, typer.Option(help="gpu: which tables, stream, model and cache: W1, W2, W3, W4 or W4-file.")] = "W1",
     plot: Annotated[Path | None, typer.Option(help="curve, gpu: save the plot here (.png, .svg, .pdf).")] = None,
     json_file: JsonFile = None,
@@ -62,6 +62,8 @@ def bench(
                 result = run(progress)
             _show(console, result)
             values[result.name] = as_json(result.values)
+        if what is Benchmark.all:
+            console.print("left out gpu, which takes minutes and means something on a CUDA device only: bagpipe bench gpu")
         if json_file is not None:
             save_json(values, json_file)
 

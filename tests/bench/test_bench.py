@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from bagpipe.bench import numpy_oracle
+from bagpipe.bench.gpu_bench import disagreements
 from bagpipe.bench.measure import Timing, silent
 from bagpipe.bench.streams import kaggle_group, make_batches
 from bagpipe.cli_bench import bench
@@ -30,6 +31,7 @@ def test_all_benchmarks_at_tiny_sizes(tmp_path: Path) -> None:
     result = run("all", "--quick", "--json", tmp_path / "all.json", "--plot", tmp_path / "curve.svg")
     assert result.exit_code == 0, result.stderr
     values = json.loads((tmp_path / "all.json").read_text())
+    assert "left out gpu" in result.output
     assert values["environment"]["packages"]["torch"]
     assert values["environment"]["cores"] >= 1
     assert values["oracle"]["dedup"]["bagpipe"]["count"] == 3
@@ -69,6 +71,13 @@ def test_the_gpu_benchmark_at_tiny_sizes(workload: str, tmp_path: Path) -> None:
     assert (tmp_path / "gpu.svg").stat().st_size > 1000
     assert "dense and bagpipe always run" in run("gpu", "--quick", "--arm", "tensorflow").stderr
     assert "workload 'W9' is unknown" in run("gpu", "--quick", "--workload", "W9").stderr
+
+
+def test_an_arm_that_computes_something_else_is_named_with_its_step() -> None:
+    found = disagreements({"dense": [], "torch_cpu": [0.0, 1e-6, 1e-4], "fbgemm_hbm": [0.0, 0.05, float("inf")]})
+    assert len(found) == 1
+    assert "arm fbgemm_hbm does NOT compute the same" in found[0]
+    assert "at 2 of the first 3 steps, first at step 1 by 5.0e-02, at most by inf" in found[0]
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

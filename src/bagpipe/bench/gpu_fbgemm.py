@@ -101,8 +101,10 @@ class FbgemmArm:
         self._pooled = None
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
-        """See `GpuArm.kernels`; the batch's rows are in the cache by then."""
-        _, _, indices, offsets = self._batches[self._step]
+        """See `GpuArm.kernels`; the batch's rows are in the cache after the first call. Of a batch that was prefetched that one."""
+        # The next forward takes what was prefetched last, whatever ids it is given.
+        step = self._step if self._side is None else min(self._step + 1, len(self._batches) - 1)
+        _, _, indices, offsets = self._batches[step]
         flat = grads.view(len(grads), -1)
 
         def both() -> None:
