@@ -70,8 +70,12 @@ def test_deepfm_adds_the_dot_products_of_all_pairs() -> None:
 def test_data_without_dense_features_will_do(make: type[WideDeep]) -> None:
     model = make(embeddings_of(4, 4), 0, top=[6, 1])
     optimizer = torch.optim.Adagrad(model.parameters())
-    model(torch.empty(5, 0), make_sparse(2, 5)).sum().backward()
+    dense, sparse = torch.empty(5, 0), make_sparse(2, 5)
+    logits = model(dense, sparse)
+    assert logits.shape == (5,)
+    logits.sum().backward()
     optimizer.step()
+    assert bool((model(dense, sparse) < logits).all())
 
 
 @pytest.mark.parametrize("make", [DLRM, DLRM_DCN])

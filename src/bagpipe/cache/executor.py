@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +45,6 @@ from bagpipe.cache.spans import span
 from bagpipe.errors import BackgroundError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Int32Array, Int64Array, StepPlan, Transfers
-
-Result = TypeVar("Result")
 
 _MAX_PENDING_WRITES = 64
 """Write-backs that may be waiting, each of one group and step; more would let a slow store fill the memory."""
@@ -366,7 +364,7 @@ def _moves_anything(transfers: Transfers) -> bool:
     return len(transfers.evict_rows) > 0 or len(transfers.fetch_rows) > 0
 
 
-def _has_succeeded(future: Future[Result]) -> bool:
+def _has_succeeded(future: Future[Any]) -> bool:
     return future.done() and future.exception() is None
 
 

@@ -75,11 +75,6 @@ class Kernel:
         self._is_compiled = isinstance(self._jit, JITFunction)  # else Triton's interpreter runs it
         self._variants: dict[tuple[Any, ...], Any] = {}
 
-    @property
-    def num_variants(self) -> int:
-        """How many were compiled in this process."""
-        return len(self._variants)
-
     def launch(self, num_programs: int, arguments: tuple[Argument, ...], constants: Mapping[str, object], num_warps: int) -> None:
         """Runs on the current stream of the current device, where the tensors are; multiply-adds are not fused."""
         if not self._is_compiled:
