@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -28,6 +27,7 @@ NUM_PARTS = 32
 """Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
 _NUM_THREADS = min(8, max(2, (os.cpu_count() or 1) // 4), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 """That share a loop: a quarter of the cores, for there are several loops, and no more than it takes to be bound by memory."""
+_thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
 
@@ -50,8 +50,12 @@ def threaded(compiled: Callable[P, R]) -> Callable[P, R]:
     @wraps(compiled)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         global _may_overlap
-        numba.set_num_threads(_NUM_THREADS)
-        with nullcontext() if _may_overlap else _one_at_a_time:
+        if not hasattr(_thread, "is_ready"):
+            numba.set_num_threads(_NUM_THREADS)  # of loops that this thread calls
+            _thread.is_ready = True
+        if _may_overlap:
+            return compiled(*args, **kwargs)
+        with _one_at_a_time:
             result = compiled(*args, **kwargs)
             _may_overlap = numba.threading_layer() != "workqueue"  # type: ignore[attr-defined]
         return result

@@ -30,7 +30,9 @@ from bagpipe.data.writer import SplitWriter, prepared_schema, record_batch
 from bagpipe.oracle.pipeline import ordered_map
 from bagpipe.types import Int64Array
 
-_BATCHES_A_FILE = 100
+_ROWS_PER_RECORD_BATCH = 65_536
+"""As `bagpipe data prepare` writes them."""
+_RECORD_BATCHES_A_FILE = 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ def make_stream(
     resident_rows = np.empty(0, np.int64)
     with (
         ThreadPoolExecutor(num_threads, thread_name_prefix="stream") as pool,
-        SplitWriter(folder, "train", schema, rows_per_batch=size, batches_per_file=_BATCHES_A_FILE) as writer,
+        SplitWriter(folder, "train", schema, rows_per_batch=_ROWS_PER_RECORD_BATCH, batches_per_file=_RECORD_BATCHES_A_FILE) as writer,
     ):
         for number, (batch, record) in enumerate(ordered_map(make, range(num_batches), pool, ahead=2 * num_threads)):
             writer.write(record)
@@ -80,7 +82,7 @@ def make_stream(
                 resident.append(_to_device(batch, on_device, device))
                 resident_rows = np.flatnonzero(touched) if number == num_resident - 1 else resident_rows
             progress("making and writing batches", number + 1, num_batches)
-    _manifest(source, features, writer, size).save(folder)
+    _manifest(source, features, writer).save(folder)
     return Stream(
         folder=folder,
         num_batches=num_batches,
@@ -143,7 +145,7 @@ def _to_device(batch: Batch, offsets: Tensor, device: torch.device) -> ResidentB
 
 
 def _manifest(
-    source: SyntheticSource, features: Sequence[FeatureEntry], writer: SplitWriter, rows_per_batch: int
+    source: SyntheticSource, features: Sequence[FeatureEntry], writer: SplitWriter
 ) -> PreparedManifest:
     return PreparedManifest(
         label="label",
@@ -153,7 +155,7 @@ def _manifest(
         num_embeddings={spec.table: spec.num_embeddings for spec in source.features},
         vocabulary="hash",
         dictionaries={},
-        rows_per_batch=rows_per_batch,
+        rows_per_batch=_ROWS_PER_RECORD_BATCH,
         splits={"train": tuple(writer.entries)},
         source=SourceEntry(kind="synthetic", files=(), num_rows_read=source.num_samples, skipped={}),
     )

@@ -123,19 +123,19 @@ class PreparedSource:
     def _gather_ids(self, pieces: list[Piece], views: list[_View], size: int) -> Jagged:
         """Three compiled calls a piece at most: with one a feature its threads would mostly wait for the GIL."""
         num_bags = len(self._columns) * size
-        places = [(_numbers(piece.rows), _numbers(piece.positions)) for piece in pieces]
+        places = [(_numbers(piece.rows), _numbers(piece.positions), isinstance(piece.rows, slice)) for piece in pieces]
         offsets: Int32Array | None = None
         if any(feature.multi_hot for feature in self.features):
             offsets = np.ones(num_bags + 1, np.int32)
-            for (rows, positions), view in zip(places, views, strict=True):
+            for (rows, positions, _), view in zip(places, views, strict=True):
                 _gather_lengths(view.words, view.first_offsets, rows, positions, size, offsets)
             _add_up(offsets)
         values = np.empty(num_bags if offsets is None else offsets[-1], np.int32)
-        for (rows, positions), view in zip(places, views, strict=True):
+        for (rows, positions, is_run), view in zip(places, views, strict=True):
             if offsets is None:
-                _gather_single(view.words, view.first_ids, rows, positions, size, values)
+                _gather_single(view.words, view.first_ids, rows, positions, is_run, size, values)
             else:
-                _gather_bags(view.words, view.first_ids, view.first_offsets, rows, positions, size, offsets, values)
+                _gather_bags(view.words, view.first_ids, view.first_offsets, rows, positions, is_run, size, offsets, values)
         return Jagged(keys=self._keys, values=values, batch_size=size, offsets=offsets)
 
     def _view(self, index: int) -> _View:
@@ -174,13 +174,16 @@ def _copy_rows(dense: Float32Array, rows: Int64Array, positions: Int64Array, out
 
 @jit
 def _gather_single(
-    words: Int32Array, first_ids: Int64Array, rows: Int64Array, positions: Int64Array, size: int, values: Int32Array
+    words: Int32Array, first_ids: Int64Array, rows: Int64Array, positions: Int64Array, is_run: bool, size: int, values: Int32Array
 ) -> None:
     for feature in range(len(first_ids)):
         ids = words[first_ids[feature] :]
         into = values[feature * size : (feature + 1) * size]
-        for i in range(len(rows)):
-            into[positions[i]] = ids[rows[i]]
+        if is_run:
+            into[positions[0] : positions[0] + len(rows)] = ids[rows[0] : rows[0] + len(rows)]
+        else:
+            for i in range(len(rows)):
+                into[positions[i]] = ids[rows[i]]
 
 
 @jit
@@ -211,6 +214,7 @@ def _gather_bags(
     first_offsets: Int64Array,
     rows: Int64Array,
     positions: Int64Array,
+    is_run: bool,
     size: int,
     offsets: Int32Array,
     values: Int32Array,
@@ -218,16 +222,23 @@ def _gather_bags(
     for feature in range(len(first_ids)):
         ids = words[first_ids[feature] :]
         begins = offsets[feature * size : (feature + 1) * size]
-        if first_offsets[feature] < 0:
-            for i in range(len(rows)):
-                values[begins[positions[i]]] = ids[rows[i]]
-        else:
-            bounds = words[first_offsets[feature] :]
+        bounds = words[max(first_offsets[feature], 0) :]
+        is_multi_hot = first_offsets[feature] >= 0
+        if is_run:
+            first, last = rows[0], rows[0] + len(rows)
+            if is_multi_hot:
+                first, last = bounds[first], bounds[last]
+            begin = begins[positions[0]]
+            values[begin : begin + last - first] = ids[first:last]
+        elif is_multi_hot:
             for i in range(len(rows)):
                 begin = begins[positions[i]]
                 first = bounds[rows[i]]
                 for k in range(bounds[rows[i] + 1] - first):
                     values[begin + k] = ids[first + k]
+        else:
+            for i in range(len(rows)):
+                values[begins[positions[i]]] = ids[rows[i]]
 
 
 def _place(column: Any, words: Int32Array) -> int:

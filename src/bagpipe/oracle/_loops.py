@@ -4,7 +4,7 @@
 negative once evicted: a row used again so soon, as most are, is found there and its far-away state is not touched.
 
 Loops first gather what is far away into a small buffer without branching on it, so that many cache misses are under way at a time,
-and then decide. A step is three calls, so that its thread seldom has to ask for the GIL.
+and then decide. A step is two calls, `admit` and `plan`, so that its thread seldom has to ask for the GIL.
 """
 
 from __future__ import annotations
@@ -396,49 +396,52 @@ def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Arra
 
 @threaded
 @jit
-def find_and_free(
+def plan(
     state: State,
+    rows: Int64Array,
     previous: Int32Array,
+    first_occurrence: int,
     oldest_unsettled: int,
-    step: int,
-    last_seen: int,
+    steps: tuple[int, int, int],
     settled: tuple[int, int],
+    unsettled: Int64Array,
     num_used_slots: int,
     next_uses: Int32Array,
     slots_of_uses: Int32Array,
-) -> tuple[Int32Array, Int32Array, Int32Array, int, int, int]:
-    """A step's first half: finds the rows' slots, settles a batch (first occurrence, number of rows), and frees settled slots.
+) -> tuple[Int32Array, Int32Array, Int64Array, Int64Array, Int32Array, tuple[int, int, int], tuple[int, int, int]]:
+    """A step: finds its rows' slots, settles a batch, frees as many slots as are missing, evicts, assigns and remembers.
 
-    Returns (slots, missing, freed, how many of these were never used, how many there are with those without a next use, in all).
+    `steps` are the step, the tick of its early transfers and the last step seen; `settled` and each of `unsettled` (n, 2), oldest
+    first, are the first occurrence and the number of rows of a planned batch. Returns slots (U,), freed slots, the rows evicted from
+    all but the fresh of them, fetched rows and their slots; how many freed slots are fresh, fresh or of rows without a next use, and
+    settled; how many fetches are early, and the latest eviction among the early rows and among the late ones.
     """
+    step, early_tick, last_seen = steps
     slots, missing = find(state, previous, oldest_unsettled, step, slots_of_uses)
     if settled[1] > 0:
         settle(state, settled[0], settled[1], step, last_seen, next_uses, slots_of_uses)
     freed = np.empty(len(missing), np.int32)
     num_fresh = min(len(missing), len(state.rows_of_slots) - num_used_slots)
-    num_unknown, num_freed = free_settled(state, num_fresh, num_used_slots, step, last_seen, freed)
-    return slots, missing, freed, num_fresh, num_unknown, num_freed
-
-
-@threaded
-@jit
-def move(
-    state: State,
-    rows: Int64Array,
-    missing: Int32Array,
-    slots: Int32Array,
-    freed: Int32Array,
-    num_fresh: int,
-    num_settled: int,
-    early_tick: int,
-    step: int,
-    first_occurrence: int,
-    slots_of_uses: Int32Array,
-) -> tuple[Int64Array, Int64Array, Int32Array, int, int, int]:
-    """A step's second half: evicts, assigns and remembers. Returns (evict_rows, what `assign` returns)."""
+    num_unknown, num_settled = free_settled(state, num_fresh, num_used_slots, step, last_seen, freed)
+    num_freed = num_settled
+    for batch in range(len(unsettled)):
+        if num_freed < len(freed):
+            num_freed += free_unsettled(
+                unsettled[batch, 0], unsettled[batch, 1], step, next_uses, slots_of_uses, freed[num_freed:]
+            )
+    if num_freed < len(freed):
+        raise AssertionError("fewer slots than rows: admit has checked that the batch fits")
     evict_rows = _evict(state.slots_of_rows, state.rows_of_slots, freed[num_fresh:], num_settled - num_fresh, early_tick, step)
     fetch_rows, fetch_slots, num_early, early_fence, late_fence = assign(
         state, rows, missing, slots, freed, num_settled, early_tick
     )
     keep_uses(slots, first_occurrence, slots_of_uses)
-    return evict_rows, fetch_rows, fetch_slots, num_early, early_fence, late_fence
+    return (
+        slots,
+        freed,
+        evict_rows,
+        fetch_rows,
+        fetch_slots,
+        (num_fresh, num_unknown, num_settled),
+        (num_early, early_fence, late_fence),
+    )

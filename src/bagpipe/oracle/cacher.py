@@ -30,7 +30,7 @@ from bagpipe.errors import CacheTooSmallError
 from bagpipe.oracle import _loops, _queues
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
-from bagpipe.types import GradientSchedule, Group, GroupPlan, Int32Array, Transfers
+from bagpipe.types import GradientSchedule, Group, GroupPlan, Transfers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +110,19 @@ class Cacher:
         linked = self._admitted.popleft()
         batch, step, last_seen = linked.batch, self._next_step, self._next_admitted - 1
         self._next_step += 1
+        early_tick = max(self._first_step, step - self.prefetch_depth)
         oldest = self._oldest_unsettled(linked)
+        self._reserve(linked)
         settled = self._unsettled.popleft() if len(self._unsettled) > self.prefetch_depth else _NOTHING
-        slots, missing, freed, num_fresh, num_unknown, num_settled = _loops.find_and_free(
+        slots, freed, evict_rows, fetch_rows, fetch_slots, freed_counts, (num_early, early_fence, late_fence) = _loops.plan(
             self._state,
+            batch.unique_rows,
             linked.previous,
+            linked.first_occurrence,
             oldest,
-            step,
-            last_seen,
+            (step, early_tick, last_seen),
             (settled.first_occurrence, settled.num_uniques),
+            np.array([(each.first_occurrence, each.num_uniques) for each in self._unsettled], np.int64).reshape(-1, 2),
             self._num_used_slots,
             self.linker.next_uses,
             self._slots_of_uses,
@@ -126,24 +130,9 @@ class Cacher:
         if settled is not _NOTHING:
             self._num_unsettled -= settled.num_uniques
             self.linker.settled = settled.step
+        num_fresh, num_unknown, num_settled = freed_counts
         self._num_used_slots += num_fresh
         self.evicted_blindly = num_unknown > num_fresh
-        self._free_unsettled(freed[num_settled:], step)
-        self._reserve(linked)
-        early_tick = max(self._first_step, step - self.prefetch_depth)
-        evict_rows, fetch_rows, fetch_slots, num_early, early_fence, late_fence = _loops.move(
-            self._state,
-            batch.unique_rows,
-            missing,
-            slots,
-            freed,
-            num_fresh,
-            num_settled,
-            early_tick,
-            step,
-            linked.first_occurrence,
-            self._slots_of_uses,
-        )
         self._unsettled.append(_Planned(step=step, first_occurrence=linked.first_occurrence, num_uniques=len(slots)))
         self._num_unsettled += len(slots)
         evict_slots, num_evicted_early = freed[num_fresh:], num_settled - num_fresh
@@ -179,20 +168,6 @@ class Cacher:
         if self._unsettled:
             return self._unsettled[0].first_occurrence
         return self._admitted[0].first_occurrence if self._admitted else linked.first_occurrence
-
-    def _free_unsettled(self, freed: Int32Array, step: int) -> None:
-        """Fills `freed` with slots of rows that are not settled, the last resort."""
-        num_freed = 0
-        for planned in self._unsettled if len(freed) else ():
-            num_freed += _loops.free_unsettled(
-                planned.first_occurrence,
-                planned.num_uniques,
-                step,
-                self.linker.next_uses,
-                self._slots_of_uses,
-                freed[num_freed:],
-            )
-        assert num_freed == len(freed), f"step {step}: {len(freed) - num_freed} slots are missing in {self.group.name}"
 
     def _reserve(self, linked: LinkedGroup) -> None:
         """Makes room for a batch in the ring of unsettled uses."""

@@ -35,6 +35,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from bagpipe._malloc import keep_freed_memory
+from bagpipe._memory import copy_buffers
 from bagpipe.errors import BackgroundError, BagpipeError, ConfigError
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
@@ -46,8 +47,9 @@ _ALIGNMENT = 256
 _PLANS_AHEAD = 2
 """Finished plans that wait in the child."""
 _STOP_TIMEOUT_S = 5.0
-_MAX_PIECES = 1000
-"""Of one call of `pwritev`; Linux takes 1,024."""
+_SPIN_COUNT = "4000"
+"""For how long OpenMP's threads look for the next parallel loop before they sleep: some 0.2 ms. Without a limit it is several steps,
+and as many cores are busy with nothing."""
 _SWITCH_INTERVAL_S = 2e-4
 """How long the stages' threads may keep each other waiting for the GIL; Python's own 5 ms are two steps."""
 _RELEASED, _STOP = b"released", b"stop"
@@ -208,6 +210,7 @@ def _run_child(
 ) -> None:
     """The child's main function."""
     keep_freed_memory()
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when numba loads OpenMP, at the first parallel loop
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when a run ends
         signal.signal(number, signal.SIG_IGN)
@@ -234,6 +237,7 @@ class _Sender:
     def __init__(self, connection: Connection, file: int, num_places: int) -> None:
         self._connection, self._file = connection, file
         self._region = _Region(begin=0, place_bytes=0, num_places=num_places)
+        self._memory = np.empty(0, np.uint8)  # the region's
         self._num_sent = self._num_released = 0
 
     def send(self, planned: Planned[Any]) -> bool:
@@ -245,7 +249,8 @@ class _Sender:
             self._grow(num_bytes)
         if not self._wait_for_place():
             return False
-        self._write(spans, [*plan_buffers, *batch_buffers])
+        place = self._num_sent % self._region.num_places * self._region.place_bytes
+        copy_buffers([*plan_buffers, *batch_buffers], self._memory[place:], [begin for begin, _ in spans])
         item = _Item(
             number=self._num_sent,
             region=self._region,
@@ -280,25 +285,18 @@ class _Sender:
         self._num_released += message == _RELEASED
         return message == _RELEASED
 
-    def _write(self, spans: Sequence[tuple[int, int]], buffers: Sequence[memoryview]) -> None:
-        """Puts buffers where they belong in the next place: by one call, since each waits for the GIL when it returns."""
-        begin = self._region.begin + self._num_sent % self._region.num_places * self._region.place_bytes
-        pieces: list[bytes | memoryview] = []
-        for (_, length), buffer in zip(spans, buffers, strict=True):
-            pieces += [buffer, bytes(-length % _ALIGNMENT)]
-        for first in range(0, len(pieces), _MAX_PIECES):
-            some = pieces[first : first + _MAX_PIECES]
-            num_bytes = sum(map(len, some))
-            if os.pwritev(self._file, some, begin) != num_bytes:
-                raise BackgroundError(f"shared memory of the oracle process is full: {num_bytes:,} bytes could not be written")
-            begin += num_bytes
-
     def _grow(self, num_bytes: int) -> None:
         """Cuts new places; the old ones stay for the items that lie there."""
         place_bytes = -(-2 * num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        begin = self._region.begin + self._region.num_bytes
-        self._region = _Region(begin=begin, place_bytes=place_bytes, num_places=self._region.num_places)
-        os.ftruncate(self._file, begin + self._region.num_bytes)
+        region = replace(self._region, begin=self._region.begin + self._region.num_bytes, place_bytes=place_bytes)
+        try:
+            os.posix_fallocate(self._file, region.begin, region.num_bytes)  # or a full memory would kill the process later
+        except OSError as error:
+            raise BackgroundError(
+                f"the oracle process can't get {region.num_bytes:,} bytes of shared memory for {region.num_places} plans ({error}): "
+                "use a smaller batch, or more memory"
+            ) from error
+        self._region, self._memory = region, _map(self._file, region)
 
 
 def _pickled(value: object) -> tuple[bytes, Sequence[memoryview]]:

@@ -1,0 +1,63 @@
+"""One compiled call that copies many buffers, whatever their types: each call from Python would give up its lock and ask for it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba.core.cgutils
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
+
+from bagpipe._jit import NUM_PARTS, jit, parallel_jit, prange, threaded
+from bagpipe.types import Int64Array, UInt8Array
+
+_cgutils: Any = numba.core.cgutils  # only a part of numba is typed
+
+
+def copy_buffers(buffers: Sequence[memoryview], target: UInt8Array, offsets: Sequence[int]) -> None:
+    """Copies each contiguous buffer to its offset in `target` (n,), whose memory it must fit."""
+    sources = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+    lengths = np.array([len(source) for source in sources], np.int64)
+    if len(lengths) and int((offsets + lengths).max()) > len(target):
+        raise ValueError(f"buffers end at {int((offsets + lengths).max()):,}, behind a target of {len(target):,} bytes")
+    _copy(np.array([_address(source) for source in sources], np.int64), _address(target) + np.array(offsets, np.int64), lengths)
+
+
+def _address(array: UInt8Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _copy_bytes_types(typing_context: Any, target: Any, source: Any, num_bytes: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        to, of = (builder.inttoptr(value, pointer) for value in arguments[:2])
+        _cgutils.raw_memcpy(builder, to, of, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+_copy_bytes: Any = intrinsic(_copy_bytes_types)
+
+
+@threaded
+@parallel_jit
+def _copy(sources: Int64Array, targets: Int64Array, lengths: Int64Array) -> None:
+    """Addresses and lengths (n,); all bytes together are cut into equal parts."""
+    num_bytes = lengths.sum()
+    for part in prange(NUM_PARTS):
+        _copy_part(sources, targets, lengths, part * num_bytes // NUM_PARTS, (part + 1) * num_bytes // NUM_PARTS)
+
+
+@jit
+def _copy_part(sources: Int64Array, targets: Int64Array, lengths: Int64Array, begin: int, end: int) -> None:
+    first = 0  # of the buffer, among all bytes
+    for index in range(len(lengths)):
+        low, high = max(begin - first, 0), min(end - first, lengths[index])
+        if low < high:
+            _copy_bytes(targets[index] + low, sources[index] + low, high - low)
+        first += lengths[index]
