@@ -1,4 +1,4 @@
-"""One compiled call that copies many buffers, whatever their types: each call from Python would give up its lock and ask for it again."""
+"""One compiled call that copies many buffers, whatever their types: each call gives up the GIL and asks for it again."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -79,11 +80,7 @@ class GroupLookups:
 
 def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
     """Finds the group's features in `batch`. Raises DataError when one is missing or the offsets are inconsistent."""
-    position = {key: index for index, key in enumerate(batch.keys)}
-    missing = [feature for feature in group.features if feature not in position]
-    if missing:
-        raise DataError(f"the batch has no feature {missing[0]!r}, which {group.name} needs; it has {', '.join(batch.keys)}")
-    keys = np.array([position[feature] for feature in group.features], np.int64)
+    keys = _find_keys(group.name, group.features, tuple(batch.keys))
     _check_arrays(batch)
     _check_offsets(batch)
     if batch.offsets is None:
@@ -99,9 +96,19 @@ def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
     )
 
 
+@lru_cache(maxsize=64)
+def _find_keys(group: str, features: tuple[str, ...], keys: tuple[str, ...]) -> Int64Array:
+    """Where in `keys` each of a group's features is (F,); found once, since the batches of a stream have the same keys."""
+    position = {key: index for index, key in enumerate(keys)}
+    missing = [feature for feature in features if feature not in position]
+    if missing:
+        raise DataError(f"the batch has no feature {missing[0]!r}, which {group} needs; it has {', '.join(keys)}")
+    return np.array([position[feature] for feature in features], np.int64)
+
+
 def check_features(groups: Sequence[Group], batch: Jagged) -> None:
     """Raises DataError when a feature of `batch` belongs to no table: its ids would be dropped in silence."""
-    known = [feature for group in groups for feature in group.features]
+    known = {feature for group in groups for feature in group.features}
     strangers = [key for key in batch.keys if key not in known]
     if strangers:
         raise DataError(

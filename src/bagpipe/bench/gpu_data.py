@@ -74,7 +74,9 @@ def make_stream(
     resident_rows = np.empty(0, np.int64)
     with (
         ThreadPoolExecutor(num_threads, thread_name_prefix="stream") as pool,
-        SplitWriter(folder, "train", schema, rows_per_batch=_ROWS_PER_RECORD_BATCH, batches_per_file=_RECORD_BATCHES_A_FILE) as writer,
+        SplitWriter(
+            folder, "train", schema, rows_per_batch=_ROWS_PER_RECORD_BATCH, batches_per_file=_RECORD_BATCHES_A_FILE
+        ) as writer,
     ):
         for number, (batch, record) in enumerate(ordered_map(make, range(num_batches), pool, ahead=2 * num_threads)):
             writer.write(record)
@@ -144,9 +146,7 @@ def _to_device(batch: Batch, offsets: Tensor, device: torch.device) -> ResidentB
     )
 
 
-def _manifest(
-    source: SyntheticSource, features: Sequence[FeatureEntry], writer: SplitWriter
-) -> PreparedManifest:
+def _manifest(source: SyntheticSource, features: Sequence[FeatureEntry], writer: SplitWriter) -> PreparedManifest:
     return PreparedManifest(
         label="label",
         dense_names=tuple(f"I{index}" for index in range(1, source.num_dense + 1)),

@@ -112,18 +112,14 @@ class PreparedSource:
         labels = np.empty(size, np.float32)
         dense = np.empty((size, self.num_dense), np.float32)
         views = [self._view(piece.record_batch) for piece in pieces]
-        for piece, view in zip(pieces, views, strict=True):
-            labels[piece.positions] = view.labels[piece.rows]
-            if isinstance(piece.rows, slice):
-                dense[piece.positions] = view.dense[piece.rows]
-            else:
-                _copy_rows(view.dense, piece.rows, _numbers(piece.positions), dense)
-        return Batch(dense=dense, sparse=self._gather_ids(pieces, views, size), labels=labels)
+        places = [(_numbers(piece.rows), _numbers(piece.positions), isinstance(piece.rows, slice)) for piece in pieces]
+        for (rows, positions, is_run), view in zip(places, views, strict=True):
+            _gather_numbers(view.labels, view.dense, rows, positions, is_run, labels, dense)
+        return Batch(dense=dense, sparse=self._gather_ids(places, views, size), labels=labels)
 
-    def _gather_ids(self, pieces: list[Piece], views: list[_View], size: int) -> Jagged:
+    def _gather_ids(self, places: list[tuple[Int64Array, Int64Array, bool]], views: list[_View], size: int) -> Jagged:
         """Three compiled calls a piece at most: with one a feature its threads would mostly wait for the GIL."""
         num_bags = len(self._columns) * size
-        places = [(_numbers(piece.rows), _numbers(piece.positions), isinstance(piece.rows, slice)) for piece in pieces]
         offsets: Int32Array | None = None
         if any(feature.multi_hot for feature in self.features):
             offsets = np.ones(num_bags + 1, np.int32)
@@ -166,10 +162,25 @@ class PreparedSource:
 
 
 @jit
-def _copy_rows(dense: Float32Array, rows: Int64Array, positions: Int64Array, out: Float32Array) -> None:
-    for i in range(len(rows)):
-        for j in range(out.shape[1]):
-            out[positions[i], j] = dense[rows[i], j]
+def _gather_numbers(
+    labels: Float32Array,
+    dense: Float32Array,
+    rows: Int64Array,
+    positions: Int64Array,
+    is_run: bool,
+    labels_out: Float32Array,
+    dense_out: Float32Array,
+) -> None:
+    """Copies rows to positions; in a run, as in the functions below, both are consecutive."""
+    if is_run:
+        first, position = rows[0], positions[0]
+        labels_out[position : position + len(rows)] = labels[first : first + len(rows)]
+        dense_out[position : position + len(rows)] = dense[first : first + len(rows)]
+    else:
+        for i in range(len(rows)):
+            labels_out[positions[i]] = labels[rows[i]]
+            for j in range(dense.shape[1]):
+                dense_out[positions[i], j] = dense[rows[i], j]
 
 
 @jit

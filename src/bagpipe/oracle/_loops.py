@@ -4,7 +4,7 @@
 negative once evicted: a row used again so soon, as most are, is found there and its far-away state is not touched.
 
 Loops first gather what is far away into a small buffer without branching on it, so that many cache misses are under way at a time,
-and then decide. A step is two calls, `admit` and `plan`, so that its thread seldom has to ask for the GIL.
+and then decide. A step is one call, so that its thread seldom has to ask for the GIL.
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ class State(NamedTuple):
     due: DueQueues
 
 
-@threaded
 @jit
-def admit(state: State, rows: Int64Array, previous: Int32Array, oldest_unsettled: int, step: int) -> None:
+def _admit(state: State, rows: Int64Array, previous: Int32Array, oldest_unsettled: int, step: int) -> None:
     """Makes a new batch's settled rows, which had no known next use, due at `step`."""
     indices = np.empty(len(rows), np.int32)
     slots = np.empty(len(rows), np.int32)
-    num_resident = _find_resident(state.slots_of_rows, rows, previous, oldest_unsettled, indices, slots)
-    forget_unknown(state.unknown, slots[:num_resident])
-    steps = np.full(num_resident, step, np.int32)
-    push_due(state.due, steps, indices[:num_resident], slots[:num_resident])
+    steps = np.full(len(rows), step, np.int32)
+    counts = _find_resident(state.slots_of_rows, rows, previous, oldest_unsettled, indices, slots)
+    forget_unknown(state.unknown, slots, counts)
+    push_due(state.due, steps, indices, slots, counts)
+
+
+admit = threaded(_admit)
 
 
 @parallel_jit
@@ -63,16 +65,15 @@ def _find_resident(
     oldest_unsettled: int,
     indices: Int32Array,
     slots: Int32Array,
-) -> int:
-    """Fills `indices` and `slots` with the settled rows that have a slot; returns how many."""
+) -> Int64Array:
+    """Fills `indices` and `slots`, in parts, with the settled rows that have a slot; returns how many in each."""
     counts = np.empty(NUM_PARTS, np.int64)
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
         counts[part] = _find_resident_part(
             slots_of_rows, rows[begin:end], previous[begin:end], oldest_unsettled, indices[begin:end], slots[begin:end], begin
         )
-    join_parts(indices, counts)
-    return join_parts(slots, counts)
+    return counts
 
 
 @jit
@@ -163,9 +164,9 @@ def settle(
     steps = np.empty(num_uniques, np.int32)
     indices = np.empty(num_uniques, np.int32)
     slots = np.empty(num_uniques, np.int32)
-    num_unknown, num_due = _sort_out(first_occurrence, step, last_seen, next_uses, slots_of_uses, unknown, steps, indices, slots)
-    push_unknown(state.unknown, unknown[:num_unknown])
-    push_due(state.due, steps[:num_due], indices[:num_due], slots[:num_due])
+    counts = _sort_out(first_occurrence, step, last_seen, next_uses, slots_of_uses, unknown, steps, indices, slots)
+    push_unknown(state.unknown, unknown, counts[0])
+    push_due(state.due, steps, indices, slots, counts[1])
 
 
 @parallel_jit
@@ -179,13 +180,15 @@ def _sort_out(
     steps: Int32Array,
     indices: Int32Array,
     slots: Int32Array,
-) -> tuple[int, int]:
-    """Fills `unknown` with the slots of rows without a known next use, and the others with those that have one."""
-    unknown_counts = np.empty(NUM_PARTS, np.int64)
-    due_counts = np.empty(NUM_PARTS, np.int64)
+) -> Int64Array:
+    """Fills `unknown`, in parts, with the slots of rows without a known next use, and the others with those that have one.
+
+    Returns how many of either there are in each part (2, NUM_PARTS).
+    """
+    counts = np.empty((2, NUM_PARTS), np.int64)
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(unknown))
-        unknown_counts[part], due_counts[part] = _sort_out_part(
+        counts[0, part], counts[1, part] = _sort_out_part(
             first_occurrence + begin,
             step,
             last_seen,
@@ -196,9 +199,7 @@ def _sort_out(
             indices[begin:end],
             slots[begin:end],
         )
-    join_parts(steps, due_counts)
-    join_parts(indices, due_counts)
-    return join_parts(unknown, unknown_counts), join_parts(slots, due_counts)
+    return counts
 
 
 @jit
@@ -387,17 +388,19 @@ def _take_slots_part(
 
 
 @jit
-def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Array) -> None:
+def _keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Array) -> None:
     """Writes a planned batch's slots into the ring."""
-    mask = len(slots_of_uses) - 1
-    for index in range(len(slots)):
-        slots_of_uses[(first_occurrence + index) & mask] = slots[index]
+    begin = first_occurrence & (len(slots_of_uses) - 1)
+    num_first = min(len(slots), len(slots_of_uses) - begin)
+    slots_of_uses[begin : begin + num_first] = slots[:num_first]
+    slots_of_uses[: len(slots) - num_first] = slots[num_first:]
 
 
 @threaded
 @jit
 def plan(
     state: State,
+    admitted: tuple[Int64Array, Int32Array, int],
     rows: Int64Array,
     previous: Int32Array,
     first_occurrence: int,
@@ -409,14 +412,20 @@ def plan(
     next_uses: Int32Array,
     slots_of_uses: Int32Array,
 ) -> tuple[Int32Array, Int32Array, Int64Array, Int64Array, Int32Array, tuple[int, int, int], tuple[int, int, int]]:
-    """A step: finds its rows' slots, settles a batch, frees as many slots as are missing, evicts, assigns and remembers.
+    """Admits a batch, and plans a step.
 
-    `steps` are the step, the tick of its early transfers and the last step seen; `settled` and each of `unsettled` (n, 2), oldest
-    first, are the first occurrence and the number of rows of a planned batch. Returns slots (U,), freed slots, the rows evicted from
-    all but the fresh of them, fetched rows and their slots; how many freed slots are fresh, fresh or of rows without a next use, and
-    settled; how many fetches are early, and the latest eviction among the early rows and among the late ones.
+    It finds the rows' slots, settles a batch, frees as many slots as are missing, evicts, assigns and remembers. `admitted` are
+    the rows of the batch to admit (none: no batch), their previous uses and its step. `steps` are the step, the tick of its early
+    transfers and the last step seen; `settled` and each of `unsettled` (n, 2), oldest first, are the first occurrence and the
+    number of rows of a planned batch.
+
+    Returns slots (U,), freed slots, the rows evicted from all but the fresh of them, fetched rows and their slots; how many freed
+    slots are fresh, fresh or of rows without a next use, and settled; how many fetches are early, and the latest eviction among the
+    early rows and among the late ones.
     """
     step, early_tick, last_seen = steps
+    if len(admitted[0]) > 0:
+        _admit(state, admitted[0], admitted[1], oldest_unsettled, admitted[2])
     slots, missing = find(state, previous, oldest_unsettled, step, slots_of_uses)
     if settled[1] > 0:
         settle(state, settled[0], settled[1], step, last_seen, next_uses, slots_of_uses)
@@ -426,16 +435,14 @@ def plan(
     num_freed = num_settled
     for batch in range(len(unsettled)):
         if num_freed < len(freed):
-            num_freed += free_unsettled(
-                unsettled[batch, 0], unsettled[batch, 1], step, next_uses, slots_of_uses, freed[num_freed:]
-            )
+            num_freed += free_unsettled(unsettled[batch, 0], unsettled[batch, 1], step, next_uses, slots_of_uses, freed[num_freed:])
     if num_freed < len(freed):
         raise AssertionError("fewer slots than rows: admit has checked that the batch fits")
     evict_rows = _evict(state.slots_of_rows, state.rows_of_slots, freed[num_fresh:], num_settled - num_fresh, early_tick, step)
     fetch_rows, fetch_slots, num_early, early_fence, late_fence = assign(
         state, rows, missing, slots, freed, num_settled, early_tick
     )
-    keep_uses(slots, first_occurrence, slots_of_uses)
+    _keep_uses(slots, first_occurrence, slots_of_uses)
     return (
         slots,
         freed,

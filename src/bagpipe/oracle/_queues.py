@@ -1,7 +1,8 @@
 """The Cacher's eviction queues, compiled: slots of settled rows in the order in which they may go.
 
 Functions take whole arrays: a call from compiled code costs a reference count of every array that it passes, so one call a slot
-took five times as long.
+took five times as long. Arrays *in parts* come from parallel loops: part p begins at `part_bounds(p, n)` and holds `counts[p]`
+items.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bagpipe._jit import jit
+from bagpipe._jit import NUM_PARTS, jit, join_parts, parallel_jit, part_bounds, prange
 from bagpipe._prefetch import prefetch
 from bagpipe.types import Int32Array, Int64Array
 
@@ -64,19 +65,28 @@ def make_due_queues(num_slots: int, num_queues: int) -> DueQueues:
     return DueQueues(np.empty((num_chunks, CHUNK, 2), np.int32), chains, queues)
 
 
-@jit
-def push_unknown(unknown: UnknownQueue, slots: Int32Array) -> None:
-    """Puts slots (n,) at the end of the queue."""
+@parallel_jit
+def push_unknown(unknown: UnknownQueue, slots: Int32Array, counts: Int64Array) -> None:
+    """Puts slots (n,), in parts, at the end of the queue."""
     queue, ends, places = unknown.slots, unknown.ends, unknown.places
-    if ends[1] - ends[0] + len(slots) > len(queue):
+    num_pushed = counts.sum()
+    if ends[1] - ends[0] + num_pushed > len(queue):
         _compact(queue, ends, places)
-    mask, end = len(queue) - 1, ends[1]
+    firsts = ends[1] + np.cumsum(counts) - counts
+    for part in prange(NUM_PARTS):
+        begin, _ = part_bounds(part, len(slots))
+        _push_unknown_part(queue, places, firsts[part], slots[begin : begin + counts[part]])
+    ends[1] += num_pushed
+
+
+@jit
+def _push_unknown_part(queue: Int32Array, places: Int32Array, first: int, slots: Int32Array) -> None:
+    mask = len(queue) - 1
     for index in range(len(slots)):
         prefetch(places, slots[min(index + _AHEAD, len(slots) - 1)], 0)
-        place = (end + index) & mask
+        place = (first + index) & mask
         queue[place] = slots[index]
         places[np.uint32(slots[index]), 0] = place
-    ends[1] = end + len(slots)
 
 
 @jit
@@ -92,10 +102,16 @@ def _compact(queue: Int32Array, ends: Int64Array, places: Int32Array) -> None:
     ends[1] = end
 
 
+@parallel_jit
+def forget_unknown(unknown: UnknownQueue, slots: Int32Array, counts: Int64Array) -> None:
+    """Takes slots (n,), in parts, out of the queue, where they may stand or not."""
+    for part in prange(NUM_PARTS):
+        begin, _ = part_bounds(part, len(slots))
+        _forget_unknown_part(unknown.places, slots[begin : begin + counts[part]])
+
+
 @jit
-def forget_unknown(unknown: UnknownQueue, slots: Int32Array) -> None:
-    """Takes slots (n,) out of the queue, where they may stand or not."""
-    places = unknown.places
+def _forget_unknown_part(places: Int32Array, slots: Int32Array) -> None:
     for index in range(len(slots)):
         prefetch(places, slots[min(index + _AHEAD, len(slots) - 1)], 0)
         places[np.uint32(slots[index]), 0] = NOT_QUEUED
@@ -104,25 +120,53 @@ def forget_unknown(unknown: UnknownQueue, slots: Int32Array) -> None:
 @jit
 def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
     """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
-    queue, ends, places = unknown.slots, unknown.ends, unknown.places
+    ends, num_freed = unknown.ends, 0
+    while num_freed < len(freed) and ends[0] < ends[1]:
+        # No more entries than slots are wanted: what of them is current can all go.
+        num_entries = min(len(freed) - num_freed, ends[1] - ends[0])
+        num_freed += _pop_entries(unknown, freed[num_freed : num_freed + num_entries])
+        ends[0] += num_entries
+    return num_freed
+
+
+@parallel_jit
+def _pop_entries(unknown: UnknownQueue, freed: Int32Array) -> int:
+    """Moves those of the first entries, as many as `freed` has room for, that are not stale."""
+    counts = np.empty(NUM_PARTS, np.int64)
+    for part in prange(NUM_PARTS):
+        begin, end = part_bounds(part, len(freed))
+        counts[part] = _pop_part(unknown.slots, unknown.places, unknown.ends[0] + begin, freed[begin:end])
+    return join_parts(freed, counts)
+
+
+@jit
+def _pop_part(queue: Int32Array, places: Int32Array, first: int, freed: Int32Array) -> int:
     mask, num_freed = len(queue) - 1, 0
-    entry, end = ends[0], ends[1]
-    while num_freed < len(freed) and entry < end:
-        prefetch(places, queue[min(entry + _AHEAD, end - 1) & mask], 0)
+    for entry in range(first, first + len(freed)):
+        prefetch(places, queue[min(entry + _AHEAD, first + len(freed) - 1) & mask], 0)
         slot = queue[entry & mask]
         is_current = places[np.uint32(slot), 0] == entry & mask
         if is_current:
             places[np.uint32(slot), 0] = NOT_QUEUED
         freed[num_freed] = slot
         num_freed += is_current
-        entry += 1
-    ends[0] = entry
     return num_freed
 
 
 @jit
-def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array) -> None:
-    """Puts each row (n,) at the end of the queue of the step (n,) that needs it. Step s has queue s modulo their number."""
+def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array, counts: Int64Array) -> None:
+    """Puts each row (n,), in parts, at the end of the queue of the step (n,) that needs it.
+
+    Step s has queue s modulo their number.
+    """
+    for part in range(NUM_PARTS):
+        begin, _ = part_bounds(part, len(slots))
+        end = begin + counts[part]
+        _push_due_part(due, steps[begin:end], indices[begin:end], slots[begin:end])
+
+
+@jit
+def _push_due_part(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array) -> None:
     chunks, chains, queues = due.chunks, due.chains, due.queues
     free = len(queues) - 1
     # One division for all: the steps lie within one turn of the queues.
@@ -171,17 +215,35 @@ def pop_due(due: DueQueues, step: int, freed: Int32Array) -> int:
     return num_freed
 
 
-@jit
+@parallel_jit
 def take_due(due: DueQueues, step: int, slots: Int32Array) -> None:
     """Empties a step's queue: writes its slots to their indices in `slots`."""
     chunks, chains, queues = due.chunks, due.chains, due.queues
-    queue = step % (len(queues) - 1)
-    while queues[queue, FIRST] != _NO_CHUNK:
-        chunk = queues[queue, FIRST]
-        end = queues[queue, END] if chunk == queues[queue, LAST] else CHUNK
-        for entry in range(queues[queue, BEGIN], end):
-            slots[np.uint32(chunks[chunk, entry, INDEX])] = chunks[chunk, entry, SLOT]
-        _free_first_chunk(chains, queues, queue)
+    queue, free = step % (len(queues) - 1), len(queues) - 1
+    first, last = queues[queue, FIRST], queues[queue, LAST]
+    if first == _NO_CHUNK:
+        return
+    chain = np.empty(len(chains), np.int32)
+    num_chunks, chunk = 0, first
+    while chunk != _NO_CHUNK:
+        chain[num_chunks] = chunk
+        num_chunks += 1
+        chunk = chains[chunk]
+    first_entry, end_entry = queues[queue, BEGIN], queues[queue, END]
+    for part in prange(NUM_PARTS):
+        low, high = part_bounds(part, num_chunks)
+        for place in range(low, high):
+            begin = first_entry if place == 0 else 0
+            end = end_entry if place == num_chunks - 1 else CHUNK
+            _take_chunk(chunks[chain[place], begin:end], slots)
+    chains[last], queues[free, FIRST] = queues[free, FIRST], first  # the whole chain is free now
+    queues[queue, FIRST], queues[queue, BEGIN] = _NO_CHUNK, 0
+
+
+@jit
+def _take_chunk(entries: Int32Array, slots: Int32Array) -> None:
+    for entry in range(len(entries)):
+        slots[np.uint32(entries[entry, INDEX])] = entries[entry, SLOT]
 
 
 @jit

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from bagpipe.errors import CacheTooSmallError
 from bagpipe.oracle import _loops, _queues
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
-from bagpipe.types import GradientSchedule, Group, GroupPlan, Transfers
+from bagpipe.types import GradientSchedule, Group, GroupPlan, Int32Array, Int64Array, Transfers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Cacher:
         self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
         self.linker = Linker(group, first_step=first_step)
         """Links batches before they are admitted; may run ahead in another thread."""
-        self._first_step = self._next_step = self._next_admitted = first_step
+        self._first_step = self._next_step = self._next_admitted = self._next_taken = first_step
         self._state = _loops.State(
             np.full((group.num_rows, 1), -1, np.int32),
             np.full(num_slots, -1, np.int64),
@@ -98,24 +99,25 @@ class Cacher:
             )
 
     def admit(self, linked: LinkedGroup) -> None:
-        """Lets the window see one more batch, which must fit."""
+        """Lets the window see one more batch, which must fit; the next plan takes it into account."""
         self.check_fits(linked.batch)
-        rows, oldest = linked.batch.unique_rows, self._oldest_unsettled(linked)
-        _loops.admit(self._state, rows, linked.previous, oldest, self._next_admitted)
         self._admitted.append(linked)
         self._next_admitted += 1
 
     def plan(self) -> GroupPlan:
         """Plans the oldest admitted batch that is not planned yet."""
-        linked = self._admitted.popleft()
-        batch, step, last_seen = linked.batch, self._next_step, self._next_admitted - 1
-        self._next_step += 1
+        step, last_seen = self._next_step, self._next_admitted - 1
         early_tick = max(self._first_step, step - self.prefetch_depth)
-        oldest = self._oldest_unsettled(linked)
+        oldest = (self._unsettled or self._admitted)[0].first_occurrence
+        newest = self._take_new(oldest)
+        linked = self._admitted.popleft()
+        batch = linked.batch
+        self._next_step += 1
         self._reserve(linked)
         settled = self._unsettled.popleft() if len(self._unsettled) > self.prefetch_depth else _NOTHING
         slots, freed, evict_rows, fetch_rows, fetch_slots, freed_counts, (num_early, early_fence, late_fence) = _loops.plan(
             self._state,
+            newest,
             batch.unique_rows,
             linked.previous,
             linked.first_occurrence,
@@ -163,11 +165,15 @@ class Cacher:
             ),
         )
 
-    def _oldest_unsettled(self, linked: LinkedGroup) -> int:
-        """The first occurrence that is not settled; where there is none, that of the batch in hand."""
-        if self._unsettled:
-            return self._unsettled[0].first_occurrence
-        return self._admitted[0].first_occurrence if self._admitted else linked.first_occurrence
+    def _take_new(self, oldest_unsettled: int) -> tuple[Int64Array, Int32Array, int]:
+        """Rows, previous uses and step of the last batch that is new since the last plan, once those before it are taken in."""
+        newest: tuple[Int64Array, Int32Array, int] = np.empty(0, np.int64), np.empty(0, np.int32), self._next_taken
+        for linked in islice(self._admitted, self._next_taken - self._next_step, None):
+            if len(newest[0]):
+                _loops.admit(self._state, newest[0], newest[1], oldest_unsettled, newest[2])
+            newest = linked.batch.unique_rows, linked.previous, self._next_taken
+            self._next_taken += 1
+        return newest
 
     def _reserve(self, linked: LinkedGroup) -> None:
         """Makes room for a batch in the ring of unsettled uses."""

@@ -54,30 +54,23 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
     num_lookups = lookups.num_lookups
     if num_lookups > _MAX_LOOKUPS:
         raise DataError(f"{group.name}: a batch has {num_lookups:,} lookups, the limit is {_MAX_LOOKUPS:,}: use smaller batches")
-    feature_tables = np.asarray(group.feature_tables, np.int64)
-    table_lookups = np.bincount(feature_tables, weights=lookups.feature_lengths).astype(np.int64)
-    max_uniques = int(np.minimum(table_lookups, np.diff(group.row_offsets)).sum())
     inverse = np.empty(num_lookups, np.int32)
-    unique_rows = np.empty(max_uniques, np.int64)
-    counts = np.empty(max_uniques, np.int32)
-    num_uniques, bad_feature, bad_lookup = _number_rows(
+    bags = np.empty(num_lookups, np.int32)
+    unique_rows, piece_offsets, long_uniques, long_offsets, bad_feature, bad_lookup = _dedup(
         batch.values,
         lookups.feature_starts,
         lookups.feature_lengths,
-        feature_tables,
+        np.asarray(group.feature_tables, np.int64),
         group.row_offsets,
+        np.empty(0, np.int32) if lookups.bag_offsets is None else lookups.bag_offsets,
+        batch.batch_size,
         inverse,
-        unique_rows,
-        counts,
+        bags,
     )
     if bad_feature >= 0:
         raise id_outside_table(group, batch, lookups, bad_feature, bad_lookup)
-    piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(counts[:num_uniques], MAX_PIECE_LENGTH)
-    bag_offsets = np.empty(0, np.int32) if lookups.bag_offsets is None else lookups.bag_offsets
-    bags = np.empty(num_lookups, np.int32)
-    _group_bags(inverse, bag_offsets, batch.batch_size, len(group.features), piece_offsets, cursors, bags)
     return DedupedGroup(
-        unique_rows=unique_rows[:num_uniques].copy(),  # the rest of the buffer must not live as long as the batch does
+        unique_rows=unique_rows,
         inverse=inverse,
         bag_offsets=lookups.bag_offsets,
         bag_scales=lookups.bag_scales,
@@ -86,6 +79,38 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
         long_uniques=long_uniques,
         long_offsets=long_offsets,
     )
+
+
+@jit
+def _dedup(
+    values: npt.NDArray[np.integer],
+    feature_starts: Int64Array,
+    feature_lengths: Int64Array,
+    feature_tables: Int64Array,
+    row_offsets: Int64Array,
+    bag_offsets: Int32Array,
+    batch_size: int,
+    inverse: Int32Array,
+    bags: Int32Array,
+) -> tuple[Int64Array, Int32Array, Int32Array, Int32Array, int, int]:
+    """All of it in one call, since each waits for the GIL when it returns. Fills `inverse` and `bags`.
+
+    Returns (unique_rows, piece_offsets, long_uniques, long_offsets, and what `_number_rows` says of bad ids).
+    """
+    table_lookups = np.zeros(len(row_offsets) - 1, np.int64)
+    for feature in range(len(feature_tables)):
+        table_lookups[feature_tables[feature]] += feature_lengths[feature]
+    max_uniques = np.minimum(table_lookups, np.diff(row_offsets)).sum()
+    unique_rows = np.empty(max_uniques, np.int64)
+    counts = np.empty(max_uniques, np.int32)
+    num_uniques, bad_feature, bad_lookup = _number_rows(
+        values, feature_starts, feature_lengths, feature_tables, row_offsets, inverse, unique_rows, counts
+    )
+    piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(counts[:num_uniques], MAX_PIECE_LENGTH)
+    if bad_feature < 0:
+        _group_bags(inverse, bag_offsets, batch_size, len(feature_tables), piece_offsets, cursors, bags)
+    # A copy: the rest of the buffer must not live as long as the batch does.
+    return unique_rows[:num_uniques].copy(), piece_offsets, long_uniques, long_offsets, bad_feature, bad_lookup
 
 
 @jit
