@@ -25,8 +25,8 @@ R = TypeVar("R")
 prange = numba.prange
 NUM_PARTS = 32
 """Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
-_NUM_THREADS = min(8, max(2, (os.cpu_count() or 1) // 4), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-"""That share a loop: a quarter of the cores, for there are several loops, and no more than it takes to be bound by memory."""
+_NUM_THREADS = min(4, max(2, (os.cpu_count() or 1) // 8), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+"""That share a loop: an eighth of the cores, for there are several loops at a time, and threads that wait for one spin."""
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call

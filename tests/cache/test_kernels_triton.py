@@ -147,6 +147,7 @@ def test_a_batch_without_lookups_gives_zeros() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize(("dim", "max_length"), [(16, None), (24, 5)])  # dimensions that no other test has compiled
 def test_steps_of_any_size_compile_nothing_and_never_wait_for_the_device(
     dim: int, max_length: int | None, monkeypatch: pytest.MonkeyPatch
@@ -172,8 +173,8 @@ def test_steps_of_any_size_compile_nothing_and_never_wait_for_the_device(
     num_kernels = len(compiled)
     assert num_kernels == 5  # lookup, update, update of long rows, fill, read
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for index in range(len(plans)):
             run(index)
     finally:

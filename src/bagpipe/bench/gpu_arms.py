@@ -137,6 +137,7 @@ class BagpipeArm:
             cache=self._workload.cache_rows,
             lookahead=self._workload.lookahead,
             dedup_threads=self._workload.dedup_threads,
+            prefetch_depth=self._workload.prefetch_depth,
             oracle="process" if on_cuda else "thread",
             prepare=partial(TorchBatch.of, pin_memory=on_cuda),
         )

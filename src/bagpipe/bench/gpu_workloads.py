@@ -42,6 +42,7 @@ class Workload:
     top: tuple[int, ...] = (1024, 1024, 512, 256, 1)
     store: Literal["memory", "file"] = "memory"
     dedup_threads: int | None = None
+    prefetch_depth: int = 4
     warmup_steps: int = 350
     """What every arm trains before it is measured, the compared steps included: as many as fill the caches, or nearly so."""
     num_compared: int = 20
@@ -81,7 +82,7 @@ class Workload:
 
 _W1: Final = Workload(name="W1")
 _WIDE: Final = replace(_W1, name="W2", embedding_dim=128, skew=1.05, bottom=(512, 256, 128))
-_SMALL_CACHE: Final = replace(_W1, name="W4", cache_rows=281_000)
+_SMALL_CACHE: Final = replace(_W1, name="W4", cache_rows=281_000, prefetch_depth=2)
 WORKLOADS: Final[Mapping[str, Workload]] = {
     "W1": _W1,
     "W2": _WIDE,

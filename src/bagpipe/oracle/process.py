@@ -51,9 +51,9 @@ _ALIGNMENT = 256
 _PLANS_AHEAD = 2
 """Finished plans that wait in the child."""
 _STOP_TIMEOUT_S = 5.0
-_SPIN_COUNT = "4000"
-"""For how long OpenMP's threads look for the next parallel loop before they sleep: some 0.2 ms. Without a limit it is several
-steps, and as many cores are busy with nothing."""
+_SPIN_COUNT = "20000"
+"""For how long OpenMP's threads look for the next parallel loop before they sleep: some 1 ms. Without a limit it is several steps,
+and as many cores are busy with nothing; much less, and each step waits for them to wake up."""
 _SWITCH_INTERVAL_S = 2e-4
 """How long the stages' threads may keep each other waiting for the GIL; Python's own 5 ms are two steps."""
 _RELEASED, _STOP = b"released", b"stop"
