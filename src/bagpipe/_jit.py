@@ -25,8 +25,11 @@ R = TypeVar("R")
 prange = numba.prange
 NUM_PARTS = 32
 """Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
-_NUM_THREADS = min(4, max(2, (os.cpu_count() or 1) // 8), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-"""That share a loop: an eighth of the cores, for there are several loops at a time, and threads that wait for one spin."""
+_NUM_CORES = os.cpu_count() or 1
+NUM_THREADS = max(2, min(4, _NUM_CORES // 8))
+"""That share a loop. Few: several loops run at a time, and threads that wait for their next one spin on a core each."""
+NUM_CRITICAL_THREADS = max(2, min(4, 3 * _NUM_CORES // 16))
+"""That share a loop of the stage that sets the pace."""
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
@@ -44,15 +47,16 @@ def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
     return compiled
 
 
-def threaded(compiled: Callable[P, R]) -> Callable[P, R]:
+def threaded(compiled: Callable[P, R], num_threads: int = NUM_THREADS) -> Callable[P, R]:
     """The door from Python to a compiled function that is, or calls, a `parallel_jit` one."""
+    num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
     @wraps(compiled)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         global _may_overlap
-        if not hasattr(_thread, "is_ready"):
-            numba.set_num_threads(_NUM_THREADS)  # of loops that this thread calls
-            _thread.is_ready = True
+        if getattr(_thread, "num_threads", None) != num_threads:  # of the loops that this thread calls
+            numba.set_num_threads(num_threads)
+            _thread.num_threads = num_threads
         if _may_overlap:
             return compiled(*args, **kwargs)
         with _one_at_a_time:

@@ -9,11 +9,12 @@ and then decide. A step is one call, so that its thread seldom has to ask for th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from bagpipe._jit import NUM_PARTS, jit, join_parts, parallel_jit, part_bounds, prange, threaded
+from bagpipe._jit import NUM_CRITICAL_THREADS, NUM_PARTS, jit, join_parts, parallel_jit, part_bounds, prange, threaded
 from bagpipe._prefetch import prefetch
 from bagpipe.oracle._queues import (
     DueQueues,
@@ -54,7 +55,7 @@ def _admit(state: State, rows: Int64Array, previous: Int32Array, oldest_unsettle
     push_due(state.due, steps, indices, slots, counts)
 
 
-admit = threaded(_admit)
+admit = threaded(_admit, NUM_CRITICAL_THREADS)
 
 
 @parallel_jit
@@ -396,7 +397,7 @@ def _keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Arr
     slots_of_uses[: len(slots) - num_first] = slots[num_first:]
 
 
-@threaded
+@partial(threaded, num_threads=NUM_CRITICAL_THREADS)
 @jit
 def plan(
     state: State,

@@ -51,9 +51,6 @@ _ALIGNMENT = 256
 _PLANS_AHEAD = 2
 """Finished plans that wait in the child."""
 _STOP_TIMEOUT_S = 5.0
-_SPIN_COUNT = "20000"
-"""For how long OpenMP's threads look for the next parallel loop before they sleep: some 1 ms. Without a limit it is several steps,
-and as many cores are busy with nothing; much less, and each step waits for them to wake up."""
 _SWITCH_INTERVAL_S = 2e-4
 """How long the stages' threads may keep each other waiting for the GIL; Python's own 5 ms are two steps."""
 _RELEASED, _STOP = b"released", b"stop"
@@ -214,7 +211,6 @@ def _run_child(
 ) -> None:
     """The child's main function."""
     keep_freed_memory()
-    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when numba loads OpenMP, at the first parallel loop
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when a run ends
         signal.signal(number, signal.SIG_IGN)
