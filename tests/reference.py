@@ -29,6 +29,20 @@ def lookups(group: Group, batch: Jagged) -> list[tuple[int, int, int]]:
     return result
 
 
+def lookup_weights(group: Group, batch: Jagged) -> list[np.float32]:
+    """The per-sample weight of each lookup, as `lookups` orders them."""
+    one = np.float32(1.0)
+    if batch.weights is None:
+        return [one] * len(lookups(group, batch))
+    found = []
+    for name in group.features:
+        key = batch.keys.index(name)
+        for bag in range(key * batch.batch_size, (key + 1) * batch.batch_size):
+            begin, end = (bag, bag + 1) if batch.offsets is None else batch.offsets[bag : bag + 2]
+            found += [np.float32(weight) for weight in batch.weights[begin:end]]
+    return found
+
+
 def unique_rows(group: Group, batch: Jagged) -> list[int]:
     """Distinct rows in first-use order."""
     return list(dict.fromkeys(row for row, _, _ in lookups(group, batch)))
@@ -81,16 +95,16 @@ class InMemoryTables:
     def lookup(self, batch: Jagged) -> np.ndarray:
         """Pooled embeddings (B, F, D)."""
         pooled = np.zeros((batch.batch_size, len(self.group.features), self.group.embedding_dim), np.float32)
-        for row, feature, sample in lookups(self.group, batch):
-            pooled[sample, feature] += self.weights[row]
+        for (row, feature, sample), weight in zip(lookups(self.group, batch), lookup_weights(self.group, batch), strict=True):
+            pooled[sample, feature] += self.weights[row] * weight
         return pooled * self._scales(batch)
 
     def update(self, batch: Jagged, grads: np.ndarray) -> None:
         """One optimizer step with the gradient (B, F, D) of `lookup`'s result."""
         grads = grads.astype(np.float32) * self._scales(batch)
         bags: dict[int, list[np.ndarray]] = {}
-        for row, feature, sample in lookups(self.group, batch):
-            bags.setdefault(row, []).append(grads[sample, feature])
+        for (row, feature, sample), weight in zip(lookups(self.group, batch), lookup_weights(self.group, batch), strict=True):
+            bags.setdefault(row, []).append(grads[sample, feature] * weight)
         for row, parts in bags.items():
             pieces = [_in_order(parts[begin : begin + MAX_PIECE_LENGTH]) for begin in range(0, len(parts), MAX_PIECE_LENGTH)]
             total = pieces[0] if len(pieces) == 1 else pieces[0] + _in_order(pieces[1:])

@@ -28,12 +28,16 @@ def table_lists(draw: st.DrawFn, max_dims: int = 1) -> list[TableConfig]:
 
 @st.composite
 def traces(draw: st.DrawFn, tables: list[TableConfig], max_steps: int = 25) -> list[Jagged]:
-    """Batches over all features of `tables`, keys in an order of their own; single-hot or jagged with empty and long bags."""
+    """Batches over all features of `tables`, keys in an order of their own; single-hot or jagged with empty and long bags.
+
+    With per-sample weights now and then, where no table pools by mean.
+    """
     features = {feature: table for table in tables for feature in table.feature_names}
     keys = tuple(draw(st.permutations(sorted(features))))
     is_jagged = draw(st.booleans())
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     skew = draw(st.sampled_from([1.0, 3.0]))
+    is_weighted = draw(st.booleans()) and all(table.pooling == "sum" for table in tables)
     batches = []
     for _ in range(draw(st.integers(1, max_steps))):
         batch_size = draw(st.integers(1, 6))
@@ -43,7 +47,9 @@ def traces(draw: st.DrawFn, tables: list[TableConfig], max_steps: int = 25) -> l
             for index, key in enumerate(keys)
         ]
         offsets = np.concatenate([[0], np.cumsum(lengths)]) if is_jagged else None
-        batches.append(Jagged(keys=keys, values=np.concatenate(values), batch_size=batch_size, offsets=offsets))
+        ids = np.concatenate(values)
+        weights = rng.choice([0.0, 1.0, -0.3, 2.7], len(ids)).astype(np.float32) if is_weighted else None
+        batches.append(Jagged(keys=keys, values=ids, batch_size=batch_size, offsets=offsets, weights=weights))
     return batches
 
 

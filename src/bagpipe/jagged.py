@@ -23,8 +23,8 @@ _METHODS = ("keys", "values", "lengths", "offsets", "stride")
 def as_jagged(sparse: Any) -> Jagged:
     """`sparse` as numpy: a `Jagged`, or anything with the methods of TorchRec's KeyedJaggedTensor.
 
-    Nothing is copied when its tensors are on the CPU. Raises DataError for other types, per-sample weights and batch sizes that
-    differ between keys.
+    Nothing is copied when its tensors are on the CPU. Raises DataError for other types, per-sample weights that want a gradient
+    and batch sizes that differ between keys.
     """
     if isinstance(sparse, Jagged):
         return sparse
@@ -34,14 +34,21 @@ def as_jagged(sparse: Any) -> Jagged:
             f"the sparse part of a batch must be a bagpipe.types.Jagged or a KeyedJaggedTensor, is {type(sparse).__name__}, "
             f"which has no method {missing[0]}()"
         )
-    if callable(getattr(sparse, "weights_or_none", None)) and sparse.weights_or_none() is not None:
-        raise DataError("the KeyedJaggedTensor has per-sample weights, which are not supported: pass one without weights")
+    weights = sparse.weights_or_none() if callable(getattr(sparse, "weights_or_none", None)) else None
+    if getattr(weights, "requires_grad", False):
+        raise DataError("the KeyedJaggedTensor's per-sample weights want a gradient, which is not computed: detach them")
     if callable(getattr(sparse, "variable_stride_per_key", None)) and sparse.variable_stride_per_key():
         raise DataError("the KeyedJaggedTensor has another batch size for each key: give every key the same number of samples")
     values, offsets = _to_numpy(sparse.values()), _to_numpy(sparse.offsets())
     keys, batch_size = tuple(sparse.keys()), int(sparse.stride())
     is_single_hot = len(values) == len(keys) * batch_size == len(offsets) - 1 and bool((np.diff(offsets) == 1).all())
-    return Jagged(keys=keys, values=values, batch_size=batch_size, offsets=None if is_single_hot else offsets)
+    return Jagged(
+        keys=keys,
+        values=values,
+        batch_size=batch_size,
+        offsets=None if is_single_hot else offsets,
+        weights=None if weights is None else _to_numpy(weights.float() if hasattr(weights, "float") else weights),
+    )
 
 
 def find_sparse(batch: Any) -> Any:
@@ -59,8 +66,8 @@ def find_sparse(batch: Any) -> Any:
     )
 
 
-def _to_numpy(tensor: Any) -> npt.NDArray[np.integer]:
-    array: npt.NDArray[np.integer] = np.asarray(tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor)
+def _to_numpy(tensor: Any) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.asarray(tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor)
     return array
 
 
@@ -72,6 +79,7 @@ class GroupLookups:
     feature_lengths: Int64Array  # (F,)
     bag_offsets: Int32Array | None  # (F * B + 1,) into the group's own lookups; None: one lookup in every bag
     bag_scales: Float32Array | None  # (B * F,) by output row: 1 / bag length for mean pooling; None: nothing to scale
+    weights: Float32Array | None  # (L,) per-sample weights, feature-major; None: 1
 
     @property
     def num_lookups(self) -> int:
@@ -79,20 +87,29 @@ class GroupLookups:
 
 
 def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
-    """Finds the group's features in `batch`. Raises DataError when one is missing or the offsets are inconsistent."""
+    """Finds the group's features in `batch`.
+
+    Raises DataError when one is missing, the offsets are inconsistent, or a batch with per-sample weights pools by mean.
+    """
     keys = _find_keys(group.name, group.features, tuple(batch.keys))
     _check_arrays(batch)
     _check_offsets(batch)
     if batch.offsets is None:
         lengths = np.full(len(keys), batch.batch_size, np.int64)
-        return GroupLookups(feature_starts=keys * batch.batch_size, feature_lengths=lengths, bag_offsets=None, bag_scales=None)
+        starts = keys * batch.batch_size
+        weights = _weights(group, batch, starts, lengths)
+        return GroupLookups(feature_starts=starts, feature_lengths=lengths, bag_offsets=None, bag_scales=None, weights=weights)
     starts = batch.offsets[keys * batch.batch_size].astype(np.int64)
     lengths = batch.offsets[(keys + 1) * batch.batch_size].astype(np.int64) - starts
     bag_lengths = np.diff(batch.offsets).reshape(len(batch.keys), batch.batch_size)[keys]  # (F, B)
     bag_offsets = np.zeros(bag_lengths.size + 1, np.int32)
     np.cumsum(bag_lengths, out=bag_offsets[1:])
     return GroupLookups(
-        feature_starts=starts, feature_lengths=lengths, bag_offsets=bag_offsets, bag_scales=_bag_scales(group, bag_lengths)
+        feature_starts=starts,
+        feature_lengths=lengths,
+        bag_offsets=bag_offsets,
+        bag_scales=_bag_scales(group, bag_lengths),
+        weights=_weights(group, batch, starts, lengths),
     )
 
 
@@ -108,7 +125,7 @@ def _find_keys(group: str, features: tuple[str, ...], keys: tuple[str, ...]) -> 
 
 def check_features(groups: Sequence[Group], batch: Jagged) -> None:
     """Raises DataError when a feature of `batch` belongs to no table: its ids would be dropped in silence."""
-    known = {feature for group in groups for feature in group.features}
+    known = dict.fromkeys(feature for group in groups for feature in group.features)
     strangers = [key for key in batch.keys if key not in known]
     if strangers:
         raise DataError(
@@ -152,6 +169,26 @@ def _check_arrays(batch: Jagged) -> None:
             raise DataError(f"a batch's {name} must be a 1-D array of integers, are {found}")
     if len(set(batch.keys)) != len(batch.keys):
         raise DataError(f"the batch names a feature twice: {', '.join(batch.keys)}")
+
+
+def _weights(group: Group, batch: Jagged, starts: Int64Array, lengths: Int64Array) -> Float32Array | None:
+    """The weights (L,) of the group's lookups, feature-major."""
+    if batch.weights is None:
+        return None
+    weights = batch.weights
+    if not isinstance(weights, np.ndarray) or weights.dtype.kind != "f" or weights.shape != batch.values.shape:
+        found = f"{weights.dtype} of shape {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__
+        raise DataError(f"a batch's per-sample weights must be floats, one for each of its {len(batch.values):,} ids, are {found}")
+    means = [group.tables[table].name for table in group.feature_tables if group.tables[table].pooling == "mean"]
+    if means:
+        raise DataError(f"the batch has per-sample weights, but table {means[0]!r} pools by mean: use pooling = 'sum' with weights")
+    parts = [weights[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    result = np.concatenate(parts, dtype=np.float32, casting="same_kind")
+    if not np.isfinite(result).all():
+        lookup = int(np.argmin(np.isfinite(result)))
+        feature = int(np.searchsorted(np.cumsum(lengths), lookup, side="right"))
+        raise DataError(f"feature {group.features[feature]!r}: a per-sample weight is {result[lookup]}, must be finite")
+    return result
 
 
 def _check_offsets(batch: Jagged) -> None:

@@ -275,6 +275,7 @@ class Jagged:
     values: npt.NDArray[np.integer]  # (num_lookups,) ids, each within its table
     batch_size: int
     offsets: npt.NDArray[np.integer] | None = None  # (F * B + 1,), bag f * B + b
+    weights: npt.NDArray[np.floating] | None = None  # (num_lookups,) per-sample weights, by which rows are multiplied; None: 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +293,7 @@ class GradientSchedule:
     piece_offsets: Int32Array  # (num_pieces + 1,) into bags
     long_uniques: Int32Array  # (num_long,) ascending
     long_offsets: Int32Array  # (num_long + 1,), 0 first
+    bag_weights: Float32Array | None = None  # (L,) by which the gradient rows of `bags` are multiplied; None: 1
 
     @property
     def num_uniques(self) -> int:
@@ -328,6 +330,7 @@ class GroupPlan:
     schedule: GradientSchedule
     early: Transfers
     late: Transfers
+    lookup_weights: Float32Array | None = None  # (L,) by which looked up rows are multiplied; None: 1
 
     @property
     def lookup_slots(self) -> Int32Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,12 +79,48 @@ def test_eval_pools_rows_of_the_stores_for_any_batch(embeddings: EmbeddingBagCol
 def test_a_keyed_jagged_tensor_is_read_by_its_methods(embeddings: EmbeddingBagCollection) -> None:
     embeddings.eval()
     assert torch.equal(embeddings(KeyedJagged(BATCH)).values(), embeddings(BATCH).values())
-    with pytest.raises(DataError, match="per-sample weights, which are not supported"):
-        embeddings(KeyedJagged(BATCH, weights=torch.ones(7)))
+    with pytest.raises(DataError, match="per-sample weights want a gradient, which is not computed"):
+        embeddings(KeyedJagged(BATCH, weights=torch.ones(len(BATCH.values), requires_grad=True)))
+    with pytest.raises(DataError, match="per-sample weights, but table 'genres' pools by mean: use pooling = 'sum'"):
+        embeddings(KeyedJagged(BATCH, weights=torch.ones(len(BATCH.values))))
     with pytest.raises(DataError, match="another batch size for each key"):
         embeddings(KeyedJagged(BATCH, variable_stride=True))
     with pytest.raises(DataError, match=r"must be a bagpipe.types.Jagged or a KeyedJaggedTensor, is list.*no method keys\(\)"):
         embeddings([1, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_per_sample_weights_are_those_of_embedding_bag(dtype: torch.dtype) -> None:
+    tables = [TableConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["f", "g"])]
+    embeddings = EmbeddingBagCollection(tables, optimizer=SGD(lr=0.5), seed=1)
+    batch = Jagged(keys=("f", "g"), values=np.array([1, 8, 1, 3, 8]), batch_size=2, offsets=np.array([0, 3, 3, 4, 5]))
+    weights = torch.tensor([0.5, -2.0, 4.0, 0.0, 0.25], dtype=dtype)
+    keyed = KeyedJagged(batch, weights=weights)
+    bag = torch.nn.EmbeddingBag.from_pretrained(embeddings.tables()["t"][:], freeze=False, mode="sum", include_last_offset=True)
+    expected = bag(keyed.values(), keyed.offsets(), per_sample_weights=weights.float()).view(2, 2, 4).transpose(0, 1)
+    expected.square().sum().backward()
+    for sparse in bagpipe.lookahead([keyed], embeddings):
+        pooled = embeddings(sparse).groups[0]
+        torch.testing.assert_close(pooled, expected)
+        pooled.square().sum().backward()
+    assert bag.weight.grad is not None
+    torch.testing.assert_close(embeddings.tables()["t"][:], bag.weight.detach() - 0.5 * bag.weight.grad)
+    rows, read = embeddings.tables()["t"][:], embeddings.eval()(keyed).groups[0]
+    torch.testing.assert_close(read[1], torch.stack([torch.zeros(4), 0.25 * rows[8]]))  # an empty bag, and one of one id
+
+
+def test_per_sample_weights_that_make_no_sense_are_refused() -> None:
+    tables = [TableConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["f", "g"])]
+    embeddings = EmbeddingBagCollection(tables, optimizer=SGD(lr=0.5)).eval()
+
+    def read(weights: Any) -> None:
+        embeddings(Jagged(keys=("f", "g"), values=np.array([1, 8, 1, 3]), batch_size=2, weights=weights))
+
+    for weights, found in ((np.ones(3), r"float64 of shape \(3,\)"), (np.ones(4, np.int64), "int64"), ([1.0] * 4, "list")):
+        with pytest.raises(DataError, match=f"must be floats, one for each of its 4 ids, are {found}"):
+            read(weights)
+    with pytest.raises(DataError, match="feature 'g': a per-sample weight is inf, must be finite"):
+        read(np.array([1.0, 2.0, np.inf, 1.0]))
 
 
 def test_training_keeps_rows_current_for_eval_in_the_middle_of_a_run(embeddings: EmbeddingBagCollection) -> None:

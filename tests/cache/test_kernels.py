@@ -17,11 +17,22 @@ from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, Optimizer, RowWiseA
 OPTIMIZERS = [SGD(lr=0.1), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.1)]
 
 
-def make_case(optimizer: Optimizer, dim: int, is_jagged: bool, batch_size: int = 700) -> tuple[Group, Jagged, DevicePlan]:
-    """A skewed batch with rows long enough for several pieces, empty bags, repeated ids, a shared table and mean pooling."""
+def make_case(
+    optimizer: Optimizer, dim: int, is_jagged: bool, batch_size: int = 700, *, is_weighted: bool = False
+) -> tuple[Group, Jagged, DevicePlan]:
+    """A skewed batch with rows long enough for several pieces, empty bags, repeated ids, a shared table and mean pooling.
+
+    With per-sample weights all tables are summed.
+    """
     (group,) = group_tables(
         [
-            TableConfig(name="small", num_embeddings=3, embedding_dim=dim, feature_names=["a", "b"], pooling="mean"),
+            TableConfig(
+                name="small",
+                num_embeddings=3,
+                embedding_dim=dim,
+                feature_names=["a", "b"],
+                pooling="sum" if is_weighted else "mean",
+            ),
             TableConfig(name="large", num_embeddings=2000, embedding_dim=dim, feature_names=["c"]),
         ],
         optimizer,
@@ -31,7 +42,13 @@ def make_case(optimizer: Optimizer, dim: int, is_jagged: bool, batch_size: int =
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     values = rng.integers(0, 3, offsets[-1])
     values[offsets[2 * batch_size] :] = rng.integers(0, 2000, offsets[-1] - offsets[2 * batch_size])
-    batch = Jagged(keys=("a", "b", "c"), values=values, batch_size=batch_size, offsets=offsets if is_jagged else None)
+    batch = Jagged(
+        keys=("a", "b", "c"),
+        values=values,
+        batch_size=batch_size,
+        offsets=offsets if is_jagged else None,
+        weights=rng.normal(size=len(values)) if is_weighted else None,
+    )
     oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
     ((plan, _),) = oracle.plan([DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))])
     device_plan = DevicePlan.of(plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu"))
@@ -46,13 +63,16 @@ def pooled(kernels: ModuleType, weights: Tensor, plan: DevicePlan, dtype: torch.
     return out
 
 
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize(
     ("is_jagged", "grad_dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)], ids=str
 )
 @pytest.mark.parametrize("dim", [1, 4, 13, 64])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
-def test_cpu_kernels_equal_the_torch_reference(optimizer: Optimizer, dim: int, is_jagged: bool, grad_dtype: torch.dtype) -> None:
-    group, _, plan = make_case(optimizer, dim, is_jagged)
+def test_cpu_kernels_equal_the_torch_reference(
+    optimizer: Optimizer, dim: int, is_jagged: bool, grad_dtype: torch.dtype, is_weighted: bool
+) -> None:
+    group, _, plan = make_case(optimizer, dim, is_jagged, is_weighted=is_weighted)
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(group.num_rows, dim, generator=generator)
     state = torch.rand(group.num_rows, group.state_width, generator=generator)

@@ -38,7 +38,7 @@ def make_group(dim: int, optimizer: Optimizer, *, is_mean: bool = True, num_embe
     return group
 
 
-def make_plan(group: Group, batch_size: int, max_length: int | None, seed: int = 0) -> DevicePlan:
+def make_plan(group: Group, batch_size: int, max_length: int | None, seed: int = 0, *, is_weighted: bool = False) -> DevicePlan:
     """A plan on the CPU: rows that are in half of all bags, and rows used once; with `max_length` also empty bags and repeats."""
     rng = np.random.default_rng(seed)
     lengths = np.ones(3 * batch_size, np.int64) if max_length is None else rng.integers(0, max_length + 1, 3 * batch_size)
@@ -46,7 +46,13 @@ def make_plan(group: Group, batch_size: int, max_length: int | None, seed: int =
     values = rng.integers(0, 3, offsets[-1])
     num_large = offsets[-1] - offsets[2 * batch_size]
     values[offsets[2 * batch_size] :] = rng.integers(0, group.tables[1].num_embeddings, num_large) * rng.integers(0, 2, num_large)
-    batch = Jagged(keys=("a", "b", "c"), values=values, batch_size=batch_size, offsets=None if max_length is None else offsets)
+    batch = Jagged(
+        keys=("a", "b", "c"),
+        values=values,
+        batch_size=batch_size,
+        offsets=None if max_length is None else offsets,
+        weights=rng.normal(size=len(values)) if is_weighted else None,
+    )
     oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
     ((plan, _),) = oracle.plan([DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))])
     return DevicePlan.of(plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu"))
@@ -103,6 +109,16 @@ def test_update_equals_the_cpu(dim: int, max_length: int | None, is_mean: bool, 
     plan = make_plan(group, 300, max_length)
     assert len(plan.long_uniques) > 1
     check_update(group, plan, dtype)
+
+
+@pytest.mark.parametrize("max_length", [None, 5])
+@pytest.mark.parametrize("dim", [4, 13])
+def test_weighted_lookup_and_update_equal_the_cpu(dim: int, max_length: int | None) -> None:
+    group = make_group(dim, Adagrad(lr=0.1), is_mean=False, num_embeddings=20)
+    plan = make_plan(group, 300, max_length, is_weighted=True)
+    assert len(plan.long_uniques) > 1
+    check_lookup(group, plan, torch.float32)
+    check_update(group, plan, torch.float32)
 
 
 def test_a_row_in_every_bag_and_rows_at_the_limit_of_a_piece() -> None:

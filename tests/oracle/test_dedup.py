@@ -15,16 +15,21 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.types import MAX_PIECE_LENGTH, SGD, Group, Jagged, TableConfig, group_tables
 
 
-def bags_of_pieces(deduped: DedupedGroup) -> list[list[int]]:
+def bags_of_pieces(deduped: DedupedGroup) -> list[list[tuple[int, float]]]:
+    """By piece the output rows, with their weights."""
     offsets = deduped.piece_offsets
-    return [deduped.bags[offsets[piece] : offsets[piece + 1]].tolist() for piece in range(len(offsets) - 1)]
+    weights = np.ones(len(deduped.bags)) if deduped.bag_weights is None else deduped.bag_weights
+    bags = list(zip(deduped.bags.tolist(), weights.tolist(), strict=True))
+    return [bags[begin:end] for begin, end in pairwise(offsets.tolist())]
 
 
 def check_schedule(group: Group, batch: Jagged, deduped: DedupedGroup) -> None:
-    """Every bag feeds its row exactly once, in lookup order, in pieces of bounded length."""
-    expected: dict[int, list[int]] = {}
-    for row, feature, sample in reference.lookups(group, batch):
-        expected.setdefault(row, []).append(sample * len(group.features) + feature)
+    """Every bag feeds its row exactly once, with its weight, in lookup order, in pieces of bounded length."""
+    expected: dict[int, list[tuple[int, float]]] = {}
+    weights = reference.lookup_weights(group, batch)
+    assert deduped.lookup_weights is None or deduped.lookup_weights.tolist() == weights
+    for (row, feature, sample), weight in zip(reference.lookups(group, batch), weights, strict=True):
+        expected.setdefault(row, []).append((sample * len(group.features) + feature, float(weight)))
     pieces = bags_of_pieces(deduped)
     further = dict(zip(deduped.long_uniques.tolist(), pairwise(deduped.long_offsets.tolist()), strict=True))
     num_uniques = len(deduped.unique_rows)

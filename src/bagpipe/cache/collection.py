@@ -300,6 +300,7 @@ class EmbeddingBagCollection(nn.Module):
                 lookup_slots=to_device(inverse.astype(np.int32), self.device),
                 bag_offsets=None if lookups.bag_offsets is None else to_device(lookups.bag_offsets, self.device),
                 bag_scales=None if lookups.bag_scales is None else to_device(lookups.bag_scales, self.device),
+                lookup_weights=None if lookups.weights is None else to_device(lookups.weights, self.device),
                 unique_slots=nothing,
                 bags=nothing,
                 piece_offsets=nothing,
@@ -340,8 +341,5 @@ def _weight_key(table: str) -> str:
 
 
 def _same_ids(one: Jagged, other: Jagged) -> bool:
-    if one.keys != other.keys or not np.array_equal(one.values, other.values):
-        return False
-    if one.offsets is None or other.offsets is None:
-        return one.offsets is other.offsets
-    return np.array_equal(one.offsets, other.offsets)
+    pairs = (one.values, other.values), (one.offsets, other.offsets), (one.weights, other.weights)
+    return one.keys == other.keys and all(mine is its or np.array_equal(mine, its) for mine, its in pairs)  # type: ignore[arg-type]

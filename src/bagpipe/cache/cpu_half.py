@@ -33,6 +33,7 @@ def lookup(
     slots: Int32Array,
     bag_offsets: Int32Array,
     bag_scales: Float32Array,
+    lookup_weights: Float32Array,
     batch_size: int,
     num_features: int,
     pooled: Float32Array,
@@ -46,8 +47,9 @@ def lookup(
             pooled[out, :] = np.float32(0.0)
             for position in range(first, last):
                 slot = np.uint32(slots[position])
+                weight = np.float32(1.0) if len(lookup_weights) == 0 else lookup_weights[position]
                 for column in range(dim):
-                    pooled[out, column] += widen(np.uint32(weights[slot, column]), code)
+                    pooled[out, column] += widen(np.uint32(weights[slot, column]), code) * weight
             if len(bag_scales) > 0:
                 for column in range(dim):
                     pooled[out, column] *= bag_scales[out]
@@ -66,6 +68,7 @@ def update(
     long_uniques: Int32Array,
     long_offsets: Int32Array,
     bag_scales: Float32Array,
+    bag_weights: Float32Array,
     kind: int,
     scalars: Float32Array,
     code: int,
@@ -84,11 +87,11 @@ def update(
             prefetch(weights, next_slot, column)
         for column in range(0, state.shape[1], LINE_FLOATS):
             prefetch(state, next_slot, column)
-        sum_piece(unique, grads, bags, piece_offsets, bag_scales, total)
+        sum_piece(unique, grads, bags, piece_offsets, bag_scales, bag_weights, total)
         if long < len(long_uniques) and long_uniques[long] == unique:
             further[:] = np.float32(0.0)
             for piece in range(long_offsets[long], long_offsets[long + 1]):
-                sum_piece(num_uniques + piece, grads, bags, piece_offsets, bag_scales, piece_sum)
+                sum_piece(num_uniques + piece, grads, bags, piece_offsets, bag_scales, bag_weights, piece_sum)
                 for index in range(dim):
                     further[index] += piece_sum[index]
             for index in range(dim):

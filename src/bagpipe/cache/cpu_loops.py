@@ -40,11 +40,12 @@ def lookup_jagged(
     slots: Int32Array,
     bag_offsets: Int32Array,
     bag_scales: Float32Array,
+    lookup_weights: Float32Array,
     batch_size: int,
     num_features: int,
     pooled: Float32Array,
 ) -> None:
-    """As `lookup_one_hot`; `bag_scales` is empty where all features are summed."""
+    """As `lookup_one_hot`; `bag_scales` is empty where all features are summed, `lookup_weights` where all are 1."""
     dim = weights.shape[1]
     for sample in range(begin, end):
         for feature in range(num_features):
@@ -54,8 +55,12 @@ def lookup_jagged(
                 pooled[out, index] = np.float32(0.0)
             for position in range(bag_offsets[bag], bag_offsets[bag + 1]):
                 slot = np.uint32(slots[position])
-                for index in range(dim):
-                    pooled[out, index] += weights[slot, index]
+                if len(lookup_weights) == 0:
+                    for index in range(dim):
+                        pooled[out, index] += weights[slot, index]
+                else:
+                    for index in range(dim):
+                        pooled[out, index] += weights[slot, index] * lookup_weights[position]
             if len(bag_scales) > 0:
                 for index in range(dim):
                     pooled[out, index] *= bag_scales[out]
@@ -74,6 +79,7 @@ def update(
     long_uniques: Int32Array,
     long_offsets: Int32Array,
     bag_scales: Float32Array,
+    bag_weights: Float32Array,
     kind: int,
     scalars: Float32Array,
 ) -> None:
@@ -88,11 +94,11 @@ def update(
             prefetch(weights, next_slot, column)
         for column in range(0, state.shape[1], LINE_FLOATS):
             prefetch(state, next_slot, column)
-        sum_piece(unique, grads, bags, piece_offsets, bag_scales, total)
+        sum_piece(unique, grads, bags, piece_offsets, bag_scales, bag_weights, total)
         if long < len(long_uniques) and long_uniques[long] == unique:
             further[:] = np.float32(0.0)
             for piece in range(long_offsets[long], long_offsets[long + 1]):
-                sum_piece(num_uniques + piece, grads, bags, piece_offsets, bag_scales, piece_sum)
+                sum_piece(num_uniques + piece, grads, bags, piece_offsets, bag_scales, bag_weights, piece_sum)
                 for index in range(dim):
                     further[index] += piece_sum[index]
             for index in range(dim):
@@ -108,9 +114,10 @@ def sum_piece(
     bags: Int32Array,
     piece_offsets: Int32Array,
     bag_scales: Float32Array,
+    bag_weights: Float32Array,
     total: Float32Array,
 ) -> None:
-    """Puts the sum of a piece's gradients, in order, into `total` (D,)."""
+    """Puts the sum of a piece's gradients, in order, into `total` (D,). One of `bag_scales` and `bag_weights` at least is empty."""
     dim = len(total)
     for index in range(dim):
         total[index] = np.float32(0.0)
@@ -119,11 +126,11 @@ def sum_piece(
         for column in range(0, dim, LINE_FLOATS):
             prefetch(grads, next_bag, column)
         bag = np.uint32(bags[position])
-        if len(bag_scales) == 0:
+        if len(bag_scales) == 0 and len(bag_weights) == 0:
             for index in range(dim):
                 total[index] += grads[bag, index]
         else:
-            scale = bag_scales[bag]
+            scale = bag_scales[bag] if len(bag_weights) == 0 else bag_weights[position]
             for index in range(dim):
                 total[index] += grads[bag, index] * scale
 

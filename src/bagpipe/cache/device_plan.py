@@ -92,8 +92,10 @@ class DevicePlan:
     lookup_slots: Tensor  # (L,) int32
     bag_offsets: Tensor | None  # (F * B + 1,) int32
     bag_scales: Tensor | None  # (B * F,) float32
+    lookup_weights: Tensor | None = None  # (L,) float32
     unique_slots: Tensor  # (U,) int32
     bags: Tensor  # (L,) int32
+    bag_weights: Tensor | None = None  # (L,) float32
     piece_offsets: Tensor  # (num_pieces + 1,) int32
     long_uniques: Tensor  # (num_long,) int32
     long_offsets: Tensor  # (num_long + 1,) int32
@@ -131,8 +133,10 @@ def plan_to_device(
         "inverse": plan.inverse,
         "bag_offsets": plan.bag_offsets,
         "bag_scales": plan.bag_scales,
+        "lookup_weights": plan.lookup_weights,
         "unique_slots": schedule.unique_slots,
         "bags": schedule.bags,
+        "bag_weights": schedule.bag_weights,
         "piece_offsets": schedule.piece_offsets,
         "long_uniques": schedule.long_uniques,
         "long_offsets": schedule.long_offsets,

@@ -68,13 +68,16 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
     table, code = _table(weights)
     slots, pooled = plan.lookup_slots.numpy(), out.numpy()
     sizes = plan.batch_size, plan.num_features
-    offsets, scales = _optional(plan.bag_offsets, np.int32), _optional(plan.bag_scales, np.float32)
+    offsets = _optional(plan.bag_offsets, np.int32)
+    factors = _optional(plan.bag_scales, np.float32), _optional(plan.lookup_weights, np.float32)
     if weights.dtype != torch.float32:
-        work = lambda begin, end: cpu_half.lookup(begin, end, table, code, slots, offsets, scales, *sizes, pooled)  # noqa: E731
-    elif plan.bag_offsets is None:
+        work = lambda begin, end: cpu_half.lookup(begin, end, table, code, slots, offsets, *factors, *sizes, pooled)  # noqa: E731
+    elif plan.bag_offsets is None and plan.lookup_weights is None:
         work = lambda begin, end: cpu_loops.lookup_one_hot(begin, end, table, slots, *sizes, pooled)  # noqa: E731
     else:
-        work = lambda begin, end: cpu_loops.lookup_jagged(begin, end, table, slots, offsets, scales, *sizes, pooled)  # noqa: E731
+        if plan.bag_offsets is None:
+            offsets = np.arange(plan.num_bags + 1, dtype=np.int32)
+        work = lambda begin, end: cpu_loops.lookup_jagged(begin, end, table, slots, offsets, *factors, *sizes, pooled)  # noqa: E731
     _in_chunks(plan.batch_size, work)
 
 
@@ -95,6 +98,7 @@ def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, opti
         plan.long_uniques.numpy(),
         plan.long_offsets.numpy(),
         _optional(plan.bag_scales, np.float32),
+        _optional(plan.bag_weights, np.float32),
         kind,
         scalars,
     )

@@ -30,13 +30,11 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
     dim = out.shape[1]
     weights = weights[:, :dim].float()
     if plan.bag_offsets is None:
-        pooled = weights.index_select(0, plan.lookup_slots)  # (F * B, D)
+        pooled = _weighted(weights.index_select(0, plan.lookup_slots), plan.lookup_weights)  # (F * B, D)
     elif len(plan.lookup_slots) == 0:
         pooled = weights.new_zeros(plan.num_bags, dim)
     else:
-        pooled = functional.embedding_bag(
-            plan.lookup_slots, weights, plan.bag_offsets, mode="sum", include_last_offset=True
-        )  # (F * B, D)
+        pooled = _sums(weights, plan.lookup_slots, plan.lookup_weights, plan.bag_offsets)  # (F * B, D)
     by_feature = pooled.view(plan.num_features, plan.batch_size, dim)
     by_sample = by_feature.transpose(0, 1)  # (B, F, D)
     if plan.bag_scales is not None:
@@ -64,7 +62,7 @@ def sum_gradients(plan: DevicePlan, grads: Tensor) -> Tensor:
     """The gradient of each unique row along the schedule: (U, D)."""
     if plan.bag_scales is not None:
         grads = grads * plan.bag_scales[:, None]
-    pieces = functional.embedding_bag(plan.bags, grads, plan.piece_offsets, mode="sum", include_last_offset=True)
+    pieces = _sums(grads, plan.bags, plan.bag_weights, plan.piece_offsets)
     num_uniques = len(plan.unique_slots)
     sums, further = pieces[:num_uniques], pieces[num_uniques:]
     if len(further):
@@ -73,6 +71,18 @@ def sum_gradients(plan: DevicePlan, grads: Tensor) -> Tensor:
         long_uniques = plan.long_uniques.long()
         sums[long_uniques] = sums[long_uniques] + totals
     return sums
+
+
+def _sums(rows: Tensor, indices: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
+    """Sums of `rows[indices]`, times `weights` each, from one offset to the next."""
+    if weights is not None:  # embedding_bag's own weights are not for this: it fuses multiply-adds
+        rows = _weighted(rows.index_select(0, indices), weights)
+        indices = torch.arange(len(indices), dtype=torch.int32, device=rows.device)
+    return functional.embedding_bag(indices, rows, offsets, mode="sum", include_last_offset=True)
+
+
+def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    return rows if weights is None else rows * weights[:, None]
 
 
 def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None:

@@ -48,13 +48,13 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
         if plan.bag_offsets is None:
             tile = _ONE_HOT.of(dim)
             constants = {"DIM": dim, "STRIDE": stride, "ROWS": tile.rows, "COLUMNS": tile.columns}
-            arguments = (weights, plan.lookup_slots, into, *sizes)
+            arguments = (weights, plan.lookup_slots, plan.lookup_weights, into, *sizes)
             _lookup_one_hot.launch(tile.count(plan.num_bags), arguments, constants, tile.num_warps)
         else:
             tile = _BAGS.of(dim)
             _lookup_jagged.launch(
                 tile.count(plan.num_bags),
-                (weights, plan.lookup_slots, plan.bag_offsets, plan.bag_scales, into, *sizes),
+                (weights, plan.lookup_slots, plan.lookup_weights, plan.bag_offsets, plan.bag_scales, into, *sizes),
                 {"DIM": dim, "STRIDE": stride, "ROWS": tile.rows, "COLUMNS": tile.columns, "UNROLL": _UNROLL},
                 tile.num_warps,
             )
@@ -100,6 +100,7 @@ def _output_rows(bag: tl.tensor, batch_size: tl.tensor, num_features: tl.tensor)
 def _lookup_one_hot(
     weights: tl.tensor,
     slots: tl.tensor,
+    lookup_weights: tl.tensor,
     out: tl.tensor,
     num_bags: tl.tensor,
     num_features: tl.tensor,
@@ -114,6 +115,8 @@ def _lookup_one_hot(
     inside = (bag < num_bags)[:, None] & (columns < DIM)[None, :]  # (ROWS, COLUMNS), as all that follow
     slot = tl.load(slots + bag, mask=bag < num_bags, other=0).to(tl.int64)
     values = tl.load(weights + slot[:, None] * STRIDE + columns[None, :], mask=inside).to(tl.float32)
+    if lookup_weights is not None:
+        values *= tl.load(lookup_weights + bag, mask=bag < num_bags, other=0.0)[:, None]
     row = _output_rows(bag, batch_size, num_features).to(tl.int64)
     tl.store(out + row[:, None] * DIM + columns[None, :], values.to(out.dtype.element_ty), mask=inside)
 
@@ -122,6 +125,7 @@ def _lookup_one_hot(
 def _lookup_jagged(
     weights: tl.tensor,
     slots: tl.tensor,
+    lookup_weights: tl.tensor,
     bag_offsets: tl.tensor,
     bag_scales: tl.tensor,
     out: tl.tensor,
@@ -138,7 +142,7 @@ def _lookup_jagged(
     is_bag = bag < num_bags
     begin = tl.load(bag_offsets + bag, mask=is_bag, other=0)
     end = tl.load(bag_offsets + bag + 1, mask=is_bag, other=0)
-    total = sum_rows(weights, slots, None, begin, end, DIM, STRIDE, ROWS, COLUMNS, UNROLL)
+    total = sum_rows(weights, slots, None, lookup_weights, begin, end, DIM, STRIDE, ROWS, COLUMNS, UNROLL)
     row = _output_rows(bag, batch_size, num_features).to(tl.int64)
     if bag_scales is not None:
         total *= tl.load(bag_scales + row, mask=is_bag, other=0.0)[:, None]

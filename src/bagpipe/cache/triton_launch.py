@@ -23,7 +23,7 @@ Argument: TypeAlias = Tensor | int | float | None
 
 _VARYING = (
     "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records step seed_low seed_high "
-    "slots bag_offsets bag_scales unique_slots bags piece_offsets long_uniques long_offsets"
+    "slots bag_offsets bag_scales lookup_weights unique_slots bags bag_weights piece_offsets long_uniques long_offsets"
 ).split()
 """Arguments whose value, or for a plan's arrays whose alignment, must not start a compilation."""
 _ALIGNMENT = 16
@@ -107,6 +107,7 @@ def sum_rows(
     source: tl.tensor,
     indices: tl.tensor,
     scales: tl.tensor,
+    factors: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
     DIM: tl.constexpr,
@@ -115,7 +116,9 @@ def sum_rows(
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> tl.tensor:
-    """For each row of the tile the sum of `source[indices[begin:end]]`, in that order, times `scales[index]` each.
+    """For each row of the tile the sum of `source[indices[begin:end]]`, in that order.
+
+    Each is multiplied by `scales[index]` and by `factors[begin:end]`, if there are such.
 
     Rows of `source` have DIM columns and begin STRIDE apart.
     """
@@ -130,5 +133,7 @@ def sum_rows(
             values = tl.load(source + index[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0).to(tl.float32)
             if scales is not None:
                 values *= tl.load(scales + index, mask=is_row, other=0.0)[:, None]
+            if factors is not None:
+                values *= tl.load(factors + position, mask=is_row, other=0.0)[:, None]
             total += values
     return total

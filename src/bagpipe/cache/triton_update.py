@@ -57,6 +57,7 @@ def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, opti
                 aligned(grads),
                 plan.unique_slots,
                 plan.bags,
+                plan.bag_weights,
                 plan.piece_offsets,
                 plan.bag_scales,
                 plan.long_uniques,
@@ -121,6 +122,7 @@ def _update(
     grads: tl.tensor,
     unique_slots: tl.tensor,
     bags: tl.tensor,
+    bag_weights: tl.tensor,
     piece_offsets: tl.tensor,
     bag_scales: tl.tensor,
     long_uniques: tl.tensor,
@@ -155,7 +157,7 @@ def _update(
     slot = tl.load(unique_slots + piece, mask=is_unique, other=0).to(tl.int64)
     # Before the sums, so that these loads are under way meanwhile.
     weight, first, second = _load_record(weights, state, slot, is_unique, DIM, STRIDE, KIND, COLUMNS)
-    total = sum_rows(grads, bags, bag_scales, begin, end, DIM, DIM, ROWS, COLUMNS, UNROLL)
+    total = sum_rows(grads, bags, bag_scales, bag_weights, begin, end, DIM, DIM, ROWS, COLUMNS, UNROLL)
     long = tl.full((ROWS,), -1, tl.int32)
     if num_long > 0:
         if (tile >= further_tiles) & (tl.max(end - begin, axis=0) == _MAX_PIECE):

@@ -142,12 +142,14 @@ class Cacher:
             inverse=batch.inverse,
             bag_offsets=batch.bag_offsets,
             bag_scales=batch.bag_scales,
+            lookup_weights=batch.lookup_weights,
             schedule=GradientSchedule(
                 unique_slots=slots,
                 bags=batch.bags,
                 piece_offsets=batch.piece_offsets,
                 long_uniques=batch.long_uniques,
                 long_offsets=batch.long_offsets,
+                bag_weights=batch.bag_weights,
             ),
             early=Transfers(
                 evict_rows=evict_rows[:num_evicted_early],

@@ -38,6 +38,8 @@ class DedupedGroup:
     piece_offsets: Int32Array  # (num_pieces + 1,)
     long_uniques: Int32Array  # (num_long,)
     long_offsets: Int32Array  # (num_long + 1,)
+    lookup_weights: Float32Array | None = None  # (L,)
+    bag_weights: Float32Array | None = None  # (L,)
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +58,8 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
         raise DataError(f"{group.name}: a batch has {num_lookups:,} lookups, the limit is {_MAX_LOOKUPS:,}: use smaller batches")
     inverse = np.empty(num_lookups, np.int32)
     bags = np.empty(num_lookups, np.int32)
+    weights = np.empty(0, np.float32) if lookups.weights is None else lookups.weights
+    bag_weights = np.empty_like(weights)
     unique_rows, piece_offsets, long_uniques, long_offsets, bad_feature, bad_lookup = _dedup(
         batch.values,
         lookups.feature_starts,
@@ -64,8 +68,10 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
         group.row_offsets,
         np.empty(0, np.int32) if lookups.bag_offsets is None else lookups.bag_offsets,
         batch.batch_size,
+        weights,
         inverse,
         bags,
+        bag_weights,
     )
     if bad_feature >= 0:
         raise id_outside_table(group, batch, lookups, bad_feature, bad_lookup)
@@ -78,6 +84,8 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
         piece_offsets=piece_offsets,
         long_uniques=long_uniques,
         long_offsets=long_offsets,
+        lookup_weights=lookups.weights,
+        bag_weights=None if lookups.weights is None else bag_weights,
     )
 
 
@@ -90,10 +98,12 @@ def _dedup(
     row_offsets: Int64Array,
     bag_offsets: Int32Array,
     batch_size: int,
+    weights: Float32Array,
     inverse: Int32Array,
     bags: Int32Array,
+    bag_weights: Float32Array,
 ) -> tuple[Int64Array, Int32Array, Int32Array, Int32Array, int, int]:
-    """All of it in one call, since each waits for the GIL when it returns. Fills `inverse` and `bags`.
+    """All of it in one call, since each waits for the GIL when it returns. Fills `inverse`, `bags` and `bag_weights`.
 
     Returns (unique_rows, piece_offsets, long_uniques, long_offsets, and what `_number_rows` says of bad ids).
     """
@@ -108,7 +118,7 @@ def _dedup(
     )
     piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(counts[:num_uniques], MAX_PIECE_LENGTH)
     if bad_feature < 0:
-        _group_bags(inverse, bag_offsets, batch_size, len(feature_tables), piece_offsets, cursors, bags)
+        _group_bags(inverse, bag_offsets, batch_size, len(feature_tables), weights, piece_offsets, cursors, bags, bag_weights)
     # A copy: the rest of the buffer must not live as long as the batch does.
     return unique_rows[:num_uniques].copy(), piece_offsets, long_uniques, long_offsets, bad_feature, bad_lookup
 
@@ -225,11 +235,13 @@ def _group_bags(
     bag_offsets: Int32Array,
     batch_size: int,
     num_features: int,
+    weights: Float32Array,
     piece_offsets: Int32Array,
     cursors: Int32Array,
     bags: Int32Array,
+    bag_weights: Float32Array,
 ) -> None:
-    """Fills `bags` (L,): the output rows grouped by distinct row, in lookup order within a row."""
+    """Fills `bags` (L,): the output rows grouped by distinct row, in lookup order within a row; and so `bag_weights`, if any."""
     lookup = 0
     for feature in range(num_features):
         bag = feature
@@ -241,6 +253,8 @@ def _group_bags(
                 unique = np.uint32(inverse[lookup])
                 place = cursors[unique, 0]
                 bags[np.uint32(place)] = bag
+                if len(weights) > 0:
+                    bag_weights[np.uint32(place)] = weights[lookup]
                 place += 1
                 # Past its first piece a row goes on with its further ones, which lie in one run.
                 cursors[unique, 0] = cursors[unique, 1] if place == piece_offsets[unique + np.uint32(1)] else place

@@ -126,4 +126,4 @@ def _dedup(
 
 
 def _payload_bytes(batch: Jagged) -> int:
-    return batch.values.nbytes + (0 if batch.offsets is None else batch.offsets.nbytes)
+    return sum(array.nbytes for array in (batch.values, batch.offsets, batch.weights) if array is not None)
