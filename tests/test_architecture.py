@@ -14,12 +14,13 @@ import bagpipe
 
 PACKAGE = Path(bagpipe.__file__).parent
 
-BASE = {"types", "errors", "jagged", "_jit", "_malloc", "_prefetch"}
+BASE = {"types", "errors", "jagged", "_jit", "_malloc", "_memory", "_prefetch"}
 ALLOWED = {
     "types": {"errors"},
     "errors": set(),
     "_jit": set(),
     "_malloc": set(),
+    "_memory": {"types", "_jit"},
     "_prefetch": {"_jit"},
     "jagged": {"types", "errors"},
     "config": BASE,

@@ -17,13 +17,13 @@ from bagpipe.types import Int64Array, UInt8Array
 _cgutils: Any = numba.core.cgutils  # only a part of numba is typed
 
 
-def copy_buffers(buffers: Sequence[memoryview], target: UInt8Array, offsets: Sequence[int]) -> None:
+def copy_buffers(buffers: Sequence[memoryview], target: UInt8Array, offsets: Int64Array) -> None:
     """Copies each contiguous buffer to its offset in `target` (n,), whose memory it must fit."""
     sources = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
     lengths = np.array([len(source) for source in sources], np.int64)
     if len(lengths) and int((offsets + lengths).max()) > len(target):
         raise ValueError(f"buffers end at {int((offsets + lengths).max()):,}, behind a target of {len(target):,} bytes")
-    _copy(np.array([_address(source) for source in sources], np.int64), _address(target) + np.array(offsets, np.int64), lengths)
+    _copy(np.array([_address(source) for source in sources], np.int64), _address(target) + offsets, lengths)
 
 
 def _address(array: UInt8Array) -> int:

@@ -29,10 +29,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +40,7 @@ from bagpipe._jit import jit
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, DeviceTransfers, plan_to_device
 from bagpipe.cache.spans import span
+from bagpipe.cache.worker import Call, Worker
 from bagpipe.errors import BackgroundError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Int32Array, Int64Array, StepPlan, Transfers
@@ -65,7 +64,7 @@ class _Transfer:
     """A step's early or late transfers, handed out."""
 
     on_device: tuple[DeviceTransfers, ...]  # by group, as what is gathered
-    gathered: Future[list[Tensor]]
+    gathered: Call[list[Tensor]]
     evicted: torch.cuda.Event | None  # what fills must wait for
     is_filled: bool = False
 
@@ -94,10 +93,9 @@ class Executor:
         self._device = caches[0].device
         self._streams: _Streams | None = _Streams(self._device) if self._device.type == "cuda" else None
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]  # the gather thread's
-        self._gather_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-gather")
-        self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="bagpipe-write-back")
+        self._gather_thread, self._write_thread = Worker("bagpipe-gather"), Worker("bagpipe-write-back")
         self._pending: deque[_Pending] = deque()
-        self._writes: deque[tuple[int, Future[None]]] = deque()  # (tick, write-back)
+        self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
         self._ended: deque[_Pending] = deque()  # steps whose plans the device may still read
         self._is_clean = True  # the stores hold everything
         self.at_close: list[Callable[[], None]] = []
@@ -128,7 +126,7 @@ class Executor:
             self._raise_failed_writes()
             self._wait_for_rows(pending)
             for due in self._pending:
-                if due.early is not None and _has_succeeded(due.early.gathered):
+                if due.early is not None and due.early.gathered.has_succeeded:
                     self._fill(due, due.early)
         if self._streams is not None and pending.ready is not None:
             self._streams.compute.wait_event(pending.ready)
@@ -159,8 +157,8 @@ class Executor:
 
     def close(self) -> None:
         """Ends the background threads; what is not flushed is lost. Closing twice is allowed."""
-        self._gather_thread.shutdown(wait=True, cancel_futures=True)
-        self._write_thread.shutdown(wait=True, cancel_futures=True)
+        self._gather_thread.close()
+        self._write_thread.close()
         if self._streams is not None:
             torch.cuda.synchronize(self._device)  # plans and the caches' memory are in use until then
         self._pending.clear()
@@ -247,7 +245,7 @@ class Executor:
             copied.record(self._streams.out)
         if len(self._writes) >= _MAX_PENDING_WRITES:
             self._writes[0][1].result()
-        while self._writes and _has_succeeded(self._writes[0][1]):
+        while self._writes and self._writes[0][1].has_succeeded:
             self._writes.popleft()
         rows = transfers.evict_rows.copy()  # may be written later than the plan is released
         self._writes.append((tick, self._write_thread.submit(self._write_back, index, rows, records, copied)))
@@ -337,7 +335,7 @@ class Executor:
 
     def _raise_failed_writes(self) -> None:
         for tick, write in list(self._writes):
-            if write.done() and write.exception() is not None:
+            if write.has_failed:
                 with _naming(tick):
                     write.result()
 
@@ -362,10 +360,6 @@ class _Streams:
 
 def _moves_anything(transfers: Transfers) -> bool:
     return len(transfers.evict_rows) > 0 or len(transfers.fetch_rows) > 0
-
-
-def _has_succeeded(future: Future[Any]) -> bool:
-    return future.done() and future.exception() is None
 
 
 @jit

@@ -1,13 +1,13 @@
 """The oracle in a process of its own, so that reading and planning never wait for the trainer's GIL, nor it for theirs.
 
-The child runs `plan_stream`; plans and batches come to the trainer as pickles whose arrays lie outside of them in shared memory
-(pickle protocol 5). Plans are used where they lie, batches are copied out, since the user may keep them.
+The child runs `plan_stream`; arrays of plans and batches come to the trainer in shared memory (`_wire`). Plans are used where they
+lie, batches are copied out, since the user may keep them.
 
 Shared memory is a file without a name (memfd), so that nothing is left behind whatever dies. It is cut into `num_places` places;
 item k lies in place k modulo their number and stays until it is released, in order: that bounds how far the child runs ahead. When
 an item does not fit, new places are cut behind the old ones, twice as large as it needs.
 
-    child -> parent   descriptions of items, then the end or an error         over one
+    child -> parent   messages of items, then the end or an error             over one
     parent -> child   one message for each item released, or the wish to stop   socket
 
 If the child dies, the parent raises BackgroundError at the next step; if the parent dies, the child ends itself. Needs Linux.
@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import copyreg
-import io
 import mmap
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import sys
 import traceback
 import weakref
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -36,49 +34,23 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from bagpipe._malloc import keep_freed_memory
-from bagpipe._memory import copy_buffers
 from bagpipe.errors import BackgroundError, BagpipeError, ConfigError
+from bagpipe.oracle._wire import Packed, Received, Region
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
 
-_ALIGNMENT = 256
 _PLANS_AHEAD = 2
 """Finished plans that wait in the child."""
 _STOP_TIMEOUT_S = 5.0
 _SWITCH_INTERVAL_S = 2e-4
 """How long the stages' threads may keep each other waiting for the GIL; Python's own 5 ms are two steps."""
-_RELEASED, _STOP = b"released", b"stop"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Region:
-    """Where the places lie in the shared file."""
-
-    begin: int
-    place_bytes: int
-    num_places: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.place_bytes * self.num_places
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Item:
-    """One planned batch as it crosses the socket: two pickles, and (offset, length) of each one's arrays in the item's place."""
-
-    number: int
-    region: _Region
-    plan: bytes
-    plan_spans: tuple[tuple[int, int], ...]
-    batch: bytes
-    batch_spans: tuple[tuple[int, int], ...]
+_RELEASED, _STOP = b"released", b"stop"  # to the child
+_ITEM, _FAILURE = b"i", b"f"  # from it: what a message begins with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +81,7 @@ class OracleProcess(Generic[BatchT]):
         if not hasattr(os, "memfd_create"):
             raise ConfigError(f"oracle = 'process' needs Linux, this is {sys.platform}: use oracle = 'thread'")
         self._on_region = on_region
-        self._mapped: tuple[_Region, UInt8Array] | None = None
+        self._mapped: tuple[Region, UInt8Array] | None = None
         self._file = os.memfd_create("bagpipe-plans")
         self._connection, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(
@@ -136,13 +108,15 @@ class OracleProcess(Generic[BatchT]):
         """
         while True:
             message = self._receive()
-            if isinstance(message, _Failure):
-                if message.error is None:
-                    return
+            if isinstance(message, Received):
+                planned, (batch, sparse) = message.load(self._place(message), copy_second=copy_batches)
+                yield replace(planned, batch=batch, sparse=sparse, release=self._release)
+            elif message.error is None:
+                return
+            else:
                 if message.cause is not None:
                     message.cause.add_note(f"in the oracle process:\n{message.trace}")
                 raise message.error from message.cause
-            yield self._open(message, copy_batches)
 
     def stop(self) -> None:
         """Ends the child, which makes `items` end too. Stopping twice is allowed."""
@@ -156,9 +130,9 @@ class OracleProcess(Generic[BatchT]):
         os.close(self._file)
         self._mapped = None
 
-    def _receive(self) -> _Item | _Failure:
+    def _receive(self) -> Received | _Failure:
         try:
-            message: _Item | _Failure = self._connection.recv()
+            message = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
             if not self._stop.alive:  # it was told to
                 return _Failure(error=None, cause=None, trace="")
@@ -167,29 +141,20 @@ class OracleProcess(Generic[BatchT]):
                 f"the oracle process ended by itself (exit code {self._process.exitcode}; -9: killed, perhaps for memory): its "
                 "own messages, if any, are above; lower lookahead_memory, or resume from the last checkpoint"
             ) from error
-        return message
-
-    def _open(self, item: _Item, copy_batch: bool) -> Planned[BatchT]:
-        place = self._place(item)
-        plan_arrays = [place[begin : begin + length] for begin, length in item.plan_spans]
-        batch_arrays = [place[begin : begin + length] for begin, length in item.batch_spans]
-        if copy_batch:
-            batch_arrays = [array.copy() for array in batch_arrays]
-        planned: Planned[BatchT] = pickle.loads(item.plan, buffers=plan_arrays)
-        batch, sparse = pickle.loads(item.batch, buffers=batch_arrays)
-        return replace(planned, batch=batch, sparse=sparse, release=self._release)
+        if message[:1] == _ITEM:
+            return Received.of(message[1:])
+        failure: _Failure = pickle.loads(message[1:])
+        return failure
 
     def _release(self) -> None:
         with contextlib.suppress(OSError):  # the child has ended
             self._connection.send_bytes(_RELEASED)
 
-    def _place(self, item: _Item) -> UInt8Array:
-        region = item.region
-        if self._mapped is None or self._mapped[0] != region:
-            self._mapped = region, _map(self._file, region)
+    def _place(self, item: Received) -> UInt8Array:
+        if self._mapped is None or self._mapped[0] != item.region:
+            self._mapped = item.region, _map(self._file, item.region)
             self._on_region(self._mapped[1])
-        begin = item.number % region.num_places * region.place_bytes
-        return self._mapped[1][begin : begin + region.place_bytes]
+        return self._mapped[1][item.region.place(item.number)]
 
 
 def _stop(connection: Connection, process: SpawnProcess) -> None:
@@ -227,7 +192,7 @@ def _run_child(
     finally:
         plans.close()
     with contextlib.suppress(OSError):
-        connection.send(failure)
+        connection.send_bytes(_FAILURE + pickle.dumps(failure))
         sender.wait_for_stop()
 
 
@@ -236,31 +201,22 @@ class _Sender:
 
     def __init__(self, connection: Connection, file: int, num_places: int) -> None:
         self._connection, self._file = connection, file
-        self._region = _Region(begin=0, place_bytes=0, num_places=num_places)
+        self._region = Region(begin=0, place_bytes=0, num_places=num_places)
         self._memory = np.empty(0, np.uint8)  # the region's
+        self._messages = select.poll()  # the connection's own poll takes twenty times as long
+        self._messages.register(connection.fileno(), select.POLLIN)
         self._num_sent = self._num_released = 0
 
     def send(self, planned: Planned[Any]) -> bool:
         """Waits for the place that the item needs; False when the parent wants no more."""
-        plan, plan_buffers = _pickled(replace(planned, batch=None, sparse=None))
-        batch, batch_buffers = _pickled((planned.batch, planned.sparse))
-        spans, num_bytes = _lay_out([*plan_buffers, *batch_buffers])
-        if num_bytes > self._region.place_bytes:
-            self._grow(num_bytes)
+        item = Packed.of(replace(planned, batch=None, sparse=None), (planned.batch, planned.sparse))
+        if item.num_bytes > self._region.place_bytes:
+            self._grow(item.num_bytes)
         if not self._wait_for_place():
             return False
-        place = self._num_sent % self._region.num_places * self._region.place_bytes
-        copy_buffers([*plan_buffers, *batch_buffers], self._memory[place:], [begin for begin, _ in spans])
-        item = _Item(
-            number=self._num_sent,
-            region=self._region,
-            plan=plan,
-            plan_spans=tuple(spans[: len(plan_buffers)]),
-            batch=batch,
-            batch_spans=tuple(spans[len(plan_buffers) :]),
-        )
+        item.write(self._memory[self._region.place(self._num_sent)])
         try:
-            self._connection.send(item)
+            self._connection.send_bytes(_ITEM + item.message(self._num_sent, self._region))
         except OSError:
             return False
         self._num_sent += 1
@@ -272,7 +228,7 @@ class _Sender:
             pass
 
     def _wait_for_place(self) -> bool:
-        while self._num_sent - self._num_released >= self._region.num_places or self._connection.poll():
+        while self._num_sent - self._num_released >= self._region.num_places or self._messages.poll(0):
             if not self._take_message():
                 return False
         return True
@@ -299,38 +255,7 @@ class _Sender:
         self._region, self._memory = region, _map(self._file, region)
 
 
-def _describe_array(array: npt.NDArray[Any]) -> tuple[Any, ...]:
-    """How to make an array again: by type and shape alone, since numpy's own way takes twice as long and the GIL all the while."""
-    if array.dtype.isbuiltin != 1 or array.dtype.hasobject or array.nbytes == 0 or not array.flags.c_contiguous:
-        return array.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[return-value]
-    return _make_array, (array.dtype.char, array.shape, pickle.PickleBuffer(array))  # type: ignore[arg-type]
-
-
-def _make_array(dtype: str, shape: tuple[int, ...], memory: memoryview) -> npt.NDArray[Any]:
-    return np.frombuffer(memory, dtype).reshape(shape)
-
-
-_REDUCERS: Any = ChainMap({np.ndarray: _describe_array}, copyreg.dispatch_table)
-
-
-def _pickled(value: object) -> tuple[bytes, Sequence[memoryview]]:
-    file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
-    pickler = pickle.Pickler(file, protocol=5, buffer_callback=buffers.append)
-    pickler.dispatch_table = _REDUCERS
-    pickler.dump(value)
-    return file.getvalue(), [buffer.raw() for buffer in buffers]
-
-
-def _lay_out(buffers: Sequence[memoryview]) -> tuple[list[tuple[int, int]], int]:
-    """(offset, length) of each buffer in a place, and the bytes that the place needs."""
-    spans, end = [], 0
-    for buffer in buffers:
-        spans.append((end, buffer.nbytes))
-        end += -(-buffer.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return spans, max(end, 1)
-
-
-def _map(file: int, region: _Region) -> UInt8Array:
+def _map(file: int, region: Region) -> UInt8Array:
     return np.frombuffer(mmap.mmap(file, region.num_bytes, offset=region.begin), np.uint8)
 
 

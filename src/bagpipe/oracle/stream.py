@@ -41,7 +41,7 @@ class StreamOptions:
     lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES
     prefetch_depth: int = 2
     first_step: int = 0
-    dedup_threads: int | None = None  # None: a quarter of the cores
+    dedup_threads: int | None = None  # None: a third of the cores
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ def plan_stream(
     """
     oracle = options.make_oracle()
     # No more threads than keep up: on shared memory they slow the sequential stages, which set the pace.
-    num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 4)
+    num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 3)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup") as pool:
         numbered = enumerate(batches, options.first_step)
         deduped = ordered_map(partial(_dedup, options.groups, find_sparse), numbered, pool, ahead=2 * num_threads)
