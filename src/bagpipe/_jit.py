@@ -28,6 +28,8 @@ NUM_PARTS = 32
 _NUM_CORES = os.cpu_count() or 1
 NUM_THREADS = max(2, min(4, _NUM_CORES // 8))
 """That share a loop. Few: several loops run at a time, and threads that wait for their next one spin on a core each."""
+NUM_MANY_THREADS = max(2, min(8, _NUM_CORES // 4))
+"""That share a loop which would not keep up otherwise."""
 NUM_CRITICAL_THREADS = max(2, min(4, 3 * _NUM_CORES // 16))
 """That share a loop of the stage that sets the pace."""
 _thread = threading.local()

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tests.store_contract import StoreContract, StoreFactory, fetch, make_group, records_of
 
+from bagpipe._jit import threaded
 from bagpipe.errors import StoreError
-from bagpipe.store import MemoryStore
+from bagpipe.store import MemoryStore, array
 from bagpipe.store import memory as memory_module
 
 
@@ -63,7 +64,8 @@ def test_threads_share_a_call_and_change_nothing(monkeypatch: pytest.MonkeyPatch
     group = make_group(5000, dim=5)
     found = []
     for num_threads in (1, numba.get_num_threads()):
-        monkeypatch.setattr("bagpipe._jit._NUM_THREADS", num_threads)
+        monkeypatch.setattr(array, "_gather_little", threaded(array._gather, num_threads))
+        monkeypatch.setattr(array, "_scatter_little", threaded(array._scatter, num_threads))
         store = MemoryStore(group, 3)
         rng = np.random.default_rng(0)
         for _ in range(3):

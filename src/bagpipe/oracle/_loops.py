@@ -1,10 +1,10 @@
-"""The Cacher's loops, compiled. They work in place on the arrays of `State`, which `bagpipe.oracle.cacher.Cacher` owns.
+"""The Cacher's step, compiled. It works in place on the arrays of `State`, which `bagpipe.oracle.cacher.Cacher` owns.
 
 `slots_of_uses`, a ring by occurrence (see `bagpipe.oracle.linker`), holds the slots that planned but not yet settled batches use,
 negative once evicted: a row used again so soon, as most are, is found there and its far-away state is not touched.
 
-Loops first gather what is far away into a small buffer without branching on it, so that many cache misses are under way at a time,
-and then decide. A step is one call, so that its thread seldom has to ask for the GIL.
+A step is one call, so that its thread seldom has to ask for the GIL, and what may run side by side shares a parallel loop: each
+such loop costs the threads a meeting.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from typing import NamedTuple
 import numpy as np
 
 from bagpipe._jit import NUM_CRITICAL_THREADS, NUM_PARTS, jit, join_parts, parallel_jit, part_bounds, prange, threaded
-from bagpipe._prefetch import prefetch
+from bagpipe.oracle._parts import evict_part, find_resident_part, find_unsettled_part, sort_out_part, take_slots_part
 from bagpipe.oracle._queues import (
+    DueChain,
     DueQueues,
     UnknownQueue,
+    empty_due,
     forget_unknown,
     pop_due,
     pop_unknown,
     push_due,
     push_unknown,
+    room_for_unknown,
     take_due,
 )
-from bagpipe.oracle.linker import INDEX, OCCURRENCES, STEP
+from bagpipe.oracle.linker import STEP
 from bagpipe.types import Int32Array, Int64Array
-
-_AHEAD = 16
-"""Rows ahead for which a row's state is asked for."""
-_RECENT = 1 << 30
-"""Occurrence numbers wrap round: one that lies less than this behind another is later."""
 
 
 class State(NamedTuple):
@@ -50,8 +48,7 @@ def _admit(state: State, rows: Int64Array, previous: Int32Array, oldest_unsettle
     indices = np.empty(len(rows), np.int32)
     slots = np.empty(len(rows), np.int32)
     steps = np.full(len(rows), step, np.int32)
-    counts = _find_resident(state.slots_of_rows, rows, previous, oldest_unsettled, indices, slots)
-    forget_unknown(state.unknown, slots, counts)
+    counts = _find_resident(state.slots_of_rows, state.unknown, rows, previous, oldest_unsettled, indices, slots)
     push_due(state.due, steps, indices, slots, counts)
 
 
@@ -61,177 +58,97 @@ admit = threaded(_admit, NUM_CRITICAL_THREADS)
 @parallel_jit
 def _find_resident(
     slots_of_rows: Int32Array,
+    unknown: UnknownQueue,
     rows: Int64Array,
     previous: Int32Array,
     oldest_unsettled: int,
     indices: Int32Array,
     slots: Int32Array,
 ) -> Int64Array:
-    """Fills `indices` and `slots`, in parts, with the settled rows that have a slot; returns how many in each."""
+    """Fills `indices` and `slots`, in parts, with the settled rows that have a slot, which leave the queue of unknown ones.
+
+    Returns how many there are in each part.
+    """
+    places = unknown.places  # numba hands arrays and numbers to parallel loops, but no tuples of them
     counts = np.empty(NUM_PARTS, np.int64)
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
-        counts[part] = _find_resident_part(
+        counts[part] = find_resident_part(
             slots_of_rows, rows[begin:end], previous[begin:end], oldest_unsettled, indices[begin:end], slots[begin:end], begin
         )
+        forget_unknown(places, slots[begin : begin + counts[part]])
     return counts
 
 
-@jit
-def _find_resident_part(
-    slots_of_rows: Int32Array,
-    rows: Int64Array,
-    previous: Int32Array,
-    oldest_unsettled: int,
-    indices: Int32Array,
-    slots: Int32Array,
-    first_index: int,
-) -> int:
-    num_settled = 0
-    for index in range(len(rows)):
-        indices[num_settled] = index
-        is_settled = (previous[index] < 0) | (((previous[index] - oldest_unsettled) & OCCURRENCES) >= _RECENT)
-        num_settled += is_settled
-    num_resident = 0
-    for place in range(num_settled):
-        prefetch(slots_of_rows, rows[indices[min(place + _AHEAD, num_settled - 1)]], 0)
-        index = indices[place]
-        slot = slots_of_rows[np.uint64(rows[index]), 0]
-        slots[num_resident] = slot
-        indices[num_resident] = first_index + index
-        num_resident += slot >= 0
-    return num_resident
-
-
-@jit
-def find(
-    state: State, previous: Int32Array, oldest_unsettled: int, step: int, slots_of_uses: Int32Array
-) -> tuple[Int32Array, Int32Array]:
-    """The slot of each row that a step needs, negative where it has none, and the indices of those rows."""
-    slots = np.full(len(previous), -1, np.int32)
-    take_due(state.due, step, slots)
-    missing = np.empty(len(previous), np.int32)
-    num_missing = _find_unsettled(previous, oldest_unsettled, slots_of_uses, slots, missing)
-    return slots, missing[:num_missing]
-
-
 @parallel_jit
-def _find_unsettled(
-    previous: Int32Array, oldest_unsettled: int, slots_of_uses: Int32Array, slots: Int32Array, missing: Int32Array
-) -> int:
-    """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns how many of these."""
-    counts = np.empty(NUM_PARTS, np.int64)
-    for part in prange(NUM_PARTS):
-        begin, end = part_bounds(part, len(previous))
-        counts[part] = _find_unsettled_part(
-            previous[begin:end], oldest_unsettled, slots_of_uses, slots[begin:end], missing[begin:end], begin
-        )
-    return join_parts(missing, counts)
-
-
-@jit
-def _find_unsettled_part(
-    previous: Int32Array,
-    oldest_unsettled: int,
-    slots_of_uses: Int32Array,
+def _take_and_sort_out(
+    chain: DueChain,
     slots: Int32Array,
-    missing: Int32Array,
-    first_index: int,
-) -> int:
-    mask = len(slots_of_uses) - 1
-    for index in range(len(previous)):
-        is_unsettled = (previous[index] >= 0) & (((previous[index] - oldest_unsettled) & OCCURRENCES) < _RECENT)
-        slot = slots_of_uses[previous[index] & mask]
-        slots[index] = slot if is_unsettled else slots[index]
-    num_missing = 0
-    for index in range(len(previous)):
-        missing[num_missing] = first_index + index
-        num_missing += slots[index] < 0
-    return num_missing
-
-
-@jit
-def settle(
-    state: State,
-    first_occurrence: int,
-    num_uniques: int,
-    step: int,
-    last_seen: int,
-    next_uses: Int32Array,
-    slots_of_uses: Int32Array,
-) -> None:
-    """Makes a batch's rows that no step up to `step` has used again candidates for eviction; the window ends at `last_seen`."""
-    unknown = np.empty(num_uniques, np.int32)
-    steps = np.empty(num_uniques, np.int32)
-    indices = np.empty(num_uniques, np.int32)
-    slots = np.empty(num_uniques, np.int32)
-    counts = _sort_out(first_occurrence, step, last_seen, next_uses, slots_of_uses, unknown, steps, indices, slots)
-    push_unknown(state.unknown, unknown, counts[0])
-    push_due(state.due, steps, indices, slots, counts[1])
-
-
-@parallel_jit
-def _sort_out(
     first_occurrence: int,
     step: int,
     last_seen: int,
     next_uses: Int32Array,
     slots_of_uses: Int32Array,
     unknown: Int32Array,
-    steps: Int32Array,
-    indices: Int32Array,
-    slots: Int32Array,
+    due_steps: Int32Array,
+    due_indices: Int32Array,
+    due_slots: Int32Array,
 ) -> Int64Array:
-    """Fills `unknown`, in parts, with the slots of rows without a known next use, and the others with those that have one.
+    """Writes the slots of rows that were due, and sorts out those of a batch to settle that no step up to `step` has used again.
 
+    Fills `unknown`, in parts, with the slots of rows without a known next use, and the other arrays with those that have one.
     Returns how many of either there are in each part (2, NUM_PARTS).
     """
+    chunks, chunks_of_step, begin_due, end_due = chain.chunks, chain.chain, chain.begin, chain.end
     counts = np.empty((2, NUM_PARTS), np.int64)
     for part in prange(NUM_PARTS):
+        take_due(chunks, chunks_of_step, (begin_due, end_due), part, slots)
         begin, end = part_bounds(part, len(unknown))
-        counts[0, part], counts[1, part] = _sort_out_part(
+        counts[0, part], counts[1, part] = sort_out_part(
             first_occurrence + begin,
             step,
             last_seen,
             next_uses,
             slots_of_uses,
             unknown[begin:end],
-            steps[begin:end],
-            indices[begin:end],
-            slots[begin:end],
+            due_steps[begin:end],
+            due_indices[begin:end],
+            due_slots[begin:end],
         )
     return counts
 
 
-@jit
-def _sort_out_part(
-    first_occurrence: int,
-    step: int,
-    last_seen: int,
-    next_uses: Int32Array,
+@parallel_jit
+def _find_and_push(
+    previous: Int32Array,
+    oldest_unsettled: int,
     slots_of_uses: Int32Array,
-    unknown: Int32Array,
-    steps: Int32Array,
-    indices: Int32Array,
     slots: Int32Array,
-) -> tuple[int, int]:
-    mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
-    num_unknown = num_due = 0
-    for occurrence in range(first_occurrence, first_occurrence + len(unknown)):
-        next_step, slot = next_uses[occurrence & mask, STEP], slots_of_uses[occurrence & slots_mask]
-        is_unused = ((next_step < 0) | (next_step > step)) & (slot >= 0)
-        is_due = (next_step >= 0) & (next_step <= last_seen)
-        unknown[num_unknown] = slot
-        num_unknown += is_unused & (not is_due)
-        steps[num_due] = next_step
-        indices[num_due] = next_uses[occurrence & mask, INDEX]
-        slots[num_due] = slot
-        num_due += is_unused & is_due
-    return num_unknown, num_due
+    missing: Int32Array,
+    queue: UnknownQueue,
+    unknown: Int32Array,
+    counts: Int64Array,
+) -> int:
+    """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns how many of these.
+
+    Also puts `unknown`, in parts, into the queue, which has room for them.
+    """
+    queue_slots, places = queue.slots, queue.places
+    num_missing = np.empty(NUM_PARTS, np.int64)
+    firsts = queue.ends[1] + np.cumsum(counts) - counts
+    for part in prange(NUM_PARTS):
+        begin, end = part_bounds(part, len(previous))
+        num_missing[part] = find_unsettled_part(
+            previous[begin:end], oldest_unsettled, slots_of_uses, slots[begin:end], missing[begin:end], begin
+        )
+        begin, _ = part_bounds(part, len(unknown))
+        push_unknown(queue_slots, places, firsts[part], unknown[begin : begin + counts[part]])
+    queue.ends[1] += counts.sum()
+    return join_parts(missing, num_missing)
 
 
 @jit
-def free_settled(state: State, num_fresh: int, first_fresh: int, step: int, last_seen: int, freed: Int32Array) -> tuple[int, int]:
+def _free_settled(state: State, num_fresh: int, first_fresh: int, step: int, last_seen: int, freed: Int32Array) -> tuple[int, int]:
     """Fills `freed` with slots never used, then with those of rows without a next use, then with those of the farthest.
 
     Returns how many there are up to the second kind and in all.
@@ -248,7 +165,7 @@ def free_settled(state: State, num_fresh: int, first_fresh: int, step: int, last
 
 
 @jit
-def free_unsettled(
+def _free_unsettled(
     first_occurrence: int,
     num_uniques: int,
     step: int,
@@ -272,90 +189,38 @@ def free_unsettled(
 
 
 @parallel_jit
-def _evict(
-    slots_of_rows: Int32Array,
-    rows_of_slots: Int64Array,
-    slots: Int32Array,
-    num_early: int,
-    early_tick: int,
-    late_tick: int,
-) -> Int64Array:
-    """The rows that leave their slots (n,), the first `num_early` of them at `early_tick`; remembers when."""
-    rows = np.empty(len(slots), np.int64)
-    for part in prange(NUM_PARTS):
-        begin, end = part_bounds(part, len(slots))
-        num_early_here = min(max(num_early - begin, 0), end - begin)
-        _evict_part(slots_of_rows, rows_of_slots, slots[begin:end], rows[begin:end], num_early_here, early_tick, late_tick)
-    return rows
-
-
-@jit
-def _evict_part(
-    slots_of_rows: Int32Array,
-    rows_of_slots: Int64Array,
-    slots: Int32Array,
-    rows: Int64Array,
-    num_early: int,
-    early_tick: int,
-    late_tick: int,
-) -> None:
-    for index in range(len(slots)):
-        rows[index] = rows_of_slots[np.uint32(slots[index])]
-    for index in range(len(slots)):
-        prefetch(slots_of_rows, rows[min(index + _AHEAD, len(slots) - 1)], 0)
-        slots_of_rows[np.uint64(rows[index]), 0] = -2 - (early_tick if index < num_early else late_tick)
-
-
-@jit
-def assign(
+def _exchange(
     state: State,
     rows: Int64Array,
     missing: Int32Array,
     slots: Int32Array,
     freed: Int32Array,
+    num_fresh: int,
     num_settled: int,
     early_tick: int,
-) -> tuple[Int64Array, Int32Array, int, int, int]:
-    """Gives the i-th freed slot to the i-th missing row, and puts the fetches that may be early before the others.
-
-    Returns (fetch_rows, fetch_slots, how many are early, the latest eviction among the early rows and among the late ones).
-    """
-    missing_rows = np.empty(len(missing), np.int64)
-    evicted_at = np.empty(len(missing), np.int32)
-    _take_slots(state.slots_of_rows, state.rows_of_slots, rows, missing, slots, freed, missing_rows, evicted_at)
-    fetch_rows = np.empty(len(missing), np.int64)
-    fetch_slots = np.empty(len(missing), np.int32)
-    num_early, num_late = 0, 0
-    early_fence, late_fence = -1, -1
-    for index in range(len(missing)):
-        if index < num_settled and evicted_at[index] <= early_tick:
-            place = num_early
-            num_early += 1
-            early_fence = max(early_fence, evicted_at[index])
-        else:
-            num_late += 1
-            place = len(missing) - num_late
-            late_fence = max(late_fence, evicted_at[index])
-        fetch_rows[place] = missing_rows[index]
-        fetch_slots[place] = freed[index]
-    return fetch_rows, fetch_slots, num_early, early_fence, late_fence
-
-
-@parallel_jit
-def _take_slots(
-    slots_of_rows: Int32Array,
-    rows_of_slots: Int64Array,
-    rows: Int64Array,
-    missing: Int32Array,
-    slots: Int32Array,
-    freed: Int32Array,
+    late_tick: int,
+    evict_rows: Int64Array,
     missing_rows: Int64Array,
     evicted_at: Int32Array,
 ) -> None:
-    """Gives the i-th freed slot to the i-th missing row, and tells the row and when it was evicted, -1 for never."""
+    """Takes the i-th freed slot from its row, unless it is fresh, and gives it to the i-th missing one.
+
+    Tells who leaves, in `evict_rows`, at `early_tick` from a settled slot; who comes, and when that row was evicted, -1 for never.
+    """
+    slots_of_rows, rows_of_slots = state.slots_of_rows, state.rows_of_slots
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(missing))
-        _take_slots_part(
+        first = min(max(begin, num_fresh), end)
+        evict_part(
+            slots_of_rows,
+            rows_of_slots,
+            freed[first:end],
+            evict_rows[first - num_fresh : end - num_fresh] if first < end else evict_rows[:0],
+            min(max(num_settled - first, 0), end - first),
+            early_tick,
+            late_tick,
+        )
+        take_slots_part(
             slots_of_rows,
             rows_of_slots,
             rows,
@@ -368,24 +233,29 @@ def _take_slots(
 
 
 @jit
-def _take_slots_part(
-    slots_of_rows: Int32Array,
-    rows_of_slots: Int64Array,
-    rows: Int64Array,
-    missing: Int32Array,
-    slots: Int32Array,
-    freed: Int32Array,
-    missing_rows: Int64Array,
-    evicted_at: Int32Array,
-) -> None:
-    for index in range(len(missing)):
-        prefetch(slots_of_rows, rows[missing[min(index + _AHEAD, len(missing) - 1)]], 0)
-        row, slot = rows[np.uint32(missing[index])], freed[index]
-        missing_rows[index] = row
-        evicted_at[index] = -2 - slots_of_rows[np.uint64(row), 0]
-        slots_of_rows[np.uint64(row), 0] = slot
-        rows_of_slots[np.uint32(slot)] = row
-        slots[np.uint32(missing[index])] = slot
+def _early_first(
+    missing_rows: Int64Array, evicted_at: Int32Array, freed: Int32Array, num_settled: int, early_tick: int
+) -> tuple[Int64Array, Int32Array, int, int, int]:
+    """Puts the fetches that may be early before the others: to a settled slot, of a row not evicted later.
+
+    Returns (fetch_rows, fetch_slots, how many are early, the latest eviction among the early rows and among the late ones).
+    """
+    fetch_rows = np.empty(len(freed), np.int64)
+    fetch_slots = np.empty(len(freed), np.int32)
+    num_early, num_late = 0, 0
+    early_fence, late_fence = -1, -1
+    for index in range(len(freed)):
+        if index < num_settled and evicted_at[index] <= early_tick:
+            place = num_early
+            num_early += 1
+            early_fence = max(early_fence, evicted_at[index])
+        else:
+            num_late += 1
+            place = len(freed) - num_late
+            late_fence = max(late_fence, evicted_at[index])
+        fetch_rows[place] = missing_rows[index]
+        fetch_slots[place] = freed[index]
+    return fetch_rows, fetch_slots, num_early, early_fence, late_fence
 
 
 @jit
@@ -427,21 +297,55 @@ def plan(
     step, early_tick, last_seen = steps
     if len(admitted[0]) > 0:
         _admit(state, admitted[0], admitted[1], oldest_unsettled, admitted[2])
-    slots, missing = find(state, previous, oldest_unsettled, step, slots_of_uses)
-    if settled[1] > 0:
-        settle(state, settled[0], settled[1], step, last_seen, next_uses, slots_of_uses)
+    num_kept = settled[1]
+    slots, missing = np.full(len(previous), -1, np.int32), np.empty(len(previous), np.int32)
+    unknown, due_steps = np.empty(num_kept, np.int32), np.empty(num_kept, np.int32)
+    due_indices, due_slots = np.empty(num_kept, np.int32), np.empty(num_kept, np.int32)
+    counts = _take_and_sort_out(
+        empty_due(state.due, step),
+        slots,
+        settled[0],
+        step,
+        last_seen,
+        next_uses,
+        slots_of_uses,
+        unknown,
+        due_steps,
+        due_indices,
+        due_slots,
+    )
+    room_for_unknown(state.unknown, counts[0].sum())
+    num_missing = _find_and_push(previous, oldest_unsettled, slots_of_uses, slots, missing, state.unknown, unknown, counts[0])
+    push_due(state.due, due_steps, due_indices, due_slots, counts[1])
+    missing = missing[:num_missing]
     freed = np.empty(len(missing), np.int32)
     num_fresh = min(len(missing), len(state.rows_of_slots) - num_used_slots)
-    num_unknown, num_settled = free_settled(state, num_fresh, num_used_slots, step, last_seen, freed)
+    num_unknown, num_settled = _free_settled(state, num_fresh, num_used_slots, step, last_seen, freed)
     num_freed = num_settled
     for batch in range(len(unsettled)):
         if num_freed < len(freed):
-            num_freed += free_unsettled(unsettled[batch, 0], unsettled[batch, 1], step, next_uses, slots_of_uses, freed[num_freed:])
+            first, num_uniques = unsettled[batch]
+            num_freed += _free_unsettled(first, num_uniques, step, next_uses, slots_of_uses, freed[num_freed:])
     if num_freed < len(freed):
         raise AssertionError("fewer slots than rows: admit has checked that the batch fits")
-    evict_rows = _evict(state.slots_of_rows, state.rows_of_slots, freed[num_fresh:], num_settled - num_fresh, early_tick, step)
-    fetch_rows, fetch_slots, num_early, early_fence, late_fence = assign(
-        state, rows, missing, slots, freed, num_settled, early_tick
+    evict_rows = np.empty(len(freed) - num_fresh, np.int64)
+    missing_rows, evicted_at = np.empty(len(freed), np.int64), np.empty(len(freed), np.int32)
+    _exchange(
+        state,
+        rows,
+        missing,
+        slots,
+        freed,
+        num_fresh,
+        num_settled,
+        early_tick,
+        step,
+        evict_rows,
+        missing_rows,
+        evicted_at,
+    )
+    fetch_rows, fetch_slots, num_early, early_fence, late_fence = _early_first(
+        missing_rows, evicted_at, freed, num_settled, early_tick
     )
     _keep_uses(slots, first_occurrence, slots_of_uses)
     return (

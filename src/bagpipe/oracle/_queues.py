@@ -18,6 +18,8 @@ from bagpipe.types import Int32Array, Int64Array
 NOT_QUEUED = -1
 _AHEAD = 16
 """Entries ahead for which a slot's place is asked for."""
+_MIN_SHARED = 4096
+"""Entries that are worth a parallel loop."""
 CHUNK = 128
 SLOT, INDEX = 0, 1
 FIRST, LAST, BEGIN, END = range(4)
@@ -49,6 +51,15 @@ class DueQueues(NamedTuple):
     queues: Int32Array  # (num_queues + 1, 4) FIRST and LAST chunk, and where in them it BEGINs and ENDs; last the free chunks
 
 
+class DueChain(NamedTuple):
+    """What a step's queue held."""
+
+    chunks: Int32Array  # (num_chunks, CHUNK, 2) of all queues
+    chain: Int32Array  # (n,) which of them, in order
+    begin: int  # in the first of them
+    end: int  # in the last
+
+
 def make_unknown_queue(num_slots: int) -> UnknownQueue:
     """An empty queue."""
     size = 1 << (2 * num_slots - 1).bit_length()
@@ -65,22 +76,16 @@ def make_due_queues(num_slots: int, num_queues: int) -> DueQueues:
     return DueQueues(np.empty((num_chunks, CHUNK, 2), np.int32), chains, queues)
 
 
-@parallel_jit
-def push_unknown(unknown: UnknownQueue, slots: Int32Array, counts: Int64Array) -> None:
-    """Puts slots (n,), in parts, at the end of the queue."""
-    queue, ends, places = unknown.slots, unknown.ends, unknown.places
-    num_pushed = counts.sum()
-    if ends[1] - ends[0] + num_pushed > len(queue):
-        _compact(queue, ends, places)
-    firsts = ends[1] + np.cumsum(counts) - counts
-    for part in prange(NUM_PARTS):
-        begin, _ = part_bounds(part, len(slots))
-        _push_unknown_part(queue, places, firsts[part], slots[begin : begin + counts[part]])
-    ends[1] += num_pushed
+@jit
+def room_for_unknown(unknown: UnknownQueue, num_more: int) -> None:
+    """Makes room for more entries at the end of the queue."""
+    if unknown.ends[1] - unknown.ends[0] + num_more > len(unknown.slots):
+        _compact(unknown.slots, unknown.ends, unknown.places)
 
 
 @jit
-def _push_unknown_part(queue: Int32Array, places: Int32Array, first: int, slots: Int32Array) -> None:
+def push_unknown(queue: Int32Array, places: Int32Array, first: int, slots: Int32Array) -> None:
+    """Makes slots (n,) the entries of an `UnknownQueue`'s arrays from `first` on; who pushes the parts moves the queue's end."""
     mask = len(queue) - 1
     for index in range(len(slots)):
         prefetch(places, slots[min(index + _AHEAD, len(slots) - 1)], 0)
@@ -102,16 +107,9 @@ def _compact(queue: Int32Array, ends: Int64Array, places: Int32Array) -> None:
     ends[1] = end
 
 
-@parallel_jit
-def forget_unknown(unknown: UnknownQueue, slots: Int32Array, counts: Int64Array) -> None:
-    """Takes slots (n,), in parts, out of the queue, where they may stand or not."""
-    for part in prange(NUM_PARTS):
-        begin, _ = part_bounds(part, len(slots))
-        _forget_unknown_part(unknown.places, slots[begin : begin + counts[part]])
-
-
 @jit
-def _forget_unknown_part(places: Int32Array, slots: Int32Array) -> None:
+def forget_unknown(places: Int32Array, slots: Int32Array) -> None:
+    """Takes slots (n,) out of an `UnknownQueue`, where they may stand or not."""
     for index in range(len(slots)):
         prefetch(places, slots[min(index + _AHEAD, len(slots) - 1)], 0)
         places[np.uint32(slots[index]), 0] = NOT_QUEUED
@@ -124,7 +122,11 @@ def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
     while num_freed < len(freed) and ends[0] < ends[1]:
         # No more entries than slots are wanted: what of them is current can all go.
         num_entries = min(len(freed) - num_freed, ends[1] - ends[0])
-        num_freed += _pop_entries(unknown, freed[num_freed : num_freed + num_entries])
+        entries = freed[num_freed : num_freed + num_entries]
+        if num_entries < _MIN_SHARED:
+            num_freed += _pop_part(unknown.slots, unknown.places, ends[0], entries)
+        else:
+            num_freed += _pop_entries(unknown, entries)
         ends[0] += num_entries
     return num_freed
 
@@ -215,35 +217,36 @@ def pop_due(due: DueQueues, step: int, freed: Int32Array) -> int:
     return num_freed
 
 
-@parallel_jit
-def take_due(due: DueQueues, step: int, slots: Int32Array) -> None:
-    """Empties a step's queue: writes its slots to their indices in `slots`."""
-    chunks, chains, queues = due.chunks, due.chains, due.queues
+@jit
+def empty_due(due: DueQueues, step: int) -> DueChain:
+    """Empties a step's queue. What it held can be read until something is pushed."""
+    chains, queues = due.chains, due.queues
     queue, free = step % (len(queues) - 1), len(queues) - 1
     first, last = queues[queue, FIRST], queues[queue, LAST]
-    if first == _NO_CHUNK:
-        return
     chain = np.empty(len(chains), np.int32)
     num_chunks, chunk = 0, first
     while chunk != _NO_CHUNK:
         chain[num_chunks] = chunk
         num_chunks += 1
         chunk = chains[chunk]
-    first_entry, end_entry = queues[queue, BEGIN], queues[queue, END]
-    for part in prange(NUM_PARTS):
-        low, high = part_bounds(part, num_chunks)
-        for place in range(low, high):
-            begin = first_entry if place == 0 else 0
-            end = end_entry if place == num_chunks - 1 else CHUNK
-            _take_chunk(chunks[chain[place], begin:end], slots)
-    chains[last], queues[free, FIRST] = queues[free, FIRST], first  # the whole chain is free now
-    queues[queue, FIRST], queues[queue, BEGIN] = _NO_CHUNK, 0
+    begin, end = queues[queue, BEGIN], queues[queue, END]
+    if num_chunks > 0:
+        chains[last], queues[free, FIRST] = queues[free, FIRST], first  # the whole chain is free now
+        queues[queue, FIRST], queues[queue, BEGIN] = _NO_CHUNK, 0
+    return DueChain(due.chunks, chain[:num_chunks], begin, end)
 
 
 @jit
-def _take_chunk(entries: Int32Array, slots: Int32Array) -> None:
-    for entry in range(len(entries)):
-        slots[np.uint32(entries[entry, INDEX])] = entries[entry, SLOT]
+def take_due(chunks: Int32Array, chain: Int32Array, bounds: tuple[int, int], part: int, slots: Int32Array) -> None:
+    """Writes the slots of one part of what a queue held, a `DueChain`, to their indices in `slots`."""
+    num_chunks = len(chain)
+    low, high = part_bounds(part, num_chunks)
+    for place in range(low, high):
+        begin = bounds[0] if place == 0 else 0
+        end = bounds[1] if place == num_chunks - 1 else CHUNK
+        entries = chunks[chain[place]]
+        for entry in range(begin, end):
+            slots[np.uint32(entries[entry, INDEX])] = entries[entry, SLOT]
 
 
 @jit

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bagpipe._jit import NUM_PARTS, jit, parallel_jit, part_bounds, prange, threaded
+from bagpipe._jit import NUM_MANY_THREADS, NUM_PARTS, jit, parallel_jit, part_bounds, prange, threaded
 from bagpipe._prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.errors import StoreError
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
@@ -28,6 +28,8 @@ from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 
 _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
+_MUCH = 8 << 20
+"""Bytes that few threads would take milliseconds to move."""
 
 
 class ArrayStore(ABC):
@@ -51,13 +53,15 @@ class ArrayStore(ABC):
         records, touched = self._checked(rows, out, "out")
         if not out.flags.writeable:
             raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
-        _gather(records, touched, rows, self._initializer.parameters, out)
+        gather = _gather_little if out.nbytes < _MUCH else _gather_much
+        gather(records, touched, rows, self._initializer.parameters, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
         own, touched = self._checked(rows, records, "records")
         self._make_room(rows)
-        num_new = _scatter(own, touched, rows, records)
+        scatter = _scatter_little if records.nbytes < _MUCH else _scatter_much
+        num_new = scatter(own, touched, rows, records)
         with self._count_lock:
             self._num_touched += num_new
 
@@ -157,13 +161,15 @@ def _first_outside(rows: Int64Array, num_rows: int) -> int:
     return -1
 
 
-@threaded
 @parallel_jit
 def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
     """Copies touched rows to `out` and computes the others."""
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
         _gather_part(records, touched, rows[begin:end], initial, out[begin:end])
+
+
+_gather_little, _gather_much = threaded(_gather), threaded(_gather, NUM_MANY_THREADS)
 
 
 @jit
@@ -186,7 +192,6 @@ def _gather_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, i
         fill_part(rows, untouched, initial, out)
 
 
-@threaded
 @parallel_jit
 def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
     """Copies `values` to `records[rows]` and marks them touched; returns how many were not so before."""
@@ -195,6 +200,9 @@ def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, value
         begin, end = part_bounds(part, len(rows))
         num_new += _scatter_part(records, touched, rows[begin:end], values[begin:end])
     return num_new
+
+
+_scatter_little, _scatter_much = threaded(_scatter), threaded(_scatter, NUM_MANY_THREADS)
 
 
 @jit
