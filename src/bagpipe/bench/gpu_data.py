@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bagpipe._jit import jit
+from bagpipe._workers import Workers
 from bagpipe.bench.gpu_workloads import NUM_DENSE, Workload
 from bagpipe.bench.measure import Progress
 from bagpipe.data.base import Batch
@@ -73,12 +73,12 @@ def make_stream(
     resident: list[ResidentBatch] = []
     resident_rows = np.empty(0, np.int64)
     with (
-        ThreadPoolExecutor(num_threads, thread_name_prefix="stream") as pool,
+        Workers("stream", num_threads) as workers,
         SplitWriter(
             folder, "train", schema, rows_per_batch=_ROWS_PER_RECORD_BATCH, batches_per_file=_RECORD_BATCHES_A_FILE
         ) as writer,
     ):
-        for number, (batch, record) in enumerate(ordered_map(make, range(num_batches), pool, ahead=2 * num_threads)):
+        for number, (batch, record) in enumerate(ordered_map(make, range(num_batches), workers, ahead=2 * num_threads)):
             writer.write(record)
             if number < num_resident:
                 resident.append(_to_device(batch, on_device, device))

@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 
 from bagpipe._jit import jit
+from bagpipe._workers import Call, Workers
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, DeviceTransfers, plan_to_device
 from bagpipe.cache.spans import span
-from bagpipe.cache.worker import Call, Worker
 from bagpipe.errors import BackgroundError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Int32Array, Int64Array, StepPlan, Transfers
@@ -93,7 +93,7 @@ class Executor:
         self._device = caches[0].device
         self._streams: _Streams | None = _Streams(self._device) if self._device.type == "cuda" else None
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]  # the gather thread's
-        self._gather_thread, self._write_thread = Worker("bagpipe-gather"), Worker("bagpipe-write-back")
+        self._gather_thread, self._write_thread = Workers("bagpipe-gather"), Workers("bagpipe-write-back")
         self._pending: deque[_Pending] = deque()
         self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
         self._ended: deque[_Pending] = deque()  # steps whose plans the device may still read

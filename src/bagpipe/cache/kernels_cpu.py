@@ -11,7 +11,6 @@ on the chunk that it falls into, so it does not depend on the number of threads 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bagpipe._workers import Workers
 from bagpipe.cache import cpu_half, cpu_loops
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.kernels_torch import adam_step_size
@@ -34,8 +34,8 @@ _MIN_CHUNK = 256
 
 
 @cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-kernel")
+def _workers(num_threads: int) -> Workers:
+    return Workers("bagpipe-kernel", num_threads)
 
 
 def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:
@@ -52,7 +52,7 @@ def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:
         for begin, end in chunks:
             work(begin, end)
 
-    others = [_pool(num_threads - 1).submit(work_off) for _ in range(num_threads - 1)]
+    others = [_workers(num_threads - 1).submit(work_off) for _ in range(num_threads - 1)]
     work_off()
     for other in others:
         other.result()

@@ -30,6 +30,7 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 
+from bagpipe._workers import Workers
 from bagpipe.errors import CacheTooSmallError, ConfigError, DataError
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.pipeline import ordered_map
@@ -148,8 +149,8 @@ def read_trace(
     """De-duplicates up to `max_batches` batches. DataError: there is none, or what `batches` and `dedup` raise."""
     num_threads = threads or os.cpu_count() or 1
     kept = []
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup") as pool:
-        found = ordered_map(partial(_distinct_rows, groups), islice(batches, max_batches), pool, ahead=2 * num_threads)
+    with Workers("bagpipe-dedup", num_threads) as workers:
+        found = ordered_map(partial(_distinct_rows, groups), islice(batches, max_batches), workers, ahead=2 * num_threads)
         for batch in found:
             kept.append(batch)
             if progress is not None:

@@ -8,45 +8,39 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from bagpipe._workers import Call, Workers
 from bagpipe.errors import BackgroundError, BagpipeError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[Result]:
-    """`map` on `pool` with at most `ahead` calls under way or waiting; results in the order of `items`.
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: Workers, ahead: int) -> Iterator[Result]:
+    """`map` on `workers` with at most `ahead` calls under way or waiting; results in the order of `items`.
 
     What `items` raises is raised after the results of all items before it.
     """
-    futures: deque[Future[Result]] = deque()
+    calls: deque[Call[Result]] = deque()
     iterator = iter(items)
     failure: BaseException | None = None
-    try:
-        while failure is None:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                break
-            except BaseException as error:
-                failure = error
-                break
-            futures.append(pool.submit(function, item))
-            while futures and (len(futures) >= ahead or futures[0].done()):
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-        if failure is not None:
-            raise failure
-    finally:
-        for future in futures:
-            future.cancel()
+    while failure is None:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            break
+        except BaseException as error:
+            failure = error
+            break
+        calls.append(workers.submit(function, item))
+        while calls and (len(calls) >= ahead or calls[0].is_over):
+            yield calls.popleft().result()
+    while calls:
+        yield calls.popleft().result()
+    if failure is not None:
+        raise failure
 
 
 class BackgroundIterator(Generic[Item]):

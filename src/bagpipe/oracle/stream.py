@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
+from bagpipe._workers import Workers
 from bagpipe.errors import DataError
 from bagpipe.jagged import as_jagged, check_features
 from bagpipe.oracle.checks import checked
@@ -90,9 +90,9 @@ def plan_stream(
     oracle = options.make_oracle()
     # No more threads than keep up: on shared memory they slow the sequential stages, which set the pace.
     num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 3)
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-dedup") as pool:
+    with Workers("bagpipe-dedup", num_threads) as workers:
         numbered = enumerate(batches, options.first_step)
-        deduped = ordered_map(partial(_dedup, options.groups, find_sparse), numbered, pool, ahead=2 * num_threads)
+        deduped = ordered_map(partial(_dedup, options.groups, find_sparse), numbered, workers, ahead=2 * num_threads)
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
         planned = oracle.plan_linked(linked)
         if options.check:

@@ -1,7 +1,7 @@
-"""A background thread that runs calls in order: `ThreadPoolExecutor(1)` at a twentieth of its price.
+"""Background threads that run calls: `concurrent.futures` at a twentieth of its price.
 
-Handing a call to an executor takes its caller 40 us, most of it for the future's condition variable, and the trainer's thread
-hands out three calls a step of under 2 ms. Here a call's outcome is guarded by one plain lock.
+Handing a call to a ThreadPoolExecutor takes its caller 40 us, most of it for the future's condition variable, and threads with
+steps of under 2 ms hand out several calls a step. Here a call's outcome is guarded by one plain lock.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import threading
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 Result = TypeVar("Result")
 
 
 class Call(Generic[Result]):
-    """A call handed to a `Worker`, and its outcome."""
+    """A call handed to `Workers`, and its outcome."""
 
     __slots__ = ("_arguments", "_error", "_function", "_is_over", "_result")
 
@@ -52,7 +52,7 @@ class Call(Generic[Result]):
         return self._result
 
     def run(self) -> None:
-        """Called by the worker, once."""
+        """Called by a worker, once."""
         try:
             self._result = self._function(*self._arguments)
         except BaseException as error:  # whatever it is, it must reach who asks for the result
@@ -62,29 +62,47 @@ class Call(Generic[Result]):
             self._is_over.release()
 
 
-class Worker:
-    """Owns the thread, which ends with `close`, or with the worker itself."""
+class Workers:
+    """Owns threads, which end with `close`, at the end of a `with` block, or with the object itself."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, num_threads: int = 1) -> None:
+        """Calls begin in the order in which they are submitted, so those of one thread also end in it."""
+        self._name = name
         self._calls: SimpleQueue[Call[Any] | None] = SimpleQueue()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=_run, args=(self._calls, self._closed), name=name, daemon=True)
-        self._thread.start()
-        weakref.finalize(self, self._calls.put, None)
+        self._threads = [
+            threading.Thread(target=_run, args=(self._calls, self._closed), name=f"{name}_{index}", daemon=True)
+            for index in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        weakref.finalize(self, _end, self._calls, num_threads)
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
         """Queues a call."""
         if self._closed.is_set():
-            raise RuntimeError(f"{self._thread.name} is closed")
+            raise RuntimeError(f"{self._name} is closed")
         call = Call(function, arguments)
         self._calls.put(call)
         return call
 
     def close(self) -> None:
-        """Waits for the call in hand and drops those behind it, whose results nobody may wait for. Closing twice is allowed."""
+        """Waits for the calls in hand and drops those behind them, whose results nobody may wait for. Closing twice is allowed."""
         self._closed.set()
-        self._calls.put(None)
-        self._thread.join()
+        _end(self._calls, len(self._threads))
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _end(calls: SimpleQueue[Call[Any] | None], num_threads: int) -> None:
+    for _ in range(num_threads):
+        calls.put(None)
 
 
 def _run(calls: SimpleQueue[Call[Any] | None], closed: threading.Event) -> None:

@@ -1,0 +1,82 @@
+"""Background threads: order, outcomes, ending."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+
+from bagpipe._workers import Workers
+
+
+def test_calls_run_in_order_and_their_outcome_can_be_had_again_and_again() -> None:
+    workers, seen = Workers("w"), list[int]()
+    calls = [workers.submit(lambda number: seen.append(number) or number, number) for number in range(100)]  # type: ignore[func-returns-value]
+    assert [call.result() for call in calls] == list(range(100)) == seen
+    assert calls[3].result() == 3
+    assert calls[3].has_succeeded
+    workers.close()
+    workers.close()
+    with pytest.raises(RuntimeError, match="w is closed"):
+        workers.submit(print)
+
+
+def test_what_a_call_raises_reaches_who_asks_and_the_next_call_runs() -> None:
+    workers = Workers("w")
+    bad, good = workers.submit(lambda: 1 // 0), workers.submit(lambda: 7)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            bad.result()
+    assert good.result() == 7
+    assert (bad.is_over, bad.has_failed, bad.has_succeeded) == (True, True, False)
+    workers.close()
+
+
+def test_several_threads_wait_for_one_call() -> None:
+    workers, go, results = Workers("w"), threading.Event(), list[bool]()
+    call = workers.submit(go.wait)
+    waiting = [threading.Thread(target=lambda: results.append(call.result())) for _ in range(4)]
+    for thread in waiting:
+        thread.start()
+    assert not call.is_over
+    assert not call.has_failed
+    go.set()
+    for thread in waiting:
+        thread.join()
+    assert results == [True] * 4
+    workers.close()
+
+
+def test_several_threads_work_side_by_side() -> None:
+    meeting = threading.Barrier(3)
+    with Workers("w", 3) as workers:
+        calls = [workers.submit(meeting.wait, 5) for _ in range(3)]
+        assert sorted(call.result() for call in calls) == [0, 1, 2]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("w_")]
+
+
+def test_close_waits_for_the_call_in_hand_and_drops_the_others() -> None:
+    workers, started = Workers("w"), threading.Event()
+
+    def slow() -> str:
+        started.set()
+        time.sleep(0.05)
+        return "done"
+
+    first, second = workers.submit(slow), workers.submit(lambda: "never")
+    started.wait()
+    workers.close()
+    assert first.result() == "done"
+    assert not second.is_over
+
+
+def test_the_threads_end_with_their_owner() -> None:
+    workers = Workers("bagpipe-dropped")
+    assert workers.submit(lambda: 1).result() == 1
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "bagpipe-dropped_0")
+    del workers
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
