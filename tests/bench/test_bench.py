@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from bagpipe.bench import numpy_oracle
+from bagpipe.bench.gpu_arms import TorchCpuArm
 from bagpipe.bench.gpu_bench import disagreements
 from bagpipe.bench.measure import Timing, silent
 from bagpipe.bench.streams import kaggle_group, make_batches
@@ -71,6 +73,25 @@ def test_the_gpu_benchmark_at_tiny_sizes(workload: str, tmp_path: Path) -> None:
     assert (tmp_path / "gpu.svg").stat().st_size > 1000
     assert "dense and bagpipe always run" in run("gpu", "--quick", "--arm", "tensorflow").stderr
     assert "workload 'W9' is unknown" in run("gpu", "--quick", "--workload", "W9").stderr
+
+
+@pytest.mark.parametrize("num_calls", [0, 10])  # while it starts, and in a turn
+def test_an_arm_that_fails_costs_the_others_nothing(num_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(num_calls))
+    lookup = TorchCpuArm.lookup
+
+    def fail(self: TorchCpuArm, pooled: torch.Tensor) -> None:
+        if next(calls, None) is None:
+            raise MemoryError("no room")
+        lookup(self, pooled)
+
+    monkeypatch.setattr(TorchCpuArm, "lookup", fail)
+    result = run("gpu", "--quick", "--arm", "torch_cpu", "--json", tmp_path / "gpu.json")
+    assert result.exit_code == 0, result.stderr
+    assert "arm torch_cpu failed and is left out: MemoryError: no room" in " ".join(result.output.split())
+    arms = json.loads((tmp_path / "gpu.json").read_text())["gpu"]["arms"]
+    assert list(arms) == ["bagpipe", "dense"]
+    assert arms["bagpipe"]["step"]["median_ms"] > 0
 
 
 def test_an_arm_that_computes_something_else_is_named_with_its_step() -> None:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,13 @@ def bench_gpu(workload: Workload, arms: Sequence[str] | None, progress: Progress
     names, notes = _available([name for name in OTHER_ARMS if not arms or name in arms], on_cuda)
     folder = Path(tempfile.mkdtemp(prefix="bagpipe-bench-"))
     try:
-        values = _Bench(workload, names, torch.device("cuda" if on_cuda else "cpu"), folder, progress).run()
+        bench = _Bench(workload, names, torch.device("cuda" if on_cuda else "cpu"), folder, progress)
+        values = bench.run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if plot is not None:
         save_plot(values, plot)
+    notes += [f"arm {name} failed and is left out: {error}" for name, error in bench.failures.items()]
     notes += disagreements({name: arm["loss_differences"] for name, arm in values["arms"].items()})
     return Result(name="gpu", tables=render(values), values=values, notes=tuple(notes))
 
@@ -119,6 +121,8 @@ class _Bench:
         self._group: Group = workload.group
         self._folder = folder
         self._reference: list[float] = []  # Bagpipe's first losses
+        self.failures: dict[str, str] = {}
+        """Arms that failed, and with what."""
         num_turns = max(1, len(names)) * workload.rounds
         self._stream: Stream = make_stream(
             workload,
@@ -142,19 +146,40 @@ class _Bench:
             assert isinstance(bagpipe, BagpipeArm)
             before = bagpipe.counters()
             for number, names in enumerate(sets):
-                with ExitStack() as beside:
-                    runs |= {name: self._start(name, beside) for name in names}
-                    for turn in range(self._workload.rounds):
-                        for name in ("dense", "bagpipe", *names):
-                            self._turn(runs[name])
-                        done = number * self._workload.rounds + turn + 1
-                        self._progress("measuring", done, len(sets) * self._workload.rounds)
-                    for name in names:
-                        self._time_kernels(runs[name])
+                runs |= self._measure_beside(runs, names, number * self._workload.rounds, len(sets) * self._workload.rounds)
                 self._forget()
             counted = bagpipe.counters_since(before)
             self._time_kernels(runs["bagpipe"])
             return self._values(runs, counted, bandwidths, bagpipe.lookahead.oracle_bytes)
+
+    def _measure_beside(self, always: Mapping[str, _Run], names: Sequence[str], num_done: int, num_turns: int) -> dict[str, _Run]:
+        """Turns of the arms that always run and of those of `names`; one of these that fails is left out and noted."""
+        with ExitStack() as beside:
+            runs: dict[str, _Run] = {}
+            for name in names:
+                with self._noting_failure(name):
+                    runs[name] = self._start(name, beside)
+            for turn in range(self._workload.rounds):
+                for name in ("dense", "bagpipe"):
+                    self._turn(always[name])
+                for name, run in runs.items():
+                    if name not in self.failures:
+                        with self._noting_failure(name):
+                            self._turn(run)
+                self._progress("measuring", num_done + turn + 1, num_turns)
+            for name, run in runs.items():
+                if name not in self.failures:
+                    with self._noting_failure(name):
+                        self._time_kernels(run)
+            return {name: run for name, run in runs.items() if name not in self.failures}
+
+    @contextmanager
+    def _noting_failure(self, name: str) -> Iterator[None]:
+        """What one arm can't do, say for want of memory, must not cost the others their numbers."""
+        try:
+            yield
+        except Exception as error:
+            self.failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
     def _make(self, name: str) -> GpuArm:
         match name:
