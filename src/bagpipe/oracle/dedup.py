@@ -19,11 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bagpipe._jit import jit
+from bagpipe._prefetch import prefetch
 from bagpipe.errors import DataError
 from bagpipe.jagged import group_lookups, id_outside_table
 from bagpipe.types import MAX_PIECE_LENGTH, Float32Array, Group, Int32Array, Int64Array, Jagged
 
 _MAX_LOOKUPS = 2**31 - 1
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
+_AHEAD = 24
+"""Lookups ahead for which a place of the hash table is asked for: with a million ids of one table it is larger than the caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,25 +162,28 @@ def _number_rows(
         mask = np.uint64((1 << bits) - 1)
         direct = num_embeddings <= (1 << bits)
         shift = np.uint64(64 - bits)
-        heads = np.full(1 << bits, -1, np.int32)
+        heads = np.full((1 << bits, 1), -1, np.int32)
         for current in range(feature, last):
             start = feature_starts[current]
-            for lookup in range(start, start + feature_lengths[current]):
+            stop = start + feature_lengths[current]
+            for lookup in range(start, stop):
+                ahead = np.uint64(np.int64(values[min(lookup + _AHEAD, stop - 1)]))
+                prefetch(heads, np.int64((ahead if direct else (ahead * _MULTIPLIER) >> shift) & mask), 0)
                 identifier = np.int64(values[lookup])
                 if identifier < 0 or identifier >= num_embeddings:
                     return num_uniques, current, lookup - start
                 row = first_row + identifier
                 place = np.uint64(identifier)
                 if not direct:
-                    place = (place * np.uint64(0x9E3779B97F4A7C15)) >> shift
-                unique = heads[place]
+                    place = (place * _MULTIPLIER) >> shift
+                unique = heads[place, 0]
                 # Direct addressing has no collisions: only a hashed place may hold another row.
                 while unique >= 0 and not direct and unique_rows[np.uint32(unique)] != row:
                     place = (place + np.uint64(1)) & mask
-                    unique = heads[place]
+                    unique = heads[place, 0]
                 if unique < 0:
                     unique = np.int32(num_uniques)
-                    heads[place] = unique
+                    heads[place, 0] = unique
                     unique_rows[num_uniques] = row
                     counts[num_uniques] = 0
                     num_uniques += 1
