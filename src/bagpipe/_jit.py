@@ -13,11 +13,12 @@ import os
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.core.cpu_options import ParallelOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +33,11 @@ NUM_MANY_THREADS = max(2, min(8, _NUM_CORES // 4))
 """That share a loop which would not keep up otherwise."""
 NUM_CRITICAL_THREADS = max(2, min(4, 3 * _NUM_CORES // 16))
 """That share a loop of the stage that sets the pace."""
+_ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]  # a dict would be emptied by the first compilation
+    dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
+    | {"prange": True}
+)
+"""What numba must not share between threads: by itself it makes a parallel loop of every sum of 32 numbers, a meeting each."""
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
@@ -45,7 +51,7 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
 
 def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
     """As `jit`, with `prange` loops shared by threads; results must not depend on how. To be called by `threaded` functions."""
-    compiled: Callable[P, R] = numba.njit(nogil=True, cache=True, parallel=True)(function)
+    compiled: Callable[P, R] = numba.njit(nogil=True, cache=True, parallel=_ONLY_PRANGE)(function)
     return compiled
 
 
