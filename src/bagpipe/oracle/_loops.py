@@ -128,14 +128,14 @@ def _find_and_push(
     queue: UnknownQueue,
     unknown: Int32Array,
     counts: Int64Array,
+    firsts: Int64Array,
 ) -> int:
     """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns how many of these.
 
-    Also puts `unknown`, in parts, into the queue, which has room for them.
+    Also makes the parts of `unknown` the entries of the queue from `firsts` on.
     """
     queue_slots, places = queue.slots, queue.places
     num_missing = np.empty(NUM_PARTS, np.int64)
-    firsts = queue.ends[1] + np.cumsum(counts) - counts
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(previous))
         num_missing[part] = find_unsettled_part(
@@ -143,7 +143,6 @@ def _find_and_push(
         )
         begin, _ = part_bounds(part, len(unknown))
         push_unknown(queue_slots, places, firsts[part], unknown[begin : begin + counts[part]])
-    queue.ends[1] += counts.sum()
     return join_parts(missing, num_missing)
 
 
@@ -314,8 +313,13 @@ def plan(
         due_indices,
         due_slots,
     )
-    room_for_unknown(state.unknown, counts[0].sum())
-    num_missing = _find_and_push(previous, oldest_unsettled, slots_of_uses, slots, missing, state.unknown, unknown, counts[0])
+    num_pushed = counts[0].sum()
+    room_for_unknown(state.unknown, num_pushed)
+    firsts = state.unknown.ends[1] + np.cumsum(counts[0]) - counts[0]
+    num_missing = _find_and_push(
+        previous, oldest_unsettled, slots_of_uses, slots, missing, state.unknown, unknown, counts[0], firsts
+    )
+    state.unknown.ends[1] += num_pushed
     push_due(state.due, due_steps, due_indices, due_slots, counts[1])
     missing = missing[:num_missing]
     freed = np.empty(len(missing), np.int32)
