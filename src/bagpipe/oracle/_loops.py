@@ -266,6 +266,77 @@ def _keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Arr
     slots_of_uses[: len(slots) - num_first] = slots[num_first:]
 
 
+@jit
+def _find_and_settle(
+    state: State,
+    previous: Int32Array,
+    oldest_unsettled: int,
+    step: int,
+    last_seen: int,
+    settled: tuple[int, int],
+    next_uses: Int32Array,
+    slots_of_uses: Int32Array,
+) -> tuple[Int32Array, Int32Array]:
+    """Finds the slots of a step's rows, negative where they have none, and puts a batch's rows into the eviction queues.
+
+    Returns the slots and the indices of the rows without one.
+    """
+    num_kept = settled[1]
+    slots, missing = np.full(len(previous), -1, np.int32), np.empty(len(previous), np.int32)
+    unknown, due_steps = np.empty(num_kept, np.int32), np.empty(num_kept, np.int32)
+    due_indices, due_slots = np.empty(num_kept, np.int32), np.empty(num_kept, np.int32)
+    counts = _take_and_sort_out(
+        empty_due(state.due, step),
+        slots,
+        settled[0],
+        step,
+        last_seen,
+        next_uses,
+        slots_of_uses,
+        unknown,
+        due_steps,
+        due_indices,
+        due_slots,
+    )
+    num_pushed = counts[0].sum()
+    room_for_unknown(state.unknown, num_pushed)
+    firsts = state.unknown.ends[1] + np.cumsum(counts[0]) - counts[0]
+    num_missing = _find_and_push(
+        previous, oldest_unsettled, slots_of_uses, slots, missing, state.unknown, unknown, counts[0], firsts
+    )
+    state.unknown.ends[1] += num_pushed
+    push_due(state.due, due_steps, due_indices, due_slots, counts[1])
+    return slots, missing[:num_missing]
+
+
+@jit
+def _free(
+    state: State,
+    num_missing: int,
+    step: int,
+    last_seen: int,
+    unsettled: Int64Array,
+    num_used_slots: int,
+    next_uses: Int32Array,
+    slots_of_uses: Int32Array,
+) -> tuple[Int32Array, int, int, int]:
+    """Frees as many slots as are missing.
+
+    Returns them, and how many are fresh, fresh or of rows without a next use, and settled.
+    """
+    freed = np.empty(num_missing, np.int32)
+    num_fresh = min(num_missing, len(state.rows_of_slots) - num_used_slots)
+    num_unknown, num_settled = _free_settled(state, num_fresh, num_used_slots, step, last_seen, freed)
+    num_freed = num_settled
+    for batch in range(len(unsettled)):
+        if num_freed < len(freed):
+            first, num_uniques = unsettled[batch]
+            num_freed += _free_unsettled(first, num_uniques, step, next_uses, slots_of_uses, freed[num_freed:])
+    if num_freed < len(freed):
+        raise AssertionError("fewer slots than rows: admit has checked that the batch fits")
+    return freed, num_fresh, num_unknown, num_settled
+
+
 @partial(threaded, num_threads=NUM_CRITICAL_THREADS)
 @jit
 def plan(
@@ -296,42 +367,10 @@ def plan(
     step, early_tick, last_seen = steps
     if len(admitted[0]) > 0:
         _admit(state, admitted[0], admitted[1], oldest_unsettled, admitted[2])
-    num_kept = settled[1]
-    slots, missing = np.full(len(previous), -1, np.int32), np.empty(len(previous), np.int32)
-    unknown, due_steps = np.empty(num_kept, np.int32), np.empty(num_kept, np.int32)
-    due_indices, due_slots = np.empty(num_kept, np.int32), np.empty(num_kept, np.int32)
-    counts = _take_and_sort_out(
-        empty_due(state.due, step),
-        slots,
-        settled[0],
-        step,
-        last_seen,
-        next_uses,
-        slots_of_uses,
-        unknown,
-        due_steps,
-        due_indices,
-        due_slots,
+    slots, missing = _find_and_settle(state, previous, oldest_unsettled, step, last_seen, settled, next_uses, slots_of_uses)
+    freed, num_fresh, num_unknown, num_settled = _free(
+        state, len(missing), step, last_seen, unsettled, num_used_slots, next_uses, slots_of_uses
     )
-    num_pushed = counts[0].sum()
-    room_for_unknown(state.unknown, num_pushed)
-    firsts = state.unknown.ends[1] + np.cumsum(counts[0]) - counts[0]
-    num_missing = _find_and_push(
-        previous, oldest_unsettled, slots_of_uses, slots, missing, state.unknown, unknown, counts[0], firsts
-    )
-    state.unknown.ends[1] += num_pushed
-    push_due(state.due, due_steps, due_indices, due_slots, counts[1])
-    missing = missing[:num_missing]
-    freed = np.empty(len(missing), np.int32)
-    num_fresh = min(len(missing), len(state.rows_of_slots) - num_used_slots)
-    num_unknown, num_settled = _free_settled(state, num_fresh, num_used_slots, step, last_seen, freed)
-    num_freed = num_settled
-    for batch in range(len(unsettled)):
-        if num_freed < len(freed):
-            first, num_uniques = unsettled[batch]
-            num_freed += _free_unsettled(first, num_uniques, step, next_uses, slots_of_uses, freed[num_freed:])
-    if num_freed < len(freed):
-        raise AssertionError("fewer slots than rows: admit has checked that the batch fits")
     evict_rows = np.empty(len(freed) - num_fresh, np.int64)
     missing_rows, evicted_at = np.empty(len(freed), np.int64), np.empty(len(freed), np.int32)
     _exchange(
