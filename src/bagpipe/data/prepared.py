@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from bagpipe._jit import jit
+from bagpipe._memory import copy_run
 from bagpipe.data.base import Batch, FeatureSpec, Split, count_batches
 from bagpipe.data.check import check_batch
 from bagpipe.data.manifest import PreparedManifest, check_file
@@ -174,8 +175,8 @@ def _gather_numbers(
     """Copies rows to positions; in a run, as in the functions below, both are consecutive."""
     if is_run:
         first, position = rows[0], positions[0]
-        labels_out[position : position + len(rows)] = labels[first : first + len(rows)]
-        dense_out[position : position + len(rows)] = dense[first : first + len(rows)]
+        copy_run(labels[first : first + len(rows)], labels_out[position:])
+        copy_run(dense[first : first + len(rows)], dense_out[position:])
     else:
         for i in range(len(rows)):
             labels_out[positions[i]] = labels[rows[i]]
@@ -191,7 +192,7 @@ def _gather_single(
         ids = words[first_ids[feature] :]
         into = values[feature * size : (feature + 1) * size]
         if is_run:
-            into[positions[0] : positions[0] + len(rows)] = ids[rows[0] : rows[0] + len(rows)]
+            copy_run(ids[rows[0] : rows[0] + len(rows)], into[positions[0] :])
         else:
             for i in range(len(rows)):
                 into[positions[i]] = ids[rows[i]]
@@ -240,7 +241,7 @@ def _gather_bags(
             if is_multi_hot:
                 first, last = bounds[first], bounds[last]
             begin = begins[positions[0]]
-            values[begin : begin + last - first] = ids[first:last]
+            copy_run(ids[first:last], values[begin:])
         elif is_multi_hot:
             for i in range(len(rows)):
                 begin = begins[positions[i]]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from struct import Struct
@@ -58,7 +57,7 @@ class Packed:
         """Packs both parts; their arrays are only borrowed."""
         file, found = io.BytesIO(), list[pickle.PickleBuffer]()
         pickler = pickle.Pickler(file, protocol=5, buffer_callback=found.append)
-        pickler.dispatch_table = _REDUCERS
+        pickler.dispatch_table = {**copyreg.dispatch_table, np.ndarray: _describe_array}
         pickler.dump(first)
         num_first = len(found)
         pickler.dump(second)
@@ -120,13 +119,15 @@ class Received:
 
 def _describe_array(array: npt.NDArray[Any]) -> tuple[Any, ...]:
     """How to make an array again; by numpy's own way what has more to it than a type and a shape."""
-    if array.dtype.isbuiltin != 1 or array.dtype.hasobject or array.nbytes == 0 or not array.flags.c_contiguous:
+    dtype = array.dtype
+    if dtype.kind not in "biufc" or not dtype.isnative or not array.flags.c_contiguous:
         return array.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[return-value]
-    return _make_array, (array.dtype.char, array.shape, pickle.PickleBuffer(array))  # type: ignore[arg-type]
+    if array.size == 0:
+        return np.empty, (array.shape, dtype.char)
+    if array.ndim == 1:
+        return np.frombuffer, (pickle.PickleBuffer(array), dtype.char)  # type: ignore[arg-type]
+    return _make_array, (pickle.PickleBuffer(array), dtype.char, array.shape)  # type: ignore[arg-type]
 
 
-def _make_array(dtype: str, shape: tuple[int, ...], memory: memoryview) -> npt.NDArray[Any]:
+def _make_array(memory: memoryview, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     return np.frombuffer(memory, dtype).reshape(shape)
-
-
-_REDUCERS: Any = ChainMap({np.ndarray: _describe_array}, copyreg.dispatch_table)
