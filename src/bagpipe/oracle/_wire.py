@@ -122,8 +122,6 @@ def _describe_array(array: npt.NDArray[Any]) -> tuple[Any, ...]:
     dtype = array.dtype
     if dtype.kind not in "biufc" or not dtype.isnative or not array.flags.c_contiguous:
         return array.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[return-value]
-    if array.size == 0:
-        return np.empty, (array.shape, dtype.char)
     if array.ndim == 1:
         return np.frombuffer, (pickle.PickleBuffer(array), dtype.char)  # type: ignore[arg-type]
     return _make_array, (pickle.PickleBuffer(array), dtype.char, array.shape)  # type: ignore[arg-type]
