@@ -27,11 +27,13 @@ prange = numba.prange
 NUM_PARTS = 32
 """Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
 _NUM_CORES = os.cpu_count() or 1
-NUM_THREADS = max(2, min(4, _NUM_CORES // 8))
+NUM_THREADS = max(1, min(4, _NUM_CORES // 16))
 """That share a loop. Few: several loops run at a time, and threads that wait for their next one spin on a core each."""
+NUM_STAGE_THREADS = max(2, min(4, _NUM_CORES // 8))
+"""That share a loop of a stage that would set the pace with fewer."""
 NUM_MANY_THREADS = max(2, min(8, _NUM_CORES // 4))
 """That share a loop which would not keep up otherwise."""
-NUM_CRITICAL_THREADS = max(2, min(4, 3 * _NUM_CORES // 16))
+NUM_CRITICAL_THREADS = max(2, min(4, _NUM_CORES // 4))
 """That share a loop of the stage that sets the pace."""
 _ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]  # a dict would be emptied by the first compilation
     dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from bagpipe._jit import NUM_PARTS, jit, parallel_jit, part_bounds, prange, threaded
+from bagpipe._jit import NUM_PARTS, NUM_STAGE_THREADS, jit, parallel_jit, part_bounds, prange, threaded
 from bagpipe._prefetch import prefetch
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.types import Group, Int32Array, Int64Array
@@ -104,7 +105,7 @@ def roomy_ring(ring: Int32Array, first_occurrence: int, num_kept: int, num_more:
     return larger
 
 
-@threaded
+@partial(threaded, num_threads=NUM_STAGE_THREADS)
 @parallel_jit
 def _link(
     rows: Int64Array, step: int, first_occurrence: int, num_kept: int, last_uses: Int32Array, next_uses: Int32Array
