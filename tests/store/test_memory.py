@@ -64,8 +64,9 @@ def test_threads_share_a_call_and_change_nothing(monkeypatch: pytest.MonkeyPatch
     group = make_group(5000, dim=5)
     found = []
     for num_threads in (1, numba.get_num_threads()):
-        monkeypatch.setattr(array, "_gather_little", threaded(array._gather, num_threads))
-        monkeypatch.setattr(array, "_scatter_little", threaded(array._scatter, num_threads))
+        gather, scatter = threaded(array._gather, num_threads), threaded(array._scatter, num_threads)
+        monkeypatch.setattr(array, "_gather_by_size", lambda _, chosen=gather: chosen)
+        monkeypatch.setattr(array, "_scatter_by_size", lambda _, chosen=scatter: chosen)
         store = MemoryStore(group, 3)
         rng = np.random.default_rng(0)
         for _ in range(3):

@@ -16,20 +16,35 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from bagpipe._jit import NUM_MANY_THREADS, NUM_PARTS, jit, parallel_jit, part_bounds, prange, threaded
+from bagpipe._jit import (
+    NUM_MANY_THREADS,
+    NUM_PARTS,
+    NUM_STAGE_THREADS,
+    NUM_THREADS,
+    jit,
+    parallel_jit,
+    part_bounds,
+    prange,
+    threaded,
+)
+from bagpipe._memory import copy_run
 from bagpipe._prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.errors import StoreError
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
 from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
-_MUCH = 8 << 20
-"""Bytes that few threads would take milliseconds to move."""
+_SOME, _MUCH = 6 << 20, 24 << 20
+"""Bytes that one thread takes over a millisecond to move, and that few do: from there on more threads share a call."""
 
 
 class ArrayStore(ABC):
@@ -53,14 +68,13 @@ class ArrayStore(ABC):
         records, touched = self._checked(rows, out, "out")
         if not out.flags.writeable:
             raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
-        gather = _gather_little if out.nbytes < _MUCH else _gather_much
-        gather(records, touched, rows, self._initializer.parameters, out)
+        _gather_by_size(out.nbytes)(records, touched, rows, self._initializer.parameters, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
         own, touched = self._checked(rows, records, "records")
         self._make_room(rows)
-        scatter = _scatter_little if records.nbytes < _MUCH else _scatter_much
+        scatter = _scatter_by_size(records.nbytes)
         num_new = scatter(own, touched, rows, records)
         with self._count_lock:
             self._num_touched += num_new
@@ -161,6 +175,12 @@ def _first_outside(rows: Int64Array, num_rows: int) -> int:
     return -1
 
 
+def _by_size(compiled: Callable[P, R]) -> Callable[[int], Callable[P, R]]:
+    """Chooses from so many bytes how many threads share a call."""
+    little, some, much = (threaded(compiled, count) for count in (NUM_THREADS, NUM_STAGE_THREADS, NUM_MANY_THREADS))
+    return lambda num_bytes: little if num_bytes < _SOME else some if num_bytes < _MUCH else much
+
+
 @parallel_jit
 def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
     """Copies touched rows to `out` and computes the others."""
@@ -169,7 +189,7 @@ def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initia
         _gather_part(records, touched, rows[begin:end], initial, out[begin:end])
 
 
-_gather_little, _gather_much = threaded(_gather), threaded(_gather, NUM_MANY_THREADS)
+_gather_by_size = _by_size(_gather)
 
 
 @jit
@@ -184,10 +204,7 @@ def _gather_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, i
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)
         prefetch_record(records, rows[ahead])
         if not untouched[index]:
-            source = records[np.uint64(rows[index])]
-            target = out[index]
-            for column in range(len(target)):
-                target[column] = source[column]
+            copy_run(records[np.uint64(rows[index])], out[index])
     if any_untouched:
         fill_part(rows, untouched, initial, out)
 
@@ -202,7 +219,7 @@ def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, value
     return num_new
 
 
-_scatter_little, _scatter_much = threaded(_scatter), threaded(_scatter, NUM_MANY_THREADS)
+_scatter_by_size = _by_size(_scatter)
 
 
 @jit
@@ -212,10 +229,7 @@ def _scatter_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, 
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)
         prefetch_record(records, rows[ahead])
         row = np.uint64(rows[index])
-        target = records[row]
-        source = values[index]
-        for column in range(len(source)):
-            target[column] = source[column]
+        copy_run(values[index], records[row])
         num_new += 1 - touched[row]
         touched[row] = 1
     return num_new
