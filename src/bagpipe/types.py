@@ -24,6 +24,8 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 Pooling: TypeAlias = Literal["sum", "mean"]
 DataType: TypeAlias = Literal["fp32", "bf16", "fp16"]
 """How weights are kept; optimizer state is float32 whatever it is."""
@@ -316,6 +318,41 @@ class Transfers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowExchange:
+    """Rows of one group that one trainer sends to the others and gets from them at one moment, packed by rank."""
+
+    send: Int32Array  # (num_sent,) which of its rows, those for rank 0 first
+    send_counts: Int64Array  # (num_trainers,)
+    receive_counts: Int64Array  # (num_trainers,)
+
+    @property
+    def num_received(self) -> int:
+        return int(self.receive_counts.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupExchange:
+    """What one trainer of several exchanges in one step for one group, and applies to the rows that it owns.
+
+    Replicas arrive in the slots from ``first_replica`` on, first ``replicas_later``'s, then ``replicas_now``'s, each by rank.
+    What is sent of them are own slots. ``sync_now`` and ``sync_later`` are gradients: what is sent are the sums of the trainer's
+    own bags by distinct row, the u-th of its schedule. What is *now* is on the critical path, right before or after the step's
+    compute; *later* replicas travel behind the compute of the step before, *later* gradients behind that of the step after.
+
+    An ``apply`` schedule gives the rows to update once; its bags are places in the trainer's own sums (U,) followed by the sums
+    received with the gradients of the same moment, so that a row's contributions are added in the order of ranks.
+    """
+
+    first_replica: int
+    replicas_later: RowExchange
+    replicas_now: RowExchange
+    sync_now: RowExchange
+    sync_later: RowExchange
+    apply_now: GradientSchedule
+    apply_later: GradientSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupPlan:
     """What one trainer does in one step with one group. Tick t is the moment just before the compute of step t.
 
@@ -331,6 +368,8 @@ class GroupPlan:
     early: Transfers
     late: Transfers
     lookup_weights: Float32Array | None = None  # (L,) by which looked up rows are multiplied; None: 1
+    exchange: GroupExchange | None = None
+    """With the other trainers; None: there are none, and `schedule` says all about the update."""
 
     @property
     def lookup_slots(self) -> Int32Array:
@@ -347,3 +386,5 @@ class StepPlan:
     batch_size: int
     groups: tuple[GroupPlan, ...]
     lookahead: int  # batches that the oracle had seen beyond this one when it planned it
+    has_late: bool = False
+    """Whether any trainer has late transfers: then no gradient of the step before may still be on its way when they are issued."""

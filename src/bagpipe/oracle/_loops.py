@@ -30,7 +30,8 @@ from bagpipe.oracle._queues import (
     take_due,
 )
 from bagpipe.oracle.linker import STEP
-from bagpipe.types import Int32Array, Int64Array
+from bagpipe.oracle.owners import choose_owners
+from bagpipe.types import Int32Array, Int64Array, UInt64Array
 
 
 class State(NamedTuple):
@@ -352,13 +353,15 @@ def plan(
     num_used_slots: int,
     next_uses: Int32Array,
     slots_of_uses: Int32Array,
+    users: UInt64Array,
+    num_trainers: int,
 ) -> tuple[Int32Array, Int32Array, Int64Array, Int64Array, Int32Array, tuple[int, int, int], tuple[int, int, int]]:
     """Admits a batch, and plans a step.
 
     It finds the rows' slots, settles a batch, frees as many slots as are missing, evicts, assigns and remembers. `admitted` are
     the rows of the batch to admit (none: no batch), their previous uses and its step. `steps` are the step, the tick of its early
     transfers and the last step seen; `settled` and each of `unsettled` (n, 2), oldest first, are the first occurrence and the
-    number of rows of a planned batch.
+    number of rows of a planned batch. `users` (U,), of several trainers, are the sets of ranks that use the rows.
 
     Returns slots (U,), freed slots, the rows evicted from all but the fresh of them, fetched rows and their slots; how many freed
     slots are fresh, fresh or of rows without a next use, and settled; how many fetches are early, and the latest eviction among the
@@ -371,6 +374,8 @@ def plan(
     freed, num_fresh, num_unknown, num_settled = _free(
         state, len(missing), step, last_seen, unsettled, num_used_slots, next_uses, slots_of_uses
     )
+    if num_trainers > 1:
+        missing = choose_owners(missing, users, freed, num_trainers)
     evict_rows = np.empty(len(freed) - num_fresh, np.int64)
     missing_rows, evicted_at = np.empty(len(freed), np.int64), np.empty(len(freed), np.int32)
     _exchange(

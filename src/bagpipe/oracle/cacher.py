@@ -30,8 +30,11 @@ import numpy as np
 from bagpipe.errors import CacheTooSmallError
 from bagpipe.oracle import _loops, _queues
 from bagpipe.oracle.dedup import DedupedGroup
-from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
-from bagpipe.types import GradientSchedule, Group, GroupPlan, Int32Array, Int64Array, Transfers
+from bagpipe.oracle.linker import OCCURRENCES, LinkedGroup, Linker, roomy_ring
+from bagpipe.oracle.merge import MergedGroup
+from bagpipe.types import BoolArray, Group, GroupPlan, Int32Array, Int64Array, Transfers
+
+_NO_USERS = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,18 @@ class _Planned:
     step: int
     first_occurrence: int
     num_uniques: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """A step of the cache of one group, or of the caches of all trainers: slot s is then slot s // n of rank s % n of n."""
+
+    batch: DedupedGroup | MergedGroup
+    unique_slots: Int32Array  # (U,)
+    early: Transfers
+    late: Transfers
+    was_used_before: BoolArray  # (U,) by the step before
+    is_used_next: BoolArray  # (U,) by the step after
 
 
 _NOTHING = _Planned(step=-1, first_occurrence=0, num_uniques=0)
@@ -57,9 +72,15 @@ class Cacher:
         max_lookahead: int,
         prefetch_depth: int,
         first_step: int = 0,
+        num_trainers: int = 1,
     ) -> None:
-        """`max_lookahead` bounds how many batches are ever admitted ahead; `first_step` is the number of the first batch."""
-        self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
+        """`max_lookahead` bounds how many batches are ever admitted ahead; `first_step` is the number of the first batch.
+
+        Of several trainers it plans all caches as one of `num_slots`, and batches are `MergedGroup`s.
+        """
+        self.group, self.num_slots, self.prefetch_depth, self._num_trainers = group, num_slots, prefetch_depth, num_trainers
+        # Of several trainers a row's update may end one step later (see GroupExchange): so long it is not settled.
+        self._num_kept_unsettled = prefetch_depth + (num_trainers > 1)
         self.linker = Linker(group, first_step=first_step)
         """Links batches before they are admitted; may run ahead in another thread."""
         self._first_step = self._next_step = self._next_admitted = self._next_taken = first_step
@@ -88,7 +109,7 @@ class Cacher:
         arrays = (*self._state[:2], *self._state.unknown, *self._state.due, self._slots_of_uses)
         return self.linker.nbytes + sum(array.nbytes for array in arrays)
 
-    def check_fits(self, batch: DedupedGroup) -> None:
+    def check_fits(self, batch: DedupedGroup | MergedGroup) -> None:
         """Raises CacheTooSmallError when the batch to be admitted next alone needs more slots than there are."""
         if len(batch.unique_rows) > self.num_slots:
             raise CacheTooSmallError(
@@ -105,6 +126,20 @@ class Cacher:
         self._next_admitted += 1
 
     def plan(self) -> GroupPlan:
+        """Plans the oldest admitted batch that is not planned yet, for a single trainer."""
+        planned = self.plan_cache()
+        assert isinstance(planned.batch, DedupedGroup)
+        return GroupPlan(
+            inverse=planned.batch.inverse,
+            bag_offsets=planned.batch.bag_offsets,
+            bag_scales=planned.batch.bag_scales,
+            lookup_weights=planned.batch.lookup_weights,
+            schedule=planned.batch.schedule(planned.unique_slots),
+            early=planned.early,
+            late=planned.late,
+        )
+
+    def plan_cache(self) -> CachePlan:
         """Plans the oldest admitted batch that is not planned yet."""
         step, last_seen = self._next_step, self._next_admitted - 1
         early_tick = max(self._first_step, step - self.prefetch_depth)
@@ -114,7 +149,8 @@ class Cacher:
         batch = linked.batch
         self._next_step += 1
         self._reserve(linked)
-        settled = self._unsettled.popleft() if len(self._unsettled) > self.prefetch_depth else _NOTHING
+        was_used_before, is_used_next = self._neighbours(linked)
+        settled = self._unsettled.popleft() if len(self._unsettled) > self._num_kept_unsettled else _NOTHING
         slots, freed, evict_rows, fetch_rows, fetch_slots, freed_counts, (num_early, early_fence, late_fence) = _loops.plan(
             self._state,
             newest,
@@ -128,6 +164,8 @@ class Cacher:
             self._num_used_slots,
             self.linker.next_uses,
             self._slots_of_uses,
+            batch.users if isinstance(batch, MergedGroup) else _NO_USERS,
+            self._num_trainers,
         )
         if settled is not _NOTHING:
             self._num_unsettled -= settled.num_uniques
@@ -138,19 +176,11 @@ class Cacher:
         self._unsettled.append(_Planned(step=step, first_occurrence=linked.first_occurrence, num_uniques=len(slots)))
         self._num_unsettled += len(slots)
         evict_slots, num_evicted_early = freed[num_fresh:], num_settled - num_fresh
-        return GroupPlan(
-            inverse=batch.inverse,
-            bag_offsets=batch.bag_offsets,
-            bag_scales=batch.bag_scales,
-            lookup_weights=batch.lookup_weights,
-            schedule=GradientSchedule(
-                unique_slots=slots,
-                bags=batch.bags,
-                piece_offsets=batch.piece_offsets,
-                long_uniques=batch.long_uniques,
-                long_offsets=batch.long_offsets,
-                bag_weights=batch.bag_weights,
-            ),
+        return CachePlan(
+            batch=batch,
+            unique_slots=slots,
+            was_used_before=was_used_before,
+            is_used_next=is_used_next,
             early=Transfers(
                 evict_rows=evict_rows[:num_evicted_early],
                 evict_slots=evict_slots[:num_evicted_early],
@@ -167,6 +197,19 @@ class Cacher:
             ),
         )
 
+    def _neighbours(self, linked: LinkedGroup) -> tuple[BoolArray, BoolArray]:
+        """For each row of the batch to plan whether the step before uses it, and whether the step after does."""
+        is_used_next = np.zeros(len(linked.previous), np.bool_)
+        if self._num_trainers == 1:  # nobody asks
+            return is_used_next, is_used_next
+        before = self._unsettled[-1] if self._unsettled else _NOTHING
+        was_used_before = _is_among(linked.previous, before.first_occurrence, before.num_uniques)
+        if self._admitted:
+            previous = self._admitted[0].previous
+            here = previous[_is_among(previous, linked.first_occurrence, len(linked.previous))]
+            is_used_next[(here - linked.first_occurrence) & OCCURRENCES] = True
+        return was_used_before, is_used_next
+
     def _take_new(self, oldest_unsettled: int) -> tuple[Int64Array, Int32Array, int]:
         """Rows, previous uses and step of the last batch that is new since the last plan, once those before it are taken in."""
         newest: tuple[Int64Array, Int32Array, int] = np.empty(0, np.int64), np.empty(0, np.int32), self._next_taken
@@ -181,3 +224,8 @@ class Cacher:
         """Makes room for a batch in the ring of unsettled uses."""
         oldest = linked.first_occurrence - self._num_unsettled
         self._slots_of_uses = roomy_ring(self._slots_of_uses, oldest, self._num_unsettled, len(linked.previous))
+
+
+def _is_among(previous: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
+    """Whether each previous use (n,) is one of so many occurrences."""
+    return (previous >= 0) & (((previous - first_occurrence) & OCCURRENCES) < num_uniques)

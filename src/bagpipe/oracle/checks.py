@@ -29,6 +29,7 @@ def checked(
     checkers = [PlanChecker(group, slots) for group, slots in zip(groups, num_slots, strict=True)]
     for plan, batch in planned:
         for checker, group_plan, deduped in zip(checkers, plan.groups, batch.groups, strict=True):
+            assert isinstance(deduped, DedupedGroup)  # one trainer's
             checker.check(plan.step, plan.early_tick, group_plan, deduped)
         yield plan, batch
     for checker in checkers:

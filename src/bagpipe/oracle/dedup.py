@@ -22,7 +22,7 @@ from bagpipe._jit import jit
 from bagpipe._prefetch import prefetch
 from bagpipe.errors import DataError
 from bagpipe.jagged import group_lookups, id_outside_table
-from bagpipe.types import MAX_PIECE_LENGTH, Float32Array, Group, Int32Array, Int64Array, Jagged
+from bagpipe.types import MAX_PIECE_LENGTH, Float32Array, GradientSchedule, Group, Int32Array, Int64Array, Jagged
 
 _MAX_LOOKUPS = 2**31 - 1
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
@@ -49,6 +49,17 @@ class DedupedGroup:
     def nbytes(self) -> int:
         """Bytes that this value holds."""
         return sum(array.nbytes for array in vars(self).values() if array is not None)
+
+    def schedule(self, unique_slots: Int32Array) -> GradientSchedule:
+        """The gradient schedule, once its rows have slots (U,)."""
+        return GradientSchedule(
+            unique_slots=unique_slots,
+            bags=self.bags,
+            piece_offsets=self.piece_offsets,
+            long_uniques=self.long_uniques,
+            long_offsets=self.long_offsets,
+            bag_weights=self.bag_weights,
+        )
 
 
 def dedup(group: Group, batch: Jagged) -> DedupedGroup:

@@ -22,6 +22,7 @@ import numpy as np
 from bagpipe._jit import NUM_PARTS, NUM_STAGE_THREADS, jit, parallel_jit, part_bounds, prange, threaded
 from bagpipe._prefetch import prefetch
 from bagpipe.oracle.dedup import DedupedGroup
+from bagpipe.oracle.merge import MergedGroup
 from bagpipe.types import Group, Int32Array, Int64Array
 
 OCCURRENCES = (1 << 31) - 1
@@ -37,7 +38,7 @@ _AHEAD = 16
 class LinkedGroup:
     """A batch's distinct rows with their previous uses."""
 
-    batch: DedupedGroup
+    batch: DedupedGroup | MergedGroup
     first_occurrence: int
     previous: Int32Array  # (U,) each row's previous occurrence, -1 for none; one settled long ago may be told or not
 
@@ -70,7 +71,7 @@ class Linker:
         """Bytes of this object's own arrays."""
         return self._last_uses.nbytes + self.next_uses.nbytes
 
-    def link(self, batch: DedupedGroup) -> LinkedGroup:
+    def link(self, batch: DedupedGroup | MergedGroup) -> LinkedGroup:
         """Links the next batch."""
         rows, first, step = batch.unique_rows, self._next_occurrence, self._next_step
         while self._kept and self._kept[0].step <= self.settled:

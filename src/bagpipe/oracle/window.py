@@ -20,6 +20,8 @@ from bagpipe.errors import ConfigError
 from bagpipe.oracle.cacher import Cacher
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import LinkedGroup
+from bagpipe.oracle.merge import MAX_TRAINERS, MergedGroup
+from bagpipe.oracle.ranks import RankPlanner, TrainerCache
 from bagpipe.types import Group, StepPlan
 
 Payload = TypeVar("Payload")
@@ -37,8 +39,10 @@ class DedupedBatch(Generic[Payload]):
 
     payload: Payload
     batch_size: int
-    groups: tuple[DedupedGroup, ...]
+    groups: tuple[DedupedGroup | MergedGroup, ...]
     payload_bytes: int = 0
+    share_sizes: tuple[int, ...] = ()
+    """Of several trainers: how many of the batch's samples each rank has."""
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +56,28 @@ class LinkedBatch(Generic[Payload]):
 
     batch: DedupedBatch[Payload]
     groups: tuple[LinkedGroup, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainers:
+    """How many trainers share the batches and the caches, and for which of them plans are made."""
+
+    num_trainers: int
+    ranks: tuple[int, ...]
+    num_replica_slots: tuple[int, ...] = ()
+    """For each group how many replicas one trainer can hold for one step."""
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Raises ConfigError for values out of range."""
+        if not 1 <= self.num_trainers <= MAX_TRAINERS:
+            raise ConfigError(f"{self.num_trainers} trainers, must be from 1 to {MAX_TRAINERS}")
+        if not self.ranks or not all(0 <= rank < self.num_trainers for rank in self.ranks):
+            raise ConfigError(f"ranks {self.ranks}, must be some of 0 to {self.num_trainers - 1}")
+        if self.num_trainers > 1 and len(self.num_replica_slots) != len(groups):
+            raise ConfigError(f"num_replica_slots has {len(self.num_replica_slots)} entries for {len(groups)} groups")
+
+
+SINGLE_TRAINER = Trainers(num_trainers=1, ranks=(0,))
 
 
 def check_window(
@@ -81,9 +107,12 @@ class Oracle:
         lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES,
         prefetch_depth: int = 2,
         first_step: int = 0,
+        trainers: Trainers = SINGLE_TRAINER,
     ) -> None:
-        """`num_slots` for each group. Raises ConfigError for values out of range."""
+        """`num_slots` for each group, and of each trainer. Raises ConfigError for values out of range."""
         check_window(groups, num_slots=num_slots, lookahead=lookahead, prefetch_depth=prefetch_depth)
+        trainers.check(groups)
+        self._groups, self._num_slots, self._trainers = tuple(groups), tuple(num_slots), trainers
         self._is_auto = lookahead == "auto"
         self._lookahead = AUTO_START if lookahead == "auto" else lookahead
         self._lookahead_bytes = lookahead_bytes
@@ -91,10 +120,11 @@ class Oracle:
         self._cachers = [
             Cacher(
                 group,
-                num_slots=slots,
+                num_slots=slots * trainers.num_trainers,
                 max_lookahead=MAX_LOOKAHEAD if lookahead == "auto" else lookahead,
                 prefetch_depth=prefetch_depth,
                 first_step=first_step,
+                num_trainers=trainers.num_trainers,
             )
             for group, slots in zip(groups, num_slots, strict=True)
         ]
@@ -123,7 +153,12 @@ class Oracle:
             yield LinkedBatch(batch=batch, groups=tuple(linked))
 
     def plan_linked(self, batches: Iterable[LinkedBatch[Payload]]) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
-        """The second stage; raises as `plan` does."""
+        """The second stage, for the first of the ranks that are planned for; raises as `plan` does."""
+        for plans, batch in self.plan_ranks(batches):
+            yield plans[0], batch
+
+    def plan_ranks(self, batches: Iterable[LinkedBatch[Payload]]) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
+        """The second stage, for all ranks that are planned for; raises as `plan` does, and ConfigError for too many replicas."""
         source = iter(batches)
         window: deque[DedupedBatch[Payload]] = deque()
         window_bytes = 0
@@ -159,13 +194,28 @@ class Oracle:
         for cacher, group in zip(self._cachers, linked.groups, strict=True):
             cacher.admit(group)
 
-    def _plan_step(self, step: int, batch: DedupedBatch[Payload], num_ahead: int) -> StepPlan:
-        return StepPlan(
-            step=step,
-            early_tick=max(self._first_step, step - self._prefetch_depth),
-            batch_size=batch.batch_size,
-            groups=tuple(cacher.plan() for cacher in self._cachers),
-            lookahead=num_ahead,
+    def _plan_step(self, step: int, batch: DedupedBatch[Payload], num_ahead: int) -> tuple[StepPlan, ...]:
+        early_tick = max(self._first_step, step - self._prefetch_depth)
+        if self._trainers.num_trainers == 1:
+            groups = tuple(cacher.plan() for cacher in self._cachers)
+            return (StepPlan(step=step, early_tick=early_tick, batch_size=batch.batch_size, groups=groups, lookahead=num_ahead),)
+        planned = [cacher.plan_cache() for cacher in self._cachers]
+        caches = zip(self._groups, planned, self._num_slots, self._trainers.num_replica_slots, strict=True)
+        planners = [
+            RankPlanner(group, cache_plan, TrainerCache(num_slots=slots, num_replica_slots=num_replicas), step=step)
+            for group, cache_plan, slots, num_replicas in caches
+        ]
+        has_late = any(len(moved) > 0 for group in planned for moved in (group.late.evict_slots, group.late.fetch_slots))
+        return tuple(
+            StepPlan(
+                step=step,
+                early_tick=early_tick,
+                batch_size=batch.share_sizes[rank],
+                groups=tuple(planner.plan(rank) for planner in planners),
+                lookahead=num_ahead,
+                has_late=has_late,
+            )
+            for rank in self._trainers.ranks
         )
 
     def _adapt(self, window_bytes: int, batch_bytes: int) -> None:

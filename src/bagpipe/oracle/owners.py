@@ -1,0 +1,65 @@
+"""Which trainer owns a row, from the time that it is fetched to the time that it is evicted.
+
+A slot of the joint cache belongs to the rank that its number says (see `bagpipe.oracle.cacher.CachePlan`), so ranks own equally
+many rows once the cache is full, and rows are evicted as from one cache, by Belady's rule. What is left to choose is which missing
+row gets which of the freed slots: a row that one rank alone uses goes to that rank where it can, and never travels while that
+stays so; of several users the one with most slots left gets it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bagpipe._jit import jit
+from bagpipe.types import Int32Array, Int64Array, UInt64Array
+
+
+@jit
+def choose_owners(missing: Int32Array, users: UInt64Array, freed: Int32Array, num_trainers: int) -> Int32Array:
+    """Orders the missing rows (n,), indices of `users` (U,), so that the i-th gets the i-th freed slot (n,)."""
+    left, ends, positions = _by_rank(freed, num_trainers)
+    chosen = np.empty(len(missing), np.int32)
+    rest, num_rest = missing.copy(), len(missing)
+    for most_users in (1, num_trainers):  # rows of one rank first: they have most to lose
+        num_left_over = 0
+        for index in rest[:num_rest]:
+            best = _best_user(users[index], left, most_users)
+            if best < 0:
+                rest[num_left_over] = index
+                num_left_over += 1
+            else:
+                chosen[positions[ends[best] - left[best]]] = index
+                left[best] -= 1
+        num_rest = num_left_over
+    for index in rest[:num_rest]:
+        best = int(np.argmax(left))
+        chosen[positions[ends[best] - left[best]]] = index
+        left[best] -= 1
+    return chosen
+
+
+@jit
+def _by_rank(slots: Int32Array, num_trainers: int) -> tuple[Int64Array, Int64Array, Int32Array]:
+    """How many slots each rank has, where in `positions` its own end, and the positions of all by rank."""
+    counts = np.zeros(num_trainers, np.int64)
+    for slot in slots:
+        counts[slot % num_trainers] += 1
+    ends = np.cumsum(counts)
+    nexts, positions = ends - counts, np.empty(len(slots), np.int32)
+    for position in range(len(slots)):
+        rank = slots[position] % num_trainers
+        positions[nexts[rank]] = position
+        nexts[rank] += 1
+    return counts, ends, positions
+
+
+@jit
+def _best_user(users: int, left: Int64Array, most_users: int) -> int:
+    """Of a row's users, if they are no more than that, the rank with most slots left; -1 where none has any."""
+    best, num_users = -1, 0
+    for rank in range(len(left)):
+        if (users >> np.uint64(rank)) & np.uint64(1):
+            num_users += 1
+            if left[rank] > 0 and (best < 0 or left[rank] > left[best]):
+                best = rank
+    return best if num_users <= most_users else -1
