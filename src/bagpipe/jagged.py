@@ -66,6 +66,33 @@ def find_sparse(batch: Any) -> Any:
     )
 
 
+def share_bounds(batch_size: int, rank: int, num_trainers: int) -> tuple[int, int]:
+    """Which samples of a global batch are a rank's: first and end; shares differ by at most one sample."""
+    return rank * batch_size // num_trainers, (rank + 1) * batch_size // num_trainers
+
+
+def share_of(batch: Jagged, rank: int, num_trainers: int) -> Jagged:
+    """A rank's samples of a global batch. Raises DataError for inconsistent arrays."""
+    _check_arrays(batch)
+    _check_offsets(batch)
+    begin, end = share_bounds(batch.batch_size, rank, num_trainers)
+    if batch.offsets is None:
+        where = np.arange(len(batch.keys))[:, None] * batch.batch_size + np.arange(begin, end)
+        weights = None if batch.weights is None else batch.weights[where.ravel()]
+        return Jagged(keys=batch.keys, values=batch.values[where.ravel()], batch_size=end - begin, weights=weights)
+    firsts = batch.offsets[begin : -1 : batch.batch_size] if batch.batch_size else np.zeros(len(batch.keys), np.int64)
+    lasts = batch.offsets[end :: batch.batch_size][: len(batch.keys)]
+    lengths = np.diff(batch.offsets).reshape(len(batch.keys), batch.batch_size)[:, begin:end]
+    spans = list(zip(firsts.tolist(), lasts.tolist(), strict=True))
+    return Jagged(
+        keys=batch.keys,
+        values=np.concatenate([batch.values[first:last] for first, last in spans]),
+        batch_size=end - begin,
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        weights=None if batch.weights is None else np.concatenate([batch.weights[first:last] for first, last in spans]),
+    )
+
+
 def _to_numpy(tensor: Any) -> npt.NDArray[Any]:
     array: npt.NDArray[Any] = np.asarray(tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor)
     return array
