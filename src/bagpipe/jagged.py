@@ -93,6 +93,21 @@ def share_of(batch: Jagged, rank: int, num_trainers: int) -> Jagged:
     )
 
 
+def share_batch(batch: Any, rank: int, num_trainers: int) -> Any:
+    """A rank's samples of a global batch: of jagged ids, or of a batch with a method ``share(rank, num_trainers)``.
+
+    Raises DataError for anything else.
+    """
+    if isinstance(batch, Jagged):
+        return share_of(batch, rank, num_trainers)
+    if hasattr(batch, "share"):
+        return batch.share(rank, num_trainers)
+    raise DataError(
+        f"a batch of type {type(batch).__name__} has no method share(rank, num_trainers): tell bagpipe.lookahead how to take a "
+        "trainer's samples from a global batch, share=lambda batch, rank, num_trainers: ..."
+    )
+
+
 def _to_numpy(tensor: Any) -> npt.NDArray[Any]:
     array: npt.NDArray[Any] = np.asarray(tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor)
     return array

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, to_device
 from bagpipe.cache.executor import Executor
@@ -72,13 +73,18 @@ class EmbeddingBagCollection(nn.Module):
         device: str | torch.device = "cpu",
         seed: int = 0,
         store: Callable[[Group, int], EmbeddingStore] = MemoryStore,
+        communicator: Communicator | None = None,
     ) -> None:
-        """`store` makes the store of each group from the group and `seed`, from which rows are initialised on first use."""
+        """`store` makes the store of each group from the group and `seed`, from which rows are initialised on first use.
+
+        With a `communicator` this is one of several trainers, each of which has its share of every batch; their stores must hold
+        the same records. Gradients are averaged over the trainers.
+        """
         super().__init__()
         self.groups = group_tables(tables, optimizer)
         self.stores = tuple(store(group, seed) for group in self.groups)
         self.device = torch.device(device)
-        self.lr, self.seed = optimizer.lr, seed
+        self.lr, self.seed, self.communicator = optimizer.lr, seed, communicator
         self.step = 0
         """Steps trained so far; the number that the next one gets."""
         self.executor: Executor | None = None
@@ -108,8 +114,8 @@ class EmbeddingBagCollection(nn.Module):
         return PooledEmbeddings(
             self._features,
             [
-                _Lookup.apply(self._anchor, self.executor, cache, plan, self._autocast_dtype())  # type: ignore[no-untyped-call]
-                for cache, plan in zip(self.executor.caches, plans, strict=True)
+                _Lookup.apply(self._anchor, self.executor, index, plan, self._autocast_dtype())  # type: ignore[no-untyped-call]
+                for index, plan in enumerate(plans)
             ],
         )
 
@@ -137,8 +143,8 @@ class EmbeddingBagCollection(nn.Module):
         if len(grads) != len(self._to_update):
             raise UsageError(f"update was given {len(grads)} gradients for {len(self._to_update)} groups: pass one for each group")
         with span("update"):
-            for cache, plan, grad in zip(self.executor.caches, self._to_update, grads, strict=True):
-                cache.update(plan, grad)
+            for index, (plan, grad) in enumerate(zip(self._to_update, grads, strict=True)):
+                self.executor.update(index, plan, grad)
         self._to_update = ()
 
     def _autocast_dtype(self) -> torch.dtype:
@@ -147,16 +153,20 @@ class EmbeddingBagCollection(nn.Module):
         is_bfloat16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
         return torch.bfloat16 if is_bfloat16 else torch.float32
 
-    def start(self, num_slots: Sequence[int]) -> Executor:
-        """Gives the tables a cache of `num_slots` for each group and an executor of plans; `stop` ends the one before first."""
+    def start(self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None) -> Executor:
+        """Gives the tables a cache of `num_slots` for each group and an executor of plans; `stop` ends the one before first.
+
+        `num_replica_slots` are for rows that other trainers own, if there are any: for each group those of one step.
+        """
         assert self.executor is None
         if len(num_slots) != len(self.groups):
             raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(self.groups)} groups")
+        replicas = [0] * len(self.groups) if num_replica_slots is None else [2 * slots for slots in num_replica_slots]
         caches = [
-            DeviceCache(group=group, num_slots=slots, device=self.device, lr=self.lr, seed=self.seed)
-            for group, slots in zip(self.groups, num_slots, strict=True)
+            DeviceCache(group=group, num_slots=slots, num_replica_slots=more, device=self.device, lr=self.lr, seed=self.seed)
+            for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)
         ]
-        self.executor = Executor(caches, self.stores)
+        self.executor = Executor(caches, self.stores, self.communicator)
         return self.executor
 
     def begin_step(self, sparse: object) -> None:
@@ -314,10 +324,10 @@ class _Lookup(torch.autograd.Function):
     """Lookup of one group; its backward sums the gradients along the plan and applies the optimizer."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, executor: Executor, cache: DeviceCache, plan: DevicePlan, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, executor: Executor, group: int, plan: DevicePlan, dtype: torch.dtype) -> Tensor:
         """`anchor` carries no value; it makes autograd call backward."""
-        ctx.executor, ctx.cache, ctx.plan, ctx.was_applied = executor, cache, plan, False
-        return cache.lookup(plan, dtype=dtype)
+        ctx.executor, ctx.group, ctx.plan, ctx.was_applied = executor, group, plan, False
+        return executor.caches[group].lookup(plan, dtype=dtype)
 
     @staticmethod
     @once_differentiable
@@ -331,7 +341,7 @@ class _Lookup(torch.autograd.Function):
         if ctx.was_applied:
             raise UsageError(f"step {ctx.plan.step}: backward ran twice through the same lookup; its rows are updated only once")
         ctx.was_applied = True
-        ctx.cache.update(ctx.plan, grads)
+        ctx.executor.update(ctx.group, ctx.plan, grads)
         return None, None, None, None, None
 
 

@@ -38,9 +38,12 @@ from torch import Tensor
 
 from bagpipe._jit import jit
 from bagpipe._workers import Call, Workers
+from bagpipe.cache.communicator import Communicator, TransferKind
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, DeviceTransfers, plan_to_device
+from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.spans import span
+from bagpipe.cache.streams import Streams
 from bagpipe.errors import BackgroundError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Int32Array, Int64Array, StepPlan, Transfers
@@ -57,6 +60,7 @@ class Waits:
     plan_s: float = 0.0
     rows_s: float = 0.0
     slots_s: float = 0.0
+    replicas_s: float = 0.0  # of rows that other trainers own
 
 
 @dataclass(kw_only=True)
@@ -85,13 +89,17 @@ class _Pending:
 class Executor:
     """Runs one stream of plans against one cache and one store a group. Owned by one `EmbeddingBagCollection`."""
 
-    def __init__(self, caches: Sequence[DeviceCache], stores: Sequence[EmbeddingStore]) -> None:
+    def __init__(
+        self, caches: Sequence[DeviceCache], stores: Sequence[EmbeddingStore], communicator: Communicator | None = None
+    ) -> None:
+        """`communicator` says that there are other trainers; plans are then those of its rank."""
         self.caches, self.stores = tuple(caches), tuple(stores)
+        self._exchange = None if communicator is None else Exchange(communicator, caches)
         self.waits = Waits()
         self.current: tuple[DevicePlan, ...] | None = None
         """The plans of the step that is being computed, by group."""
         self._device = caches[0].device
-        self._streams: _Streams | None = _Streams(self._device) if self._device.type == "cuda" else None
+        self._streams: Streams | None = Streams(self._device) if self._device.type == "cuda" else None
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]  # the gather thread's
         self._gather_thread, self._write_thread = Workers("bagpipe-gather"), Workers("bagpipe-write-back")
         self._pending: deque[_Pending] = deque()
@@ -112,17 +120,20 @@ class Executor:
         """Tick of the oldest submitted step: issues what is due, then waits until that step can be computed."""
         pending = self._pending[0]
         tick = pending.plan.step
-        self._release_ended(None if self._streams is None else self._streams.record_compute())
         with _naming(tick):
+            self._finish_deferred(tick - 2)  # before their rows may be evicted, and their plans released
+            self._release_ended(None if self._streams is None else self._streams.record_compute())
             # A plan that came too late to be issued ahead: its own early transfers still come before its late ones, which may
             # fill a slot that an early one empties. Early ones of later steps come last: they may fetch what this step's late
             # ones evict.
             self._issue_early(pending)
+            self._exchange_behind(pending)
             if any(_moves_anything(group.late) for group in pending.plan.groups):
                 self._issue_late(pending)
             for due in self._pending:
                 if due.plan.early_tick <= tick:
                     self._issue_early(due)
+            self._exchange_ahead(tick)
             self._raise_failed_writes()
             self._wait_for_rows(pending)
             for due in self._pending:
@@ -137,6 +148,13 @@ class Executor:
         """Whether `plan` belongs to the step that is being computed."""
         return any(current is plan for current in self.current or ())
 
+    def update(self, index: int, plan: DevicePlan, grads: Tensor) -> None:
+        """Applies one optimizer step of group `index` with the gradient (B, F, D) of its lookup."""
+        if self._exchange is None:
+            self.caches[index].update(plan, grads)
+        else:
+            self._exchange.update(index, plan, grads)
+
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
         self.current = None
@@ -147,16 +165,23 @@ class Executor:
         if self._is_clean:
             return
         self._drain()
+        if self._exchange is not None and self._ended:
+            self._exchange.defer(self._ended[-1].plan)
+            self._exchange.finish_deferred(self._ended[-1].plan.step)
         for cache, store, rows_of_slots in zip(self.caches, self.stores, self._rows_of_slots, strict=True):
             slots = np.flatnonzero(rows_of_slots >= 0).astype(np.int32)
             for begin in range(0, len(slots), _FLUSH_BLOCK_ROWS):
                 block = slots[begin : begin + _FLUSH_BLOCK_ROWS]
                 records = cache.read(torch.from_numpy(block).to(self._device)).cpu()
                 store.write(rows_of_slots[block], records.numpy())
+        if self._exchange is not None:
+            self._exchange.communicator.barrier("waiting for all ranks to write their rows back")
         self._is_clean = self.current is None  # a step that is open may still update its rows
 
     def close(self) -> None:
         """Ends the background threads; what is not flushed is lost. Closing twice is allowed."""
+        if self._exchange is not None:
+            self._exchange.close()
         self._gather_thread.close()
         self._write_thread.close()
         if self._streams is not None:
@@ -172,6 +197,7 @@ class Executor:
         if pending.early is None:
             transfers = tuple(group.early for group in pending.plan.groups)
             pending.early = self._issue(pending, transfers, pending.plan.early_tick, self._plan_to_device)
+            self._mark_written("early", pending.plan.step)
 
     def _issue_late(self, pending: _Pending) -> None:
         """Hands out the late transfers of the step that comes now."""
@@ -194,7 +220,7 @@ class Executor:
             self._streams.out.wait_event(self._streams.computed)
             self._evict_all(transfers, on_device, tick)
             evicted = self._streams.out.record_event()
-        gathered = self._gather_thread.submit(self._gather, transfers)
+        gathered = self._gather_thread.submit(self._gather, pending.plan, transfers)
         return _Transfer(on_device=on_device, gathered=gathered, evicted=evicted)
 
     def _transfer_on_cpu(
@@ -207,7 +233,7 @@ class Executor:
         """Runs on the gather thread. The compute that evictions must follow is over when it is asked for."""
         on_device = to_device(pending)
         self._evict_all(transfers, on_device, tick)
-        self._fill_slots(on_device, self._gather(transfers))
+        self._fill_slots(on_device, self._gather(pending.plan, transfers))
         return []
 
     def _plan_to_device(self, pending: _Pending) -> tuple[DeviceTransfers, ...]:
@@ -257,9 +283,14 @@ class Executor:
         with span("write_back"):
             self.stores[index].write(rows, records.numpy())
 
-    def _gather(self, transfers: Sequence[Transfers]) -> list[Tensor]:
+    def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Tensor]:
         """Runs on the gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
         fence = max(moved.fence_tick for moved in transfers)
+        if self._exchange is not None and fence >= 0:
+            # What a tick up to the fence evicts, of what this plan may know, other ranks' early transfers of so many steps do.
+            depth = plan.step - plan.early_tick
+            self._exchange.communicator.wait_written("early", min(fence + depth, plan.step))
+            self._exchange.communicator.wait_written("late", fence)
         for tick, write in list(self._writes):  # all that was evicted before these transfers is among them
             if tick <= fence:
                 write.result()
@@ -275,6 +306,44 @@ class Executor:
             stagings.append(staging)
         return stagings
 
+    def _finish_deferred(self, last_step: int) -> None:
+        if self._exchange is not None:
+            self._exchange.finish_deferred(last_step)
+
+    def _exchange_behind(self, pending: _Pending) -> None:
+        """Hands out what travels behind the compute of the step that comes now, after its own replicas that could come ahead."""
+        if self._exchange is None:
+            return
+        self._ask_for_replicas(pending)
+        if self._ended:
+            self._exchange.defer(self._ended[-1].plan)
+        if pending.plan.has_late:
+            self._exchange.finish_deferred(pending.plan.step - 1)
+
+    def _exchange_ahead(self, tick: int) -> None:
+        """Hands out the next step's replicas, once all transfers that are due at this tick are issued."""
+        if self._exchange is None:
+            return
+        self._mark_written("late", tick)
+        if len(self._pending) > 1 and self._pending[1].early is not None:
+            self._ask_for_replicas(self._pending[1])
+
+    def _ask_for_replicas(self, pending: _Pending) -> None:
+        assert self._exchange is not None
+        assert pending.early is not None
+        self._exchange.ask_for_replicas(pending.plan, pending.early.gathered.result)
+
+    def _mark_written(self, kind: TransferKind, step: int) -> None:
+        """Tells the other ranks once what has been issued so far is written."""
+        if self._exchange is None:
+            return
+        mark = self._exchange.communicator.mark_written
+
+        def submit() -> None:
+            self._writes.append((step, self._write_thread.submit(mark, kind, step)))
+
+        self._gather_thread.submit(submit)  # on a CPU that thread evicts
+
     def _wait_for_rows(self, pending: _Pending) -> None:
         """Fills the rows of the step that comes now, and accounts for the time that they are not gathered yet."""
         assert pending.early is not None
@@ -288,6 +357,10 @@ class Executor:
             pending.late.gathered.result()
             self.waits.slots_s += time.perf_counter() - started
             self._fill(pending, pending.late)
+        if self._exchange is not None:
+            started = time.perf_counter()
+            self._exchange.finish_replicas(pending.plan)
+            self.waits.replicas_s += time.perf_counter() - started
 
     def _fill(self, pending: _Pending, transfer: _Transfer) -> None:
         """Puts gathered records into their slots, unless they are there."""
@@ -328,7 +401,8 @@ class Executor:
         """
         for ended in self._ended:
             ended.computed = ended.computed or computed
-        while self._ended and (self._ended[0].computed is None or self._ended[0].computed.query()):  # type: ignore[no-untyped-call]
+        num_kept = 0 if self._exchange is None else 1  # gradients of the last one are on their way
+        while len(self._ended) > num_kept and (self._ended[0].computed is None or self._ended[0].computed.query()):  # type: ignore[no-untyped-call]
             release = self._ended.popleft().release
             if release is not None:
                 release()
@@ -338,24 +412,6 @@ class Executor:
             if write.has_failed:
                 with _naming(tick):
                     write.result()
-
-
-class _Streams:
-    """The streams of a CUDA device: `compute` is the trainer's own, at `record_compute` the current one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.out: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.into: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.compute: torch.cuda.Stream
-        self.computed: torch.cuda.Event
-        self.record_compute()
-
-    def record_compute(self) -> torch.cuda.Event:
-        """Makes `computed` an event after all compute issued so far."""
-        self.compute = torch.cuda.current_stream(self._device)
-        self.computed = self.compute.record_event()
-        return self.computed
 
 
 def _moves_anything(transfers: Transfers) -> bool:

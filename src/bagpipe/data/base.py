@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
+from bagpipe.jagged import share_bounds, share_of
 from bagpipe.types import Float32Array, Jagged
 
 Split: TypeAlias = Literal["train", "validation"]
@@ -32,6 +33,12 @@ class Batch:
     @property
     def batch_size(self) -> int:
         return len(self.labels)
+
+    def share(self, rank: int, num_trainers: int) -> Batch:
+        """A rank's samples, where this is the batch of several trainers."""
+        begin, end = share_bounds(self.batch_size, rank, num_trainers)
+        sparse = share_of(self.sparse, rank, num_trainers)
+        return Batch(dense=self.dense[begin:end], sparse=sparse, labels=self.labels[begin:end])
 
 
 class BatchSource(Protocol):

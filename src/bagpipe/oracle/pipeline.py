@@ -74,7 +74,11 @@ class BackgroundIterator(Generic[Item]):
 
     def next_if_ready(self) -> Item | None:
         """The next item if there is one without waiting, else None; the end, or a failure, is left for `next`."""
-        if self._closed.is_set() or self._has_ended or self._items.empty():
+        return None if self._items.empty() else self.next_or_none()
+
+    def next_or_none(self) -> Item | None:
+        """Waits for the next item; None at the end, or a failure, which is left for `next`."""
+        if self._closed.is_set() or self._has_ended:
             return None
         item = self._take()
         if item is self._END:

@@ -37,6 +37,7 @@ import numpy as np
 
 from bagpipe._malloc import keep_freed_memory
 from bagpipe.errors import BackgroundError, BagpipeError, ConfigError
+from bagpipe.jagged import share_batch
 from bagpipe.oracle._wire import Packed, Received, Region
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
@@ -70,6 +71,7 @@ class OracleProcess(Generic[BatchT]):
         batches: Iterable[BatchT | Deferred[BatchT]],
         options: StreamOptions,
         find_sparse: Callable[[BatchT], Any],
+        share: Callable[[BatchT, int, int], BatchT] = share_batch,
         *,
         num_places: int,
         on_region: Callable[[UInt8Array], None] = lambda _: None,
@@ -85,7 +87,7 @@ class OracleProcess(Generic[BatchT]):
         self._file = os.memfd_create("bagpipe-plans")
         self._connection, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(
-            target=_run_child, args=(theirs, batches, options, find_sparse, num_places), name="bagpipe-oracle"
+            target=_run_child, args=(theirs, batches, options, find_sparse, share, num_places), name="bagpipe-oracle"
         )
         self._stop = weakref.finalize(self, _stop, self._connection, self._process)
         # When the program ends multiprocessing waits for its processes, before finalizers run but after what is registered later.
@@ -172,6 +174,7 @@ def _run_child(
     batches: Iterable[BatchT | Deferred[BatchT]],
     options: StreamOptions,
     find_sparse: Callable[[BatchT], Any],
+    share: Callable[[BatchT, int, int], BatchT],
     num_places: int,
 ) -> None:
     """The child's main function."""
@@ -181,7 +184,7 @@ def _run_child(
         signal.signal(number, signal.SIG_IGN)
     file = reduction.recv_handle(connection)
     failure = _Failure(error=None, cause=None, trace="")
-    plans = BackgroundIterator(plan_stream(batches, options, find_sparse), ahead=_PLANS_AHEAD, name="planner")
+    plans = BackgroundIterator(plan_stream(batches, options, find_sparse, share), ahead=_PLANS_AHEAD, name="planner")
     sender = _Sender(connection, file, num_places)
     try:
         for planned in plans:

@@ -11,18 +11,19 @@ runs in a process of its own (`bagpipe.oracle.process`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 from bagpipe._workers import Workers
-from bagpipe.errors import DataError
-from bagpipe.jagged import as_jagged, check_features
+from bagpipe.errors import ConfigError, DataError
+from bagpipe.jagged import as_jagged, check_features, share_batch, share_of
 from bagpipe.oracle.checks import checked
-from bagpipe.oracle.dedup import dedup
+from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
-from bagpipe.oracle.window import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
+from bagpipe.oracle.window import DEFAULT_LOOKAHEAD_BYTES, SINGLE_TRAINER, DedupedBatch, Oracle, Trainers, check_window
 from bagpipe.types import Group, Jagged, StepPlan
 
 BatchT = TypeVar("BatchT")
@@ -43,9 +44,14 @@ class StreamOptions:
     first_step: int = 0
     dedup_threads: int | None = None  # None: a third of the cores
     check: bool = False
+    trainers: Trainers = SINGLE_TRAINER
+    """Of several, batches are those of all of them together, and plans and what is handed out the first of `ranks`' share."""
 
     def __post_init__(self) -> None:
         check_window(self.groups, num_slots=self.num_slots, lookahead=self.lookahead, prefetch_depth=self.prefetch_depth)
+        self.trainers.check(self.groups)
+        if self.check and self.trainers.num_trainers > 1:
+            raise ConfigError("check=True replays the plans of a single trainer: leave it out with several")
 
     def make_oracle(self) -> Oracle:
         """The oracle that these options describe."""
@@ -56,6 +62,7 @@ class StreamOptions:
             lookahead_bytes=self.lookahead_bytes,
             prefetch_depth=self.prefetch_depth,
             first_step=self.first_step,
+            trainers=self.trainers,
         )
 
 
@@ -81,9 +88,12 @@ class Planned(Generic[BatchT]):
 
 
 def plan_stream(
-    batches: Iterable[BatchT | Deferred[BatchT]], options: StreamOptions, find_sparse: Callable[[BatchT], Any]
+    batches: Iterable[BatchT | Deferred[BatchT]],
+    options: StreamOptions,
+    find_sparse: Callable[[BatchT], Any],
+    share: Callable[[BatchT, int, int], BatchT] = share_batch,
 ) -> Iterator[Planned[BatchT]]:
-    """Yields each batch with its plan, in order.
+    """Yields each batch, of several trainers `share` of it, with its plan, in order.
 
     Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a BackgroundError) after all batches before it.
     """
@@ -92,7 +102,7 @@ def plan_stream(
     num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 3)
     with Workers("bagpipe-dedup", num_threads) as workers:
         numbered = enumerate(batches, options.first_step)
-        deduped = ordered_map(partial(_dedup, options.groups, find_sparse), numbered, workers, ahead=2 * num_threads)
+        deduped = ordered_map(partial(_dedup, options, find_sparse, share), numbered, workers, ahead=2 * num_threads)
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
         planned = oracle.plan_linked(linked)
         if options.check:
@@ -106,15 +116,27 @@ def plan_stream(
 
 
 def _dedup(
-    groups: Sequence[Group], find_sparse: Callable[[BatchT], Any], numbered: tuple[int, BatchT | Deferred[BatchT]]
+    options: StreamOptions,
+    find_sparse: Callable[[BatchT], Any],
+    share: Callable[[BatchT, int, int], BatchT],
+    numbered: tuple[int, BatchT | Deferred[BatchT]],
 ) -> DedupedBatch[tuple[BatchT, Any]]:
     step, item = numbered
     batch = item.read() if isinstance(item, Deferred) else item
+    num_trainers, rank = options.trainers.num_trainers, options.trainers.ranks[0]
     try:
         sparse = find_sparse(batch)
         jagged = as_jagged(sparse)
-        check_features(groups, jagged)
-        deduped = tuple(dedup(group, jagged) for group in groups)
+        check_features(options.groups, jagged)
+        deduped: tuple[DedupedGroup | MergedGroup, ...]
+        if num_trainers == 1:
+            shares = [jagged]
+            deduped = tuple(dedup(group, jagged) for group in options.groups)
+        else:
+            shares = [share_of(jagged, each, num_trainers) for each in range(num_trainers)]
+            deduped = tuple(merge([dedup(group, each) for each in shares]) for group in options.groups)
+            batch = share(batch, rank, num_trainers)
+            sparse = find_sparse(batch)
     except DataError as error:
         raise DataError(f"step {step}: {error}") from error
     return DedupedBatch(
@@ -122,6 +144,7 @@ def _dedup(
         payload_bytes=_payload_bytes(jagged),
         batch_size=jagged.batch_size,
         groups=deduped,
+        share_sizes=tuple(each.batch_size for each in shares),
     )
 
 

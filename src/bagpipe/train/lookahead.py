@@ -23,12 +23,13 @@ import torch
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.executor import Waits
 from bagpipe.errors import BackgroundError, ConfigError, UsageError
-from bagpipe.jagged import find_sparse
+from bagpipe.jagged import find_sparse, share_batch
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.process import OracleProcess
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
+from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
 from bagpipe.train.capacity import slots_for
 from bagpipe.types import UInt8Array
 
@@ -36,6 +37,7 @@ BatchT = TypeVar("BatchT")
 
 _PLANS_AHEAD = 2
 """Finished plans that wait for the trainer beyond those already being executed."""
+_MIN_REPLICAS = 4096
 
 
 def lookahead(
@@ -51,6 +53,8 @@ def lookahead(
     sparse: Callable[[BatchT], Any] | None = None,
     oracle: Literal["thread", "process"] = "thread",
     prepare: Callable[[BatchT], Any] | None = None,
+    replicas: int | Sequence[int] | None = None,
+    share: Callable[[BatchT, int, int], BatchT] = share_batch,
 ) -> Lookahead[Any]:
     """Iterates `batches` with `embeddings` prepared for each; see `Lookahead` for what else the iterator tells.
 
@@ -67,6 +71,10 @@ def lookahead(
     `prepare` turns each batch into what is handed out, in a background thread of this process: the place to pin memory. With an
     oracle process the arrays that it gets are good until the step after the batch's: it copies what shall live longer.
 
+    Where the embeddings have a communicator, `batches` are those of all trainers together, the same on every rank, and each rank is
+    handed its `share(batch, rank, num_trainers)`. `replicas` is how many rows of other ranks one step may need, or so many for each
+    group; by default half the cache's rows, and at least 4,096.
+
     Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the loss's gradient before it does.
 
     Raises ConfigError for values out of range. Iterating raises CacheTooSmallError, DataError and what the loader raised (as the
@@ -77,9 +85,11 @@ def lookahead(
     if oracle not in ("thread", "process"):
         raise ConfigError(f"oracle is {oracle!r}, must be 'thread' or 'process'")
     embeddings.stop()  # an earlier stream's cache must be free before this one is sized, and its last step closed
+    num_slots = slots_for(cache, embeddings.groups, embeddings.device)
     options = StreamOptions(
         groups=embeddings.groups,
-        num_slots=tuple(slots_for(cache, embeddings.groups, embeddings.device)),
+        num_slots=tuple(num_slots),
+        trainers=_trainers(embeddings, num_slots, replicas),
         lookahead=lookahead,
         lookahead_bytes=parse_bytes(lookahead_memory, "lookahead_memory"),
         prefetch_depth=prefetch_depth,
@@ -87,7 +97,18 @@ def lookahead(
         dedup_threads=dedup_threads,
         check=check,
     )
-    return Lookahead(batches, embeddings, options, sparse or find_sparse, prepare, in_process=oracle == "process")
+    return Lookahead(batches, embeddings, options, sparse or find_sparse, prepare, share, in_process=oracle == "process")
+
+
+def _trainers(embeddings: EmbeddingBagCollection, num_slots: Sequence[int], replicas: int | Sequence[int] | None) -> Trainers:
+    communicator = embeddings.communicator
+    if communicator is None:
+        return SINGLE_TRAINER
+    if replicas is None:
+        replicas = [max(slots // 2, _MIN_REPLICAS) for slots in num_slots]
+    elif isinstance(replicas, int):
+        replicas = [replicas] * len(num_slots)
+    return Trainers(num_trainers=communicator.num_trainers, ranks=(communicator.rank,), num_replica_slots=tuple(replicas))
 
 
 class Lookahead(Generic[BatchT]):
@@ -103,6 +124,7 @@ class Lookahead(Generic[BatchT]):
         options: StreamOptions,
         find_sparse: Callable[[Any], Any],
         prepare: Callable[[Any], BatchT] | None,
+        share: Callable[[Any, int, int], Any],
         *,
         in_process: bool,
     ) -> None:
@@ -112,13 +134,14 @@ class Lookahead(Generic[BatchT]):
         self._embeddings, self._prefetch_depth = embeddings, options.prefetch_depth
         self._submitted: deque[Planned[BatchT]] = deque()
         self._in_step = False
-        self._executor = embeddings.start(options.num_slots)
+        self._has_others = options.trainers.num_trainers > 1
+        self._executor = embeddings.start(options.num_slots, options.trainers.num_replica_slots or None)
         self._process: OracleProcess[Any] | None = None
         if in_process:
-            self._process = self._start_process(batches, options, find_sparse)
+            self._process = self._start_process(batches, options, find_sparse, share)
         self._is_open = True
         if self._process is None:
-            planned = plan_stream(batches, options, find_sparse)
+            planned = plan_stream(batches, options, find_sparse, share)
         else:
             planned = self._process.items(copy_batches=prepare is None)
         if prepare is not None:
@@ -203,7 +226,11 @@ class Lookahead(Generic[BatchT]):
         self._plans.close()
 
     def _start_process(
-        self, batches: Iterable[Any], options: StreamOptions, find_sparse: Callable[[Any], Any]
+        self,
+        batches: Iterable[Any],
+        options: StreamOptions,
+        find_sparse: Callable[[Any], Any],
+        share: Callable[[Any, int, int], Any],
     ) -> OracleProcess[Any]:
         # Nothing that outlives this object may hold it, or it would never end the threads of a loop left by `break`.
         pinned = _PinnedMemory()
@@ -212,6 +239,7 @@ class Lookahead(Generic[BatchT]):
                 batches,
                 options,
                 find_sparse,
+                share,
                 num_places=options.prefetch_depth + 2 * _PLANS_AHEAD,
                 on_region=pinned.pin if self._embeddings.device.type == "cuda" else lambda _: None,
             )
@@ -237,6 +265,11 @@ class Lookahead(Generic[BatchT]):
             if planned is None:
                 return False
             self._submit(planned)
+        if self._has_others and len(self._submitted) < 2:
+            # All ranks hand out the replicas of the next step now, or none: messages must be the same ones everywhere.
+            planned = self._plans.next_or_none()
+            if planned is not None:
+                self._submit(planned)
         while len(self._submitted) <= self._prefetch_depth:
             planned = self._plans.next_if_ready()
             if planned is None:
