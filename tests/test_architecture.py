@@ -31,9 +31,10 @@ ALLOWED = {
     "cache": BASE | {"store"},
     "models": {"errors"},
     "train": BASE | {"config", "oracle", "store", "data", "cache", "models"},
+    "launch": BASE | {"cache", "train"},
     "bench": BASE | {"config", "oracle", "store", "data", "cache", "models", "train"},
 }
-MAY_IMPORT_TORCH = {"cache", "models", "train", "bench"}
+MAY_IMPORT_TORCH = {"cache", "models", "train", "launch", "bench"}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

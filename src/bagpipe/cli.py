@@ -19,6 +19,7 @@ from bagpipe.cli_common import File, Overrides, mistakes_told, prepare_environme
 from bagpipe.cli_plan import plan
 
 if TYPE_CHECKING:
+    from bagpipe.cache.communicator import Communicator
     from bagpipe.config.run import RunConfig
     from bagpipe.train.trainer import Result
 
@@ -64,7 +65,12 @@ def train(
         config = load_config(RunConfig, file, overrides)
         prepare_environment(config.train.device)
         traced = {"path": trace, "num_steps": trace_steps, "after": trace_after}
-        result = _train(console, config, resume=resume, overwrite=overwrite, traced=traced)
+        from bagpipe.launch.torchrun import joined_trainers
+
+        with joined_trainers() as communicator:
+            is_first = communicator is None or communicator.rank == 0
+            console.quiet = not is_first
+            result = _train(console, config, communicator, resume=resume, overwrite=overwrite, traced=traced)
     _tell_end(console, config, result)
 
 
@@ -125,7 +131,15 @@ def inspect_data(
             console.print(f"plot: {plot}")
 
 
-def _train(console: Console, config: RunConfig, *, resume: bool, overwrite: bool, traced: Mapping[str, Any]) -> Result:
+def _train(
+    console: Console,
+    config: RunConfig,
+    communicator: Communicator | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    traced: Mapping[str, Any],
+) -> Result:
     from bagpipe.train.progress import ConsoleReporter
     from bagpipe.train.trace import TraceOptions
     from bagpipe.train.trainer import train
@@ -133,7 +147,7 @@ def _train(console: Console, config: RunConfig, *, resume: bool, overwrite: bool
     given = {key: value for key, value in traced.items() if value is not None}
     trace = TraceOptions(**given) if given else None
     with ConsoleReporter(console) as reporter:
-        return train(config, reporter=reporter, resume=resume, overwrite=overwrite, trace=trace)
+        return train(config, reporter=reporter, resume=resume, overwrite=overwrite, trace=trace, communicator=communicator)
 
 
 def _tell_end(console: Console, config: RunConfig, result: Result) -> None:

@@ -64,6 +64,32 @@ class Communicator:
             group = self.now if moment == "now" else self.later
             group.alltoall_base(received, rows, plan.receive_counts.tolist(), plan.send_counts.tolist()).wait()
 
+    def mean(self, value: float) -> float:
+        """The mean of all ranks' values, the same on each."""
+        return self._reduce(value, dist.ReduceOp.SUM) / self.num_trainers
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values, the same on each."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def share_text(self, name: str, text: str | None) -> str:
+        """What rank 0 gives as `text`, on every rank; `name` is used once a stream of plans."""
+        with self._naming(f"waiting for {name} of rank 0"):
+            key = f"bagpipe/{self._stream}/text/{name}"
+            if text is not None:
+                self.store.set(key, text)
+                return text
+            self.store.wait([key], self.timeout)
+            return str(self.store.get(key).decode())
+
+    def _reduce(self, value: float, operation: Any) -> float:
+        with self._naming("comparing numbers of all ranks"):
+            values = torch.tensor([value], dtype=torch.float64)
+            options = dist.AllreduceOptions()
+            options.reduceOp = operation
+            self.now.allreduce([values], options).wait()
+            return float(values.item())
+
     def barrier(self, what: str) -> None:
         """Waits for all ranks."""
         with self._naming(what):

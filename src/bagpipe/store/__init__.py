@@ -4,5 +4,6 @@ from bagpipe.store.base import EmbeddingStore
 from bagpipe.store.file import FileStore
 from bagpipe.store.init import RowInitializer
 from bagpipe.store.memory import MemoryStore
+from bagpipe.store.shared import SharedMemoryStore
 
-__all__ = ["EmbeddingStore", "FileStore", "MemoryStore", "RowInitializer"]
+__all__ = ["EmbeddingStore", "FileStore", "MemoryStore", "RowInitializer", "SharedMemoryStore"]

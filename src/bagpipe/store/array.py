@@ -50,10 +50,14 @@ _SOME, _MUCH = 6 << 20, 24 << 20
 class ArrayStore(ABC):
     """An `EmbeddingStore` over a records array (num_rows, record_width) float32, all zero."""
 
-    def __init__(self, group: Group, seed: int, records: Float32Array) -> None:
+    def __init__(self, group: Group, seed: int, records: Float32Array, touched: UInt8Array | None = None) -> None:
+        """`touched` says which rows the records hold already; None: none."""
         self.group = group
         self._initializer = RowInitializer(group, seed)
-        self._arrays: tuple[Float32Array, UInt8Array] | None = (records, _no_row_touched(group))  # None: closed
+        self._arrays: tuple[Float32Array, UInt8Array] | None = (  # None: closed
+            records,
+            _no_row_touched(group) if touched is None else touched,
+        )
         self._num_touched = 0
         self._count_lock = threading.Lock()
 
@@ -90,7 +94,7 @@ class ArrayStore(ABC):
         """See `EmbeddingStore.clear`."""
         self._open_arrays()
         self._arrays = None  # old memory goes before new is asked for; and a store that can't be cleared is closed
-        self._arrays = self._erased_records(), _no_row_touched(self.group)
+        self._arrays = self._erased_records(), self._erased_touched()
         self._num_touched = 0
 
     def close(self) -> None:
@@ -100,6 +104,10 @@ class ArrayStore(ABC):
     @abstractmethod
     def _erased_records(self) -> Float32Array:
         """The records array, all zero again, its memory given back. Raises StoreError when that can't be done."""
+
+    def _erased_touched(self) -> UInt8Array:
+        """Flags that say that no row is touched."""
+        return _no_row_touched(self.group)
 
     @abstractmethod
     def _make_room(self, rows: Int64Array) -> None:

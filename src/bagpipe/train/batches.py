@@ -58,6 +58,10 @@ class Schedule:
     num_batches: int
     num_steps: int
 
+    def batch_size_of(self, step: int, num_samples: int) -> int:
+        """Samples of the batch of step `step`, from 0, of an epoch of `num_samples`: the last one may be smaller."""
+        return min(self.batch_size, num_samples - step % self.num_batches * self.batch_size)
+
     def position_after(self, step: int) -> Position:
         """The next batch after `step` steps."""
         epoch, batch = divmod(step, self.num_batches)

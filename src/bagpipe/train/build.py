@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.cache.communicator import Communicator
 from bagpipe.config.data import DataConfig
 from bagpipe.config.model import ModelConfig
 from bagpipe.config.run import DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TrainConfig
@@ -20,8 +23,9 @@ from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
-from bagpipe.store import FileStore, MemoryStore
+from bagpipe.store import FileStore, MemoryStore, SharedMemoryStore
 from bagpipe.store.base import EmbeddingStore
+from bagpipe.store.shared import SharedFiles
 from bagpipe.train.batches import Schedule
 from bagpipe.train.checkpoint import State
 from bagpipe.train.dense_step import DenseStep, Precision
@@ -63,11 +67,14 @@ class Run:
 
 
 @contextmanager
-def build_run(config: RunConfig, *, say: Callable[[str], None] = lambda text: None) -> Iterator[Run]:
+def build_run(
+    config: RunConfig, *, communicator: Communicator | None = None, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Run]:
     """Opens the data, makes the model and its tables, and closes them at the end.
 
     Args:
         config: the run.
+        communicator: with the other trainers, if there are any.
         say: told, in a sentence, what a machine can't do that another way is found for.
 
     Raises:
@@ -85,7 +92,8 @@ def build_run(config: RunConfig, *, say: Callable[[str], None] = lambda text: No
         optimizer=config.embeddings.optimizer.build(),
         device=device,
         seed=config.train.seed,
-        store=_store_maker(config.embeddings),
+        store=_store_maker(config.embeddings) if communicator is None else _shared_store_maker(config.embeddings, communicator),
+        communicator=communicator,
     )
     try:
         model = make_model(config.model, embeddings, source.num_dense).to(device)
@@ -141,8 +149,10 @@ def _make_dense_step(
 ) -> DenseStep:
     if device.type == "cpu" and config.dense in ("graph", "compile"):
         raise ConfigError(f"train.dense = {config.dense!r} needs a CUDA device: use 'eager' or 'auto' on a CPU")
+    # Gradients of all trainers are averaged during backward; the parameters are the model's own.
+    part = model.dense_part if embeddings.communicator is None else DistributedDataParallel(_DensePart(model))
     return DenseStep(
-        model.dense_part,
+        part,
         optimizer,
         groups=[(len(group.features), group.embedding_dim) for group in embeddings.groups],
         device=device,
@@ -193,6 +203,36 @@ def _choose_device(name: str) -> torch.device:
     # Filling every new tensor with NaN would cost a pass over it and guards nothing of ours.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return torch.device("cuda", torch.cuda.current_device())
+
+
+class _DensePart(torch.nn.Module):
+    """A model's dense part as a module, whose `forward` DistributedDataParallel watches."""
+
+    def __init__(self, model: RankingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        return self.model.dense_part(dense, pooled)
+
+
+def _shared_store_maker(config: EmbeddingsConfig, communicator: Communicator) -> Callable[[Group, int], EmbeddingStore]:
+    if config.store.kind != "memory":
+        raise ConfigError(
+            f"embeddings.store.kind = {config.store.kind!r} with {communicator.num_trainers} trainers: they share tables in "
+            "memory only so far: use 'memory'"
+        )
+
+    def make(group: Group, seed: int) -> SharedMemoryStore:
+        name = f"the store of {group.name}"
+        if communicator.rank == 0:
+            store = SharedMemoryStore(group, seed)
+            communicator.share_text(name, f"{store.files.records} {store.files.touched}")
+            return store
+        records, touched = communicator.share_text(name, None).split()
+        return SharedMemoryStore(group, seed, SharedFiles(records=records, touched=touched))
+
+    return make
 
 
 def _store_maker(config: EmbeddingsConfig) -> Callable[[Group, int], EmbeddingStore]:

@@ -168,8 +168,8 @@ def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> tuple[Differe
     return free
 
 
-def load_checkpoint(saved: SavedRun, state: State) -> None:
-    """Puts a verified checkpoint's content into a freshly built state.
+def load_checkpoint(saved: SavedRun, state: State, *, with_records: bool = True) -> None:
+    """Puts a verified checkpoint's content into a freshly built state, without records where another trainer loads them.
 
     Raises:
         CheckpointError: the state was built for other tables or another model.
@@ -181,7 +181,8 @@ def load_checkpoint(saved: SavedRun, state: State) -> None:
         raise CheckpointError(f"{saved.path}: holds other tables than this run has:\n  {found}\n  {expected}")
     _load_dense_state(saved.path / _DENSE, state)
     for group, store, entry in zip(state.embeddings.groups, state.embeddings.stores, saved.groups, strict=True):
-        _load_records(saved.path / _records_name(group), group, store, entry["num_records"])
+        if with_records:
+            _load_records(saved.path / _records_name(group), group, store, entry["num_records"])
     state.embeddings.step = saved.step
 
 

@@ -111,18 +111,20 @@ class DenseStep:
             }
         return self._buffers[batch_size]
 
-    def __call__(self, dense: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, dense: Tensor, labels: Tensor, weight: float = 1.0) -> tuple[Tensor, list[Tensor]]:
         """One step on the embeddings in `pooled`: the loss (), and their gradients (B, F, D), good until the next call.
 
-        `dense` (B, num_dense) and `labels` (B,) float32 may lie in pinned host memory.
+        `dense` (B, num_dense) and `labels` (B,) float32 may lie in pinned host memory. The loss is multiplied by `weight`, as for
+        a trainer with more or fewer samples than the others.
         """
         with span("dense"):
-            if len(labels) == self._batch_size and (self._captured is not None or self._ways):
+            if len(labels) == self._batch_size and weight == 1.0 and (self._captured is not None or self._ways):
                 captured = self._captured = self._captured or self._try_to_capture(dense, labels)
                 if captured is not None:
                     return self._replay(captured, dense, labels)
             dense, labels = (tensor.to(self._device, non_blocking=True) for tensor in (dense, labels))
-            return self._compute(self._part, dense, labels, [leaf.detach().requires_grad_() for leaf in self.pooled(len(labels))])
+            pooled = [leaf.detach().requires_grad_() for leaf in self.pooled(len(labels))]
+            return self._compute(self._part, dense, labels, pooled, weight)
 
     def settle(self) -> None:
         """Brings what the optimizer counts on the host up to date with the replays; to be called before its state is saved."""
@@ -131,17 +133,22 @@ class DenseStep:
                 state["step"] += self._num_replays
         self._num_replays = 0
 
-    def _compute(self, part: DensePart, dense: Tensor, labels: Tensor, pooled: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _compute(
+        self, part: DensePart, dense: Tensor, labels: Tensor, pooled: list[Tensor], weight: float = 1.0
+    ) -> tuple[Tensor, list[Tensor]]:
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(part, dense, labels, pooled)
+        loss = self._backward(part, dense, labels, pooled, weight)
         self._optimizer.step()
         return loss, [_grad(leaf) for leaf in pooled]
 
-    def _backward(self, part: DensePart, dense: Tensor, labels: Tensor, pooled: list[Tensor]) -> Tensor:
+    def _backward(self, part: DensePart, dense: Tensor, labels: Tensor, pooled: list[Tensor], weight: float = 1.0) -> Tensor:
         flat = [leaf.flatten(1) for leaf in pooled]
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16", cache_enabled=False):
             logits = part(dense, flat[0] if len(flat) == 1 else torch.cat(flat, dim=1))
-        loss = binary_cross_entropy_with_logits(logits.float(), labels)
+        # A trainer may have no sample of a small batch; the mean of nothing would be NaN.
+        loss = binary_cross_entropy_with_logits(logits.float(), labels) if len(labels) else logits.sum()
+        if weight != 1.0:
+            loss = loss * weight
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

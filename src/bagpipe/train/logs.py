@@ -64,6 +64,19 @@ class RunLog:
                 self._on_failure = None
 
 
+class NoLog:
+    """Writes nothing, for trainers other than the first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Does nothing."""
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Does nothing."""
+
+
 def _drop_records_after(path: Path, step: int) -> None:
     if not path.exists():
         return

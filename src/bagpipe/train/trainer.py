@@ -13,10 +13,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from bagpipe.cache.communicator import Communicator
 from bagpipe.config.run import RunConfig
 from bagpipe.errors import CheckpointError
 from bagpipe.train.batches import RemainingBatches, TorchBatch
@@ -30,7 +32,7 @@ from bagpipe.train.checkpoint import (
     save_checkpoint,
 )
 from bagpipe.train.evaluate import evaluate
-from bagpipe.train.logs import RunLog
+from bagpipe.train.logs import NoLog, RunLog
 from bagpipe.train.lookahead import Lookahead, lookahead
 from bagpipe.train.meter import Meter
 from bagpipe.train.metrics import Scores
@@ -38,6 +40,7 @@ from bagpipe.train.report import Reporter
 from bagpipe.train.run_folder import claim_run_folder, start_afresh
 from bagpipe.train.signals import StopRequest
 from bagpipe.train.trace import Trace, TraceOptions
+from bagpipe.train.trainers import Trainers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,13 @@ class Result:
 
 
 def train(
-    config: RunConfig, *, reporter: Reporter, resume: bool = False, overwrite: bool = False, trace: TraceOptions | None = None
+    config: RunConfig,
+    *,
+    reporter: Reporter,
+    resume: bool = False,
+    overwrite: bool = False,
+    trace: TraceOptions | None = None,
+    communicator: Communicator | None = None,
 ) -> Result:
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
 
@@ -62,6 +71,8 @@ def train(
             afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
         trace: which steps to profile, and where to write that.
+        communicator: with the other trainers, if there are any. Rank 0 evaluates, saves, logs and traces; each batch is shared by
+            all, so that their number changes no more than the order of sums.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor `overwrite` is set.
@@ -69,19 +80,26 @@ def train(
         CheckpointError: none can be resumed from, or the last one can't be written.
         LossError: the loss is not finite.
     """
-    with claim_run_folder(config.log.folder) as checkpoints, build_run(config, say=reporter.say) as run:
-        saved = _resume(run, checkpoints, reporter) if resume else None
-        if saved is None:
+    trainers = Trainers(communicator)
+    with ExitStack() as stack:
+        folder = config.log.folder
+        checkpoints = stack.enter_context(claim_run_folder(folder)) if trainers.is_first else folder / "checkpoints"
+        trainers.wait("rank 0 to claim the run's folder")
+        run = stack.enter_context(build_run(config, communicator=communicator, say=reporter.say))
+        saved = _resume(run, checkpoints, reporter, trainers) if resume else None
+        if saved is None and trainers.is_first:
             start_afresh(checkpoints, overwrite=overwrite)
         step = None if saved is None else saved.step
-        log_files = RunLog(config.log.folder, step=step, tensorboard=config.log.tensorboard, on_failure=reporter.say)
+        log_files = (
+            RunLog(folder, step=step, tensorboard=config.log.tensorboard, on_failure=reporter.say) if trainers.is_first else NoLog()
+        )
         with log_files as log, StopRequest() as stop:
-            with Trace(trace, run.device, run.schedule.num_steps - run.embeddings.step) as traced:
-                loop = _Loop(run, checkpoints, log, reporter, stop, traced)
+            with Trace(trace if trainers.is_first else None, run.device, run.schedule.num_steps - run.embeddings.step) as traced:
+                loop = _Loop(run, checkpoints, log, reporter, stop, traced, trainers)
                 return loop.run(saved)
 
 
-def _resume(run: Run, checkpoints: Path, reporter: Reporter) -> SavedRun | None:
+def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers) -> SavedRun | None:
     saved = find_checkpoint(checkpoints, on_damaged=lambda error: reporter.say(f"skipped a checkpoint: {error}"))
     if saved is None:
         reporter.say(f"{checkpoints} holds no checkpoint to resume from: starting afresh")
@@ -91,7 +109,8 @@ def _resume(run: Run, checkpoints: Path, reporter: Reporter) -> SavedRun | None:
     for name, value in environment().items():
         if (before := saved.environment.get(name)) != value:
             reporter.say(f"resuming with another {name}: {before!r} -> {value!r} (the last bits of the results may differ)")
-    load_checkpoint(saved, run.state)
+    load_checkpoint(saved, run.state, with_records=trainers.is_first)
+    trainers.wait("rank 0 to load the records")
     reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
     return saved
 
@@ -99,9 +118,18 @@ def _resume(run: Run, checkpoints: Path, reporter: Reporter) -> SavedRun | None:
 class _Loop:
     """The steps of a run and what happens between them."""
 
-    def __init__(self, run: Run, checkpoints: Path, log: RunLog, reporter: Reporter, stop: StopRequest, trace: Trace) -> None:
+    def __init__(
+        self,
+        run: Run,
+        checkpoints: Path,
+        log: RunLog | NoLog,
+        reporter: Reporter,
+        stop: StopRequest,
+        trace: Trace,
+        trainers: Trainers,
+    ) -> None:
         self._run, self._checkpoints, self._log = run, checkpoints, log
-        self._reporter, self._stop, self._trace = reporter, stop, trace
+        self._reporter, self._stop, self._trace, self._trainers = reporter, stop, trace, trainers
         self._meter = Meter()
         self._step = run.embeddings.step
         self._newest: Path | None = None
@@ -127,6 +155,7 @@ class _Loop:
                     self._pause(stream, self._evaluate)
                 if self._is_due(config.checkpoint.every_steps):
                     self._pause(stream, self._try_to_save)
+                self._stop.signal = self._trainers.agree_on(self._stop.signal)
                 if self._stop.signal is not None:
                     break
             self._write_progress(stream)
@@ -159,7 +188,8 @@ class _Loop:
     def _train_step(self, batch: TorchBatch) -> None:
         run = self._run
         run.embeddings.lookup(batch.sparse, out=run.dense_step.pooled(batch.batch_size))
-        loss, grads = run.dense_step(batch.dense, batch.labels)
+        weight = self._trainers.weight(batch.batch_size, run.schedule.batch_size_of(self._step, run.source.num_samples))
+        loss, grads = run.dense_step(batch.dense, batch.labels, weight)
         run.embeddings.update(grads)
         self._step += 1
         self._meter.add(self._step, loss, batch.batch_size)
@@ -167,6 +197,7 @@ class _Loop:
     def _write_progress(self, stream: Lookahead[TorchBatch]) -> None:
         progress = self._meter.take(stream)
         if progress is not None:
+            progress = self._trainers.together(progress)
             self._log.write("train", self._step, **asdict(progress))
             self._reporter.show(progress)
 
@@ -179,7 +210,7 @@ class _Loop:
 
     def _evaluate(self) -> Scores | None:
         run = self._run
-        if run.validation is None:
+        if run.validation is None or not self._trainers.is_first:
             return None
         train = run.config.train
         scores = evaluate(run.model, run.validation, batch_size=train.eval_batch_size, device=run.device, precision=train.precision)
@@ -196,7 +227,7 @@ class _Loop:
 
     def _save(self) -> None:
         run, step = self._run, self._step
-        if step == self._saved_step:
+        if step == self._saved_step or not self._trainers.is_first:
             return
         started = time.perf_counter()
         run.dense_step.settle()

@@ -1,0 +1,38 @@
+"""Trainers started by torchrun: `torchrun --nproc-per-node=N -m bagpipe train run.toml`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from bagpipe.cache.communicator import Communicator
+from bagpipe.errors import ConfigError
+
+_TIMEOUT = timedelta(minutes=30)
+"""Longer than an evaluation or a checkpoint, for which the other ranks wait; a rank that dies is noticed at once."""
+
+
+@contextmanager
+def joined_trainers() -> Iterator[Communicator | None]:
+    """This process's connections to the other trainers, or None where it is the only one.
+
+    Raises ConfigError when the trainers run on several hosts: their tables lie in memory that one host shares.
+    """
+    num_trainers = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_trainers == 1:
+        yield None
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE", str(num_trainers)) != str(num_trainers):
+        raise ConfigError(
+            f"{num_trainers} trainers on several hosts: they share one copy of the tables in memory, so start them on one host, "
+            "torchrun --standalone --nproc-per-node=N"
+        )
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield Communicator.from_default_group(timeout=_TIMEOUT)
+    finally:
+        dist.destroy_process_group()

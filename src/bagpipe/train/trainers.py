@@ -1,0 +1,44 @@
+"""What a run's loop asks of the other trainers; all of it is trivial where there are none."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+
+from bagpipe.cache.communicator import Communicator
+from bagpipe.train.report import Progress
+
+
+class Trainers:
+    """The trainers of a run, as one of them sees them. What asks all ranks must be called by all, in the same order."""
+
+    def __init__(self, communicator: Communicator | None) -> None:
+        self._communicator = communicator
+        self.is_first = communicator is None or communicator.rank == 0
+        """Whether this one evaluates, saves and logs."""
+
+    def wait(self, what: str) -> None:
+        """Waits for all ranks."""
+        if self._communicator is not None:
+            self._communicator.barrier(f"waiting for {what}")
+
+    def weight(self, num_samples: int, batch_size: int) -> float:
+        """By what a rank's mean loss over its samples of a batch is multiplied, so that the mean over ranks is the batch's."""
+        if self._communicator is None:
+            return 1.0
+        return num_samples * self._communicator.num_trainers / batch_size
+
+    def agree_on(self, received: signal.Signals | None) -> signal.Signals | None:
+        """The signal that any rank has received, so that all end after the same step."""
+        if self._communicator is None:
+            return received
+        number = int(self._communicator.largest(0 if received is None else received))
+        return signal.Signals(number) if number else None
+
+    def together(self, progress: Progress) -> Progress:
+        """The mean loss, and the speed of all ranks."""
+        if self._communicator is None:
+            return progress
+        num_trainers = self._communicator.num_trainers
+        loss = self._communicator.mean(progress.loss)
+        return replace(progress, loss=loss, examples_per_s=num_trainers * self._communicator.mean(progress.examples_per_s))
