@@ -1,0 +1,138 @@
+"""Whole runs of several processes, started by torchrun as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bagpipe.train.checkpoint_files import list_checkpoints, read_manifest, read_records
+
+RUN = """
+[data]
+kind = "synthetic"
+num_samples = {num_samples}
+num_validation_samples = 1000
+num_embeddings = [3000, 500, 40]
+num_dense = 3
+
+[embeddings]
+embedding_dim = 4
+optimizer = {{ kind = "adagrad", lr = 0.05 }}
+
+[model]
+kind = "dlrm"
+bottom = [8, 4]
+top = [8, 1]
+
+[cache]
+size = "20%"
+lookahead = 5
+
+[train]
+batch_size = 100
+steps = {steps}
+
+[checkpoint]
+keep = 1
+
+[log]
+folder = "{folder}"
+every_steps = 5
+tensorboard = false
+"""
+
+
+def command(num_trainers: int, file: Path, *options: str) -> list[str]:
+    train = ["-m", "bagpipe", "train", str(file), *options]
+    if num_trainers == 1:
+        return [sys.executable, *train]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_trainers}", *train]
+
+
+def start(num_trainers: int, file: Path, *options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(num_trainers, file, *options), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def train(num_trainers: int, file: Path, *options: str) -> str:
+    process = start(num_trainers, file, *options)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def write_run(folder: Path, *, steps: int = 30, num_samples: int = 2950) -> Path:
+    """2,950 samples are 29 batches and a half: shares of the last one differ."""
+    file = folder / "run.toml"
+    file.write_text(RUN.format(folder=folder / "run", steps=steps, num_samples=num_samples))
+    return file
+
+
+def records_of(folder: Path) -> tuple[int, np.ndarray, np.ndarray]:
+    """Step, rows and records of the newest checkpoint."""
+    checkpoint = list_checkpoints(folder / "run" / "checkpoints")[-1]
+    manifest = read_manifest(checkpoint)
+    blocks = list(read_records(checkpoint / "group-0.arrow", manifest["groups"][0]["record_width"]))
+    return manifest["step"], np.concatenate([rows for rows, _ in blocks]), np.concatenate([records for _, records in blocks])
+
+
+def log_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "run" / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def test_two_processes_train_as_one_does_and_go_on_alone(tmp_path: Path) -> None:
+    folders = {}
+    for name in ("one", "two", "later"):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+    train(1, write_run(folders["one"]))
+    train(2, write_run(folders["two"]))
+    train(2, write_run(folders["later"], steps=14))
+    train(1, write_run(folders["later"]), "--resume")
+    step, rows, records = records_of(folders["one"])
+    scores = log_of(folders["one"], "evaluation")[-1]
+    for name in ("two", "later"):
+        other_step, other_rows, other_records = records_of(folders[name])
+        assert other_step == step
+        np.testing.assert_array_equal(other_rows, rows)
+        np.testing.assert_allclose(other_records, records, rtol=1e-3, atol=1e-5)
+        assert log_of(folders[name], "evaluation")[-1]["auc"] == pytest.approx(scores["auc"], abs=1e-3)
+    losses = [record["loss"] for record in log_of(folders["one"], "train")]
+    assert [record["loss"] for record in log_of(folders["two"], "train")] == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_killed_rank_ends_the_other_within_seconds_and_leaves_no_orphan(tmp_path: Path) -> None:
+    process = start(2, write_run(tmp_path, steps=100_000))
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and '"train"' in log.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = children_of(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    killed_at = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 30
+    assert process.returncode != 0
+    assert "rank 0: " in output
+    assert "may be gone" in output
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def children_of(pid: int) -> list[int]:
+    """Of a process, oldest first."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
