@@ -85,6 +85,7 @@ def test_the_public_surface() -> None:
         "Adagrad",
         "Adam",
         "BagpipeError",
+        "Communicator",
         "EmbeddingBagCollection",
         "Normal",
         "RowWiseAdagrad",

@@ -152,3 +152,19 @@ def test_data_prepare_tells_what_is_missing(file: Path) -> None:
     result = invoke("data", "prepare", file)
     assert result.exit_code == 2
     assert "prepare: is missing" in result.stderr
+
+
+def test_plan_for_several_trainers_says_what_they_send(file: Path) -> None:
+    grid = ["--cache", "50%", "--lookahead", 2, "--steps", 8]
+    many, alone = file.parent / "many.json", file.parent / "alone.json"
+    result = invoke("plan", file, "--trainers", 3, *grid, "--set", "train.batch_size=24", "--json", many)
+    assert result.exit_code == 0, result.output
+    assert "Sent between 3 trainers a step" in result.output
+    result = invoke("plan", file, *grid, "--set", "train.batch_size=24", "--json", alone)
+    assert result.exit_code == 0, result.output
+    assert "trainers" not in result.output + alone.read_text()
+    values = json.loads(many.read_text())
+    assert values["num_trainers"] == 3
+    assert values["points"][0]["traffic"]["copies_rows_per_step"] > 0
+    # A batch is that of all trainers together.
+    assert values["uniques_per_step"] == json.loads(alone.read_text())["uniques_per_step"]

@@ -13,6 +13,7 @@ from bagpipe.types import SGD, Adagrad, Adam, Normal, RowWiseAdagrad, TableConfi
 
 if TYPE_CHECKING:
     from bagpipe.cache.collection import EmbeddingBagCollection
+    from bagpipe.cache.communicator import Communicator
     from bagpipe.train.lookahead import lookahead
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "BagpipeError",
+    "Communicator",
     "EmbeddingBagCollection",
     "Normal",
     "RowWiseAdagrad",
@@ -28,7 +30,11 @@ __all__ = [
     "lookahead",
 ]
 
-_LAZY = {"EmbeddingBagCollection": "bagpipe.cache.collection", "lookahead": "bagpipe.train.lookahead"}
+_LAZY = {
+    "Communicator": "bagpipe.cache.communicator",
+    "EmbeddingBagCollection": "bagpipe.cache.collection",
+    "lookahead": "bagpipe.train.lookahead",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,7 @@
-"""`bagpipe plan`: the dry run. Replays the oracle over a run's data for several cache sizes and lookaheads; loads no torch."""
+"""`bagpipe plan`: the dry run. Replays the oracle over a run's data for several cache sizes and lookaheads; loads no torch.
+
+For several trainers, which share each batch, it also says what they would send each other.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def plan(
     overrides: Overrides,
     cache: Annotated[
         list[str] | None,
-        typer.Option(help="A cache size: rows (675_000), a share (2%) or memory (4GiB); may be repeated.", show_default=False),
+        typer.Option(
+            help="A cache size, of each trainer: rows (675_000), a share (2%) or memory (4GiB); may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     lookahead: Annotated[
         list[int] | None, typer.Option(help="Batches that the oracle sees ahead; may be repeated.", min=1, show_default=False)
@@ -32,6 +38,14 @@ def plan(
     steps: Annotated[
         int, typer.Option(min=2, help="Steps to replay; the first quarter warms the cache up and is not counted.")
     ] = 400,
+    trainers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Trainers that share the tables and each batch, as `torchrun -m bagpipe train` has them; --cache is that of each. "
+            "Also says what they send each other.",
+        ),
+    ] = 1,
     plot: Annotated[Path | None, typer.Option(help="Save a plot of rows fetched a step here (.png, .svg, .pdf).")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -41,11 +55,14 @@ def plan(
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
         from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest, save_plot
+        from bagpipe.oracle.traffic_view import render_traffic
 
         config = load_config(RunConfig, file, overrides)
         with console_progress(console) as progress:
-            result = _dry_run(config, cache or (), lookahead or DEFAULT_LOOKAHEADS, steps, progress)
+            result = _dry_run(config, cache or (), lookahead or DEFAULT_LOOKAHEADS, steps, trainers, progress)
         console.print(render_points(result))
+        if trainers > 1:
+            console.print(render_traffic(result))
         console.print(render_smallest(result))
         if plot is not None:
             save_plot(result, plot)
@@ -54,7 +71,9 @@ def plan(
             save_json(as_dict(result), json_file)
 
 
-def _dry_run(config: RunConfig, caches: Sequence[str], lookaheads: Sequence[int], num_steps: int, progress: Progress) -> DryRun:
+def _dry_run(
+    config: RunConfig, caches: Sequence[str], lookaheads: Sequence[int], num_steps: int, num_trainers: int, progress: Progress
+) -> DryRun:
     from dataclasses import replace
 
     from bagpipe.config.tables import make_tables
@@ -72,7 +91,8 @@ def _dry_run(config: RunConfig, caches: Sequence[str], lookaheads: Sequence[int]
         prefetch_depth=config.cache.prefetch_depth,
     )
     batches = source.batches(batch_size=config.train.batch_size, drop_last=config.train.drop_last)
-    trace = read_trace(groups, (batch.sparse for batch in batches), max_batches=grid.num_batches, progress=progress)
+    sparse = (batch.sparse for batch in batches)
+    trace = read_trace(groups, sparse, max_batches=grid.num_batches, num_trainers=num_trainers, progress=progress)
     if not caches:
         sizes = [max(parse_rows(size, groups, "--cache"), trace.smallest_cache) for size in DEFAULT_CACHES]
         twice = min(2 * trace.smallest_cache, sum(group.num_rows for group in groups))

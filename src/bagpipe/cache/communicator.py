@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.errors import BackgroundError, ConfigError
-from bagpipe.types import RowExchange
+from bagpipe.store.shared import SharedFiles, SharedMemoryStore
+from bagpipe.types import Group, RowExchange
 
 Moment = Literal["now", "later"]
 TransferKind = Literal["early", "late"]
@@ -81,6 +82,16 @@ class Communicator:
                 return text
             self.store.wait([key], self.timeout)
             return str(self.store.get(key).decode())
+
+    def shared_store(self, group: Group, seed: int) -> SharedMemoryStore:
+        """A group's store in memory that all ranks share; rank 0 makes it. All ranks must be on one host."""
+        name = f"the store of {group.name}"
+        if self.rank == 0:
+            store = SharedMemoryStore(group, seed)
+            self.share_text(name, f"{store.files.records} {store.files.touched}")
+            return store
+        records, touched = self.share_text(name, None).split()
+        return SharedMemoryStore(group, seed, SharedFiles(records=records, touched=touched))
 
     def _reduce(self, value: float, operation: Any) -> float:
         with self._naming("comparing numbers of all ranks"):

@@ -13,8 +13,12 @@ delivers in time depends on its speed and the step's length: compare them with t
 looked for between the smallest never-stalling size of the grid and the next smaller size that stalls or is too small for a
 batch, by bisection to within `RESOLUTION`. A size below it stalls, or was not tried because a larger one does.
 
-Memory: 8 bytes a distinct row and batch for the trace; for each point under way what a `Cacher` takes (8 bytes a row of the
-tables, 20 a slot, 4 a distinct row and batch of lookahead). No more points are under way than `CACHERS_BYTES` has room for.
+Several trainers. A batch of the stream is then a global one, split among them (`bagpipe.jagged.share_of`); cache sizes are of each
+trainer; and what they send each other is counted too (`bagpipe.oracle.traffic`).
+
+Memory: 8 bytes a distinct row and batch for the trace, of several trainers 8 more and 4 a trainer that uses it; for each point
+under way what a `Cacher` takes (8 bytes a row of the tables, 20 a slot, 4 a distinct row and batch of lookahead). No more points
+are under way than `CACHERS_BYTES` has room for.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TypeAlias, TypeVar
@@ -32,12 +36,15 @@ import numpy as np
 
 from bagpipe._workers import Workers
 from bagpipe.errors import CacheTooSmallError, ConfigError, DataError
+from bagpipe.jagged import share_of
 from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.pipeline import ordered_map
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.sizes import slots_of
-from bagpipe.oracle.window import DedupedBatch, Oracle
-from bagpipe.types import Group, Jagged
+from bagpipe.oracle.traffic import Traffic
+from bagpipe.oracle.window import DedupedBatch, Oracle, Trainers
+from bagpipe.types import Group, Int64Array, Jagged
 
 RESOLUTION = 0.01
 """How near to the border between stalling and never stalling the bisection goes, as a share of the cache."""
@@ -48,16 +55,18 @@ Item = TypeVar("Item")
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Is told of a stage's name, how much of it is done, and how much there is."""
 
+_NO_ROWS = np.empty(0, np.int64)
 _NO_LOOKUPS = np.empty(0, np.int32)
 _NO_PIECES = np.zeros(1, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The distinct rows of each batch of a stream."""
+    """The distinct rows of each batch of a stream; of several trainers, of each global batch."""
 
     groups: tuple[Group, ...]
     batches: tuple[DedupedBatch[None], ...]
+    num_trainers: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -67,20 +76,34 @@ class Trace:
     @property
     def uniques_per_step(self) -> float:
         """Distinct rows of a batch, on average."""
-        return sum(len(group.unique_rows) for batch in self.batches for group in batch.groups) / len(self.batches)
+        return sum(_num_uniques(batch) for batch in self.batches) / len(self.batches)
 
     @property
     def smallest_cache(self) -> int:
-        """The fewest rows over all groups with which no batch alone needs more slots than its group gets."""
+        """The fewest rows over all groups, of each trainer, with which no batch alone needs more slots than its group gets."""
         needs = np.array([[len(group.unique_rows) for group in batch.groups] for batch in self.batches]).max(axis=0)
         sizes = range(len(self.groups), sum(group.num_rows for group in self.groups))
-        fits = bisect_left(sizes, True, key=lambda rows: bool((np.array(slots_of(rows, self.groups)) >= needs).all()))
+        fits = bisect_left(sizes, True, key=lambda rows: bool((self.num_trainers * np.array(self.slots(rows)) >= needs).all()))
         return len(self.groups) + fits
+
+    def slots(self, cache_rows: int) -> list[int]:
+        """Slots of each trainer for each group; all trainers together have no more than a group has rows, but for rounding."""
+        slots = slots_of(cache_rows, self.groups)
+        return [min(count, -(-group.num_rows // self.num_trainers)) for count, group in zip(slots, self.groups, strict=True)]
+
+    def trainers(self, ranks: Sequence[int]) -> Trainers:
+        """Plans for these ranks, with room for all replicas that a share can need."""
+        num_replicas = [
+            max(len(places) for group in groups if isinstance(group, MergedGroup) for places in group.places)
+            for groups in zip(*(batch.groups for batch in self.batches), strict=True)
+            if self.num_trainers > 1
+        ]
+        return Trainers(num_trainers=self.num_trainers, ranks=tuple(ranks), num_replica_slots=tuple(num_replicas))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What to replay: each cache size (rows over all groups) with each lookahead."""
+    """What to replay: each cache size (rows over all groups, of each trainer) with each lookahead."""
 
     cache_rows: Sequence[int]
     lookaheads: Sequence[int]
@@ -108,12 +131,17 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One cache size with one lookahead. `report` counts the steps after the warm-up; None when a batch alone needs more slots."""
+    """One cache size with one lookahead. `report` counts the steps after the warm-up; None when a batch alone needs more slots.
+
+    Of several trainers the size is that of each; `report` adds up what all of them fetch and write back, `traffic` what they send
+    each other.
+    """
 
     cache_rows: int
     lookahead: int
     report: OracleReport | None
-    num_needed: int = 0  # slots that the batch needs for which the cache is too small
+    num_needed: int = 0  # slots that the batch needs for which the cache is too small, of each trainer
+    traffic: Traffic | None = None
 
     @property
     def never_stalls(self) -> bool:
@@ -131,9 +159,10 @@ class DryRun:
     uniques_per_step: float
     points: tuple[Point, ...]
     smallest: dict[int, int]
+    num_trainers: int = 1
 
     def cache_bytes(self, cache_rows: int) -> int:
-        """Bytes of records in a cache of `cache_rows` rows over all groups."""
+        """Bytes of records in a cache of `cache_rows` rows over all groups, of each trainer."""
         slots = slots_of(cache_rows, self.groups)
         return sum(count * group.record_bytes for count, group in zip(slots, self.groups, strict=True))
 
@@ -143,21 +172,28 @@ def read_trace(
     batches: Iterable[Jagged],
     *,
     max_batches: int,
+    num_trainers: int = 1,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Trace:
-    """De-duplicates up to `max_batches` batches. DataError: there is none, or what `batches` and `dedup` raise."""
+    """De-duplicates up to `max_batches` batches, of several trainers global ones.
+
+    Raises DataError: there is none, or what `batches` and `dedup` raise; ConfigError: too many trainers.
+    """
+    Trainers(num_trainers=num_trainers, ranks=(0,), num_replica_slots=(0,) * len(groups)).check(groups)
     num_threads = threads or os.cpu_count() or 1
     kept = []
     with Workers("bagpipe-dedup", num_threads) as workers:
-        found = ordered_map(partial(_distinct_rows, groups), islice(batches, max_batches), workers, ahead=2 * num_threads)
+        found = ordered_map(
+            partial(_distinct_rows, groups, num_trainers), islice(batches, max_batches), workers, ahead=2 * num_threads
+        )
         for batch in found:
             kept.append(batch)
             if progress is not None:
                 progress("reading batches", len(kept), max_batches)
     if not kept:
         raise DataError("a dry run needs at least one batch, the data have none")
-    return Trace(groups=tuple(groups), batches=tuple(kept))
+    return Trace(groups=tuple(groups), batches=tuple(kept), num_trainers=num_trainers)
 
 
 def dry_run(
@@ -185,23 +221,36 @@ def dry_run(
         uniques_per_step=trace.uniques_per_step,
         points=points,
         smallest=smallest,
+        num_trainers=trace.num_trainers,
     )
 
 
 def replay(trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_it_waits: bool = False) -> Point:
     """Replays one point; with `until_it_waits` no further than the first counted step that waits."""
-    slots = slots_of(cache_rows, trace.groups)
-    oracle = Oracle(trace.groups, num_slots=slots, lookahead=lookahead, prefetch_depth=grid.prefetch_depth)
+    num_trainers = trace.num_trainers
+    trainers = trace.trainers(range(1 if until_it_waits else num_trainers))  # one rank's plan tells whether any waits
+    oracle = Oracle(
+        trace.groups,
+        num_slots=trace.slots(cache_rows),
+        lookahead=lookahead,
+        prefetch_depth=grid.prefetch_depth,
+        trainers=trainers,
+    )
     report = OracleReport.for_groups(trace.groups)
+    counts_traffic = num_trainers > 1 and not until_it_waits
+    traffic = Traffic(num_trainers=num_trainers, groups=trace.groups) if counts_traffic else None
     try:
-        for plan, _ in islice(oracle.plan(trace.batches), grid.num_steps):
-            if plan.step >= grid.num_warmup_steps:
-                report.add(plan, oracle.peak_slots)
+        for plans, batch in islice(oracle.plan_ranks(oracle.link(trace.batches)), grid.num_steps):
+            if plans[0].step >= grid.num_warmup_steps:
+                report.add_ranks(plans, _num_uniques(batch), [-(-peak // num_trainers) for peak in oracle.peak_slots])
+                if traffic is not None:
+                    traffic.add(plans, batch.groups)
             if until_it_waits and report.num_waiting_steps:
                 break
     except CacheTooSmallError as error:
-        return Point(cache_rows=cache_rows, lookahead=lookahead, report=None, num_needed=error.num_needed)
-    return Point(cache_rows=cache_rows, lookahead=lookahead, report=report)
+        num_needed = -(-error.num_needed // num_trainers)
+        return Point(cache_rows=cache_rows, lookahead=lookahead, report=None, num_needed=num_needed)
+    return Point(cache_rows=cache_rows, lookahead=lookahead, report=report, traffic=traffic)
 
 
 def _find_smallest(trace: Trace, grid: Grid, points: Sequence[Point], guess: int | None) -> int:
@@ -239,16 +288,33 @@ def _told(items: Iterable[Item], stage: str, total: int, progress: Progress | No
             progress(stage, done, total)
 
 
-def _distinct_rows(groups: Sequence[Group], batch: Jagged) -> DedupedBatch[None]:
+def _num_uniques(batch: DedupedBatch[None]) -> int:
+    return sum(len(group.unique_rows) for group in batch.groups)
+
+
+def _distinct_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) -> DedupedBatch[None]:
     """De-duplicates one batch and drops all but its distinct rows; a Cacher looks at nothing else."""
+    if num_trainers == 1:
+        rows = tuple(_rows_only(dedup(group, batch).unique_rows) for group in groups)
+        return DedupedBatch(payload=None, batch_size=batch.batch_size, groups=rows)
+    shares = [share_of(batch, rank, num_trainers) for rank in range(num_trainers)]
     return DedupedBatch(
-        payload=None, batch_size=batch.batch_size, groups=tuple(_rows_only(dedup(group, batch)) for group in groups)
+        payload=None,
+        batch_size=batch.batch_size,
+        groups=tuple(_merged_rows_only([dedup(group, share) for share in shares]) for group in groups),
+        share_sizes=tuple(share.batch_size for share in shares),
     )
 
 
-def _rows_only(group: DedupedGroup) -> DedupedGroup:
+def _merged_rows_only(shares: Sequence[DedupedGroup]) -> MergedGroup:
+    """The shares' rows are the merged ones at `places`, from which the ranks' plans are made: they need not be kept twice."""
+    merged = merge([_rows_only(share.unique_rows) for share in shares])
+    return replace(merged, shares=(_rows_only(_NO_ROWS),) * len(shares))
+
+
+def _rows_only(unique_rows: Int64Array) -> DedupedGroup:
     return DedupedGroup(
-        unique_rows=group.unique_rows,
+        unique_rows=unique_rows,
         inverse=_NO_LOOKUPS,
         bag_offsets=None,
         bag_scales=None,
@@ -262,5 +328,6 @@ def _rows_only(group: DedupedGroup) -> DedupedGroup:
 def _num_threads(trace: Trace, grid: Grid, threads: int | None) -> int:
     num_rows = sum(group.num_rows for group in trace.groups)
     # Rings are powers of two, hence twice what is in use at most.
-    cacher_bytes = 8 * num_rows + 20 * max(grid.cache_rows) + 8 * int(trace.uniques_per_step) * max(grid.lookaheads)
+    num_slots = min(trace.num_trainers * max(grid.cache_rows), num_rows)
+    cacher_bytes = 8 * num_rows + 20 * num_slots + 8 * int(trace.uniques_per_step) * max(grid.lookaheads)
     return max(1, min(threads or os.cpu_count() or 1, CACHERS_BYTES // cacher_bytes))

@@ -14,9 +14,10 @@ from bagpipe.oracle.dry_run import DryRun, Point
 
 def render_points(result: DryRun) -> Table:
     """One line a point: a rich table."""
+    note = "" if result.num_trainers == 1 else f"; cache, memory, peak: of each of {result.num_trainers} trainers, others: of all"
     table = Table(
         title=f"Oracle replayed: {result.num_counted_steps:,} steps of {result.uniques_per_step:,.0f} distinct rows on average",
-        caption="in, out: fetched and written back a step; late: rows a step on the critical path; waits: steps with any",
+        caption=f"in, out: fetched and written back a step; late: rows a step on the critical path; waits: steps with any{note}",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -35,7 +36,7 @@ def render_points(result: DryRun) -> Table:
 
 def render_smallest(result: DryRun) -> Table:
     """For each lookahead the smallest cache that never stalls: a rich table."""
-    table = Table(title="Smallest cache that never stalls")
+    table = Table(title=f"Smallest cache that never stalls{'' if result.num_trainers == 1 else ', of each trainer'}")
     for heading in ("lookahead", "cache rows", "of all", "memory"):
         table.add_column(heading, justify="right")
     for lookahead, rows in result.smallest.items():
@@ -44,8 +45,8 @@ def render_smallest(result: DryRun) -> Table:
 
 
 def as_dict(result: DryRun) -> dict[str, Any]:
-    """All of a dry run as JSON values."""
-    return {
+    """All of a dry run as JSON values; those of several trainers say so, and what they send each other."""
+    return ({} if result.num_trainers == 1 else {"num_trainers": result.num_trainers}) | {
         "num_counted_steps": result.num_counted_steps,
         "num_warmup_steps": result.grid.num_warmup_steps,
         "prefetch_depth": result.grid.prefetch_depth,
@@ -76,7 +77,8 @@ def save_plot(result: DryRun, path: Path) -> None:
         shares = [100 * point.cache_rows / num_rows for point in points]
         fetched = [point.report.fetched_rows_per_step for point in points if point.report is not None]
         axes.plot(shares, fetched, marker="o", markersize=3, label=f"lookahead {lookahead}")
-    axes.set(xscale="log", xlabel="cache, % of the rows", ylabel="rows fetched a step")
+    cache = "cache" if result.num_trainers == 1 else f"cache of each of {result.num_trainers} trainers"
+    axes.set(xscale="log", xlabel=f"{cache}, % of the rows", ylabel="rows fetched a step")
     axes.set_ylim(bottom=0)
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
@@ -140,4 +142,5 @@ def _point_dict(result: DryRun, point: Point) -> dict[str, Any]:
         "rows_fetched_late_per_step": report.num_fetched_late / report.num_steps,
         "waiting_steps_share": report.num_waiting_steps / report.num_steps,
         "peak_slots": report.peak_slots,
+        **({} if point.traffic is None else {"traffic": point.traffic.as_dict()}),
     }

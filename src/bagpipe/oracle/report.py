@@ -51,24 +51,34 @@ class OracleReport:
 
     def add(self, plan: StepPlan, peak_slots: Sequence[int]) -> None:
         """Counts one step's plan; `peak_slots` for each group."""
+        self.add_ranks((plan,), sum(group.schedule.num_uniques for group in plan.groups), peak_slots)
+
+    def add_ranks(self, plans: Sequence[StepPlan], num_uniques: int, peak_slots: Sequence[int]) -> None:
+        """Counts one step's plans, one a trainer. `num_uniques`: the global batch's distinct rows; `peak_slots` for each group."""
+        first = plans[0]
         self.num_steps += 1
-        self.total_lookahead += plan.lookahead
-        self.max_lookahead = max(self.max_lookahead, plan.lookahead)
+        self.num_uniques += num_uniques
+        self.total_lookahead += first.lookahead
+        self.max_lookahead = max(self.max_lookahead, first.lookahead)
         self.peak_slots = sum(peak_slots)
-        has_late = False
+        num_late = sum(self._add_transfers(plan) for plan in plans)
+        self.num_waiting_steps += num_late > 0 or first.has_late
+
+    def _add_transfers(self, plan: StepPlan) -> int:
+        """Counts what one trainer looks up and moves; the rows fetched late."""
+        num_all_late = 0
         for group, record_bytes in zip(plan.groups, self._record_bytes, strict=True):
             num_late = len(group.late.fetch_rows)
             num_fetched = len(group.early.fetch_rows) + num_late
             num_written_back = len(group.early.evict_rows) + len(group.late.evict_rows)
             self.num_lookups += len(group.inverse)
-            self.num_uniques += group.schedule.num_uniques
             self.num_fetched += num_fetched
             self.num_fetched_late += num_late
             self.num_written_back += num_written_back
             self.fetched_bytes += num_fetched * record_bytes
             self.written_back_bytes += num_written_back * record_bytes
-            has_late = has_late or num_late > 0
-        self.num_waiting_steps += has_late
+            num_all_late += num_late
+        return num_all_late
 
     def as_dict(self) -> dict[str, float]:
         """All totals and rates by name."""

@@ -23,9 +23,8 @@ from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
-from bagpipe.store import FileStore, MemoryStore, SharedMemoryStore
+from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.store.shared import SharedFiles
 from bagpipe.train.batches import Schedule
 from bagpipe.train.checkpoint import State
 from bagpipe.train.dense_step import DenseStep, Precision
@@ -223,16 +222,7 @@ def _shared_store_maker(config: EmbeddingsConfig, communicator: Communicator) ->
             "memory only so far: use 'memory'"
         )
 
-    def make(group: Group, seed: int) -> SharedMemoryStore:
-        name = f"the store of {group.name}"
-        if communicator.rank == 0:
-            store = SharedMemoryStore(group, seed)
-            communicator.share_text(name, f"{store.files.records} {store.files.touched}")
-            return store
-        records, touched = communicator.share_text(name, None).split()
-        return SharedMemoryStore(group, seed, SharedFiles(records=records, touched=touched))
-
-    return make
+    return communicator.shared_store
 
 
 def _store_maker(config: EmbeddingsConfig) -> Callable[[Group, int], EmbeddingStore]:

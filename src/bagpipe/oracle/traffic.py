@@ -1,0 +1,200 @@
+"""What travels between trainers, counted from their plans, and what two other ways would send, counted from the same ids.
+
+The plans' way is LRPP (logically replicated, physically partitioned; Agarwal et al., BagPipe, SOSP 2023, section 3.4): one owner
+for each cached row; another rank that uses the row gets a *replica* for that step and sends a *gradient* back. A row-send is one
+row, as replica or gradient, from one rank to one other. What goes *now* is on the critical path, *later* goes behind compute.
+
+Compared with, on the same batches of N trainers:
+
+- *copies* (a replicated cache): every trainer keeps a copy of each cached row, and gradients are all-reduced. Each distinct row of
+  the global batch must reach the N - 1 other trainers: (N - 1) row-sends a distinct row, of a gradient. A ring all-reduce sends
+  twice as many (Patarasuk and Yuan, JPDC 69(2), 2009), so the count favours this way.
+- *hashed* owners without lookahead: each row lives on rank hash(row) % N for ever. A use by another rank costs one row sent for the
+  lookup and one gradient sent back, both on the critical path.
+
+Only what trainers send each other is counted: no ids, no sizes, and no traffic with the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bagpipe.oracle.dedup import DedupedGroup
+from bagpipe.oracle.merge import MergedGroup
+from bagpipe.types import Group, GroupPlan, Int64Array, StepPlan, UInt64Array
+
+REPLICA, GRADIENT = 0, 1
+"""First axis of what is counted: what travels."""
+LATER, NOW = 0, 1
+"""Second axis: when it does."""
+
+
+def replica_bytes(group: Group) -> int:
+    """Bytes of one row's weights: `embedding_dim` values of the table's data type."""
+    return group.embedding_dim * (4 if group.data_type == "fp32" else 2)
+
+
+def gradient_bytes(group: Group) -> int:
+    """Bytes of one row's gradient: `embedding_dim` float32 values, whatever the table's data type is."""
+    return group.embedding_dim * 4
+
+
+def sent_rows(plans: Sequence[GroupPlan]) -> Int64Array:
+    """Rows that ranks send each other in one step of one group: (2 what, 2 when, N senders, N receivers), from all ranks' plans."""
+    sent = np.zeros((2, 2, len(plans), len(plans)), np.int64)
+    for rank, plan in enumerate(plans):
+        exchange = plan.exchange
+        assert exchange is not None
+        sent[REPLICA, LATER, rank] = exchange.replicas_later.send_counts
+        sent[REPLICA, NOW, rank] = exchange.replicas_now.send_counts
+        sent[GRADIENT, LATER, rank] = exchange.sync_later.send_counts
+        sent[GRADIENT, NOW, rank] = exchange.sync_now.send_counts
+    return sent
+
+
+def owned_rows(plans: Sequence[GroupPlan]) -> Int64Array:
+    """How many of the distinct rows of a global batch each rank owns: (N,). An owner applies each of them once, now or later."""
+    exchanges = [plan.exchange for plan in plans]
+    return np.array([sum(len(s.unique_slots) for s in (e.apply_now, e.apply_later)) for e in exchanges if e is not None], np.int64)
+
+
+def fetched_rows(plans: Sequence[GroupPlan]) -> Int64Array:
+    """Rows that each rank fetches from the store: (N,)."""
+    return np.array([len(plan.early.fetch_rows) + len(plan.late.fetch_rows) for plan in plans], np.int64)
+
+
+def hashed_owners(rows: Int64Array, num_trainers: int) -> UInt64Array:
+    """hash(row) % N for each row (n,); the hash is SplitMix64's (Steele, Lea and Flood, OOPSLA 2014), which leaves no pattern."""
+    bits = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (bits ^ (bits >> np.uint64(31))) % np.uint64(num_trainers)
+
+
+def hashed_remote_uses(batch: MergedGroup, num_trainers: int) -> int:
+    """(rank, row) uses of a global batch by others than the row's hashed owner: as many rows travel, and as many gradients."""
+    is_used_by_owner = (batch.users >> hashed_owners(batch.unique_rows, num_trainers)) & np.uint64(1)
+    return num_uses(batch) - int(is_used_by_owner.sum())
+
+
+def num_uses(batch: MergedGroup) -> int:
+    """(rank, row) uses of a global batch: the distinct rows of each share, summed over the shares."""
+    return int(np.bitwise_count(batch.users).sum(dtype=np.int64))
+
+
+@dataclass(kw_only=True)
+class Balance:
+    """How evenly ranks share something; the slowest rank sets a step's pace, so that steps are compared one by one."""
+
+    total: int = 0
+    total_of_largest: int = 0
+
+    def add(self, by_rank: Int64Array) -> None:
+        """Counts one step (N,)."""
+        self.total += int(by_rank.sum())
+        self.total_of_largest += int(by_rank.max())
+
+    def ratio(self, num_trainers: int) -> float:
+        """The largest rank's over the mean of ranks, both summed over steps; 1 is even, and what nothing at all gives."""
+        return num_trainers * self.total_of_largest / self.total if self.total else 1.0
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """Totals over steps, groups and ranks; what is named a step is divided by the steps."""
+
+    num_trainers: int
+    groups: tuple[Group, ...] = field(repr=False)
+    num_steps: int = 0
+    num_uniques: int = 0  # distinct rows of global batches
+    num_uses: int = 0  # (rank, row)
+    rows: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))  # (2 what, 2 when) row-sends
+    sent_bytes: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))  # (2 what, 2 when)
+    copies_bytes: int = 0
+    hashed_rows: int = 0
+    hashed_bytes: int = 0
+    owned: Balance = field(default_factory=Balance)  # of the distinct rows of a global batch
+    fetched: Balance = field(default_factory=Balance)
+    sent: Balance = field(default_factory=Balance)  # row-sends
+
+    @property
+    def critical_share(self) -> float:
+        """Share of the bytes sent that is on the critical path."""
+        return _ratio(self.sent_bytes[:, NOW].sum(), self.sent_bytes.sum())
+
+    @property
+    def local_share(self) -> float:
+        """Share of (rank, row) uses that never travel, because the rank owns the row."""
+        return 1.0 - _ratio(self.rows[REPLICA].sum(), self.num_uses)
+
+    @property
+    def copies_rows(self) -> int:
+        """Row-sends with copies: (N - 1) a distinct row of the global batch."""
+        return (self.num_trainers - 1) * self.num_uniques
+
+    @property
+    def rows_over_copies(self) -> float:
+        """Row-sends, replicas and gradients, over those with copies."""
+        return _ratio(self.rows.sum(), self.copies_rows)
+
+    @property
+    def bytes_over_hashed(self) -> float:
+        """Bytes sent over those with hashed owners."""
+        return _ratio(self.sent_bytes.sum(), self.hashed_bytes)
+
+    def add(self, plans: Sequence[StepPlan], batch: Sequence[DedupedGroup | MergedGroup]) -> None:
+        """Counts one step: the plans of all ranks, in their order, and the global batch by group."""
+        by_rank = np.zeros((3, self.num_trainers), np.int64)  # owned, fetched, sent
+        for index, (group, merged) in enumerate(zip(self.groups, batch, strict=True)):
+            assert isinstance(merged, MergedGroup)
+            by_rank += self._add_group(group, [plan.groups[index] for plan in plans], merged)
+        for balance, counts in zip((self.owned, self.fetched, self.sent), by_rank, strict=True):
+            balance.add(counts)
+        self.num_steps += 1
+
+    def as_dict(self) -> dict[str, float]:
+        """All that was counted, by name; rows and bytes are a step's, of all trainers together."""
+        whats, moments = (("replicas", REPLICA), ("gradients", GRADIENT)), (("now", NOW), ("later", LATER))
+        kinds = [(f"{what}_{when}", (i, j)) for what, i in whats for when, j in moments]
+        totals: dict[str, float] = {
+            "distinct_rows": self.num_uniques,
+            "row_uses": self.num_uses,
+            "sent_rows": int(self.rows.sum()),
+            "sent_bytes": int(self.sent_bytes.sum()),
+            **{f"{name}_rows": int(self.rows[kind]) for name, kind in kinds},
+            **{f"{name}_bytes": int(self.sent_bytes[kind]) for name, kind in kinds},
+            "copies_rows": self.copies_rows,
+            "copies_bytes": self.copies_bytes,
+            "hashed_rows": self.hashed_rows,
+            "hashed_bytes": self.hashed_bytes,
+        }
+        return {f"{name}_per_step": total / max(1, self.num_steps) for name, total in totals.items()} | {
+            "critical_share_of_bytes": self.critical_share,
+            "local_share_of_uses": self.local_share,
+            "most_owned_over_mean": self.owned.ratio(self.num_trainers),
+            "most_fetched_over_mean": self.fetched.ratio(self.num_trainers),
+            "most_sent_over_mean": self.sent.ratio(self.num_trainers),
+            "sent_rows_over_copies": self.rows_over_copies,
+            "sent_bytes_over_hashed": self.bytes_over_hashed,
+        }
+
+    def _add_group(self, group: Group, plans: Sequence[GroupPlan], batch: MergedGroup) -> Int64Array:
+        """Counts one group of a step; rows owned, fetched and sent by each rank (3, N)."""
+        sent = sent_rows(plans)
+        rows = sent.sum(axis=(2, 3))  # (2, 2)
+        self.rows += rows
+        self.sent_bytes += rows * np.array([[replica_bytes(group)], [gradient_bytes(group)]])
+        remote_uses = hashed_remote_uses(batch, self.num_trainers)
+        self.hashed_rows += 2 * remote_uses
+        self.hashed_bytes += remote_uses * (replica_bytes(group) + gradient_bytes(group))
+        self.num_uses += num_uses(batch)
+        self.num_uniques += len(batch.unique_rows)
+        self.copies_bytes += (self.num_trainers - 1) * len(batch.unique_rows) * gradient_bytes(group)
+        return np.stack([owned_rows(plans), fetched_rows(plans), sent.sum(axis=(0, 1, 3))])
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 0.0

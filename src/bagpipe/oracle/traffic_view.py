@@ -1,0 +1,57 @@
+"""What travels between trainers, for the eye: a table."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from bagpipe.oracle.dry_run import DryRun, Point
+from bagpipe.oracle.dry_run_view import format_bytes, format_count
+from bagpipe.oracle.traffic import LATER, NOW, Traffic
+
+_HEADINGS = (
+    *("ahead", "cache", "rows\nnow", "\nnow", "rows\nlater", "\nlater", "of it\nnow", "uses\nlocal"),
+    *("most\nown", "most\nfetch", "most\nsend", "rows/\ncopies", "bytes/\nhashed"),
+)
+
+
+def render_traffic(result: DryRun) -> Table:
+    """One line for each point that has room for its batches: a rich table."""
+    table = Table(
+        title=f"Sent between {result.num_trainers} trainers a step",
+        caption="rows: replicas and gradients; now: on the critical path, later: behind compute; uses local: share of the ranks' "
+        "distinct rows that they own; most: of one rank over the mean; copies: all-reduce of copies on every trainer; "
+        "hashed: fixed owners, no lookahead",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    last = None
+    for point in result.points:
+        if point.traffic is None:
+            continue
+        if last is not None and point.lookahead != last:
+            table.add_section()
+        last = point.lookahead
+        table.add_row(*_cells(point, point.traffic))
+    return table
+
+
+def _cells(point: Point, traffic: Traffic) -> tuple[str, ...]:
+    rows, sent_bytes = traffic.rows.sum(axis=0) / traffic.num_steps, traffic.sent_bytes.sum(axis=0) / traffic.num_steps  # (2 when,)
+    balances = (traffic.owned, traffic.fetched, traffic.sent)
+    return (
+        str(point.lookahead),
+        format_count(point.cache_rows),
+        format_count(rows[NOW]),
+        format_bytes(sent_bytes[NOW]),
+        format_count(rows[LATER]),
+        format_bytes(sent_bytes[LATER]),
+        f"{traffic.critical_share:.1%}",
+        f"{traffic.local_share:.1%}",
+        *(f"{balance.ratio(traffic.num_trainers):.2f}" for balance in balances),
+        f"{traffic.rows_over_copies:.3f}",
+        f"{traffic.bytes_over_hashed:.3f}",
+    )
