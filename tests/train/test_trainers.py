@@ -51,11 +51,12 @@ def train(
     is_exact: bool = True,
     flush_at: int = -1,
     cache: Sequence[int] | None = None,
+    store: type[MemoryStore] = MemoryStore,
     **options: Any,
 ) -> list[np.ndarray]:
     """All records at the end, by group; each of `trainers` says how many they are up to which batch."""
     groups = group_tables(tables, optimizer)
-    stores = {group.index: MemoryStore(group, 11) for group in groups}
+    stores = {group.index: store(group, 11) for group in groups}
     begin = 0
     for num_trainers, end in trainers:
         slots = cache or [-(-group_slots // num_trainers) for group_slots in smallest_caches(groups, batches)]
@@ -161,6 +162,25 @@ def test_a_flush_between_steps_changes_nothing(step: int) -> None:
     batches = make_batches(10)
     expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 10)])
     assert_equal(train(make_tables(), SGD(lr=0.5), batches, [(2, 10)], flush_at=step), expected)
+
+
+class SlowStore(MemoryStore):
+    """Whose write-backs come late."""
+
+    def write(self, rows: Any, records: Any) -> None:
+        time.sleep(0.04)
+        super().write(rows, records)
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "not waiting"])
+def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = make_batches(25, batch_size=8)
+    expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 25)])
+    if not waits:  # a planted fault
+        monkeypatch.setattr(Communicator, "wait_written", lambda *_: None)
+    options = {"lookahead": 1, "prefetch_depth": 2, "store": SlowStore}
+    found = train(make_tables(), SGD(lr=0.5), batches, [(3, 25)], **options)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)) == waits
 
 
 def test_ranks_without_samples_or_lookups_take_part() -> None:

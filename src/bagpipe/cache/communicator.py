@@ -39,6 +39,10 @@ class Communicator:
     store: Any
     timeout: timedelta = field(default_factory=lambda: timedelta(minutes=5))
     _stream: int = 0
+    _waiting: Any = field(init=False)  # a connection to the store of its own: one that waits can do nothing else
+
+    def __post_init__(self) -> None:
+        self._waiting = self.store.clone()
 
     @classmethod
     def from_default_group(cls, *, timeout: timedelta | None = None) -> Communicator:
@@ -80,8 +84,8 @@ class Communicator:
             if text is not None:
                 self.store.set(key, text)
                 return text
-            self.store.wait([key], self.timeout)
-            return str(self.store.get(key).decode())
+            self._waiting.wait([key], self.timeout)
+            return str(self._waiting.get(key).decode())
 
     def shared_store(self, group: Group, seed: int) -> SharedMemoryStore:
         """A group's store in memory that all ranks share; rank 0 makes it. All ranks must be on one host."""
@@ -125,8 +129,8 @@ class Communicator:
                 continue
             newest = self._key(kind, rank, None)
             with self._naming(f"waiting for rank {rank} to write back what the {kind} transfers of step {step} evict"):
-                if not self.store.check([newest]) or int(self.store.get(newest)) < step:
-                    self.store.wait([self._key(kind, rank, step)], self.timeout)
+                if not self._waiting.check([newest]) or int(self._waiting.get(newest)) < step:
+                    self._waiting.wait([self._key(kind, rank, step)], self.timeout)
 
     def _key(self, kind: TransferKind, rank: int, step: int | None) -> str:
         return f"bagpipe/{self._stream}/{kind}/{rank}/{'newest' if step is None else step}"

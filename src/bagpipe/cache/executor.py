@@ -287,9 +287,10 @@ class Executor:
         """Runs on the gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
         fence = max(moved.fence_tick for moved in transfers)
         if self._exchange is not None and fence >= 0:
-            # What a tick up to the fence evicts, of what this plan may know, other ranks' early transfers of so many steps do.
+            # What other ranks evict up to the fence and this plan knows of, the early transfers of these steps do. Each waits for
+            # earlier steps' alone, so ranks never wait for each other in a circle.
             depth = plan.step - plan.early_tick
-            self._exchange.communicator.wait_written("early", min(fence + depth, plan.step))
+            self._exchange.communicator.wait_written("early", min(fence + depth, plan.step - 1))
             self._exchange.communicator.wait_written("late", fence)
         for tick, write in list(self._writes):  # all that was evicted before these transfers is among them
             if tick <= fence:
