@@ -183,6 +183,60 @@ def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(waits
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)) == waits
 
 
+def break_and_go_on(embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], scale: int, options: Any) -> None:
+    for number, batch in enumerate(bagpipe.lookahead(batches, embeddings, **options)):
+        (linear_loss(embeddings(batch).groups) * scale).backward()
+        if number == 5:
+            break
+    with bagpipe.lookahead(batches[6:], embeddings, **options) as stream:
+        for batch in stream:
+            (linear_loss(embeddings(batch).groups) * scale).backward()
+
+
+def skip_backward(embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], scale: int, options: Any) -> None:
+    with bagpipe.lookahead(batches, embeddings, **options) as stream:
+        for number, batch in enumerate(stream):
+            loss = linear_loss(embeddings(batch).groups) * scale
+            if number % 3:
+                loss.backward()
+
+
+def flush_in_steps(embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], scale: int, options: Any) -> None:
+    with bagpipe.lookahead(batches, embeddings, **options) as stream:
+        for number, batch in enumerate(stream):
+            loss = linear_loss(embeddings(batch).groups) * scale
+            if number == 4:
+                embeddings.flush()
+            loss.backward()
+            if number == 7:
+                embeddings.flush()
+
+
+@pytest.mark.parametrize("loop", [break_and_go_on, skip_backward, flush_in_steps])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_loops_of_any_kind(loop: Any, depth: int) -> None:
+    tables, batches, optimizer = make_tables(), make_batches(14), Adam(lr=0.05)
+    groups = group_tables(tables, optimizer)
+    found = []
+    for num_trainers in (1, 2):
+        stores = {group.index: MemoryStore(group, 11) for group in groups}
+
+        def work(communicator: Communicator | None, stores: Any = stores, scale: int = num_trainers) -> None:
+            embeddings = EmbeddingBagCollection(
+                tables, optimizer=optimizer, store=lambda each, _: stores[each.index], communicator=communicator
+            )
+            options = {"cache": [300, 50], "replicas": [400, 50], "lookahead": 3, "prefetch_depth": depth}
+            loop(embeddings, batches, scale, options)
+            embeddings.stop()
+
+        if num_trainers == 1:
+            work(None)
+        else:
+            run_ranks(num_trainers, work)
+        found.append([all_records(group, stores[group.index]) for group in groups])
+    assert_equal(found[1], found[0])
+
+
 def test_ranks_without_samples_or_lookups_take_part() -> None:
     batches = make_batches(6, batch_size=2, last_size=1)
     expected = train(make_tables(), RowWiseAdagrad(lr=0.1), batches, [(1, 6)])
