@@ -70,7 +70,7 @@ class Exchange:
             self._send_replicas(cache, exchange, exchange.replicas_now, "now", plan.step)
 
     def update(self, index: int, plan: DevicePlan, grads: Tensor) -> None:
-        """Applies what group `index` can be applied of a step's gradients (B, F, D); the rest waits for `apply_deferred`."""
+        """Applies what group `index` can be applied of a step's gradients (B, F, D); the rest waits for `defer`."""
         step, cache = self._steps[plan.step], self._caches[index]
         exchange = _of(step.plan.groups[index].exchange)
         num_uniques = len(plan.unique_slots)
