@@ -319,4 +319,4 @@ def test_too_many_replicas_are_refused_with_step_need_and_limit() -> None:
                 linear_loss(embeddings(batch).groups).backward()
 
     with pytest.raises(ConfigError, match=r"step 0: rank \d needs \d+ rows of group \d .* has room for 1 replicas"):
-        run_ranks(2, work, timeout_s=10.0)
+        run_ranks(2, work, timeout_s=3.0)
