@@ -300,6 +300,9 @@ def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_wai
                 linear_loss(embeddings(batch).groups).backward()
         except BackgroundError as error:
             messages[communicator.rank] = str(error)
+        finally:
+            embeddings.fail(RuntimeError("the test is over"))  # nothing can be written back together any more
+            stream.close()
 
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 is broken"):

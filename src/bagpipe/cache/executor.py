@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -269,12 +270,16 @@ class Executor:
             records = torch.empty(records.shape, pin_memory=True).copy_(records, non_blocking=True)
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record(self._streams.out)
+        rows = transfers.evict_rows.copy()  # may be written later than the plan is released
+        self._hand_to_writer(tick, self._write_back, index, rows, records, copied)
+
+    def _hand_to_writer(self, tick: int, work: Callable[..., None], *arguments: Any) -> None:
+        """Hands out a call to the write-back thread, once there are few enough, and forgets those that have succeeded."""
         if len(self._writes) >= _MAX_PENDING_WRITES:
             self._writes[0][1].result()
         while self._writes and self._writes[0][1].has_succeeded:
             self._writes.popleft()
-        rows = transfers.evict_rows.copy()  # may be written later than the plan is released
-        self._writes.append((tick, self._write_thread.submit(self._write_back, index, rows, records, copied)))
+        self._writes.append((tick, self._write_thread.submit(work, *arguments)))
 
     def _write_back(self, index: int, rows: Int64Array, records: Tensor, copied: torch.cuda.Event | None) -> None:
         """Runs on the write-back thread."""
@@ -339,11 +344,7 @@ class Executor:
         if self._exchange is None:
             return
         mark = self._exchange.communicator.mark_written
-
-        def submit() -> None:
-            self._writes.append((step, self._write_thread.submit(mark, kind, step)))
-
-        self._gather_thread.submit(submit)  # on a CPU that thread evicts
+        self._gather_thread.submit(self._hand_to_writer, step, mark, kind, step)  # on a CPU that thread evicts
 
     def _wait_for_rows(self, pending: _Pending) -> None:
         """Fills the rows of the step that comes now, and accounts for the time that they are not gathered yet."""
