@@ -86,11 +86,14 @@ class Workers:
         self._calls.put(call)
         return call
 
-    def close(self) -> None:
-        """Waits for the calls in hand and drops those behind them, whose results nobody may wait for. Closing twice is allowed."""
+    def close(self, *, wait: bool = True) -> None:
+        """Waits for the calls in hand and drops those behind them, whose results nobody may wait for. Closing twice is allowed.
+
+        Without `wait` it returns at once: the threads end after the calls in hand, or with the process.
+        """
         self._closed.set()
         _end(self._calls, len(self._threads))
-        for thread in self._threads:
+        for thread in self._threads if wait else ():
             thread.join()
 
     def __enter__(self) -> Self:

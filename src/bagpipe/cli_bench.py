@@ -23,25 +23,43 @@ class Benchmark(StrEnum):
     step = "step"
     curve = "curve"
     gpu = "gpu"
+    trainers = "trainers"
     all = "all"  # but for gpu
 
 
 def bench(
     what: Annotated[Benchmark, typer.Argument(show_default=True)] = Benchmark.all,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it works; the numbers mean nothing.")] = False,
-    batch_size: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size; may be repeated for step.")] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option("--batch", "--batch-size", min=1, help="Batch size, of each trainer; may be repeated for step."),
+    ] = None,
     max_rows: Annotated[
         int | None, typer.Option(min=1, help="Cut tables to so many rows; step cuts to 2,200,000 by default.")
     ] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="step, gpu: an arm to run; may be repeated. All by default.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="step, gpu, trainers: an arm to run; may be repeated. All by default.")
+    ] = None,
     lookahead: Annotated[list[int] | None, typer.Option(min=1, help="Batches ahead; may be repeated for oracle and curve.")] = None,
     cache: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="oracle, step: share of the rows in the cache.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="step, gpu: turns of each arm; oracle: batches measured.")] = None,
-    workload: Annotated[str, typer.Option(help="gpu: which tables, stream, model and cache: W1, W2, W3, W4 or W4-file.")] = "W1",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="step, gpu, trainers: turns of each arm; oracle: batches measured.")
+    ] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option(help="gpu, trainers: which tables, stream, model and cache: W1 (gpu), W2, W3, W4, W4-file, small (trainers)."),
+    ] = None,
+    num_trainers: Annotated[int | None, typer.Option("--trainers", help="trainers: how many; 2 by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="gpu, trainers: steps measured in a turn.")] = None,
+    device: Annotated[str, typer.Option(help="trainers: cpu, or cuda with a device each.")] = "cpu",
+    scaling: Annotated[
+        bool | None, typer.Option("--scaling/--no-scaling", help="trainers: one trainer alone, too; on cuda by default.")
+    ] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="trainers: the dense part as a CUDA graph.")] = False,
     plot: Annotated[Path | None, typer.Option(help="curve, gpu: save the plot here (.png, .svg, .pdf).")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the oracle, a training step against tables in RAM, rows fetched over cache size, a step on a GPU."""
+    """Measure the oracle, a step against tables in RAM, rows fetched over cache size, a step on a GPU or of several trainers."""
     console = Console()
     given = {
         "batch_sizes": batch_size,
@@ -50,14 +68,21 @@ def bench(
         "lookaheads": lookahead,
         "cache_share": cache,
         "rounds": rounds,
+        "steps": steps,
+    }
+    of_trainers = {
+        "num_trainers": num_trainers,
+        "device": device,
+        "scaling": device == "cuda" if scaling is None else scaling,
+        "graph": graph,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    prepare_environment("cpu" if what is not Benchmark.gpu else "auto")
+    prepare_environment("auto" if what is Benchmark.gpu else device)
     with mistakes_told():
         from bagpipe.bench.measure import as_json, describe_environment
 
         values: dict[str, Any] = {"environment": describe_environment(), "quick": quick}
-        for run in _chosen(what, quick, options, workload, plot):
+        for run in _chosen(what, quick, options, of_trainers, workload, plot):
             with console_progress(console) as progress:
                 result = run(progress)
             _show(console, result)
@@ -76,10 +101,10 @@ def _show(console: Console, result: Result) -> None:
 
 
 def _chosen(
-    what: Benchmark, quick: bool, options: dict[str, Any], workload: str, plot: Path | None
+    what: Benchmark, quick: bool, options: dict[str, Any], of_trainers: dict[str, Any], workload: str | None, plot: Path | None
 ) -> list[Callable[[Progress], Result]]:
     """The benchmarks to run, in order, each with its sizes; that of a GPU only when it is asked for."""
-    from bagpipe.bench.sizes import curve_sizes, gpu_sizes, oracle_sizes, step_sizes
+    from bagpipe.bench.sizes import curve_sizes, gpu_sizes, oracle_sizes, step_sizes, trainers_sizes
 
     def oracle(progress: Progress) -> Result:
         from bagpipe.bench.oracle_bench import bench_oracle
@@ -99,8 +124,14 @@ def _chosen(
     def gpu(progress: Progress) -> Result:
         from bagpipe.bench.gpu_bench import bench_gpu
 
-        return bench_gpu(gpu_sizes(workload, options, quick=quick), options.get("arms"), progress, plot)
+        return bench_gpu(gpu_sizes(workload or "W1", options, quick=quick), options.get("arms"), progress, plot)
+
+    def trainers(progress: Progress) -> Result:
+        from bagpipe.bench.trainers_bench import bench_trainers
+
+        given = {name: value for name, value in of_trainers.items() if value is not None}
+        return bench_trainers(trainers_sizes(workload or "small", options | given, quick=quick), progress)
 
     if what is Benchmark.all:
-        return [step, curve, oracle]  # the last one changes how memory is allocated
-    return [{Benchmark.oracle: oracle, Benchmark.step: step, Benchmark.curve: curve, Benchmark.gpu: gpu}[what]]
+        return [step, curve, trainers, oracle]  # the last one changes how memory is allocated
+    return [{"oracle": oracle, "step": step, "curve": curve, "gpu": gpu, "trainers": trainers}[what]]

@@ -10,6 +10,7 @@
     ├── UsageError (RuntimeError)           the library was called in an order that it can't serve
     ├── PlanError (AssertionError)          a plan breaks an invariant: a defect of ours, please report it
     └── BackgroundError (RuntimeError)      a background thread failed; the failure itself is the ``__cause__``
+        └── LostError                       the oracle process is gone, or one of the trainers that share it
 
 A message names what was wrong, where, the limit, and what to do.
 """
@@ -69,3 +70,7 @@ class PlanError(BagpipeError, AssertionError):
 
 class BackgroundError(BagpipeError, RuntimeError):
     """A background thread failed; the failure itself is the ``__cause__``."""
+
+
+class LostError(BackgroundError):
+    """The oracle process is gone, or one of the trainers that share it; the trainers may have come to different steps."""

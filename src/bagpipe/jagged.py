@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from bagpipe.errors import DataError
 from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, Jagged
@@ -66,6 +67,21 @@ def find_sparse(batch: Any) -> Any:
     )
 
 
+def same_ids(one: Jagged, other: Jagged) -> bool:
+    """Whether two batches hold the same features, ids and weights."""
+    pairs = (one.values, other.values), (one.offsets, other.offsets), (one.weights, other.weights)
+    return one.keys == other.keys and all(mine is its or np.array_equal(mine, its) for mine, its in pairs)  # type: ignore[arg-type]
+
+
+def hash_ids(batch: Jagged) -> str:
+    """What tells a batch's features, ids and weights from others'."""
+    hasher = xxhash.xxh3_128(repr((batch.keys, batch.batch_size)).encode())
+    for array in (batch.values, batch.offsets, batch.weights):
+        if array is not None:
+            hasher.update(array.tobytes())
+    return hasher.hexdigest()
+
+
 def share_bounds(batch_size: int, rank: int, num_trainers: int) -> tuple[int, int]:
     """Which samples of a global batch are a rank's: first and end; shares differ by at most one sample."""
     return rank * batch_size // num_trainers, (rank + 1) * batch_size // num_trainers
@@ -81,7 +97,7 @@ def share_of(batch: Jagged, rank: int, num_trainers: int) -> Jagged:
         weights = None if batch.weights is None else batch.weights[where.ravel()]
         return Jagged(keys=batch.keys, values=batch.values[where.ravel()], batch_size=end - begin, weights=weights)
     firsts = batch.offsets[begin : -1 : batch.batch_size] if batch.batch_size else np.zeros(len(batch.keys), np.int64)
-    lasts = batch.offsets[end :: batch.batch_size][: len(batch.keys)]
+    lasts = batch.offsets[end :: batch.batch_size][: len(batch.keys)] if batch.batch_size else firsts
     lengths = np.diff(batch.offsets).reshape(len(batch.keys), batch.batch_size)[:, begin:end]
     spans = list(zip(firsts.tolist(), lasts.tolist(), strict=True))
     return Jagged(

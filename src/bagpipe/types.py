@@ -351,6 +351,11 @@ class GroupExchange:
     apply_now: GradientSchedule
     apply_later: GradientSchedule
 
+    @property
+    def num_room(self) -> int:
+        """Places for the sums received, behind the trainer's own."""
+        return max(self.sync_now.num_received, self.sync_later.num_received)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPlan:

@@ -45,6 +45,7 @@ def test_all_benchmarks_at_tiny_sizes(tmp_path: Path) -> None:
     assert step["ratios"]["step_over_fused"] > 0
     assert all(difference < 1e-3 for difference in step["loss_differences"].values())
     assert step["loss_differences"]["fused to bagpipe"] == 0.0
+    assert values["trainers"]["arms"]["hashed"]["step"]["count"] == 8
     assert values["curve"]["rises"] == {"cache size": 0, "lookahead": 0}
     assert (tmp_path / "curve.svg").stat().st_size > 1000
 

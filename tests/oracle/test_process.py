@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.oracle.ends import end_as
 
 from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError
 from bagpipe.jagged import find_sparse
@@ -32,13 +33,7 @@ class Batches:
     def __iter__(self) -> Iterator[Deferred[dict[str, object]]]:
         for number in range(self.num_batches):
             yield Deferred(lambda number=number: read(number))
-        if self.end == "fail":
-            raise OSError("the disk is gone")
-        if self.end == "die":
-            time.sleep(0.5)  # what is on its way arrives
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.end == "hang":
-            time.sleep(600)
+        end_as(self.end)
 
 
 def read(number: int) -> dict[str, object]:
@@ -170,6 +165,20 @@ def test_a_program_that_leaves_it_running_still_ends(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
     assert ended.stderr.endswith("RuntimeError: of the user\n")
+
+
+def test_signals_to_the_whole_group_leave_it_alone_while_it_starts_too() -> None:
+    process = start(Batches(60))
+    assert process._process is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(process._process.pid or 0, number)
+    items = process.items()
+    item = next(items)
+    os.kill(process._process.pid or 0, signal.SIGTERM)
+    assert item.release is not None
+    item.release()
+    assert drain(process) == 59
+    process.close()
 
 
 def test_what_cannot_be_sent_is_refused() -> None:

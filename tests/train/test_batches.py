@@ -12,9 +12,9 @@ import pytest
 from bagpipe.config.run import EmbeddingsConfig, TrainConfig
 from bagpipe.data.base import Batch, FeatureSpec, count_batches
 from bagpipe.errors import ConfigError
-from bagpipe.train.batches import RemainingBatches, Schedule, TorchBatch
+from bagpipe.train.batches import TorchBatch
 from bagpipe.train.build import make_schedule, make_tables
-from bagpipe.train.checkpoint import Position
+from bagpipe.train.schedule import Position, RemainingBatches, Schedule
 from bagpipe.types import Int64Array, Jagged
 
 

@@ -12,7 +12,6 @@ from tests.train.fakes import StoredEmbeddings
 
 from bagpipe.errors import CheckpointError
 from bagpipe.train.checkpoint import (
-    Position,
     State,
     check_resumable,
     find_checkpoint,
@@ -20,6 +19,7 @@ from bagpipe.train.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from bagpipe.train.schedule import Position
 
 CONFIG: dict[str, Any] = {"train": {"batch_size": 8, "seed": 0}, "cache": {"size": "auto"}}
 

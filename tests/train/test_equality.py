@@ -189,6 +189,16 @@ TABLES = [
 ]
 
 
+def skewed_batch(rng: np.random.Generator, lengths: np.ndarray, **features: tuple[int, float]) -> Jagged:
+    """Bags of `lengths` (F, B); each feature says how many ids it has and how skewed they are: evenly drawn with 1, more above."""
+    ids = [
+        (num_ids * rng.random(int(of_bags.sum())) ** skew).astype(np.int64)
+        for (num_ids, skew), of_bags in zip(features.values(), lengths, strict=True)
+    ]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Jagged(keys=tuple(features), values=np.concatenate(ids), batch_size=lengths.shape[1], offsets=offsets)
+
+
 def skewed_batches(num_batches: int, batch_size: int = 48, seed: int = 5) -> list[Jagged]:
     """Jagged batches over TABLES with enough churn that a small cache evicts and fetches rows again all the time."""
     rng = np.random.default_rng(seed)
@@ -196,18 +206,7 @@ def skewed_batches(num_batches: int, batch_size: int = 48, seed: int = 5) -> lis
     for _ in range(num_batches):
         lengths = rng.integers(0, 4, (4, batch_size))
         lengths[3] = 1
-        sizes = [(300, 2.0), (300, 1.0), (1000, 2.0), (24, 1.0)]
-        values = [
-            (size * rng.random(int(lengths[index].sum())) ** skew).astype(np.int64) for index, (size, skew) in enumerate(sizes)
-        ]
-        batches.append(
-            Jagged(
-                keys=("user", "friend", "item", "hour"),
-                values=np.concatenate(values),
-                batch_size=batch_size,
-                offsets=np.concatenate([[0], np.cumsum(lengths)]),
-            )
-        )
+        batches.append(skewed_batch(rng, lengths, user=(300, 2.0), friend=(300, 1.0), item=(1000, 2.0), hour=(24, 1.0)))
     return batches
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from tests.train import test_equality as equality
+from tests.train.test_trainers import linear_loss, make_batches, make_tables
 
+import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.store import FileStore
 from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
@@ -67,3 +69,17 @@ def test_no_device_memory_is_left_behind(tmp_path: Path) -> None:
         run("cuda", SGD(lr=0.5), tmp_path / str(index), extra_slots=30)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
+
+
+def test_a_device_far_behind_the_host_does_not_stop_the_oracle() -> None:
+    """The oracle process has room for few plans, which is free when the device has computed them: the host must wait for it."""
+    batches = make_batches(40)
+    embeddings = EmbeddingBagCollection(make_tables(), optimizer=SGD(lr=0.5), device="cuda")
+    num_trained = 0
+    with bagpipe.lookahead(batches, embeddings, cache=[400, 50], lookahead=4, oracle="process") as stream:
+        for batch in stream:
+            linear_loss(embeddings(batch).groups).backward()
+            torch.cuda._sleep(40_000_000)  # some 20 ms
+            num_trained += 1
+    assert num_trained == embeddings.step == len(batches)  # it waited for ever
+    embeddings.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,26 +111,66 @@ def test_two_processes_train_as_one_does_and_one_goes_on_alone(tmp_path: Path) -
     assert records_of(together)[0] == 35
 
 
-def test_a_killed_rank_ends_the_other_within_seconds_and_leaves_no_orphan(tmp_path: Path) -> None:
-    process = start(2, write_run(tmp_path, steps=100_000))
-    log = tmp_path / "run" / "log.jsonl"
+def running(folder: Path, *options: str) -> tuple[subprocess.Popen[str], list[int], int]:
+    """A run of two ranks that has trained some steps, its ranks in their order, and the oracle process."""
+    process = start(2, write_run(folder, steps=100_000), *options)
+    log = folder / "run" / "log.jsonl"
     deadline = time.monotonic() + 60
-    while not (log.exists() and '"train"' in log.read_text()):
+    while not (log.exists() and '"kind": "train"' in log.read_text()):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
     ranks = children_of(process.pid)
     assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
+    by_rank = sorted(ranks, key=rank_of)
+    oracles = [child for rank in by_rank for child in children_of(rank) if "spawn_main" in command_of(child)]
+    assert len(oracles) == ("cache.oracle=thread" not in options)
+    return process, by_rank, oracles[0] if oracles else 0
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "oracle"])
+def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_orphan(victim: str, tmp_path: Path) -> None:
+    process, ranks, oracle = running(tmp_path)
+    killed = {"rank 0": ranks[0], "rank 1": ranks[1], "oracle": oracle}[victim]
+    os.kill(killed, signal.SIGKILL)
     killed_at = time.monotonic()
     output, _ = process.communicate(timeout=60)
     assert time.monotonic() - killed_at < 30
     assert process.returncode != 0
-    assert "rank 0: " in output
-    assert "may be gone" in output
+    if victim == "oracle":
+        assert "ended by itself (exit code -9" in output or "which rank 0 started, ended by itself" in output, output
+    else:
+        assert named_by_torchrun(killed, output), output
+    while any(Path(f"/proc/{each}").exists() for each in (*ranks, oracle)):
+        assert time.monotonic() - killed_at < 40  # the oracle process takes 5 s, where its reader does not return
+        time.sleep(0.1)
+
+
+def test_a_killed_rank_ends_the_other_where_each_plans_for_itself(tmp_path: Path) -> None:
+    process, ranks, _ = running(tmp_path, "--set", "cache.oracle=thread")
+    os.kill(ranks[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert named_by_torchrun(ranks[1], output), output
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+def named_by_torchrun(pid: int, output: str) -> bool:
+    """Whether torchrun names a killed rank: it may end the others before one of them has written its own sentence."""
+    return re.search(rf"exitcode\s*: -9 \(pid: {pid}\)", output) is not None
+
+
+def rank_of(pid: int) -> int:
+    """From a trainer's environment."""
+    variables = dict(each.split("=", 1) for each in Path(f"/proc/{pid}/environ").read_text().split("\0") if each)
+    return int(variables["RANK"])
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
 def children_of(pid: int) -> list[int]:
-    """Of a process, oldest first."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Of all threads of a process, oldest first."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for file in files for child in file.read_text().split())

@@ -7,7 +7,8 @@ whatever the weights, and its sum the same in any order; what an optimizer makes
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import strategies
 from tests.train.ranks import run_ranks
-from tests.train.test_equality import smallest_caches
+from tests.train.test_equality import OPTIMIZERS, skewed_batch, smallest_caches
 from torch import Tensor
 
 import bagpipe
@@ -27,19 +28,45 @@ from bagpipe.cache.exchange import Exchange
 from bagpipe.errors import BackgroundError, ConfigError
 from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.store import MemoryStore
+from bagpipe.train.lookahead import Lookahead
 from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, Optimizer, RowWiseAdagrad, TableConfig, group_tables
-
-OPTIMIZERS = [SGD(lr=0.5), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.05)]
 
 
 def linear_loss(pooled: Sequence[Tensor]) -> Tensor:
     """Its gradients are -1, 0 and 1."""
     flat = torch.cat([group.flatten(1) for group in pooled], dim=1)
-    return (flat * ((torch.arange(flat.shape[1]) % 3) - 1.0)).sum()
+    return (flat * ((torch.arange(flat.shape[1], device=flat.device) % 3) - 1.0)).sum()
 
 
 def curved_loss(pooled: Sequence[Tensor]) -> Tensor:
     return torch.cat([group.flatten(1) for group in pooled], dim=1).sin().sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """One rank of a run."""
+
+    embeddings: EmbeddingBagCollection
+    loss: Callable[[Sequence[Tensor]], Tensor]
+    num_trainers: int
+    options: dict[str, Any]
+
+    def stream(self, batches: Sequence[Jagged]) -> Lookahead[Jagged]:
+        return bagpipe.lookahead(batches, self.embeddings, **self.options)
+
+    def losses(self, stream: Lookahead[Jagged]) -> Iterator[tuple[int, Tensor]]:
+        """(step, loss). Gradients are averaged over trainers: the sum over all samples is what one trainer has."""
+        for step, batch in enumerate(stream, self.embeddings.step):
+            yield step, self.loss(self.embeddings(batch).groups) * self.num_trainers
+
+
+Loop = Callable[[Trainer, Sequence[Jagged]], None]
+
+
+def plain(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+    with trainer.stream(batches) as stream:
+        for _, loss in trainer.losses(stream):
+            loss.backward()
 
 
 def train(
@@ -48,39 +75,36 @@ def train(
     batches: Sequence[Jagged],
     trainers: Sequence[tuple[int, int]],
     *,
-    is_exact: bool = True,
-    flush_at: int = -1,
+    loop: Loop = plain,
+    loss: Callable[[Sequence[Tensor]], Tensor] = linear_loss,
     cache: Sequence[int] | None = None,
     store: type[MemoryStore] = MemoryStore,
+    timeout_s: float = 60.0,
     **options: Any,
 ) -> list[np.ndarray]:
     """All records at the end, by group; each of `trainers` says how many they are up to which batch."""
     groups = group_tables(tables, optimizer)
     stores = {group.index: store(group, 11) for group in groups}
-    begin = 0
-    for num_trainers, end in trainers:
-        slots = cache or [-(-group_slots // num_trainers) for group_slots in smallest_caches(groups, batches)]
 
-        def work(communicator: Communicator | None, begin: int = begin, end: int = end, slots: Any = slots) -> None:
-            num_trainers = 1 if communicator is None else communicator.num_trainers
+    def train_part(num_trainers: int, begin: int, end: int) -> None:
+        slots = cache or [-(-group_slots // num_trainers) for group_slots in smallest_caches(groups, batches)]
+        sizes = {"cache": slots, "replicas": [group.num_rows for group in groups]}
+
+        def work(communicator: Communicator | None) -> None:
             embeddings = EmbeddingBagCollection(
                 tables, optimizer=optimizer, store=lambda group, _: stores[group.index], communicator=communicator
             )
             embeddings.step = begin
-            replicas = {"replicas": [group.num_rows for group in groups]}
-            with bagpipe.lookahead(batches[begin:end], embeddings, cache=slots, **replicas, **options) as stream:
-                for number, batch in enumerate(stream, begin):
-                    pooled = embeddings(batch).groups
-                    # Gradients are averaged over trainers: the sum over all samples is what one trainer has.
-                    loss = (linear_loss if is_exact else curved_loss)(pooled) * num_trainers
-                    loss.backward()
-                    if number == flush_at:
-                        stream.flush()
+            loop(Trainer(embeddings=embeddings, loss=loss, num_trainers=num_trainers, options=sizes | options), batches[begin:end])
 
         if num_trainers == 1:
             work(None)
         else:
-            run_ranks(num_trainers, work)
+            run_ranks(num_trainers, work, timeout_s=timeout_s)
+
+    begin = 0
+    for num_trainers, end in trainers:
+        train_part(num_trainers, begin, end)
         begin = end
     return [all_records(group, stores[group.index]) for group in groups]
 
@@ -106,14 +130,8 @@ def make_tables(pooling: Any = "sum") -> list[TableConfig]:
 def make_batches(num_batches: int, batch_size: int = 12, last_size: int = 7, seed: int = 0) -> list[Jagged]:
     """Multi-hot and skewed; the last one is ragged."""
     rng = np.random.default_rng(seed)
-    batches = []
-    for number in range(num_batches):
-        size = last_size if number == num_batches - 1 else batch_size
-        lengths = rng.integers(0, 4, (3, size))
-        ids = [(rows * rng.random(int(lengths[index].sum())) ** 3).astype(np.int64) for index, rows in enumerate((400, 50, 50))]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        batches.append(Jagged(keys=("a", "b", "c"), values=np.concatenate(ids), batch_size=size, offsets=offsets))
-    return batches
+    sizes = [batch_size] * (num_batches - 1) + [last_size]
+    return [skewed_batch(rng, rng.integers(0, 4, (3, size)), a=(400, 3.0), b=(50, 3.0), c=(50, 3.0)) for size in sizes]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
@@ -122,6 +140,38 @@ def test_trainers_equal_one_to_the_bit_where_sums_are_exact(optimizer: Optimizer
     batches = make_batches(14)
     expected = train(make_tables(), optimizer, batches, [(1, 14)], lookahead=3)
     assert_equal(train(make_tables(), optimizer, batches, [(num_trainers, 14)], lookahead=3), expected)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
+@pytest.mark.parametrize("num_trainers", [2, 4])
+def test_lookups_of_all_ranks_are_those_of_one_trainer_to_the_bit(optimizer: Optimizer, num_trainers: int) -> None:
+    """Exact sums come from gradients that do not depend on the rows that were looked up: a stale replica shows here alone."""
+    found: dict[tuple[int, int, int], list[Tensor]] = {}
+
+    def look(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+        communicator = trainer.embeddings.communicator
+        rank = 0 if communicator is None else communicator.rank
+        with trainer.stream(batches) as stream:
+            for step, batch in enumerate(stream):
+                pooled = trainer.embeddings(batch).groups
+                found[trainer.num_trainers, step, rank] = [group.detach().clone() for group in pooled]
+                (trainer.loss(pooled) * trainer.num_trainers).backward()
+
+    batches = make_batches(14)
+    for number in (1, num_trainers):
+        train(make_tables(), optimizer, batches, [(number, 14)], loop=look, lookahead=3)
+    for step in range(14):
+        parts = [found[num_trainers, step, rank] for rank in range(num_trainers)]
+        for one, several in zip(found[1, step, 0], zip(*parts, strict=True), strict=True):
+            torch.testing.assert_close(torch.cat(several), one, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_without_overlap_the_result_is_the_same_to_the_bit(depth: int) -> None:
+    batches = make_batches(14)
+    options: dict[str, Any] = {"loss": curved_loss, "lookahead": 4, "prefetch_depth": depth}
+    expected = train(make_tables(), Adam(lr=0.05), batches, [(3, 14)], **options)
+    assert_equal(train(make_tables(), Adam(lr=0.05), batches, [(3, 14)], overlap=False, **options), expected)
 
 
 @given(st.data(), st.sampled_from([2, 3, 4, 8]), st.integers(0, 20), st.integers(1, 12), st.integers(0, 4))
@@ -144,7 +194,7 @@ def test_any_trace_equals_one_trainer(data: st.DataObject, num_trainers: int, ex
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 def test_runs_repeat_to_the_bit_and_are_close_to_one_trainer(pooling: str) -> None:
-    batches, options = make_batches(14), {"is_exact": False, "lookahead": 4}
+    batches, options = make_batches(14), {"loss": curved_loss, "lookahead": 4}
     first, again = (train(make_tables(pooling), Adagrad(lr=0.1), batches, [(3, 14)], **options) for _ in range(2))
     assert_equal(first, again)
     for found, expected in zip(first, train(make_tables(pooling), Adagrad(lr=0.1), batches, [(1, 14)], **options), strict=True):
@@ -161,7 +211,15 @@ def test_training_goes_on_with_another_number_of_trainers() -> None:
 def test_a_flush_between_steps_changes_nothing(step: int) -> None:
     batches = make_batches(10)
     expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 10)])
-    assert_equal(train(make_tables(), SGD(lr=0.5), batches, [(2, 10)], flush_at=step), expected)
+
+    def flush_after_a_step(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+        with trainer.stream(batches) as stream:
+            for number, loss in trainer.losses(stream):
+                loss.backward()
+                if number == step:
+                    stream.flush()
+
+    assert_equal(train(make_tables(), SGD(lr=0.5), batches, [(2, 10)], loop=flush_after_a_step), expected)
 
 
 class SlowStore(MemoryStore):
@@ -183,58 +241,38 @@ def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(waits
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)) == waits
 
 
-def break_and_go_on(embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], scale: int, options: Any) -> None:
-    for number, batch in enumerate(bagpipe.lookahead(batches, embeddings, **options)):
-        (linear_loss(embeddings(batch).groups) * scale).backward()
-        if number == 5:
+def break_and_go_on(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+    for step, loss in trainer.losses(trainer.stream(batches)):
+        loss.backward()
+        if step == 5:
             break
-    with bagpipe.lookahead(batches[6:], embeddings, **options) as stream:
-        for batch in stream:
-            (linear_loss(embeddings(batch).groups) * scale).backward()
+    plain(trainer, batches[6:])
 
 
-def skip_backward(embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], scale: int, options: Any) -> None:
-    with bagpipe.lookahead(batches, embeddings, **options) as stream:
-        for number, batch in enumerate(stream):
-            loss = linear_loss(embeddings(batch).groups) * scale
-            if number % 3:
+def skip_backward(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+    with trainer.stream(batches) as stream:
+        for step, loss in trainer.losses(stream):
+            if step % 3:
                 loss.backward()
 
 
-def flush_in_steps(embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], scale: int, options: Any) -> None:
-    with bagpipe.lookahead(batches, embeddings, **options) as stream:
-        for number, batch in enumerate(stream):
-            loss = linear_loss(embeddings(batch).groups) * scale
-            if number == 4:
-                embeddings.flush()
+def flush_in_steps(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+    with trainer.stream(batches) as stream:
+        for step, loss in trainer.losses(stream):
+            if step == 4:
+                trainer.embeddings.flush()
             loss.backward()
-            if number == 7:
-                embeddings.flush()
+            if step == 7:
+                trainer.embeddings.flush()
 
 
 @pytest.mark.parametrize("loop", [break_and_go_on, skip_backward, flush_in_steps])
 @pytest.mark.parametrize("depth", [0, 2])
-def test_loops_of_any_kind(loop: Any, depth: int) -> None:
+def test_loops_of_any_kind(loop: Loop, depth: int) -> None:
     tables, batches, optimizer = make_tables(), make_batches(14), Adam(lr=0.05)
-    groups = group_tables(tables, optimizer)
-    found = []
-    for num_trainers in (1, 2):
-        stores = {group.index: MemoryStore(group, 11) for group in groups}
-
-        def work(communicator: Communicator | None, stores: Any = stores, scale: int = num_trainers) -> None:
-            embeddings = EmbeddingBagCollection(
-                tables, optimizer=optimizer, store=lambda each, _: stores[each.index], communicator=communicator
-            )
-            options = {"cache": [300, 50], "replicas": [400, 50], "lookahead": 3, "prefetch_depth": depth}
-            loop(embeddings, batches, scale, options)
-            embeddings.stop()
-
-        if num_trainers == 1:
-            work(None)
-        else:
-            run_ranks(num_trainers, work)
-        found.append([all_records(group, stores[group.index]) for group in groups])
-    assert_equal(found[1], found[0])
+    options = {"loop": loop, "cache": [300, 50], "lookahead": 3, "prefetch_depth": depth}
+    expected = train(tables, optimizer, batches, [(1, 14)], **options)
+    assert_equal(train(tables, optimizer, batches, [(2, 14)], **options), expected)
 
 
 def test_ranks_without_samples_or_lookups_take_part() -> None:
@@ -243,24 +281,23 @@ def test_ranks_without_samples_or_lookups_take_part() -> None:
     assert_equal(train(make_tables(), RowWiseAdagrad(lr=0.1), batches, [(4, 6)]), expected)
 
 
-def send_all_replicas_early(monkeypatch: pytest.MonkeyPatch) -> None:
+def clear(marks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans as if no row had one of the two marks that say what is exchanged at once."""
     original = RankPlanner.__init__
 
-    def init(self: RankPlanner, group: Any, planned: Any, cache: Any, *, step: int) -> None:
-        planned.was_used_before[:] = False
-        original(self, group, planned, cache, step=step)
+    def init(self: RankPlanner, group: Any, planned: Any, cache: Any, **options: Any) -> None:
+        getattr(planned, marks)[:] = False
+        original(self, group, planned, cache, **options)
 
     monkeypatch.setattr(RankPlanner, "__init__", init)
+
+
+def send_all_replicas_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear("was_used_before", monkeypatch)
 
 
 def defer_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = RankPlanner.__init__
-
-    def init(self: RankPlanner, group: Any, planned: Any, cache: Any, *, step: int) -> None:
-        planned.is_used_next[:] = False
-        original(self, group, planned, cache, step=step)
-
-    monkeypatch.setattr(RankPlanner, "__init__", init)
+    clear("is_used_next", monkeypatch)
 
 
 def drop_a_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,49 +314,48 @@ def drop_a_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [send_all_replicas_early, defer_all_gradients, drop_a_contribution])
 def test_a_planted_fault_is_found(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make_batches(14)
-    expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], is_exact=False)
+    expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], loss=curved_loss)
     fault(monkeypatch)
-    found = train(make_tables(), SGD(lr=0.5), batches, [(3, 14)], is_exact=False)
+    found = train(make_tables(), SGD(lr=0.5), batches, [(3, 14)], loss=curved_loss)
     assert any(np.abs(one - other).max() > 1e-3 for one, other in zip(found, expected, strict=True))
 
 
 def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_waited_for() -> None:
-    tables, batches = make_tables(), make_batches(14)
-    stores = {group.index: MemoryStore(group, 11) for group in group_tables(tables, SGD(lr=0.5))}
     messages = {}
 
-    def work(communicator: Communicator) -> None:
-        embeddings = EmbeddingBagCollection(
-            tables, optimizer=SGD(lr=0.5), store=lambda group, _: stores[group.index], communicator=communicator
-        )
-        stream = bagpipe.lookahead(batches, embeddings, cache=[200, 50], lookahead=3)
+    def fail_in_step_5(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+        embeddings, stream = trainer.embeddings, trainer.stream(batches)
+        assert embeddings.communicator is not None
+        rank = embeddings.communicator.rank
         try:
-            for number, batch in enumerate(stream):
-                if communicator.rank == 1 and number == 5:
+            for step, loss in trainer.losses(stream):
+                if rank == 1 and step == 5:
                     raise RuntimeError("rank 1 is broken")
-                linear_loss(embeddings(batch).groups).backward()
+                loss.backward()
         except BackgroundError as error:
-            messages[communicator.rank] = str(error)
+            messages[rank] = str(error)
         finally:
             embeddings.fail(RuntimeError("the test is over"))  # nothing can be written back together any more
             stream.close()
 
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 is broken"):
-        run_ranks(2, work, timeout_s=3.0)
+        train(
+            make_tables(),
+            SGD(lr=0.5),
+            make_batches(14),
+            [(2, 14)],
+            loop=fail_in_step_5,
+            cache=[200, 50],
+            lookahead=3,
+            timeout_s=3.0,
+        )
     assert time.monotonic() - started < 30
     assert "rank 0: exchanging" in messages[0]
     assert "of step 5" in messages[0] or "of step 4" in messages[0] or "of step 6" in messages[0]
 
 
 def test_too_many_replicas_are_refused_with_step_need_and_limit() -> None:
-    batches = make_batches(5)
-
-    def work(communicator: Communicator) -> None:
-        embeddings = EmbeddingBagCollection(make_tables(), optimizer=SGD(lr=0.5), communicator=communicator)
-        with bagpipe.lookahead(batches, embeddings, cache=[200, 50], replicas=1, lookahead=3) as stream:
-            for batch in stream:
-                linear_loss(embeddings(batch).groups).backward()
-
+    options = {"cache": [200, 50], "replicas": 1, "lookahead": 3, "timeout_s": 3.0}
     with pytest.raises(ConfigError, match=r"step 0: rank \d needs \d+ rows of group \d .* has room for 1 replicas"):
-        run_ranks(2, work, timeout_s=3.0)
+        train(make_tables(), SGD(lr=0.5), make_batches(5), [(2, 5)], **options)

@@ -11,10 +11,9 @@ arms are in `gpu_fbgemm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,61 +24,69 @@ from torch.nn.functional import embedding_bag
 from bagpipe.bench.gpu_data import ResidentBatch, Stream
 from bagpipe.bench.gpu_workloads import Workload
 from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.data.prepared import PreparedSource
-from bagpipe.store import FileStore, MemoryStore
-from bagpipe.train.batches import RemainingBatches, Schedule, TorchBatch
-from bagpipe.train.checkpoint import Position
+from bagpipe.cache.communicator import Communicator
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.train.batches import TorchBatch
 from bagpipe.train.lookahead import Lookahead, lookahead
 from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad
 
-_NUM_SHOWN = 16
-"""Batches that the arm without embeddings goes through."""
 
-
-class GpuArm(Protocol):
+class StepArm(Protocol):
     """One way to train embedding tables. A step is `next_batch`, `lookup`, the dense part, `update`."""
 
     name: str
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """Sets `rows` (n,), ascending, to `records` (n, record_width)."""
+        """Sets `rows` (n,), ascending, to `records` (n, record_width). With several trainers every rank is given all of them."""
 
     def start(self) -> None:
         """Makes ready for the first batch; all rows are loaded."""
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Dense features and labels of the next batch, on the device or in pinned memory."""
+        """Dense features and labels of the next batch, or of the rank's share, on the device or in pinned memory."""
 
     def lookup(self, pooled: Tensor) -> None:
         """Fills pooled (B, F, D) for the batch."""
 
     def update(self, grads: Tensor) -> None:
-        """Updates the batch's rows with grads (B, F, D)."""
+        """Updates the batch's rows with grads (B, F, D), averaged over ranks."""
+
+    def close(self) -> None:
+        """Frees the tables, all ranks together. The step that was begun last need not have been updated."""
+
+
+class GpuArm(StepArm, Protocol):
+    """An arm of `bagpipe bench gpu`, whose embedding work is also timed alone."""
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
         """The embedding work of the batch that was looked up last, by name, to be called again and again."""
 
-    def close(self) -> None:
-        """Frees the tables. The step that was begun last need not have been updated."""
+
+class _Batch(Protocol):
+    @property
+    def dense(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
 
 
 class DenseArm:
-    """The dense part alone, on embeddings that stay."""
+    """The dense part alone, on embeddings that stay; goes through its batches again and again."""
 
     name = "dense"
 
-    def __init__(self, stream: Stream) -> None:
-        self._batches = stream.resident[:_NUM_SHOWN]
+    def __init__(self, batches: Sequence[_Batch]) -> None:
+        self._batches = batches
         self._step = 0
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
         """Has no rows."""
 
     def start(self) -> None:
-        """See `GpuArm.start`."""
+        """See `StepArm.start`."""
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """See `GpuArm.next_batch`."""
+        """See `StepArm.next_batch`."""
         batch = self._batches[self._step % len(self._batches)]
         self._step += 1
         return batch.dense, batch.labels
@@ -95,22 +102,30 @@ class DenseArm:
         return {}
 
     def close(self) -> None:
-        """See `GpuArm.close`."""
+        """See `StepArm.close`."""
 
 
 class BagpipeArm:
     """Bagpipe as `bagpipe train` runs it: reader, oracle and transfers live; on CUDA the oracle in a process of its own."""
 
-    name = "bagpipe"
-
-    def __init__(self, workload: Workload, group: Group, stream: Stream, device: torch.device, folder: Path) -> None:
-        self._workload, self._stream, self._device = workload, stream, device
-        in_file = workload.store == "file"
+    def __init__(
+        self,
+        workload: Workload,
+        group: Group,
+        batches: Iterable[Any],
+        *,
+        device: torch.device,
+        name: str = "bagpipe",
+        store: Callable[[Group, int], EmbeddingStore] | None = None,
+        communicator: Communicator | None = None,
+        overlap: bool = True,
+    ) -> None:
+        """With a `communicator` it is one rank of several, `batches` are those of all, and `overlap` as in `bagpipe.lookahead`."""
+        self.name, self._workload, self._batches, self._overlap, self._device = name, workload, batches, overlap, device
+        self._is_writer = communicator is None or communicator.rank == 0
+        self._num_trainers = 1 if communicator is None else communicator.num_trainers
         self.embeddings = EmbeddingBagCollection(
-            group.tables,
-            optimizer=group.optimizer,
-            device=device,
-            store=(lambda group, seed: FileStore(group, seed, folder)) if in_file else MemoryStore,
+            group.tables, optimizer=group.optimizer, device=device, store=store, communicator=communicator
         )
         self._lookahead: Lookahead[TorchBatch] | None = None
         self._batch: TorchBatch | None = None
@@ -122,17 +137,18 @@ class BagpipeArm:
         return self._lookahead
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `GpuArm.load`. Rows count as written from then on, as in a run that has been going for an epoch."""
-        self.embeddings.stores[0].write(rows, records)
+        """See `StepArm.load`. Rows count as written from then on, as in a run that has been going for an epoch.
+
+        Ranks share their store, so the first one writes.
+        """
+        if self._is_writer:
+            self.embeddings.stores[0].write(rows, records)
 
     def start(self) -> None:
-        """See `GpuArm.start`."""
-        source = PreparedSource(self._stream.folder, "train", verify=False)
-        num_batches = self._stream.num_batches
-        schedule = Schedule(batch_size=self._workload.batch_size, drop_last=True, num_batches=num_batches, num_steps=num_batches)
+        """See `StepArm.start`."""
         on_cuda = self._device.type == "cuda"
         self._lookahead = lookahead(
-            RemainingBatches(source=source, schedule=schedule, start=Position(epoch=0, batch=0)),
+            self._batches,
             self.embeddings,
             cache=self._workload.cache_rows,
             lookahead=self._workload.lookahead,
@@ -140,20 +156,21 @@ class BagpipeArm:
             prefetch_depth=self._workload.prefetch_depth,
             oracle="process" if on_cuda else "thread",
             prepare=partial(TorchBatch.of, pin_memory=on_cuda),
+            overlap=self._overlap,
         )
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """See `GpuArm.next_batch`."""
+        """See `StepArm.next_batch`."""
         self._batch = next(self.lookahead)
         return self._batch.dense, self._batch.labels
 
     def lookup(self, pooled: Tensor) -> None:
-        """See `GpuArm.lookup`."""
+        """See `StepArm.lookup`."""
         assert self._batch is not None
         self.embeddings.lookup(self._batch.sparse, out=[pooled])
 
     def update(self, grads: Tensor) -> None:
-        """See `GpuArm.update`."""
+        """See `StepArm.update`."""
         self.embeddings.update([grads])
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
@@ -178,11 +195,11 @@ class BagpipeArm:
         per_step = {name: (after[name] - before[name]) / num_steps for name in after if name != "num_steps"}
         return per_step | {
             "hit_rate": 1.0 - per_step["num_fetched"] / per_step["num_uniques"],
-            "cache_filled": self.lookahead.report.peak_slots / self._workload.cache_rows,
+            "cache_filled": self.lookahead.report.peak_slots / (self._workload.cache_rows * self._num_trainers),
         }
 
     def close(self) -> None:
-        """See `GpuArm.close`."""
+        """See `StepArm.close`."""
         if self._lookahead is not None:
             self._lookahead.close()
         self.embeddings.close()
@@ -204,15 +221,15 @@ class TorchCpuArm:
         self._pooled: Tensor | None = None
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `GpuArm.load`."""
+        """See `StepArm.load`."""
         with torch.no_grad():
             load_tables(self._group, self._weights, rows, records)
 
     def start(self) -> None:
-        """See `GpuArm.start`."""
+        """See `StepArm.start`."""
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """See `GpuArm.next_batch`."""
+        """See `StepArm.next_batch`."""
         batch = self._batches[self._step % len(self._batches)]
         self._step += 1
         indices, offsets = batch.indices.cpu(), batch.offsets.cpu().to(torch.int32)
@@ -226,12 +243,12 @@ class TorchCpuArm:
         return batch.dense, batch.labels
 
     def lookup(self, pooled: Tensor) -> None:
-        """See `GpuArm.lookup`: the copy; the CPU has done its part in `next_batch`."""
+        """See `StepArm.lookup`: the copy; the CPU has done its part in `next_batch`."""
         assert self._pooled is not None
         pooled.copy_(self._pooled.detach())
 
     def update(self, grads: Tensor) -> None:
-        """See `GpuArm.update`."""
+        """See `StepArm.update`."""
         assert self._pooled is not None
         self._pooled.backward(grads.to("cpu", torch.float32))  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -249,7 +266,7 @@ class TorchCpuArm:
         return {}
 
     def close(self) -> None:
-        """See `GpuArm.close`."""
+        """See `StepArm.close`."""
         self._weights, self._state = [], []
 
 

@@ -26,15 +26,16 @@ import torch
 from torch import Tensor
 
 from bagpipe.bench.gpu_arms import BagpipeArm, DenseArm, GpuArm, TorchCpuArm
-from bagpipe.bench.gpu_data import Stream, make_stream
+from bagpipe.bench.gpu_data import Stream, all_batches, make_stream
 from bagpipe.bench.gpu_dense import SharedDense
 from bagpipe.bench.gpu_fbgemm import FBGEMM_ARMS, FbgemmArm
 from bagpipe.bench.gpu_floor import embedding_floor, measure_bandwidths
 from bagpipe.bench.gpu_tables import render, save_plot
 from bagpipe.bench.gpu_workloads import Workload
 from bagpipe.bench.measure import Progress, Result, Timing
+from bagpipe.data.prepared import PreparedSource
 from bagpipe.errors import ConfigError
-from bagpipe.store import MemoryStore
+from bagpipe.store import FileStore, MemoryStore
 from bagpipe.types import Float32Array, Group, Int64Array
 
 LOSS_TOLERANCE = 1e-3
@@ -43,6 +44,8 @@ LOSS_TOLERANCE = 1e-3
 OTHER_ARMS = (*FBGEMM_ARMS, "torch_cpu")
 _LOAD_ROWS = 1 << 20
 _KERNEL_REPEATS = 30
+_NUM_SHOWN = 16
+"""Batches that the arm without embeddings goes through."""
 
 
 def bench_gpu(workload: Workload, arms: Sequence[str] | None, progress: Progress, plot: Path | None = None) -> Result:
@@ -68,13 +71,13 @@ def bench_gpu(workload: Workload, arms: Sequence[str] | None, progress: Progress
     return Result(name="gpu", tables=render(values), values=values, notes=tuple(notes))
 
 
-def disagreements(differences: Mapping[str, Sequence[float]]) -> list[str]:
-    """A sentence for each arm whose losses differ from Bagpipe's by more than `LOSS_TOLERANCE`, relative, step by step.
+def disagreements(differences: Mapping[str, Sequence[float]], reference: str = "bagpipe") -> list[str]:
+    """A sentence for each arm whose losses differ from those of `reference` by more than `LOSS_TOLERANCE`, relative, step by step.
 
     A note, not an error at that step: what was measured stays, and whether later steps agree again tells a slip from wrong updates.
     """
     return [
-        f"arm {name} does NOT compute the same: its loss differs from bagpipe's by more than {LOSS_TOLERANCE:g} of it at "
+        f"arm {name} does NOT compute the same: its loss differs from {reference}'s by more than {LOSS_TOLERANCE:g} of it at "
         f"{len(beyond)} of the first {len(found)} steps, first at step {beyond[0]} by {found[beyond[0]]:.1e}, at most by "
         f"{max(found):.1e}"
         for name, found in differences.items()
@@ -184,9 +187,17 @@ class _Bench:
     def _make(self, name: str) -> GpuArm:
         match name:
             case "bagpipe":
-                return BagpipeArm(self._workload, self._group, self._stream, self._device, self._folder / "store")
+                source = PreparedSource(self._stream.folder, "train", verify=False)
+                in_file = self._workload.store == "file"
+                return BagpipeArm(
+                    self._workload,
+                    self._group,
+                    all_batches(source, self._workload.batch_size, self._stream.num_batches),
+                    device=self._device,
+                    store=(lambda group, seed: FileStore(group, seed, self._folder / "store")) if in_file else None,
+                )
             case "dense":
-                return DenseArm(self._stream)
+                return DenseArm(self._stream.resident[:_NUM_SHOWN])
             case "torch_cpu":
                 return TorchCpuArm(self._group, self._stream)
         return FbgemmArm(name, self._group, self._stream, cache_rows=self._workload.cache_rows, device=self._device)
@@ -305,7 +316,7 @@ class _Bench:
                     "over_bagpipe": steps[name].median_ms / steps["bagpipe"].median_ms,
                     "kernels_ms": run.kernels_ms,
                     "device_bytes": run.device_bytes,
-                    "loss_differences": _differences(run.losses, self._reference) if name != "dense" else [],
+                    "loss_differences": relative_differences(run.losses, self._reference) if name != "dense" else [],
                 }
                 for name, run in runs.items()
             },
@@ -316,7 +327,7 @@ class _Bench:
         }
 
 
-def _differences(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
+def relative_differences(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
     """Relative differences step by step; of one that is not finite, infinite."""
     found = [abs(one - other) / abs(other) for one, other in zip(losses, reference, strict=True)]
     return [difference if difference < float("inf") else float("inf") for difference in found]

@@ -25,9 +25,11 @@ from bagpipe.bench.gpu_workloads import NUM_DENSE, Workload
 from bagpipe.bench.measure import Progress
 from bagpipe.data.base import Batch
 from bagpipe.data.manifest import FeatureEntry, PreparedManifest, SourceEntry
+from bagpipe.data.prepared import PreparedSource
 from bagpipe.data.synthetic import SyntheticSource
 from bagpipe.data.writer import SplitWriter, prepared_schema, record_batch
 from bagpipe.oracle.pipeline import ordered_map
+from bagpipe.train.schedule import Position, RemainingBatches, Schedule
 from bagpipe.types import Int64Array
 
 _ROWS_PER_RECORD_BATCH = 65_536
@@ -92,6 +94,12 @@ def make_stream(
         touched_rows=np.flatnonzero(touched),
         resident_rows=resident_rows,
     )
+
+
+def all_batches(source: PreparedSource, batch_size: int, num_batches: int) -> RemainingBatches:
+    """The first `num_batches` of a stream's prepared files, to be read live."""
+    schedule = Schedule(batch_size=batch_size, drop_last=True, num_batches=num_batches, num_steps=num_batches)
+    return RemainingBatches(source=source, schedule=schedule, start=Position(epoch=0, batch=0))
 
 
 def _source(workload: Workload, num_batches: int) -> SyntheticSource:

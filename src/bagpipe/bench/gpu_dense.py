@@ -1,4 +1,4 @@
-"""The dense part of `bagpipe bench gpu`: one `DenseStep`, on CUDA one captured graph in bfloat16, which all arms replay.
+"""The dense part of `bagpipe bench gpu` and `trainers`: one `DenseStep`, on CUDA one captured graph in bfloat16, for all arms.
 
 Each arm has dense parameters of its own, which are put where the graph reads them at the beginning of its turn: so all arms start
 alike, and their losses can be compared whatever ran between their turns. Plain SGD has no further state.
@@ -6,13 +6,15 @@ alike, and their losses can be compared whatever ran between their turns. Plain 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bagpipe.bench.gpu_workloads import NUM_DENSE, Workload
 from bagpipe.models import DLRM, DLRM_DCN
+from bagpipe.train.build import DensePartModule
 from bagpipe.train.dense_step import DenseStep
 
 _DENSE_LR = 0.01
@@ -21,20 +23,30 @@ _DENSE_LR = 0.01
 class SharedDense:
     """The step, and the parameters that an arm takes up and lays down."""
 
-    def __init__(self, workload: Workload, device: torch.device) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        device: torch.device,
+        *,
+        graph: bool = True,
+        average: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Without `graph` it runs eagerly on CUDA too. `average`: gradients over all ranks. `say` is told what does not work."""
         torch.manual_seed(0)
         num_features, on_cuda = len(workload.lengths), device.type == "cuda"
         kind = DLRM if workload.dense_part == "dlrm" else DLRM_DCN
         model = kind(nn.Module(), NUM_DENSE, num_features=num_features, bottom=workload.bottom, top=workload.top).to(device)
         self._parameters = list(model.parameters())
         self.step = DenseStep(
-            model.dense_part,
+            DistributedDataParallel(DensePartModule(model)) if average else model.dense_part,
             torch.optim.SGD(self._parameters, lr=_DENSE_LR),
             groups=[(num_features, workload.embedding_dim)],
             device=device,
             batch_size=workload.batch_size,
             precision="bf16" if on_cuda else "fp32",
-            graph=on_cuda,
+            graph=graph and on_cuda,
+            say=say,
         )
         self.pooled = self.step.pooled(workload.batch_size)[0]
         """Where every arm writes its embeddings: (B, F, D)."""
@@ -43,6 +55,11 @@ class SharedDense:
         initial = self.save()
         self.step(torch.zeros(workload.batch_size, NUM_DENSE), torch.zeros(workload.batch_size))  # captures the graph
         self.load(initial)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that it learns."""
+        return sum(parameter.numel() for parameter in self._parameters)
 
     def save(self) -> list[Tensor]:
         """A copy of the parameters."""

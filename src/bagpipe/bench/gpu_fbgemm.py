@@ -69,23 +69,23 @@ class FbgemmArm:
         self._pooled: Tensor | None = None
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `GpuArm.load`; the state starts at zero as FBGEMM makes it."""
+        """See `StepArm.load`; the state starts at zero as FBGEMM makes it."""
         load_tables(self._group, self._tables.split_embedding_weights(), rows, records)
 
     def start(self) -> None:
-        """See `GpuArm.start`."""
+        """See `StepArm.start`."""
         if self._on_cuda:
             torch.cuda.synchronize()
         self._prefetch(0)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """See `GpuArm.next_batch`."""
+        """See `StepArm.next_batch`."""
         self._step += 1
         dense, labels, _, _ = self._batches[self._step]
         return dense, labels
 
     def lookup(self, pooled: Tensor) -> None:
-        """See `GpuArm.lookup`."""
+        """See `StepArm.lookup`."""
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
         _, _, indices, offsets = self._batches[self._step]
@@ -95,7 +95,7 @@ class FbgemmArm:
         self._prefetch(self._step + 1)
 
     def update(self, grads: Tensor) -> None:
-        """See `GpuArm.update`."""
+        """See `StepArm.update`."""
         assert self._pooled is not None
         self._pooled.backward(grads.view(len(grads), -1).to(self._pooled.dtype))  # type: ignore[no-untyped-call]
         self._pooled = None
@@ -114,7 +114,7 @@ class FbgemmArm:
         return {"forward and backward": both}
 
     def close(self) -> None:
-        """See `GpuArm.close`."""
+        """See `StepArm.close`."""
         if self._on_cuda:
             torch.cuda.synchronize()
         del self._tables, self._batches

@@ -1,10 +1,11 @@
-"""The workloads of `bagpipe bench gpu`, each with its tables, stream, dense part, cache and sizes of the measurement.
+"""The workloads of `bagpipe bench gpu` and `trainers`: tables, stream, dense part, cache and sizes of the measurement.
 
     W1       26 tables of the Criteo Terabyte cardinalities cut to 20 M rows x 64, single-hot, Zipf 1.1, batch 16,384, DLRM
     W2       the same x 128, Zipf 1.05
     W3       the shape of MLPerf's DLRM-DCNv2: 1 to 100 ids a bag, x 128, batch 8,192, dense part with low-rank cross layers
     W4       W1 with the cache cut to 0.3 % of the rows
     W4-file  W4 with Bagpipe's tables in a file
+    small    26 tables of the Criteo Kaggle cardinalities cut to 200,000 rows x 32, batch 1,024, a small DLRM: for two cores
 
 Weights are float32, the optimizer row-wise Adagrad. W3 is cut to 20 M rows a table as well, so that two copies of the tables, ours
 and one of an arm that keeps its own in host memory, fit a machine of 128 GB together.
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from bagpipe.data.cardinalities import CARDINALITIES
+from bagpipe.data.cardinalities import CARDINALITIES, DatasetName
 from bagpipe.errors import ConfigError
 from bagpipe.types import Group, RowWiseAdagrad, TableConfig, group_tables
 
@@ -30,6 +31,7 @@ class Workload:
     """What is trained, and how long it is measured."""
 
     name: str
+    cardinalities: DatasetName = "terabyte"
     embedding_dim: int = 64
     skew: float = 1.1
     batch_size: int = 16_384
@@ -70,7 +72,7 @@ class Workload:
                 embedding_dim=self.embedding_dim,
                 feature_names=[f"C{index}"],
             )
-            for index, size in enumerate(CARDINALITIES["terabyte"], start=1)
+            for index, size in enumerate(CARDINALITIES[self.cardinalities], start=1)
         ]
         return group_tables(tables, RowWiseAdagrad(lr=EMBEDDING_LR))[0]
 
@@ -91,6 +93,23 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
     ),
     "W4": _SMALL_CACHE,
     "W4-file": replace(_SMALL_CACHE, name="W4-file", store="file"),
+    "small": Workload(
+        name="small",
+        cardinalities="kaggle",
+        embedding_dim=32,
+        batch_size=1_024,
+        max_rows=200_000,
+        cache_rows=30_000,
+        lookahead=20,
+        bottom=(64, 32),
+        top=(128, 64, 1),
+        dedup_threads=1,
+        prefetch_depth=2,
+        warmup_steps=60,
+        rounds=6,
+        settle_steps=6,
+        turn_steps=25,
+    ),
 }
 _QUICK: Final[Mapping[str, Any]] = {
     "embedding_dim": 8,

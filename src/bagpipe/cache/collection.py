@@ -23,7 +23,7 @@ from bagpipe.cache.executor import Executor
 from bagpipe.cache.spans import span
 from bagpipe.cache.tables import LazyTable, save_tables
 from bagpipe.errors import ConfigError, UsageError
-from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows
+from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows, same_ids
 from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Group, Jagged, Optimizer, TableConfig, group_tables
@@ -72,15 +72,20 @@ class EmbeddingBagCollection(nn.Module):
         optimizer: Optimizer,
         device: str | torch.device = "cpu",
         seed: int = 0,
-        store: Callable[[Group, int], EmbeddingStore] = MemoryStore,
+        store: Callable[[Group, int], EmbeddingStore] | None = None,
         communicator: Communicator | None = None,
     ) -> None:
         """`store` makes the store of each group from the group and `seed`, from which rows are initialised on first use.
 
-        With a `communicator` this is one of several trainers, each of which has its share of every batch; their stores must hold
-        the same records. Gradients are averaged over the trainers.
+        With a `communicator` this is one of several trainers, each of which has its share of every batch. Gradients are averaged
+        over them, and all must call `backward` on a batch, those without samples too, or none. Their stores must hold the same
+        records; the default is memory that all share.
         """
         super().__init__()
+        if communicator is not None and communicator.num_trainers == 1:
+            communicator = None
+        if store is None:
+            store = MemoryStore if communicator is None else communicator.shared_store
         self.groups = group_tables(tables, optimizer)
         self.stores = tuple(store(group, seed) for group in self.groups)
         self.device = torch.device(device)
@@ -213,14 +218,15 @@ class EmbeddingBagCollection(nn.Module):
 
     def _end_executor(self) -> None:
         if self.executor is not None:
-            self.executor.close()
+            self.executor.close(has_failed=self._failure is not None)
             self.executor = None
             self._current_sparse = None
 
     def close(self) -> None:
-        """Stops and closes the stores; nothing can be read afterwards."""
+        """Stops and closes the stores; nothing can be read afterwards. After a failure, which has been raised, only closes."""
         try:
-            self.stop()
+            if self._failure is None:
+                self.stop()
         finally:
             for store in self.stores:
                 store.close()
@@ -280,7 +286,7 @@ class EmbeddingBagCollection(nn.Module):
             )
         if self._was_served:
             raise UsageError(f"step {self.step}: forward was called twice for one batch; its rows can be updated only once")
-        if sparse is not self._current_sparse and not _same_ids(as_jagged(sparse), as_jagged(self._current_sparse)):
+        if sparse is not self._current_sparse and not same_ids(as_jagged(sparse), as_jagged(self._current_sparse)):
             raise UsageError(
                 f"step {self.step}: forward was given other ids than those of the batch that bagpipe.lookahead handed out last; "
                 "its plan is for that batch alone"
@@ -301,22 +307,9 @@ class EmbeddingBagCollection(nn.Module):
         store.fetch(rows, records)
         cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=self.lr)
         cache.fill(to_device(np.arange(len(rows), dtype=np.int32), self.device), torch.from_numpy(records).to(self.device))
-        nothing = to_device(np.empty(0, np.int32), self.device)
+        slots, num_features = inverse.astype(np.int32), len(group.features)
         return cache.lookup(
-            DevicePlan(
-                step=self.step,
-                batch_size=batch.batch_size,
-                num_features=len(group.features),
-                lookup_slots=to_device(inverse.astype(np.int32), self.device),
-                bag_offsets=None if lookups.bag_offsets is None else to_device(lookups.bag_offsets, self.device),
-                bag_scales=None if lookups.bag_scales is None else to_device(lookups.bag_scales, self.device),
-                lookup_weights=None if lookups.weights is None else to_device(lookups.weights, self.device),
-                unique_slots=nothing,
-                bags=nothing,
-                piece_offsets=nothing,
-                long_uniques=nothing,
-                long_offsets=nothing,
-            )
+            DevicePlan.of_lookups(lookups, slots, batch_size=batch.batch_size, num_features=num_features, device=self.device)
         )
 
 
@@ -348,8 +341,3 @@ class _Lookup(torch.autograd.Function):
 def _weight_key(table: str) -> str:
     """Where TorchRec keeps a table's weights in a state dict."""
     return f"embedding_bags.{table}.weight"
-
-
-def _same_ids(one: Jagged, other: Jagged) -> bool:
-    pairs = (one.values, other.values), (one.offsets, other.offsets), (one.weights, other.weights)
-    return one.keys == other.keys and all(mine is its or np.array_equal(mine, its) for mine, its in pairs)  # type: ignore[arg-type]

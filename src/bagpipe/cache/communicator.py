@@ -1,13 +1,20 @@
 """How one of several trainers talks to the others: `torch.distributed`'s process groups and its key-value store.
 
 One process group is for the critical path and one for what travels behind compute, so that neither waits for the other's messages.
+Rows on GPUs travel by NCCL, rows and numbers on CPUs by gloo.
 All sizes are known from the plan, so a message is the rows and nothing else.
 
-A rank that is gone shows as a failed or late message: every call ends after `timeout`, and says what it waited for.
+A rank that is gone shows as a failed message, or, where one waits for its entry in the key-value store, by its process, which the
+others of its host watch. Every call ends after `timeout`, and says what it waited for.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
+import select
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,19 +25,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagpipe.errors import BackgroundError, ConfigError
+from bagpipe.errors import BackgroundError, ConfigError, UsageError
 from bagpipe.store.shared import SharedFiles, SharedMemoryStore
 from bagpipe.types import Group, RowExchange
 
 Moment = Literal["now", "later"]
 TransferKind = Literal["early", "late"]
+_LOOK_AFTER = timedelta(seconds=1)
+"""How long to wait for another rank before looking whether it lives."""
 _KEPT_MARKS = 1024
 """Steps whose marks stay in the key-value store; the newest one stands for all before it."""
 
 
+_numbers = itertools.count(1)
+
+
 @dataclass(kw_only=True)
 class Communicator:
-    """One rank's connections. The process groups hold all ranks in the same order."""
+    """One rank's connections, for one stream of plans at a time. The process groups hold all ranks in the same order."""
 
     rank: int
     num_trainers: int
@@ -38,15 +50,26 @@ class Communicator:
     later: Any
     store: Any
     timeout: timedelta = field(default_factory=lambda: timedelta(minutes=5))
-    _stream: int = 0
+    number: int = 0
+    """Tells the keys of several communicators of one key-value store apart."""
+    _stream: int = field(init=False, default=0)
+    _is_streaming: bool = field(init=False, default=False)
+    _has_failed: bool = field(init=False, default=False)
+    _num_texts: int = field(init=False, default=0)
     _waiting: Any = field(init=False)  # a connection to the store of its own: one that waits can do nothing else
+    _processes: dict[int, int] = field(init=False, default_factory=dict)  # by rank a descriptor, readable when it has ended
 
     def __post_init__(self) -> None:
         self._waiting = self.store.clone()
+        own = f"{os.getpid()} {socket.gethostname()}"
+        texts = self.gather_texts("the process", own)
+        # Of ranks that are threads of one process, or on another host, only messages tell.
+        pids = {rank: int(text.split()[0]) for rank, text in enumerate(texts) if text != own and text.split()[1] == own.split()[1]}
+        self._processes = {rank: os.pidfd_open(pid) for rank, pid in pids.items()}
 
     @classmethod
     def from_default_group(cls, *, timeout: timedelta | None = None) -> Communicator:
-        """Of the process group that `torch.distributed.init_process_group` has made; all ranks must call it.
+        """Of the process group that `torch.distributed.init_process_group` has made; all ranks must call it, in the same order.
 
         Raises ConfigError when there is none.
         """
@@ -55,10 +78,18 @@ class Communicator:
                 "torch.distributed is not initialized: call torch.distributed.init_process_group, or start with torchrun"
             )
         timeout = timeout or timedelta(minutes=5)
-        groups = [dist.new_group(timeout=timeout) for _ in range(2)]
-        store = dist.distributed_c10d._get_default_store()
-        rank, num_trainers = dist.get_rank(), dist.get_world_size()
-        return cls(rank=rank, num_trainers=num_trainers, now=groups[0], later=groups[1], store=store, timeout=timeout)
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+        now, later = (dist.new_group(timeout=timeout, backend=backend) for _ in range(2))
+        return cls(
+            rank=dist.get_rank(),
+            num_trainers=dist.get_world_size(),
+            now=now,
+            later=later,
+            store=dist.distributed_c10d._get_default_store(),
+            timeout=timeout,
+            number=next(_numbers),
+        )
 
     def exchange(self, rows: Tensor, received: Tensor, plan: RowExchange, *, moment: Moment, step: int, what: str) -> None:
         """Sends `rows` (num_sent, D), those for rank 0 first, and fills `received` (num_received, D), both contiguous.
@@ -77,15 +108,23 @@ class Communicator:
         """The largest of all ranks' values, the same on each."""
         return self._reduce(value, dist.ReduceOp.MAX)
 
-    def share_text(self, name: str, text: str | None) -> str:
-        """What rank 0 gives as `text`, on every rank; `name` is used once a stream of plans."""
-        with self._naming(f"waiting for {name} of rank 0"):
-            key = f"bagpipe/{self._stream}/text/{name}"
+    def share_text(self, what: str, text: str | None) -> str:
+        """What rank 0 gives as `text`, on every rank. All must ask, in the same order."""
+        self._num_texts += 1
+        key = f"bagpipe/{self.number}/text/{self._num_texts}"
+        with self._naming(f"waiting for {what} of rank 0"):
             if text is not None:
                 self.store.set(key, text)
                 return text
-            self._waiting.wait([key], self.timeout)
-            return str(self._waiting.get(key).decode())
+            return self._wait_for_text(key)
+
+    def gather_texts(self, what: str, text: str) -> list[str]:
+        """What each rank gives as `text`, by rank. All must ask, in the same order."""
+        self._num_texts += 1
+        key = f"bagpipe/{self.number}/text/{self._num_texts}"
+        with self._naming(f"waiting for {what} of all ranks"):
+            self.store.set(f"{key}/{self.rank}", text)
+            return [self._wait_for_text(f"{key}/{rank}") for rank in range(self.num_trainers)]
 
     def shared_store(self, group: Group, seed: int) -> SharedMemoryStore:
         """A group's store in memory that all ranks share; rank 0 makes it. All ranks must be on one host."""
@@ -108,11 +147,27 @@ class Communicator:
     def barrier(self, what: str) -> None:
         """Waits for all ranks."""
         with self._naming(what):
-            self.now.barrier().wait()
+            self.now.allreduce([torch.zeros(1)]).wait()  # a group of two backends would choose the GPU for a barrier
 
     def begin_stream(self) -> None:
-        """Marks made from now on are of another stream of plans; all ranks begin streams in the same order."""
+        """Marks made from now on are of another stream of plans; all ranks begin streams in the same order.
+
+        Raises UsageError where the stream before has not ended, or has failed.
+        """
+        if self._has_failed:
+            raise UsageError("an earlier stream of this communicator failed, its messages may be out of order: make another one")
+        if self._is_streaming:
+            raise UsageError(
+                "a communicator serves one stream at a time: end the other bagpipe.lookahead, call stop() on its embeddings, or "
+                "give each embeddings a communicator of its own"
+            )
         self._stream += 1
+        self._is_streaming = True
+
+    def end_stream(self, *, has_failed: bool = False) -> None:
+        """Says that no more messages of the stream are sent."""
+        self._is_streaming = False
+        self._has_failed = self._has_failed or has_failed
 
     def mark_written(self, kind: TransferKind, step: int) -> None:
         """Tells the others that this rank has written what the early, or the late, transfers up to `step` evict; steps in order."""
@@ -130,10 +185,35 @@ class Communicator:
             newest = self._key(kind, rank, None)
             with self._naming(f"waiting for rank {rank} to write back what the {kind} transfers of step {step} evict"):
                 if not self._waiting.check([newest]) or int(self._waiting.get(newest)) < step:
-                    self._waiting.wait([self._key(kind, rank, step)], self.timeout)
+                    self._wait_for(self._key(kind, rank, step))
 
     def _key(self, kind: TransferKind, rank: int, step: int | None) -> str:
-        return f"bagpipe/{self._stream}/{kind}/{rank}/{'newest' if step is None else step}"
+        return f"bagpipe/{self.number}/{self._stream}/{kind}/{rank}/{'newest' if step is None else step}"
+
+    def _wait_for_text(self, key: str) -> str:
+        self._wait_for(key)
+        return str(self._waiting.get(key).decode())
+
+    def _wait_for(self, key: str) -> None:
+        """Waits until `key` is in the store. RuntimeError or DistError: it does not come, or a rank of this host has ended."""
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while True:
+            started = time.monotonic()
+            try:
+                self._waiting.wait([key], min(self.timeout, _LOOK_AFTER))
+            except (RuntimeError, torch.distributed.DistError):
+                waited = time.monotonic() - started
+                if waited < _LOOK_AFTER.total_seconds() / 2 or time.monotonic() >= deadline:
+                    raise
+                self._raise_if_gone()
+            else:
+                return
+
+    def _raise_if_gone(self) -> None:
+        readable, _, _ = select.select(list(self._processes.values()), [], [], 0)
+        for rank, process in self._processes.items():
+            if process in readable:
+                raise RuntimeError(f"the process of rank {rank} has ended")
 
     @contextmanager
     def _naming(self, what: str) -> Iterator[None]:

@@ -10,26 +10,32 @@ Around the compute of step t, in the order in which all ranks do it:
 
 Gradients are averaged over the trainers, as DistributedDataParallel averages those of the dense part. A row's contributions are
 added in the order of ranks and its optimizer runs once, on its owner. All of it is made of the kernels of a single trainer: sums by
-row are a lookup in the gradients, and applying is an update whose bags are the sums.
+row are a descent from zero, and applying is an update whose bags are the sums.
 
-Owned here: for each step that is not over its sums by group (`_Sums`), with room behind them for the sums received.
+On a CPU a thread does what is in the background. On CUDA the trainer's thread asks for it too, on a stream of its own: it follows
+the compute issued before the tick, and the compute that needs its result follows it, all by events. Nothing there depends on what
+is ready when, so all ranks send the same messages in the same order.
+
+Owned here: for each step that is not over its sums by group, with room behind them for the sums received.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bagpipe._workers import Call, Workers
+from bagpipe._workers import Workers
 from bagpipe.cache.communicator import Communicator, Moment
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.cache.device_plan import DeviceExchange, DevicePlan
 from bagpipe.cache.spans import span
-from bagpipe.errors import ConfigError
-from bagpipe.types import GradientSchedule, GroupExchange, RowExchange, StepPlan
+from bagpipe.cache.streams import Streams
+from bagpipe.types import GroupExchange, RowExchange, StepPlan
 
 
 @dataclass(kw_only=True)
@@ -37,105 +43,150 @@ class _Step:
     """A step from the time that its replicas are asked for to the time that its last gradient is applied."""
 
     plan: StepPlan
-    replicas: Call[None] | None = None
-    sums: dict[int, Tensor]  # by group (U + room, D)
+    on_device: Sequence[DeviceExchange] = ()  # by group, once its early rows are in their slots
+    finish_replicas: Callable[[], object] | None = None
+    finish_deferred: Callable[[], object] | None = None
+    sums: dict[int, Tensor] = field(default_factory=dict)  # by group (U + room, D)
+    lr: float = 0.0  # the rate that was set when its gradients came
 
 
 class Exchange:
     """The exchanges of one `Executor`; its methods are called by the trainer's thread."""
 
-    def __init__(self, communicator: Communicator, caches: Sequence[DeviceCache]) -> None:
-        if caches[0].device.type != "cpu":
-            raise ConfigError(f"several trainers exchange rows on CPUs only so far, the embeddings are on {caches[0].device}")
-        self.communicator = communicator
+    def __init__(self, communicator: Communicator, caches: Sequence[DeviceCache], streams: Streams | None) -> None:
+        """`streams` are those of a CUDA device. Raises UsageError while the communicator serves another stream of plans."""
         communicator.begin_stream()
+        self.communicator = communicator
         self._caches = tuple(caches)
-        self._thread = Workers("bagpipe-exchange")
+        self._background = _BackgroundThread() if streams is None else _BackgroundStream(streams)
         self._steps: dict[int, _Step] = {}
-        self._deferred: dict[int, Call[None]] = {}  # by step
 
-    def ask_for_replicas(self, plan: StepPlan, are_filled: Callable[[], object]) -> None:
-        """Hands out a step's later replicas, unless that is done; they are sent once `are_filled` returns."""
-        step = self._steps.setdefault(plan.step, _Step(plan=plan, sums={}))
-        if step.replicas is None:
-            step.replicas = self._thread.submit(self._send_replicas_later, plan, are_filled)
+    def ask_for_replicas(self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]) -> None:
+        """Hands out a step's later replicas, unless that is done.
+
+        They are sent once `filled` returns: it waits for the step's early rows.
+        """
+        if plan.step not in self._steps:
+            step = self._steps[plan.step] = _Step(plan=plan)
+            step.finish_replicas = self._background.start(self._send_replicas_later, step, filled)
 
     def finish_replicas(self, plan: StepPlan) -> None:
         """Waits for a step's later replicas and exchanges those that could not be sent before."""
-        asked = self._steps[plan.step].replicas
-        assert asked is not None
-        asked.result()
-        for cache, group in zip(self._caches, plan.groups, strict=True):
-            exchange = _of(group.exchange)
-            self._send_replicas(cache, exchange, exchange.replicas_now, "now", plan.step)
+        step = self._steps[plan.step]
+        assert step.finish_replicas is not None
+        step.finish_replicas()
+        self._send_replicas(step, "now")
 
     def update(self, index: int, plan: DevicePlan, grads: Tensor) -> None:
         """Applies what group `index` can be applied of a step's gradients (B, F, D); the rest waits for `defer`."""
         step, cache = self._steps[plan.step], self._caches[index]
         exchange = _of(step.plan.groups[index].exchange)
-        num_uniques = len(plan.unique_slots)
-        room = max(exchange.sync_now.num_received, exchange.sync_later.num_received)
-        sums = torch.empty(num_uniques + room, cache.group.embedding_dim, device=cache.device)
+        step.lr = cache.lr
         with span("sum"):
-            cache.sum_by_row(plan, grads, sums[:num_uniques])
-            sums[:num_uniques] *= 1.0 / self.communicator.num_trainers
+            sums = cache.sum_by_row(plan, grads, scale=1.0 / self.communicator.num_trainers, room=exchange.num_room)
         step.sums[index] = sums
-        self._sync(cache, exchange.sync_now, exchange.apply_now, sums, num_uniques, "now", plan.step)
+        self._sync(step, index, "now")
 
-    def defer(self, plan: StepPlan) -> None:
-        """Hands out a computed step's later gradients, unless that is done."""
-        if plan.step in self._steps and plan.step not in self._deferred:
-            self._deferred[plan.step] = self._thread.submit(self._apply_later, self._steps[plan.step])
+    def defer(self, number: int) -> None:
+        """Hands out the later gradients of the computed step `number`, unless that is done."""
+        step = self._steps.get(number)
+        if step is not None and step.finish_deferred is None:
+            step.finish_deferred = self._background.start(self._apply_later, step)
 
     def finish_deferred(self, last_step: int) -> None:
         """Waits for the later gradients of all steps up to `last_step` that are handed out."""
-        for number in [step for step in self._deferred if step <= last_step]:
-            self._deferred[number].result()
-            del self._deferred[number]
-            del self._steps[number]
+        for number, step in list(self._steps.items()):
+            if number <= last_step and step.finish_deferred is not None:
+                step.finish_deferred()
+                del self._steps[number]
 
-    def close(self) -> None:
-        """Ends the thread; what is under way ends first."""
-        self._thread.close()
+    def finish_all(self, open_step: int | None) -> None:
+        """Applies every gradient that has come. Those of `open_step` count once they are there for all groups."""
+        for number, step in self._steps.items():
+            if step.sums and (number != open_step or len(step.sums) == len(self._caches)):
+                self.defer(number)
+        self.finish_deferred(max(self._steps, default=0))
 
-    def _send_replicas_later(self, plan: StepPlan, are_filled: Callable[[], object]) -> None:
-        are_filled()
-        for cache, group in zip(self._caches, plan.groups, strict=True):
+    def close(self, *, wait: bool = True) -> None:
+        """Ends what is in the background; with `wait` what is under way ends first, else the stream has failed."""
+        self._background.close(wait=wait)
+        self.communicator.end_stream(has_failed=not wait)
+
+    def _send_replicas_later(self, step: _Step, filled: Callable[[], Sequence[DeviceExchange]]) -> None:
+        step.on_device = filled()
+        self._send_replicas(step, "later")
+
+    def _send_replicas(self, step: _Step, moment: Moment) -> None:
+        for cache, group, on_device in zip(self._caches, step.plan.groups, step.on_device, strict=True):
             exchange = _of(group.exchange)
-            self._send_replicas(cache, exchange, exchange.replicas_later, "later", plan.step)
-
-    def _send_replicas(self, cache: DeviceCache, exchange: GroupExchange, rows: RowExchange, moment: Moment, step: int) -> None:
-        begin = exchange.first_replica + (exchange.replicas_later.num_received if moment == "now" else 0)
-        with span(f"replicas_{moment}"):
-            sent = cache.words.index_select(0, torch.from_numpy(rows.send))
-            into = cache.words[begin : begin + rows.num_received]
-            what = f"replicas of {cache.group.name}"
-            self.communicator.exchange(sent, into, rows, moment=moment, step=step, what=what)
+            begin = exchange.first_replica
+            if moment == "later":
+                rows, send = exchange.replicas_later, on_device.replicas_later
+            else:
+                rows, send = exchange.replicas_now, on_device.replicas_now
+                begin += exchange.replicas_later.num_received
+            with span(f"replicas_{moment}"):
+                into = cache.words[begin : begin + rows.num_received]
+                self._exchange(cache.words, send, into, rows, moment, step, f"replicas of {cache.group.name}")
 
     def _apply_later(self, step: _Step) -> None:
-        for index, sums in sorted(step.sums.items()):  # none where the trainer has not called backward
-            group = step.plan.groups[index]
-            exchange = _of(group.exchange)
-            num_uniques = group.schedule.num_uniques
-            self._sync(self._caches[index], exchange.sync_later, exchange.apply_later, sums, num_uniques, "later", step.plan.step)
+        for index in sorted(step.sums):  # none where no rank has called backward
+            self._sync(step, index, "later")
 
-    def _sync(
-        self,
-        cache: DeviceCache,
-        rows: RowExchange,
-        schedule: GradientSchedule,
-        sums: Tensor,
-        num_uniques: int,
-        moment: Moment,
-        step: int,
-    ) -> None:
+    def _sync(self, step: _Step, index: int, moment: Moment) -> None:
         """Sends gradients to the rows' owners, receives those of own rows behind the own sums, and applies what is due."""
+        cache, group, on_device, sums = self._caches[index], step.plan.groups[index], step.on_device[index], step.sums[index]
+        exchange, num_uniques = _of(group.exchange), group.schedule.num_uniques
+        if moment == "later":
+            rows, send, apply = exchange.sync_later, on_device.sync_later, on_device.apply_later
+        else:
+            rows, send, apply = exchange.sync_now, on_device.sync_now, on_device.apply_now
         with span(f"sync_{moment}"):
-            sent = sums.index_select(0, torch.from_numpy(rows.send))
             into = sums[num_uniques : num_uniques + rows.num_received]
-            what = f"gradients of {cache.group.name}"
-            self.communicator.exchange(sent, into, rows, moment=moment, step=step, what=what)
-            cache.apply(schedule, sums, step)
+            self._exchange(sums, send, into, rows, moment, step, f"gradients of {cache.group.name}")
+            cache.apply(apply, sums, lr=step.lr)
+
+    def _exchange(
+        self, source: Tensor, send: Tensor, into: Tensor, rows: RowExchange, moment: Moment, step: _Step, what: str
+    ) -> None:
+        self.communicator.exchange(source.index_select(0, send), into, rows, moment=moment, step=step.plan.step, what=what)
+
+
+class _BackgroundThread:
+    """Work behind a CPU's compute, one after the other."""
+
+    def __init__(self) -> None:
+        self._thread = Workers("bagpipe-exchange")
+
+    def start(self, work: Callable[..., None], *arguments: Any) -> Callable[[], object]:
+        """Hands out a call; what is returned waits for it and raises what it raised."""
+        return self._thread.submit(work, *arguments).result
+
+    def close(self, *, wait: bool) -> None:
+        self._thread.close(wait=wait)
+
+
+class _BackgroundStream:
+    """Work behind a GPU's compute: after that of the last tick, beside that which is issued next."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(streams.compute.device)  # type: ignore[no-untyped-call]
+
+    def start(self, work: Callable[..., None], *arguments: Any) -> Callable[[], object]:
+        """Asks the device for it; what is returned lets the current stream follow it."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._streams.computed)
+            work(*arguments)
+            done = self._stream.record_event()
+        return partial(_follow, done)
+
+    def close(self, *, wait: bool) -> None:
+        """Nothing to end: the executor waits for the device."""
+
+
+def _follow(event: torch.cuda.Event) -> None:
+    torch.cuda.current_stream().wait_event(event)
 
 
 def _of(exchange: GroupExchange | None) -> GroupExchange:

@@ -156,7 +156,8 @@ class CacheConfig(Section):
     threads: PositiveInt | None = None
     """Threads that read and de-duplicate; the library's choice when left out."""
     oracle: Literal["auto", "thread", "process"] = "auto"
-    """Where batches are read and planned: in threads of the trainer, or in a process of its own, as "auto" does for a GPU."""
+    """Where batches are read and planned: in threads of the trainer, or in a process of its own, one for all trainers of a host.
+    "auto" means the process on a GPU and with several trainers."""
     check: bool = False
     """Whether every plan is checked against its invariants while running (slow)."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from bagpipe.cache.communicator import Communicator
@@ -14,6 +16,9 @@ from bagpipe.errors import ConfigError
 
 _TIMEOUT = timedelta(minutes=30)
 """Longer than an evaluation or a checkpoint, for which the other ranks wait; a rank that dies is noticed at once."""
+
+_EXIT_SECONDS = 10
+"""In which a rank that failed must have ended, before it is killed."""
 
 
 @contextmanager
@@ -31,8 +36,16 @@ def joined_trainers() -> Iterator[Communicator | None]:
             f"{num_trainers} trainers on several hosts: they share one copy of the tables in memory, so start them on one host, "
             "torchrun --standalone --nproc-per-node=N"
         )
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    backend = "gloo"
+    if torch.cuda.device_count() >= num_trainers and dist.is_nccl_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield Communicator.from_default_group(timeout=_TIMEOUT)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # A thread may wait for messages that never come, and the interpreter for it. Once this process is gone the others see it.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_EXIT_SECONDS)
+        raise
+    dist.destroy_process_group()

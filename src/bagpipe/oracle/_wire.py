@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import io
+import mmap
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,21 @@ import numpy.typing as npt
 from bagpipe._memory import copy_buffers
 from bagpipe.types import Int64Array, UInt8Array
 
+RELEASED, STOP = b"released", b"stop"
+"""Messages to the oracle process: one more item's place is free; no more items are wanted."""
+ITEM, FAILURE = b"i", b"f"
+"""What messages from it begin with."""
 _ALIGNMENT = 256
 _HEADER = Struct("<6q")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What ended the stream; without an error its natural end."""
+
+    error: BaseException | None = None
+    cause: BaseException | None = None
+    trace: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +55,11 @@ class Region:
         """The place of an item in the region's memory."""
         begin = number % self.num_places * self.place_bytes
         return slice(begin, begin + self.place_bytes)
+
+
+def map_region(file: int, region: Region) -> UInt8Array:
+    """The region's memory: (num_bytes,)."""
+    return np.frombuffer(mmap.mmap(file, region.num_bytes, offset=region.begin), np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)

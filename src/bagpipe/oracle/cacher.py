@@ -57,6 +57,19 @@ class CachePlan:
     was_used_before: BoolArray  # (U,) by the step before
     is_used_next: BoolArray  # (U,) by the step after
 
+    def of_single_trainer(self) -> GroupPlan:
+        """The plan of the only trainer."""
+        assert isinstance(self.batch, DedupedGroup)
+        return GroupPlan(
+            inverse=self.batch.inverse,
+            bag_offsets=self.batch.bag_offsets,
+            bag_scales=self.batch.bag_scales,
+            lookup_weights=self.batch.lookup_weights,
+            schedule=self.batch.schedule(self.unique_slots),
+            early=self.early,
+            late=self.late,
+        )
+
 
 _NOTHING = _Planned(step=-1, first_occurrence=0, num_uniques=0)
 
@@ -127,17 +140,7 @@ class Cacher:
 
     def plan(self) -> GroupPlan:
         """Plans the oldest admitted batch that is not planned yet, for a single trainer."""
-        planned = self.plan_cache()
-        assert isinstance(planned.batch, DedupedGroup)
-        return GroupPlan(
-            inverse=planned.batch.inverse,
-            bag_offsets=planned.batch.bag_offsets,
-            bag_scales=planned.batch.bag_scales,
-            lookup_weights=planned.batch.lookup_weights,
-            schedule=planned.batch.schedule(planned.unique_slots),
-            early=planned.early,
-            late=planned.late,
-        )
+        return self.plan_cache().of_single_trainer()
 
     def plan_cache(self) -> CachePlan:
         """Plans the oldest admitted batch that is not planned yet."""

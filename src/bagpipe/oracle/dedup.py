@@ -120,7 +120,7 @@ def _dedup(
 ) -> tuple[Int64Array, Int32Array, Int32Array, Int32Array, int, int]:
     """All of it in one call, since each waits for the GIL when it returns. Fills `inverse`, `bags` and `bag_weights`.
 
-    Returns (unique_rows, piece_offsets, long_uniques, long_offsets, and what `_number_rows` says of bad ids).
+    Returns (unique_rows, piece_offsets, long_uniques, long_offsets, and what `number_rows` says of bad ids).
     """
     table_lookups = np.zeros(len(row_offsets) - 1, np.int64)
     for feature in range(len(feature_tables)):
@@ -128,7 +128,7 @@ def _dedup(
     max_uniques = np.minimum(table_lookups, np.diff(row_offsets)).sum()
     unique_rows = np.empty(max_uniques, np.int64)
     counts = np.empty(max_uniques, np.int32)
-    num_uniques, bad_feature, bad_lookup = _number_rows(
+    num_uniques, bad_feature, bad_lookup = number_rows(
         values, feature_starts, feature_lengths, feature_tables, row_offsets, inverse, unique_rows, counts
     )
     piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(counts[:num_uniques], MAX_PIECE_LENGTH)
@@ -139,7 +139,7 @@ def _dedup(
 
 
 @jit
-def _number_rows(
+def number_rows(
     values: npt.NDArray[np.integer],
     feature_starts: Int64Array,
     feature_lengths: Int64Array,

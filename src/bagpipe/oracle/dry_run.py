@@ -301,14 +301,14 @@ def _distinct_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) ->
     return DedupedBatch(
         payload=None,
         batch_size=batch.batch_size,
-        groups=tuple(_merged_rows_only([dedup(group, share) for share in shares]) for group in groups),
+        groups=tuple(_merged_rows_only(group, [dedup(group, share) for share in shares]) for group in groups),
         share_sizes=tuple(share.batch_size for share in shares),
     )
 
 
-def _merged_rows_only(shares: Sequence[DedupedGroup]) -> MergedGroup:
+def _merged_rows_only(group: Group, shares: Sequence[DedupedGroup]) -> MergedGroup:
     """The shares' rows are the merged ones at `places`, from which the ranks' plans are made: they need not be kept twice."""
-    merged = merge([_rows_only(share.unique_rows) for share in shares])
+    merged = merge(group, [_rows_only(share.unique_rows) for share in shares])
     return replace(merged, shares=(_rows_only(_NO_ROWS),) * len(shares))
 
 

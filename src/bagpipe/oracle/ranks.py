@@ -59,25 +59,31 @@ class _Travellers:
 class RankPlanner:
     """Plans one step of one group for any of its trainers."""
 
-    def __init__(self, group: Group, planned: CachePlan, cache: TrainerCache, *, step: int) -> None:
+    def __init__(self, group: Group, planned: CachePlan, cache: TrainerCache, *, step: int, overlap: bool = True) -> None:
+        """Without `overlap` all that travels does so now.
+
+        Raises ConfigError when a rank needs more replicas than it has slots for.
+        """
         assert isinstance(planned.batch, MergedGroup)
-        self._group, self._planned, self._cache, self._step, self._merged = group, planned, cache, step, planned.batch
+        self._planned, self._cache, self._step, self._merged = planned, cache, step, planned.batch
         self._num_trainers = num_trainers = len(self._merged.shares)
         self._owners, self._slots = planned.unique_slots % num_trainers, planned.unique_slots // num_trainers
-        comes_now = planned.was_used_before | np.isin(planned.unique_slots, planned.late.fetch_slots)
+        comes_now = planned.was_used_before | _are_among(planned.late.fetch_slots, planned.unique_slots) | (not overlap)
+        goes_now = planned.is_used_next | (not overlap)
         self._replicas = self._travellers(comes_now)
-        self._grads = self._travellers(planned.is_used_next)
+        self._grads = self._travellers(goes_now)
         # A row that its owner alone uses waits for nobody.
-        self._is_applied_now = planned.is_used_next | (self._merged.users == np.uint64(1) << self._owners.astype(np.uint64))
+        self._is_applied_now = goes_now | (self._merged.users == np.uint64(1) << self._owners.astype(np.uint64))
+        for rank, replicas in enumerate(self._replicas):  # of all, so that every rank refuses the step
+            if len(replicas.indices) > cache.num_replica_slots:
+                raise ConfigError(
+                    f"step {step}: rank {rank} needs {len(replicas.indices):,} rows of {group.name} that other ranks own, but has "
+                    f"room for {cache.num_replica_slots:,} replicas: allow more replicas or train with smaller batches"
+                )
 
     def plan(self, rank: int) -> GroupPlan:
-        """One rank's plan. Raises ConfigError when it needs more replicas than it has slots for."""
+        """One rank's plan."""
         share, places, replicas = self._merged.shares[rank], self._merged.places[rank], self._replicas[rank].indices
-        if len(replicas) > self._cache.num_replica_slots:
-            raise ConfigError(
-                f"step {self._step}: rank {rank} needs {len(replicas):,} rows of {self._group.name} that other ranks own, but has "
-                f"room for {self._cache.num_replica_slots:,} replicas: allow more replicas or train with smaller batches"
-            )
         first_replica = self._cache.num_slots + self._step % 2 * self._cache.num_replica_slots
         unique_slots = self._slots[places]
         unique_slots[replicas] = np.arange(first_replica, first_replica + len(replicas), dtype=np.int32)
@@ -159,6 +165,11 @@ def _transfers_of(transfers: Transfers, rank: int, num_trainers: int) -> Transfe
         fetch_slots=transfers.fetch_slots[fetches] // num_trainers,
         fence_tick=transfers.fence_tick,
     )
+
+
+def _are_among(few: Int32Array, slots: Int32Array) -> BoolArray:
+    """For each of `slots` whether it is one of the `few`, mostly none."""
+    return np.isin(slots, few) if len(few) else np.zeros(len(slots), np.bool_)
 
 
 @jit

@@ -11,14 +11,15 @@ runs in a process of its own (`bagpipe.oracle.process`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 from bagpipe._workers import Workers
 from bagpipe.errors import ConfigError, DataError
-from bagpipe.jagged import as_jagged, check_features, share_batch, share_of
+from bagpipe.jagged import as_jagged, check_features, hash_ids, same_ids, share_batch, share_bounds, share_of
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
@@ -45,7 +46,7 @@ class StreamOptions:
     dedup_threads: int | None = None  # None: a third of the cores
     check: bool = False
     trainers: Trainers = SINGLE_TRAINER
-    """Of several, batches are those of all of them together, and plans and what is handed out the first of `ranks`' share."""
+    """Of several, batches are those of all of them together, and plans and what is handed out the shares of `ranks`."""
 
     def __post_init__(self) -> None:
         check_window(self.groups, num_slots=self.num_slots, lookahead=self.lookahead, prefetch_depth=self.prefetch_depth)
@@ -83,6 +84,8 @@ class Planned(Generic[BatchT]):
     """The batch's ids, the very object that the batch holds."""
     peak_slots: tuple[int, ...]
     oracle_bytes: int  # of the oracle's own state
+    ids_hash: str | None = None
+    """Of several trainers: what the ids of the whole first batch hash to, so that they can see whether they read the same."""
     release: Callable[[], None] | None = None
     """To be called once nothing reads the plan's arrays any more, steps in order; None where they live by themselves."""
 
@@ -93,10 +96,22 @@ def plan_stream(
     find_sparse: Callable[[BatchT], Any],
     share: Callable[[BatchT, int, int], BatchT] = share_batch,
 ) -> Iterator[Planned[BatchT]]:
-    """Yields each batch, of several trainers `share` of it, with its plan, in order.
+    """Yields each batch with its plan, in order; of several trainers what is the first of `ranks`' share.
 
     Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a BackgroundError) after all batches before it.
     """
+    with closing(plan_ranks_stream(batches, options, find_sparse, share)) as steps:
+        for step in steps:
+            yield step[0]
+
+
+def plan_ranks_stream(
+    batches: Iterable[BatchT | Deferred[BatchT]],
+    options: StreamOptions,
+    find_sparse: Callable[[BatchT], Any],
+    share: Callable[[BatchT, int, int], BatchT] = share_batch,
+) -> Generator[tuple[Planned[BatchT], ...]]:
+    """`plan_stream` for all of `ranks`: yields for each batch what each of them gets."""
     oracle = options.make_oracle()
     # No more threads than keep up: on shared memory they slow the sequential stages, which set the pace.
     num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 3)
@@ -104,13 +119,25 @@ def plan_stream(
         numbered = enumerate(batches, options.first_step)
         deduped = ordered_map(partial(_dedup, options, find_sparse, share), numbered, workers, ahead=2 * num_threads)
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
-        planned = oracle.plan_linked(linked)
-        if options.check:
-            planned = checked(options.groups, options.num_slots, planned)
+        planned = oracle.plan_ranks(linked, workers)
+        if options.check:  # a single trainer's
+            firsts = ((plans[0], batch) for plans, batch in planned)
+            planned = (((plan,), batch) for plan, batch in checked(options.groups, options.num_slots, firsts))
         try:
-            for plan, deduped_batch in planned:
-                batch, sparse = deduped_batch.payload
-                yield Planned(plan=plan, batch=batch, sparse=sparse, peak_slots=oracle.peak_slots, oracle_bytes=oracle.nbytes)
+            for plans, deduped_batch in planned:
+                parts, ids_hash = deduped_batch.payload
+                peak_slots, oracle_bytes = oracle.peak_slots, oracle.nbytes
+                yield tuple(
+                    Planned(
+                        plan=plan,
+                        batch=batch,
+                        sparse=sparse,
+                        peak_slots=peak_slots,
+                        oracle_bytes=oracle_bytes,
+                        ids_hash=ids_hash,
+                    )
+                    for plan, (batch, sparse) in zip(plans, parts, strict=True)
+                )
         finally:
             linked.close()
 
@@ -120,13 +147,13 @@ def _dedup(
     find_sparse: Callable[[BatchT], Any],
     share: Callable[[BatchT, int, int], BatchT],
     numbered: tuple[int, BatchT | Deferred[BatchT]],
-) -> DedupedBatch[tuple[BatchT, Any]]:
+) -> DedupedBatch[tuple[list[tuple[BatchT, Any]], str | None]]:
     step, item = numbered
     batch = item.read() if isinstance(item, Deferred) else item
-    num_trainers, rank = options.trainers.num_trainers, options.trainers.ranks[0]
+    num_trainers = options.trainers.num_trainers
     try:
         sparse = find_sparse(batch)
-        jagged = as_jagged(sparse)
+        jagged, parts = as_jagged(sparse), [(batch, sparse)]
         check_features(options.groups, jagged)
         deduped: tuple[DedupedGroup | MergedGroup, ...]
         if num_trainers == 1:
@@ -134,18 +161,29 @@ def _dedup(
             deduped = tuple(dedup(group, jagged) for group in options.groups)
         else:
             shares = [share_of(jagged, each, num_trainers) for each in range(num_trainers)]
-            deduped = tuple(merge([dedup(group, each) for each in shares]) for group in options.groups)
-            batch = share(batch, rank, num_trainers)
-            sparse = find_sparse(batch)
+            deduped = tuple(merge(group, [dedup(group, each) for each in shares]) for group in options.groups)
+            parts = [_checked_share(share(batch, rank, num_trainers), rank, shares, find_sparse) for rank in options.trainers.ranks]
     except DataError as error:
         raise DataError(f"step {step}: {error}") from error
     return DedupedBatch(
-        payload=(batch, sparse),
+        payload=(parts, hash_ids(jagged) if num_trainers > 1 and step == options.first_step else None),
         payload_bytes=_payload_bytes(jagged),
         batch_size=jagged.batch_size,
         groups=deduped,
         share_sizes=tuple(each.batch_size for each in shares),
     )
+
+
+def _checked_share(part: BatchT, rank: int, shares: Sequence[Jagged], find_sparse: Callable[[BatchT], Any]) -> tuple[BatchT, Any]:
+    """A rank's part of a batch with its ids. Raises DataError where these are not the ones that are planned for it."""
+    sparse = find_sparse(part)
+    if not same_ids(as_jagged(sparse), shares[rank]):
+        begin, end = share_bounds(sum(each.batch_size for each in shares), rank, len(shares))
+        raise DataError(
+            f"share(batch, {rank}, {len(shares)}) has other ids than samples {begin:,} to {end:,} of the batch, which are planned "
+            "for that rank"
+        )
+    return part, sparse
 
 
 def _payload_bytes(batch: Jagged) -> int:

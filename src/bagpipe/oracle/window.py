@@ -16,11 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from bagpipe._workers import Workers
 from bagpipe.errors import ConfigError
-from bagpipe.oracle.cacher import Cacher
+from bagpipe.oracle.cacher import CachePlan, Cacher
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MAX_TRAINERS, MergedGroup
+from bagpipe.oracle.pipeline import ordered_map
 from bagpipe.oracle.ranks import RankPlanner, TrainerCache
 from bagpipe.types import Group, StepPlan
 
@@ -31,6 +33,8 @@ AUTO_START = 8
 MAX_LOOKAHEAD = 4096
 """Farthest that the oracle ever looks, in batches."""
 DEFAULT_LOOKAHEAD_BYTES = 1 << 30
+_STEPS_AHEAD = 4
+"""Steps of several trainers that are planned at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,17 @@ class LinkedBatch(Generic[Payload]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _PlannedStep(Generic[Payload]):
+    """A step of the joint cache."""
+
+    step: int
+    batch: DedupedBatch[Payload]
+    groups: tuple[CachePlan, ...]
+    num_ahead: int  # batches that the window held beyond it
+    peak_slots: tuple[int, ...]  # by group
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trainers:
     """How many trainers share the batches and the caches, and for which of them plans are made."""
 
@@ -66,6 +81,8 @@ class Trainers:
     ranks: tuple[int, ...]
     num_replica_slots: tuple[int, ...] = ()
     """For each group how many replicas one trainer can hold for one step."""
+    overlap: bool = True
+    """False: all that travels between trainers is on the critical path, to measure what overlapping saves."""
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raises ConfigError for values out of range."""
@@ -117,6 +134,7 @@ class Oracle:
         self._lookahead = AUTO_START if lookahead == "auto" else lookahead
         self._lookahead_bytes = lookahead_bytes
         self._prefetch_depth, self._first_step = prefetch_depth, first_step
+        self._peak_slots = (0,) * len(groups)
         self._cachers = [
             Cacher(
                 group,
@@ -131,8 +149,8 @@ class Oracle:
 
     @property
     def peak_slots(self) -> tuple[int, ...]:
-        """For each group how many slots were ever filled."""
-        return tuple(cacher.num_used_slots for cacher in self._cachers)
+        """For each group how many slots were ever filled, up to the last plan yielded."""
+        return self._peak_slots
 
     @property
     def nbytes(self) -> int:
@@ -152,13 +170,31 @@ class Oracle:
             linked = (cacher.linker.link(group) for cacher, group in zip(self._cachers, batch.groups, strict=True))
             yield LinkedBatch(batch=batch, groups=tuple(linked))
 
-    def plan_linked(self, batches: Iterable[LinkedBatch[Payload]]) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
+    def plan_linked(
+        self, batches: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
+    ) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
         """The second stage, for the first of the ranks that are planned for; raises as `plan` does."""
-        for plans, batch in self.plan_ranks(batches):
+        for plans, batch in self.plan_ranks(batches, workers):
             yield plans[0], batch
 
-    def plan_ranks(self, batches: Iterable[LinkedBatch[Payload]]) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
-        """The second stage, for all ranks that are planned for; raises as `plan` does, and ConfigError for too many replicas."""
+    def plan_ranks(
+        self, batches: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
+    ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
+        """The second stage, for all ranks that are planned for; raises as `plan` does, and ConfigError for too many replicas.
+
+        What of it depends on one step alone, the way from the joint cache to several trainers, runs on `workers`, if any.
+        """
+        steps = self._plan_caches(batches)
+        if workers is None or self._trainers.num_trainers == 1:
+            planned: Iterator[tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]] = map(self._plan_trainers, steps)
+        else:
+            planned = ordered_map(self._plan_trainers, steps, workers, ahead=_STEPS_AHEAD)
+        for step, plans in planned:
+            self._peak_slots = step.peak_slots
+            yield plans, step.batch
+
+    def _plan_caches(self, batches: Iterable[LinkedBatch[Payload]]) -> Iterator[_PlannedStep[Payload]]:
+        """The sequential part of the second stage."""
         source = iter(batches)
         window: deque[DedupedBatch[Payload]] = deque()
         window_bytes = 0
@@ -181,7 +217,9 @@ class Oracle:
                 break
             batch = window.popleft()
             window_bytes -= batch.nbytes
-            yield self._plan_step(step, batch, len(window)), batch
+            planned = tuple(cacher.plan_cache() for cacher in self._cachers)
+            peak_slots = tuple(cacher.num_used_slots for cacher in self._cachers)
+            yield _PlannedStep(step=step, batch=batch, groups=planned, num_ahead=len(window), peak_slots=peak_slots)
             self._adapt(window_bytes, batch.nbytes)
             step += 1
         if failure is not None:
@@ -194,29 +232,40 @@ class Oracle:
         for cacher, group in zip(self._cachers, linked.groups, strict=True):
             cacher.admit(group)
 
-    def _plan_step(self, step: int, batch: DedupedBatch[Payload], num_ahead: int) -> tuple[StepPlan, ...]:
+    def _plan_trainers(self, planned: _PlannedStep[Payload]) -> tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]:
+        """The plans of all ranks that are planned for. Changes nothing here, so that several steps may be planned at a time."""
+        step, batch = planned.step, planned.batch
         early_tick = max(self._first_step, step - self._prefetch_depth)
         if self._trainers.num_trainers == 1:
-            groups = tuple(cacher.plan() for cacher in self._cachers)
-            return (StepPlan(step=step, early_tick=early_tick, batch_size=batch.batch_size, groups=groups, lookahead=num_ahead),)
-        planned = [cacher.plan_cache() for cacher in self._cachers]
-        caches = zip(self._groups, planned, self._num_slots, self._trainers.num_replica_slots, strict=True)
+            groups = tuple(group.of_single_trainer() for group in planned.groups)
+            plan = StepPlan(
+                step=step, early_tick=early_tick, batch_size=batch.batch_size, groups=groups, lookahead=planned.num_ahead
+            )
+            return planned, (plan,)
+        caches = zip(self._groups, planned.groups, self._num_slots, self._trainers.num_replica_slots, strict=True)
         planners = [
-            RankPlanner(group, cache_plan, TrainerCache(num_slots=slots, num_replica_slots=num_replicas), step=step)
+            RankPlanner(
+                group,
+                cache_plan,
+                TrainerCache(num_slots=slots, num_replica_slots=num_replicas),
+                step=step,
+                overlap=self._trainers.overlap,
+            )
             for group, cache_plan, slots, num_replicas in caches
         ]
-        has_late = any(len(moved) > 0 for group in planned for moved in (group.late.evict_slots, group.late.fetch_slots))
-        return tuple(
+        has_late = any(len(moved) > 0 for group in planned.groups for moved in (group.late.evict_slots, group.late.fetch_slots))
+        plans = tuple(
             StepPlan(
                 step=step,
                 early_tick=early_tick,
                 batch_size=batch.share_sizes[rank],
                 groups=tuple(planner.plan(rank) for planner in planners),
-                lookahead=num_ahead,
+                lookahead=planned.num_ahead,
                 has_late=has_late,
             )
             for rank in self._trainers.ranks
         )
+        return planned, plans
 
     def _adapt(self, window_bytes: int, batch_bytes: int) -> None:
         """Lets an automatic window grow by one batch where that can save a fetch and fits the budget."""

@@ -25,9 +25,9 @@ from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.train.batches import Schedule
 from bagpipe.train.checkpoint import State
 from bagpipe.train.dense_step import DenseStep, Precision
+from bagpipe.train.schedule import Schedule
 from bagpipe.types import Group
 
 _MODELS: Mapping[str, Callable[..., RankingModel]] = {
@@ -81,7 +81,7 @@ def build_run(
         DataError: the data can't be read.
         StoreError: a store can't be made.
     """
-    device = _choose_device(config.train.device)
+    device = _choose_device(config.train.device, communicator)
     source = open_source(config.data, "train")
     validation = open_source(config.data, "validation") if _has_validation(config.data) else None
     schedule = make_schedule(config.train, source.num_samples)
@@ -148,8 +148,11 @@ def _make_dense_step(
 ) -> DenseStep:
     if device.type == "cpu" and config.dense in ("graph", "compile"):
         raise ConfigError(f"train.dense = {config.dense!r} needs a CUDA device: use 'eager' or 'auto' on a CPU")
+    has_others = embeddings.communicator is not None
+    if has_others and config.dense in ("graph", "compile"):
+        raise ConfigError(f"train.dense = {config.dense!r} is not there for several trainers yet: use 'eager' or 'auto'")
     # Gradients of all trainers are averaged during backward; the parameters are the model's own.
-    part = model.dense_part if embeddings.communicator is None else DistributedDataParallel(_DensePart(model))
+    part = DistributedDataParallel(DensePartModule(model)) if has_others else model.dense_part
     return DenseStep(
         part,
         optimizer,
@@ -157,7 +160,7 @@ def _make_dense_step(
         device=device,
         batch_size=config.batch_size,
         precision=config.precision,
-        graph=device.type == "cuda" and config.dense != "eager",
+        graph=device.type == "cuda" and config.dense != "eager" and not has_others,
         compile_part=config.dense == "compile",
         say=say,
     )
@@ -192,10 +195,13 @@ def _has_validation(config: DataConfig) -> bool:
     return config.kind != "prepared" or PreparedManifest.load(config.folder).num_rows("validation") > 0
 
 
-def _choose_device(name: str) -> torch.device:
-    has_cuda = torch.cuda.is_available()
+def _choose_device(name: str, communicator: Communicator | None) -> torch.device:
+    num_devices, num_needed = torch.cuda.device_count(), 1 if communicator is None else communicator.num_trainers
+    has_cuda = num_devices >= num_needed
     if name == "cuda" and not has_cuda:
-        raise ConfigError("train.device = 'cuda': torch sees no CUDA device here: use 'cpu' or 'auto'")
+        raise ConfigError(
+            f"train.device = 'cuda': torch sees {num_devices} CUDA devices here for {num_needed} trainers: use 'cpu' or 'auto'"
+        )
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")
     torch.use_deterministic_algorithms(True)
@@ -204,7 +210,7 @@ def _choose_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-class _DensePart(torch.nn.Module):
+class DensePartModule(torch.nn.Module):
     """A model's dense part as a module, whose `forward` DistributedDataParallel watches."""
 
     def __init__(self, model: RankingModel) -> None:

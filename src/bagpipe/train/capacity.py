@@ -8,6 +8,7 @@ from numbers import Integral
 
 import torch
 
+from bagpipe.cache.communicator import Communicator
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.sizes import parse_rows, slots_of
 from bagpipe.types import Group
@@ -16,11 +17,14 @@ AUTO_SHARE = 0.5
 """Share of the device's free memory that `cache="auto"` takes: the model and its activations need the rest."""
 
 
-def slots_for(cache: int | str | Sequence[int], groups: Sequence[Group], device: torch.device) -> list[int]:
+def slots_for(
+    cache: int | str | Sequence[int], groups: Sequence[Group], device: torch.device, communicator: Communicator | None = None
+) -> list[int]:
     """Slots for each group; none gets more than it has rows.
 
     `cache` is a number of rows over all groups, a share of them ("2%"), memory for records ("4GiB"), "auto", or a number of
-    rows for each group. Raises ConfigError for anything else.
+    rows for each group. Raises ConfigError for anything else. With a `communicator` it is each trainer's, and "auto" is the same
+    for all: what the one with the least free memory can have, on CPUs of memory that all share.
     """
     if isinstance(cache, bool) or not isinstance(cache, Integral | str | Sequence):
         raise ConfigError(f"cache is {cache!r}, must be rows, a size such as '4GiB' or '2%', 'auto', or a list of rows by group")
@@ -28,8 +32,17 @@ def slots_for(cache: int | str | Sequence[int], groups: Sequence[Group], device:
         if len(cache) != len(groups):
             raise ConfigError(f"cache has {len(cache)} entries for {len(groups)} groups")
         return [min(int(slots), group.num_rows) for slots, group in zip(cache, groups, strict=True)]
-    size = f"{int(AUTO_SHARE * _free_bytes(device))}B" if cache == "auto" else str(cache)
+    size = f"{_automatic_bytes(device, communicator)}B" if cache == "auto" else str(cache)
     return slots_of(parse_rows(size, groups, "cache"), groups)
+
+
+def _automatic_bytes(device: torch.device, communicator: Communicator | None) -> int:
+    free = _free_bytes(device)
+    if communicator is not None:
+        free = -int(communicator.largest(-free))
+        if device.type == "cpu":
+            free //= communicator.num_trainers
+    return int(AUTO_SHARE * free)
 
 
 def _free_bytes(device: torch.device) -> int:

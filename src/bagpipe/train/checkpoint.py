@@ -30,6 +30,7 @@ from bagpipe.train.checkpoint_files import (
     read_records,
     verify_files,
 )
+from bagpipe.train.schedule import Position
 from bagpipe.types import Group
 
 _DENSE = "dense.pt"
@@ -50,14 +51,6 @@ class Embeddings(Protocol):
 
     def flush(self) -> None:
         """Writes every record that is newer in the cache to its store."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where the reader continues: the next batch to train."""
-
-    epoch: int = 0
-    batch: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -25,12 +26,14 @@ from bagpipe.cache.executor import Waits
 from bagpipe.errors import BackgroundError, ConfigError, UsageError
 from bagpipe.jagged import find_sparse, share_batch
 from bagpipe.oracle.pipeline import BackgroundIterator
-from bagpipe.oracle.process import OracleProcess
+from bagpipe.oracle.process import SharedOracle
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
+from bagpipe.train.agreement import check_same_batch, check_same_settings
 from bagpipe.train.capacity import slots_for
+from bagpipe.train.oracle_process import start_oracle
 from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
@@ -55,6 +58,7 @@ def lookahead(
     prepare: Callable[[BatchT], Any] | None = None,
     replicas: int | Sequence[int] | None = None,
     share: Callable[[BatchT, int, int], BatchT] = share_batch,
+    overlap: bool = True,
 ) -> Lookahead[Any]:
     """Iterates `batches` with `embeddings` prepared for each; see `Lookahead` for what else the iterator tells.
 
@@ -67,13 +71,15 @@ def lookahead(
     `sparse` finds a batch's jagged ids; by default the batch itself or its `sparse` or `sparse_features` attribute or key.
     `oracle` says where batches are read and planned: in threads of this process, or in a process of its own (Linux), which keeps
     steps of a few milliseconds free of it. `batches` and `sparse` must be picklable then, and as with a DataLoader's workers a
-    script needs ``if __name__ == "__main__":``.
+    script needs ``if __name__ == "__main__":``. Several trainers of one host share such a process: rank 0 starts it, and it reads
+    `batches` once for all. In threads each rank reads and plans the global batches for itself.
     `prepare` turns each batch into what is handed out, in a background thread of this process: the place to pin memory. With an
     oracle process the arrays that it gets are good until the step after the batch's: it copies what shall live longer.
 
     Where the embeddings have a communicator, `batches` are those of all trainers together, the same on every rank, and each rank is
     handed its `share(batch, rank, num_trainers)`. `replicas` is how many rows of other ranks one step may need, or so many for each
-    group; by default half the cache's rows, and at least 4,096.
+    group; by default half the cache's rows, and at least 4,096. Without `overlap` all that travels between trainers is on the
+    critical path, with the same result: `bagpipe bench trainers` measures what overlapping saves.
 
     Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the loss's gradient before it does.
 
@@ -85,11 +91,12 @@ def lookahead(
     if oracle not in ("thread", "process"):
         raise ConfigError(f"oracle is {oracle!r}, must be 'thread' or 'process'")
     embeddings.stop()  # an earlier stream's cache must be free before this one is sized, and its last step closed
-    num_slots = slots_for(cache, embeddings.groups, embeddings.device)
+    communicator = embeddings.communicator
+    num_slots = slots_for(cache, embeddings.groups, embeddings.device, communicator)
     options = StreamOptions(
         groups=embeddings.groups,
         num_slots=tuple(num_slots),
-        trainers=_trainers(embeddings, num_slots, replicas),
+        trainers=_trainers(embeddings, num_slots, replicas, overlap),
         lookahead=lookahead,
         lookahead_bytes=parse_bytes(lookahead_memory, "lookahead_memory"),
         prefetch_depth=prefetch_depth,
@@ -97,10 +104,14 @@ def lookahead(
         dedup_threads=dedup_threads,
         check=check,
     )
+    if communicator is not None:
+        check_same_settings(communicator, options, seed=embeddings.seed)
     return Lookahead(batches, embeddings, options, sparse or find_sparse, prepare, share, in_process=oracle == "process")
 
 
-def _trainers(embeddings: EmbeddingBagCollection, num_slots: Sequence[int], replicas: int | Sequence[int] | None) -> Trainers:
+def _trainers(
+    embeddings: EmbeddingBagCollection, num_slots: Sequence[int], replicas: int | Sequence[int] | None, overlap: bool
+) -> Trainers:
     communicator = embeddings.communicator
     if communicator is None:
         return SINGLE_TRAINER
@@ -108,7 +119,9 @@ def _trainers(embeddings: EmbeddingBagCollection, num_slots: Sequence[int], repl
         replicas = [max(slots // 2, _MIN_REPLICAS) for slots in num_slots]
     elif isinstance(replicas, int):
         replicas = [replicas] * len(num_slots)
-    return Trainers(num_trainers=communicator.num_trainers, ranks=(communicator.rank,), num_replica_slots=tuple(replicas))
+    return Trainers(
+        num_trainers=communicator.num_trainers, ranks=(communicator.rank,), num_replica_slots=tuple(replicas), overlap=overlap
+    )
 
 
 class Lookahead(Generic[BatchT]):
@@ -134,9 +147,9 @@ class Lookahead(Generic[BatchT]):
         self._embeddings, self._prefetch_depth = embeddings, options.prefetch_depth
         self._submitted: deque[Planned[BatchT]] = deque()
         self._in_step = False
-        self._has_others = options.trainers.num_trainers > 1
+        self._communicator = embeddings.communicator
         self._executor = embeddings.start(options.num_slots, options.trainers.num_replica_slots or None)
-        self._process: OracleProcess[Any] | None = None
+        self._process: SharedOracle[Any] | None = None
         if in_process:
             self._process = self._start_process(batches, options, find_sparse, share)
         self._is_open = True
@@ -165,14 +178,15 @@ class Lookahead(Generic[BatchT]):
             raise UsageError("these embeddings were stopped, or given to another bagpipe.lookahead; this one can't go on")
         try:
             self._end_step()
-            if not self._submit_ahead():
-                self.close()
-                raise StopIteration
-            planned = self._submitted.popleft()
-            self._begin_step(planned.sparse)
-        except BaseException:
-            self.close()
+            planned = self._submitted.popleft() if self._submit_ahead() else None
+            if planned is not None:
+                self._begin_step(planned.sparse)
+        except BaseException as error:
+            self._give_up(error)
             raise
+        if planned is None:
+            self.close()
+            raise StopIteration
         self.report.add(planned.plan, planned.peak_slots)
         self.oracle_bytes = planned.oracle_bytes
         return planned.batch
@@ -180,13 +194,18 @@ class Lookahead(Generic[BatchT]):
     def __enter__(self) -> Lookahead[BatchT]:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._give_up(error)
 
     def close(self) -> None:
         """Closes the step, writes everything back and ends the threads. Closing twice is allowed.
 
-        The rows are written back after an error in the loop, the loader or the data too: the cache is as good as before it.
+        With other trainers all must call it. The rows of a single one are written back after an error in the loop, the loader or
+        the data too: the cache is as good as before it. With others, which may wait for this one's next message, they are not:
+        go on from a checkpoint then.
         """
         if not self._is_open:
             return
@@ -206,6 +225,15 @@ class Lookahead(Generic[BatchT]):
         """Closes the step and writes all resident rows to the stores, as before a checkpoint; the iteration goes on."""
         self._end_step()
         self._embeddings.flush()
+
+    def _give_up(self, error: BaseException) -> None:
+        """Ends the stream after an error, with other trainers without waiting for any of them."""
+        if self._communicator is None or not self._is_open:
+            self.close()
+            return
+        self._end_threads()
+        if self._owns_embeddings:
+            self._embeddings.fail(error)
 
     @property
     def _owns_embeddings(self) -> bool:
@@ -231,16 +259,18 @@ class Lookahead(Generic[BatchT]):
         options: StreamOptions,
         find_sparse: Callable[[Any], Any],
         share: Callable[[Any, int, int], Any],
-    ) -> OracleProcess[Any]:
+    ) -> SharedOracle[Any]:
         # Nothing that outlives this object may hold it, or it would never end the threads of a loop left by `break`.
         pinned = _PinnedMemory()
         try:
-            process = OracleProcess(
+            process = start_oracle(
                 batches,
                 options,
                 find_sparse,
                 share,
-                num_places=options.prefetch_depth + 2 * _PLANS_AHEAD,
+                self._embeddings.communicator,
+                # Of several trainers a step's plan is held until the next one's gradients are under way.
+                num_places=options.prefetch_depth + 2 * _PLANS_AHEAD + int(self._communicator is not None),
                 on_region=pinned.pin if self._embeddings.device.type == "cuda" else lambda _: None,
             )
         except BaseException:
@@ -259,25 +289,32 @@ class Lookahead(Generic[BatchT]):
     def _submit_ahead(self) -> bool:
         """Passes plans on to the executor, up to the prefetch depth; waits only for the next step's. False at the end."""
         if not self._submitted:
-            started = time.perf_counter()
-            planned = next(self._plans, None)
-            self.waits.plan_s += time.perf_counter() - started
+            planned = self._wait_for_plan(partial(next, self._plans, None))
             if planned is None:
                 return False
             self._submit(planned)
-        if self._has_others and len(self._submitted) < 2:
-            # All ranks hand out the replicas of the next step now, or none: messages must be the same ones everywhere.
-            planned = self._plans.next_or_none()
-            if planned is not None:
-                self._submit(planned)
-        while len(self._submitted) <= self._prefetch_depth:
-            planned = self._plans.next_if_ready()
+        # All ranks must be as far ahead: which messages they send depends on it.
+        others = self._communicator is not None
+        while len(self._submitted) <= max(self._prefetch_depth, 1 if others else 0):
+            planned = self._wait_for_plan(self._plans.next_or_none) if others else self._plans.next_if_ready()
             if planned is None:
                 break
             self._submit(planned)
         return True
 
+    def _wait_for_plan(self, wait: Callable[[], Planned[BatchT] | None]) -> Planned[BatchT] | None:
+        """The next plan, or what `wait` returns where none is ready."""
+        planned = self._plans.next_if_ready()
+        if planned is None:
+            started = time.perf_counter()
+            self._executor.release_computed()
+            planned = wait()
+            self.waits.plan_s += time.perf_counter() - started
+        return planned
+
     def _submit(self, planned: Planned[BatchT]) -> None:
+        if self._communicator is not None and planned.ids_hash is not None:
+            check_same_batch(self._communicator, planned.ids_hash)
         self._executor.submit(planned.plan, planned.release)
         self._submitted.append(planned)
 

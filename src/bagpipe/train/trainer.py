@@ -21,7 +21,7 @@ from pathlib import Path
 from bagpipe.cache.communicator import Communicator
 from bagpipe.config.run import RunConfig
 from bagpipe.errors import CheckpointError
-from bagpipe.train.batches import RemainingBatches, TorchBatch
+from bagpipe.train.batches import TorchBatch
 from bagpipe.train.build import Run, build_run
 from bagpipe.train.checkpoint import (
     SavedRun,
@@ -38,6 +38,7 @@ from bagpipe.train.meter import Meter
 from bagpipe.train.metrics import Scores
 from bagpipe.train.report import Reporter
 from bagpipe.train.run_folder import claim_run_folder, start_afresh
+from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.signals import StopRequest
 from bagpipe.train.trace import Trace, TraceOptions
 from bagpipe.train.trainers import Trainers
@@ -171,7 +172,8 @@ class _Loop:
     def _open_stream(self) -> Lookahead[TorchBatch]:
         run, cache = self._run, self._run.config.cache
         start = run.schedule.position_after(self._step)
-        in_process = cache.oracle == "process" or (cache.oracle == "auto" and run.device.type == "cuda")
+        is_better_apart = run.device.type == "cuda" or run.embeddings.communicator is not None
+        in_process = cache.oracle == "process" or (cache.oracle == "auto" and is_better_apart)
         return lookahead(
             RemainingBatches(source=run.source, schedule=run.schedule, start=start),
             run.embeddings,

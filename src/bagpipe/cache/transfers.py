@@ -1,0 +1,238 @@
+"""Moves records between stores and the device cache, as the trainer's thread asks for it at ticks (`bagpipe.cache.executor`).
+
+    evict   evicted slots -> packed buffer -> pinned host buffer   on CUDA the trainer's thread asks the device for it
+            -> store                                               write-back thread
+    fetch   store -> pinned staging buffer                         gather thread
+            -> fetched slots                                       on CUDA the trainer's thread, once it is there
+
+On a CPU, where copies are work, the gather thread does all but the store's part of an eviction. Before it reads the store, a fetch
+waits for the write-backs that its fence names.
+
+On CUDA both directions have a stream of their own. Evictions follow the compute issued so far, fills follow the evictions before
+them, and compute follows the fills of its own step, all by events, so that the host waits for neither. Device work is asked for
+by one thread, since threads that do so take turns for Python's lock: a thread of its own for the transfers took 1.5 ms a step, most
+of it waiting (docs/results.md). Pinned and device buffers come from torch's caching allocators, which reuse a buffer once the
+streams that it was used on are done with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagpipe._jit import jit
+from bagpipe._workers import Call, Workers
+from bagpipe.cache.communicator import Communicator, TransferKind
+from bagpipe.cache.device_cache import DeviceCache
+from bagpipe.cache.device_plan import DeviceTransfers
+from bagpipe.cache.spans import span
+from bagpipe.cache.streams import Streams
+from bagpipe.errors import BackgroundError
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import Int32Array, Int64Array, StepPlan, Transfers
+
+_MAX_PENDING_WRITES = 64
+"""Write-backs that may be waiting, each of one group and step; more would let a slow store fill the memory."""
+_FLUSH_BLOCK_ROWS = 65_536
+
+
+@dataclass(kw_only=True)
+class IssuedTransfers:
+    """A step's early or late transfers, handed out."""
+
+    on_device: tuple[DeviceTransfers, ...]  # by group, as what is gathered
+    gathered: Call[list[Tensor]]
+    evicted: torch.cuda.Event | None  # what fills must wait for
+    filled: torch.cuda.Event | None = None  # what compute must wait for
+    is_filled: bool = False
+
+
+class RecordMover:
+    """Owns the threads that gather and write back; its methods are called by the trainer's thread."""
+
+    def __init__(
+        self,
+        caches: Sequence[DeviceCache],
+        stores: Sequence[EmbeddingStore],
+        streams: Streams | None,
+        communicator: Communicator | None,
+    ) -> None:
+        """`streams` are those of a CUDA device; `communicator` says that there are other trainers."""
+        self._caches, self._stores, self._streams, self._communicator = tuple(caches), tuple(stores), streams, communicator
+        self._device = caches[0].device
+        self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]  # the gather thread's
+        self._gather_thread, self._write_thread = Workers("bagpipe-gather"), Workers("bagpipe-write-back")
+        self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
+
+    def issue(
+        self,
+        plan: StepPlan,
+        transfers: Sequence[Transfers],
+        tick: int,
+        to_device: Callable[[], tuple[DeviceTransfers, ...]],
+    ) -> IssuedTransfers:
+        """On CUDA evicts and hands out the fetches; on a CPU, where that is work, the gather thread does all of it.
+
+        `to_device` moves the slots, by group, to the device; on a CPU it is called by the gather thread.
+        """
+        if self._streams is None:
+            done = self._gather_thread.submit(self._transfer_on_cpu, plan, transfers, tick, to_device)
+            return IssuedTransfers(on_device=(), gathered=done, evicted=None, is_filled=True)
+        with torch.cuda.stream(self._streams.out):
+            on_device = to_device()
+            self._streams.out.wait_event(self._streams.computed)
+            self._evict_all(transfers, on_device, tick)
+            evicted = self._streams.out.record_event()
+        gathered = self._gather_thread.submit(self._gather, plan, transfers)
+        return IssuedTransfers(on_device=on_device, gathered=gathered, evicted=evicted)
+
+    def fill(self, issued: IssuedTransfers) -> None:
+        """Puts gathered records into their slots, unless they are there; waits until they are gathered."""
+        if issued.is_filled:
+            issued.gathered.result()
+            return
+        assert self._streams is not None
+        assert issued.evicted is not None
+        stagings = issued.gathered.result()
+        with torch.cuda.stream(self._streams.into):
+            self._streams.into.wait_event(issued.evicted)
+            self._fill_slots(issued.on_device, stagings)
+            issued.filled = self._streams.into.record_event()
+        issued.is_filled = True
+
+    def mark_written(self, kind: TransferKind, step: int) -> None:
+        """Tells the other trainers, if there are any, once what has been issued so far is written."""
+        if self._communicator is None:
+            return
+        if self._streams is None:  # the gather thread evicts
+            self._gather_thread.submit(self._hand_to_writer, step, self._communicator.mark_written, kind, step)
+        else:
+            self._hand_to_writer(step, self._communicator.mark_written, kind, step)
+
+    def raise_failed_writes(self) -> None:
+        """Raises what a write-back has raised."""
+        for tick, write in list(self._writes):
+            if write.has_failed:
+                with naming_step(tick):
+                    write.result()
+
+    def finish_writes(self) -> None:
+        """Waits for all write-backs of transfers that are gathered, and raises what they raised."""
+        for tick, write in list(self._writes):
+            with naming_step(tick):
+                write.result()
+
+    def write_all(self) -> None:
+        """Writes every resident record to its store; no transfer may be under way."""
+        for cache, store, rows_of_slots in zip(self._caches, self._stores, self._rows_of_slots, strict=True):
+            slots = np.flatnonzero(rows_of_slots >= 0).astype(np.int32)
+            for begin in range(0, len(slots), _FLUSH_BLOCK_ROWS):
+                block = slots[begin : begin + _FLUSH_BLOCK_ROWS]
+                records = cache.read(torch.from_numpy(block).to(self._device)).cpu()
+                store.write(rows_of_slots[block], records.numpy())
+
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the threads; without `wait` they end by themselves, once what they wait for has come or failed."""
+        self._gather_thread.close(wait=wait)
+        self._write_thread.close(wait=wait)
+
+    def _transfer_on_cpu(
+        self,
+        plan: StepPlan,
+        transfers: Sequence[Transfers],
+        tick: int,
+        to_device: Callable[[], tuple[DeviceTransfers, ...]],
+    ) -> list[Tensor]:
+        """Runs on the gather thread. The compute that evictions must follow is over when it is asked for."""
+        on_device = to_device()
+        self._evict_all(transfers, on_device, tick)
+        self._fill_slots(on_device, self._gather(plan, transfers))
+        return []
+
+    def _evict_all(self, transfers: Sequence[Transfers], on_device: Sequence[DeviceTransfers], tick: int) -> None:
+        with span("evict"):
+            for index, (moved, slots) in enumerate(zip(transfers, on_device, strict=True)):
+                self._evict(index, moved, slots.evict_slots, tick)
+
+    def _evict(self, index: int, transfers: Transfers, slots: Tensor, tick: int) -> None:
+        """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
+        if len(transfers.evict_rows) == 0:
+            return
+        records, copied = self._caches[index].read(slots), None
+        if self._streams is not None:
+            records = torch.empty(records.shape, pin_memory=True).copy_(records, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied.record(self._streams.out)
+        rows = transfers.evict_rows.copy()  # may be written later than the plan is released
+        self._hand_to_writer(tick, self._write_back, index, rows, records, copied)
+
+    def _hand_to_writer(self, tick: int, work: Callable[..., None], *arguments: Any) -> None:
+        """Hands out a call to the write-back thread, once there are few enough, and forgets those that have succeeded."""
+        if len(self._writes) >= _MAX_PENDING_WRITES:
+            self._writes[0][1].result()
+        while self._writes and self._writes[0][1].has_succeeded:
+            self._writes.popleft()
+        self._writes.append((tick, self._write_thread.submit(work, *arguments)))
+
+    def _write_back(self, index: int, rows: Int64Array, records: Tensor, copied: torch.cuda.Event | None) -> None:
+        """Runs on the write-back thread."""
+        if copied is not None:
+            copied.synchronize()
+        with span("write_back"):
+            self._stores[index].write(rows, records.numpy())
+
+    def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Tensor]:
+        """Runs on the gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
+        fence = max(moved.fence_tick for moved in transfers)
+        if self._communicator is not None and fence >= 0:
+            # What other ranks evict up to the fence and this plan knows of, the early transfers of these steps do. Each waits for
+            # earlier steps' alone, so ranks never wait for each other in a circle.
+            depth = plan.step - plan.early_tick
+            self._communicator.wait_written("early", min(fence + depth, plan.step - 1))
+            self._communicator.wait_written("late", fence)
+        for tick, write in list(self._writes):  # all that was evicted before these transfers is among them
+            if tick <= fence:
+                write.result()
+        stagings = []
+        for index, moved in enumerate(transfers):
+            _note_moves(self._rows_of_slots[index], moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
+            staging = torch.empty(
+                len(moved.fetch_rows), self._caches[index].group.record_width, pin_memory=self._streams is not None
+            )
+            if len(moved.fetch_rows):
+                with span("gather"):
+                    self._stores[index].fetch(moved.fetch_rows, staging.numpy())
+            stagings.append(staging)
+        return stagings
+
+    def _fill_slots(self, on_device: Sequence[DeviceTransfers], stagings: Sequence[Tensor]) -> None:
+        with span("fetch"):
+            for cache, slots, staging in zip(self._caches, on_device, stagings, strict=True):
+                if len(staging):
+                    cache.fill(slots.fetch_slots, staging.to(self._device, non_blocking=True))
+
+
+@jit
+def _note_moves(rows_of_slots: Int64Array, evict_slots: Int32Array, fetch_rows: Int64Array, fetch_slots: Int32Array) -> None:
+    for slot in evict_slots:
+        rows_of_slots[slot] = -1
+    for index in range(len(fetch_slots)):
+        rows_of_slots[fetch_slots[index]] = fetch_rows[index]
+
+
+@contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Raises any failure inside as the cause of a BackgroundError."""
+    try:
+        yield
+    except BackgroundError:
+        raise
+    except Exception as error:
+        raise BackgroundError(f"moving embedding rows for step {step} failed: {error}") from error

@@ -1,0 +1,43 @@
+"""What several trainers must agree on before they train: their plans fit together only if all make them of the same things."""
+
+from __future__ import annotations
+
+import json
+
+from bagpipe.cache.communicator import Communicator
+from bagpipe.errors import ConfigError, DataError
+from bagpipe.oracle.stream import StreamOptions
+
+
+def check_same_settings(communicator: Communicator, options: StreamOptions, *, seed: int) -> None:
+    """Raises ConfigError on every rank where one plans with other settings; all must call it."""
+    own = {
+        "tables and optimizer": repr(options.groups),
+        "cache (slots by group)": list(options.num_slots),
+        "replicas (by group)": list(options.trainers.num_replica_slots),
+        "lookahead": options.lookahead,
+        "lookahead_memory (bytes)": options.lookahead_bytes,
+        "prefetch_depth": options.prefetch_depth,
+        "step": options.first_step,
+        "seed": seed,
+    }
+    first, *others = (json.loads(text) for text in communicator.gather_texts("the settings", json.dumps(own)))
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ConfigError(
+                    f"ranks plan with other settings: {name} is {value} on rank 0 and {other[name]} on rank {rank}; "
+                    "give all the same"
+                )
+
+
+def check_same_batch(communicator: Communicator, ids_hash: str) -> None:
+    """Raises DataError on every rank where one has read a batch of other ids; all must call it."""
+    first, *others = communicator.gather_texts("the first batch", ids_hash)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise DataError(
+                f"ranks read other batches: the first one's ids on rank {rank} are not those on rank 0. Every rank's loader yields "
+                "the batches of all trainers together, in the same order (no DistributedSampler, the same seed for shuffling); "
+                "each rank is then handed its share"
+            )

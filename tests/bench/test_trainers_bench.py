@@ -1,0 +1,87 @@
+"""`bagpipe bench trainers` from the command to the report, at a tiny size, and what it says when that can't be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.bench.test_bench import run
+
+from bagpipe.bench.gpu_workloads import make_workload
+from bagpipe.bench.trainers_bench import summarize
+from bagpipe.bench.trainers_rank import TrainersBench
+
+
+def test_the_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
+    result = run("trainers", "--quick", "--steps", 3, "--rounds", 2, "--scaling", "--json", tmp_path / "trainers.json")
+    assert result.exit_code == 0, result.stderr
+    values = json.loads((tmp_path / "trainers.json").read_text())["trainers"]
+    assert list(values["arms"]) == ["lrpp", "no_overlap", "replicated", "hashed", "dense", "one_trainer"]
+    for name, arm in values["arms"].items():
+        assert arm["step"]["count"] == 6
+        assert arm["over_lrpp"]["median"] > 0
+        assert len(arm["loss_differences"]) == (0 if name in ("dense", "one_trainer") else 8)
+        assert max(arm["loss_differences"], default=0.0) == 0.0  # two trainers: no sum has an order
+    sent = {name: (arm["sent_bytes"], arm["critical_bytes"]) for name, arm in values["arms"].items()}
+    assert sent["dense"] == sent["one_trainer"] == (0, 0)
+    assert sent["lrpp"][0] == pytest.approx(sent["no_overlap"][0], rel=0.01)  # at the ends of what is counted they differ
+    assert sent["lrpp"][1] < sent["no_overlap"][1] == sent["no_overlap"][0]
+    assert sent["lrpp"][0] < sent["hashed"][0] < sent["replicated"][0]
+    assert values["speedup_over_one"]["median"] > 0
+    assert "agree within" in result.output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_benchmark_on_two_gpus(tmp_path: Path) -> None:
+    result = run("trainers", "--quick", "--device", "cuda", "--json", tmp_path / "trainers.json")
+    assert result.exit_code == 0, result.stderr
+    arms = json.loads((tmp_path / "trainers.json").read_text())["trainers"]["arms"]
+    assert list(arms) == ["lrpp", "no_overlap", "replicated", "hashed", "dense", "one_trainer"]
+    assert max(difference for arm in arms.values() for difference in arm["loss_differences"]) < 1e-3
+
+
+def test_mistakes_are_told() -> None:
+    assert "arm 'torchrec' is unknown: there are lrpp, no_overlap" in run("trainers", "--quick", "--arm", "torchrec").stderr
+    assert "must be at least 2" in run("trainers", "--quick", "--trainers", "1").stderr
+    assert "add --arm lrpp" in run("trainers", "--quick", "--arm", "dense").stderr
+    assert "not in a file" in run("trainers", "--quick", "--workload", "W4-file").stderr
+    assert "must be 'cpu' or 'cuda'" in run("trainers", "--quick", "--device", "tpu").stderr
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_error() -> None:
+    result = run("trainers", "--quick", "--max-rows", "100000", "--batch", "4096", "--arm", "lrpp")
+    assert result.exit_code == 2
+    assert "slots" in result.stderr or "rows" in result.stderr
+
+
+def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() -> None:
+    workload = replace(make_workload("small", {}, quick=True), num_compared=2, turn_steps=2, rounds=2)
+    bench = TrainersBench(workload=workload, arms=("lrpp", "dense"), scaling=False)
+
+    def arm(turns_s: list[list[float]], losses: list[float], now: float) -> dict[str, object]:
+        return {"turns_s": turns_s, "losses": losses, "sent_bytes": {"now": now, "later": 2.0}}
+
+    seen = [
+        {
+            "notes": [],
+            "dense_bytes": 7,
+            "arms": {"lrpp": arm([[1, 3], [2, 2]], [0.5, 0.7], 4.0), "dense": arm([[1, 1], [2, 2]], [1, 1], 0)},
+        },
+        {
+            "notes": [],
+            "dense_bytes": 7,
+            "arms": {"lrpp": arm([[3, 1], [2, 2]], [0.5, 0.9], 6.0), "dense": arm([[1, 1], [1, 1]], [1, 1], 0)},
+        },
+    ]
+    values = summarize(bench, seen)
+    lrpp, dense = values["arms"]["lrpp"], values["arms"]["dense"]
+    assert (lrpp["step"].median_ms, lrpp["step"].max_ms) == (2500.0, 3000.0)
+    assert lrpp["over_dense"]["median"] == (3 / 1 + 2 / 2) / 2
+    assert dense["over_lrpp"]["median"] == (1 / 3 + 2 / 2) / 2
+    assert (lrpp["sent_bytes"], lrpp["critical_bytes"], lrpp["most_sent_bytes"]) == (7.0, 5.0, 8.0)
+    assert lrpp["last_loss"] == 0.65
+    assert values["speedup_over_one"] is None
