@@ -51,6 +51,12 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     return compiled
 
 
+def inline_jit(function: Callable[P, R]) -> Callable[P, R]:
+    """As `jit`, for a few operations within a loop, which a call would keep from becoming one over vectors."""
+    compiled: Callable[P, R] = numba.njit(nogil=True, inline="always")(function)
+    return compiled
+
+
 def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
     """As `jit`, with `prange` loops shared by threads; results must not depend on how. To be called by `threaded` functions."""
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True, parallel=_ONLY_PRANGE)(function)
