@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
+from tests.train.ranks import run_ranks
 from tests.train.runs import small_config
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.cache.communicator import Communicator
+from bagpipe.config.run import TrainConfig
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.models import DLRM
+from bagpipe.train.build import make_dense_step
 from bagpipe.train.checkpoint import load_optimizer
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.report import SilentReporter
@@ -48,15 +53,13 @@ def make_batches(count: int) -> list[tuple[torch.Tensor, Jagged, torch.Tensor]]:
     ]
 
 
-def dense_step(model: DLRM, optimizer: torch.optim.Optimizer, precision: Precision = "fp32") -> DenseStep:
-    return DenseStep(
-        model.dense_part, optimizer, groups=[(2, 4)], device=torch.device("cpu"), batch_size=BATCH_SIZE, precision=precision
-    )
+def dense_step(model: DLRM, optimizer: torch.optim.Optimizer, **options: Any) -> DenseStep:
+    return DenseStep(model.dense_part, optimizer, groups=[(2, 4)], device=torch.device("cpu"), batch_size=BATCH_SIZE, **options)
 
 
-def train_by_calls(precision: Precision = "fp32") -> tuple[list[float], list[torch.Tensor]]:
+def train_by_calls(**options: Any) -> tuple[list[float], list[torch.Tensor]]:
     embeddings, model, optimizer = make()
-    step, losses = dense_step(model, optimizer, precision), []
+    step, losses = dense_step(model, optimizer, **options), []
     for dense, sparse, labels in bagpipe.lookahead(make_batches(9), embeddings, cache=40, sparse=lambda batch: batch[1]):
         embeddings.lookup(sparse, out=step.pooled(len(labels)))
         loss, grads = step(dense, labels)
@@ -79,17 +82,58 @@ def train_by_autograd(precision: Precision = "fp32") -> tuple[list[float], list[
     return losses, [*(parameter.detach() for parameter in model.parameters()), embeddings.tables()["a"][:]]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_calls_give_what_autograd_gives(precision: Precision) -> None:
-    losses, tensors = train_by_calls(precision)
-    expected_losses, expected = train_by_autograd(precision)
-    assert losses == expected_losses
-    for one, other in zip(tensors, expected, strict=True):
+def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_calls_give_what_autograd_gives(precision: Precision) -> None:
+    losses, tensors = train_by_calls(precision=precision)
+    expected_losses, expected = train_by_autograd(precision)
+    assert losses == expected_losses
+    assert_same(tensors, expected)
+
+
+def test_averaging_over_one_trainer_changes_nothing() -> None:
+    losses, tensors = train_by_calls(average=lambda gradients: None)
+    expected_losses, expected = train_by_calls()
+    assert losses == expected_losses
+    assert_same(tensors, expected)
+
+
+@pytest.mark.parametrize("num_trainers", [2, 4])
+def test_trainers_that_average_take_the_steps_of_one_with_all_samples(num_trainers: int) -> None:
+    """Three steps, the last of a batch that only the first ranks have samples of."""
+    torch.manual_seed(0)
+    sizes = (BATCH_SIZE, BATCH_SIZE, 2)
+    inputs = [(torch.randn(size, 3), (torch.rand(size) < 0.5).float(), torch.randn(size, 2, 4)) for size in sizes]
+    made = [make() for _ in range(num_trainers + 1)]  # here, since threads share torch's random numbers
+
+    def work(communicator: Communicator | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        rank, count = (0, 1) if communicator is None else (communicator.rank, num_trainers)
+        _, model, optimizer = made[-1 if communicator is None else rank]
+        step = dense_step(model, optimizer, average=None if communicator is None else communicator.average)
+        all_grads = []
+        for dense, labels, embedded in inputs:
+            own = slice(rank, None, count)
+            step.pooled(len(labels[own]))[0].copy_(embedded[own])
+            _, grads = step(dense[own], labels[own], len(labels[own]) * count / len(labels))
+            all_grads.append(grads[0] / count)  # of the mean over all trainers
+        return [parameter.detach() for parameter in model.parameters()], all_grads
+
+    parameters, grads = work(None)
+    of_ranks = run_ranks(num_trainers, work)
+    for rank, (own_parameters, own_grads) in enumerate(of_ranks):
+        assert_same(own_parameters, of_ranks[0][0])
+        for one, other in zip(own_parameters, parameters, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        for one, other in zip(own_grads, grads, strict=True):
+            torch.testing.assert_close(one, other[rank::num_trainers], rtol=1e-4, atol=1e-6)
+
+
 def test_bfloat16_is_close_to_float32_and_not_the_same() -> None:
-    losses, expected = train_by_calls("bf16")[0], train_by_calls("fp32")[0]
+    losses, expected = train_by_calls(precision="bf16")[0], train_by_calls()[0]
     assert losses != expected
     assert losses == pytest.approx(expected, rel=0.02)
 
@@ -114,6 +158,14 @@ def test_lookup_and_update_are_called_once_a_batch_and_in_this_order() -> None:
     with pytest.raises(UsageError, match="step 2: update was called without"):
         embeddings.update(grads)
     stream.close()
+
+
+def test_a_graph_wants_shares_of_one_size() -> None:
+    config = TrainConfig(batch_size=1001, steps=1, dense="graph")
+    embeddings: Any = SimpleNamespace(communicator=SimpleNamespace(num_trainers=2))
+    parts: Any = None
+    with pytest.raises(ConfigError, match=r"batch_size = 1,001 is no multiple of 2 trainers: use 1,000, or 'eager'"):
+        make_dense_step(config, parts, parts, embeddings, torch.device("cuda"), print)
 
 
 @pytest.mark.parametrize(("key", "value"), [("dense", "graph"), ("dense", "compile"), ("precision", "tf32")])

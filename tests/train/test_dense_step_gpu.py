@@ -89,6 +89,42 @@ def test_a_part_that_no_graph_holds_runs_eagerly_from_the_same_state(kind: str) 
     assert said[0].startswith("capturing the dense part as a CUDA graph failed (")
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam"])
+def test_averaging_between_two_graphs_gives_what_eager_gives(kind: str) -> None:
+    """A batch of another size in between runs eagerly and averages too."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    results, said = [], list[str]()
+    for graph in (False, True):
+        torch.manual_seed(3)
+        layer = torch.nn.Linear(8, 1, device=device)
+        averaged: list[int] = []
+
+        def average(gradients: torch.Tensor, averaged: list[int] = averaged) -> None:
+            averaged.append(gradients.numel())
+            gradients.mul_(0.5)
+
+        step = DenseStep(
+            lambda dense, pooled, layer=layer: layer(pooled).squeeze(1),
+            {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}[kind](
+                layer.parameters(), **({"capturable": True} if kind == "adam" else {})
+            ),
+            groups=[(2, 4)],
+            device=device,
+            batch_size=16,
+            graph=graph,
+            average=average,
+            say=said.append,
+        )
+        losses = []
+        for size in (16, 16, 5, 16):
+            step.pooled(size)[0].copy_(torch.arange(size * 8, device=device).view(size, 2, 4) / 50)
+            losses.append(float(step(torch.ones(size, 3), torch.ones(size))[0]))
+        assert averaged == [9] * 4
+        results.append((losses, layer.weight.tolist(), layer.bias.tolist()))
+    assert not said
+    assert results[0] == results[1]
+
+
 class SyncsAreErrors(Listener):
     """Makes torch raise, in any thread of this process, where the host waits for the device in steps 20 to 60."""
 

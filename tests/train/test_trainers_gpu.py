@@ -17,6 +17,7 @@ from tests.train.test_trainers import OPTIMIZERS, all_records, assert_equal, lin
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
+from bagpipe.train.dense_step import DenseStep
 from bagpipe.types import Optimizer, group_tables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
@@ -60,12 +61,15 @@ def run_rank(rank: int, num_trainers: int, port: int, path: str, arguments: tupl
     dist.destroy_process_group()
 
 
-def train_on_two(folder: Path, *arguments: Any) -> list[np.ndarray]:
-    """As `train`, with what both ranks have looked up, one behind the other."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(2, port, str(folder), arguments), nprocs=2)  # type: ignore[no-untyped-call]
+        return int(free.getsockname()[1])
+
+
+def train_on_two(folder: Path, *arguments: Any) -> list[np.ndarray]:
+    """As `train`, with what both ranks have looked up, one behind the other."""
+    torch.multiprocessing.spawn(run_rank, args=(2, free_port(), str(folder), arguments), nprocs=2)  # type: ignore[no-untyped-call]
     with np.load(folder / "0.npz") as first, np.load(folder / "1.npz") as second:
         names = list(first.files)
         return [first[name] for name in names[:2]] + [np.concatenate([first[name], second[name]]) for name in names[2:]]
@@ -81,3 +85,50 @@ def test_an_oracle_in_a_process_feeds_two_gpus(tmp_path: Path) -> None:
     optimizer = OPTIMIZERS[1]
     expected = train(optimizer, [400, 50], None, "thread")
     assert_equal(train_on_two(tmp_path, optimizer, [30, 24], "process"), expected)
+
+
+def take_dense_steps(rank: int, num_trainers: int, port: int, path: str, graph: bool) -> None:
+    """Saves the losses and parameters of a few steps of a dense part whose gradients NCCL averages."""
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=address, rank=rank, world_size=num_trainers, timeout=timedelta(seconds=60)
+    )
+    communicator = Communicator.from_default_group(timeout=timedelta(seconds=60))
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).to(device)
+    said: list[str] = []
+    step = DenseStep(
+        lambda dense, pooled: model(pooled).squeeze(1),
+        torch.optim.Adagrad(model.parameters()),
+        groups=[(2, 4)],
+        device=device,
+        batch_size=16,
+        graph=graph,
+        average=communicator.average,
+        say=said.append,
+    )
+    losses = []
+    for number in range(8):
+        step.pooled(16)[0].copy_((torch.arange(128, device=device).view(16, 2, 4) + 7 * number + 3 * rank) % 11 / 11)
+        losses.append(float(step(torch.ones(16, 3), torch.ones(16) * rank)[0]))
+    assert not said, said
+    np.savez(f"{path}/{rank}.npz", np.array(losses), *(parameter.detach().cpu().numpy() for parameter in model.parameters()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_graphs_of_two_gpus_average_as_eager_does(tmp_path: Path) -> None:
+    found = []
+    for graph in (False, True):
+        folder = tmp_path / f"graph-{graph}"
+        folder.mkdir()
+        torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+            take_dense_steps, args=(2, free_port(), str(folder), graph), nprocs=2
+        )
+        found.append([np.load(folder / f"{rank}.npz") for rank in range(2)])
+    for eager, captured in zip(*found, strict=True):
+        assert_equal([captured[name] for name in captured.files], [eager[name] for name in eager.files])
+    first, second = found[0]
+    assert_equal([first[name] for name in first.files[1:]], [second[name] for name in second.files[1:]])

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bagpipe.bench.gpu_workloads import NUM_DENSE, Workload
+from bagpipe.cache.communicator import Communicator
 from bagpipe.models import DLRM, DLRM_DCN
-from bagpipe.train.build import DensePartModule
+from bagpipe.train.build import averaging_part
 from bagpipe.train.dense_step import DenseStep
 
 _DENSE_LR = 0.01
@@ -29,23 +29,28 @@ class SharedDense:
         device: torch.device,
         *,
         graph: bool = True,
-        average: bool = False,
+        communicator: Communicator | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Without `graph` it runs eagerly on CUDA too. `average`: gradients over all ranks. `say` is told what does not work."""
+        """Without `graph` it runs eagerly on CUDA too. With a `communicator` gradients are averaged over its ranks.
+
+        `say` is told what does not work.
+        """
         torch.manual_seed(0)
         num_features, on_cuda = len(workload.lengths), device.type == "cuda"
+        graph = graph and on_cuda
         kind = DLRM if workload.dense_part == "dlrm" else DLRM_DCN
         model = kind(nn.Module(), NUM_DENSE, num_features=num_features, bottom=workload.bottom, top=workload.top).to(device)
         self._parameters = list(model.parameters())
         self.step = DenseStep(
-            DistributedDataParallel(DensePartModule(model)) if average else model.dense_part,
+            model.dense_part if communicator is None or graph else averaging_part(model),
             torch.optim.SGD(self._parameters, lr=_DENSE_LR),
             groups=[(num_features, workload.embedding_dim)],
             device=device,
             batch_size=workload.batch_size,
             precision="bf16" if on_cuda else "fp32",
-            graph=graph and on_cuda,
+            graph=graph,
+            average=communicator.average if communicator is not None and graph else None,
             say=say,
         )
         self.pooled = self.step.pooled(workload.batch_size)[0]

@@ -130,7 +130,8 @@ class _Rank:
         self._touched = np.load(folder / "touched.npy")
         self._shares, self._replicated = self._read()
         self._notes: list[str] = []
-        self._dense = SharedDense(self._workload, device, graph=bench.graph, average=True, say=self._notes.append)
+        communicator = Communicator.from_default_group(timeout=_TIMEOUT)
+        self._dense = SharedDense(self._workload, device, graph=bench.graph, communicator=communicator, say=self._notes.append)
         self._runs: dict[str, _Run] = {}
 
     def run(self) -> dict[str, Any]:

@@ -100,6 +100,12 @@ class Communicator:
             group = self.now if moment == "now" else self.later
             group.alltoall_base(received, rows, plan.receive_counts.tolist(), plan.send_counts.tolist()).wait()
 
+    def average(self, values: Tensor) -> None:
+        """Replaces `values`, float32 and of one shape on all ranks, by their mean over ranks; on CUDA the current stream does."""
+        with self._naming("averaging the dense part's gradients"):
+            values.div_(self.num_trainers)
+            self.now.allreduce([values]).wait()
+
     def mean(self, value: float) -> float:
         """The mean of all ranks' values, the same on each."""
         return self._reduce(value, dist.ReduceOp.SUM) / self.num_trainers

@@ -26,7 +26,7 @@ from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.checkpoint import State
-from bagpipe.train.dense_step import DenseStep, Precision
+from bagpipe.train.dense_step import DensePart, DenseStep, Precision
 from bagpipe.train.schedule import Schedule
 from bagpipe.types import Group
 
@@ -108,7 +108,7 @@ def build_run(
                 model=model,
                 optimizer=optimizer,
                 embeddings=embeddings,
-                dense_step=_make_dense_step(config.train, model, optimizer, embeddings, device, say),
+                dense_step=make_dense_step(config.train, model, optimizer, embeddings, device, say),
             )
     finally:
         embeddings.close()
@@ -138,7 +138,7 @@ def make_dense_optimizer(model: torch.nn.Module, config: DenseOptimizerConfig, d
     return _DENSE_OPTIMIZERS[config.kind](model.parameters(), lr=config.lr, weight_decay=config.weight_decay, **capturable)
 
 
-def _make_dense_step(
+def make_dense_step(
     config: TrainConfig,
     model: RankingModel,
     optimizer: torch.optim.Optimizer,
@@ -146,22 +146,27 @@ def _make_dense_step(
     device: torch.device,
     say: Callable[[str], None],
 ) -> DenseStep:
+    """The dense part in the form that a configuration asks for. ConfigError: the device or the batch does not allow it."""
     if device.type == "cpu" and config.dense in ("graph", "compile"):
         raise ConfigError(f"train.dense = {config.dense!r} needs a CUDA device: use 'eager' or 'auto' on a CPU")
-    has_others = embeddings.communicator is not None
-    if has_others and config.dense in ("graph", "compile"):
-        raise ConfigError(f"train.dense = {config.dense!r} is not there for several trainers yet: use 'eager' or 'auto'")
-    # Gradients of all trainers are averaged during backward; the parameters are the model's own.
-    part = DistributedDataParallel(DensePartModule(model)) if has_others else model.dense_part
+    communicator = embeddings.communicator
+    num_trainers = 1 if communicator is None else communicator.num_trainers
+    if config.dense in ("graph", "compile") and config.batch_size % num_trainers:
+        raise ConfigError(
+            f"train.dense = {config.dense!r} wants shares of one size, and train.batch_size = {config.batch_size:,} is no multiple "
+            f"of {num_trainers} trainers: use {max(1, config.batch_size // num_trainers) * num_trainers:,}, or 'eager'"
+        )
+    graph = config.dense in ("graph", "compile") or (config.dense == "auto" and device.type == "cuda" and communicator is None)
     return DenseStep(
-        part,
+        model.dense_part if communicator is None or graph else averaging_part(model),
         optimizer,
         groups=[(len(group.features), group.embedding_dim) for group in embeddings.groups],
         device=device,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // num_trainers,
         precision=config.precision,
-        graph=device.type == "cuda" and config.dense != "eager" and not has_others,
+        graph=graph,
         compile_part=config.dense == "compile",
+        average=communicator.average if communicator is not None and graph else None,
         say=say,
     )
 
@@ -210,7 +215,12 @@ def _choose_device(name: str, communicator: Communicator | None) -> torch.device
     return torch.device("cuda", torch.cuda.current_device())
 
 
-class DensePartModule(torch.nn.Module):
+def averaging_part(model: RankingModel) -> DensePart:
+    """A model's dense part, whose backward averages gradients over the trainers; the parameters are the model's own."""
+    return DistributedDataParallel(_DensePartModule(model))
+
+
+class _DensePartModule(torch.nn.Module):
     """A model's dense part as a module, whose `forward` DistributedDataParallel watches."""
 
     def __init__(self, model: RankingModel) -> None:

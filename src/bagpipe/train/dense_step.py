@@ -13,6 +13,10 @@ then. `bagpipe train` restores checkpoints before.
 With `compile_part` the captured dense part is torch.compile's; batches of other sizes run as written, since each size would be
 compiled anew. Where compiling fails, say because the machine has no C compiler, the part is captured as written, and where a
 capture fails, because the part does what no graph can hold, every batch runs eagerly: a sentence says so, nothing else changes.
+
+With several trainers the dense part may be a DistributedDataParallel, which averages gradients itself but is not captured, or
+`average` is given: then there are two graphs, and between them one message averages the gradients (`bagpipe.train.averaging`).
+A capture sends none, so it does not matter when, or whether, the other trainers capture theirs.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bagpipe.cache.spans import span
+from bagpipe.train.averaging import AveragedGradients
 
 DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,)."""
@@ -40,9 +45,10 @@ _NUM_WARMUPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class _Captured:
-    """A graph with the places of what it reads and writes."""
+    """Graphs with the places of what they read and write."""
 
     graph: torch.cuda.CUDAGraph
+    optimizer_graph: torch.cuda.CUDAGraph | None  # where gradients are averaged between the two, else it is part of the first
     dense: Tensor
     labels: Tensor
     loss: Tensor
@@ -72,15 +78,18 @@ class DenseStep:
         precision: Precision = "fp32",
         graph: bool = False,
         compile_part: bool = False,
+        average: Callable[[Tensor], None] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`groups` are (number of features, embedding_dim) of the pooled embeddings.
 
+        `average`, with several trainers, averages the gradients (n,) over them, in place and on the current stream.
         `compile_part` captures what torch.compile makes of the dense part, and needs `graph`. `say` is told what does not work.
         """
         self._part, self._optimizer, self._device = dense_part, optimizer, device
         self._groups, self._batch_size = tuple(groups), batch_size
         self._precision, self._say = precision, say
+        self._averaged = None if average is None else AveragedGradients(_parameters(optimizer), average)
         self._ways: list[_Way] = []  # in which the dense part may be captured; the first that works is taken
         if compile_part:
             compiled = partial(torch.compile, dense_part, dynamic=False)
@@ -136,12 +145,14 @@ class DenseStep:
     def _compute(
         self, part: DensePart, dense: Tensor, labels: Tensor, pooled: list[Tensor], weight: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
-        self._optimizer.zero_grad(set_to_none=True)
         loss = self._backward(part, dense, labels, pooled, weight)
+        if self._averaged is not None:
+            self._averaged.average()
         self._optimizer.step()
         return loss, [_grad(leaf) for leaf in pooled]
 
     def _backward(self, part: DensePart, dense: Tensor, labels: Tensor, pooled: list[Tensor], weight: float = 1.0) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
         flat = [leaf.flatten(1) for leaf in pooled]
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16", cache_enabled=False):
             logits = part(dense, flat[0] if len(flat) == 1 else torch.cat(flat, dim=1))
@@ -150,12 +161,18 @@ class DenseStep:
         if weight != 1.0:
             loss = loss * weight
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._averaged is not None:
+            self._averaged.collect()
         return loss.detach()
 
     def _replay(self, captured: _Captured, dense: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         captured.dense.copy_(dense, non_blocking=True)
         captured.labels.copy_(labels, non_blocking=True)
         captured.graph.replay()
+        if captured.optimizer_graph is not None:
+            assert self._averaged is not None
+            self._averaged.average()
+            captured.optimizer_graph.replay()
         self._num_replays += 1
         return captured.loss.clone(), captured.grads
 
@@ -182,19 +199,33 @@ class DenseStep:
             for _ in range(_NUM_WARMUPS):
                 for leaf in pooled:
                     leaf.grad = None
-                self._compute(part, dense, labels, pooled)
+                self._backward(part, dense, labels, pooled)
+                self._optimizer.step()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         for leaf in pooled:
             leaf.grad = None
         graph = torch.cuda.CUDAGraph()
+        optimizer_graph = None if self._averaged is None else torch.cuda.CUDAGraph()
         try:
             # The executor's threads go on meanwhile: only this thread must not do what a capture forbids.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                loss, grads = self._compute(part, dense, labels, pooled)
+                loss = self._backward(part, dense, labels, pooled)
+                if optimizer_graph is None:
+                    self._optimizer.step()
+            if optimizer_graph is not None:
+                with torch.cuda.graph(optimizer_graph, stream=stream, capture_error_mode="thread_local"):
+                    self._optimizer.step()
         except RuntimeError:
             self._leave_failed_capture(graph, stream)
             raise
-        return _Captured(graph=graph, dense=dense, labels=labels, loss=loss, grads=grads)
+        return _Captured(
+            graph=graph,
+            optimizer_graph=optimizer_graph,
+            dense=dense,
+            labels=labels,
+            loss=loss,
+            grads=[_grad(leaf) for leaf in pooled],
+        )
 
     def _leave_failed_capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
         """Brings torch back from a capture that CUDA has ended with an error, from which `capture_end` leaves too early.
@@ -216,7 +247,7 @@ def _unchanged(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterat
     """
     is_cuda = device.type == "cuda"
     stream = torch.cuda.current_stream(device) if is_cuda else None
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
     weights = [parameter.detach().clone() for parameter in parameters]
     before = {parameter: {name: value.clone() for name, value in state.items()} for parameter, state in optimizer.state.items()}
     with torch.random.fork_rng([device] if is_cuda else []):
@@ -234,6 +265,10 @@ def _unchanged(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterat
                         old = before.get(parameter, {}).get(name)
                         # State that the first step has made starts from zero, with every optimizer of `bagpipe train`.
                         value.copy_(torch.zeros_like(value) if old is None else old)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _grad(leaf: Tensor) -> Tensor:
