@@ -146,6 +146,18 @@ def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_or
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("receiver", ["rank 1", "torchrun"])
+def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(receiver: str, tmp_path: Path) -> None:
+    process, ranks, _ = running(tmp_path)
+    os.kill(ranks[1] if receiver == "rank 1" else process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (end,) = log_of(tmp_path, "end")
+    assert records_of(tmp_path)[0] == end["step"] < 100_000
+    if receiver == "torchrun":  # which else ends rank 0 as soon as rank 1 has ended
+        assert f"stopped by SIGTERM after step {end['step']}; checkpoint: " in " ".join(output.split()), output
+
+
 def test_a_killed_rank_ends_the_other_where_each_plans_for_itself(tmp_path: Path) -> None:
     process, ranks, _ = running(tmp_path, "--set", "cache.oracle=thread")
     os.kill(ranks[1], signal.SIGKILL)

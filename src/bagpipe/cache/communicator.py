@@ -15,7 +15,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -114,6 +114,10 @@ class Communicator:
         """The largest of all ranks' values, the same on each."""
         return self._reduce(value, dist.ReduceOp.MAX)
 
+    def ask_for_largest(self, value: float) -> Callable[[], float]:
+        """As `largest`, without waiting: what is returned does."""
+        return self._ask_to_reduce(value, dist.ReduceOp.MAX)
+
     def share_text(self, what: str, text: str | None) -> str:
         """What rank 0 gives as `text`, on every rank. All must ask, in the same order."""
         self._num_texts += 1
@@ -143,12 +147,22 @@ class Communicator:
         return SharedMemoryStore(group, seed, SharedFiles(records=records, touched=touched))
 
     def _reduce(self, value: float, operation: Any) -> float:
-        with self._naming("comparing numbers of all ranks"):
-            values = torch.tensor([value], dtype=torch.float64)
-            options = dist.AllreduceOptions()
-            options.reduceOp = operation
-            self.now.allreduce([values], options).wait()
-            return float(values.item())
+        return self._ask_to_reduce(value, operation)()
+
+    def _ask_to_reduce(self, value: float, operation: Any) -> Callable[[], float]:
+        what = "comparing numbers of all ranks"
+        values = torch.tensor([value], dtype=torch.float64)
+        options = dist.AllreduceOptions()
+        options.reduceOp = operation
+        with self._naming(what):
+            asked = self.now.allreduce([values], options)
+
+        def finish() -> float:
+            with self._naming(what):
+                asked.wait()
+                return float(values.item())
+
+        return finish
 
     def barrier(self, what: str) -> None:
         """Waits for all ranks."""

@@ -135,6 +135,7 @@ class _Loop:
         self._step = run.embeddings.step
         self._newest: Path | None = None
         self._saved_step = -1
+        self._stopped_by: signal.Signals | None = None
 
     def run(self, saved: SavedRun | None) -> Result:
         """Trains what is left after `saved`."""
@@ -156,14 +157,16 @@ class _Loop:
                     self._pause(stream, self._evaluate)
                 if self._is_due(config.checkpoint.every_steps):
                     self._pause(stream, self._try_to_save)
-                self._stop.signal = self._trainers.agree_on(self._stop.signal)
-                if self._stop.signal is not None:
+                self._stopped_by = self._trainers.agree_on(self._stop.signal)
+                if self._stopped_by is not None:
                     break
             self._write_progress(stream)
             stream.flush()
             scores = self._finish()
             self._log.write("end", self._step, elapsed_s=time.perf_counter() - started, **stream.report.as_dict())
-        return Result(step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stop.signal)
+            # By a signal a rank ends as one that failed, and then torchrun ends the others.
+            self._trainers.wait("rank 0 to evaluate and save")
+        return Result(step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stopped_by)
 
     def _is_due(self, every_steps: int | None) -> bool:
         """The last step has its own evaluation and checkpoint, so nothing is due there."""
@@ -245,9 +248,9 @@ class _Loop:
 
     def _finish(self) -> Scores | None:
         """The last checkpoint, then the last evaluation; a signal leaves out the evaluation."""
-        if self._stop.signal is not None or self._run.config.checkpoint.at_end:
+        if self._stopped_by is not None or self._run.config.checkpoint.at_end:
             self._save()
-        return self._evaluate() if self._stop.signal is None else None
+        return self._evaluate() if self._stopped_by is None else None
 
 
 def describe_scores(scores: Scores) -> str:

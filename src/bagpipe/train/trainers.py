@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 
 from bagpipe.cache.communicator import Communicator
@@ -16,6 +17,7 @@ class Trainers:
         self._communicator = communicator
         self.is_first = communicator is None or communicator.rank == 0
         """Whether this one evaluates, saves and logs."""
+        self._asked: Callable[[], float] = lambda: 0.0
 
     def wait(self, what: str) -> None:
         """Waits for all ranks."""
@@ -29,10 +31,14 @@ class Trainers:
         return num_samples * self._communicator.num_trainers / batch_size
 
     def agree_on(self, received: signal.Signals | None) -> signal.Signals | None:
-        """The signal that any rank has received, so that all end after the same step."""
+        """The signal that any rank had received at the call before, so that all end after the same step and none waits for others.
+
+        A single trainer's is the one that it has received by now.
+        """
         if self._communicator is None:
             return received
-        number = int(self._communicator.largest(0 if received is None else received))
+        number = int(self._asked())
+        self._asked = self._communicator.ask_for_largest(0 if received is None else received)
         return signal.Signals(number) if number else None
 
     def together(self, progress: Progress) -> Progress:
