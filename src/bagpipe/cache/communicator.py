@@ -57,6 +57,7 @@ class Communicator:
     _has_failed: bool = field(init=False, default=False)
     _num_texts: int = field(init=False, default=0)
     _waiting: Any = field(init=False)  # a connection to the store of its own: one that waits can do nothing else
+    _known_written: dict[tuple[TransferKind, int], int] = field(init=False, default_factory=dict)  # by kind and rank the step
     _processes: dict[int, int] = field(init=False, default_factory=dict)  # by rank a descriptor, readable when it has ended
 
     def __post_init__(self) -> None:
@@ -182,6 +183,7 @@ class Communicator:
                 "give each embeddings a communicator of its own"
             )
         self._stream += 1
+        self._known_written.clear()
         self._is_streaming = True
 
     def end_stream(self, *, has_failed: bool = False) -> None:
@@ -200,12 +202,14 @@ class Communicator:
     def wait_written(self, kind: TransferKind, step: int) -> None:
         """Returns once every other rank has written what its early, or late, transfers up to `step` evict."""
         for rank in range(self.num_trainers):
-            if rank == self.rank:
+            if rank == self.rank or self._known_written.get((kind, rank), -1) >= step:
                 continue
             newest = self._key(kind, rank, None)
             with self._naming(f"waiting for rank {rank} to write back what the {kind} transfers of step {step} evict"):
-                if not self._waiting.check([newest]) or int(self._waiting.get(newest)) < step:
+                written = int(self._waiting.get(newest)) if self._waiting.check([newest]) else -1
+                if written < step:
                     self._wait_for(self._key(kind, rank, step))
+            self._known_written[kind, rank] = max(written, step)
 
     def _key(self, kind: TransferKind, rank: int, step: int | None) -> str:
         return f"bagpipe/{self.number}/{self._stream}/{kind}/{rank}/{'newest' if step is None else step}"

@@ -1,0 +1,60 @@
+"""What ranks tell each other of their write-backs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.train.ranks import run_ranks
+
+from bagpipe.cache.communicator import Communicator
+
+
+class Counted:
+    """A key-value store that counts what it is asked for."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.num_calls = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.num_calls += 1
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("num_trainers", [2, 4])
+def test_what_is_known_to_be_written_is_not_asked_again(num_trainers: int) -> None:
+    def work(communicator: Communicator) -> list[int]:
+        counted = communicator._waiting = Counted(communicator._waiting)
+        calls = []
+        for _ in range(2):
+            communicator.begin_stream()
+            for step in range(6):
+                communicator.mark_written("early", step)
+            communicator.barrier("waiting for all marks")
+            for step in (2, 0, 5):
+                counted.num_calls = 0
+                communicator.wait_written("early", step)
+                calls.append(counted.num_calls)
+            communicator.barrier("waiting for all to have asked")
+            communicator.end_stream()
+        return calls
+
+    others = num_trainers - 1
+    assert run_ranks(num_trainers, work) == [[2 * others, 0, 0] * 2] * num_trainers
+
+
+def test_a_mark_to_come_is_waited_for() -> None:
+    def work(communicator: Communicator) -> None:
+        communicator.begin_stream()
+        if communicator.rank == 0:
+            communicator.mark_written("late", 1)
+        communicator.barrier("waiting for the first mark")
+        if communicator.rank == 1:
+            communicator.wait_written("late", 1)
+            communicator.barrier("waiting for rank 1 to have asked")
+            communicator.wait_written("late", 4)
+        else:
+            communicator.barrier("waiting for rank 1 to have asked")
+            communicator.mark_written("late", 4)
+
+    run_ranks(2, work, timeout_s=20.0)
