@@ -160,27 +160,43 @@ def send_for_nothing(step: Step) -> bool:
 
 _CHANGES = "what is sent behind compute changes meanwhile"
 
-FAULTS: dict[str, tuple[Edit, str]] = {
+_OLD = "a replica that travels behind compute is of a row which that compute updates"
+_BEHIND = r"a replica is sent before its gradients are applied \(later\)"
+_EMPTY = r"an empty slot is sent as a replica \(later\)"
+_NOT_ALL = "a row does not get the gradients of all its users"
+
+FAULTS: dict[str, tuple[Edit, str, str]] = {
     "a replica a step early": (
         lambda step: step.move_replica("now", "later", lambda row: row in step.before),
         rf"{_CHANGES}|a lookup of row",
+        rf"{_OLD}|{_BEHIND}",
     ),
     "a replica before its fetch": (
         lambda step: step.move_replica("now", "later", lambda row: row in step.late and row not in step.before),
         rf"{_CHANGES}|a lookup of row",
+        rf"{_EMPTY}|{_OLD}|{_BEHIND}|a row is not in its slot",
     ),
     "a gradient a step too late": (
         lambda step: not step.is_late_next and step.move_update("now", "later", lambda row: row in step.after),
         rf"{_CHANGES}|a lookup of row \d+ finds \(",
+        r"a replica is sent before its gradients are applied \(now\)|a row is looked up before its gradients are applied",
     ),
-    "another's gradient dropped": (lambda step: drop_gradient(step, is_own=False, is_sent=True), "a gradient sent is not applied"),
-    "another's gradient not sent": (lambda step: drop_gradient(step, is_own=False, is_sent=False), "gets gradients of ranks"),
-    "its own gradient dropped": (lambda step: drop_gradient(step, is_own=True, is_sent=True), "gets gradients of ranks"),
-    "gradients out of order": (swap_gradients, "gets gradients of ranks"),
-    "a row updated twice": (update_twice, "a row is not updated once"),
-    "a replica for nobody": (send_for_nothing, "it is sent rows that it does not use"),
+    "another's gradient dropped": (
+        lambda step: drop_gradient(step, is_own=False, is_sent=True),
+        "a gradient sent is not applied",
+        "a gradient sent to it is not applied",
+    ),
+    "another's gradient not sent": (
+        lambda step: drop_gradient(step, is_own=False, is_sent=False),
+        "gets gradients of ranks",
+        _NOT_ALL,
+    ),
+    "its own gradient dropped": (lambda step: drop_gradient(step, is_own=True, is_sent=True), "gets gradients of ranks", _NOT_ALL),
+    "gradients out of order": (swap_gradients, "gets gradients of ranks", "gradients are not added in the order of ranks"),
+    "a row updated twice": (update_twice, "a row is not updated once", "a row is updated twice, or unused"),
+    "a replica for nobody": (send_for_nothing, "it is sent rows that it does not use", "it is sent rows that it does not use"),
 }
-"""By name the edit and what the replay must say of it."""
+"""By name the edit, what the tests' replay must say of it, and what the package's."""
 
 HARMLESS: dict[str, Edit] = {
     "nothing": lambda step: True,

@@ -15,6 +15,7 @@ from tests import reference
 from bagpipe.jagged import share_of
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
 from bagpipe.oracle.merge import merge
+from bagpipe.oracle.rank_checks import checked_ranks
 from bagpipe.oracle.window import Trainers
 from bagpipe.types import GradientSchedule, Group, GroupExchange, Jagged, RowExchange, StepPlan, Transfers
 
@@ -37,11 +38,17 @@ def expect(condition: bool, what: str) -> None:
 class Planned:
     """The plans of all ranks for one trace, and what the trace asks for."""
 
+    group: Group
     num_slots: int
-    num_replica_slots: int
+    trainers: Trainers
+    batches: list[DedupedBatch[None]]
     plans: list[tuple[StepPlan, ...]]  # by step, by rank
     lookups: list[list[list[int]]]  # by step, by rank: the row of each lookup
     batch_sizes: list[list[int]]
+
+    @property
+    def num_replica_slots(self) -> int:
+        return self.trainers.num_replica_slots[0]
 
     def rows(self, index: int, rank: int) -> list[int]:
         """A rank's distinct rows in one step, in first-use order."""
@@ -68,7 +75,7 @@ def plan_all(
     oracle = Oracle(
         [group], num_slots=[num_slots], lookahead=lookahead, prefetch_depth=depth, first_step=first_step, trainers=trainers
     )
-    merged = (
+    merged = [
         DedupedBatch(
             payload=None,
             batch_size=sum(share.batch_size for share in step),
@@ -76,14 +83,23 @@ def plan_all(
             share_sizes=tuple(share.batch_size for share in step),
         )
         for step in shares
-    )
+    ]
     return Planned(
+        group=group,
         num_slots=num_slots,
-        num_replica_slots=num_replicas,
+        trainers=trainers,
+        batches=merged,
         plans=[plans for plans, _ in oracle.plan_ranks(oracle.link(merged))],
         lookups=[[[row for row, _, _ in reference.lookups(group, share)] for share in step] for step in shares],
         batch_sizes=[[share.batch_size for share in step] for step in shares],
     )
+
+
+def check(planned: Planned) -> None:
+    """What the package's own replay says: PlanError, or nothing."""
+    pairs = zip(planned.plans, planned.batches, strict=True)
+    for _ in checked_ranks([planned.group], [planned.num_slots], planned.trainers, pairs):
+        pass
 
 
 def smallest_cache(group: Group, batches: Sequence[Jagged], num_trainers: int) -> int:

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import reference, strategies
 from tests.oracle.rank_edits import FAULTS, HARMLESS, WHEN, Edit, Step
-from tests.oracle.rank_replay import Planned, Replay, Wrong, exchange_of, moved_by, plan_all, smallest_cache
+from tests.oracle.rank_replay import Planned, Replay, Wrong, check, exchange_of, moved_by, plan_all, smallest_cache
 
-from bagpipe.errors import ConfigError
+from bagpipe.errors import ConfigError, PlanError
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
 from bagpipe.types import SGD, Group, Jagged, StepPlan, TableConfig, group_tables
 
@@ -40,6 +40,7 @@ def test_every_rank_finds_current_rows_and_every_gradient_is_applied_once(
         group, batches, num_trainers, num_slots, lookahead=lookahead, depth=depth, first_step=first_step, overlap=overlap
     )
     Replay(planned, ahead).run()
+    check(planned)
     if not overlap:
         exchanges = [exchange_of(plan) for plans in planned.plans for plan in plans]
         assert all(len(each.replicas_later.send) == len(each.sync_later.send) == 0 for each in exchanges)
@@ -86,6 +87,7 @@ def test_ranks_without_samples_or_lookups(num_trainers: int, depth: int) -> None
     planned = plan_all(one_table(6), batches, num_trainers, 1, lookahead=2, depth=depth)
     assert any(plan.batch_size == 0 for plan in planned.plans[0])
     Replay(planned).run()
+    check(planned)
 
 
 def test_plans_are_deterministic_and_do_not_depend_on_who_else_is_planned_for() -> None:
@@ -162,16 +164,19 @@ def with_edit(two_caches: list[Planned], edit: Edit) -> list[Planned]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_wherever_it_is(two_caches: list[Planned], fault: str) -> None:
-    edit, message = FAULTS[fault]
+    edit, message, checked = FAULTS[fault]
     for planned in with_edit(two_caches, edit):
         with pytest.raises(Wrong, match=message):
             Replay(planned).run()
+        with pytest.raises(PlanError, match=rf"step \d+, group 0 \(dim 4\)(, rank \d)?: ({checked}) \(invariant \d of"):
+            check(planned)
 
 
 @pytest.mark.parametrize("edit", HARMLESS)
 def test_an_edit_that_only_costs_time_is_accepted(two_caches: list[Planned], edit: str) -> None:
     for planned in with_edit(two_caches, HARMLESS[edit]):
         Replay(planned).run()
+        check(planned)
 
 
 def test_only_what_a_step_beside_forces_is_on_the_critical_path(two_caches: list[Planned]) -> None:
@@ -206,16 +211,19 @@ def short_of_a_contribution(plan: StepPlan) -> StepPlan:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "message", "checked"),
     [
-        (unfenced, "is fetched before it is written"),
-        (without_late, "has_late is not what there is"),
-        (short_of_a_contribution, "pieces and bags differ"),
+        (unfenced, "is fetched before it is written", "does not wait for the write-back of tick"),
+        (without_late, "has_late is not what there is", "has_late is not set"),
+        (short_of_a_contribution, "pieces and bags differ", "the rows that they are for do not fit"),
     ],
 )
-def test_a_fault_of_all_plans_is_found(fault: Callable[[StepPlan], StepPlan], message: str) -> None:
+def test_a_fault_of_all_plans_is_found(fault: Callable[[StepPlan], StepPlan], message: str, checked: str) -> None:
     group, batches = zipf_trace(40, 60, 400)
     planned = plan_all(group, batches, 3, 14)
     Replay(planned).run()
+    planned = replace(planned, plans=[tuple(fault(plan) for plan in plans) for plans in planned.plans])
     with pytest.raises(Wrong, match=message):
-        Replay(replace(planned, plans=[tuple(fault(plan) for plan in plans) for plans in planned.plans])).run()
+        Replay(planned).run()
+    with pytest.raises(PlanError, match=checked):
+        check(planned)

@@ -33,11 +33,12 @@ from bagpipe.types import SGD, Adam, Jagged
 SOON_S = 20.0
 
 
-@pytest.mark.parametrize("num_trainers", [2, 3])
-def test_trainers_equal_one_to_the_bit(num_trainers: int) -> None:
+@pytest.mark.parametrize(("num_trainers", "check"), [(2, False), (3, False), (3, True)])
+def test_trainers_equal_one_to_the_bit(num_trainers: int, check: bool) -> None:
     batches = make_batches(14)
     expected = train(make_tables(), Adam(lr=0.05), batches, [(1, 14)], lookahead=3)
-    assert_equal(train(make_tables(), Adam(lr=0.05), batches, [(num_trainers, 14)], lookahead=3, oracle="process"), expected)
+    options: dict[str, Any] = {"lookahead": 3, "oracle": "process", "check": check}
+    assert_equal(train(make_tables(), Adam(lr=0.05), batches, [(num_trainers, 14)], **options), expected)
 
 
 def test_training_goes_on_with_another_number_of_trainers() -> None:

@@ -25,7 +25,7 @@ import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.exchange import Exchange
-from bagpipe.errors import BackgroundError, ConfigError
+from bagpipe.errors import BackgroundError, ConfigError, PlanError
 from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.store import MemoryStore
 from bagpipe.train.lookahead import Lookahead
@@ -188,7 +188,7 @@ def test_any_trace_equals_one_trainer(data: st.DataObject, num_trainers: int, ex
     cache = [-(-slots // num_trainers) + extra for slots in smallest_caches(groups, batches)]
     end = len(batches)
     expected = train(tables, optimizer, batches, [(1, end)])
-    options = {"lookahead": lookahead, "prefetch_depth": depth}
+    options = {"lookahead": lookahead, "prefetch_depth": depth, "check": True}
     assert_equal(train(tables, optimizer, batches, [(num_trainers, end)], cache=cache, **options), expected)
 
 
@@ -311,13 +311,29 @@ def drop_a_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Exchange, "_apply_later", apply_later)
 
 
+ROOMY: dict[str, Any] = {"cache": [150, 50], "lookahead": 4}
+"""Without late transfers, before which deferred gradients would be waited for."""
+
+
 @pytest.mark.parametrize("fault", [send_all_replicas_early, defer_all_gradients, drop_a_contribution])
 def test_a_planted_fault_is_found(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make_batches(14)
-    expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], loss=curved_loss)
+
+    def trained(num_trainers: int) -> list[np.ndarray]:
+        return train(make_tables(), SGD(lr=0.05), batches, [(num_trainers, 14)], loss=curved_loss, **ROOMY)  # more would magnify
+
+    expected = trained(1)
+    for one, other in zip(trained(3), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
     fault(monkeypatch)
-    found = train(make_tables(), SGD(lr=0.5), batches, [(3, 14)], loss=curved_loss)
-    assert any(np.abs(one - other).max() > 1e-3 for one, other in zip(found, expected, strict=True))
+    assert any(np.abs(one - other).max() > 1e-3 for one, other in zip(trained(3), expected, strict=True))
+
+
+@pytest.mark.parametrize("fault", [send_all_replicas_early, defer_all_gradients])
+def test_a_planted_fault_is_found_by_the_check_of_plans_before_it_is_trained(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(PlanError, match=r"step \d+, group \d .*, rank \d: .*gradients are applied|, rank \d: .*which that compute"):
+        train(make_tables(), SGD(lr=0.05), make_batches(14), [(3, 14)], check=True, timeout_s=3.0, **ROOMY)
 
 
 def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_waited_for() -> None:

@@ -13,21 +13,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 from bagpipe._workers import Workers
-from bagpipe.errors import ConfigError, DataError
+from bagpipe.errors import DataError
 from bagpipe.jagged import as_jagged, check_features, hash_ids, same_ids, share_batch, share_bounds, share_of
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
+from bagpipe.oracle.rank_checks import checked_ranks
 from bagpipe.oracle.window import DEFAULT_LOOKAHEAD_BYTES, SINGLE_TRAINER, DedupedBatch, Oracle, Trainers, check_window
 from bagpipe.types import Group, Jagged, StepPlan
 
 BatchT = TypeVar("BatchT")
+Payload = TypeVar("Payload")
 
 _LINKED_AHEAD = 2
 """Batches read, de-duplicated and linked beyond the oracle's window."""
@@ -51,11 +53,12 @@ class StreamOptions:
     def __post_init__(self) -> None:
         check_window(self.groups, num_slots=self.num_slots, lookahead=self.lookahead, prefetch_depth=self.prefetch_depth)
         self.trainers.check(self.groups)
-        if self.check and self.trainers.num_trainers > 1:
-            raise ConfigError("check=True replays the plans of a single trainer: leave it out with several")
 
     def make_oracle(self) -> Oracle:
-        """The oracle that these options describe."""
+        """The oracle that these options describe; where plans are checked it makes those of all ranks."""
+        trainers = self.trainers
+        if self.check:
+            trainers = replace(trainers, ranks=tuple(range(trainers.num_trainers)))
         return Oracle(
             self.groups,
             num_slots=self.num_slots,
@@ -63,7 +66,7 @@ class StreamOptions:
             lookahead_bytes=self.lookahead_bytes,
             prefetch_depth=self.prefetch_depth,
             first_step=self.first_step,
-            trainers=self.trainers,
+            trainers=trainers,
         )
 
 
@@ -120,9 +123,8 @@ def plan_ranks_stream(
         deduped = ordered_map(partial(_dedup, options, find_sparse, share), numbered, workers, ahead=2 * num_threads)
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
         planned = oracle.plan_ranks(linked, workers)
-        if options.check:  # a single trainer's
-            firsts = ((plans[0], batch) for plans, batch in planned)
-            planned = (((plan,), batch) for plan, batch in checked(options.groups, options.num_slots, firsts))
+        if options.check:
+            planned = _checked(options, planned)
         try:
             for plans, deduped_batch in planned:
                 parts, ids_hash = deduped_batch.payload
@@ -140,6 +142,17 @@ def plan_ranks_stream(
                 )
         finally:
             linked.close()
+
+
+def _checked(
+    options: StreamOptions, planned: Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]
+) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
+    """Takes the plans of all ranks, and passes on those of `ranks`."""
+    if options.trainers.num_trainers == 1:
+        firsts = ((plans[0], batch) for plans, batch in planned)
+        return (((plan,), batch) for plan, batch in checked(options.groups, options.num_slots, firsts))
+    every = checked_ranks(options.groups, options.num_slots, options.trainers, planned)
+    return ((tuple(plans[rank] for rank in options.trainers.ranks), batch) for plans, batch in every)
 
 
 def _dedup(
