@@ -15,7 +15,6 @@ import pytest
 from tests.oracle.ends import end_as
 
 from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError
-from bagpipe.jagged import find_sparse
 from bagpipe.oracle.process import OracleProcess
 from bagpipe.oracle.stream import Deferred, StreamOptions, plan_stream
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
@@ -51,14 +50,14 @@ def options(num_slots: int = 1500) -> StreamOptions:
 
 
 def start(batches: Batches, num_slots: int = 1500) -> OracleProcess[dict[str, object]]:
-    return OracleProcess(batches, options(num_slots), find_sparse, num_places=NUM_PLACES)
+    return OracleProcess(batches, options(num_slots), num_places=NUM_PLACES)
 
 
 def test_plans_and_batches_are_those_of_a_thread() -> None:
     batches = Batches(60)
     process = start(batches)
     num_items = 0
-    for one, other in zip(plan_stream(batches, options(), find_sparse), process.items(), strict=True):
+    for one, other in zip(plan_stream(batches, options()), process.items(), strict=True):
         mine, theirs = one.plan.groups[0], other.plan.groups[0]
         assert (one.plan.step, one.plan.early_tick, one.peak_slots) == (other.plan.step, other.plan.early_tick, other.peak_slots)
         np.testing.assert_array_equal(mine.lookup_slots, theirs.lookup_slots)
@@ -183,4 +182,4 @@ def test_signals_to_the_whole_group_leave_it_alone_while_it_starts_too() -> None
 
 def test_what_cannot_be_sent_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"can't be sent to another process.*oracle = 'thread'"):
-        OracleProcess(iter([lambda: None]), options(), find_sparse, num_places=NUM_PLACES)  # type: ignore[arg-type]
+        OracleProcess(iter([lambda: None]), options(), num_places=NUM_PLACES)  # type: ignore[arg-type]

@@ -18,9 +18,9 @@ import pytest
 from tests.oracle.ends import end_as
 
 from bagpipe.errors import BackgroundError, LostError
-from bagpipe.jagged import find_sparse, share_of
+from bagpipe.jagged import share_of
 from bagpipe.oracle.process import OracleProcess, SharedOracle
-from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
+from bagpipe.oracle.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.oracle.window import Trainers
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
@@ -72,7 +72,7 @@ def options(num_trainers: int, rank: int = 0) -> StreamOptions:
 @contextmanager
 def shared(num_trainers: int, batches: Batches, **settings: Any) -> Iterator[list[SharedOracle[dict[str, Any]]]]:
     """All ranks' ends, which are closed after the test; the process must be gone then."""
-    first = OracleProcess(batches, options(num_trainers), find_sparse, share, num_places=NUM_PLACES, **settings)
+    first = OracleProcess(batches, options(num_trainers), BatchAdapter(share=share), num_places=NUM_PLACES, **settings)
     ends: list[SharedOracle[dict[str, Any]]] = [first]
     try:
         ends += [SharedOracle.join(first.address, rank) for rank in range(1, num_trainers)]
@@ -130,7 +130,7 @@ def test_each_rank_gets_what_it_would_plan_for_itself(num_trainers: int) -> None
     batches = Batches(25)
 
     def compare(rank: int, end: SharedOracle[dict[str, Any]]) -> int:
-        own = plan_stream(batches, options(num_trainers, rank), find_sparse, share)
+        own = plan_stream(batches, options(num_trainers, rank), BatchAdapter(share=share))
         num_items = 0
         for mine, theirs in zip(own, end.items(), strict=True):
             assert_same(theirs, mine)
@@ -255,7 +255,7 @@ def test_a_reader_that_hangs_neither_hides_a_death_nor_outlives_it() -> None:
 
 
 def test_a_rank_that_never_comes_is_named_after_the_timeout() -> None:
-    process = OracleProcess(Batches(9), options(3), find_sparse, share, num_places=NUM_PLACES, join_timeout_s=1.0)
+    process = OracleProcess(Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES, join_timeout_s=1.0)
     second = SharedOracle.join(process.address, 1)
     errors = outcomes([lambda: drain(process), lambda: drain(second)])
     for error in errors:
@@ -268,7 +268,7 @@ def test_a_rank_that_never_comes_is_named_after_the_timeout() -> None:
 
 
 def test_a_rank_that_dies_before_all_have_come_ends_the_others() -> None:
-    process = OracleProcess(Batches(9), options(3), find_sparse, share, num_places=NUM_PLACES)
+    process = OracleProcess(Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES)
     second = SharedOracle.join(process.address, 1)
     hang_up(process)
     with pytest.raises(LostError, match="rank 0's connection"):
@@ -278,7 +278,7 @@ def test_a_rank_that_dies_before_all_have_come_ends_the_others() -> None:
 
 
 def test_strangers_are_not_admitted() -> None:
-    process = OracleProcess(Batches(9), options(2), find_sparse, share, num_places=NUM_PLACES)
+    process = OracleProcess(Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES)
     name, _ = process.address.split()
     stranger = SharedOracle.join(f"{name} 0123", 1)
     second = SharedOracle.join(process.address, 1)

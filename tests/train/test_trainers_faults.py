@@ -71,7 +71,7 @@ def test_a_row_evicted_late_and_fetched_at_the_same_tick_is_no_circle(depth: int
     batches = random_batches(60, 2, num_ids=8)
     trainers = Trainers(num_trainers=2, ranks=(0,), num_replica_slots=(50,))
     options = StreamOptions(groups=(GROUP,), num_slots=(2,), trainers=trainers, lookahead=3, prefetch_depth=depth)
-    plans = [planned.plan for planned in plan_stream(batches, options, lambda batch: batch)]
+    plans = [planned.plan for planned in plan_stream(batches, options)]
     assert any(plan.groups[0].early.fence_tick == plan.early_tick for plan in plans) or depth == 3  # or it shows nothing
     found = train(2, batches, cache=[2], replicas=50, lookahead=3, prefetch_depth=depth)
     np.testing.assert_array_equal(found, train(1, batches, cache=[4], lookahead=3))

@@ -25,6 +25,7 @@ from bagpipe.bench.gpu_data import ResidentBatch, Stream
 from bagpipe.bench.gpu_workloads import Workload
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
+from bagpipe.data.base import Batch
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.lookahead import Lookahead, lookahead
@@ -155,6 +156,7 @@ class BagpipeArm:
             dedup_threads=self._workload.dedup_threads,
             prefetch_depth=self._workload.prefetch_depth,
             oracle="process" if on_cuda else "thread",
+            hand_out=Batch.without_ids,
             prepare=partial(TorchBatch.of, pin_memory=on_cuda),
             overlap=self._overlap,
         )

@@ -167,7 +167,7 @@ def _run_live(
         prefetch_depth=PREFETCH_DEPTH,
         dedup_threads=num_threads,
     )
-    plans = BackgroundIterator(plan_stream(batches, options, lambda batch: batch), ahead=_PLANS_AHEAD, name="oracle")
+    plans = BackgroundIterator(plan_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle")
     num_steps = sizes.num_warmup + sizes.num_measured
     window: deque[int] = deque(maxlen=lookahead)  # distinct rows of its batches
     started = cpu_started = 0.0

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
 
 from bagpipe.jagged import share_bounds, share_of
 from bagpipe.types import Float32Array, Jagged
 
 Split: TypeAlias = Literal["train", "validation"]
+
+_NO_IDS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,10 @@ class Batch:
     @property
     def batch_size(self) -> int:
         return len(self.labels)
+
+    def without_ids(self) -> Batch:
+        """The batch with no features: for training loops, which need no ids once they are planned."""
+        return replace(self, sparse=Jagged(keys=(), values=_NO_IDS, batch_size=self.batch_size))
 
     def share(self, rank: int, num_trainers: int) -> Batch:
         """A rank's samples, where this is the batch of several trainers."""

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -29,7 +29,7 @@ from bagpipe.errors import BackgroundError, BagpipeError, LostError
 from bagpipe.oracle._meeting import Door
 from bagpipe.oracle._wire import FAILURE, ITEM, RELEASED, Failure, Packed, Region, map_region
 from bagpipe.oracle.pipeline import BackgroundIterator
-from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_ranks_stream
+from bagpipe.oracle.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_ranks_stream
 
 BatchT = TypeVar("BatchT")
 
@@ -47,8 +47,7 @@ def run_child(
     door: Door | None,
     batches: Iterable[BatchT | Deferred[BatchT]],
     options: StreamOptions,
-    find_sparse: Callable[[BatchT], Any],
-    share: Callable[[BatchT, int, int], BatchT],
+    adapter: BatchAdapter,
     num_places: int,
 ) -> None:
     """The process's main function. `first` leads to rank 0, the others come through `door`."""
@@ -65,7 +64,7 @@ def run_child(
             lines.end(failure)
             return
     threading.Thread(target=_end_by_force, args=(lines,), daemon=True).start()
-    plans = BackgroundIterator(plan_ranks_stream(batches, options, find_sparse, share), ahead=_PLANS_AHEAD, name="planner")
+    plans = BackgroundIterator(plan_ranks_stream(batches, options, adapter), ahead=_PLANS_AHEAD, name="planner")
     try:
         lines.end(_send_all(plans, lines))
         lines.wait_for_departure()

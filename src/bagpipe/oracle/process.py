@@ -35,11 +35,10 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 from bagpipe.errors import ConfigError, LostError
-from bagpipe.jagged import share_batch
 from bagpipe.oracle._child import IGNORED_SIGNALS, run_child
 from bagpipe.oracle._meeting import Door, connect
 from bagpipe.oracle._wire import ITEM, RELEASED, STOP, Failure, Received, Region, map_region
-from bagpipe.oracle.stream import Deferred, Planned, StreamOptions
+from bagpipe.oracle.stream import DEFAULT_ADAPTER, BatchAdapter, Deferred, Planned, StreamOptions
 from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
@@ -139,8 +138,7 @@ class OracleProcess(SharedOracle[BatchT]):
         self,
         batches: Iterable[BatchT | Deferred[BatchT]],
         options: StreamOptions,
-        find_sparse: Callable[[BatchT], Any],
-        share: Callable[[BatchT, int, int], BatchT] = share_batch,
+        adapter: BatchAdapter = DEFAULT_ADAPTER,
         *,
         num_places: int,
         on_region: Callable[[UInt8Array], None] = lambda _: None,
@@ -150,7 +148,7 @@ class OracleProcess(SharedOracle[BatchT]):
 
         With several trainers it plans for all of them, who `join` at `address` within `join_timeout_s`.
 
-        Raises ConfigError when `batches` or `find_sparse` can't be sent to another process, or the system is not Linux.
+        Raises ConfigError when `batches` or `adapter` can't be sent to another process, or the system is not Linux.
         """
         file, door = _shared_memory(), None
         self.address = ""
@@ -161,7 +159,7 @@ class OracleProcess(SharedOracle[BatchT]):
             options = replace(options, trainers=replace(options.trainers, ranks=tuple(range(num_trainers))))
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
-            target=run_child, args=(theirs, door, batches, options, find_sparse, share, num_places), name="bagpipe-oracle"
+            target=run_child, args=(theirs, door, batches, options, adapter, num_places), name="bagpipe-oracle"
         )
         super().__init__(ours, file, process, on_region)
         try:

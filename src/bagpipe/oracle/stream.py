@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from bagpipe._workers import Workers
 from bagpipe.errors import DataError
-from bagpipe.jagged import as_jagged, check_features, hash_ids, same_ids, share_batch, share_bounds, share_of
+from bagpipe.jagged import as_jagged, check_features, find_sparse, hash_ids, same_ids, share_batch, share_bounds, share_of
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
@@ -70,6 +70,29 @@ class StreamOptions:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchAdapter:
+    """How batches of the user's type are read; all of it runs where they are planned, and is sent there.
+
+    `sparse` finds a batch's jagged ids, `share(batch, rank, num_trainers)` takes a trainer's samples, and `hand_out` makes of those
+    what the trainer is given, ids and all by default.
+    """
+
+    sparse: Callable[[Any], Any] = find_sparse
+    share: Callable[[Any, int, int], Any] = share_batch
+    hand_out: Callable[[Any], Any] | None = None
+
+    def handed_out(self, batch: Any, sparse: Any) -> tuple[Any, Any]:
+        """What the trainer is given of its samples, whose ids are `sparse`, and the ids in that."""
+        if self.hand_out is None:
+            return batch, sparse
+        batch = self.hand_out(batch)
+        return batch, self.sparse(batch)
+
+
+DEFAULT_ADAPTER = BatchAdapter()
+
+
 @dataclass(frozen=True)
 class Deferred(Generic[BatchT]):
     """A batch that is not read yet; `read` may run in any thread, beside others."""
@@ -84,7 +107,7 @@ class Planned(Generic[BatchT]):
     plan: StepPlan
     batch: BatchT
     sparse: Any
-    """The batch's ids, the very object that the batch holds."""
+    """The ids of what is handed out, the very object that it holds."""
     peak_slots: tuple[int, ...]
     oracle_bytes: int  # of the oracle's own state
     ids_hash: str | None = None
@@ -94,25 +117,19 @@ class Planned(Generic[BatchT]):
 
 
 def plan_stream(
-    batches: Iterable[BatchT | Deferred[BatchT]],
-    options: StreamOptions,
-    find_sparse: Callable[[BatchT], Any],
-    share: Callable[[BatchT, int, int], BatchT] = share_batch,
+    batches: Iterable[BatchT | Deferred[BatchT]], options: StreamOptions, adapter: BatchAdapter = DEFAULT_ADAPTER
 ) -> Iterator[Planned[BatchT]]:
     """Yields each batch with its plan, in order; of several trainers what is the first of `ranks`' share.
 
     Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a BackgroundError) after all batches before it.
     """
-    with closing(plan_ranks_stream(batches, options, find_sparse, share)) as steps:
+    with closing(plan_ranks_stream(batches, options, adapter)) as steps:
         for step in steps:
             yield step[0]
 
 
 def plan_ranks_stream(
-    batches: Iterable[BatchT | Deferred[BatchT]],
-    options: StreamOptions,
-    find_sparse: Callable[[BatchT], Any],
-    share: Callable[[BatchT, int, int], BatchT] = share_batch,
+    batches: Iterable[BatchT | Deferred[BatchT]], options: StreamOptions, adapter: BatchAdapter = DEFAULT_ADAPTER
 ) -> Generator[tuple[Planned[BatchT], ...]]:
     """`plan_stream` for all of `ranks`: yields for each batch what each of them gets."""
     oracle = options.make_oracle()
@@ -120,7 +137,7 @@ def plan_ranks_stream(
     num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 3)
     with Workers("bagpipe-dedup", num_threads) as workers:
         numbered = enumerate(batches, options.first_step)
-        deduped = ordered_map(partial(_dedup, options, find_sparse, share), numbered, workers, ahead=2 * num_threads)
+        deduped = ordered_map(partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads)
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
         planned = oracle.plan_ranks(linked, workers)
         if options.check:
@@ -156,48 +173,48 @@ def _checked(
 
 
 def _dedup(
-    options: StreamOptions,
-    find_sparse: Callable[[BatchT], Any],
-    share: Callable[[BatchT, int, int], BatchT],
-    numbered: tuple[int, BatchT | Deferred[BatchT]],
+    options: StreamOptions, adapter: BatchAdapter, numbered: tuple[int, BatchT | Deferred[BatchT]]
 ) -> DedupedBatch[tuple[list[tuple[BatchT, Any]], str | None]]:
     step, item = numbered
     batch = item.read() if isinstance(item, Deferred) else item
     num_trainers = options.trainers.num_trainers
     try:
-        sparse = find_sparse(batch)
-        jagged, parts = as_jagged(sparse), [(batch, sparse)]
+        sparse = adapter.sparse(batch)
+        jagged = as_jagged(sparse)
         check_features(options.groups, jagged)
         deduped: tuple[DedupedGroup | MergedGroup, ...]
         if num_trainers == 1:
             shares = [jagged]
             deduped = tuple(dedup(group, jagged) for group in options.groups)
+            parts = [adapter.handed_out(batch, sparse)]
         else:
             shares = [share_of(jagged, each, num_trainers) for each in range(num_trainers)]
             deduped = tuple(merge(group, [dedup(group, each) for each in shares]) for group in options.groups)
-            parts = [_checked_share(share(batch, rank, num_trainers), rank, shares, find_sparse) for rank in options.trainers.ranks]
+            parts = [_share_of(batch, rank, shares, adapter) for rank in options.trainers.ranks]
     except DataError as error:
         raise DataError(f"step {step}: {error}") from error
+    handed_out = [jagged] if adapter.hand_out is None else [as_jagged(sparse) for _, sparse in parts]
     return DedupedBatch(
         payload=(parts, hash_ids(jagged) if num_trainers > 1 and step == options.first_step else None),
-        payload_bytes=_payload_bytes(jagged),
+        payload_bytes=sum(_num_bytes(ids) for ids in handed_out),
         batch_size=jagged.batch_size,
         groups=deduped,
         share_sizes=tuple(each.batch_size for each in shares),
     )
 
 
-def _checked_share(part: BatchT, rank: int, shares: Sequence[Jagged], find_sparse: Callable[[BatchT], Any]) -> tuple[BatchT, Any]:
-    """A rank's part of a batch with its ids. Raises DataError where these are not the ones that are planned for it."""
-    sparse = find_sparse(part)
+def _share_of(batch: Any, rank: int, shares: Sequence[Jagged], adapter: BatchAdapter) -> tuple[Any, Any]:
+    """What a rank is given of a batch, with its ids. Raises DataError where they are not the ones that are planned for it."""
+    part = adapter.share(batch, rank, len(shares))
+    sparse = adapter.sparse(part)
     if not same_ids(as_jagged(sparse), shares[rank]):
         begin, end = share_bounds(sum(each.batch_size for each in shares), rank, len(shares))
         raise DataError(
             f"share(batch, {rank}, {len(shares)}) has other ids than samples {begin:,} to {end:,} of the batch, which are planned "
             "for that rank"
         )
-    return part, sparse
+    return adapter.handed_out(part, sparse)
 
 
-def _payload_bytes(batch: Jagged) -> int:
-    return sum(array.nbytes for array in (batch.values, batch.offsets, batch.weights) if array is not None)
+def _num_bytes(ids: Jagged) -> int:
+    return sum(array.nbytes for array in (ids.values, ids.offsets, ids.weights) if array is not None)

@@ -29,7 +29,7 @@ from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.process import SharedOracle
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.sizes import parse_bytes
-from bagpipe.oracle.stream import Deferred, Planned, StreamOptions, plan_stream
+from bagpipe.oracle.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
 from bagpipe.train.agreement import check_same_batch, check_same_settings
 from bagpipe.train.capacity import slots_for
@@ -55,7 +55,8 @@ def lookahead(
     check: bool = False,
     sparse: Callable[[BatchT], Any] | None = None,
     oracle: Literal["thread", "process"] = "thread",
-    prepare: Callable[[BatchT], Any] | None = None,
+    hand_out: Callable[[BatchT], Any] | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     replicas: int | Sequence[int] | None = None,
     share: Callable[[BatchT, int, int], BatchT] = share_batch,
     overlap: bool = True,
@@ -73,7 +74,10 @@ def lookahead(
     steps of a few milliseconds free of it. `batches` and `sparse` must be picklable then, and as with a DataLoader's workers a
     script needs ``if __name__ == "__main__":``. Several trainers of one host share such a process: rank 0 starts it, and it reads
     `batches` once for all. In threads each rank reads and plans the global batches for itself.
-    `prepare` turns each batch into what is handed out, in a background thread of this process: the place to pin memory. With an
+    `hand_out` makes of each batch, where it is read and planned, what goes on from there: the place to leave out what training does
+    not need, above all the ids, which would be copied to this process (`bagpipe.data.base.Batch.without_ids`). What `sparse` finds
+    in the result is then what the embeddings are called with.
+    `prepare` turns that into what is handed out, in a background thread of this process: the place to pin memory. With an
     oracle process the arrays that it gets are good until the step after the batch's: it copies what shall live longer.
 
     Where the embeddings have a communicator, `batches` are those of all trainers together, the same on every rank, and each rank is
@@ -106,7 +110,8 @@ def lookahead(
     )
     if communicator is not None:
         check_same_settings(communicator, options, seed=embeddings.seed)
-    return Lookahead(batches, embeddings, options, sparse or find_sparse, prepare, share, in_process=oracle == "process")
+    adapter = BatchAdapter(sparse=sparse or find_sparse, share=share, hand_out=hand_out)
+    return Lookahead(batches, embeddings, options, adapter, prepare, in_process=oracle == "process")
 
 
 def _trainers(
@@ -135,9 +140,8 @@ class Lookahead(Generic[BatchT]):
         batches: Iterable[Any],
         embeddings: EmbeddingBagCollection,
         options: StreamOptions,
-        find_sparse: Callable[[Any], Any],
+        adapter: BatchAdapter,
         prepare: Callable[[Any], BatchT] | None,
-        share: Callable[[Any, int, int], Any],
         *,
         in_process: bool,
     ) -> None:
@@ -151,10 +155,10 @@ class Lookahead(Generic[BatchT]):
         self._executor = embeddings.start(options.num_slots, options.trainers.num_replica_slots or None)
         self._process: SharedOracle[Any] | None = None
         if in_process:
-            self._process = self._start_process(batches, options, find_sparse, share)
+            self._process = self._start_process(batches, options, adapter)
         self._is_open = True
         if self._process is None:
-            planned = plan_stream(batches, options, find_sparse, share)
+            planned = plan_stream(batches, options, adapter)
         else:
             planned = self._process.items(copy_batches=prepare is None)
         if prepare is not None:
@@ -257,8 +261,7 @@ class Lookahead(Generic[BatchT]):
         self,
         batches: Iterable[Any],
         options: StreamOptions,
-        find_sparse: Callable[[Any], Any],
-        share: Callable[[Any, int, int], Any],
+        adapter: BatchAdapter,
     ) -> SharedOracle[Any]:
         # Nothing that outlives this object may hold it, or it would never end the threads of a loop left by `break`.
         pinned = _PinnedMemory()
@@ -266,8 +269,7 @@ class Lookahead(Generic[BatchT]):
             process = start_oracle(
                 batches,
                 options,
-                find_sparse,
-                share,
+                adapter,
                 self._embeddings.communicator,
                 # Of several trainers a step's plan is held until the next one's gradients are under way.
                 num_places=options.prefetch_depth + 2 * _PLANS_AHEAD + int(self._communicator is not None),

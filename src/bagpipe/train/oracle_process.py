@@ -8,7 +8,7 @@ from typing import Any
 from bagpipe.cache.communicator import Communicator
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.process import OracleProcess, SharedOracle
-from bagpipe.oracle.stream import StreamOptions
+from bagpipe.oracle.stream import BatchAdapter, StreamOptions
 from bagpipe.types import UInt8Array
 
 _NAME = "the oracle process"
@@ -18,8 +18,7 @@ _STARTED, _FAILED = "started ", "failed "
 def start_oracle(
     batches: Iterable[Any],
     options: StreamOptions,
-    find_sparse: Callable[[Any], Any],
-    share: Callable[[Any, int, int], Any],
+    adapter: BatchAdapter,
     communicator: Communicator | None,
     *,
     num_places: int,
@@ -36,7 +35,7 @@ def start_oracle(
         return SharedOracle.join(outcome.removeprefix(_STARTED), communicator.rank, on_region=on_region)
     timeout_s = {} if communicator is None else {"join_timeout_s": communicator.timeout.total_seconds()}
     try:
-        process = OracleProcess(batches, options, find_sparse, share, num_places=num_places, on_region=on_region, **timeout_s)
+        process = OracleProcess(batches, options, adapter, num_places=num_places, on_region=on_region, **timeout_s)
     except BaseException as error:
         if communicator is not None:
             communicator.share_text(_NAME, f"{_FAILED}{error}")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bagpipe.cache.communicator import Communicator
 from bagpipe.config.run import RunConfig
+from bagpipe.data.base import Batch
 from bagpipe.errors import CheckpointError
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.build import Run, build_run
@@ -187,6 +188,7 @@ class _Loop:
             dedup_threads=cache.threads,
             check=cache.check,
             oracle="process" if in_process else "thread",
+            hand_out=Batch.without_ids,
             prepare=partial(TorchBatch.of, pin_memory=run.device.type == "cuda"),
         )
 
