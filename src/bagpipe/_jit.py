@@ -33,7 +33,7 @@ NUM_STAGE_THREADS = max(2, min(4, _NUM_CORES // 8))
 """That share a loop of a stage that would set the pace with fewer."""
 NUM_MANY_THREADS = max(2, min(8, _NUM_CORES // 4))
 """That share a loop which would not keep up otherwise."""
-NUM_CRITICAL_THREADS = max(2, min(4, 3 * _NUM_CORES // 16))
+NUM_CRITICAL_THREADS = max(2, min(4, _NUM_CORES // 4))
 """That share a loop of the stage that sets the pace."""
 _ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]  # a dict would be emptied by the first compilation
     dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)

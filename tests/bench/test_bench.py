@@ -15,6 +15,8 @@ from typer.testing import CliRunner, Result
 from bagpipe.bench import numpy_oracle
 from bagpipe.bench.gpu_arms import TorchCpuArm
 from bagpipe.bench.gpu_bench import disagreements
+from bagpipe.bench.gpu_data import make_stream
+from bagpipe.bench.gpu_workloads import make_workload
 from bagpipe.bench.measure import Timing, silent
 from bagpipe.bench.streams import kaggle_group, make_batches
 from bagpipe.cli_bench import bench
@@ -93,6 +95,17 @@ def test_an_arm_that_fails_costs_the_others_nothing(num_calls: int, tmp_path: Pa
     arms = json.loads((tmp_path / "gpu.json").read_text())["gpu"]["arms"]
     assert list(arms) == ["bagpipe", "dense"]
     assert arms["bagpipe"]["step"]["median_ms"] > 0
+
+
+def test_arms_are_given_the_rows_of_just_their_batches(tmp_path: Path) -> None:
+    workload = make_workload("small", {"max_rows": 400}, quick=False)
+    stream = make_stream(workload, tmp_path / "s", num_batches=12, num_resident=5, device=torch.device("cpu"), progress=silent)
+    offsets = workload.group.row_offsets[:-1, None]
+    rows = [batch.indices.numpy().reshape(len(offsets), -1) + offsets for batch in stream.resident]
+    assert len(rows) == 5
+    np.testing.assert_array_equal(stream.resident_rows, np.unique(rows))
+    assert len(np.setdiff1d(stream.resident_rows, stream.touched_rows)) == 0
+    assert len(stream.touched_rows) > len(stream.resident_rows)
 
 
 def test_an_arm_that_computes_something_else_is_named_with_its_step() -> None:

@@ -55,7 +55,7 @@ class Stream:
     num_batches: int
     resident: Sequence[ResidentBatch]  # the first ones
     touched_rows: Int64Array  # ascending, of all batches
-    resident_rows: Int64Array  # ascending, those of the resident batches and perhaps of a few after them
+    resident_rows: Int64Array  # ascending, of the resident batches
 
 
 def make_stream(
@@ -71,7 +71,7 @@ def make_stream(
     on_device = torch.from_numpy(offsets).to(device)
     num_threads = os.cpu_count() or 1
     folder.mkdir(parents=True)
-    make = partial(_make, source, size, schema, offsets, group.row_offsets, touched)
+    make = partial(_make, source, size, schema, offsets)
     resident: list[ResidentBatch] = []
     resident_rows = np.empty(0, np.int64)
     with (
@@ -82,6 +82,8 @@ def make_stream(
     ):
         for number, (batch, record) in enumerate(ordered_map(make, range(num_batches), workers, ahead=2 * num_threads)):
             writer.write(record)
+            # Here and not where batches are made: numpy loses rows of flags that another thread is writing.
+            _mark(batch.sparse.values, offsets[::size], group.row_offsets, touched)
             if number < num_resident:
                 resident.append(_to_device(batch, on_device, device))
                 resident_rows = np.flatnonzero(touched) if number == num_resident - 1 else resident_rows
@@ -124,25 +126,26 @@ def _make(
     batch_size: int,
     schema: Any,
     offsets: npt.NDArray[np.int32],
-    row_offsets: Int64Array,
-    touched: npt.NDArray[np.bool_],
     number: int,
 ) -> tuple[Batch, Any]:
-    """One batch, also as a record batch; its rows are marked in `touched`."""
+    """One batch, also as a record batch."""
     batch = next(source.batches(batch_size=batch_size, start=number))
     ids = []
     for index, spec in enumerate(source.features):
         bounds = offsets[index * batch_size : (index + 1) * batch_size + 1]
         values = np.ascontiguousarray(batch.sparse.values[bounds[0] : bounds[-1]], np.int32)
-        _mark(values, int(row_offsets[index]), touched)
         ids.append((values, bounds - bounds[0] if spec.multi_hot else None))
     return batch, record_batch(schema, batch.labels, batch.dense, ids)
 
 
 @jit
-def _mark(values: npt.NDArray[np.int32], first_row: int, touched: npt.NDArray[np.bool_]) -> None:
-    for value in values:
-        touched[first_row + value] = True
+def _mark(
+    values: npt.NDArray[np.integer], bounds: npt.NDArray[np.int32], row_offsets: Int64Array, touched: npt.NDArray[np.bool_]
+) -> None:
+    """Marks the rows of a batch's ids; those of feature, and table, f are values[bounds[f]:bounds[f + 1]]."""
+    for feature in range(len(bounds) - 1):
+        for value in values[bounds[feature] : bounds[feature + 1]]:
+            touched[row_offsets[feature] + value] = True
 
 
 def _to_device(batch: Batch, offsets: Tensor, device: torch.device) -> ResidentBatch:

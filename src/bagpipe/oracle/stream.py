@@ -45,7 +45,7 @@ class StreamOptions:
     lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES
     prefetch_depth: int = 2
     first_step: int = 0
-    dedup_threads: int | None = None  # None: a third of the cores
+    dedup_threads: int | None = None  # None: a quarter of the cores
     check: bool = False
     trainers: Trainers = SINGLE_TRAINER
     """Of several, batches are those of all of them together, and plans and what is handed out the shares of `ranks`."""
@@ -134,7 +134,7 @@ def plan_ranks_stream(
     """`plan_stream` for all of `ranks`: yields for each batch what each of them gets."""
     oracle = options.make_oracle()
     # No more threads than keep up: on shared memory they slow the sequential stages, which set the pace.
-    num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 3)
+    num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 4)
     with Workers("bagpipe-dedup", num_threads) as workers:
         numbered = enumerate(batches, options.first_step)
         deduped = ordered_map(partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads)
