@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -247,16 +248,40 @@ class Picklable:
         return batches(self.count)
 
 
-def test_the_oracle_in_a_process_of_its_own_gives_the_same_tables() -> None:
-    tables = []
-    for where in ("thread", "process"):
-        embeddings = make_embeddings()
-        stream = bagpipe.lookahead(Picklable(40), embeddings, cache=70, lookahead=5, prefetch_depth=1, oracle=where)  # type: ignore[arg-type]
-        assert train(embeddings, stream) == list(range(40))
-        assert (stream.report.num_steps, stream.report.peak_slots) == (40, 70)
-        tables.append(embeddings.tables()["t"][:])
-        embeddings.close()
-    torch.testing.assert_close(*tables, rtol=0, atol=0)
+def without_ids(batch: Batch) -> Batch:
+    """What a loop needs once the batch is planned."""
+    return Batch(sparse=Jagged(keys=(), values=np.empty(0, np.int64), batch_size=batch.sparse.batch_size), number=batch.number)
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+@pytest.mark.parametrize("hand_out", [None, without_ids])
+def test_where_the_oracle_is_and_what_it_hands_out_change_no_table(
+    where: Literal["thread", "process"], hand_out: Callable[[Batch], Batch] | None
+) -> None:
+    expected, embeddings = make_embeddings(), make_embeddings()
+    assert train(expected, bagpipe.lookahead(Picklable(40), expected, cache=70, lookahead=5)) == list(range(40))
+    stream = bagpipe.lookahead(Picklable(40), embeddings, cache=70, lookahead=5, prefetch_depth=1, oracle=where, hand_out=hand_out)
+    assert train(embeddings, stream) == list(range(40))
+    assert (stream.report.num_steps, stream.report.peak_slots) == (40, 70)
+    torch.testing.assert_close(embeddings.tables()["t"][:], expected.tables()["t"][:], rtol=0, atol=0)
+    embeddings.close()
+    expected.close()
+
+
+def test_ids_that_are_not_handed_out_are_missed_where_they_are_looked_up() -> None:
+    embeddings = make_embeddings()
+    for batch in bagpipe.lookahead(batches(2), embeddings, cache=70, hand_out=without_ids):
+        assert batch.sparse.keys == ()
+        with pytest.raises(UsageError, match="other ids than"):
+            embeddings(next(batches(1)).sparse)
+    with pytest.raises(DataError, match="the batch has no feature 'f', which"):
+        embeddings.eval()(batch.sparse)
+    with (
+        bagpipe.lookahead(batches(2), embeddings.train(), cache=70, hand_out=lambda batch: batch.number) as stream,
+        pytest.raises(DataError, match="step 2: a batch of type int has no attribute or key sparse"),
+    ):
+        next(stream)
+    embeddings.close()
 
 
 def test_a_stream_in_a_process_may_be_left_and_embeddings_go_on() -> None:
