@@ -272,12 +272,17 @@ class TorchCpuArm:
         self._weights, self._state = [], []
 
 
-def load_tables(group: Group, weights: Sequence[Any], rows: Int64Array, records: Float32Array) -> None:
-    """Copies to each table, a tensor on any device, the part of `records` (n, record_width) that its rows are."""
-    bounds = np.searchsorted(rows, group.row_offsets)
+def load_tables(
+    group: Group, weights: Sequence[Any], rows: Int64Array, records: Float32Array, firsts: Sequence[int] | None = None
+) -> None:
+    """Copies to each table, a tensor on any device, the part of `records` (n, record_width) that its rows are.
+
+    `firsts` are the ids at which the tables' tensors begin, where these are parts of the tables; 0 by default.
+    """
     for index, weight in enumerate(weights):
-        begin, end = int(bounds[index]), int(bounds[index + 1])
+        first = int(group.row_offsets[index]) + (0 if firsts is None else firsts[index])
+        begin, end = np.searchsorted(rows, [first, first + len(weight)]).tolist()
         if begin < end:
-            ids = torch.from_numpy(rows[begin:end] - group.row_offsets[index]).to(weight.device)
+            ids = torch.from_numpy(rows[begin:end] - first).to(weight.device)
             values = torch.from_numpy(np.ascontiguousarray(records[begin:end, : group.embedding_dim]))
             weight[ids] = values.to(weight.device)

@@ -5,7 +5,7 @@
     one_trainer  Bagpipe on rank 0 alone with one trainer's batch, for what N trainers gain over one
     dense        no embedding work: the dense part and its averaged gradients, what a step can't be faster than
 
-The peers, `replicated` and `hashed`, are in `trainers_peers`.
+The peers are in `trainers_peers` (`replicated`, `hashed`) and `trainers_torchrec`.
 """
 
 from __future__ import annotations

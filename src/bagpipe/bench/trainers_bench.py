@@ -1,6 +1,7 @@
 """`bagpipe bench trainers`: several trainers on one host, Bagpipe against other ways to share tables, and against one trainer.
 
-The command starts a process a rank, gloo on CPUs and NCCL on CUDA with a device each. All arms (`trainers_arms`, `trainers_peers`)
+The command starts a process a rank, gloo on CPUs and NCCL on CUDA with a device each. All arms (`trainers_arms`, `trainers_peers`,
+and `trainers_torchrec` where TorchRec is installed)
 start from the same rows and parameters and train the same global batches with the same dense part under DistributedDataParallel,
 so their losses must agree. They take turns, whole rounds of A B C D, beginning with another one each round.
 
@@ -31,6 +32,7 @@ from bagpipe.bench.gpu_data import make_stream
 from bagpipe.bench.measure import Progress, Result, Timing
 from bagpipe.bench.trainers_rank import ALONE, TrainersBench, run_rank
 from bagpipe.bench.trainers_tables import render
+from bagpipe.bench.trainers_torchrec import missing_torchrec
 from bagpipe.errors import BackgroundError, BagpipeError
 
 Float64Array = npt.NDArray[np.float64]
@@ -39,6 +41,8 @@ _END_TIMEOUT_S = 60.0
 
 def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
     """Makes the stream, starts the ranks and adds up what they saw. Raises what a rank raised, and BackgroundError if one died."""
+    missing = missing_torchrec(bench.arms, bench.device)
+    bench = replace(bench, arms=[name for name in bench.arms if name not in missing])
     folder = Path(tempfile.mkdtemp(prefix="bagpipe-bench-"))
     try:
         _write_stream(bench, folder, progress)
@@ -47,7 +51,8 @@ def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
         shutil.rmtree(folder, ignore_errors=True)
     values = summarize(bench, seen)
     differences = {name: arm["loss_differences"] for name, arm in values["arms"].items()}
-    notes = [*seen[0]["notes"], *disagreements(differences, "lrpp")]
+    notes = [f"left out {name}: {why}" for name, why in missing.items()]
+    notes += [*seen[0]["notes"], *disagreements(differences, "lrpp")]
     if not disagreements(differences, "lrpp"):
         lasts = ", ".join(f"{name} {arm['last_loss']:.6f}" for name, arm in values["arms"].items() if "last_loss" in arm)
         notes.append(

@@ -26,6 +26,7 @@ from bagpipe.bench.gpu_workloads import Workload
 from bagpipe.bench.measure import Progress
 from bagpipe.bench.trainers_arms import CountingCommunicator, DenseShareArm, LrppArm, Share, TrainersArm
 from bagpipe.bench.trainers_peers import HashedArm, ReplicatedArm, ReplicatedBatch, replicated_batch, ring_bytes
+from bagpipe.bench.trainers_torchrec import TORCHREC_ARMS, TorchRecArm
 from bagpipe.cache.communicator import Communicator
 from bagpipe.data.prepared import PreparedSource
 from bagpipe.errors import ConfigError
@@ -34,7 +35,7 @@ from bagpipe.store import MemoryStore
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.types import Float32Array, Int64Array
 
-ARMS = ("lrpp", "no_overlap", "replicated", "hashed", "dense")
+ARMS = ("lrpp", "no_overlap", "replicated", "hashed", *TORCHREC_ARMS, "dense")
 ALONE = "one_trainer"
 _TIMEOUT = timedelta(minutes=10)
 _LOAD_ROWS = 1 << 18
@@ -190,6 +191,8 @@ class _Rank:
             case "one_trainer":
                 batches = self._stream(self._workload.batch_size)
                 return LrppArm(name, self._workload, self._group, batches, device=self._device)
+        if name in TORCHREC_ARMS:
+            return TorchRecArm(name, self._workload, self._group, self._shares, self._device)
         base = Communicator.from_default_group(timeout=_TIMEOUT)  # an arm's background messages must not meet another's
         match name:
             case "replicated":
