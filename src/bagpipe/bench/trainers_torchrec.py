@@ -74,7 +74,7 @@ class _Input:
 
     context: Any
     ids: Any  # what TorchRec awaits: how many ids come, then the ids
-    is_awaited: bool = False
+    has_sizes: bool = False
     is_prefetched: bool = False
 
 
@@ -87,8 +87,7 @@ class TorchRecArm:
         self._group, self._shares, self._device = group, shares, device
         self._settings = TORCHREC_ARMS[name]
         self._num_trainers, self._rank = dist.get_world_size(), dist.get_rank()
-        self._pooled_type = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._tables = _shard(group, self._settings, workload.cache_rows, device, self._pooled_type)
+        self._tables = _shard(group, self._settings, workload.cache_rows, device)
         self._batches = [_keyed_jagged(share.sparse, device) for share in shares]
         self._foreign_bytes = [self._bytes_for_others(share.sparse, group) for share in shares]
         self._side, self._prefetching = _Stream(device), _Stream(device)
@@ -165,9 +164,9 @@ class TorchRecArm:
 
     def _await_sizes(self, waiting: _Input) -> None:
         """Waits until it is known how many ids come, on CUDA on the host, and asks for them."""
-        if not waiting.is_awaited:
+        if not waiting.has_sizes:
             with self._side.entered():
-                waiting.ids, waiting.is_awaited = waiting.ids.wait(), True
+                waiting.ids, waiting.has_sizes = waiting.ids.wait(), True
 
     def _await_ids(self, waiting: _Input) -> None:
         """The ids themselves, on the stream on which they come."""
@@ -215,7 +214,7 @@ class _Stream:
 
 
 def _shard(
-    group: Group, settings: TorchRecSettings, cache_rows: int, device: torch.device, pooled_type: torch.dtype
+    group: Group, settings: TorchRecSettings, cache_rows: int, device: torch.device
 ) -> Any:  # a ShardedEmbeddingBagCollection
     from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
@@ -239,7 +238,7 @@ def _shard(
         "learning_rate": group.optimizer.lr,
         "eps": group.optimizer.eps,
         "stochastic_rounding": False,
-        "output_dtype": SparseType.BF16 if pooled_type == torch.bfloat16 else SparseType.FP32,
+        "output_dtype": SparseType.BF16 if device.type == "cuda" else SparseType.FP32,
     }
     if settings.kernel == "fused_uvm_caching":
         fused |= {"cache_sets": -(-cache_rows // _CACHE_WAYS), "prefetch_pipeline": settings.prefetch, "uvm_host_mapped": True}
