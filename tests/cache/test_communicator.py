@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -44,6 +45,8 @@ def test_what_is_known_to_be_written_is_not_asked_again(num_trainers: int) -> No
 
 
 def test_a_mark_to_come_is_waited_for() -> None:
+    happened = []
+
     def work(communicator: Communicator) -> None:
         communicator.begin_stream()
         if communicator.rank == 0:
@@ -53,8 +56,12 @@ def test_a_mark_to_come_is_waited_for() -> None:
             communicator.wait_written("late", 1)
             communicator.barrier("waiting for rank 1 to have asked")
             communicator.wait_written("late", 4)
+            happened.append("waited for")
         else:
             communicator.barrier("waiting for rank 1 to have asked")
+            time.sleep(0.2)  # in which a rank that does not wait would go on
+            happened.append("written")
             communicator.mark_written("late", 4)
 
     run_ranks(2, work, timeout_s=20.0)
+    assert happened == ["written", "waited for"]

@@ -31,6 +31,11 @@ _CACHE_WAYS: Final = 32
 """Rows in a set of FBGEMM's cache on NVIDIA GPUs."""
 
 
+def cache_sets(cache_rows: int) -> int:
+    """Whole sets that hold `cache_rows`, or a few more."""
+    return -(-cache_rows // _CACHE_WAYS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FbgemmSettings:
     """What distinguishes the arms."""
@@ -158,7 +163,7 @@ def _make_tables(settings: FbgemmSettings, group: Group, cache_rows: int, device
         stochastic_rounding=False,
         output_dtype=SparseType[settings.output] if on_cuda else SparseType.FP32,
         cache_algorithm=CacheAlgorithm[settings.algorithm],
-        cache_sets=-(-cache_rows // _CACHE_WAYS) if settings.location == "uvm_caching" else 0,
+        cache_sets=cache_sets(cache_rows) if settings.location == "uvm_caching" else 0,
         prefetch_pipeline=settings.prefetch,
         uvm_host_mapped=True,
         bounds_check_mode=BoundsCheckMode.NONE,

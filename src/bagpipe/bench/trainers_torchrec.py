@@ -29,13 +29,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.bench.gpu_arms import load_tables
+from bagpipe.bench.gpu_fbgemm import cache_sets
 from bagpipe.bench.gpu_workloads import Workload
 from bagpipe.bench.trainers_arms import Sent, Share
 from bagpipe.jagged import group_lookups
 from bagpipe.types import Float32Array, Group, Int64Array, Jagged, RowWiseAdagrad
 
-_CACHE_WAYS: Final = 32
-"""Rows in a set of FBGEMM's cache on NVIDIA GPUs."""
 _ID_BYTES: Final = 8
 _LENGTH_BYTES: Final = 4
 
@@ -241,7 +240,7 @@ def _shard(
         "output_dtype": SparseType.BF16 if device.type == "cuda" else SparseType.FP32,
     }
     if settings.kernel == "fused_uvm_caching":
-        fused |= {"cache_sets": -(-cache_rows // _CACHE_WAYS), "prefetch_pipeline": settings.prefetch, "uvm_host_mapped": True}
+        fused |= {"cache_sets": cache_sets(cache_rows), "prefetch_pipeline": settings.prefetch, "uvm_host_mapped": True}
     sharder = EmbeddingBagCollectionSharder(fused_params=fused)
     module, num_trainers = EmbeddingBagCollection(device=torch.device("meta"), tables=tables), dist.get_world_size()
     plan = construct_module_sharding_plan(
