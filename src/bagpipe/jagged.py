@@ -93,9 +93,13 @@ def share_of(batch: Jagged, rank: int, num_trainers: int) -> Jagged:
     _check_offsets(batch)
     begin, end = share_bounds(batch.batch_size, rank, num_trainers)
     if batch.offsets is None:
-        where = np.arange(len(batch.keys))[:, None] * batch.batch_size + np.arange(begin, end)
-        weights = None if batch.weights is None else batch.weights[where.ravel()]
-        return Jagged(keys=batch.keys, values=batch.values[where.ravel()], batch_size=end - begin, weights=weights)
+        shape = len(batch.keys), batch.batch_size
+        return Jagged(
+            keys=batch.keys,
+            values=batch.values.reshape(shape)[:, begin:end].ravel(),
+            batch_size=end - begin,
+            weights=None if batch.weights is None else batch.weights.reshape(shape)[:, begin:end].ravel(),
+        )
     firsts = batch.offsets[begin : -1 : batch.batch_size] if batch.batch_size else np.zeros(len(batch.keys), np.int64)
     lasts = batch.offsets[end :: batch.batch_size][: len(batch.keys)] if batch.batch_size else firsts
     lengths = np.diff(batch.offsets).reshape(len(batch.keys), batch.batch_size)[:, begin:end]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.train import test_equality as equality
+from tests.train.slow_device import KINDS, slow_down
 from tests.train.test_trainers import linear_loss, make_batches, make_tables
 
 import bagpipe
@@ -59,6 +60,16 @@ def test_bit_for_bit_on_one_device_and_close_to_the_cpu(optimizer: Optimizer, tm
     np.testing.assert_allclose(results[0][0], cpu_losses, rtol=1e-3)
     for one, other in zip(results[0][1], cpu_records, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "exchanges"])
+def test_bit_for_bit_however_slow_the_device_is_at_one_thing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run("cuda", OPTIMIZERS[0], tmp_path, extra_slots=0)
+    slow_down(kind, monkeypatch.setattr)
+    losses, records = run("cuda", OPTIMIZERS[0], tmp_path, extra_slots=0)
+    assert losses == expected[0]
+    for one, other in zip(records, expected[1], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_no_device_memory_is_left_behind(tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.train.slow_device import KINDS, slow_down
 from tests.train.test_trainers import OPTIMIZERS, all_records, assert_equal, linear_loss, make_batches, make_tables
 
 import bagpipe
@@ -38,25 +40,46 @@ def train(
     embeddings = EmbeddingBagCollection(tables, optimizer=optimizer, device="cuda", seed=11, communicator=communicator)
     replicas = [group.num_rows for group in groups]
     with bagpipe.lookahead(batches, embeddings, cache=slots, replicas=replicas, lookahead=4, oracle=oracle) as stream:
-        looked_up: list[np.ndarray] = []
+        looked_up: list[torch.Tensor] = []
         for number, batch in enumerate(stream):
             pooled = embeddings(batch).groups
-            looked_up += [group.detach().cpu().numpy() for group in pooled]
+            looked_up += [group.detach().clone() for group in pooled]  # on the device, which the host may run ahead of
             (linear_loss(pooled) * num_trainers).backward()
             if number == NUM_STEPS // 2:
                 stream.flush()
-    return [*(all_records(*each) for each in zip(groups, embeddings.stores, strict=True)), *looked_up]  # type: ignore[arg-type]
+    records = [all_records(*each) for each in zip(groups, embeddings.stores, strict=True)]  # type: ignore[arg-type]
+    return [*records, *(each.cpu().numpy() for each in looked_up)]
 
 
-def run_rank(rank: int, num_trainers: int, port: int, path: str, arguments: tuple[Any, ...]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One way to train; `slow` is a kind of work that the devices sleep before."""
+
+    optimizer: Optimizer = OPTIMIZERS[1]
+    slots: tuple[int, int] = (14, 24)  # so few that rows come late, those that travel among them
+    oracle: Literal["thread", "process"] = "thread"
+    slow: str = ""
+
+
+CASES = {
+    **{type(optimizer).__name__: Case(optimizer=optimizer) for optimizer in OPTIMIZERS},
+    **{f"slow {kind}": Case(slow=kind) for kind in KINDS},
+    "oracle in a process": Case(slots=(30, 24), oracle="process"),
+}
+
+
+def run_rank(rank: int, num_trainers: int, port: int, path: str) -> None:
     torch.cuda.set_device(rank)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", init_method=address, rank=rank, world_size=num_trainers, timeout=timedelta(seconds=60)
     )
-    optimizer, slots, oracle = arguments
-    found = train(optimizer, slots, Communicator.from_default_group(timeout=timedelta(seconds=60)), oracle)
-    np.savez(f"{path}/{rank}.npz", *found)
+    for name, case in CASES.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if case.slow:
+                slow_down(case.slow, patch.setattr)
+            communicator = Communicator.from_default_group(timeout=timedelta(seconds=60))
+            np.savez(f"{path}/{name}-{rank}.npz", *train(case.optimizer, case.slots, communicator, case.oracle))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -67,24 +90,21 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def train_on_two(folder: Path, *arguments: Any) -> list[np.ndarray]:
-    """As `train`, with what both ranks have looked up, one behind the other."""
-    torch.multiprocessing.spawn(run_rank, args=(2, free_port(), str(folder), arguments), nprocs=2)  # type: ignore[no-untyped-call]
-    with np.load(folder / "0.npz") as first, np.load(folder / "1.npz") as second:
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all cases give on two GPUs; one start of two processes for all of them, since it takes most of the time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_rank, args=(2, free_port(), str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_gpus_equal_one_to_the_bit_where_sums_are_exact(name: str, of_two: Path) -> None:
+    expected = train(CASES[name].optimizer, [400, 50], None, "thread")
+    with np.load(of_two / f"{name}-0.npz") as first, np.load(of_two / f"{name}-1.npz") as second:
         names = list(first.files)
-        return [first[name] for name in names[:2]] + [np.concatenate([first[name], second[name]]) for name in names[2:]]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
-def test_two_gpus_equal_one_to_the_bit_where_sums_are_exact(optimizer: Optimizer, tmp_path: Path) -> None:
-    expected = train(optimizer, [400, 50], None, "thread")
-    assert_equal(train_on_two(tmp_path, optimizer, [14, 24], "thread"), expected)
-
-
-def test_an_oracle_in_a_process_feeds_two_gpus(tmp_path: Path) -> None:
-    optimizer = OPTIMIZERS[1]
-    expected = train(optimizer, [400, 50], None, "thread")
-    assert_equal(train_on_two(tmp_path, optimizer, [30, 24], "process"), expected)
+        found = [first[each] for each in names[:2]] + [np.concatenate([first[each], second[each]]) for each in names[2:]]
+    assert_equal(found, expected)
 
 
 def take_dense_steps(rank: int, num_trainers: int, port: int, path: str, graph: bool) -> None:

@@ -109,13 +109,14 @@ class Executor:
                     self._issue_early(due)
             self._mover.raise_failed_writes()
             self._wait_for_rows(pending)
+            # Before replicas go out: rows that came late are among them.
+            self._wait_on_device(pending.early)
+            self._wait_on_device(pending.late)
             if self._exchange is not None:
                 self._wait_for_replicas(self._exchange, pending)
             for due in self._pending:
                 if due.early is not None and not due.early.is_filled and due.early.gathered.has_succeeded:
                     self._mover.fill(due.early)
-        self._wait_on_device(pending.early)
-        self._wait_on_device(pending.late)
         self.current = tuple(group.plan for group in pending.on_device)
         self._is_clean = False
 

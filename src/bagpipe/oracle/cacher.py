@@ -23,10 +23,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
 
+from bagpipe._jit import jit
 from bagpipe.errors import CacheTooSmallError
 from bagpipe.oracle import _loops, _queues
 from bagpipe.oracle.dedup import DedupedGroup
@@ -34,7 +36,7 @@ from bagpipe.oracle.linker import OCCURRENCES, LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.types import BoolArray, Group, GroupPlan, Int32Array, Int64Array, Transfers
 
-_NO_USERS = np.empty(0, np.uint64)
+_NO_USERS, _NO_USES = np.empty(0, np.uint64), np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +52,27 @@ class _Planned:
 class CachePlan:
     """A step of the cache of one group, or of the caches of all trainers: slot s is then slot s // n of rank s % n of n."""
 
-    batch: DedupedGroup | MergedGroup
+    linked: LinkedGroup
     unique_slots: Int32Array  # (U,)
     early: Transfers
     late: Transfers
-    was_used_before: BoolArray  # (U,) by the step before
-    is_used_next: BoolArray  # (U,) by the step after
+    before: tuple[int, int]  # the step before's first occurrence, and how many rows it uses
+    after: Int32Array  # (V,) `previous` of the step after
+
+    @property
+    def batch(self) -> DedupedGroup | MergedGroup:
+        """What the step uses."""
+        return self.linked.batch
+
+    @cached_property
+    def was_used_before(self) -> BoolArray:
+        """Whether the step before uses a row, too: (U,)."""
+        return _are_among(self.linked.previous, *self.before)
+
+    @cached_property
+    def is_used_next(self) -> BoolArray:
+        """Whether the step after uses a row, too: (U,)."""
+        return _come_again(self.after, self.linked.first_occurrence, len(self.linked.previous))
 
     def of_single_trainer(self) -> GroupPlan:
         """The plan of the only trainer."""
@@ -152,7 +169,7 @@ class Cacher:
         batch = linked.batch
         self._next_step += 1
         self._reserve(linked)
-        was_used_before, is_used_next = self._neighbours(linked)
+        before = self._unsettled[-1] if self._unsettled else _NOTHING
         settled = self._unsettled.popleft() if len(self._unsettled) > self._num_kept_unsettled else _NOTHING
         slots, freed, evict_rows, fetch_rows, fetch_slots, freed_counts, (num_early, early_fence, late_fence) = _loops.plan(
             self._state,
@@ -180,10 +197,10 @@ class Cacher:
         self._num_unsettled += len(slots)
         evict_slots, num_evicted_early = freed[num_fresh:], num_settled - num_fresh
         return CachePlan(
-            batch=batch,
+            linked=linked,
             unique_slots=slots,
-            was_used_before=was_used_before,
-            is_used_next=is_used_next,
+            before=(before.first_occurrence, before.num_uniques),
+            after=self._admitted[0].previous if self._admitted else _NO_USES,
             early=Transfers(
                 evict_rows=evict_rows[:num_evicted_early],
                 evict_slots=evict_slots[:num_evicted_early],
@@ -199,19 +216,6 @@ class Cacher:
                 fence_tick=late_fence,
             ),
         )
-
-    def _neighbours(self, linked: LinkedGroup) -> tuple[BoolArray, BoolArray]:
-        """For each row of the batch to plan whether the step before uses it, and whether the step after does."""
-        is_used_next = np.zeros(len(linked.previous), np.bool_)
-        if self._num_trainers == 1:  # nobody asks
-            return is_used_next, is_used_next
-        before = self._unsettled[-1] if self._unsettled else _NOTHING
-        was_used_before = _is_among(linked.previous, before.first_occurrence, before.num_uniques)
-        if self._admitted:
-            previous = self._admitted[0].previous
-            here = previous[_is_among(previous, linked.first_occurrence, len(linked.previous))]
-            is_used_next[(here - linked.first_occurrence) & OCCURRENCES] = True
-        return was_used_before, is_used_next
 
     def _take_new(self, oldest_unsettled: int) -> tuple[Int64Array, Int32Array, int]:
         """Rows, previous uses and step of the last batch that is new since the last plan, once those before it are taken in."""
@@ -229,6 +233,21 @@ class Cacher:
         self._slots_of_uses = roomy_ring(self._slots_of_uses, oldest, self._num_unsettled, len(linked.previous))
 
 
-def _is_among(previous: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
-    """Whether each previous use (n,) is one of so many occurrences."""
-    return (previous >= 0) & (((previous - first_occurrence) & OCCURRENCES) < num_uniques)
+@jit
+def _are_among(uses: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
+    """Whether each of `uses` (n,) is one of so many occurrences."""
+    found = np.empty(len(uses), np.bool_)
+    for index in range(len(uses)):
+        found[index] = (uses[index] >= 0) & (((uses[index] - first_occurrence) & OCCURRENCES) < num_uniques)
+    return found
+
+
+@jit
+def _come_again(previous: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
+    """Whether each of so many occurrences (num_uniques,) is among `previous` (n,)."""
+    found = np.zeros(num_uniques, np.bool_)
+    for use in previous:
+        index = (use - first_occurrence) & OCCURRENCES
+        if use >= 0 and index < num_uniques:
+            found[index] = True
+    return found
