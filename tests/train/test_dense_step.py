@@ -21,7 +21,7 @@ from bagpipe.cache.communicator import Communicator
 from bagpipe.config.run import TrainConfig
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.models import DLRM
-from bagpipe.train.build import make_dense_step
+from bagpipe.train.build import has_graph, make_dense_step
 from bagpipe.train.checkpoint import load_optimizer
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.report import SilentReporter
@@ -166,6 +166,21 @@ def test_a_graph_wants_shares_of_one_size() -> None:
     parts: Any = None
     with pytest.raises(ConfigError, match=r"batch_size = 1,001 is no multiple of 2 trainers: use 1,000, or 'eager'"):
         make_dense_step(config, parts, parts, embeddings, torch.device("cuda"), print)
+
+
+@pytest.mark.parametrize(
+    ("dense", "device", "num_trainers", "expected"),
+    [
+        ("auto", "cuda", 1, True),
+        ("auto", "cuda", 2, True),
+        ("auto", "cuda", 3, False),  # shares of more than one size
+        ("auto", "cpu", 1, False),
+        ("eager", "cuda", 2, False),
+        ("compile", "cuda", 2, True),
+    ],
+)
+def test_where_the_dense_part_is_a_graph(dense: Any, device: str, num_trainers: int, expected: bool) -> None:
+    assert has_graph(TrainConfig(batch_size=1000, steps=1, dense=dense), torch.device(device), num_trainers) == expected
 
 
 @pytest.mark.parametrize(("key", "value"), [("dense", "graph"), ("dense", "compile"), ("precision", "tf32")])

@@ -185,8 +185,8 @@ class TrainConfig(Section):
     """Of the dense part: "tf32" rounds what its matrix products read (on a GPU), "bf16" is autocast, with pooled embeddings of that
     type. Records stay float32."""
     dense: Literal["auto", "eager", "graph", "compile"] = "auto"
-    """How the dense part runs: as written, replayed as a CUDA graph ("auto" on a GPU for a single trainer), or so after
-    torch.compile."""
+    """How the dense part runs: as written, replayed as a CUDA graph ("auto" on a GPU, with several trainers where `batch_size` is a
+    multiple of their number), or so after torch.compile."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every_steps: PositiveInt | None = None

@@ -156,7 +156,7 @@ def make_dense_step(
             f"train.dense = {config.dense!r} wants shares of one size, and train.batch_size = {config.batch_size:,} is no multiple "
             f"of {num_trainers} trainers: use {max(1, config.batch_size // num_trainers) * num_trainers:,}, or 'eager'"
         )
-    graph = config.dense in ("graph", "compile") or (config.dense == "auto" and device.type == "cuda" and communicator is None)
+    graph = has_graph(config, device, num_trainers)
     return DenseStep(
         model.dense_part if communicator is None or graph else averaging_part(model),
         optimizer,
@@ -169,6 +169,13 @@ def make_dense_step(
         average=communicator.average if communicator is not None and graph else None,
         say=say,
     )
+
+
+def has_graph(config: TrainConfig, device: torch.device, num_trainers: int) -> bool:
+    """Whether the dense part is to be a CUDA graph: where "auto" says so, on a GPU with shares of one size, or where asked for."""
+    if config.dense == "auto":
+        return device.type == "cuda" and config.batch_size % num_trainers == 0
+    return config.dense in ("graph", "compile")
 
 
 @contextmanager
