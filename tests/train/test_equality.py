@@ -21,7 +21,7 @@ from torch import Tensor
 
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.oracle.cacher import Cacher
+from bagpipe.oracle.cacher import CachePlan
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
@@ -68,12 +68,12 @@ def train_in_memory(groups: Sequence[Group], batches: Sequence[Jagged], seed: in
 
 
 def train_cached(
-    embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], dense: torch.nn.Linear, **options: object
+    embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], dense: torch.nn.Linear, *, check: bool = True, **options: object
 ) -> list[float]:
     """Per-step losses; trains `dense` and `embeddings` in place."""
     optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
     losses = []
-    with bagpipe.lookahead(batches, embeddings, check=True, **options) as stream:  # type: ignore[arg-type]
+    with bagpipe.lookahead(batches, embeddings, check=check, **options) as stream:  # type: ignore[arg-type]
         for batch in stream:
             loss = dense_loss(embeddings(batch).groups, dense)
             loss.backward()
@@ -242,19 +242,22 @@ def test_every_lookahead_and_prefetch_depth(lookahead: int, prefetch_depth: int)
 
 
 def broken_plans(fault: Callable[[GroupPlan], GroupPlan], monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Cacher.plan
-    monkeypatch.setattr(Cacher, "plan", lambda cacher: fault(plan(cacher)))
+    plan = CachePlan.of_single_trainer
+    monkeypatch.setattr(CachePlan, "of_single_trainer", lambda step: fault(plan(step)))
 
 
 def flip_a_slot(plan: GroupPlan) -> GroupPlan:
+    """Of the last lookup, which is in another bag than the first."""
     inverse = plan.inverse.copy()
-    inverse[:2] = inverse[1::-1]
+    inverse[[0, -1]] = inverse[[-1, 0]]
     return replace(plan, inverse=inverse)
 
 
 def drop_a_write_back(plan: GroupPlan) -> GroupPlan:
-    early = plan.early
-    return replace(plan, early=replace(early, evict_rows=early.evict_rows[1:], evict_slots=early.evict_slots[1:]))
+    early, late = (
+        replace(moved, evict_rows=moved.evict_rows[1:], evict_slots=moved.evict_slots[1:]) for moved in (plan.early, plan.late)
+    )
+    return replace(plan, early=early, late=late)
 
 
 def drop_a_gradient(plan: GroupPlan) -> GroupPlan:
@@ -267,17 +270,16 @@ def drop_a_gradient(plan: GroupPlan) -> GroupPlan:
 def test_equality_fails_when_a_fault_is_planted(fault: Callable[[GroupPlan], GroupPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     groups = group_tables(TABLES, SGD(lr=0.5))
     batches = skewed_batches(40)
-    losses, _ = train_in_memory(groups, batches, seed=11)
-    broken_plans(fault, monkeypatch)
-    embeddings = EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.5), seed=11)
-    found = []
     cache = [slots + 5 for slots in smallest_caches(groups, batches)]
-    dense = make_dense(groups)
-    for batch in bagpipe.lookahead(batches, embeddings, cache=cache, lookahead=10):
-        loss = dense_loss(embeddings(batch).groups, dense)
-        loss.backward()
-        found.append(loss.item())
-    assert found != losses
+    losses, _ = train_in_memory(groups, batches, seed=11)
+
+    def train() -> list[float]:
+        embeddings = EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.5), seed=11)
+        return train_cached(embeddings, batches, make_dense(groups), cache=cache, lookahead=10, check=False)
+
+    assert train() == losses
+    broken_plans(fault, monkeypatch)
+    assert train() != losses
 
 
 def torch_twin(tables: Sequence[TableConfig], embeddings: EmbeddingBagCollection) -> dict[str, torch.nn.EmbeddingBag]:
