@@ -229,6 +229,13 @@ def _check_arrays(batch: Jagged) -> None:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or not array.dtype.isnative or array.ndim != 1:
             found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
             raise DataError(f"a batch's {name} must be a 1-D array of integers, are {found}")
+    weights = batch.weights
+    if weights is not None:
+        if not isinstance(weights, np.ndarray) or weights.dtype.kind != "f" or weights.shape != batch.values.shape:
+            found = f"{weights.dtype} of shape {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__
+            raise DataError(
+                f"a batch's per-sample weights must be floats, one for each of its {len(batch.values):,} ids, are {found}"
+            )
     if len(set(batch.keys)) != len(batch.keys):
         raise DataError(f"the batch names a feature twice: {', '.join(batch.keys)}")
 
@@ -237,14 +244,10 @@ def _weights(group: Group, batch: Jagged, starts: Int64Array, lengths: Int64Arra
     """The weights (L,) of the group's lookups, feature-major."""
     if batch.weights is None:
         return None
-    weights = batch.weights
-    if not isinstance(weights, np.ndarray) or weights.dtype.kind != "f" or weights.shape != batch.values.shape:
-        found = f"{weights.dtype} of shape {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__
-        raise DataError(f"a batch's per-sample weights must be floats, one for each of its {len(batch.values):,} ids, are {found}")
     means = [group.tables[table].name for table in group.feature_tables if group.tables[table].pooling == "mean"]
     if means:
         raise DataError(f"the batch has per-sample weights, but table {means[0]!r} pools by mean: use pooling = 'sum' with weights")
-    parts = [weights[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    parts = [batch.weights[start : start + length] for start, length in zip(starts, lengths, strict=True)]
     result = np.concatenate(parts, dtype=np.float32, casting="same_kind")
     if not np.isfinite(result).all():
         lookup = int(np.argmin(np.isfinite(result)))

@@ -16,6 +16,7 @@ from torch import Tensor
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError, DataError, UsageError
+from bagpipe.jagged import share_of
 from bagpipe.types import SGD, Jagged, TableConfig
 
 TABLES = [
@@ -113,14 +114,15 @@ def test_per_sample_weights_that_make_no_sense_are_refused() -> None:
     tables = [TableConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["f", "g"])]
     embeddings = EmbeddingBagCollection(tables, optimizer=SGD(lr=0.5)).eval()
 
-    def read(weights: Any) -> None:
-        embeddings(Jagged(keys=("f", "g"), values=np.array([1, 8, 1, 3]), batch_size=2, weights=weights))
+    def batch(weights: Any) -> Jagged:
+        return Jagged(keys=("f", "g"), values=np.array([1, 8, 1, 3]), batch_size=2, weights=weights)
 
     for weights, found in ((np.ones(3), r"float64 of shape \(3,\)"), (np.ones(4, np.int64), "int64"), ([1.0] * 4, "list")):
-        with pytest.raises(DataError, match=f"must be floats, one for each of its 4 ids, are {found}"):
-            read(weights)
+        for use in (embeddings, lambda whole: share_of(whole, 1, 2)):
+            with pytest.raises(DataError, match=f"must be floats, one for each of its 4 ids, are {found}"):
+                use(batch(weights))
     with pytest.raises(DataError, match="feature 'g': a per-sample weight is inf, must be finite"):
-        read(np.array([1.0, 2.0, np.inf, 1.0]))
+        embeddings(batch(np.array([1.0, 2.0, np.inf, 1.0])))
 
 
 def test_training_keeps_rows_current_for_eval_in_the_middle_of_a_run(embeddings: EmbeddingBagCollection) -> None:
