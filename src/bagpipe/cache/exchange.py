@@ -179,14 +179,14 @@ class _BackgroundStream:
             self._stream.wait_event(self._streams.computed)
             work(*arguments)
             done = self._stream.record_event()
-        return partial(_follow, done)
+        return partial(_follow, done, self._stream.device)
 
     def close(self, *, wait: bool) -> None:
         """Nothing to end: the executor waits for the device."""
 
 
-def _follow(event: torch.cuda.Event) -> None:
-    torch.cuda.current_stream().wait_event(event)
+def _follow(event: torch.cuda.Event, device: torch.device) -> None:
+    torch.cuda.current_stream(device).wait_event(event)
 
 
 def _of(exchange: GroupExchange | None) -> GroupExchange:

@@ -138,6 +138,8 @@ class Executor:
 
     def release_computed(self) -> None:
         """Waits for the device, up to the last tick, and lets go of its plans: the next one may wait for their room."""
+        if self._streams is None and self._exchange is not None:
+            return  # a thread may still read the plan of the step before the last: its gradients are waited for at the tick
         for ended in self._ended:
             if ended.computed is not None:
                 ended.computed.synchronize()
