@@ -229,13 +229,10 @@ def _check_arrays(batch: Jagged) -> None:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or not array.dtype.isnative or array.ndim != 1:
             found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
             raise DataError(f"a batch's {name} must be a 1-D array of integers, are {found}")
-    weights = batch.weights
-    if weights is not None:
-        if not isinstance(weights, np.ndarray) or weights.dtype.kind != "f" or weights.shape != batch.values.shape:
-            found = f"{weights.dtype} of shape {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__
-            raise DataError(
-                f"a batch's per-sample weights must be floats, one for each of its {len(batch.values):,} ids, are {found}"
-            )
+    weights, is_array = batch.weights, isinstance(batch.weights, np.ndarray)
+    if weights is not None and not (is_array and weights.dtype.kind == "f" and weights.shape == batch.values.shape):
+        found = f"{weights.dtype} of shape {weights.shape}" if is_array else type(weights).__name__
+        raise DataError(f"a batch's per-sample weights must be floats, one for each of its {len(batch.values):,} ids, are {found}")
     if len(set(batch.keys)) != len(batch.keys):
         raise DataError(f"the batch names a feature twice: {', '.join(batch.keys)}")
 

@@ -16,9 +16,12 @@ KINDS: dict[str, tuple[type, str]] = {
     "plans": (Executor, "_plan_to_device"),
     "evictions": (RecordMover, "_evict_all"),
     "fills": (RecordMover, "_fill_slots"),
+    "lookups": (DeviceCache, "lookup"),
     "updates": (DeviceCache, "apply"),
+    "sums": (DeviceCache, "sum_by_row"),
     "exchanges": (Exchange, "_exchange"),
 }
+OF_SEVERAL_TRAINERS = ("sums", "exchanges")
 _CYCLES = 1_000_000
 """Half a millisecond or so."""
 

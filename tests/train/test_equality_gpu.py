@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.train import test_equality as equality
-from tests.train.slow_device import KINDS, slow_down
+from tests.train.slow_device import KINDS, OF_SEVERAL_TRAINERS, slow_down
 from tests.train.test_trainers import linear_loss, make_batches, make_tables
 
 import bagpipe
@@ -62,7 +62,7 @@ def test_bit_for_bit_on_one_device_and_close_to_the_cpu(optimizer: Optimizer, tm
         np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "exchanges"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OF_SEVERAL_TRAINERS])
 def test_bit_for_bit_however_slow_the_device_is_at_one_thing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run("cuda", OPTIMIZERS[0], tmp_path, extra_slots=0)
     slow_down(kind, monkeypatch.setattr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,14 @@ from tests.train.ranks import run_ranks
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
+from bagpipe.cache.executor import Executor
 from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.stream import StreamOptions, plan_stream
 from bagpipe.oracle.window import Trainers
 from bagpipe.store import MemoryStore
 from bagpipe.train import capacity
-from bagpipe.types import SGD, Jagged, TableConfig, group_tables
+from bagpipe.types import SGD, Jagged, StepPlan, TableConfig, group_tables
 
 TABLES = [TableConfig(name="t", num_embeddings=50, embedding_dim=2, feature_names=["a"])]
 OPTIMIZER = SGD(lr=0.5)
@@ -99,6 +100,23 @@ def test_plans_that_come_late_on_one_rank_change_nothing(depth: int, seed: int, 
 
     run_ranks(2, run, timeout_s=6.0)
     np.testing.assert_array_equal(records_of(store), train(1, batches, cache=[6], lookahead=2))
+
+
+def test_a_late_plan_releases_none_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's later gradients are sent as its plan says up to the second tick after it; its place is reused then."""
+    released: list[tuple[int, bool]] = []  # (step, whether its gradients are still on their way)
+    submit = Executor.submit
+
+    def watched(self: Executor, plan: StepPlan, release: Callable[[], None] | None = None) -> None:
+        assert self._exchange is not None
+        steps = self._exchange._steps
+        submit(self, plan, lambda: released.append((plan.step, plan.step in steps)))
+
+    monkeypatch.setattr(Executor, "submit", watched)
+    monkeypatch.setattr(BackgroundIterator, "next_if_ready", lambda plans: None)
+    train(2, random_batches(20, 6), cache=[50], replicas=50, lookahead=3)
+    assert len(released) >= 30
+    assert not [step for step, is_read in released if is_read]
 
 
 @pytest.mark.parametrize("seed", range(12))

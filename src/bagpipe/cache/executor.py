@@ -52,7 +52,8 @@ class _Pending:
     on_device: tuple[DeviceGroup, ...] = ()  # by group
     early: IssuedTransfers | None = None
     late: IssuedTransfers | None = None
-    computed: torch.cuda.Event | None = None  # after all that reads its plan, once that is issued
+    is_over: bool = False  # everything that reads its plan is done, or on CUDA issued
+    computed: torch.cuda.Event | None = None  # on CUDA after that
 
 
 class Executor:
@@ -138,8 +139,6 @@ class Executor:
 
     def release_computed(self) -> None:
         """Waits for the device, up to the last tick, and lets go of its plans: the next one may wait for their room."""
-        if self._streams is None and self._exchange is not None:
-            return  # a thread may still read the plan of the step before the last: its gradients are waited for at the tick
         for ended in self._ended:
             if ended.computed is not None:
                 ended.computed.synchronize()
@@ -156,6 +155,7 @@ class Executor:
                         self._mover.fill(transfer)
         self._mover.finish_writes()
         if self._streams is not None:
+            torch.cuda.synchronize(self._device)  # whatever stream is current: what is sent next follows the steps' compute
             self._streams.record_compute()
         if self._exchange is not None:
             self._exchange.finish_all(None if self.current is None else self._pending[0].plan.step)
@@ -260,20 +260,20 @@ class Executor:
             torch.cuda.current_stream(self._device).wait_event(transfer.filled)
 
     def _note_computed(self) -> None:
-        """Lets what is issued from now on follow all compute so far."""
-        if self._streams is not None:
-            computed = self._streams.record_compute()
-            for index in range(len(self._ended) - self._num_kept):
-                self._ended[index].computed = self._ended[index].computed or computed
+        """Lets what is issued from now on follow all compute so far, of which nothing reads the plans any more but the device."""
+        computed = None if self._streams is None else self._streams.record_compute()
+        for index in range(len(self._ended) - self._num_kept):
+            ended = self._ended[index]
+            ended.is_over, ended.computed = True, ended.computed or computed
 
     def _release_ended(self) -> None:
-        """Lets go of the plans of ended steps: on a CPU at once, on CUDA when the device has computed them.
+        """Lets go of the plans of steps that are over: on a CPU at once, on CUDA when the device has computed them.
 
         Until then they are held, since the memory of a plan on the device belongs to another stream than the one that reads it.
         """
-        while len(self._ended) > self._num_kept:
+        while self._ended and self._ended[0].is_over:
             computed = self._ended[0].computed
-            if self._streams is not None and (computed is None or not computed.query()):  # type: ignore[no-untyped-call]
+            if computed is not None and not computed.query():  # type: ignore[no-untyped-call]
                 break
             release = self._ended.popleft().release
             if release is not None:
