@@ -38,15 +38,19 @@ Plan = Planned[dict[str, Any]]
 
 @dataclasses.dataclass
 class Batches:
-    """Multi-hot batches that grow. Counts in `reads`, a file, how many were read; may fail, die or hang behind the last."""
+    """Multi-hot batches that grow. Counts in `reads`, a file, how many were read; may fail, die or hang behind the last, and then
+    makes the file `at_end`."""
 
     num_batches: int
     end: str = ""
     reads: Path | None = None
+    at_end: Path | None = None
 
     def __iter__(self) -> Iterator[Deferred[dict[str, Any]]]:
         for number in range(self.num_batches):
             yield Deferred(lambda number=number: self.read(number))
+        if self.at_end is not None:
+            self.at_end.touch()
         end_as(self.end)
 
     def read(self, number: int) -> dict[str, Any]:
@@ -242,11 +246,16 @@ def test_ranks_may_come_to_the_end_at_different_times() -> None:
         assert drain(second) == NUM_PLACES
 
 
-def test_a_reader_that_hangs_neither_hides_a_death_nor_outlives_it() -> None:
-    with shared(2, Batches(12, "hang")) as (first, second):
+def test_a_reader_that_hangs_neither_hides_a_death_nor_outlives_it(tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+    with shared(2, Batches(12, "hang", at_end=hangs)) as (first, second):
         assert first._process is not None
         items = first.items()
         use(next(items))
+        deadline = time.monotonic() + SOON_S
+        while not hangs.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         hang_up(second)
         with pytest.raises(LostError, match="rank 1's connection"):
             deque(map(use, items))
