@@ -6,7 +6,7 @@ float32 with one rounding an operation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -43,9 +43,19 @@ def lookup_weights(group: Group, batch: Jagged) -> list[np.float32]:
     return found
 
 
+def shard_of(row: int) -> int:
+    """The shard of a cache that has the row."""
+    return ((row // 16) * 0x9E3779B97F4A7C15 % 2**64) >> 61
+
+
+def in_order(rows: Iterable[int]) -> list[int]:
+    """Distinct rows shard by shard, in each in first-use order."""
+    return sorted(dict.fromkeys(rows), key=shard_of)
+
+
 def unique_rows(group: Group, batch: Jagged) -> list[int]:
-    """Distinct rows in first-use order."""
-    return list(dict.fromkeys(row for row, _, _ in lookups(group, batch)))
+    """Distinct rows of a batch."""
+    return in_order(row for row, _, _ in lookups(group, batch))
 
 
 def naive_oracle(

@@ -87,15 +87,3 @@ def threaded(compiled: Callable[P, R], num_threads: int = NUM_THREADS) -> Callab
 def part_bounds(part: int, num_items: int) -> tuple[int, int]:
     """Where one of `NUM_PARTS` parts of a loop begins and ends."""
     return part * num_items // NUM_PARTS, (part + 1) * num_items // NUM_PARTS
-
-
-@jit
-def join_parts(array: npt.NDArray[np.generic], counts: npt.NDArray[np.int64]) -> int:
-    """Moves what each part has put at its beginning in `array`, `counts` items of it, to the front; returns how many there are."""
-    end = 0
-    for part in range(NUM_PARTS):
-        begin, _ = part_bounds(part, len(array))
-        for index in range(begin, begin + counts[part]):
-            array[end] = array[index]
-            end += 1
-    return end

@@ -51,8 +51,8 @@ class Planned:
         return self.trainers.num_replica_slots[0]
 
     def rows(self, index: int, rank: int) -> list[int]:
-        """A rank's distinct rows in one step, in first-use order."""
-        return list(dict.fromkeys(self.lookups[index][rank]))
+        """A rank's distinct rows in one step, as it numbers them."""
+        return reference.in_order(self.lookups[index][rank])
 
 
 def plan_all(

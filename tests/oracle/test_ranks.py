@@ -45,7 +45,7 @@ def test_every_rank_finds_current_rows_and_every_gradient_is_applied_once(
         exchanges = [exchange_of(plan) for plans in planned.plans for plan in plans]
         assert all(len(each.replicas_later.send) == len(each.sync_later.send) == 0 for each in exchanges)
     naive = reference.naive_oracle(
-        [list(dict.fromkeys(row for rows in step for row in rows)) for step in planned.lookups],  # rank by rank
+        [reference.in_order(row for rows in step for row in rows) for step in planned.lookups],  # rank by rank
         num_slots=num_slots * num_trainers,
         lookahead=lookahead,
         prefetch_depth=depth + 1,  # rows of several trainers are settled a step later

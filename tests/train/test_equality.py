@@ -21,6 +21,7 @@ from torch import Tensor
 
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.oracle import shards
 from bagpipe.oracle.cacher import CachePlan
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.store import FileStore, MemoryStore
@@ -152,6 +153,15 @@ def test_any_trace_cache_lookahead_depth_threads_and_restarts(
         prefetch_depth=prefetch_depth,
         dedup_threads=dedup_threads,
     )
+
+
+@pytest.mark.parametrize("extra_slots", [160, 250, 2000])
+@pytest.mark.parametrize("prefetch_depth", [0, 2])
+def test_a_cache_cut_into_shards(extra_slots: int, prefetch_depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As only large caches are."""
+    monkeypatch.setattr(shards, "MIN_SLOTS", 1)
+    options = {"lookahead": 10, "prefetch_depth": prefetch_depth}
+    check_equal(TABLES, RowWiseAdagrad(lr=0.1), skewed_batches(40), extra_slots=extra_slots, restarts=[17], **options)
 
 
 def test_a_late_plan_whose_late_fetch_fills_a_slot_that_its_early_eviction_empties(monkeypatch: pytest.MonkeyPatch) -> None:

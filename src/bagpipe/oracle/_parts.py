@@ -1,4 +1,4 @@
-"""The Cacher's loops over one part of a batch, compiled; `bagpipe.oracle._loops` runs them side by side.
+"""The Cacher's loops over one shard of a batch, compiled; `bagpipe.oracle._loops` runs them for all shards side by side.
 
 Each first gathers what is far away into a small buffer without branching on it, so that many cache misses are under way at a time,
 and then decides.
@@ -20,7 +20,7 @@ _RECENT = 1 << 30
 
 
 @jit
-def find_resident_part(
+def find_resident(
     slots_of_rows: Int32Array,
     rows: Int64Array,
     previous: Int32Array,
@@ -29,6 +29,10 @@ def find_resident_part(
     slots: Int32Array,
     first_index: int,
 ) -> int:
+    """Puts those of rows (n,) that are settled and have a slot into `slots`, and where they stand in their batch into `indices`.
+
+    Returns how many these are. The first of the rows stands at `first_index`.
+    """
     num_settled = 0
     for index in range(len(rows)):
         indices[num_settled] = index
@@ -46,14 +50,14 @@ def find_resident_part(
 
 
 @jit
-def find_unsettled_part(
+def find_unsettled(
     previous: Int32Array,
     oldest_unsettled: int,
     slots_of_uses: Int32Array,
     slots: Int32Array,
     missing: Int32Array,
-    first_index: int,
 ) -> int:
+    """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns how many these are."""
     mask = len(slots_of_uses) - 1
     for index in range(len(previous)):
         is_unsettled = (previous[index] >= 0) & (((previous[index] - oldest_unsettled) & OCCURRENCES) < _RECENT)
@@ -61,13 +65,13 @@ def find_unsettled_part(
         slots[index] = slot if is_unsettled else slots[index]
     num_missing = 0
     for index in range(len(previous)):
-        missing[num_missing] = first_index + index
+        missing[num_missing] = index
         num_missing += slots[index] < 0
     return num_missing
 
 
 @jit
-def sort_out_part(
+def sort_out(
     first_occurrence: int,
     step: int,
     last_seen: int,
@@ -78,6 +82,11 @@ def sort_out_part(
     indices: Int32Array,
     slots: Int32Array,
 ) -> tuple[int, int]:
+    """Sorts out the rows (n,) of a batch that is to settle which no step up to `step` has used again.
+
+    Fills `unknown` with the slots of those without a known next use, the others, (n,) each, with what is known of the next use of
+    the rest. Returns how many there are of both kinds.
+    """
     mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
     num_unknown = num_due = 0
     for occurrence in range(first_occurrence, first_occurrence + len(unknown)):
@@ -94,7 +103,7 @@ def sort_out_part(
 
 
 @jit
-def evict_part(
+def evict(
     slots_of_rows: Int32Array,
     rows_of_slots: Int64Array,
     slots: Int32Array,
@@ -103,6 +112,7 @@ def evict_part(
     early_tick: int,
     late_tick: int,
 ) -> None:
+    """Takes slots (n,) from their rows, which it tells: the first `num_early` at `early_tick`, the others at `late_tick`."""
     for index in range(len(slots)):
         rows[index] = rows_of_slots[np.uint32(slots[index])]
     for index in range(len(slots)):
@@ -111,7 +121,7 @@ def evict_part(
 
 
 @jit
-def take_slots_part(
+def take_slots(
     slots_of_rows: Int32Array,
     rows_of_slots: Int64Array,
     rows: Int64Array,
@@ -121,6 +131,7 @@ def take_slots_part(
     missing_rows: Int64Array,
     evicted_at: Int32Array,
 ) -> None:
+    """Gives the i-th freed slot to the i-th missing row; tells which row that is and when it was evicted, -1 for never."""
     for index in range(len(missing)):
         prefetch(slots_of_rows, rows[missing[min(index + _AHEAD, len(missing) - 1)]], 0)
         row, slot = rows[np.uint32(missing[index])], freed[index]
@@ -129,3 +140,68 @@ def take_slots_part(
         slots_of_rows[np.uint64(row), 0] = slot
         rows_of_slots[np.uint32(slot)] = row
         slots[np.uint32(missing[index])] = slot
+
+
+@jit
+def free_unsettled(
+    unsettled: Int64Array,
+    step: int,
+    next_uses: Int32Array,
+    slots_of_uses: Int32Array,
+    freed: Int32Array,
+) -> int:
+    """Moves the slots of a recent batch's occurrences, between two bounds, to `freed` unless a step up to `step` uses them again.
+
+    Returns how many these are.
+    """
+    mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
+    num_freed = 0
+    for occurrence in range(unsettled[0], unsettled[1]):
+        if num_freed == len(freed):
+            break
+        next_step = next_uses[occurrence & mask, STEP]
+        slot = slots_of_uses[occurrence & slots_mask]
+        if (next_step < 0 or next_step > step) and slot >= 0:
+            freed[num_freed] = slot
+            num_freed += 1
+            slots_of_uses[occurrence & slots_mask] = -1
+    return num_freed
+
+
+@jit
+def early_first(
+    missing_rows: Int64Array,
+    evicted_at: Int32Array,
+    freed: Int32Array,
+    num_settled: int,
+    early_tick: int,
+    fetch_rows: Int64Array,
+    fetch_slots: Int32Array,
+) -> tuple[int, int, int]:
+    """Puts the fetches that may be early before the others: to a settled slot, of a row not evicted later.
+
+    Returns how many are early, the latest eviction among the early rows and among the late ones.
+    """
+    num_early, num_late = 0, 0
+    early_fence, late_fence = -1, -1
+    for index in range(len(freed)):
+        if index < num_settled and evicted_at[index] <= early_tick:
+            place = num_early
+            num_early += 1
+            early_fence = max(early_fence, evicted_at[index])
+        else:
+            num_late += 1
+            place = len(freed) - num_late
+            late_fence = max(late_fence, evicted_at[index])
+        fetch_rows[place] = missing_rows[index]
+        fetch_slots[place] = freed[index]
+    return num_early, early_fence, late_fence
+
+
+@jit
+def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Array) -> None:
+    """Writes the slots of consecutive occurrences into the ring."""
+    begin = first_occurrence & (len(slots_of_uses) - 1)
+    num_first = min(len(slots), len(slots_of_uses) - begin)
+    slots_of_uses[begin : begin + num_first] = slots[:num_first]
+    slots_of_uses[: len(slots) - num_first] = slots[num_first:]

@@ -1,8 +1,7 @@
 """The Cacher's eviction queues, compiled: slots of settled rows in the order in which they may go.
 
-Functions take whole arrays: a call from compiled code costs a reference count of every array that it passes, so one call a slot
-took five times as long. Arrays *in parts* come from parallel loops: part p begins at `part_bounds(p, n)` and holds `counts[p]`
-items.
+Each shard of a cache (see `bagpipe.oracle.shards`) has its own, and functions are given the arrays of one. They take many slots
+at once: a call from compiled code costs a reference count of every array that it passes, so one a slot took five times as long.
 """
 
 from __future__ import annotations
@@ -11,16 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bagpipe._jit import NUM_PARTS, jit, join_parts, parallel_jit, part_bounds, prange
+from bagpipe._jit import jit
 from bagpipe._prefetch import prefetch
 from bagpipe.types import Int32Array, Int64Array
 
 NOT_QUEUED = -1
 _AHEAD = 16
 """Entries ahead for which a slot's place is asked for."""
-_MIN_SHARED = 4096
-"""Entries that are worth a parallel loop."""
-CHUNK = 128
+CHUNK = 64
 SLOT, INDEX = 0, 1
 FIRST, LAST, BEGIN, END = range(4)
 _NO_CHUNK = -1
@@ -33,9 +30,9 @@ class UnknownQueue(NamedTuple):
     slot says otherwise is stale and passed over. Stale entries are dropped when the ring is full.
     """
 
-    slots: Int32Array  # (a power of two, at least 2 * num_slots,) a ring
+    slots: Int32Array  # (a power of two, at least twice the shard's slots,) a ring
     ends: Int64Array  # (2,) where the queue begins and ends; their low bits are places in the ring
-    places: Int32Array  # (num_slots, 1)
+    places: Int32Array  # (num_slots, 1) of all shards
 
 
 class DueQueues(NamedTuple):
@@ -43,7 +40,7 @@ class DueQueues(NamedTuple):
 
     Queues are chains of chunks of `CHUNK` entries, so that filling and emptying them runs through memory in order. An entry leaves
     from the front, when its row is evicted, or with all others when its step comes. A slot stands in one queue at a time, and only
-    a queue's first and last chunk are not full, so `num_slots / CHUNK` chunks and two more for each queue suffice.
+    a queue's first and last chunk are not full, so as many chunks as the shard's slots fill and two more for each queue suffice.
     """
 
     chunks: Int32Array  # (num_chunks, CHUNK, 2) entries: SLOT, INDEX
@@ -51,47 +48,39 @@ class DueQueues(NamedTuple):
     queues: Int32Array  # (num_queues + 1, 4) FIRST and LAST chunk, and where in them it BEGINs and ENDs; last the free chunks
 
 
-class DueChain(NamedTuple):
-    """What a step's queue held."""
-
-    chunks: Int32Array  # (num_chunks, CHUNK, 2) of all queues
-    chain: Int32Array  # (n,) which of them, in order
-    begin: int  # in the first of them
-    end: int  # in the last
-
-
-def make_unknown_queue(num_slots: int) -> UnknownQueue:
-    """An empty queue."""
-    size = 1 << (2 * num_slots - 1).bit_length()
-    return UnknownQueue(np.empty(size, np.int32), np.zeros(2, np.int64), np.full((num_slots, 1), NOT_QUEUED, np.int32))
+def make_unknown_queues(num_shards: int, shard_slots: int, num_slots: int) -> UnknownQueue:
+    """Empty queues of shards with up to `shard_slots`; but for `places` each array has one for each shard."""
+    size = 1 << (2 * shard_slots - 1).bit_length()
+    return UnknownQueue(
+        np.empty((num_shards, size), np.int32),
+        np.zeros((num_shards, 2), np.int64),
+        np.full((num_slots, 1), NOT_QUEUED, np.int32),
+    )
 
 
-def make_due_queues(num_slots: int, num_queues: int) -> DueQueues:
-    """Empty queues."""
-    num_chunks = -(-num_slots // CHUNK) + 2 * num_queues
+def make_due_queues(num_shards: int, shard_slots: int, num_queues: int) -> DueQueues:
+    """Empty queues of shards with up to `shard_slots`; each array has one for each shard."""
+    num_chunks = -(-shard_slots // CHUNK) + 2 * num_queues
     chains = np.arange(1, num_chunks + 1, dtype=np.int32)
     chains[-1] = _NO_CHUNK
-    queues = np.full((num_queues + 1, 4), _NO_CHUNK, np.int32)
-    queues[num_queues, FIRST] = 0
-    return DueQueues(np.empty((num_chunks, CHUNK, 2), np.int32), chains, queues)
+    queues = np.full((num_shards, num_queues + 1, 4), _NO_CHUNK, np.int32)
+    queues[:, num_queues, FIRST] = 0
+    return DueQueues(np.empty((num_shards, num_chunks, CHUNK, 2), np.int32), np.tile(chains, (num_shards, 1)), queues)
 
 
 @jit
-def room_for_unknown(unknown: UnknownQueue, num_more: int) -> None:
-    """Makes room for more entries at the end of the queue."""
-    if unknown.ends[1] - unknown.ends[0] + num_more > len(unknown.slots):
-        _compact(unknown.slots, unknown.ends, unknown.places)
-
-
-@jit
-def push_unknown(queue: Int32Array, places: Int32Array, first: int, slots: Int32Array) -> None:
-    """Makes slots (n,) the entries of an `UnknownQueue`'s arrays from `first` on; who pushes the parts moves the queue's end."""
-    mask = len(queue) - 1
+def push_unknown(unknown: UnknownQueue, slots: Int32Array) -> None:
+    """Puts slots (n,) at the end of the queue."""
+    queue, ends, places = unknown.slots, unknown.ends, unknown.places
+    if ends[1] - ends[0] + len(slots) > len(queue):
+        _compact(queue, ends, places)
+    mask, first = len(queue) - 1, ends[1]
     for index in range(len(slots)):
         prefetch(places, slots[min(index + _AHEAD, len(slots) - 1)], 0)
         place = (first + index) & mask
         queue[place] = slots[index]
         places[np.uint32(slots[index]), 0] = place
+    ends[1] = first + len(slots)
 
 
 @jit
@@ -118,57 +107,27 @@ def forget_unknown(places: Int32Array, slots: Int32Array) -> None:
 @jit
 def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
     """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
-    ends, num_freed = unknown.ends, 0
-    while num_freed < len(freed) and ends[0] < ends[1]:
+    queue, ends, places = unknown.slots, unknown.ends, unknown.places
+    mask, num_freed, entry = len(queue) - 1, 0, ends[0]
+    while num_freed < len(freed) and entry < ends[1]:
         # No more entries than slots are wanted: what of them is current can all go.
-        num_entries = min(len(freed) - num_freed, ends[1] - ends[0])
-        entries = freed[num_freed : num_freed + num_entries]
-        if num_entries < _MIN_SHARED:
-            num_freed += _pop_part(unknown.slots, unknown.places, ends[0], entries)
-        else:
-            num_freed += _pop_entries(unknown, entries)
-        ends[0] += num_entries
-    return num_freed
-
-
-@parallel_jit
-def _pop_entries(unknown: UnknownQueue, freed: Int32Array) -> int:
-    """Moves those of the first entries, as many as `freed` has room for, that are not stale."""
-    counts = np.empty(NUM_PARTS, np.int64)
-    for part in prange(NUM_PARTS):
-        begin, end = part_bounds(part, len(freed))
-        counts[part] = _pop_part(unknown.slots, unknown.places, unknown.ends[0] + begin, freed[begin:end])
-    return join_parts(freed, counts)
-
-
-@jit
-def _pop_part(queue: Int32Array, places: Int32Array, first: int, freed: Int32Array) -> int:
-    mask, num_freed = len(queue) - 1, 0
-    for entry in range(first, first + len(freed)):
-        prefetch(places, queue[min(entry + _AHEAD, first + len(freed) - 1) & mask], 0)
-        slot = queue[entry & mask]
-        is_current = places[np.uint32(slot), 0] == entry & mask
-        if is_current:
-            places[np.uint32(slot), 0] = NOT_QUEUED
-        freed[num_freed] = slot
-        num_freed += is_current
+        last = min(entry + len(freed) - num_freed, ends[1])
+        while entry < last:
+            prefetch(places, queue[min(entry + _AHEAD, last - 1) & mask], 0)
+            slot = queue[entry & mask]
+            is_current = places[np.uint32(slot), 0] == entry & mask
+            if is_current:
+                places[np.uint32(slot), 0] = NOT_QUEUED
+            freed[num_freed] = slot
+            num_freed += is_current
+            entry += 1
+    ends[0] = entry
     return num_freed
 
 
 @jit
-def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array, counts: Int64Array) -> None:
-    """Puts each row (n,), in parts, at the end of the queue of the step (n,) that needs it.
-
-    Step s has queue s modulo their number.
-    """
-    for part in range(NUM_PARTS):
-        begin, _ = part_bounds(part, len(slots))
-        end = begin + counts[part]
-        _push_due_part(due, steps[begin:end], indices[begin:end], slots[begin:end])
-
-
-@jit
-def _push_due_part(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array) -> None:
+def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array) -> None:
+    """Puts each row (n,) at the end of the queue of the step (n,) that needs it. Step s has queue s modulo their number."""
     chunks, chains, queues = due.chunks, due.chains, due.queues
     free = len(queues) - 1
     # One division for all: the steps lie within one turn of the queues.
@@ -218,35 +177,20 @@ def pop_due(due: DueQueues, step: int, freed: Int32Array) -> int:
 
 
 @jit
-def empty_due(due: DueQueues, step: int) -> DueChain:
-    """Empties a step's queue. What it held can be read until something is pushed."""
-    chains, queues = due.chains, due.queues
+def take_due(due: DueQueues, step: int, slots: Int32Array) -> None:
+    """Empties a step's queue: writes each slot to its index in `slots`."""
+    chunks, chains, queues = due.chunks, due.chains, due.queues
     queue, free = step % (len(queues) - 1), len(queues) - 1
     first, last = queues[queue, FIRST], queues[queue, LAST]
-    chain = np.empty(len(chains), np.int32)
-    num_chunks, chunk = 0, first
+    begin, chunk = queues[queue, BEGIN], first
     while chunk != _NO_CHUNK:
-        chain[num_chunks] = chunk
-        num_chunks += 1
-        chunk = chains[chunk]
-    begin, end = queues[queue, BEGIN], queues[queue, END]
-    if num_chunks > 0:
+        entries = chunks[chunk]
+        for entry in range(begin, queues[queue, END] if chunk == last else CHUNK):
+            slots[np.uint32(entries[entry, INDEX])] = entries[entry, SLOT]
+        begin, chunk = 0, chains[chunk]
+    if first != _NO_CHUNK:
         chains[last], queues[free, FIRST] = queues[free, FIRST], first  # the whole chain is free now
         queues[queue, FIRST], queues[queue, BEGIN] = _NO_CHUNK, 0
-    return DueChain(due.chunks, chain[:num_chunks], begin, end)
-
-
-@jit
-def take_due(chunks: Int32Array, chain: Int32Array, bounds: tuple[int, int], part: int, slots: Int32Array) -> None:
-    """Writes the slots of one part of what a queue held, a `DueChain`, to their indices in `slots`."""
-    num_chunks = len(chain)
-    low, high = part_bounds(part, num_chunks)
-    for place in range(low, high):
-        begin = bounds[0] if place == 0 else 0
-        end = bounds[1] if place == num_chunks - 1 else CHUNK
-        entries = chunks[chain[place]]
-        for entry in range(begin, end):
-            slots[np.uint32(entries[entry, INDEX])] = entries[entry, SLOT]
 
 
 @jit

@@ -11,6 +11,8 @@ Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). In th
    became known at once in the order of the batch that made it known),
 3. rows that are not settled and that this step does not need, the longest unused first: the step has to wait for their slots.
 
+In a large cache that is the order within each of its shards (see `bagpipe.oracle.shards`).
+
 Where a planned batch finds a row's slot depends on the row's last use: in a small ring when that is not settled yet, as for most
 rows; in the queue of settled rows that wait for this step; and nowhere when the row must be fetched.
 
@@ -34,9 +36,10 @@ from bagpipe.oracle import _loops, _queues
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import OCCURRENCES, LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import MergedGroup
+from bagpipe.oracle.shards import num_slots_needed, slot_bounds
 from bagpipe.types import BoolArray, Group, GroupPlan, Int32Array, Int64Array, Transfers
 
-_NO_USERS, _NO_USES = np.empty(0, np.uint64), np.empty(0, np.int32)
+_NO_ROWS, _NO_USES, _NO_USERS = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,11 @@ class _Planned:
 
     step: int
     first_occurrence: int
-    num_uniques: int
+    bounds: Int64Array  # (S + 1,) where in it each shard's rows begin
+
+    @property
+    def num_uniques(self) -> int:
+        return int(self.bounds[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +95,6 @@ class CachePlan:
         )
 
 
-_NOTHING = _Planned(step=-1, first_occurrence=0, num_uniques=0)
-
-
 class Cacher:
     """Plans one group's cache step by step. `admit` batches in order, then `plan` them in the same order."""
 
@@ -111,18 +115,22 @@ class Cacher:
         self.group, self.num_slots, self.prefetch_depth, self._num_trainers = group, num_slots, prefetch_depth, num_trainers
         # Of several trainers a row's update may end one step later (see GroupExchange): so long it is not settled.
         self._num_kept_unsettled = prefetch_depth + (num_trainers > 1)
-        self.linker = Linker(group, first_step=first_step)
+        bounds = slot_bounds(num_slots, group.num_rows)
+        num_shards, shard_slots = len(bounds) - 1, int(np.diff(bounds).max())
+        self.linker = Linker(group, num_shards=num_shards, first_step=first_step)
         """Links batches before they are admitted; may run ahead in another thread."""
         self._first_step = self._next_step = self._next_admitted = self._next_taken = first_step
         self._state = _loops.State(
-            np.full((group.num_rows, 1), -1, np.int32),
-            np.full(num_slots, -1, np.int64),
-            _queues.make_unknown_queue(num_slots),
-            _queues.make_due_queues(num_slots, max_lookahead + 2),
+            slots_of_rows=np.full((group.num_rows, 1), -1, np.int32),
+            rows_of_slots=np.full(num_slots, -1, np.int64),
+            slot_bounds=bounds,
+            num_used=np.zeros(num_shards, np.int64),
+            unknown=_queues.make_unknown_queues(num_shards, shard_slots, num_slots),
+            due=_queues.make_due_queues(num_shards, shard_slots, max_lookahead + 2),
         )
+        self._nothing = _Planned(step=-1, first_occurrence=0, bounds=np.zeros(num_shards + 1, np.int64))
         self._slots_of_uses = np.empty(1 << 16, np.int32)  # see _loops
         self._num_unsettled = 0  # occurrences
-        self._num_used_slots = 0
         self._admitted: deque[LinkedGroup] = deque()
         self._unsettled: deque[_Planned] = deque()
         self.evicted_blindly = False
@@ -131,27 +139,29 @@ class Cacher:
     @property
     def num_used_slots(self) -> int:
         """Slots ever filled: the peak of the cache's use."""
-        return self._num_used_slots
+        return int(self._state.num_used.sum())
 
     @property
     def nbytes(self) -> int:
         """Bytes of this object's own arrays and the linker's; the window's batches not included."""
-        arrays = (*self._state[:2], *self._state.unknown, *self._state.due, self._slots_of_uses)
+        arrays = (*self._state[:4], *self._state.unknown, *self._state.due, self._slots_of_uses)
         return self.linker.nbytes + sum(array.nbytes for array in arrays)
 
-    def check_fits(self, batch: DedupedGroup | MergedGroup) -> None:
+    def check_fits(self, linked: LinkedGroup) -> None:
         """Raises CacheTooSmallError when the batch to be admitted next alone needs more slots than there are."""
-        if len(batch.unique_rows) > self.num_slots:
+        if (np.diff(linked.bounds) > np.diff(self._state.slot_bounds)).any():
+            rows, is_cut = linked.batch.unique_rows, len(linked.bounds) > 2
             raise CacheTooSmallError(
                 step=self._next_admitted,
                 group=self.group.name,
-                num_needed=len(batch.unique_rows),
+                num_uniques=len(rows),
+                num_needed=num_slots_needed(rows, self.group.num_rows) if is_cut else len(rows),
                 num_slots=self.num_slots,
             )
 
     def admit(self, linked: LinkedGroup) -> None:
         """Lets the window see one more batch, which must fit; the next plan takes it into account."""
-        self.check_fits(linked.batch)
+        self.check_fits(linked)
         self._admitted.append(linked)
         self._next_admitted += 1
 
@@ -166,71 +176,72 @@ class Cacher:
         oldest = (self._unsettled or self._admitted)[0].first_occurrence
         newest = self._take_new(oldest)
         linked = self._admitted.popleft()
-        batch = linked.batch
         self._next_step += 1
         self._reserve(linked)
-        before = self._unsettled[-1] if self._unsettled else _NOTHING
-        settled = self._unsettled.popleft() if len(self._unsettled) > self._num_kept_unsettled else _NOTHING
-        slots, freed, evict_rows, fetch_rows, fetch_slots, freed_counts, (num_early, early_fence, late_fence) = _loops.plan(
+        before = self._unsettled[-1] if self._unsettled else self._nothing
+        settled = self._unsettled.popleft() if len(self._unsettled) > self._num_kept_unsettled else self._nothing
+        slots, evicted, fetched, counts = _loops.plan(
             self._state,
             newest,
-            batch.unique_rows,
-            linked.previous,
-            linked.first_occurrence,
-            oldest,
-            (step, early_tick, last_seen),
-            (settled.first_occurrence, settled.num_uniques),
-            np.array([(each.first_occurrence, each.num_uniques) for each in self._unsettled], np.int64).reshape(-1, 2),
-            self._num_used_slots,
-            self.linker.next_uses,
-            self._slots_of_uses,
-            batch.users if isinstance(batch, MergedGroup) else _NO_USERS,
+            _as_batch(linked),
+            np.array([each.first_occurrence + each.bounds for each in (settled, *self._unsettled)]),
+            _loops.Ticks(step=step, early=early_tick, last_seen=last_seen, oldest_unsettled=oldest),
+            _loops.Uses(next_uses=self.linker.next_uses, slots_of_uses=self._slots_of_uses),
             self._num_trainers,
         )
-        if settled is not _NOTHING:
+        if settled is not self._nothing:
             self._num_unsettled -= settled.num_uniques
             self.linker.settled = settled.step
-        num_fresh, num_unknown, num_settled = freed_counts
-        self._num_used_slots += num_fresh
-        self.evicted_blindly = num_unknown > num_fresh
-        self._unsettled.append(_Planned(step=step, first_occurrence=linked.first_occurrence, num_uniques=len(slots)))
+        num_evicted_early, num_early = counts[_loops.EVICTED_EARLY], counts[_loops.FETCHED_EARLY]
+        self.evicted_blindly = bool(counts[_loops.EVICTED_BLINDLY])
+        self._unsettled.append(_Planned(step=step, first_occurrence=linked.first_occurrence, bounds=linked.bounds))
         self._num_unsettled += len(slots)
-        evict_slots, num_evicted_early = freed[num_fresh:], num_settled - num_fresh
         return CachePlan(
             linked=linked,
             unique_slots=slots,
             before=(before.first_occurrence, before.num_uniques),
             after=self._admitted[0].previous if self._admitted else _NO_USES,
             early=Transfers(
-                evict_rows=evict_rows[:num_evicted_early],
-                evict_slots=evict_slots[:num_evicted_early],
-                fetch_rows=fetch_rows[:num_early],
-                fetch_slots=fetch_slots[:num_early],
-                fence_tick=early_fence,
+                evict_rows=evicted.rows[:num_evicted_early],
+                evict_slots=evicted.slots[:num_evicted_early],
+                fetch_rows=fetched.rows[:num_early],
+                fetch_slots=fetched.slots[:num_early],
+                fence_tick=int(counts[_loops.EARLY_FENCE]),
             ),
             late=Transfers(
-                evict_rows=evict_rows[num_evicted_early:],
-                evict_slots=evict_slots[num_evicted_early:],
-                fetch_rows=fetch_rows[num_early:],
-                fetch_slots=fetch_slots[num_early:],
-                fence_tick=late_fence,
+                evict_rows=evicted.rows[num_evicted_early:],
+                evict_slots=evicted.slots[num_evicted_early:],
+                fetch_rows=fetched.rows[num_early:],
+                fetch_slots=fetched.slots[num_early:],
+                fence_tick=int(counts[_loops.LATE_FENCE]),
             ),
         )
 
-    def _take_new(self, oldest_unsettled: int) -> tuple[Int64Array, Int32Array, int]:
-        """Rows, previous uses and step of the last batch that is new since the last plan, once those before it are taken in."""
-        newest: tuple[Int64Array, Int32Array, int] = np.empty(0, np.int64), np.empty(0, np.int32), self._next_taken
+    def _take_new(self, oldest_unsettled: int) -> _loops.Batch:
+        """The last batch that is new since the last plan, without rows if none is, once those before it are taken in."""
+        newest: LinkedGroup | None = None
         for linked in islice(self._admitted, self._next_taken - self._next_step, None):
-            if len(newest[0]):
-                _loops.admit(self._state, newest[0], newest[1], oldest_unsettled, newest[2])
-            newest = linked.batch.unique_rows, linked.previous, self._next_taken
+            if newest is not None:
+                _loops.admit(self._state, _as_batch(newest), oldest_unsettled, self._next_taken - 1)
+            newest = linked
             self._next_taken += 1
-        return newest
+        return _loops.Batch(_NO_ROWS, _NO_USES, _NO_USERS, self._nothing.bounds, 0) if newest is None else _as_batch(newest)
 
     def _reserve(self, linked: LinkedGroup) -> None:
         """Makes room for a batch in the ring of unsettled uses."""
         oldest = linked.first_occurrence - self._num_unsettled
         self._slots_of_uses = roomy_ring(self._slots_of_uses, oldest, self._num_unsettled, len(linked.previous))
+
+
+def _as_batch(linked: LinkedGroup) -> _loops.Batch:
+    batch = linked.batch
+    return _loops.Batch(
+        rows=batch.unique_rows,
+        previous=linked.previous,
+        users=batch.users if isinstance(batch, MergedGroup) else _NO_USERS,
+        bounds=linked.bounds,
+        first_occurrence=linked.first_occurrence,
+    )
 
 
 @jit

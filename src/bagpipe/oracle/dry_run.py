@@ -41,6 +41,7 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.pipeline import ordered_map
 from bagpipe.oracle.report import OracleReport
+from bagpipe.oracle.shards import MIN_SLOTS, num_slots_needed
 from bagpipe.oracle.sizes import slots_of
 from bagpipe.oracle.traffic import Traffic
 from bagpipe.oracle.window import DedupedBatch, Oracle, Trainers
@@ -81,7 +82,7 @@ class Trace:
     @property
     def smallest_cache(self) -> int:
         """The fewest rows over all groups, of each trainer, with which no batch alone needs more slots than its group gets."""
-        needs = np.array([[len(group.unique_rows) for group in batch.groups] for batch in self.batches]).max(axis=0)
+        needs = np.max([list(map(_num_slots_needed, self.groups, batch.groups)) for batch in self.batches], axis=0)
         sizes = range(len(self.groups), sum(group.num_rows for group in self.groups))
         fits = bisect_left(sizes, True, key=lambda rows: bool((self.num_trainers * np.array(self.slots(rows)) >= needs).all()))
         return len(self.groups) + fits
@@ -286,6 +287,12 @@ def _told(items: Iterable[Item], stage: str, total: int, progress: Progress | No
         yield item
         if progress is not None:
             progress(stage, done, total)
+
+
+def _num_slots_needed(group: Group, batch: DedupedGroup | MergedGroup) -> int:
+    """In one shard, or in several where that is too large a cache for one."""
+    num_needed = len(batch.unique_rows)
+    return num_needed if num_needed < MIN_SLOTS else num_slots_needed(batch.unique_rows, group.num_rows)
 
 
 def _num_uniques(batch: DedupedBatch[None]) -> int:

@@ -23,6 +23,7 @@ from bagpipe._jit import NUM_PARTS, NUM_STAGE_THREADS, jit, parallel_jit, part_b
 from bagpipe._prefetch import prefetch
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import MergedGroup
+from bagpipe.oracle.shards import shard_bounds
 from bagpipe.types import Group, Int32Array, Int64Array
 
 OCCURRENCES = (1 << 31) - 1
@@ -40,6 +41,7 @@ class LinkedGroup:
 
     batch: DedupedGroup | MergedGroup
     first_occurrence: int
+    bounds: Int64Array  # (num_shards + 1,) where in its rows each shard of the cache begins
     previous: Int32Array  # (U,) each row's previous occurrence, -1 for none; one settled long ago may be told or not
 
 
@@ -54,13 +56,14 @@ class _Kept:
 class Linker:
     """Links one group's batches in order. Used by one thread; `settled` may be set by another."""
 
-    def __init__(self, group: Group, *, first_step: int = 0) -> None:
-        """`first_step` is the number of the first batch."""
+    def __init__(self, group: Group, *, num_shards: int = 1, first_step: int = 0) -> None:
+        """For a cache of so many shards; `first_step` is the number of the first batch."""
         self.next_uses = np.empty((1 << 16, 2), np.int32)
         """By occurrence the `STEP` (-1: none known) and the `INDEX` of the row's next use; replaced when it must grow."""
         self.settled = first_step - 1
         """The last step whose occurrences nobody reads any more."""
         self._last_uses = np.full((group.num_rows, 1), -1, np.int32)
+        self._num_shards = num_shards
         self._next_step, self._next_occurrence = first_step, 0
         self._kept: deque[_Kept] = deque()
         self._num_kept = 0  # occurrences
@@ -78,12 +81,12 @@ class Linker:
             self._num_kept -= self._kept.popleft().num_uniques
         self.next_uses = roomy_ring(self.next_uses, first - self._num_kept, self._num_kept, len(rows))
         self._sweep(len(rows))
-        previous = _link(rows, step, first, self._num_kept, self._last_uses, self.next_uses)
+        previous, bounds = _link(rows, step, first, self._num_kept, self._last_uses, self.next_uses, self._num_shards)
         self._kept.append(_Kept(step=step, num_uniques=len(rows)))
         self._num_kept += len(rows)
         self._next_occurrence = (first + len(rows)) & OCCURRENCES
         self._next_step += 1
-        return LinkedGroup(batch=batch, first_occurrence=first, previous=previous)
+        return LinkedGroup(batch=batch, first_occurrence=first, bounds=bounds, previous=previous)
 
     def _sweep(self, num_uniques: int) -> None:
         """Forgets old occurrences of as many rows as keep the sweep's pace."""
@@ -109,14 +112,20 @@ def roomy_ring(ring: Int32Array, first_occurrence: int, num_kept: int, num_more:
 @partial(threaded, num_threads=NUM_STAGE_THREADS)
 @parallel_jit
 def _link(
-    rows: Int64Array, step: int, first_occurrence: int, num_kept: int, last_uses: Int32Array, next_uses: Int32Array
-) -> Int32Array:
-    """Gathers first and decides then: with a branch in the gathering loop each wrong guess waits for memory, thrice as long."""
+    rows: Int64Array,
+    step: int,
+    first_occurrence: int,
+    num_kept: int,
+    last_uses: Int32Array,
+    next_uses: Int32Array,
+    num_shards: int,
+) -> tuple[Int32Array, Int64Array]:
+    """Returns `previous` and `bounds` of a `LinkedGroup`."""
     previous = np.empty(len(rows), np.int32)
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
         _link_part(rows[begin:end], step, first_occurrence, begin, num_kept, last_uses, next_uses, previous[begin:end])
-    return previous
+    return previous, shard_bounds(rows, num_shards)
 
 
 @jit
@@ -130,6 +139,7 @@ def _link_part(
     next_uses: Int32Array,
     previous: Int32Array,
 ) -> None:
+    """Gathers first and decides then: with a branch in the gathering loop each wrong guess waits for memory, thrice as long."""
     mask = len(next_uses) - 1
     first = first_occurrence + first_index
     for index in range(len(rows)):

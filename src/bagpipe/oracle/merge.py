@@ -9,6 +9,7 @@ import numpy as np
 
 from bagpipe._jit import jit
 from bagpipe.oracle.dedup import DedupedGroup, number_rows
+from bagpipe.oracle.shards import order_by_shard
 from bagpipe.types import Group, Int32Array, Int64Array, UInt64Array
 
 MAX_TRAINERS = 64
@@ -19,7 +20,7 @@ MAX_TRAINERS = 64
 class MergedGroup:
     """What a global batch asks of one group: the distinct rows of all its shares, one share a trainer."""
 
-    unique_rows: Int64Array  # (U,) in first-use order, rank by rank
+    unique_rows: Int64Array  # (U,) shard by shard, in each in first-use order, rank by rank
     users: UInt64Array  # (U,) bit r: rank r uses the row
     shares: tuple[DedupedGroup, ...]  # by rank
     places: tuple[Int32Array, ...]  # by rank, (U_r,): where in unique_rows each of the share's distinct rows is
@@ -50,11 +51,14 @@ def _merge(rows: Int64Array, ends: Int64Array, num_rows: int, places: Int32Array
         rows, zero, np.array([len(rows)]), zero, np.array([0, num_rows]), places, unique_rows, counts
     )
     assert bad_feature < 0
+    ordered_rows, _, ordered_places = order_by_shard(unique_rows[:num_uniques], counts[:num_uniques])
     users = np.zeros(num_uniques, np.uint64)
     begin = 0
     for rank in range(len(ends)):
         end, bit = ends[rank], np.uint64(1) << np.uint64(rank)
         for index in range(begin, end):
-            users[np.uint32(places[index])] |= bit
+            place = ordered_places[np.uint32(places[index])]
+            places[index] = place
+            users[np.uint32(place)] |= bit
         begin = end
-    return unique_rows[:num_uniques].copy(), users
+    return ordered_rows, users

@@ -228,7 +228,7 @@ class Oracle:
     def _admit(self, linked: LinkedBatch[Payload]) -> None:
         """Lets all groups see the batch, or none."""
         for cacher, group in zip(self._cachers, linked.groups, strict=True):
-            cacher.check_fits(group.batch)
+            cacher.check_fits(group)
         for cacher, group in zip(self._cachers, linked.groups, strict=True):
             cacher.admit(group)
 
