@@ -16,8 +16,6 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import numba
-import numpy as np
-import numpy.typing as npt
 from numba.core.cpu_options import ParallelOptions
 
 P = ParamSpec("P")
