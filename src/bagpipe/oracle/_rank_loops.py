@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bagpipe._jit import jit
-from bagpipe.types import BoolArray, Int32Array, Int64Array, UInt64Array
+from bagpipe.types import BoolArray, Int32Array, Int64Array, UInt8Array, UInt64Array
 
 
 class Exchanges(NamedTuple):
@@ -32,6 +32,11 @@ class Exchanges(NamedTuple):
     contributions: Int32Array  # (R,) by owner and now, those of a row in the order of ranks
 
 
+_OWNER, _COMES_NOW, _GOES_NOW = np.uint32(63), np.uint32(6), np.uint32(7)
+"""A row's code: its owner in the bits of a mask, and in two more bits whether its replicas and its gradients travel now."""
+_NUM_CODES = 256
+
+
 @jit
 def plan_exchanges(
     joint_slots: Int32Array,
@@ -47,62 +52,49 @@ def plan_exchanges(
     `comes_now` and `goes_now` (U,) say whether a row's replicas and its gradients travel on the critical path.
     """
     num_trainers = len(ends)
-    slots, owners = np.empty(len(joint_slots), np.int32), np.empty(len(joint_slots), np.int32)
-    is_applied_now, num_users = np.empty(len(joint_slots), np.bool_), np.empty(len(joint_slots), np.int32)
-    row_counts, contribution_counts = np.zeros((num_trainers, 2), np.int64), np.zeros((num_trainers, 2), np.int64)
-    for row in range(len(joint_slots)):
-        slots[row] = np.uint32(joint_slots[row]) // np.uint32(num_trainers)
-        owner = owners[row] = joint_slots[row] - slots[row] * num_trainers
-        # A row that its owner alone uses waits for nobody.
-        is_applied_now[row] = goes_now[row] | (users[row] == np.uint64(1) << np.uint64(owner))
-        num_users[row] = _count_bits(users[row])
-        row_counts[owner, int(is_applied_now[row])] += 1
-        contribution_counts[owner, int(is_applied_now[row])] += num_users[row]
-
-    rows, offsets, nexts = _lay_out_rows(slots, owners, is_applied_now, num_users, row_counts, contribution_counts)
-    replica_counts = _count_travellers(owners, comes_now, places, ends)
-    grad_counts = _count_travellers(owners, goes_now, places, ends)
+    slots, codes, kinds, num_users = _describe_rows(joint_slots, users, comes_now, goes_now, num_trainers)
+    row_counts, contribution_counts = _count_rows(kinds, num_users, num_trainers)
+    rows, offsets, nexts = _lay_out_rows(slots, kinds, num_users, row_counts, contribution_counts)
+    replica_counts, grad_counts = _count_travellers(codes, places, ends)
     next_replicas, next_grads = _firsts(replica_counts), _firsts(grad_counts)
-    first_replicas = next_replicas[:, 0, 0].copy()
     next_sent = _firsts(replica_counts.transpose(2, 1, 0).copy())  # by owner, now and rank
+    num_replicas, num_grads = replica_counts.sum(), grad_counts.sum()
     unique_slots, contributions = np.empty(len(places), np.int32), np.empty(len(places), np.int32)
-    replicas, grads = np.empty(replica_counts.sum(), np.int32), np.empty(grad_counts.sum(), np.int32)
-    # Behind an owner's own sums lie those that it receives, by rank.
-    received = np.empty((num_trainers, 2), np.int64)
-    for owner in range(num_trainers):
-        received[owner] = ends[owner] - (ends[owner - 1] if owner > 0 else 0)
+    replicas, grads = np.empty(num_replicas + 1, np.int32), np.empty(num_grads + 1, np.int32)  # the last: what does not travel
+    received = np.empty((2, num_trainers), np.int64)  # behind an owner's own sums lie those that it receives, by rank
+    received[0] = received[1] = np.diff(np.append(0, ends))
+    next_received = received.ravel()
     begin = 0
     for rank in range(num_trainers):
+        # All by now and owner, flat.
+        to_replica = next_replicas[rank].ravel() + (first_replica - next_replicas[rank, 0, 0])
+        to_sent, to_grad = next_sent[:, :, rank].T.copy().ravel(), next_grads[rank].ravel()
         for place in range(begin, ends[rank]):
-            row = places[place]
-            owner = owners[row]
-            if owner == rank:
-                unique_slots[place] = slots[row]
-                contribution = place - begin
-            else:
-                now = int(comes_now[row])
-                unique_slots[place] = first_replica + next_replicas[rank, now, owner] - first_replicas[rank]
-                next_replicas[rank, now, owner] += 1
-                replicas[next_sent[owner, now, rank]] = slots[row]
-                next_sent[owner, now, rank] += 1
-                now = int(goes_now[row])
-                grads[next_grads[rank, now, owner]] = place - begin
-                next_grads[rank, now, owner] += 1
-                contribution = received[owner, now]
-                received[owner, now] += 1
-            contributions[nexts[row]] = contribution
+            # Without branches, which could not be foreseen.
+            row = np.uint32(places[place])
+            owner = codes[row] & _OWNER
+            comes = owner + (np.uint32(codes[row]) >> _COMES_NOW & np.uint32(1)) * np.uint32(num_trainers)
+            goes = owner + (np.uint32(codes[row]) >> _GOES_NOW) * np.uint32(num_trainers)
+            travels = np.int64(owner != rank)
+            replica, sent, grad, contribution = to_replica[comes], to_sent[comes], to_grad[goes], next_received[goes]
+            unique_slots[place] = replica if travels else slots[row]
+            replicas[np.uint64(sent if travels else num_replicas)] = slots[row]
+            grads[np.uint64(grad if travels else num_grads)] = place - begin
+            to_replica[comes], to_sent[comes] = replica + travels, sent + travels
+            to_grad[goes], next_received[goes] = grad + travels, contribution + travels
+            contributions[np.uint32(nexts[row])] = contribution if travels else place - begin
             nexts[row] += 1
         begin = ends[rank]
     return Exchanges(
         unique_slots,
         replica_counts,
-        replicas,
+        replicas[:num_replicas],
         grad_counts,
-        grads,
-        row_counts,
+        grads[:num_grads],
+        row_counts.reshape(num_trainers, 2),
         rows,
         offsets,
-        contribution_counts,
+        contribution_counts.reshape(num_trainers, 2),
         contributions,
     )
 
@@ -123,12 +115,12 @@ def sort_by_rank(rows: Int64Array, joint_slots: Int32Array, num_trainers: int) -
 
 
 @jit
-def _count_bits(bits: np.uint64) -> int:
-    count = 0
-    while bits != np.uint64(0):
-        bits = bits & (bits - np.uint64(1))  # clears the lowest
-        count += 1
-    return count
+def _count_bits(bits: np.uint64) -> np.uint64:
+    """How many are set, by sums of ever wider fields (Knuth, The Art of Computer Programming, 7.1.3)."""
+    bits -= bits >> np.uint64(1) & np.uint64(0x5555555555555555)
+    bits = (bits & np.uint64(0x3333333333333333)) + (bits >> np.uint64(2) & np.uint64(0x3333333333333333))
+    bits = bits + (bits >> np.uint64(4)) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return bits * np.uint64(0x0101010101010101) >> np.uint64(56)
 
 
 @jit
@@ -139,42 +131,70 @@ def _firsts(counts: Int64Array) -> Int64Array:
 
 
 @jit
+def _describe_rows(
+    joint_slots: Int32Array, users: UInt64Array, comes_now: BoolArray, goes_now: BoolArray, num_trainers: int
+) -> tuple[Int32Array, UInt8Array, UInt8Array, UInt8Array]:
+    """Of each row (U,) the own slot, the code, the kind, which is twice its owner and whether it is updated now, and the users."""
+    slots, codes = np.empty(len(joint_slots), np.int32), np.empty(len(joint_slots), np.uint8)
+    kinds, num_users = np.empty(len(joint_slots), np.uint8), np.empty(len(joint_slots), np.uint8)
+    for row in range(len(joint_slots)):
+        slots[row] = np.uint32(joint_slots[row]) // np.uint32(num_trainers)
+        owner = np.uint32(joint_slots[row] - slots[row] * num_trainers)
+        codes[row] = owner | np.uint32(comes_now[row]) << _COMES_NOW | np.uint32(goes_now[row]) << _GOES_NOW
+        # A row that its owner alone uses waits for nobody.
+        is_updated_now = goes_now[row] | (users[row] == np.uint64(1) << np.uint64(owner))
+        kinds[row] = 2 * owner + np.uint32(is_updated_now)
+        num_users[row] = _count_bits(users[row])
+    return slots, codes, kinds, num_users
+
+
+@jit
+def _count_rows(kinds: UInt8Array, num_users: UInt8Array, num_trainers: int) -> tuple[Int64Array, Int64Array]:
+    """How many rows there are of each kind, and how many contributions to them: (2 * N,)."""
+    row_counts, contribution_counts = np.zeros(2 * num_trainers, np.int64), np.zeros(2 * num_trainers, np.int64)
+    for row in range(len(kinds)):
+        row_counts[kinds[row]] += 1
+        contribution_counts[kinds[row]] += num_users[row]
+    return row_counts, contribution_counts
+
+
+@jit
 def _lay_out_rows(
-    slots: Int32Array,
-    owners: Int32Array,
-    is_applied_now: BoolArray,
-    num_users: Int32Array,
-    row_counts: Int64Array,
-    contribution_counts: Int64Array,
+    slots: Int32Array, kinds: UInt8Array, num_users: UInt8Array, row_counts: Int64Array, contribution_counts: Int64Array
 ) -> tuple[Int32Array, Int32Array, Int32Array]:
     """`rows` and `offsets` of `Exchanges`, and where among all contributions those of each row (U,) begin."""
-    rows, offsets = np.empty(len(slots), np.int32), np.empty(len(slots) + row_counts.size, np.int32)
+    rows, offsets = np.empty(len(slots), np.int32), np.empty(len(slots) + len(row_counts), np.int32)
     begins = np.empty(len(slots), np.int32)
     next_rows, first_contributions = _firsts(row_counts), _firsts(contribution_counts)
     nexts = np.zeros_like(contribution_counts)
     for row in range(len(slots)):
-        owner, now = owners[row], int(is_applied_now[row])
-        place = next_rows[owner, now]
-        next_rows[owner, now] += 1
+        kind = kinds[row]
+        place = np.uint64(next_rows[kind])
+        next_rows[kind] += 1
         rows[place] = slots[row]
-        offsets[place + 2 * owner + now] = nexts[owner, now]  # one more for each owner and moment before
-        begins[row] = first_contributions[owner, now] + nexts[owner, now]
-        nexts[owner, now] += num_users[row]
-    for owner in range(len(row_counts)):
-        for now in range(2):
-            offsets[next_rows[owner, now] + 2 * owner + now] = nexts[owner, now]
+        offsets[place + kind] = nexts[kind]  # one more for each kind before
+        begins[row] = first_contributions[kind] + nexts[kind]
+        nexts[kind] += num_users[row]
+    for kind in range(len(row_counts)):
+        offsets[next_rows[kind] + kind] = nexts[kind]
     return rows, offsets, begins
 
 
 @jit
-def _count_travellers(owners: Int32Array, travels_now: BoolArray, places: Int32Array, ends: Int64Array) -> Int64Array:
-    """How many rows of each rank others own, by rank, now and owner: (N, 2, N)."""
-    counts = np.zeros((len(ends), 2, len(ends)), np.int64)
+def _count_travellers(codes: UInt8Array, places: Int32Array, ends: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """How many rows of each rank others own, by rank, now and owner: (N, 2, N), for replicas and for gradients."""
+    num_trainers = len(ends)
+    replica_counts = np.zeros((num_trainers, 2, num_trainers), np.int64)
+    grad_counts = np.zeros((num_trainers, 2, num_trainers), np.int64)
     begin = 0
-    for rank in range(len(ends)):
+    for rank in range(num_trainers):
+        counts = np.zeros(_NUM_CODES, np.int64)
         for place in range(begin, ends[rank]):
-            row = places[place]
-            counts[rank, int(travels_now[row]), owners[row]] += 1
-        counts[rank, :, rank] = 0
+            counts[codes[np.uint32(places[place])]] += 1
+        for code in range(_NUM_CODES):
+            owner = code & _OWNER
+            if owner < num_trainers and owner != rank:
+                replica_counts[rank, code >> _COMES_NOW & 1, owner] += counts[code]
+                grad_counts[rank, code >> _GOES_NOW, owner] += counts[code]
         begin = ends[rank]
-    return counts
+    return replica_counts, grad_counts

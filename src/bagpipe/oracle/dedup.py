@@ -129,8 +129,9 @@ def _dedup(
     max_uniques = np.minimum(table_lookups, np.diff(row_offsets)).sum()
     unique_rows = np.empty(max_uniques, np.int64)
     counts = np.empty(max_uniques, np.int32)
+    first_rows, sizes = row_offsets[:-1], np.diff(row_offsets)
     num_uniques, bad_feature, bad_lookup = number_rows(
-        values, feature_starts, feature_lengths, feature_tables, row_offsets, inverse, unique_rows, counts
+        values, feature_starts, feature_lengths, feature_tables, first_rows, sizes, inverse, unique_rows, counts
     )
     # A copy: the rest of the buffer must not live as long as the batch does.
     ordered_rows, ordered_counts, places = order_by_shard(unique_rows[:num_uniques], counts[:num_uniques])
@@ -147,12 +148,14 @@ def number_rows(
     feature_starts: Int64Array,
     feature_lengths: Int64Array,
     feature_tables: Int64Array,
-    row_offsets: Int64Array,
+    first_rows: Int64Array,
+    sizes: Int64Array,
     inverse: Int32Array,
     unique_rows: Int64Array,
     counts: Int32Array,
 ) -> tuple[int, int, int]:
-    """Numbers the distinct rows in first-use order; fills `inverse`, `unique_rows` and `counts`.
+    """Numbers the distinct rows in first-use order; fills `inverse`, `unique_rows` and `counts`. Features of one table follow
+    each other; row and number of ids of each are in `first_rows` and `sizes`.
 
     Returns (number of distinct rows, feature and lookup of the first id outside its table or -1, -1).
     Open addressing with linear probing over at most half-full power-of-two tables, multiplicative hashing (Knuth 6.4).
@@ -163,8 +166,7 @@ def number_rows(
     feature = 0
     while feature < num_features:
         table = feature_tables[feature]
-        first_row = row_offsets[table]
-        num_embeddings = row_offsets[table + 1] - first_row
+        first_row, num_embeddings = first_rows[table], sizes[table]
         last = feature
         num_lookups = 0
         while last < num_features and feature_tables[last] == table:

@@ -9,7 +9,7 @@ import numpy as np
 
 from bagpipe._jit import jit
 from bagpipe.oracle.dedup import DedupedGroup, number_rows
-from bagpipe.oracle.shards import order_by_shard
+from bagpipe.oracle.shards import NUM_SHARDS, shard_bounds
 from bagpipe.types import Group, Int32Array, Int64Array, UInt64Array
 
 MAX_TRAINERS = 64
@@ -43,22 +43,36 @@ def merge(group: Group, shares: Sequence[DedupedGroup]) -> MergedGroup:
 
 @jit
 def _merge(rows: Int64Array, ends: Int64Array, num_rows: int, places: Int32Array) -> tuple[Int64Array, UInt64Array]:
-    """Numbers the distinct rows as those of one feature of one table, in which a row's id is its number; fills `places`."""
+    """Fills `places`; numbers the rows of a shard as ids of one table, so that its hash table stays in the CPU's cache."""
+    num_trainers = len(ends)
+    begins, lengths = np.empty((NUM_SHARDS, num_trainers), np.int64), np.empty((NUM_SHARDS, num_trainers), np.int64)
+    begin = 0
+    for rank in range(num_trainers):
+        bounds = begin + shard_bounds(rows[begin : ends[rank]], NUM_SHARDS)
+        begins[:, rank], lengths[:, rank] = bounds[:-1], np.diff(bounds)
+        begin = ends[rank]
     unique_rows = np.empty(min(len(rows), num_rows), np.int64)
-    counts = np.empty(len(unique_rows), np.int32)
-    zero = np.zeros(1, np.int64)
+    counts, numbers = np.empty(len(unique_rows), np.int32), np.empty(len(rows), np.int32)
     num_uniques, bad_feature, _ = number_rows(
-        rows, zero, np.array([len(rows)]), zero, np.array([0, num_rows]), places, unique_rows, counts
+        rows,
+        begins.ravel(),
+        lengths.ravel(),
+        np.repeat(np.arange(NUM_SHARDS), num_trainers),
+        np.zeros(NUM_SHARDS, np.int64),
+        np.full(NUM_SHARDS, num_rows),
+        numbers,
+        unique_rows,
+        counts,
     )
     assert bad_feature < 0
-    ordered_rows, _, ordered_places = order_by_shard(unique_rows[:num_uniques], counts[:num_uniques])
     users = np.zeros(num_uniques, np.uint64)
-    begin = 0
-    for rank in range(len(ends)):
-        end, bit = ends[rank], np.uint64(1) << np.uint64(rank)
-        for index in range(begin, end):
-            place = ordered_places[np.uint32(places[index])]
-            places[index] = place
-            users[np.uint32(place)] |= bit
-        begin = end
-    return ordered_rows, users
+    first = 0
+    for shard in range(NUM_SHARDS):
+        for rank in range(num_trainers):
+            begin, length, bit = begins[shard, rank], lengths[shard, rank], np.uint64(1) << np.uint64(rank)
+            for index in range(length):
+                number = numbers[first + index]
+                places[begin + index] = number
+                users[np.uint32(number)] |= bit
+            first += length
+    return unique_rows[:num_uniques].copy(), users

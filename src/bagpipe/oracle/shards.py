@@ -42,10 +42,11 @@ def order_by_shard(rows: Int64Array, counts: Int32Array) -> tuple[Int64Array, In
     places = np.empty(len(rows), np.int32)
     for index in range(len(rows)):
         shard = _shard_of(rows[index])
-        place = nexts[shard]
-        nexts[shard] = place + 1
+        places[index] = nexts[shard]
+        nexts[shard] += 1
+    for index in range(len(rows)):
+        place = np.uint32(places[index])
         ordered[place], ordered_counts[place] = rows[index], counts[index]
-        places[index] = place
     return ordered, ordered_counts, places
 
 
