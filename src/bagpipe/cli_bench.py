@@ -52,6 +52,9 @@ def bench(
     num_trainers: Annotated[int | None, typer.Option("--trainers", help="trainers: how many; 2 by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="gpu, trainers: steps measured in a turn.")] = None,
     device: Annotated[str, typer.Option(help="trainers: cpu, or cuda with a device each.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="gpu, trainers: threads that read and de-duplicate; by default as in training.")
+    ] = None,
     scaling: Annotated[
         bool | None, typer.Option("--scaling/--no-scaling", help="trainers: one trainer alone, too; on cuda by default.")
     ] = None,
@@ -69,6 +72,7 @@ def bench(
         "cache_share": cache,
         "rounds": rounds,
         "steps": steps,
+        "dedup_threads": threads,
     }
     of_trainers = {
         "num_trainers": num_trainers,

@@ -45,21 +45,20 @@ _QUICK_CURVE: dict[str, Any] = {
 def oracle_sizes(options: Mapping[str, Any], *, quick: bool) -> OracleBench:
     """Sizes of `bench oracle`; of several batch sizes the first."""
     names = {"batch_sizes": "batch_size", "rounds": "num_measured"}
-    return OracleBench(**(_QUICK_ORACLE if quick else {}) | _renamed(options, names, leave=("arms", "steps")))
+    return OracleBench(**(_QUICK_ORACLE if quick else {}) | _renamed(options, names, leave=("arms", "steps", "dedup_threads")))
 
 
 def step_sizes(options: Mapping[str, Any], *, quick: bool) -> StepBench:
     """Sizes of `bench step`; of several lookaheads the first."""
     names = {"lookaheads": "lookahead", "rounds": "num_rounds"}
-    return StepBench(**(_QUICK_STEP if quick else {}) | _renamed(options, names, leave=("steps",)))
+    return StepBench(**(_QUICK_STEP if quick else {}) | _renamed(options, names, leave=("steps", "dedup_threads")))
 
 
 def curve_sizes(options: Mapping[str, Any], *, quick: bool) -> CurveBench:
     """Sizes of `bench curve`; of several batch sizes the first."""
     names = {"batch_sizes": "batch_size"}
-    return CurveBench(
-        **(_QUICK_CURVE if quick else {}) | _renamed(options, names, leave=("arms", "rounds", "cache_share", "steps"))
-    )
+    leave = ("arms", "rounds", "cache_share", "steps", "dedup_threads")
+    return CurveBench(**(_QUICK_CURVE if quick else {}) | _renamed(options, names, leave=leave))
 
 
 def gpu_sizes(workload: str, options: Mapping[str, Any], *, quick: bool) -> Workload:

@@ -45,7 +45,7 @@ class StreamOptions:
     lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES
     prefetch_depth: int = 2
     first_step: int = 0
-    dedup_threads: int | None = None  # None: a quarter of the cores
+    dedup_threads: int | None = None  # None: see `num_dedup_threads`
     check: bool = False
     trainers: Trainers = SINGLE_TRAINER
     """Of several, batches are those of all of them together, and plans and what is handed out the shares of `ranks`."""
@@ -53,6 +53,14 @@ class StreamOptions:
     def __post_init__(self) -> None:
         check_window(self.groups, num_slots=self.num_slots, lookahead=self.lookahead, prefetch_depth=self.prefetch_depth)
         self.trainers.check(self.groups)
+
+    @property
+    def num_dedup_threads(self) -> int:
+        """By default a quarter of the cores; with several trainers, whose batches are merged and plans parted there, three eighths.
+
+        No more than keep up: on shared memory they slow the sequential stages, which set the pace.
+        """
+        return self.dedup_threads or max(1, (2 + (self.trainers.num_trainers > 1)) * (os.cpu_count() or 1) // 8)
 
     def make_oracle(self) -> Oracle:
         """The oracle that these options describe; where plans are checked it makes those of all ranks."""
@@ -133,8 +141,7 @@ def plan_ranks_stream(
 ) -> Generator[tuple[Planned[BatchT], ...]]:
     """`plan_stream` for all of `ranks`: yields for each batch what each of them gets."""
     oracle = options.make_oracle()
-    # No more threads than keep up: on shared memory they slow the sequential stages, which set the pace.
-    num_threads = options.dedup_threads or max(1, (os.cpu_count() or 1) // 4)
+    num_threads = options.num_dedup_threads
     with Workers("bagpipe-dedup", num_threads) as workers:
         numbered = enumerate(batches, options.first_step)
         deduped = ordered_map(partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads)

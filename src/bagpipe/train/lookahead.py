@@ -68,7 +68,8 @@ def lookahead(
     dimension, or "auto" (half of the free memory).
     `lookahead="auto"` grows the window while more of it saves fetches and it fits `lookahead_memory`.
     `prefetch_depth` is how many steps before its use a row may be fetched.
-    `dedup_threads` defaults to a quarter of the cores. `check` replays every plan against the invariants before it is used.
+    `dedup_threads` defaults to a quarter of the cores, with several trainers to three eighths.
+    `check` replays every plan against the invariants before it is used.
     `sparse` finds a batch's jagged ids; by default the batch itself or its `sparse` or `sparse_features` attribute or key.
     `oracle` says where batches are read and planned: in threads of this process, or in a process of its own (Linux), which keeps
     steps of a few milliseconds free of it. `batches` and `sparse` must be picklable then, and as with a DataLoader's workers a
