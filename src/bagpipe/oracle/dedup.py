@@ -23,12 +23,12 @@ from bagpipe._prefetch import prefetch
 from bagpipe.errors import DataError
 from bagpipe.jagged import group_lookups, id_outside_table
 from bagpipe.oracle.shards import order_by_shard
-from bagpipe.types import MAX_PIECE_LENGTH, Float32Array, GradientSchedule, Group, Int32Array, Int64Array, Jagged
+from bagpipe.types import MAX_PIECE_LENGTH, Float32Array, GradientSchedule, Group, Int32Array, Int64Array, Jagged, UInt32Array
 
 _MAX_LOOKUPS = 2**31 - 1
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
-_AHEAD = 24
-"""Lookups ahead for which a place of the hash table is asked for: with a million ids of one table it is larger than the caches."""
+_MULTIPLIER = np.uint32(0x9E3779B1)  # 2**32 over the golden ratio, made prime
+_BLOCK = 256
+"""Lookups whose places in the hash table are found and asked for at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def _dedup(
     piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(ordered_counts, MAX_PIECE_LENGTH)
     if bad_feature < 0:
         _renumber(inverse, places)
-        _group_bags(inverse, bag_offsets, batch_size, len(feature_tables), weights, piece_offsets, cursors, bags, bag_weights)
+        _group_bags(inverse, bag_offsets, batch_size, len(feature_tables), weights, cursors, bags, bag_weights)
     return ordered_rows, piece_offsets, long_uniques, long_offsets, bad_feature, bad_lookup
 
 
@@ -154,67 +154,107 @@ def number_rows(
     unique_rows: Int64Array,
     counts: Int32Array,
 ) -> tuple[int, int, int]:
-    """Numbers the distinct rows in first-use order; fills `inverse`, `unique_rows` and `counts`. Features of one table follow
-    each other; row and number of ids of each are in `first_rows` and `sizes`.
+    """Numbers the distinct rows in first-use order; fills `inverse`, `unique_rows` and `counts`.
 
-    Returns (number of distinct rows, feature and lookup of the first id outside its table or -1, -1).
+    Features of one table follow each other; `first_rows` and `sizes` are each table's first row and number of ids. Returns (number
+    of distinct rows, feature and lookup of the first id outside its table or -1, -1).
     Open addressing with linear probing over at most half-full power-of-two tables, multiplicative hashing (Knuth 6.4).
     """
     num_features = len(feature_starts)
     num_uniques = 0
     position = 0
     feature = 0
+    places = np.empty(_BLOCK, np.uint32)
     while feature < num_features:
         table = feature_tables[feature]
-        first_row, num_embeddings = first_rows[table], sizes[table]
         last = feature
         num_lookups = 0
         while last < num_features and feature_tables[last] == table:
             num_lookups += feature_lengths[last]
             last += 1
         bits = 4
-        while (1 << bits) < 2 * min(num_lookups, num_embeddings):
+        while (1 << bits) < 2 * min(num_lookups, sizes[table]):
             bits += 1
-        mask = np.uint64((1 << bits) - 1)
-        direct = num_embeddings <= (1 << bits)
-        shift = np.uint64(64 - bits)
+        # A table whose ids all have a place needs no hash, which the shift says: 0.
+        shift = np.uint32(0 if sizes[table] <= (1 << bits) else 32 - bits)
         heads = np.full((1 << bits, 1), -1, np.int32)
         for current in range(feature, last):
-            start = feature_starts[current]
-            stop = start + feature_lengths[current]
-            for lookup in range(start, stop):
-                ahead = np.uint64(np.int64(values[min(lookup + _AHEAD, stop - 1)]))
-                prefetch(heads, np.int64((ahead if direct else (ahead * _MULTIPLIER) >> shift) & mask), 0)
-                identifier = np.int64(values[lookup])
-                if identifier < 0 or identifier >= num_embeddings:
-                    return num_uniques, current, lookup - start
-                row = first_row + identifier
-                place = np.uint64(identifier)
-                if not direct:
-                    place = (place * _MULTIPLIER) >> shift
-                unique = heads[place, 0]
-                # Direct addressing has no collisions: only a hashed place may hold another row.
-                while unique >= 0 and not direct and unique_rows[np.uint32(unique)] != row:
-                    place = (place + np.uint64(1)) & mask
-                    unique = heads[place, 0]
-                if unique < 0:
-                    unique = np.int32(num_uniques)
-                    heads[place, 0] = unique
-                    unique_rows[num_uniques] = row
-                    counts[num_uniques] = 0
-                    num_uniques += 1
-                counts[np.uint32(unique)] += 1
-                inverse[position] = unique
-                position += 1
+            start, stop = feature_starts[current], feature_starts[current] + feature_lengths[current]
+            for begin in range(start, stop, _BLOCK):
+                block = values[begin : min(begin + _BLOCK, stop)]
+                if _place_block(block, sizes[table], shift, heads, places):
+                    bad = 0
+                    while 0 <= np.int64(block[bad]) < sizes[table]:
+                        bad += 1
+                    return num_uniques, current, begin + bad - start
+                num_uniques = _number_block(
+                    block, places, first_rows[table], shift, heads, unique_rows, counts, num_uniques, inverse[position:]
+                )
+                position += len(block)
         feature = last
     return num_uniques, -1, -1
+
+
+@jit
+def _place_block(values: npt.NDArray[np.integer], size: int, shift: np.uint32, heads: Int32Array, places: UInt32Array) -> bool:
+    """Writes where in the hash table each id stands at first, and asks for it; says whether an id is out of range.
+
+    By blocks, since these loops run over vectors, and the next one finds its places in the CPU's cache.
+    """
+    is_bad = False
+    if shift == 0:
+        for index in range(len(values)):
+            identifier = np.int64(values[index])
+            is_bad |= bool(identifier < 0) | bool(identifier >= size)
+            places[index] = np.uint32(identifier)
+    else:
+        for index in range(len(values)):
+            identifier = np.int64(values[index])
+            is_bad |= bool(identifier < 0) | bool(identifier >= size)
+            places[index] = np.uint32(np.uint32(identifier) * _MULTIPLIER) >> shift
+    for index in range(0 if is_bad else len(values)):
+        prefetch(heads, places[index], 0)
+    return is_bad
+
+
+@jit
+def _number_block(
+    values: npt.NDArray[np.integer],
+    places: UInt32Array,
+    first_row: int,
+    shift: np.uint32,
+    heads: Int32Array,
+    unique_rows: Int64Array,
+    counts: Int32Array,
+    num_uniques: int,
+    inverse: Int32Array,
+) -> int:
+    """Numbers the rows of a block; returns how many distinct ones there are now."""
+    mask = np.uint32(len(heads) - 1)
+    for index in range(len(values)):
+        row = first_row + np.int64(values[index])
+        place = places[index]
+        unique = heads[place, 0]
+        # Without a hash there are no collisions: only a hashed place may hold another row.
+        while unique >= 0 and shift != 0 and unique_rows[np.uint32(unique)] != row:
+            place = np.uint32(place + np.uint32(1)) & mask
+            unique = heads[place, 0]
+        if unique < 0:
+            unique = np.int32(num_uniques)
+            heads[place, 0] = unique
+            unique_rows[num_uniques] = row
+            counts[num_uniques] = 0
+            num_uniques += 1
+        counts[np.uint32(unique)] += 1
+        inverse[index] = unique
+    return num_uniques
 
 
 @jit
 def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
     """Lays out the pieces of all rows: (piece_offsets, long_uniques, long_offsets) of `GradientSchedule`, and `cursors`.
 
-    `cursors` (U, 2) holds for each row where its first piece starts and where its further pieces start.
+    `cursors` (U, 4) holds for each row where its first piece begins and ends, and where its further pieces begin.
     """
     num_uniques = len(counts)
     num_long = 0
@@ -226,20 +266,20 @@ def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32A
     piece_offsets = np.empty(num_pieces + 1, np.int32)
     long_uniques = np.empty(num_long, np.int32)
     long_offsets = np.empty(num_long + 1, np.int32)
-    cursors = np.empty((num_uniques, 2), np.int32)
+    cursors = np.empty((num_uniques, 4), np.int32)  # the last one for the sake of alignment
     end = 0
     for unique in range(num_uniques):
         piece_offsets[unique] = end
         cursors[unique, 0] = end
         end += min(counts[unique], max_length)
-        cursors[unique, 1] = end
+        cursors[unique, 1] = cursors[unique, 2] = end
     long_offsets[0] = 0
     long = 0
     piece = num_uniques
     for unique in range(num_uniques):
         rest = counts[unique] - max_length
         if rest > 0:
-            cursors[unique, 1] = end
+            cursors[unique, 2] = end
             long_uniques[long] = unique
             while rest > 0:
                 piece_offsets[piece] = end
@@ -266,7 +306,6 @@ def _group_bags(
     batch_size: int,
     num_features: int,
     weights: Float32Array,
-    piece_offsets: Int32Array,
     cursors: Int32Array,
     bags: Int32Array,
     bag_weights: Float32Array,
@@ -281,12 +320,12 @@ def _group_bags(
                 end = bag_offsets[feature * batch_size + sample + 1]
             while lookup < end:
                 unique = np.uint32(inverse[lookup])
-                place = cursors[unique, 0]
+                place, last, further = cursors[unique, 0], cursors[unique, 1], cursors[unique, 2]
                 bags[np.uint32(place)] = bag
                 if len(weights) > 0:
                     bag_weights[np.uint32(place)] = weights[lookup]
                 place += 1
                 # Past its first piece a row goes on with its further ones, which lie in one run.
-                cursors[unique, 0] = cursors[unique, 1] if place == piece_offsets[unique + np.uint32(1)] else place
+                cursors[unique, 0] = further if place == last else place
                 lookup += 1
             bag += num_features
