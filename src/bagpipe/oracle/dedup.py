@@ -254,7 +254,7 @@ def _number_block(
 def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
     """Lays out the pieces of all rows: (piece_offsets, long_uniques, long_offsets) of `GradientSchedule`, and `cursors`.
 
-    `cursors` (U, 4) holds for each row where its first piece begins and ends, and where its further pieces begin.
+    `cursors` (U, 3) holds for each row where its first piece begins and ends, and where its further pieces begin.
     """
     num_uniques = len(counts)
     num_long = 0
@@ -266,7 +266,7 @@ def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32A
     piece_offsets = np.empty(num_pieces + 1, np.int32)
     long_uniques = np.empty(num_long, np.int32)
     long_offsets = np.empty(num_long + 1, np.int32)
-    cursors = np.empty((num_uniques, 4), np.int32)  # the last one for the sake of alignment
+    cursors = np.empty((num_uniques, 3), np.int32)
     end = 0
     for unique in range(num_uniques):
         piece_offsets[unique] = end
