@@ -18,6 +18,7 @@ from bagpipe.bench.gpu_bench import disagreements
 from bagpipe.bench.gpu_data import make_stream
 from bagpipe.bench.gpu_workloads import make_workload
 from bagpipe.bench.measure import Timing, silent
+from bagpipe.bench.sizes import curve_sizes, gpu_sizes, oracle_sizes, step_sizes, trainers_sizes
 from bagpipe.bench.streams import kaggle_group, make_batches
 from bagpipe.cli_bench import bench
 from bagpipe.oracle import Cacher, DedupedBatch, DedupedGroup, checked, dedup
@@ -189,3 +190,11 @@ def bags_by_row(batch: DedupedGroup) -> dict[int, list[list[int]]]:
         first, last = batch.long_offsets[index], batch.long_offsets[index + 1]
         found[int(batch.unique_rows[unique])] += pieces[num_uniques + first : num_uniques + last]
     return found
+
+
+def test_only_workloads_are_told_how_many_threads_de_duplicate() -> None:
+    options = {"dedup_threads": 3}
+    assert gpu_sizes("W1", options, quick=False).dedup_threads == 3
+    assert trainers_sizes("W1", options, quick=False).workload.dedup_threads == 3
+    for sizes in (oracle_sizes, step_sizes, curve_sizes):
+        assert sizes(options, quick=True) == sizes({}, quick=True)

@@ -80,6 +80,15 @@ def test_an_id_outside_its_table_is_named(bad: int) -> None:
         dedup(group, batch)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint64])
+def test_the_first_of_many_bad_ids_is_named_wherever_it_stands(dtype: type) -> None:
+    (group,) = group_tables(TABLES, SGD(lr=0.1))
+    values = np.random.default_rng(3).integers(0, 10, 2000).astype(dtype)
+    values[[700, 701, 1500]] = 2**31 - 1, 55, 100
+    with pytest.raises(DataError, match=r"feature 'user': id 2147483647 \(lookup 700 "):
+        dedup(group, Jagged(keys=("user", "item"), values=values, batch_size=1000))
+
+
 def test_a_missing_feature_is_named() -> None:
     (group,) = group_tables(TABLES, SGD(lr=0.1))
     with pytest.raises(DataError, match=r"no feature 'item'.*it has user"):

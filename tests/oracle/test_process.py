@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.oracle.ends import end_as
 from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError
 from bagpipe.oracle.process import OracleProcess
 from bagpipe.oracle.stream import Deferred, StreamOptions, plan_stream
+from bagpipe.oracle.window import Trainers
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
 GROUPS = group_tables([TableConfig(name="t", num_embeddings=3000, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
@@ -183,3 +185,13 @@ def test_signals_to_the_whole_group_leave_it_alone_while_it_starts_too() -> None
 def test_what_cannot_be_sent_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"can't be sent to another process.*oracle = 'thread'"):
         OracleProcess(iter([lambda: None]), options(), num_places=NUM_PLACES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("num_cores", "num_trainers", "num_threads"), [(1, 1, 1), (2, 2, 1), (16, 1, 4), (32, 2, 12)])
+def test_more_trainers_have_more_threads(
+    num_cores: int, num_trainers: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    trainers = Trainers(num_trainers=num_trainers, ranks=(0,), num_replica_slots=(50,) * (num_trainers > 1))
+    assert replace(options(), trainers=trainers).num_dedup_threads == 2
+    assert replace(options(), trainers=trainers, dedup_threads=None).num_dedup_threads == num_threads
