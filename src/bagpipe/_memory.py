@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numba.core.cgutils
-import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
 from bagpipe._jit import NUM_PARTS, jit, parallel_jit, prange, threaded
-from bagpipe.types import Int64Array, UInt8Array
+from bagpipe.types import Int64Array
 
 _cgutils: Any = numba.core.cgutils  # only a part of numba is typed
-
-
-def copy_buffers(buffers: Sequence[memoryview], target: UInt8Array, offsets: Int64Array) -> None:
-    """Copies each contiguous buffer to its offset in `target` (n,), whose memory it must fit.
-
-    All in one call, whatever their types: each call gives up the GIL and asks for it again.
-    """
-    sources = [pa.py_buffer(buffer) for buffer in buffers]  # numpy takes six times as long to tell an address
-    lengths = np.array([source.size for source in sources], np.int64)
-    if len(lengths) and int((offsets + lengths).max()) > len(target):
-        raise ValueError(f"buffers end at {int((offsets + lengths).max()):,}, behind a target of {len(target):,} bytes")
-    _copy(np.array([source.address for source in sources], np.int64), pa.py_buffer(target).address + offsets, lengths)
 
 
 def _copy_bytes_types(typing_context: Any, target: Any, source: Any, num_bytes: Any) -> Any:
@@ -53,8 +38,11 @@ def copy_run(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
 
 @threaded
 @parallel_jit
-def _copy(sources: Int64Array, targets: Int64Array, lengths: Int64Array) -> None:
-    """Addresses and lengths (n,); all bytes together are cut into equal parts."""
+def copy_all(sources: Int64Array, targets: Int64Array, lengths: Int64Array) -> None:
+    """Copies from address to address, so many bytes each: (n,). Nobody checks them. All bytes together are cut into equal parts.
+
+    One call, since each gives up the GIL and asks for it again.
+    """
     num_bytes = lengths.sum()
     for part in prange(NUM_PARTS):
         _copy_part(sources, targets, lengths, part * num_bytes // NUM_PARTS, (part + 1) * num_bytes // NUM_PARTS)

@@ -15,6 +15,7 @@ from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
 from bagpipe.oracle import Cacher, DedupedBatch, Oracle, OracleReport, checked, dedup
 from bagpipe.oracle.linker import Linker
 from bagpipe.oracle.pipeline import BackgroundIterator
+from bagpipe.oracle.window import Trainers
 from bagpipe.types import SGD, Group, GroupPlan, Jagged, StepPlan, TableConfig, Transfers, group_tables
 
 
@@ -139,6 +140,10 @@ def test_a_cache_too_small_for_one_batch_is_refused_with_step_need_and_limit() -
         ({"prefetch_depth": -1}, "prefetch_depth is -1"),
         ({"num_slots": [1, 2]}, "num_slots has 2 entries for 1 groups"),
         ({"num_slots": [0]}, "a cache of 0 slots"),
+        (
+            {"num_slots": [2**30], "trainers": Trainers(num_trainers=2, ranks=(0,), num_replica_slots=(1,))},
+            "a cache of 1,073,741,824 slots, must be from 1 to 1,073,741,823",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, object], message: str) -> None:

@@ -15,7 +15,7 @@ from tests.oracle.test_cacher import deduped
 
 from bagpipe._jit import threaded
 from bagpipe.errors import CacheTooSmallError
-from bagpipe.oracle import Oracle, _loops, checked, dedup, shards
+from bagpipe.oracle import Cacher, Oracle, _loops, checked, dedup, shards
 from bagpipe.oracle.dry_run import Grid, Trace, replay
 from bagpipe.types import SGD, Group, GroupPlan, Jagged, TableConfig, group_tables
 
@@ -100,10 +100,8 @@ def test_several_trainers(
 
 def test_shards_together_fetch_nearly_what_one_cache_would() -> None:
     group, batches = zipf_trace(400_000, 40, 30_000)
-    plans = plans_of(group, batches, shards.MIN_SLOTS, lookahead=10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "MIN_SLOTS", shards.MIN_SLOTS + 1)
-        uncut = plans_of(group, batches, shards.MIN_SLOTS - 1, lookahead=10)
+    assert shards.MIN_SLOTS == 32_768
+    plans, uncut = (plans_of(group, batches, num_slots, lookahead=10) for num_slots in (32_768, 32_767))
     num_fetched, num_fetched_uncut = (sum(map(len, fetched(of))) for of in (plans, uncut))
     assert sum(map(len, evicted(plans))) > 100_000
     assert num_fetched == pytest.approx(num_fetched_uncut, rel=0.01)
@@ -140,3 +138,22 @@ def test_a_dry_run_knows_how_large_a_cache_must_be_for_its_shards() -> None:
     assert trace.smallest_cache > max(len(reference.unique_rows(group, batch)) for batch in batches) > shards.MIN_SLOTS
     grid = Grid(cache_rows=[trace.smallest_cache], lookaheads=[1], num_steps=len(batches))
     assert replay(trace, grid, trace.smallest_cache, 1).report is not None
+
+
+def test_every_cache_of_the_size_that_an_error_names_holds_the_batch() -> None:
+    """Also where a cache of one shard would hold it, but not a larger one of several."""
+    (group,) = group_tables([TableConfig(name="t", num_embeddings=400_000, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
+    batch = Jagged(keys=("f",), values=np.random.default_rng(0).permutation(400_000)[:32_700], batch_size=32_700)
+    with pytest.raises(CacheTooSmallError) as caught:
+        plans_of(group, [batch], 30_000, lookahead=1)
+    assert 32_768 < caught.value.num_needed < 34_000
+    for num_slots in range(caught.value.num_needed, caught.value.num_needed + 30):
+        plans_of(group, [batch], num_slots, lookahead=1)
+
+
+def test_a_shard_without_enough_slots_is_an_error_and_no_plan(cut_always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever let the batch pass, and whichever thread plans the shard."""
+    monkeypatch.setattr(Cacher, "check_fits", lambda cacher, linked: None)
+    group, batches = zipf_trace(3000, 5, 400)
+    with pytest.raises(AssertionError, match="a shard could not be planned"):
+        plans_of(group, batches, max(len(reference.unique_rows(group, batch)) for batch in batches), lookahead=1)

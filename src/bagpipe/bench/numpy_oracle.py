@@ -4,8 +4,8 @@ De-duplication is `np.unique` table by table (faster here than over all tables, 
 inverse at once), and the order of the backward sums is a stable argsort of the inverse, which is a radix sort as long as it fits
 16 bits. Slot assignment is fancy indexing on flat arrays, and a victim the largest of one key for each slot, by `np.argpartition`.
 
-It differs from `bagpipe.oracle` only where numpy would be slower still: distinct rows come in ascending order instead of
-first-use order, and among equally good victims any may go, so that the rows fetched agree in number but for a few.
+It differs from `bagpipe.oracle` only where numpy would be slower still: distinct rows come in ascending order,
+not shard by shard, and among equally good victims any may go, so that the rows fetched agree in number but for a few.
 """
 
 from __future__ import annotations

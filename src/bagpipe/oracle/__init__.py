@@ -1,4 +1,4 @@
-"""The control plane: from ids to plans. Numpy and numba only; never imports torch."""
+"""The control plane: from ids to plans. Numpy, numba and pyarrow's buffers; never imports torch."""
 
 from bagpipe.oracle.cacher import Cacher
 from bagpipe.oracle.checks import PlanChecker, checked

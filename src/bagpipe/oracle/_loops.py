@@ -15,16 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from bagpipe._jit import NUM_CRITICAL_THREADS, jit, parallel_jit, prange, threaded
-from bagpipe.oracle._parts import (
-    early_first,
-    evict,
-    find_resident,
-    find_unsettled,
-    free_unsettled,
-    keep_uses,
-    sort_out,
-    take_slots,
-)
 from bagpipe.oracle._queues import (
     DueQueues,
     UnknownQueue,
@@ -35,13 +25,21 @@ from bagpipe.oracle._queues import (
     push_unknown,
     take_due,
 )
+from bagpipe.oracle._row_loops import (
+    early_first,
+    evict,
+    find_resident,
+    find_unsettled,
+    free_unsettled,
+    keep_uses,
+    sort_out,
+    take_slots,
+)
 from bagpipe.oracle.owners import choose_owners
 from bagpipe.types import Int32Array, Int64Array, UInt64Array
 
-EVICTED, EVICTED_EARLY, EVICTED_BLINDLY, FETCHED, FETCHED_EARLY, EARLY_FENCE, LATE_FENCE = range(7)
-"""What is counted of a step: rows of each kind, and the latest evictions of rows fetched early and late, -1 for none."""
-_LINE = 8
-"""int64 values in a cache line: each shard counts in one of its own."""
+EVICTED, EVICTED_EARLY, EVICTED_BLINDLY, FETCHED, FETCHED_EARLY, EARLY_FENCE, LATE_FENCE, DONE = range(8)
+"""What is counted of a step: rows of each kind, the latest evictions of rows fetched early and late, -1 for none, and shards."""
 
 
 class State(NamedTuple):
@@ -61,7 +59,7 @@ class Batch(NamedTuple):
     rows: Int64Array  # (U,)
     previous: Int32Array  # (U,) their previous uses
     users: UInt64Array  # (U,) sets of ranks; only of several trainers
-    bounds: Int64Array  # (S + 1,) a shard has the rows from one bound to the next; where a shard is given its batch: (2,)
+    bounds: Int64Array  # (S + 1,) a shard has the rows from one bound to the next
     first_occurrence: int
 
 
@@ -105,17 +103,10 @@ def admit(state: State, batch: Batch, oldest_unsettled: int, step: int) -> None:
     """Makes a new batch's settled rows, which had no known next use, due at its step."""
     slots_of_rows, places = state.slots_of_rows, state.unknown.places
     chunks, chains, queues = state.due.chunks, state.due.chains, state.due.queues
-    rows, previous, users, bounds = batch.rows, batch.previous, batch.users, batch.bounds
-    first_occurrence = batch.first_occurrence
+    rows, previous, bounds = batch.rows, batch.previous, batch.bounds
     for shard in prange(len(bounds) - 1):
-        _admit(
-            slots_of_rows,
-            places,
-            DueQueues(chunks[shard], chains[shard], queues[shard]),
-            Batch(rows, previous, users, bounds[shard : shard + 2], first_occurrence),
-            oldest_unsettled,
-            step,
-        )
+        due = DueQueues(chunks[shard], chains[shard], queues[shard])
+        _admit(slots_of_rows, places, due, rows, previous, bounds[shard], bounds[shard + 1], oldest_unsettled, step)
 
 
 @partial(threaded, num_threads=NUM_CRITICAL_THREADS)
@@ -140,16 +131,18 @@ def plan(
     slots = np.empty(len(rows), np.int32)
     evict_rows, evict_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
     fetch_rows, fetch_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
-    counts = np.empty((len(num_used), _LINE), np.int64)
+    counts = np.zeros((len(num_used), DONE + 1), np.int64)
     for shard in prange(len(num_used)):
         due = DueQueues(chunks[shard], chains[shard], queues[shard])
-        new = Batch(new_rows, new_previous, users, new_bounds[shard : shard + 2], 0)
-        _admit(slots_of_rows, places, due, new, oldest_unsettled, last_seen)
+        begin, end = new_bounds[shard], new_bounds[shard + 1]
+        _admit(slots_of_rows, places, due, new_rows, new_previous, begin, end, oldest_unsettled, last_seen)
         unknown = UnknownQueue(unknown_slots[shard], ends[shard], places)
         first_fresh, last_fresh = slot_bounds[shard] + num_used[shard], slot_bounds[shard + 1]
         _plan(
             _Shard(slots_of_rows, rows_of_slots, first_fresh, last_fresh, unknown, due),
-            Batch(rows, previous, users, bounds[shard : shard + 2], first_occurrence),
+            Batch(rows, previous, users, bounds, first_occurrence),
+            bounds[shard],
+            bounds[shard + 1],
             recent[:, shard : shard + 2],
             Ticks(step, early, last_seen, oldest_unsettled),
             Uses(next_uses, slots_of_uses),
@@ -159,17 +152,19 @@ def plan(
             Moved(fetch_rows, fetch_slots),
             counts[shard],
         )
-        num_used[shard] += counts[shard, FETCHED] - counts[shard, EVICTED]
-    totals = counts[:, : LATE_FENCE + 1].sum(axis=0)
+        num_used[shard] += counts[shard, FETCHED] - counts[shard, EVICTED]  # what nobody had to leave was fresh
+    totals = counts.sum(axis=0)
+    if totals[DONE] < len(num_used):  # an error in a parallel loop ends the loop, and is lost
+        raise AssertionError("a shard could not be planned: it has fewer slots than rows, which admit checks, or memory is full")
     for fence in (EARLY_FENCE, LATE_FENCE):
         totals[fence] = counts[:, fence].max()
     evicted_rows, evicted_slots = np.empty(totals[EVICTED], np.int64), np.empty(totals[EVICTED], np.int32)
     fetched_rows, fetched_slots = np.empty(totals[FETCHED], np.int64), np.empty(totals[FETCHED], np.int32)
     for shard in prange(len(num_used)):
-        own = bounds[shard]
+        begin = bounds[shard]
         _join(
             shard,
-            own,
+            begin,
             counts[:, EVICTED],
             counts[:, EVICTED_EARLY],
             Moved(evict_rows, evict_slots),
@@ -177,7 +172,7 @@ def plan(
         )
         _join(
             shard,
-            own,
+            begin,
             counts[:, FETCHED],
             counts[:, FETCHED_EARLY],
             Moved(fetch_rows, fetch_slots),
@@ -187,10 +182,20 @@ def plan(
 
 
 @jit
-def _admit(slots_of_rows: Int32Array, places: Int32Array, due: DueQueues, batch: Batch, oldest_unsettled: int, step: int) -> None:
-    begin, end = batch.bounds
+def _admit(
+    slots_of_rows: Int32Array,
+    places: Int32Array,
+    due: DueQueues,
+    rows: Int64Array,
+    previous: Int32Array,
+    begin: int,
+    end: int,
+    oldest_unsettled: int,
+    step: int,
+) -> None:
+    """`admit` for the rows of one shard."""
     indices, slots = np.empty(end - begin, np.int32), np.empty(end - begin, np.int32)
-    count = find_resident(slots_of_rows, batch.rows[begin:end], batch.previous[begin:end], oldest_unsettled, indices, slots, begin)
+    count = find_resident(slots_of_rows, rows[begin:end], previous[begin:end], oldest_unsettled, indices, slots, begin)
     forget_unknown(places, slots[:count])
     push_due(due, np.full(count, step, np.int32), indices[:count], slots[:count])
 
@@ -199,6 +204,8 @@ def _admit(slots_of_rows: Int32Array, places: Int32Array, due: DueQueues, batch:
 def _plan(
     shard: _Shard,
     batch: Batch,
+    begin: int,
+    end: int,
     recent: Int64Array,
     ticks: Ticks,
     uses: Uses,
@@ -208,11 +215,11 @@ def _plan(
     fetched: Moved,
     counts: Int64Array,
 ) -> None:
-    """Finds the slots of a shard's rows, settles, frees as many slots as are missing, evicts, assigns and remembers.
+    """`plan` for one shard, which has the batch's rows from `begin` to `end`.
 
-    Fills `all_slots`, `evicted` and `fetched` from where the shard's rows begin on.
+    Finds their slots, settles, frees as many slots as are missing, evicts, assigns and remembers. Fills `all_slots`, `evicted` and
+    `fetched` from `begin` on; counts itself once it is done.
     """
-    begin, end = batch.bounds
     rows, slots = batch.rows[begin:end], all_slots[begin:end]
     slots[:] = -1
     take_due(shard.due, ticks.step, all_slots)
@@ -220,7 +227,9 @@ def _plan(
     missing = np.empty(len(slots), np.int32)
     num_missing = find_unsettled(batch.previous[begin:end], ticks.oldest_unsettled, uses.slots_of_uses, slots, missing)
     missing, freed = missing[:num_missing], np.empty(num_missing, np.int32)
-    num_fresh, num_unknown, num_settled = _free(shard, recent[1:], ticks, uses, freed)
+    num_fresh, num_unknown, num_settled, num_freed = _free(shard, recent[1:], ticks, uses, freed)
+    if num_freed < num_missing:
+        return
     if num_trainers > 1:
         missing = choose_owners(missing, batch.users[begin:end], freed, num_trainers)
 
@@ -244,6 +253,7 @@ def _plan(
         missing_rows, evicted_at, freed, num_settled, ticks.early, fetched.rows[begin:end], fetched.slots[begin:end]
     )
     keep_uses(slots, batch.first_occurrence + begin, uses.slots_of_uses)
+    counts[DONE] = 1
 
 
 @jit
@@ -253,17 +263,17 @@ def _settle(shard: _Shard, settled: Int64Array, ticks: Ticks, uses: Uses) -> Non
     unknown, steps = np.empty(num_settled, np.int32), np.empty(num_settled, np.int32)
     indices, slots = np.empty(num_settled, np.int32), np.empty(num_settled, np.int32)
     num_unknown, num_due = sort_out(
-        settled[0], ticks.step, ticks.last_seen, uses.next_uses, uses.slots_of_uses, unknown, steps, indices, slots
+        settled, ticks.step, ticks.last_seen, uses.next_uses, uses.slots_of_uses, unknown, steps, indices, slots
     )
     push_unknown(shard.unknown, unknown[:num_unknown])
     push_due(shard.due, steps[:num_due], indices[:num_due], slots[:num_due])
 
 
 @jit
-def _free(shard: _Shard, unsettled: Int64Array, ticks: Ticks, uses: Uses, freed: Int32Array) -> tuple[int, int, int]:
+def _free(shard: _Shard, unsettled: Int64Array, ticks: Ticks, uses: Uses, freed: Int32Array) -> tuple[int, int, int, int]:
     """Fills `freed` with slots never filled, of rows without a next use, of those with the farthest, and of unsettled rows.
 
-    Returns how many are of the first kind, of the first two and of the first three.
+    Returns how many are of the first kind, of the first two, of the first three, and of all.
     """
     num_fresh = min(len(freed), shard.last_fresh - shard.first_fresh)
     for index in range(num_fresh):
@@ -278,9 +288,7 @@ def _free(shard: _Shard, unsettled: Int64Array, ticks: Ticks, uses: Uses, freed:
     for batch in range(len(unsettled)):
         if num_freed < len(freed):
             num_freed += free_unsettled(unsettled[batch], ticks.step, uses.next_uses, uses.slots_of_uses, freed[num_freed:])
-    if num_freed < len(freed):
-        raise AssertionError("fewer slots than rows: admit has checked that the batch fits")
-    return num_fresh, num_unknown, num_settled
+    return num_fresh, num_unknown, num_settled, num_freed
 
 
 @jit

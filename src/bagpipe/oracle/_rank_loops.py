@@ -32,8 +32,8 @@ class Exchanges(NamedTuple):
     contributions: Int32Array  # (R,) by owner and now, those of a row in the order of ranks
 
 
-_OWNER, _COMES_NOW, _GOES_NOW = np.uint32(63), np.uint32(6), np.uint32(7)
-"""A row's code: its owner in the bits of a mask, and in two more bits whether its replicas and its gradients travel now."""
+_OWNER_MASK, _COMES_NOW_BIT, _GOES_NOW_BIT = np.uint32(63), np.uint32(6), np.uint32(7)
+"""In a row's code: its owner, one of up to `MAX_TRAINERS`, and whether its replicas and its gradients travel now."""
 _NUM_CODES = 256
 
 
@@ -72,9 +72,9 @@ def plan_exchanges(
         for place in range(begin, ends[rank]):
             # Without branches, which could not be foreseen.
             row = np.uint32(places[place])
-            owner = codes[row] & _OWNER
-            comes = owner + (np.uint32(codes[row]) >> _COMES_NOW & np.uint32(1)) * np.uint32(num_trainers)
-            goes = owner + (np.uint32(codes[row]) >> _GOES_NOW) * np.uint32(num_trainers)
+            owner = codes[row] & _OWNER_MASK
+            comes = owner + (np.uint32(codes[row]) >> _COMES_NOW_BIT & np.uint32(1)) * np.uint32(num_trainers)
+            goes = owner + (np.uint32(codes[row]) >> _GOES_NOW_BIT) * np.uint32(num_trainers)
             travels = np.int64(owner != rank)
             replica, sent, grad, contribution = to_replica[comes], to_sent[comes], to_grad[goes], next_received[goes]
             unique_slots[place] = replica if travels else slots[row]
@@ -134,13 +134,15 @@ def _firsts(counts: Int64Array) -> Int64Array:
 def _describe_rows(
     joint_slots: Int32Array, users: UInt64Array, comes_now: BoolArray, goes_now: BoolArray, num_trainers: int
 ) -> tuple[Int32Array, UInt8Array, UInt8Array, UInt8Array]:
-    """Of each row (U,) the own slot, the code, the kind, which is twice its owner and whether it is updated now, and the users."""
+    """Of each row (U,) the own slot; the code, for what travels; the kind, for what its owner does: twice the owner and whether it
+    updates the row now; and how many users it has.
+    """
     slots, codes = np.empty(len(joint_slots), np.int32), np.empty(len(joint_slots), np.uint8)
     kinds, num_users = np.empty(len(joint_slots), np.uint8), np.empty(len(joint_slots), np.uint8)
     for row in range(len(joint_slots)):
         slots[row] = np.uint32(joint_slots[row]) // np.uint32(num_trainers)
         owner = np.uint32(joint_slots[row] - slots[row] * num_trainers)
-        codes[row] = owner | np.uint32(comes_now[row]) << _COMES_NOW | np.uint32(goes_now[row]) << _GOES_NOW
+        codes[row] = owner | np.uint32(comes_now[row]) << _COMES_NOW_BIT | np.uint32(goes_now[row]) << _GOES_NOW_BIT
         # A row that its owner alone uses waits for nobody.
         is_updated_now = goes_now[row] | (users[row] == np.uint64(1) << np.uint64(owner))
         kinds[row] = 2 * owner + np.uint32(is_updated_now)
@@ -192,9 +194,9 @@ def _count_travellers(codes: UInt8Array, places: Int32Array, ends: Int64Array) -
         for place in range(begin, ends[rank]):
             counts[codes[np.uint32(places[place])]] += 1
         for code in range(_NUM_CODES):
-            owner = code & _OWNER
+            owner = code & _OWNER_MASK
             if owner < num_trainers and owner != rank:
-                replica_counts[rank, code >> _COMES_NOW & 1, owner] += counts[code]
-                grad_counts[rank, code >> _GOES_NOW, owner] += counts[code]
+                replica_counts[rank, code >> _COMES_NOW_BIT & 1, owner] += counts[code]
+                grad_counts[rank, code >> _GOES_NOW_BIT, owner] += counts[code]
         begin = ends[rank]
     return replica_counts, grad_counts

@@ -150,12 +150,12 @@ class Cacher:
     def check_fits(self, linked: LinkedGroup) -> None:
         """Raises CacheTooSmallError when the batch to be admitted next alone needs more slots than there are."""
         if (np.diff(linked.bounds) > np.diff(self._state.slot_bounds)).any():
-            rows, is_cut = linked.batch.unique_rows, len(linked.bounds) > 2
+            rows = linked.batch.unique_rows
             raise CacheTooSmallError(
                 step=self._next_admitted,
                 group=self.group.name,
                 num_uniques=len(rows),
-                num_needed=num_slots_needed(rows, self.group.num_rows) if is_cut else len(rows),
+                num_needed=num_slots_needed(rows, self.group.num_rows),
                 num_slots=self.num_slots,
             )
 

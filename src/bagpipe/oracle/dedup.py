@@ -133,7 +133,6 @@ def _dedup(
     num_uniques, bad_feature, bad_lookup = number_rows(
         values, feature_starts, feature_lengths, feature_tables, first_rows, sizes, inverse, unique_rows, counts
     )
-    # A copy: the rest of the buffer must not live as long as the batch does.
     ordered_rows, ordered_counts, places = order_by_shard(unique_rows[:num_uniques], counts[:num_uniques])
     piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(ordered_counts, MAX_PIECE_LENGTH)
     if bad_feature < 0:
@@ -173,7 +172,7 @@ def number_rows(
             num_lookups += feature_lengths[last]
             last += 1
         bits = 4
-        while (1 << bits) < 2 * min(num_lookups, sizes[table]):
+        while bits < 31 and (1 << bits) < 2 * min(num_lookups, sizes[table]):
             bits += 1
         # A table whose ids all have a place needs no hash, which the shift says: 0.
         shift = np.uint32(0 if sizes[table] <= (1 << bits) else 32 - bits)

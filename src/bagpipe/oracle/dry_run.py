@@ -17,8 +17,8 @@ Several trainers. A batch of the stream is then a global one, split among them (
 trainer; and what they send each other is counted too (`bagpipe.oracle.traffic`).
 
 Memory: 8 bytes a distinct row and batch for the trace, of several trainers 8 more and 4 a trainer that uses it; for each point
-under way what a `Cacher` takes (8 bytes a row of the tables, 20 a slot, 4 a distinct row and batch of lookahead). No more points
-are under way than `CACHERS_BYTES` has room for.
+under way what a `Cacher` takes (8 bytes a row of the tables, 36 a slot, 8 a distinct row and 8 KiB a batch of lookahead). No more
+points are under way than `CACHERS_BYTES` has room for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.pipeline import ordered_map
 from bagpipe.oracle.report import OracleReport
-from bagpipe.oracle.shards import MIN_SLOTS, num_slots_needed
+from bagpipe.oracle.shards import num_slots_needed
 from bagpipe.oracle.sizes import slots_of
 from bagpipe.oracle.traffic import Traffic
 from bagpipe.oracle.window import DedupedBatch, Oracle, Trainers
@@ -81,8 +81,10 @@ class Trace:
 
     @property
     def smallest_cache(self) -> int:
-        """The fewest rows over all groups, of each trainer, with which no batch alone needs more slots than its group gets."""
-        needs = np.max([list(map(_num_slots_needed, self.groups, batch.groups)) for batch in self.batches], axis=0)
+        """The fewest rows over all groups, of each trainer, from which on no batch alone needs more slots than its group gets."""
+        row_counts = [group.num_rows for group in self.groups]
+        rows = [[group.unique_rows for group in batch.groups] for batch in self.batches]
+        needs = np.max([list(map(num_slots_needed, rows_of_batch, row_counts)) for rows_of_batch in rows], axis=0)
         sizes = range(len(self.groups), sum(group.num_rows for group in self.groups))
         fits = bisect_left(sizes, True, key=lambda rows: bool((self.num_trainers * np.array(self.slots(rows)) >= needs).all()))
         return len(self.groups) + fits
@@ -289,12 +291,6 @@ def _told(items: Iterable[Item], stage: str, total: int, progress: Progress | No
             progress(stage, done, total)
 
 
-def _num_slots_needed(group: Group, batch: DedupedGroup | MergedGroup) -> int:
-    """In one shard, or in several where that is too large a cache for one."""
-    num_needed = len(batch.unique_rows)
-    return num_needed if num_needed < MIN_SLOTS else num_slots_needed(batch.unique_rows, group.num_rows)
-
-
 def _num_uniques(batch: DedupedBatch[None]) -> int:
     return sum(len(group.unique_rows) for group in batch.groups)
 
@@ -336,5 +332,5 @@ def _num_threads(trace: Trace, grid: Grid, threads: int | None) -> int:
     num_rows = sum(group.num_rows for group in trace.groups)
     # Rings are powers of two, hence twice what is in use at most.
     num_slots = min(trace.num_trainers * max(grid.cache_rows), num_rows)
-    cacher_bytes = 8 * num_rows + 20 * num_slots + 8 * int(trace.uniques_per_step) * max(grid.lookaheads)
+    cacher_bytes = 8 * num_rows + 36 * num_slots + (8 * int(trace.uniques_per_step) + 8192) * max(grid.lookaheads)
     return max(1, min(threads or os.cpu_count() or 1, CACHERS_BYTES // cacher_bytes))

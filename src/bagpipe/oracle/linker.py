@@ -41,7 +41,7 @@ class LinkedGroup:
 
     batch: DedupedGroup | MergedGroup
     first_occurrence: int
-    bounds: Int64Array  # (num_shards + 1,) where in its rows each shard of the cache begins
+    bounds: Int64Array  # (num_shards + 1,) where in its rows each shard of the cache begins, found here as it runs ahead
     previous: Int32Array  # (U,) each row's previous occurrence, -1 for none; one settled long ago may be told or not
 
 

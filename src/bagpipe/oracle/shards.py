@@ -11,6 +11,7 @@ The distinct rows of a batch stand shard by shard, whatever the cache's size, so
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -71,21 +72,21 @@ def slot_bounds(num_slots: int, num_rows: int) -> Int64Array:
     """Which slots each shard of a cache has, from one bound to the next: as many as its share of the group's rows."""
     if num_slots < MIN_SLOTS:
         return np.array([0, num_slots], np.int64)
-    ends = np.cumsum(_num_rows_by_shard(num_rows)).tolist()
-    return np.array([0, *(end * num_slots // num_rows for end in ends)], np.int64)
+    return np.array([end * num_slots // num_rows for end in accumulate(_num_rows_by_shard(num_rows), initial=0)], np.int64)
 
 
 def num_slots_needed(rows: Int64Array, num_rows: int) -> int:
-    """With how many slots a cut cache surely holds rows (U,), which stand shard by shard: no fewer than these, or all."""
+    """Any cache of at least so many slots holds rows (U,), which stand shard by shard, of a group's `num_rows`."""
     counts = np.diff(shard_bounds(rows, NUM_SHARDS)).tolist()
-    shares = _num_rows_by_shard(num_rows).tolist()
-    return max((-(-count * num_rows // share) for count, share in zip(counts, shares, strict=True) if count), default=0)
+    shares = _num_rows_by_shard(num_rows)
+    in_shards = max((-(-count * num_rows // share) for count, share in zip(counts, shares, strict=True) if count), default=0)
+    return len(rows) if in_shards < MIN_SLOTS else in_shards
 
 
 @lru_cache
-def _num_rows_by_shard(num_rows: int) -> Int64Array:
-    """How many of a group's rows each shard has: (NUM_SHARDS,)."""
-    return _count_rows(num_rows)
+def _num_rows_by_shard(num_rows: int) -> tuple[int, ...]:
+    """How many of a group's rows each shard has."""
+    return tuple(_count_rows(num_rows).tolist())
 
 
 @jit

@@ -51,8 +51,14 @@ class StreamOptions:
     """Of several, batches are those of all of them together, and plans and what is handed out the shares of `ranks`."""
 
     def __post_init__(self) -> None:
-        check_window(self.groups, num_slots=self.num_slots, lookahead=self.lookahead, prefetch_depth=self.prefetch_depth)
         self.trainers.check(self.groups)
+        check_window(
+            self.groups,
+            num_slots=self.num_slots,
+            lookahead=self.lookahead,
+            prefetch_depth=self.prefetch_depth,
+            num_trainers=self.trainers.num_trainers,
+        )
 
     @property
     def num_dedup_threads(self) -> int:

@@ -98,7 +98,12 @@ SINGLE_TRAINER = Trainers(num_trainers=1, ranks=(0,))
 
 
 def check_window(
-    groups: Sequence[Group], *, num_slots: Sequence[int], lookahead: int | Literal["auto"], prefetch_depth: int
+    groups: Sequence[Group],
+    *,
+    num_slots: Sequence[int],
+    lookahead: int | Literal["auto"],
+    prefetch_depth: int,
+    num_trainers: int = 1,
 ) -> None:
     """Raises ConfigError for values out of range."""
     if lookahead != "auto" and not 1 <= lookahead <= MAX_LOOKAHEAD:
@@ -107,9 +112,10 @@ def check_window(
         raise ConfigError(f"prefetch_depth is {prefetch_depth}, must be from 0 to {MAX_LOOKAHEAD:,} steps")
     if len(num_slots) != len(groups):
         raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(groups)} groups")
+    max_slots = (2**31 - 1) // num_trainers  # all trainers' are numbered together
     for group, slots in zip(groups, num_slots, strict=True):
-        if not 1 <= slots < 2**31:
-            raise ConfigError(f"{group.name}: a cache of {slots:,} slots, must be from 1 to {2**31 - 1:,}")
+        if not 1 <= slots <= max_slots:
+            raise ConfigError(f"{group.name}: a cache of {slots:,} slots, must be from 1 to {max_slots:,}")
 
 
 class Oracle:
@@ -127,8 +133,10 @@ class Oracle:
         trainers: Trainers = SINGLE_TRAINER,
     ) -> None:
         """`num_slots` for each group, and of each trainer. Raises ConfigError for values out of range."""
-        check_window(groups, num_slots=num_slots, lookahead=lookahead, prefetch_depth=prefetch_depth)
         trainers.check(groups)
+        check_window(
+            groups, num_slots=num_slots, lookahead=lookahead, prefetch_depth=prefetch_depth, num_trainers=trainers.num_trainers
+        )
         self._groups, self._num_slots, self._trainers = tuple(groups), tuple(num_slots), trainers
         self._is_auto = lookahead == "auto"
         self._lookahead = AUTO_START if lookahead == "auto" else lookahead

@@ -72,7 +72,7 @@ def find_unsettled(
 
 @jit
 def sort_out(
-    first_occurrence: int,
+    settled: Int64Array,
     step: int,
     last_seen: int,
     next_uses: Int32Array,
@@ -82,14 +82,14 @@ def sort_out(
     indices: Int32Array,
     slots: Int32Array,
 ) -> tuple[int, int]:
-    """Sorts out the rows (n,) of a batch that is to settle which no step up to `step` has used again.
+    """Sorts out a batch's occurrences, n between two bounds, that are to settle and that no step up to `step` uses again.
 
     Fills `unknown` with the slots of those without a known next use, the others, (n,) each, with what is known of the next use of
     the rest. Returns how many there are of both kinds.
     """
     mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
     num_unknown = num_due = 0
-    for occurrence in range(first_occurrence, first_occurrence + len(unknown)):
+    for occurrence in range(settled[0], settled[1]):
         next_step, slot = next_uses[occurrence & mask, STEP], slots_of_uses[occurrence & slots_mask]
         is_unused = ((next_step < 0) | (next_step > step)) & (slot >= 0)
         is_due = (next_step >= 0) & (next_step <= last_seen)
