@@ -26,6 +26,7 @@ from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.exchange import Exchange
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
+from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.store import MemoryStore
 from bagpipe.train.lookahead import Lookahead
@@ -140,6 +141,20 @@ def test_trainers_equal_one_to_the_bit_where_sums_are_exact(optimizer: Optimizer
     batches = make_batches(14)
     expected = train(make_tables(), optimizer, batches, [(1, 14)], lookahead=3)
     assert_equal(train(make_tables(), optimizer, batches, [(num_trainers, 14)], lookahead=3), expected)
+
+
+@pytest.mark.parametrize("num_trainers", [2, 4])
+@pytest.mark.parametrize("extra", [0, 30])
+def test_caches_cut_into_shards_equal_one_to_the_bit(num_trainers: int, extra: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As only large caches are; the smallest ones evict rows that others need at once."""
+    batches, groups = make_batches(14), group_tables(make_tables(), SGD(lr=0.5))
+    expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], lookahead=3)
+    monkeypatch.setattr(shards, "MIN_SLOTS", 1)
+    needed = [
+        max(shards.num_slots_needed(dedup(group, batch).unique_rows, group.num_rows) for batch in batches) for group in groups
+    ]
+    cache = [-(-num_slots // num_trainers) + extra for num_slots in needed]
+    assert_equal(train(make_tables(), SGD(lr=0.5), batches, [(num_trainers, 14)], cache=cache, lookahead=3), expected)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)

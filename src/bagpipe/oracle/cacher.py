@@ -256,9 +256,8 @@ def _are_among(uses: Int32Array, first_occurrence: int, num_uniques: int) -> Boo
 @jit
 def _come_again(previous: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
     """Whether each of so many occurrences (num_uniques,) is among `previous` (n,)."""
-    found = np.zeros(num_uniques, np.bool_)
+    found = np.zeros(num_uniques + 1, np.bool_)  # the last one for uses before: a branch could not be foreseen
     for use in previous:
         index = (use - first_occurrence) & OCCURRENCES
-        if use >= 0 and index < num_uniques:
-            found[index] = True
-    return found
+        found[np.uint32(index if (use >= 0) & (index < num_uniques) else num_uniques)] = True
+    return found[:num_uniques]
