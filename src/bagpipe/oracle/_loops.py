@@ -104,9 +104,13 @@ def admit(state: State, batch: Batch, oldest_unsettled: int, step: int) -> None:
     slots_of_rows, places = state.slots_of_rows, state.unknown.places
     chunks, chains, queues = state.due.chunks, state.due.chains, state.due.queues
     rows, previous, bounds = batch.rows, batch.previous, batch.bounds
+    is_done = np.zeros(len(bounds) - 1, np.bool_)
     for shard in prange(len(bounds) - 1):
         due = DueQueues(chunks[shard], chains[shard], queues[shard])
         _admit(slots_of_rows, places, due, rows, previous, bounds[shard], bounds[shard + 1], oldest_unsettled, step)
+        is_done[shard] = True
+    if not is_done.all():  # an error in a parallel loop ends the loop, and is lost
+        raise AssertionError("a batch could not be admitted: memory is full")
 
 
 @partial(threaded, num_threads=NUM_CRITICAL_THREADS)
@@ -154,7 +158,7 @@ def plan(
         )
         num_used[shard] += counts[shard, FETCHED] - counts[shard, EVICTED]  # what nobody had to leave was fresh
     totals = counts.sum(axis=0)
-    if totals[DONE] < len(num_used):  # an error in a parallel loop ends the loop, and is lost
+    if totals[DONE] < len(num_used):  # as in `admit`
         raise AssertionError("a shard could not be planned: it has fewer slots than rows, which admit checks, or memory is full")
     for fence in (EARLY_FENCE, LATE_FENCE):
         totals[fence] = counts[:, fence].max()
