@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -147,7 +146,6 @@ class BagpipeArm:
 
     def start(self) -> None:
         """See `StepArm.start`."""
-        on_cuda = self._device.type == "cuda"
         self._lookahead = lookahead(
             self._batches,
             self.embeddings,
@@ -155,9 +153,9 @@ class BagpipeArm:
             lookahead=self._workload.lookahead,
             dedup_threads=self._workload.dedup_threads,
             prefetch_depth=self._workload.prefetch_depth,
-            oracle="process" if on_cuda else "thread",
+            oracle="process" if self._device.type == "cuda" else "thread",
             hand_out=Batch.without_ids,
-            prepare=partial(TorchBatch.of, pin_memory=on_cuda),
+            move=TorchBatch.moved,
             overlap=self._overlap,
         )
 

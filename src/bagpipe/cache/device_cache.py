@@ -84,7 +84,8 @@ class DeviceCache:
 
     def _by_bag(self, plan: DevicePlan, grads: Tensor) -> Tensor:
         assert grads.dtype in (torch.float32, torch.bfloat16)
-        return grads.reshape(plan.num_bags, self.group.embedding_dim).contiguous()
+        # Where a check tells that there is nothing to do torch is not called: each call gives up Python's lock.
+        return (grads if grads.is_contiguous() else grads.contiguous()).view(plan.num_bags, self.group.embedding_dim)
 
 
 def kernels_of(device: torch.device) -> ModuleType:

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from bagpipe.jagged import GroupLookups
 from bagpipe.types import GroupPlan, Int32Array, Transfers, UInt8Array
 
 PlanArray: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
-"""All that the device needs of a plan: 1-D."""
+"""What moves to the device: of a plan 1-D arrays, of a batch any; C-contiguous."""
 
 _ALIGNMENT = 256
 _WORD = 4
@@ -32,28 +33,40 @@ def to_device(array: PlanArray, device: torch.device) -> Tensor:
 def all_to_device(arrays: Sequence[PlanArray], device: torch.device) -> list[Tensor]:
     """`to_device` of several arrays by one copy, since each costs its thread a dozen calls: about 40 us where threads compete.
 
-    Arrays that lie close together in shared memory, as a plan of the oracle process does, are copied from where they are.
+    Arrays that lie close together in shared memory, as a plan of the oracle process does, are copied from where they are. On a GPU
+    all tensors share one piece of memory.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    places = [array.__array_interface__["data"][0] for array in arrays]
+    places = [pa.py_buffer(array).address for array in arrays]  # numpy takes six times as long
     begin = min(places)
     end = max(place + array.nbytes for place, array in zip(places, arrays, strict=True))
     shared = _shared_memory(arrays)
     if shared is not None and end - begin <= _MAX_SPREAD * sum(array.nbytes for array in arrays) + len(arrays) * _ALIGNMENT:
-        offset = begin - shared.__array_interface__["data"][0]
+        offset = begin - pa.py_buffer(shared).address
         source = torch.from_numpy(shared[offset : offset + end - begin])
     else:
         source, places = _packed(arrays)
         begin = 0
     words = source.to(device, non_blocking=True).view(torch.int32)
-    tensors = [
-        words[(place - begin) // _WORD : (place - begin + array.nbytes) // _WORD]
-        for place, array in zip(places, arrays, strict=True)
-    ]
-    return [
-        tensor if array.dtype == np.int32 else tensor.view(torch.float32) for tensor, array in zip(tensors, arrays, strict=True)
-    ]
+    spans = [(place - begin, array.nbytes) for place, array in zip(places, arrays, strict=True)]
+    cut = _cut(words, spans)
+    return [_as_array(cut[span], array) for span, array in zip(spans, arrays, strict=True)]
+
+
+def _cut(words: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+    """The words of each span, (offset, length) in bytes: by one call, since one for each takes longer than the copy."""
+    ordered, lengths, end = sorted(set(spans)), list[int](), 0  # an empty one comes before another that begins there
+    for offset, length in ordered:
+        lengths += [(offset - end) // _WORD, length // _WORD]
+        end = offset + length
+    pieces = words.split_with_sizes([*lengths, len(words) - sum(lengths)])
+    return dict(zip(ordered, pieces[1::2], strict=True))
+
+
+def _as_array(words: Tensor, array: PlanArray) -> Tensor:
+    tensor = words if array.dtype == np.int32 else words.view(torch.float32)
+    return tensor if array.ndim == 1 else tensor.view(array.shape)
 
 
 def _packed(arrays: Sequence[PlanArray]) -> tuple[Tensor, list[int]]:
@@ -64,7 +77,7 @@ def _packed(arrays: Sequence[PlanArray]) -> tuple[Tensor, list[int]]:
         end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     pinned = torch.empty(end, dtype=torch.uint8, pin_memory=True)
     for begin, array in zip(begins, arrays, strict=True):
-        pinned.numpy()[begin : begin + array.nbytes] = np.ascontiguousarray(array).view(np.uint8)
+        pinned.numpy()[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
     return pinned, begins
 
 
@@ -167,6 +180,7 @@ class DeviceGroup:
     plan: DevicePlan
     early: DeviceTransfers
     exchange: DeviceExchange | None
+    along: tuple[Tensor, ...]  # what moved with it
 
 
 _SCHEDULE: Final = ("unique_slots", "bags", "piece_offsets", "long_uniques", "long_offsets")
@@ -174,8 +188,16 @@ _SENT: Final = ("replicas_later", "replicas_now", "sync_now", "sync_later")
 _APPLIED: Final = ("apply_now", "apply_later")
 
 
-def plan_to_device(plan: GroupPlan, *, step: int, batch_size: int, num_features: int, device: torch.device) -> DeviceGroup:
-    """Moves one group's plan, early transfers and exchanges to `device` on the current stream, by one copy."""
+def plan_to_device(
+    plan: GroupPlan,
+    *,
+    step: int,
+    batch_size: int,
+    num_features: int,
+    device: torch.device,
+    along: Sequence[PlanArray] = (),
+) -> DeviceGroup:
+    """Moves one group's plan, early transfers, exchanges and what goes `along` to `device` on the current stream, by one copy."""
     schedule, exchange = plan.schedule, plan.exchange
     arrays = {
         "inverse": plan.inverse,
@@ -195,7 +217,9 @@ def plan_to_device(plan: GroupPlan, *, step: int, batch_size: int, num_features:
         arrays |= {name: getattr(exchange, name).send for name in _SENT}
         for apply in _APPLIED:
             arrays |= {f"{apply}.{name}": getattr(getattr(exchange, apply), name) for name in _SCHEDULE}
+    arrays |= {f"along.{index}": array for index, array in enumerate(along)}
     tensors: dict[str, Any] = _move(arrays, device)
+    moved_along = tuple(tensors.pop(f"along.{index}") for index in range(len(along)))
     tensors["lookup_slots"] = tensors["unique_slots"].index_select(0, tensors.pop("inverse"))  # 5 us here, 0.35 ms in the planner
     early = DeviceTransfers(evict_slots=tensors.pop("evict_slots"), fetch_slots=tensors.pop("fetch_slots"))
     on_device = None
@@ -209,7 +233,7 @@ def plan_to_device(plan: GroupPlan, *, step: int, batch_size: int, num_features:
         }
         on_device = DeviceExchange(**{name: tensors.pop(name) for name in _SENT}, **applied)
     device_plan = DevicePlan(step=step, batch_size=batch_size, num_features=num_features, **tensors)
-    return DeviceGroup(plan=device_plan, early=early, exchange=on_device)
+    return DeviceGroup(plan=device_plan, early=early, exchange=on_device, along=moved_along)
 
 
 def _move(arrays: Mapping[str, PlanArray | None], device: torch.device) -> dict[str, Tensor | None]:

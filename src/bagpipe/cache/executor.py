@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DeviceExchange, DeviceGroup, DevicePlan, DeviceTransfers, plan_to_device
+from bagpipe.cache.device_plan import DeviceExchange, DeviceGroup, DevicePlan, DeviceTransfers, PlanArray, plan_to_device
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.spans import span
 from bagpipe.cache.streams import Streams
@@ -49,6 +49,7 @@ class _Pending:
 
     plan: StepPlan
     release: Callable[[], None] | None
+    along: Sequence[PlanArray]
     on_device: tuple[DeviceGroup, ...] = ()  # by group
     early: IssuedTransfers | None = None
     late: IssuedTransfers | None = None
@@ -67,6 +68,8 @@ class Executor:
         self.waits = Waits()
         self.current: tuple[DevicePlan, ...] | None = None
         """The plans of the step that is being computed, by group."""
+        self.moved_along: tuple[Tensor, ...] = ()
+        """What `submit` was given to move along with the plan of the step that began last, on the device."""
         self._device = caches[0].device
         self._streams: Streams | None = Streams(self._device) if self._device.type == "cuda" else None
         self._exchange = None if communicator is None else Exchange(communicator, caches, self._streams)
@@ -78,13 +81,14 @@ class Executor:
         self.at_close: list[Callable[[], None]] = []
         """Called at the end of `close`, when neither the threads nor the device read a plan any more."""
 
-    def submit(self, plan: StepPlan, release: Callable[[], None] | None = None) -> None:
+    def submit(self, plan: StepPlan, release: Callable[[], None] | None = None, along: Sequence[PlanArray] = ()) -> None:
         """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead where possible.
 
         With other trainers all ranks must be as far ahead of a step when it begins: what they exchange depends on it.
-        `release` is called by the trainer's thread once nothing reads the plan's arrays any more, if that is before `close`.
+        `release` is called by the trainer's thread once nothing reads the arrays of plan and `along` any more, if that is before
+        `close`. `along` moves to the device with the plan: see `moved_along`.
         """
-        self._pending.append(_Pending(plan=plan, release=release))
+        self._pending.append(_Pending(plan=plan, release=release, along=along))
 
     def begin_step(self) -> None:
         """Tick of the oldest submitted step: issues what is due, then waits until that step can be computed."""
@@ -119,6 +123,7 @@ class Executor:
                 if due.early is not None and not due.early.is_filled and due.early.gathered.has_succeeded:
                     self._mover.fill(due.early)
         self.current = tuple(group.plan for group in pending.on_device)
+        self.moved_along = self._hand_out(pending.on_device[-1].along)
         self._is_clean = False
 
     def is_current(self, plan: DevicePlan) -> bool:
@@ -200,7 +205,7 @@ class Executor:
         pending.late = self._mover.issue(pending.plan, transfers, pending.plan.step, to_device)
 
     def _plan_to_device(self, pending: _Pending) -> tuple[DeviceTransfers, ...]:
-        plan = pending.plan
+        plan, last = pending.plan, len(self.caches) - 1
         with span("plan"):
             pending.on_device = tuple(
                 plan_to_device(
@@ -209,10 +214,17 @@ class Executor:
                     batch_size=plan.batch_size,
                     num_features=len(cache.group.features),
                     device=self._device,
+                    along=pending.along if index == last else (),  # as they lie in shared memory
                 )
-                for group_plan, cache in zip(plan.groups, self.caches, strict=True)
+                for index, (group_plan, cache) in enumerate(zip(plan.groups, self.caches, strict=True))
             )
         return tuple(group.early for group in pending.on_device)
+
+    def _hand_out(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tensors for the user, who may keep them: their memory, made on another stream, must outlive what compute does with it."""
+        if tensors and self._streams is not None:
+            tensors[0].record_stream(self._streams.compute)  # of all, which share it
+        return tensors
 
     def _exchange_behind(self, exchange: Exchange, pending: _Pending) -> None:
         """Hands out what travels behind the compute of the step that comes now, after its own replicas that could come ahead."""
@@ -275,9 +287,12 @@ class Executor:
             computed = self._ended[0].computed
             if computed is not None and not computed.query():  # type: ignore[no-untyped-call]
                 break
-            release = self._ended.popleft().release
-            if release is not None:
-                release()
+            ended = self._ended.popleft()
+            for transfers in (ended.early, ended.late):
+                if transfers is not None:
+                    self._mover.give_back(transfers)
+            if ended.release is not None:
+                ended.release()
 
 
 def _moves_anything(transfers: Transfers) -> bool:

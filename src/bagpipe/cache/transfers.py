@@ -11,8 +11,8 @@ waits for the write-backs that its fence names.
 On CUDA both directions have a stream of their own. Evictions follow the compute issued so far, fills follow the evictions before
 them, and compute follows the fills of its own step, all by events, so that the host waits for neither. Device work is asked for
 by one thread, since threads that do so take turns for Python's lock: a thread of its own for the transfers took 1.5 ms a step, most
-of it waiting (docs/results.md). Pinned and device buffers come from torch's caching allocators, which reuse a buffer once the
-streams that it was used on are done with it.
+of it waiting (docs/results.md). Device buffers come from torch's caching allocator, which reuses one on its own stream; pinned ones
+from `bagpipe.cache.staging`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from bagpipe.cache.communicator import Communicator, TransferKind
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceTransfers
 from bagpipe.cache.spans import span
+from bagpipe.cache.staging import Buffer, Staging
 from bagpipe.cache.streams import Streams
 from bagpipe.errors import BackgroundError
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Int32Array, Int64Array, StepPlan, Transfers
+from bagpipe.types import Float32Array, Int32Array, Int64Array, StepPlan, Transfers
 
 _MAX_PENDING_WRITES = 64
 """Write-backs that may be waiting, each of one group and step; more would let a slow store fill the memory."""
@@ -48,7 +49,7 @@ class IssuedTransfers:
     """A step's early or late transfers, handed out."""
 
     on_device: tuple[DeviceTransfers, ...]  # by group, as what is gathered
-    gathered: Call[list[Tensor]]
+    gathered: Call[list[Buffer]]
     evicted: torch.cuda.Event | None  # what fills must wait for
     filled: torch.cuda.Event | None = None  # what compute must wait for
     is_filled: bool = False
@@ -70,6 +71,7 @@ class RecordMover:
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]  # the gather thread's
         self._gather_thread, self._write_thread = Workers("bagpipe-gather"), Workers("bagpipe-write-back")
         self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
+        self._staging = Staging(pinned=streams is not None)
 
     def issue(
         self,
@@ -88,8 +90,7 @@ class RecordMover:
         with torch.cuda.stream(self._streams.out):
             on_device = to_device()
             self._streams.out.wait_event(self._streams.computed)
-            self._evict_all(transfers, on_device, tick)
-            evicted = self._streams.out.record_event()
+            evicted = self._evict_all(transfers, on_device, tick) or self._streams.out.record_event()
         gathered = self._gather_thread.submit(self._gather, plan, transfers)
         return IssuedTransfers(on_device=on_device, gathered=gathered, evicted=evicted)
 
@@ -106,6 +107,11 @@ class RecordMover:
             self._fill_slots(issued.on_device, stagings)
             issued.filled = self._streams.into.record_event()
         issued.is_filled = True
+
+    def give_back(self, issued: IssuedTransfers) -> None:
+        """Says that the device has filled a step's slots, by an event that it has reached."""
+        for buffer in issued.gathered.result():
+            self._staging.give_back(buffer)
 
     def mark_written(self, kind: TransferKind, step: int) -> None:
         """Tells the other trainers, if there are any, once what has been issued so far is written."""
@@ -149,29 +155,38 @@ class RecordMover:
         transfers: Sequence[Transfers],
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
-    ) -> list[Tensor]:
+    ) -> list[Buffer]:
         """Runs on the gather thread. The compute that evictions must follow is over when it is asked for."""
         on_device = to_device()
         self._evict_all(transfers, on_device, tick)
-        self._fill_slots(on_device, self._gather(plan, transfers))
-        return []
+        stagings = self._gather(plan, transfers)
+        self._fill_slots(on_device, stagings)
+        return stagings
 
-    def _evict_all(self, transfers: Sequence[Transfers], on_device: Sequence[DeviceTransfers], tick: int) -> None:
+    def _evict_all(
+        self, transfers: Sequence[Transfers], on_device: Sequence[DeviceTransfers], tick: int
+    ) -> torch.cuda.Event | None:
+        """On CUDA returns what comes after all of it, if there is any."""
         with span("evict"):
+            evicted = None
             for index, (moved, slots) in enumerate(zip(transfers, on_device, strict=True)):
-                self._evict(index, moved, slots.evict_slots, tick)
+                if len(moved.evict_rows):
+                    evicted = self._evict(index, moved, slots.evict_slots, tick)
+            return evicted
 
-    def _evict(self, index: int, transfers: Transfers, slots: Tensor, tick: int) -> None:
+    def _evict(self, index: int, transfers: Transfers, slots: Tensor, tick: int) -> torch.cuda.Event | None:
         """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
-        if len(transfers.evict_rows) == 0:
-            return
-        records, copied = self._caches[index].read(slots), None
-        if self._streams is not None:
-            records = torch.empty(records.shape, pin_memory=True).copy_(records, non_blocking=True)
-            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            copied.record(self._streams.out)
+        records = self._caches[index].read(slots)
         rows = transfers.evict_rows.copy()  # may be written later than the plan is released
-        self._hand_to_writer(tick, self._write_back, index, rows, records, copied)
+        if self._streams is None:
+            self._hand_to_writer(tick, self._write_back, index, rows, records.numpy())
+            return None
+        buffer = self._staging.take(*records.shape)
+        buffer.tensor.copy_(records, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        copied.record(self._streams.out)
+        self._hand_to_writer(tick, self._write_back_copied, index, rows, buffer, copied)
+        return copied
 
     def _hand_to_writer(self, tick: int, work: Callable[..., None], *arguments: Any) -> None:
         """Hands out a call to the write-back thread, once there are few enough, and forgets those that have succeeded."""
@@ -181,14 +196,17 @@ class RecordMover:
             self._writes.popleft()
         self._writes.append((tick, self._write_thread.submit(work, *arguments)))
 
-    def _write_back(self, index: int, rows: Int64Array, records: Tensor, copied: torch.cuda.Event | None) -> None:
+    def _write_back(self, index: int, rows: Int64Array, records: Float32Array) -> None:
         """Runs on the write-back thread."""
-        if copied is not None:
-            copied.synchronize()
         with span("write_back"):
-            self._stores[index].write(rows, records.numpy())
+            self._stores[index].write(rows, records)
 
-    def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Tensor]:
+    def _write_back_copied(self, index: int, rows: Int64Array, buffer: Buffer, copied: torch.cuda.Event) -> None:
+        copied.synchronize()
+        self._write_back(index, rows, buffer.array)
+        self._staging.give_back(buffer)
+
+    def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:
         """Runs on the gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
         fence = max(moved.fence_tick for moved in transfers)
         if self._communicator is not None and fence >= 0:
@@ -203,20 +221,18 @@ class RecordMover:
         stagings = []
         for index, moved in enumerate(transfers):
             _note_moves(self._rows_of_slots[index], moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
-            staging = torch.empty(
-                len(moved.fetch_rows), self._caches[index].group.record_width, pin_memory=self._streams is not None
-            )
+            staging = self._staging.take(len(moved.fetch_rows), self._caches[index].group.record_width)
             if len(moved.fetch_rows):
                 with span("gather"):
-                    self._stores[index].fetch(moved.fetch_rows, staging.numpy())
+                    self._stores[index].fetch(moved.fetch_rows, staging.array)
             stagings.append(staging)
         return stagings
 
-    def _fill_slots(self, on_device: Sequence[DeviceTransfers], stagings: Sequence[Tensor]) -> None:
+    def _fill_slots(self, on_device: Sequence[DeviceTransfers], stagings: Sequence[Buffer]) -> None:
         with span("fetch"):
             for cache, slots, staging in zip(self._caches, on_device, stagings, strict=True):
-                if len(staging):
-                    cache.fill(slots.fetch_slots, staging.to(self._device, non_blocking=True))
+                if len(slots.fetch_slots):
+                    cache.fill(slots.fetch_slots, staging.tensor.to(self._device, non_blocking=True))
 
 
 @jit

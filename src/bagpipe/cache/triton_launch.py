@@ -87,7 +87,9 @@ class Kernel:
             options = {"num_warps": num_warps, "enable_fp_fusion": False}
             variant = self._jit.warmup(*arguments, **constants, **options, grid=(num_programs,))
             self._variants[key] = variant
-        variant[(num_programs, 1, 1)](*arguments, *constants.values())
+        # Addresses, since of a tensor Triton asks the driver whether the device can reach it.
+        passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        variant[(num_programs, 1, 1)](*passed, *constants.values())
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,17 +14,21 @@ from bagpipe.types import Float32Array, Jagged
 
 @dataclass(frozen=True, kw_only=True)
 class TorchBatch:
-    """One step's data. The sparse part stays on the host, where the oracle reads it."""
+    """One step's data. The sparse part stays on the host."""
 
     dense: Tensor  # (B, num_dense) float32
     sparse: Jagged
     labels: Tensor  # (B,) float32
 
     @classmethod
-    def of(cls, batch: Batch, *, pin_memory: bool = False) -> TorchBatch:
-        """Shares the arrays' memory, or copies dense features and labels into pinned memory, for a copy behind compute."""
-        dense, labels = (_pinned(array) if pin_memory else torch.from_numpy(array) for array in (batch.dense, batch.labels))
-        return cls(dense=dense, sparse=batch.sparse, labels=labels)
+    def of(cls, batch: Batch) -> TorchBatch:
+        """Shares the arrays' memory."""
+        return cls(dense=torch.from_numpy(batch.dense), sparse=batch.sparse, labels=torch.from_numpy(batch.labels))
+
+    @classmethod
+    def moved(cls, batch: Batch) -> tuple[Sequence[Float32Array], Callable[[Sequence[Tensor]], TorchBatch]]:
+        """For `bagpipe.lookahead(move=...)`: dense features and labels go to the device."""
+        return (batch.dense, batch.labels), lambda tensors: cls(dense=tensors[0], sparse=batch.sparse, labels=tensors[1])
 
     def to(self, device: torch.device) -> TorchBatch:
         """Dense features and labels on `device`; itself on a CPU."""
@@ -36,10 +40,3 @@ class TorchBatch:
     @property
     def batch_size(self) -> int:
         return len(self.labels)
-
-
-def _pinned(array: Float32Array) -> Tensor:
-    """A copy in pinned memory. Made by numpy: torch would share it between threads, which then wait for cores (2 ms for 1 MB)."""
-    pinned = torch.empty(array.shape, pin_memory=True)
-    np.copyto(pinned.numpy(), array)
-    return pinned

@@ -123,8 +123,8 @@ class DenseStep:
     def __call__(self, dense: Tensor, labels: Tensor, weight: float = 1.0) -> tuple[Tensor, list[Tensor]]:
         """One step on the embeddings in `pooled`: the loss (), and their gradients (B, F, D), good until the next call.
 
-        `dense` (B, num_dense) and `labels` (B,) float32 may lie in pinned host memory. The loss is multiplied by `weight`, as for
-        a trainer with more or fewer samples than the others.
+        `dense` (B, num_dense) and `labels` (B,) float32 lie on the device or in host memory. The loss is multiplied by `weight`, as
+        for a trainer with more or fewer samples than the others.
         """
         with span("dense"):
             if len(labels) == self._batch_size and weight == 1.0 and (self._captured is not None or self._ways):
@@ -166,8 +166,7 @@ class DenseStep:
         return loss.detach()
 
     def _replay(self, captured: _Captured, dense: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        captured.dense.copy_(dense, non_blocking=True)
-        captured.labels.copy_(labels, non_blocking=True)
+        torch._foreach_copy_([captured.dense, captured.labels], [dense, labels], non_blocking=True)  # one launch from the device
         captured.graph.replay()
         if captured.optimizer_graph is not None:
             assert self._averaged is not None

@@ -15,13 +15,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 
 from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.cache.device_plan import PlanArray
 from bagpipe.cache.executor import Waits
 from bagpipe.errors import BackgroundError, ConfigError, UsageError
 from bagpipe.jagged import find_sparse, share_batch
@@ -37,6 +38,8 @@ from bagpipe.train.oracle_process import start_oracle
 from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
+Move: TypeAlias = Callable[[Any], tuple[Sequence[PlanArray], Callable[[Sequence[Tensor]], Any]]]
+"""Takes a batch apart: arrays that go to the device, and what makes of their tensors the batch to hand out."""
 
 _PLANS_AHEAD = 2
 """Finished plans that wait for the trainer beyond those already being executed."""
@@ -56,7 +59,7 @@ def lookahead(
     sparse: Callable[[BatchT], Any] | None = None,
     oracle: Literal["thread", "process"] = "thread",
     hand_out: Callable[[BatchT], Any] | None = None,
-    prepare: Callable[[Any], Any] | None = None,
+    move: Move | None = None,
     replicas: int | Sequence[int] | None = None,
     share: Callable[[BatchT, int, int], BatchT] = share_batch,
     overlap: bool = True,
@@ -78,8 +81,9 @@ def lookahead(
     `hand_out` makes of each batch, where it is read and planned, what goes on from there: the place to leave out what training does
     not need, above all the ids, which would be copied to this process (`bagpipe.data.base.Batch.without_ids`). What `sparse` finds
     in the result is then what the embeddings are called with.
-    `prepare` turns that into what is handed out, in a background thread of this process: the place to pin memory. With an
-    oracle process the arrays that it gets are good until the step after the batch's: it copies what shall live longer.
+    `move` takes that apart into numpy arrays (C-contiguous, float32 or int32), which go to the device of `embeddings` ahead, along
+    with the plan, and a function that makes of their tensors what is handed out. Without a GPU these share the arrays' memory,
+    which with an oracle process is good until the step after the batch's.
 
     Where the embeddings have a communicator, `batches` are those of all trainers together, the same on every rank, and each rank is
     handed its `share(batch, rank, num_trainers)`. `replicas` is how many rows of other ranks one step may need, or so many for each
@@ -112,7 +116,11 @@ def lookahead(
     if communicator is not None:
         check_same_settings(communicator, options, seed=embeddings.seed)
     adapter = BatchAdapter(sparse=sparse or find_sparse, share=share, hand_out=hand_out)
-    return Lookahead(batches, embeddings, options, adapter, prepare, in_process=oracle == "process")
+    return Lookahead(batches, embeddings, options, adapter, move or _move_nothing, in_process=oracle == "process")
+
+
+def _move_nothing(batch: Any) -> tuple[Sequence[PlanArray], Callable[[Sequence[Tensor]], Any]]:
+    return (), lambda tensors: batch
 
 
 def _trainers(
@@ -142,7 +150,7 @@ class Lookahead(Generic[BatchT]):
         embeddings: EmbeddingBagCollection,
         options: StreamOptions,
         adapter: BatchAdapter,
-        prepare: Callable[[Any], BatchT] | None,
+        move: Move,
         *,
         in_process: bool,
     ) -> None:
@@ -150,7 +158,8 @@ class Lookahead(Generic[BatchT]):
         self.oracle_bytes = 0
         """Bytes of the oracle's own state, without the batches in its window."""
         self._embeddings, self._prefetch_depth = embeddings, options.prefetch_depth
-        self._submitted: deque[Planned[BatchT]] = deque()
+        self._move = move
+        self._submitted: deque[tuple[Planned[Any], Callable[[Sequence[Tensor]], BatchT]]] = deque()  # and what makes the batch
         self._in_step = False
         self._communicator = embeddings.communicator
         self._executor = embeddings.start(options.num_slots, options.trainers.num_replica_slots or None)
@@ -161,9 +170,7 @@ class Lookahead(Generic[BatchT]):
         if self._process is None:
             planned = plan_stream(batches, options, adapter)
         else:
-            planned = self._process.items(copy_batches=prepare is None)
-        if prepare is not None:
-            planned = (replace(item, batch=prepare(item.batch)) for item in planned)
+            planned = self._process.items(copy_batches=move is _move_nothing)
         self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
 
     @property
@@ -183,18 +190,20 @@ class Lookahead(Generic[BatchT]):
             raise UsageError("these embeddings were stopped, or given to another bagpipe.lookahead; this one can't go on")
         try:
             self._end_step()
-            planned = self._submitted.popleft() if self._submit_ahead() else None
-            if planned is not None:
+            submitted = self._submitted.popleft() if self._submit_ahead() else None
+            if submitted is not None:
+                planned, make_batch = submitted
                 self._begin_step(planned.sparse)
+                batch = make_batch(self._executor.moved_along)
         except BaseException as error:
             self._give_up(error)
             raise
-        if planned is None:
+        if submitted is None:
             self.close()
             raise StopIteration
         self.report.add(planned.plan, planned.peak_slots)
         self.oracle_bytes = planned.oracle_bytes
-        return planned.batch
+        return batch
 
     def __enter__(self) -> Lookahead[BatchT]:
         return self
@@ -318,8 +327,9 @@ class Lookahead(Generic[BatchT]):
     def _submit(self, planned: Planned[BatchT]) -> None:
         if self._communicator is not None and planned.ids_hash is not None:
             check_same_batch(self._communicator, planned.ids_hash)
-        self._executor.submit(planned.plan, planned.release)
-        self._submitted.append(planned)
+        arrays, make_batch = self._move(planned.batch)
+        self._executor.submit(planned.plan, planned.release, arrays)
+        self._submitted.append((planned, make_batch))
 
 
 class _PinnedMemory:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from bagpipe.cache.communicator import Communicator
@@ -189,7 +188,7 @@ class _Loop:
             check=cache.check,
             oracle="process" if in_process else "thread",
             hand_out=Batch.without_ids,
-            prepare=partial(TorchBatch.of, pin_memory=run.device.type == "cuda"),
+            move=TorchBatch.moved,
         )
 
     def _train_step(self, batch: TorchBatch) -> None:
