@@ -44,6 +44,8 @@ LOSS_TOLERANCE = 1e-3
 OTHER_ARMS = (*FBGEMM_ARMS, "torch_cpu")
 _LOAD_ROWS = 1 << 20
 _KERNEL_REPEATS = 30
+_HEAD_START_CYCLES = 20_000_000
+"""Ten milliseconds or so that the device sleeps before repeated kernels, so that they do not wait for the host's launches."""
 _NUM_SHOWN = 16
 """Batches that the arm without embeddings goes through."""
 
@@ -131,7 +133,7 @@ class _Bench:
             workload,
             folder / "data",
             # The window must not run out of batches while it is measured, or there would be less to plan.
-            num_batches=workload.warmup_steps + num_turns * workload.turn_and_settle_steps + workload.lookahead + 2,
+            num_batches=workload.warmup_steps + (num_turns + 1) * workload.turn_and_settle_steps + workload.lookahead + 2,
             num_resident=workload.warmup_steps + workload.rounds * workload.turn_and_settle_steps + 2,
             device=device,
             progress=progress,
@@ -153,6 +155,7 @@ class _Bench:
                 self._forget()
             counted = bagpipe.counters_since(before)
             self._time_kernels(runs["bagpipe"])
+            counted["device_idle_ms"] = self._time_idle(runs["bagpipe"])
             return self._values(runs, counted, bandwidths, bagpipe.lookahead.oracle_bytes)
 
     def _measure_beside(self, always: Mapping[str, _Run], names: Sequence[str], num_done: int, num_turns: int) -> dict[str, _Run]:
@@ -263,7 +266,30 @@ class _Bench:
         grads = torch.randn_like(self._dense.pooled) * 1e-6
         for name, kernel in run.arm.kernels(self._dense.pooled, grads).items():
             kernel()
+            if self._device.type == "cuda":
+                torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
             run.kernels_ms[name] = 1e3 * self._time(kernel, _KERNEL_REPEATS)
+
+    def _time_idle(self, run: _Run) -> float:
+        """Milliseconds between a step's update and the next one's lookup in which the device waits for rows or for the host.
+
+        One more turn. What lies between them is that wait and the lookup, whose time alone is known.
+        """
+        if self._device.type == "cpu":
+            return 0.0
+        self._dense.load(run.parameters)
+        updated, looked_up = list[torch.cuda.Event](), list[torch.cuda.Event]()
+        for step in range(self._workload.turn_and_settle_steps):
+            dense, labels = run.arm.next_batch()
+            run.arm.lookup(self._dense.pooled)
+            if updated:
+                looked_up.append(_event())
+            run.arm.update(self._dense.step(dense, labels)[1][0])
+            if step >= self._workload.settle_steps:
+                updated.append(_event())
+        torch.cuda.synchronize(self._device)
+        between = [begin.elapsed_time(end) for begin, end in zip(updated, looked_up, strict=False)]
+        return max(0.0, float(sum(between)) / len(between) - run.kernels_ms["lookup"])
 
     def _time(self, function: Callable[[], object], num_calls: int) -> float:
         """Seconds a call, by the device's clock; the device may still be at earlier work when the calls begin."""
@@ -272,11 +298,10 @@ class _Bench:
             for _ in range(num_calls):
                 function()
             return (time.perf_counter() - started) / num_calls
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
+        begin = _event()
         for _ in range(num_calls):
             function()
-        end.record()
+        end = _event()
         torch.cuda.synchronize(self._device)
         return float(begin.elapsed_time(end)) / 1e3 / num_calls
 
@@ -299,7 +324,6 @@ class _Bench:
         self, runs: Mapping[str, _Run], counted: dict[str, float], bandwidths: dict[str, float], oracle_bytes: int
     ) -> dict[str, Any]:
         workload, group = self._workload, self._group
-        waited_ms = counted["plan_wait_ms"] + counted["rows_wait_ms"] + counted["slots_wait_ms"]
         steps = {name: Timing.of(run.turns_s) for name, run in runs.items()}
         num_lookups = workload.batch_size * sum(workload.lengths)
         return {
@@ -320,11 +344,18 @@ class _Bench:
                 }
                 for name, run in runs.items()
             },
-            "bagpipe": counted | {"wait_share": waited_ms / steps["bagpipe"].median_ms},
+            "bagpipe": counted | {"idle_share": counted["device_idle_ms"] / steps["bagpipe"].median_ms},
             "bandwidths": bandwidths,
             "floor": embedding_floor(workload, group, num_lookups, counted, bandwidths),
             "oracle_bytes": oracle_bytes,
         }
+
+
+def _event() -> torch.cuda.Event:
+    """Recorded on the current stream, with its time."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def relative_differences(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
