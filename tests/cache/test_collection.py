@@ -165,6 +165,18 @@ def test_backward_after_the_next_batch_was_asked_for_is_refused(embeddings: Embe
         late.backward()
 
 
+def test_tensors_of_another_device_are_refused(embeddings: EmbeddingBagCollection) -> None:
+    stream = iter(bagpipe.lookahead([BATCH], embeddings))
+    batch = next(stream)
+    elsewhere = [torch.empty(2, 2, 4, device="meta"), torch.empty(2, 1, 2, device="meta")]
+    with pytest.raises(UsageError, match="step 0: lookup's out of group 0 lie on meta, the embeddings on cpu"):
+        embeddings.lookup(batch, out=elsewhere)
+    pooled = embeddings.lookup(batch)
+    with pytest.raises(UsageError, match="step 0: update's gradients of group 1 lie on meta"):
+        embeddings.update([torch.zeros_like(pooled[0]), elsewhere[1]])
+    embeddings.update([torch.zeros_like(group) for group in pooled])
+
+
 def test_reading_between_forward_and_backward_loses_no_update(embeddings: EmbeddingBagCollection) -> None:
     before = embeddings.tables()["users"][:]
     for batch in bagpipe.lookahead([BATCH], embeddings):

@@ -33,6 +33,7 @@ def test_arrays_are_cut_out_as_they_were(kinds: list[tuple[int, type, int | None
         laid.append(memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape))
         laid[-1][...] = array
         begin += -(-array.nbytes // 256) * 256
+    laid += [array[1:] for array in laid] + [array[len(array) // 2 :][:0] for array in laid]  # views of them, which overlap
     random.shuffle(laid)
     places = [pa.py_buffer(array).address for array in laid]
     first = min(places)

@@ -129,6 +129,7 @@ class EmbeddingBagCollection(nn.Module):
 
         In `dtype`, float32 or bfloat16, or written to `out`, contiguous tensors of either type.
         """
+        self._check_device("lookup's out", out or ())
         with span("lookup"):
             plans = self._plans_of(sparse)
             self._was_served, self._to_update = True, plans
@@ -147,10 +148,20 @@ class EmbeddingBagCollection(nn.Module):
             )
         if len(grads) != len(self._to_update):
             raise UsageError(f"update was given {len(grads)} gradients for {len(self._to_update)} groups: pass one for each group")
+        self._check_device("update's gradients", grads)
         with span("update"):
             for index, (plan, grad) in enumerate(zip(self._to_update, grads, strict=True)):
                 self.executor.update(index, plan, grad)
         self._to_update = ()
+
+    def _check_device(self, what: str, tensors: Sequence[Tensor]) -> None:
+        """Kernels are given addresses: one of another device would end the process, or worse."""
+        for index, tensor in enumerate(tensors):
+            if tensor.device != self._anchor.device:
+                raise UsageError(
+                    f"step {self.step}: {what} of group {index} lie on {tensor.device}, the embeddings on {self._anchor.device}: "
+                    "make them there"
+                )
 
     def _autocast_dtype(self) -> torch.dtype:
         """bfloat16 where autocast asks for it, else the rows' own type."""

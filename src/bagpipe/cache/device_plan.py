@@ -15,7 +15,7 @@ from torch import Tensor
 from bagpipe.jagged import GroupLookups
 from bagpipe.types import GroupPlan, Int32Array, Transfers, UInt8Array
 
-PlanArray: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+MovedArray: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """What moves to the device: of a plan 1-D arrays, of a batch any; C-contiguous."""
 
 _ALIGNMENT = 256
@@ -24,13 +24,13 @@ _MAX_SPREAD = 1.5
 """Bytes between arrays that are worth copying along with them."""
 
 
-def to_device(array: PlanArray, device: torch.device) -> Tensor:
+def to_device(array: MovedArray, device: torch.device) -> Tensor:
     """A tensor on `device`: the same memory on a CPU, a copy through pinned memory that the host does not wait for on a GPU."""
     (tensor,) = all_to_device([array], device)
     return tensor
 
 
-def all_to_device(arrays: Sequence[PlanArray], device: torch.device) -> list[Tensor]:
+def all_to_device(arrays: Sequence[MovedArray], device: torch.device) -> list[Tensor]:
     """`to_device` of several arrays by one copy, since each costs its thread a dozen calls: about 40 us where threads compete.
 
     Arrays that lie close together in shared memory, as a plan of the oracle process does, are copied from where they are. On a GPU
@@ -58,18 +58,20 @@ def _cut(words: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int
     """The words of each span, (offset, length) in bytes: by one call, since one for each takes longer than the copy."""
     ordered, lengths, end = sorted(set(spans)), list[int](), 0  # an empty one comes before another that begins there
     for offset, length in ordered:
+        if offset < end:  # views of a batch's array that overlap
+            return {span: words[span[0] // _WORD : sum(span) // _WORD] for span in ordered}
         lengths += [(offset - end) // _WORD, length // _WORD]
         end = offset + length
     pieces = words.split_with_sizes([*lengths, len(words) - sum(lengths)])
     return dict(zip(ordered, pieces[1::2], strict=True))
 
 
-def _as_array(words: Tensor, array: PlanArray) -> Tensor:
+def _as_array(words: Tensor, array: MovedArray) -> Tensor:
     tensor = words if array.dtype == np.int32 else words.view(torch.float32)
     return tensor if array.ndim == 1 else tensor.view(array.shape)
 
 
-def _packed(arrays: Sequence[PlanArray]) -> tuple[Tensor, list[int]]:
+def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
     """One pinned uint8 tensor that holds all arrays, and where each begins in it."""
     begins, end = [], 0
     for array in arrays:
@@ -81,7 +83,7 @@ def _packed(arrays: Sequence[PlanArray]) -> tuple[Tensor, list[int]]:
     return pinned, begins
 
 
-def _shared_memory(arrays: Sequence[PlanArray]) -> UInt8Array | None:
+def _shared_memory(arrays: Sequence[MovedArray]) -> UInt8Array | None:
     """The memory map that all arrays are views of, if there is one: it is pinned (`bagpipe.train.lookahead`)."""
     owners = [_owner(array) for array in arrays]
     if isinstance(owners[0], np.ndarray) or any(owner is not owners[0] for owner in owners):
@@ -89,7 +91,7 @@ def _shared_memory(arrays: Sequence[PlanArray]) -> UInt8Array | None:
     return np.frombuffer(owners[0], np.uint8)  # type: ignore[call-overload,no-any-return]
 
 
-def _owner(array: PlanArray) -> object:
+def _owner(array: MovedArray) -> object:
     owner: object = array
     while isinstance(owner, np.ndarray) and owner.base is not None:
         owner = owner.base
@@ -195,7 +197,7 @@ def plan_to_device(
     batch_size: int,
     num_features: int,
     device: torch.device,
-    along: Sequence[PlanArray] = (),
+    along: Sequence[MovedArray] = (),
 ) -> DeviceGroup:
     """Moves one group's plan, early transfers, exchanges and what goes `along` to `device` on the current stream, by one copy."""
     schedule, exchange = plan.schedule, plan.exchange
@@ -236,7 +238,7 @@ def plan_to_device(
     return DeviceGroup(plan=device_plan, early=early, exchange=on_device, along=moved_along)
 
 
-def _move(arrays: Mapping[str, PlanArray | None], device: torch.device) -> dict[str, Tensor | None]:
+def _move(arrays: Mapping[str, MovedArray | None], device: torch.device) -> dict[str, Tensor | None]:
     """By name what is there on `device`, and None for what is not."""
     present = {name: array for name, array in arrays.items() if array is not None}
     moved = dict(zip(present, all_to_device(list(present.values()), device), strict=True))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DeviceExchange, DeviceGroup, DevicePlan, DeviceTransfers, PlanArray, plan_to_device
+from bagpipe.cache.device_plan import DeviceExchange, DeviceGroup, DevicePlan, DeviceTransfers, MovedArray, plan_to_device
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.spans import span
 from bagpipe.cache.streams import Streams
@@ -49,7 +49,7 @@ class _Pending:
 
     plan: StepPlan
     release: Callable[[], None] | None
-    along: Sequence[PlanArray]
+    along: Sequence[MovedArray]
     on_device: tuple[DeviceGroup, ...] = ()  # by group
     early: IssuedTransfers | None = None
     late: IssuedTransfers | None = None
@@ -81,7 +81,7 @@ class Executor:
         self.at_close: list[Callable[[], None]] = []
         """Called at the end of `close`, when neither the threads nor the device read a plan any more."""
 
-    def submit(self, plan: StepPlan, release: Callable[[], None] | None = None, along: Sequence[PlanArray] = ()) -> None:
+    def submit(self, plan: StepPlan, release: Callable[[], None] | None = None, along: Sequence[MovedArray] = ()) -> None:
         """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead where possible.
 
         With other trainers all ranks must be as far ahead of a step when it begins: what they exchange depends on it.
@@ -123,7 +123,7 @@ class Executor:
                 if due.early is not None and not due.early.is_filled and due.early.gathered.has_succeeded:
                     self._mover.fill(due.early)
         self.current = tuple(group.plan for group in pending.on_device)
-        self.moved_along = self._hand_out(pending.on_device[-1].along)
+        self.moved_along = self._for_compute(pending.on_device[-1].along)
         self._is_clean = False
 
     def is_current(self, plan: DevicePlan) -> bool:
@@ -184,7 +184,7 @@ class Executor:
             torch.cuda.synchronize(self._device)  # plans and the caches' memory are in use until then
         self._pending.clear()
         self._ended.clear()
-        self.current = None
+        self.current, self.moved_along = None, ()
         if is_stuck:
             self.at_close.clear()
         while self.at_close:
@@ -220,11 +220,11 @@ class Executor:
             )
         return tuple(group.early for group in pending.on_device)
 
-    def _hand_out(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _for_compute(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Tensors for the user, who may keep them: their memory, made on another stream, must outlive what compute does with it."""
         if tensors and self._streams is not None:
             tensors[0].record_stream(self._streams.compute)  # of all, which share it
-        return tensors
+        return tuple(tensor.data for tensor in tensors)  # or autograd takes a change of one for a change of all
 
     def _exchange_behind(self, exchange: Exchange, pending: _Pending) -> None:
         """Hands out what travels behind the compute of the step that comes now, after its own replicas that could come ahead."""

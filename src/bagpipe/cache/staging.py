@@ -1,8 +1,8 @@
 """Host memory that records pass through on their way between a store and a device, used again and again.
 
-A GPU copies behind compute from and to pinned memory alone. Torch's allocator of that asks the driver about events, which takes
-turns with all other calls: beside a busy trainer's thread 0.3 ms for each transfer (docs/results.md). Here nobody asks the driver:
-who takes a buffer gives it back when the device, too, is done with it.
+A GPU copies behind compute from and to pinned memory alone. Torch's allocator of that asks the driver about events, each time it
+is asked for memory, and the driver's calls take turns: a tenth of a millisecond for each transfer beside a busy trainer's thread
+(docs/results.md). Here nobody asks the driver: who takes a buffer gives it back when the device, too, is done with it.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ class RecordMover:
         self._evict_all(transfers, on_device, tick)
         stagings = self._gather(plan, transfers)
         self._fill_slots(on_device, stagings)
-        return stagings
+        for buffer in stagings:
+            self._staging.give_back(buffer)
+        return []
 
     def _evict_all(
         self, transfers: Sequence[Transfers], on_device: Sequence[DeviceTransfers], tick: int

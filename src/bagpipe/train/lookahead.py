@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.device_plan import PlanArray
+from bagpipe.cache.device_plan import MovedArray
 from bagpipe.cache.executor import Waits
 from bagpipe.errors import BackgroundError, ConfigError, UsageError
 from bagpipe.jagged import find_sparse, share_batch
@@ -38,7 +39,7 @@ from bagpipe.train.oracle_process import start_oracle
 from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
-Move: TypeAlias = Callable[[Any], tuple[Sequence[PlanArray], Callable[[Sequence[Tensor]], Any]]]
+Move: TypeAlias = Callable[[Any], tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]]
 """Takes a batch apart: arrays that go to the device, and what makes of their tensors the batch to hand out."""
 
 _PLANS_AHEAD = 2
@@ -81,9 +82,16 @@ def lookahead(
     `hand_out` makes of each batch, where it is read and planned, what goes on from there: the place to leave out what training does
     not need, above all the ids, which would be copied to this process (`bagpipe.data.base.Batch.without_ids`). What `sparse` finds
     in the result is then what the embeddings are called with.
-    `move` takes that apart into numpy arrays (C-contiguous, float32 or int32), which go to the device of `embeddings` ahead, along
-    with the plan, and a function that makes of their tensors what is handed out. Without a GPU these share the arrays' memory,
-    which with an oracle process is good until the step after the batch's.
+    `move` says what of a batch goes to the device of `embeddings` ahead, along with the plan. It is called with the batch, or what
+    `hand_out` made of it, and returns numpy arrays, C-contiguous and of float32 or int32, and a function that makes of their
+    tensors what the iteration yields::
+
+        move=lambda batch: ([batch.dense, batch.labels], lambda tensors: (tensors[0], batch.sparse, tensors[1]))
+
+    It runs in the training loop's thread, up to `prefetch_depth` steps ahead, so conversions belong into `hand_out`; an error in it
+    ends the iteration at once. All arrays of a step share one piece of the device's memory: keep a `clone()` of what shall outlive
+    the step. With an oracle process a batch's other arrays, and without a GPU the tensors too, which share the arrays' memory,
+    are good until the step after the batch's.
 
     Where the embeddings have a communicator, `batches` are those of all trainers together, the same on every rank, and each rank is
     handed its `share(batch, rank, num_trainers)`. `replicas` is how many rows of other ranks one step may need, or so many for each
@@ -119,7 +127,7 @@ def lookahead(
     return Lookahead(batches, embeddings, options, adapter, move or _move_nothing, in_process=oracle == "process")
 
 
-def _move_nothing(batch: Any) -> tuple[Sequence[PlanArray], Callable[[Sequence[Tensor]], Any]]:
+def _move_nothing(batch: Any) -> tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]:
     return (), lambda tensors: batch
 
 
@@ -327,9 +335,24 @@ class Lookahead(Generic[BatchT]):
     def _submit(self, planned: Planned[BatchT]) -> None:
         if self._communicator is not None and planned.ids_hash is not None:
             check_same_batch(self._communicator, planned.ids_hash)
-        arrays, make_batch = self._move(planned.batch)
+        arrays, make_batch = _checked(self._move(planned.batch), planned.plan.step)
         self._executor.submit(planned.plan, planned.release, arrays)
         self._submitted.append((planned, make_batch))
+
+
+def _checked(moved: object, step: int) -> tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]:
+    """Refuses what would arrive as something else: the device copies words."""
+    if not (isinstance(moved, tuple) and len(moved) == 2 and isinstance(moved[0], Sequence) and callable(moved[1])):
+        raise UsageError(f"step {step}: move returned a {type(moved).__name__}, must return (arrays, a function of their tensors)")
+    for index, array in enumerate(moved[0]):
+        is_array = isinstance(array, np.ndarray)
+        if not is_array or array.dtype not in (np.int32, np.float32) or not array.flags.c_contiguous:
+            found = f"{array.dtype} with strides {array.strides}" if is_array else f"a {type(array).__name__}"
+            raise UsageError(
+                f"step {step}: array {index} of move is {found}, must be a C-contiguous numpy array of float32 or int32: "
+                "convert it in hand_out, as by np.ascontiguousarray(x, np.float32)"
+            )
+    return moved
 
 
 class _PinnedMemory:
