@@ -14,6 +14,7 @@ from tests.train.ranks import run_ranks
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
+from bagpipe.cache.device_plan import MovedArray
 from bagpipe.cache.executor import Executor
 from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
 from bagpipe.oracle.pipeline import BackgroundIterator
@@ -107,7 +108,9 @@ def test_a_late_plan_releases_none_that_is_still_read(monkeypatch: pytest.Monkey
     released: list[tuple[int, bool]] = []  # (step, whether its gradients are still on their way)
     submit = Executor.submit
 
-    def watched(self: Executor, plan: StepPlan, release: Callable[[], None] | None = None) -> None:
+    def watched(
+        self: Executor, plan: StepPlan, release: Callable[[], None] | None = None, along: Sequence[MovedArray] = ()
+    ) -> None:
         assert self._exchange is not None
         steps = self._exchange._steps
         submit(self, plan, lambda: released.append((plan.step, plan.step in steps)))
