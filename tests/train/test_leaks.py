@@ -47,7 +47,7 @@ def anonymous_mib(pid: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("device", "batch_size", "num_steps"), [("cpu", 64, 1_200), pytest.param("cuda", 1024, 5_000, marks=pytest.mark.gpu)]
+    ("device", "batch_size", "num_steps"), [("cpu", 64, 800), pytest.param("cuda", 1024, 5_000, marks=pytest.mark.gpu)]
 )
 def test_memory_stays(device: str, batch_size: int, num_steps: int, tmp_path: Path) -> None:
     watch = MemoryWatch(device, (num_steps // 4, num_steps // 2, num_steps - 10))
