@@ -32,6 +32,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
+@pytest.mark.timeout(400)  # first of all tests on a new machine, it compiles nearly every loop: two minutes on two cores
 def test_all_benchmarks_at_tiny_sizes(tmp_path: Path) -> None:
     result = run("all", "--quick", "--json", tmp_path / "all.json", "--plot", tmp_path / "curve.svg")
     assert result.exit_code == 0, result.stderr
