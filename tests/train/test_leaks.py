@@ -25,7 +25,7 @@ class MemoryWatch(SilentReporter):
         """MiB."""
 
     def advance(self, step: int) -> None:
-        """Every kind: each is one that something could be left in."""
+        """Looks after the steps asked for."""
         if step not in self._steps:
             return
         seen = {"trainer": anonymous_mib(os.getpid())}

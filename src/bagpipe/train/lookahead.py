@@ -124,11 +124,7 @@ def lookahead(
     if communicator is not None:
         check_same_settings(communicator, options, seed=embeddings.seed)
     adapter = BatchAdapter(sparse=sparse or find_sparse, share=share, hand_out=hand_out)
-    return Lookahead(batches, embeddings, options, adapter, move or _move_nothing, in_process=oracle == "process")
-
-
-def _move_nothing(batch: Any) -> tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]:
-    return (), lambda tensors: batch
+    return Lookahead(batches, embeddings, options, adapter, move, in_process=oracle == "process")
 
 
 def _trainers(
@@ -158,7 +154,7 @@ class Lookahead(Generic[BatchT]):
         embeddings: EmbeddingBagCollection,
         options: StreamOptions,
         adapter: BatchAdapter,
-        move: Move,
+        move: Move | None,
         *,
         in_process: bool,
     ) -> None:
@@ -178,7 +174,7 @@ class Lookahead(Generic[BatchT]):
         if self._process is None:
             planned = plan_stream(batches, options, adapter)
         else:
-            planned = self._process.items(copy_batches=move is _move_nothing)
+            planned = self._process.items(copy_batches=move is None)
         self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
 
     @property
@@ -335,13 +331,16 @@ class Lookahead(Generic[BatchT]):
     def _submit(self, planned: Planned[BatchT]) -> None:
         if self._communicator is not None and planned.ids_hash is not None:
             check_same_batch(self._communicator, planned.ids_hash)
-        arrays, make_batch = _checked(self._move(planned.batch), planned.plan.step)
+        arrays, make_batch = _take_apart(planned.batch, self._move, planned.plan.step)
         self._executor.submit(planned.plan, planned.release, arrays)
         self._submitted.append((planned, make_batch))
 
 
-def _checked(moved: object, step: int) -> tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]:
-    """Refuses what would arrive as something else: the device copies words."""
+def _take_apart(batch: Any, move: Move | None, step: int) -> tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]:
+    """What moves and what makes the batch of it; refuses what would arrive as something else, since the device copies words."""
+    if move is None:
+        return (), lambda tensors: batch
+    moved: object = move(batch)
     if not (isinstance(moved, tuple) and len(moved) == 2 and isinstance(moved[0], Sequence) and callable(moved[1])):
         raise UsageError(f"step {step}: move returned a {type(moved).__name__}, must return (arrays, a function of their tensors)")
     for index, array in enumerate(moved[0]):
