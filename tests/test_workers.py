@@ -65,11 +65,22 @@ def test_close_waits_for_the_call_in_hand_and_drops_the_others() -> None:
         time.sleep(0.05)
         return "done"
 
-    first, second = workers.submit(slow), workers.submit(lambda: "never")
+    first, *others = workers.submit(slow), workers.submit(lambda: "never"), workers.submit(lambda: "never")
     started.wait()
     workers.close()
     assert first.result() == "done"
-    assert not second.is_over
+    for other in others:
+        with pytest.raises(RuntimeError, match="dropped"):
+            other.result()
+
+
+def test_close_ends_a_call_that_waits_for_one_before_it() -> None:
+    for _ in range(50):
+        workers = Workers("w", 2)
+        first = workers.submit(time.sleep, 0.0005)
+        workers.submit(first.result)
+        workers.submit(workers.submit(first.result).result)
+        workers.close()
 
 
 def test_the_threads_end_with_their_owner() -> None:

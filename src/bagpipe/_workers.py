@@ -61,6 +61,12 @@ class Call(Generic[Result]):
             del self._function, self._arguments  # what they hold must not live as long as the outcome
             self._is_over.release()
 
+    def drop(self) -> None:
+        """Called by a worker in place of `run`: another call in hand may wait for this one."""
+        self._error = RuntimeError("the call was dropped, since its workers were closed")
+        del self._function, self._arguments
+        self._is_over.release()
+
 
 class Workers:
     """Owns threads, which end with `close`, at the end of a `with` block, or with the object itself."""
@@ -87,7 +93,7 @@ class Workers:
         return call
 
     def close(self, *, wait: bool = True) -> None:
-        """Waits for the calls in hand and drops those behind them, whose results nobody may wait for. Closing twice is allowed.
+        """Waits for the calls in hand and drops those behind them, whose `result` raises RuntimeError. Closing twice is allowed.
 
         Without `wait` it returns at once: the threads end after the calls in hand, or with the process.
         """
@@ -109,6 +115,9 @@ def _end(calls: SimpleQueue[Call[Any] | None], num_threads: int) -> None:
 
 
 def _run(calls: SimpleQueue[Call[Any] | None], closed: threading.Event) -> None:
-    while (call := calls.get()) is not None and not closed.is_set():
-        call.run()
+    while (call := calls.get()) is not None:
+        if closed.is_set():
+            call.drop()
+        else:
+            call.run()
         del call  # or its outcome would live until the next call

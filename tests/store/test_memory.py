@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import mmap
 
-import numba
 import numpy as np
 import pytest
 from tests.store_contract import StoreContract, StoreFactory, fetch, make_group, records_of
 
-from bagpipe._jit import threaded
 from bagpipe.errors import StoreError
 from bagpipe.store import MemoryStore, array
 from bagpipe.store import memory as memory_module
@@ -63,10 +61,8 @@ def test_a_kernel_without_huge_pages_is_served(monkeypatch: pytest.MonkeyPatch) 
 def test_threads_share_a_call_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     group = make_group(5000, dim=5)
     found = []
-    for num_threads in (1, numba.get_num_threads()):
-        gather, scatter = threaded(array._gather, num_threads), threaded(array._scatter, num_threads)
-        monkeypatch.setattr(array, "_gather_by_size", lambda _, chosen=gather: chosen)
-        monkeypatch.setattr(array, "_scatter_by_size", lambda _, chosen=scatter: chosen)
+    for shared_bytes in (1 << 30, 0):
+        monkeypatch.setattr(array, "_SHARED_BYTES", shared_bytes)
         store = MemoryStore(group, 3)
         rng = np.random.default_rng(0)
         for _ in range(3):

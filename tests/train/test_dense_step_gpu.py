@@ -87,6 +87,21 @@ def test_a_part_that_no_graph_holds_runs_eagerly_from_the_same_state(kind: str) 
     assert results[0] == results[1]
     assert len(said) == 1
     assert said[0].startswith("capturing the dense part as a CUDA graph failed (")
+    assert memory_read_by_another_stream_is_used_again()
+
+
+def memory_read_by_another_stream_is_used_again() -> bool:
+    """What torch does not do inside of a capture, nor after one that it has not left: each step would take new memory then."""
+    stream, size = torch.cuda.Stream(), 8 << 20
+    addresses = set()
+    for _ in range(4):
+        with torch.cuda.stream(stream):
+            read = torch.empty(size, dtype=torch.uint8, device="cuda")
+        addresses.add(read.data_ptr())
+        read.record_stream(torch.cuda.current_stream())
+        del read
+        torch.cuda.synchronize()
+    return len(addresses) == 1
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,25 @@ from tests.train.test_trainers import linear_loss, make_batches, make_tables
 
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.store import FileStore
+from bagpipe.store import FileStore, MemoryStore
 from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 pytestmark = pytest.mark.gpu
+
+
+class UnevenStore(MemoryStore):
+    """Whose calls take their time, some more than others: later steps' rows are often there before earlier ones'."""
+
+    num_calls = itertools.count()
+
+    def fetch(self, rows: Any, out: Any) -> None:
+        time.sleep(next(self.num_calls) % 5 * 0.002)
+        super().fetch(rows, out)
+
+    def write(self, rows: Any, records: Any) -> None:
+        time.sleep(next(self.num_calls) % 7 * 0.002)
+        super().write(rows, records)
+
 
 OPTIMIZERS: list[Optimizer] = [SGD(lr=0.5), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.05)]
 VARIANTS: list[dict[str, Any]] = [
@@ -29,14 +45,18 @@ VARIANTS: list[dict[str, Any]] = [
     {"extra_slots": 30, "restarts": [11, 30]},
     {"extra_slots": 10_000},
     {"extra_slots": 30, "file": True},
+    {"extra_slots": 0, "store": UnevenStore},
+    {"extra_slots": 30, "store": UnevenStore, "prefetch_depth": 6},
 ]
 
 
 def run(device: str, optimizer: Optimizer, folder: Path, **variant: Any) -> tuple[list[float], list[np.ndarray]]:
     """Losses and final records of one way to train the same batches."""
     batches = equality.skewed_batches(50)
-    store = {"store": lambda group, seed: FileStore(group, seed, folder / str(group.index))} if variant.pop("file", False) else {}
-    embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=optimizer, device=device, seed=11, **store)
+    store = variant.pop("store", MemoryStore)
+    if variant.pop("file", False):
+        store = lambda group, seed: FileStore(group, seed, folder / str(group.index))  # noqa: E731
+    embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=optimizer, device=device, seed=11, store=store)
     extra_slots, restarts = variant.pop("extra_slots"), variant.pop("restarts", [])
     cache = [slots + extra_slots for slots in equality.smallest_caches(embeddings.groups, batches)]
     dense = equality.make_dense(embeddings.groups).to(device)

@@ -6,6 +6,7 @@ whatever the weights, and its sum the same in any order; what an optimizer makes
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from tests.train.test_equality import OPTIMIZERS, skewed_batch, smallest_caches
 from torch import Tensor
 
 import bagpipe
+from bagpipe.cache import transfers
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.exchange import Exchange
+from bagpipe.cache.transfers import RecordMover
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
 from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.ranks import RankPlanner
@@ -238,22 +241,38 @@ def test_a_flush_between_steps_changes_nothing(step: int) -> None:
 
 
 class SlowStore(MemoryStore):
-    """Whose write-backs come late."""
+    """Whose write-backs come late, every second one later than the one behind it."""
+
+    num_writes = itertools.count()
 
     def write(self, rows: Any, records: Any) -> None:
-        time.sleep(0.04)
+        time.sleep(0.06 - 0.05 * (next(self.num_writes) % 2))
         super().write(rows, records)
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "not waiting"])
-def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def wait_for_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Communicator, "wait_written", lambda *_: None)
+
+
+def mark_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = RecordMover._mark_written
+    monkeypatch.setattr(RecordMover, "_mark_written", lambda mover, _, kind, step: original(mover, (), kind, step))
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "fault"), [(1, None), (3, None), (1, wait_for_no_mark), (3, mark_before_it_is_written)], ids=str
+)
+def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(
+    num_threads: int, fault: Callable[[pytest.MonkeyPatch], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = make_batches(25, batch_size=8)
     expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 25)])
-    if not waits:  # a planted fault
-        monkeypatch.setattr(Communicator, "wait_written", lambda *_: None)
+    monkeypatch.setattr(transfers, "_NUM_THREADS", num_threads)
+    if fault is not None:
+        fault(monkeypatch)
     options = {"lookahead": 1, "prefetch_depth": 2, "store": SlowStore}
     found = train(make_tables(), SGD(lr=0.5), batches, [(3, 25)], **options)
-    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)) == waits
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)) == (fault is None)
 
 
 def break_and_go_on(trainer: Trainer, batches: Sequence[Jagged]) -> None:

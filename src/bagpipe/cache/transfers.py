@@ -1,12 +1,15 @@
 """Moves records between stores and the device cache, as the trainer's thread asks for it at ticks (`bagpipe.cache.executor`).
 
     evict   evicted slots -> packed buffer -> pinned host buffer   on CUDA the trainer's thread asks the device for it
-            -> store                                               write-back thread
-    fetch   store -> pinned staging buffer                         gather thread
+            -> store                                               write-back threads
+    fetch   store -> pinned staging buffer                         gather threads
             -> fetched slots                                       on CUDA the trainer's thread, once it is there
 
-On a CPU, where copies are work, the gather thread does all but the store's part of an eviction. Before it reads the store, a fetch
+On a CPU, where copies are work, one gather thread does all but the store's part of an eviction. Before it reads the store, a fetch
 waits for the write-backs that its fence names.
+
+Several threads gather and write back, each the rows of a step of its own: fences order what must be in order. Threads that shared a
+step's rows would have to meet at its end, spinning on a core each.
 
 On CUDA both directions have a stream of their own. Evictions follow the compute issued so far, fills follow the evictions before
 them, and compute follows the fills of its own step, all by events, so that the host waits for neither. Device work is asked for
@@ -17,6 +20,8 @@ from `bagpipe.cache.staging`.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +47,9 @@ from bagpipe.types import Float32Array, Int32Array, Int64Array, StepPlan, Transf
 _MAX_PENDING_WRITES = 64
 """Write-backs that may be waiting, each of one group and step; more would let a slow store fill the memory."""
 _FLUSH_BLOCK_ROWS = 65_536
+_NUM_THREADS = max(1, min(2, (os.cpu_count() or 1) // 4))
+"""That gather, and that write back. Random rows take a core milliseconds a step, most of it waiting for memory; but with more
+threads the trainer's waits longer for Python's lock than for rows with fewer (docs/results.md)."""
 
 
 @dataclass(kw_only=True)
@@ -68,8 +76,12 @@ class RecordMover:
         """`streams` are those of a CUDA device; `communicator` says that there are other trainers."""
         self._caches, self._stores, self._streams, self._communicator = tuple(caches), tuple(stores), streams, communicator
         self._device = caches[0].device
-        self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]  # the gather thread's
-        self._gather_thread, self._write_thread = Workers("bagpipe-gather"), Workers("bagpipe-write-back")
+        self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
+        self._to_note: deque[Sequence[Transfers]] = deque()  # in these, in this order
+        self._noting = threading.Lock()
+        # On a CPU one thread takes steps in order, as the device does elsewhere.
+        self._gather_threads = Workers("bagpipe-gather", 1 if streams is None else _NUM_THREADS)
+        self._write_threads = Workers("bagpipe-write-back", _NUM_THREADS)
         self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
         self._staging = Staging(pinned=streams is not None)
 
@@ -84,14 +96,15 @@ class RecordMover:
 
         `to_device` moves the slots, by group, to the device; on a CPU it is called by the gather thread.
         """
+        self._to_note.append(transfers)
         if self._streams is None:
-            done = self._gather_thread.submit(self._transfer_on_cpu, plan, transfers, tick, to_device)
+            done = self._gather_threads.submit(self._transfer_on_cpu, plan, transfers, tick, to_device)
             return IssuedTransfers(on_device=(), gathered=done, evicted=None, is_filled=True)
         with torch.cuda.stream(self._streams.out):
             on_device = to_device()
             self._streams.out.wait_event(self._streams.computed)
             evicted = self._evict_all(transfers, on_device, tick) or self._streams.out.record_event()
-        gathered = self._gather_thread.submit(self._gather, plan, transfers)
+        gathered = self._gather_threads.submit(self._gather, plan, transfers)
         return IssuedTransfers(on_device=on_device, gathered=gathered, evicted=evicted)
 
     def fill(self, issued: IssuedTransfers) -> None:
@@ -118,9 +131,9 @@ class RecordMover:
         if self._communicator is None:
             return
         if self._streams is None:  # the gather thread evicts
-            self._gather_thread.submit(self._hand_to_writer, step, self._communicator.mark_written, kind, step)
+            self._gather_threads.submit(self._hand_mark_to_writer, kind, step)
         else:
-            self._hand_to_writer(step, self._communicator.mark_written, kind, step)
+            self._hand_mark_to_writer(kind, step)
 
     def raise_failed_writes(self) -> None:
         """Raises what a write-back has raised."""
@@ -146,8 +159,8 @@ class RecordMover:
 
     def close(self, *, wait: bool = True) -> None:
         """Ends the threads; without `wait` they end by themselves, once what they wait for has come or failed."""
-        self._gather_thread.close(wait=wait)
-        self._write_thread.close(wait=wait)
+        self._gather_threads.close(wait=wait)
+        self._write_threads.close(wait=wait)
 
     def _transfer_on_cpu(
         self,
@@ -191,15 +204,26 @@ class RecordMover:
         return copied
 
     def _hand_to_writer(self, tick: int, work: Callable[..., None], *arguments: Any) -> None:
-        """Hands out a call to the write-back thread, once there are few enough, and forgets those that have succeeded."""
+        """Hands out a call to the write-back threads, once there are few enough, and forgets those that have succeeded."""
         if len(self._writes) >= _MAX_PENDING_WRITES:
             self._writes[0][1].result()
         while self._writes and self._writes[0][1].has_succeeded:
             self._writes.popleft()
-        self._writes.append((tick, self._write_thread.submit(work, *arguments)))
+        self._writes.append((tick, self._write_threads.submit(work, *arguments)))
+
+    def _hand_mark_to_writer(self, kind: TransferKind, step: int) -> None:
+        earlier = [write for _, write in self._writes]
+        self._hand_to_writer(step, self._mark_written, earlier, kind, step)
+
+    def _mark_written(self, earlier: Sequence[Call[None]], kind: TransferKind, step: int) -> None:
+        """Runs on a write-back thread, which waits for what the others have begun before."""
+        for write in earlier:
+            write.result()
+        assert self._communicator is not None
+        self._communicator.mark_written(kind, step)
 
     def _write_back(self, index: int, rows: Int64Array, records: Float32Array) -> None:
-        """Runs on the write-back thread."""
+        """Runs on a write-back thread."""
         with span("write_back"):
             self._stores[index].write(rows, records)
 
@@ -209,7 +233,7 @@ class RecordMover:
         self._staging.give_back(buffer)
 
     def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:
-        """Runs on the gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
+        """Runs on a gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
         fence = max(moved.fence_tick for moved in transfers)
         if self._communicator is not None and fence >= 0:
             # What other ranks evict up to the fence and this plan knows of, the early transfers of these steps do. Each waits for
@@ -222,13 +246,20 @@ class RecordMover:
                 write.result()
         stagings = []
         for index, moved in enumerate(transfers):
-            _note_moves(self._rows_of_slots[index], moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
             staging = self._staging.take(len(moved.fetch_rows), self._caches[index].group.record_width)
             if len(moved.fetch_rows):
                 with span("gather"):
                     self._stores[index].fetch(moved.fetch_rows, staging.array)
             stagings.append(staging)
+        self._note_moves()
         return stagings
+
+    def _note_moves(self) -> None:
+        """Notes what has been issued so far, unless other threads have, in the order in which slots change hands."""
+        with self._noting:
+            while self._to_note:
+                for rows_of_slots, moved in zip(self._rows_of_slots, self._to_note.popleft(), strict=True):
+                    _note_moves(rows_of_slots, moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
 
     def _fill_slots(self, on_device: Sequence[DeviceTransfers], stagings: Sequence[Buffer]) -> None:
         with span("fetch"):

@@ -8,24 +8,22 @@ another thread must not change an array under them.
 
 Cost: `record_bytes` a touched row in whole pages, and one byte of memory a row (a byte, not a bit, so that threads that write
 neighbouring rows need no atomics). Reading an untouched row computes its initial record and changes nothing. Gather and scatter are
-loops without the GIL, bound by memory latency, and initial records by arithmetic (0.1 us each at dimension 64): a call's rows are
-shared between threads.
+loops without the GIL, bound by memory latency, and initial records by arithmetic (0.1 us each at dimension 64): threads share a
+call's rows where they are many.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from bagpipe._jit import (
     NUM_MANY_THREADS,
     NUM_PARTS,
-    NUM_STAGE_THREADS,
-    NUM_THREADS,
     jit,
     parallel_jit,
     part_bounds,
@@ -38,13 +36,12 @@ from bagpipe.errors import StoreError
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
 from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
-_SOME, _MUCH = 6 << 20, 24 << 20
-"""Bytes that one thread takes over a millisecond to move, and that few do: from there on more threads share a call."""
+_SHARED_BYTES = 64 << 20
+"""From there on threads share a call, as when a cache fills or a checkpoint is loaded. Smaller ones, of which several are under way
+at a time, take the caller's alone: threads that meet at the end of each call spin there."""
+_shared = partial(threaded, num_threads=NUM_MANY_THREADS)
 
 
 class ArrayStore(ABC):
@@ -72,13 +69,14 @@ class ArrayStore(ABC):
         records, touched = self._checked(rows, out, "out")
         if not out.flags.writeable:
             raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
-        _gather_by_size(out.nbytes)(records, touched, rows, self._initializer.parameters, out)
+        gather = _gather if out.nbytes >= _SHARED_BYTES else _gather_part
+        gather(records, touched, rows, self._initializer.parameters, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
         own, touched = self._checked(rows, records, "records")
         self._make_room(rows)
-        scatter = _scatter_by_size(records.nbytes)
+        scatter = _scatter if records.nbytes >= _SHARED_BYTES else _scatter_part
         num_new = scatter(own, touched, rows, records)
         with self._count_lock:
             self._num_touched += num_new
@@ -183,21 +181,13 @@ def _first_outside(rows: Int64Array, num_rows: int) -> int:
     return -1
 
 
-def _by_size(compiled: Callable[P, R]) -> Callable[[int], Callable[P, R]]:
-    """Chooses from so many bytes how many threads share a call."""
-    little, some, much = (threaded(compiled, count) for count in (NUM_THREADS, NUM_STAGE_THREADS, NUM_MANY_THREADS))
-    return lambda num_bytes: little if num_bytes < _SOME else some if num_bytes < _MUCH else much
-
-
+@_shared
 @parallel_jit
 def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
     """Copies touched rows to `out` and computes the others."""
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
         _gather_part(records, touched, rows[begin:end], initial, out[begin:end])
-
-
-_gather_by_size = _by_size(_gather)
 
 
 @jit
@@ -217,6 +207,7 @@ def _gather_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, i
         fill_part(rows, untouched, initial, out)
 
 
+@_shared
 @parallel_jit
 def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
     """Copies `values` to `records[rows]` and marks them touched; returns how many were not so before."""
@@ -225,9 +216,6 @@ def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, value
         begin, end = part_bounds(part, len(rows))
         num_new += _scatter_part(records, touched, rows[begin:end], values[begin:end])
     return num_new
-
-
-_scatter_by_size = _by_size(_scatter)
 
 
 @jit

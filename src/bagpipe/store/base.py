@@ -3,8 +3,8 @@
 Ordering, which every store promises and `tests/store_contract.py` holds:
 
 - a `fetch` that starts after a `write` has returned sees what it wrote;
-- `fetch` and `write` may run at the same time in different threads as long as their rows are disjoint (the plan's fences see to
-  that); both release the GIL during the copying;
+- any number of `fetch` and `write` may run at the same time in different threads as long as the rows of a `write` are disjoint from
+  the others' (the plan's fences see to that); both release the GIL during the copying;
 - a row never written reads as its initial record, the same in every store (`bagpipe.store.init`), and reading it does not
   make it touched;
 - `snapshot` and `clear` run alone: no fetch or write at the same time;

@@ -22,7 +22,7 @@ A capture sends none, so it does not matter when, or whether, the other trainers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -41,6 +41,8 @@ Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 
 _NUM_WARMUPS = 3
 """Before a capture, as torch asks for: libraries choose their algorithms then."""
+_FAILED_GRAPHS: list[torch.cuda.CUDAGraph] = []
+"""Kept for as long as the process lives: see `_leave_failed_capture`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,6 @@ class DenseStep:
             )
         self._buffers: dict[int, list[Tensor]] = {}
         self._captured: _Captured | None = None
-        self._failed_graphs: list[torch.cuda.CUDAGraph] = []
         self._num_replays = 0
 
     @property
@@ -203,20 +204,14 @@ class DenseStep:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         for leaf in pooled:
             leaf.grad = None
-        graph = torch.cuda.CUDAGraph()
-        optimizer_graph = None if self._averaged is None else torch.cuda.CUDAGraph()
-        try:
-            # The executor's threads go on meanwhile: only this thread must not do what a capture forbids.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                loss = self._backward(part, dense, labels, pooled)
-                if optimizer_graph is None:
-                    self._optimizer.step()
-            if optimizer_graph is not None:
-                with torch.cuda.graph(optimizer_graph, stream=stream, capture_error_mode="thread_local"):
-                    self._optimizer.step()
-        except RuntimeError:
-            self._leave_failed_capture(graph, stream)
-            raise
+        with _capture(stream) as graph:
+            loss = self._backward(part, dense, labels, pooled)
+            if self._averaged is None:
+                self._optimizer.step()
+        optimizer_graph = None
+        if self._averaged is not None:
+            with _capture(stream) as optimizer_graph:
+                self._optimizer.step()
         return _Captured(
             graph=graph,
             optimizer_graph=optimizer_graph,
@@ -226,16 +221,34 @@ class DenseStep:
             grads=[_grad(leaf) for leaf in pooled],
         )
 
-    def _leave_failed_capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
-        """Brings torch back from a capture that CUDA has ended with an error, from which `capture_end` leaves too early.
 
-        The allocator goes on asking the graph about streams, so it is kept; random numbers are refused as inside of a capture
-        ("Offset increment outside graph capture"), until another capture ends well.
-        """
-        self._failed_graphs.append(graph)
-        counter = torch.zeros(1, device=self._device)
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
-            counter.add_(1)
+@contextmanager
+def _capture(stream: torch.cuda.Stream) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures what is done inside. The executor's threads go on meanwhile: only this one must not do what a capture forbids."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield graph
+    except RuntimeError:
+        _leave_failed_capture(graph, pool, stream)
+        raise
+
+
+def _leave_failed_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    """Brings torch back from a capture that CUDA has ended with an error, from which `capture_end` leaves too early.
+
+    Then the device's allocator takes the capture for unfinished and never reuses memory that another stream has read: a leak in
+    each step from there on (https://github.com/pytorch/pytorch/pull/180395, not yet in torch 2.11). That of pinned memory goes on
+    asking the graph. And random numbers are refused as inside of a capture ("Offset increment outside graph capture"), until
+    another one ends well.
+    """
+    _FAILED_GRAPHS.append(graph)
+    with suppress(RuntimeError):  # where `capture_end` has done so, it is an error to do it again
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
+    counter = torch.zeros(1, device=stream.device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+        counter.add_(1)
 
 
 @contextmanager
