@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bagpipe.types import Int64Array
+from bagpipe._jit import jit
+from bagpipe.types import BoolArray, Int64Array
 
 STRETCH_BYTES = 1 << 20
 """Reserved at a time, or one item where that is longer: so that reserving is rare. Random rows soon reserve the whole file, as they
@@ -50,10 +51,10 @@ class SparseFile:
 
     def reserve(self, items: Int64Array) -> None:
         """Gives disk blocks to the stretches of `items` (n,). Raises OSError when the disk is full or the file closed."""
+        if _are_reserved(self._reserved, items, self._item_bytes, self._stretch_bytes):
+            return
         begin = items * self._item_bytes
         stretches = np.concatenate([begin, begin + (self._item_bytes - 1)]) // self._stretch_bytes
-        if self._reserved[stretches].all():
-            return
         with self._lock:
             if not self._close_file.alive:
                 raise OSError(errno.EBADF, "the file was closed meanwhile")
@@ -81,3 +82,13 @@ class SparseFile:
         """Closes the file. The map lives until no array is over it; the file stays on disk. Closing twice is allowed."""
         with self._lock:
             self._close_file()
+
+
+@jit
+def _are_reserved(reserved: BoolArray, items: Int64Array, item_bytes: int, stretch_bytes: int) -> bool:
+    """Whether all stretches that the items lie in are reserved."""
+    for item in items:
+        begin = item * item_bytes
+        if not (reserved[begin // stretch_bytes] and reserved[(begin + item_bytes - 1) // stretch_bytes]):
+            return False
+    return True
