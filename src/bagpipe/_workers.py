@@ -76,6 +76,7 @@ class Workers:
         self._name = name
         self._calls: SimpleQueue[Call[Any] | None] = SimpleQueue()
         self._closed = threading.Event()
+        self._is_closing = threading.Lock()  # a call that is queued behind the end would never run, nor fail
         self._threads = [
             threading.Thread(target=_run, args=(self._calls, self._closed), name=f"{name}_{index}", daemon=True)
             for index in range(num_threads)
@@ -86,10 +87,11 @@ class Workers:
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
         """Queues a call."""
-        if self._closed.is_set():
-            raise RuntimeError(f"{self._name} is closed")
         call = Call(function, arguments)
-        self._calls.put(call)
+        with self._is_closing:
+            if self._closed.is_set():
+                raise RuntimeError(f"{self._name} is closed")
+            self._calls.put(call)
         return call
 
     def close(self, *, wait: bool = True) -> None:
@@ -97,8 +99,9 @@ class Workers:
 
         Without `wait` it returns at once: the threads end after the calls in hand, or with the process.
         """
-        self._closed.set()
-        _end(self._calls, len(self._threads))
+        with self._is_closing:
+            self._closed.set()
+            _end(self._calls, len(self._threads))
         for thread in self._threads if wait else ():
             thread.join()
 

@@ -46,10 +46,10 @@ from bagpipe.types import Float32Array, Int32Array, Int64Array, StepPlan, Transf
 
 _MAX_PENDING_WRITES = 64
 """Write-backs that may be waiting, each of one group and step; more would let a slow store fill the memory."""
-_FLUSH_BLOCK_ROWS = 65_536
+_FLUSH_BLOCK_BYTES = 64 << 20
 _NUM_THREADS = max(1, min(2, (os.cpu_count() or 1) // 4))
-"""That gather, and that write back. Random rows take a core milliseconds a step, most of it waiting for memory; but with more
-threads the trainer's waits longer for Python's lock than for rows with fewer (docs/results.md)."""
+"""That write back, and on CUDA as many that gather. Random rows take a core milliseconds a step, most of it waiting for memory; but
+with more threads the trainer's waits longer for Python's lock than for rows with fewer (docs/results.md)."""
 
 
 @dataclass(kw_only=True)
@@ -77,11 +77,12 @@ class RecordMover:
         self._caches, self._stores, self._streams, self._communicator = tuple(caches), tuple(stores), streams, communicator
         self._device = caches[0].device
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
-        self._to_note: deque[Sequence[Transfers]] = deque()  # in these, in this order
+        self._to_note: deque[Sequence[Transfers]] = deque()  # issued and not yet there, in order of issue
         self._noting = threading.Lock()
         # On a CPU one thread takes steps in order, as the device does elsewhere.
         self._gather_threads = Workers("bagpipe-gather", 1 if streams is None else _NUM_THREADS)
         self._write_threads = Workers("bagpipe-write-back", _NUM_THREADS)
+        self._mark_thread = None if communicator is None else Workers("bagpipe-mark")
         self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
         self._staging = Staging(pinned=streams is not None)
 
@@ -96,14 +97,15 @@ class RecordMover:
 
         `to_device` moves the slots, by group, to the device; on a CPU it is called by the gather thread.
         """
-        self._to_note.append(transfers)
         if self._streams is None:
+            self._to_note.append(transfers)
             done = self._gather_threads.submit(self._transfer_on_cpu, plan, transfers, tick, to_device)
             return IssuedTransfers(on_device=(), gathered=done, evicted=None, is_filled=True)
         with torch.cuda.stream(self._streams.out):
             on_device = to_device()
             self._streams.out.wait_event(self._streams.computed)
             evicted = self._evict_all(transfers, on_device, tick) or self._streams.out.record_event()
+        self._to_note.append(transfers)  # nothing that an interrupt could still prevent
         gathered = self._gather_threads.submit(self._gather, plan, transfers)
         return IssuedTransfers(on_device=on_device, gathered=gathered, evicted=evicted)
 
@@ -131,9 +133,9 @@ class RecordMover:
         if self._communicator is None:
             return
         if self._streams is None:  # the gather thread evicts
-            self._gather_threads.submit(self._hand_mark_to_writer, kind, step)
+            self._gather_threads.submit(self._hand_out_mark, kind, step)
         else:
-            self._hand_mark_to_writer(kind, step)
+            self._hand_out_mark(kind, step)
 
     def raise_failed_writes(self) -> None:
         """Raises what a write-back has raised."""
@@ -152,8 +154,9 @@ class RecordMover:
         """Writes every resident record to its store; no transfer may be under way."""
         for cache, store, rows_of_slots in zip(self._caches, self._stores, self._rows_of_slots, strict=True):
             slots = np.flatnonzero(rows_of_slots >= 0).astype(np.int32)
-            for begin in range(0, len(slots), _FLUSH_BLOCK_ROWS):
-                block = slots[begin : begin + _FLUSH_BLOCK_ROWS]
+            block_rows = -(-_FLUSH_BLOCK_BYTES // cache.group.record_bytes)
+            for begin in range(0, len(slots), block_rows):
+                block = slots[begin : begin + block_rows]
                 records = cache.read(torch.from_numpy(block).to(self._device)).cpu()
                 store.write(rows_of_slots[block], records.numpy())
 
@@ -161,6 +164,9 @@ class RecordMover:
         """Ends the threads; without `wait` they end by themselves, once what they wait for has come or failed."""
         self._gather_threads.close(wait=wait)
         self._write_threads.close(wait=wait)
+        if self._mark_thread is not None:  # after what it waits for
+            self._mark_thread.close(wait=wait)
+        self._to_note.clear()
 
     def _transfer_on_cpu(
         self,
@@ -194,29 +200,30 @@ class RecordMover:
         records = self._caches[index].read(slots)
         rows = transfers.evict_rows.copy()  # may be written later than the plan is released
         if self._streams is None:
-            self._hand_to_writer(tick, self._write_back, index, rows, records.numpy())
+            self._hand_out(self._write_threads, tick, self._write_back, index, rows, records.numpy())
             return None
         buffer = self._staging.take(*records.shape)
         buffer.tensor.copy_(records, non_blocking=True)
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record(self._streams.out)
-        self._hand_to_writer(tick, self._write_back_copied, index, rows, buffer, copied)
+        self._hand_out(self._write_threads, tick, self._write_back_copied, index, rows, buffer, copied)
         return copied
 
-    def _hand_to_writer(self, tick: int, work: Callable[..., None], *arguments: Any) -> None:
-        """Hands out a call to the write-back threads, once there are few enough, and forgets those that have succeeded."""
+    def _hand_out(self, threads: Workers, tick: int, work: Callable[..., None], *arguments: Any) -> None:
+        """Hands out a write-back or mark, once few enough of them wait, and forgets those that have succeeded."""
         if len(self._writes) >= _MAX_PENDING_WRITES:
             self._writes[0][1].result()
         while self._writes and self._writes[0][1].has_succeeded:
             self._writes.popleft()
-        self._writes.append((tick, self._write_threads.submit(work, *arguments)))
+        self._writes.append((tick, threads.submit(work, *arguments)))
 
-    def _hand_mark_to_writer(self, kind: TransferKind, step: int) -> None:
+    def _hand_out_mark(self, kind: TransferKind, step: int) -> None:
+        assert self._mark_thread is not None
         earlier = [write for _, write in self._writes]
-        self._hand_to_writer(step, self._mark_written, earlier, kind, step)
+        self._hand_out(self._mark_thread, step, self._mark_written, earlier, kind, step)
 
     def _mark_written(self, earlier: Sequence[Call[None]], kind: TransferKind, step: int) -> None:
-        """Runs on a write-back thread, which waits for what the others have begun before."""
+        """Runs on the mark thread: a write-back thread would wait here for the other and leave the next step's rows lying."""
         for write in earlier:
             write.result()
         assert self._communicator is not None
@@ -259,7 +266,7 @@ class RecordMover:
         with self._noting:
             while self._to_note:
                 for rows_of_slots, moved in zip(self._rows_of_slots, self._to_note.popleft(), strict=True):
-                    _note_moves(rows_of_slots, moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
+                    _move_rows(rows_of_slots, moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
 
     def _fill_slots(self, on_device: Sequence[DeviceTransfers], stagings: Sequence[Buffer]) -> None:
         with span("fetch"):
@@ -269,7 +276,7 @@ class RecordMover:
 
 
 @jit
-def _note_moves(rows_of_slots: Int64Array, evict_slots: Int32Array, fetch_rows: Int64Array, fetch_slots: Int32Array) -> None:
+def _move_rows(rows_of_slots: Int64Array, evict_slots: Int32Array, fetch_rows: Int64Array, fetch_slots: Int32Array) -> None:
     for slot in evict_slots:
         rows_of_slots[slot] = -1
     for index in range(len(fetch_slots)):

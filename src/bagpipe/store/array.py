@@ -39,8 +39,8 @@ from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
 _SHARED_BYTES = 64 << 20
-"""From there on threads share a call, as when a cache fills or a checkpoint is loaded. Smaller ones, of which several are under way
-at a time, take the caller's alone: threads that meet at the end of each call spin there."""
+"""From there on threads share a call, as when a cache fills or is flushed. Smaller ones, of which several are under way at a time,
+take the caller's alone: threads that meet at the end of each call spin there."""
 _shared = partial(threaded, num_threads=NUM_MANY_THREADS)
 
 

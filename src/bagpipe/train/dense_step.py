@@ -22,7 +22,7 @@ A capture sends none, so it does not matter when, or whether, the other trainers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -42,7 +42,7 @@ Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 _NUM_WARMUPS = 3
 """Before a capture, as torch asks for: libraries choose their algorithms then."""
 _FAILED_GRAPHS: list[torch.cuda.CUDAGraph] = []
-"""Kept for as long as the process lives: see `_leave_failed_capture`."""
+"""Kept for as long as the process lives: torch's allocator of pinned memory asks them about streams."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,13 +239,16 @@ def _leave_failed_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], st
 
     Then the device's allocator takes the capture for unfinished and never reuses memory that another stream has read: a leak in
     each step from there on (https://github.com/pytorch/pytorch/pull/180395, not yet in torch 2.11). That of pinned memory goes on
-    asking the graph. And random numbers are refused as inside of a capture ("Offset increment outside graph capture"), until
-    another one ends well.
+    asking the graph, which is kept. And random numbers are refused as inside of a capture ("Offset increment outside graph
+    capture"), until another one ends well.
     """
-    _FAILED_GRAPHS.append(graph)
-    with suppress(RuntimeError):  # where `capture_end` has done so, it is an error to do it again
+    try:
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         torch._C._cuda_releasePool(stream.device_index, pool)
+    except (RuntimeError, AttributeError):
+        pass  # `capture_end` has done so, and the end of the graph releases its pool
+    else:
+        _FAILED_GRAPHS.append(graph)
     counter = torch.zeros(1, device=stream.device)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
         counter.add_(1)

@@ -1,0 +1,115 @@
+"""What moves records between a store and a cache, on its own: an interrupt loses nothing, write-backs do not wait for marks."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bagpipe.cache import transfers
+from bagpipe.cache.staging import Staging
+from bagpipe.cache.transfers import RecordMover
+from bagpipe.types import Float32Array, Int64Array
+
+
+class Cache:
+    """Four slots of one number each."""
+
+    num_slots, device = 4, torch.device("cpu")
+    group = SimpleNamespace(record_width=1, record_bytes=4)
+
+    def __init__(self) -> None:
+        self.memory = torch.zeros(4, 1)
+
+    def read(self, slots: Tensor) -> Tensor:
+        return self.memory[slots.long()]
+
+    def fill(self, slots: Tensor, records: Tensor) -> None:
+        self.memory[slots.long()] = records
+
+
+class Store:
+    """A hundred rows, row i being i at first. Row 20 is not read before `may_read`."""
+
+    def __init__(self) -> None:
+        self.records = np.arange(100, dtype=np.float32)[:, None]
+        self.may_read = threading.Event()
+
+    def fetch(self, rows: Int64Array, out: Float32Array) -> None:
+        if 20 in rows:
+            assert self.may_read.wait(60)
+        out[:] = self.records[rows]
+
+    def write(self, rows: Int64Array, records: Float32Array) -> None:
+        self.records[rows] = records
+
+
+def moves(evict: dict[int, int], fetch: dict[int, int]) -> tuple[Any, Callable[[], Any]]:
+    """A group's transfers by row and slot, and what moves them to the device."""
+    slots = {"evict_slots": np.array([*evict.values()], np.int32), "fetch_slots": np.array([*fetch.values()], np.int32)}
+    rows = {"evict_rows": np.array([*evict], np.int64), "fetch_rows": np.array([*fetch], np.int64)}
+    on_device = SimpleNamespace(**{name: torch.from_numpy(array) for name, array in slots.items()})
+    return SimpleNamespace(**slots, **rows, fence_tick=-1), lambda: (on_device,)
+
+
+PLAN: Any = SimpleNamespace(step=1, early_tick=0)
+
+
+def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, whose streams are made up here: what an interrupt kept from being done is not noted by another step's gather."""
+    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(transfers, "Staging", lambda *, pinned: Staging(pinned=pinned and False))
+    stream = SimpleNamespace(wait_event=lambda _: None, record_event=lambda: event)
+    streams: Any = SimpleNamespace(out=stream, into=stream, computed=event)
+    cache, store = Cache(), Store()
+    mover = RecordMover([cache], [store], streams, None)  # type: ignore[list-item]
+    first, to_device = moves({}, {10: 0, 11: 1})
+    mover.fill(mover.issue(PLAN, [first], 0, to_device))
+    cache.memory[:2] += 1000  # they are trained
+    second, to_device = moves({}, {20: 2})
+    under_way = mover.issue(PLAN, [second], 1, to_device)
+
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mover.issue(PLAN, [moves({10: 0}, {30: 0})[0]], 1, interrupted)
+    store.may_read.set()
+    mover.fill(under_way)
+    mover.finish_writes()
+    mover.write_all()
+    mover.close()
+    assert store.records[[10, 11, 20, 30], 0].tolist() == [1010, 1011, 20, 30]
+
+
+def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "_NUM_THREADS", 2)
+    meeting, done = threading.Barrier(2), list[str]()
+
+    class MeetingStore(Store):
+        def write(self, rows: Int64Array, records: Float32Array) -> None:
+            meeting.wait(60)  # for another one
+            time.sleep(0.02 if 10 in rows else 0)
+            done.append(f"row {rows[0]}")
+
+    communicator: Any = SimpleNamespace(mark_written=lambda kind, step: done.append(f"{kind} {step}"))
+    mover = RecordMover([Cache()], [MeetingStore()], None, communicator)  # type: ignore[list-item]
+    for step, row in enumerate((10, 11)):
+        evicted, to_device = moves({row: 0}, {})
+        mover.issue(PLAN, [evicted], step, to_device).gathered.result()
+        mover.mark_written("early", step)
+        mover.mark_written("late", step)
+    mover._gather_threads.submit(lambda: None).result()
+    mover.finish_writes()
+    mover.close()
+    assert done == ["row 11", "row 10", "early 0", "late 0", "early 1", "late 1"]
