@@ -77,10 +77,11 @@ def test_close_waits_for_the_call_in_hand_and_drops_the_others() -> None:
 def test_close_ends_a_call_that_waits_for_one_before_it() -> None:
     for _ in range(50):
         workers = Workers("w", 2)
-        first = workers.submit(time.sleep, 0.0005)
-        workers.submit(first.result)
-        workers.submit(workers.submit(first.result).result)
+        calls = [workers.submit(time.sleep, 0.0005)]
+        for _ in range(3):
+            calls.append(workers.submit(calls[-1].result))
         workers.close()
+        assert all(call.is_over for call in calls)
 
 
 def test_the_threads_end_with_their_owner() -> None:

@@ -69,14 +69,14 @@ class ArrayStore(ABC):
         records, touched = self._checked(rows, out, "out")
         if not out.flags.writeable:
             raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
-        gather = _gather if out.nbytes >= _SHARED_BYTES else _gather_part
+        gather = _gather_shared if out.nbytes >= _SHARED_BYTES else _gather
         gather(records, touched, rows, self._initializer.parameters, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
         own, touched = self._checked(rows, records, "records")
         self._make_room(rows)
-        scatter = _scatter if records.nbytes >= _SHARED_BYTES else _scatter_part
+        scatter = _scatter_shared if records.nbytes >= _SHARED_BYTES else _scatter
         num_new = scatter(own, touched, rows, records)
         with self._count_lock:
             self._num_touched += num_new
@@ -183,15 +183,15 @@ def _first_outside(rows: Int64Array, num_rows: int) -> int:
 
 @_shared
 @parallel_jit
-def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
+def _gather_shared(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
     """Copies touched rows to `out` and computes the others."""
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
-        _gather_part(records, touched, rows[begin:end], initial, out[begin:end])
+        _gather(records, touched, rows[begin:end], initial, out[begin:end])
 
 
 @jit
-def _gather_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
+def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
     untouched = np.empty(len(rows), np.bool_)
     any_untouched = False
     for index in range(len(rows)):
@@ -209,17 +209,17 @@ def _gather_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, i
 
 @_shared
 @parallel_jit
-def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
+def _scatter_shared(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
     """Copies `values` to `records[rows]` and marks them touched; returns how many were not so before."""
     num_new = 0
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
-        num_new += _scatter_part(records, touched, rows[begin:end], values[begin:end])
+        num_new += _scatter(records, touched, rows[begin:end], values[begin:end])
     return num_new
 
 
 @jit
-def _scatter_part(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
+def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
     num_new = 0
     for index in range(len(rows)):
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)

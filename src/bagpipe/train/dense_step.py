@@ -244,10 +244,12 @@ def _leave_failed_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], st
     """
     try:
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-        torch._C._cuda_releasePool(stream.device_index, pool)
     except (RuntimeError, AttributeError):
-        pass  # `capture_end` has done so, and the end of the graph releases its pool
+        was_left = True  # by `capture_end`: then torch has nothing to end, or in versions to come no such function
     else:
+        was_left = False
+    if not was_left:  # else the end of the graph releases its pool
+        torch._C._cuda_releasePool(stream.device_index, pool)
         _FAILED_GRAPHS.append(graph)
     counter = torch.zeros(1, device=stream.device)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
