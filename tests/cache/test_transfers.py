@@ -113,3 +113,17 @@ def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(monke
     mover.finish_writes()
     mover.close()
     assert done == ["row 11", "row 10", "early 0", "late 0", "early 1", "late 1"]
+
+
+def test_an_emptied_slot_is_not_flushed() -> None:
+    cache, store = Cache(), Store()
+    mover = RecordMover([cache], [store], None, None)  # type: ignore[list-item]
+    for step, (evict, fetch) in enumerate([({}, {10: 3}), ({10: 3}, {}), ({}, {10: 0})]):
+        moved, to_device = moves(evict, fetch)
+        moved.fence_tick = step - 1
+        mover.issue(PLAN, [moved], step, to_device).gathered.result()
+    cache.memory[0] += 1000  # trained in its new slot, while the old one holds what it was
+    mover.finish_writes()
+    mover.write_all()
+    mover.close()
+    assert store.records[10, 0] == 1010
