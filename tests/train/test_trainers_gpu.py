@@ -1,7 +1,11 @@
-"""Two trainers on two GPUs give what one gives, to the bit where sums are exact; see `test_trainers`."""
+"""Two trainers on GPUs give what one gives, to the bit where sums are exact; see `test_trainers`.
+
+Each takes a GPU. Where there is but one they share it, which NCCL allows only to ranks of different hosts: they claim to be.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +26,7 @@ from bagpipe.cache.communicator import Communicator
 from bagpipe.train.dense_step import DenseStep
 from bagpipe.types import Optimizer, group_tables
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 NUM_STEPS = 40
 
@@ -68,12 +72,22 @@ CASES = {
 }
 
 
-def run_rank(rank: int, num_trainers: int, port: int, path: str) -> None:
-    torch.cuda.set_device(rank)
+def join(rank: int, num_trainers: int, port: int) -> torch.device:
+    """Makes the default process group and this rank's device current."""
+    num_devices = torch.cuda.device_count()
+    if num_devices < num_trainers:
+        os.environ |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+    device = torch.device("cuda", rank % num_devices)
+    torch.cuda.set_device(device)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", init_method=address, rank=rank, world_size=num_trainers, timeout=timedelta(seconds=60)
     )
+    return device
+
+
+def run_rank(rank: int, num_trainers: int, port: int, path: str) -> None:
+    join(rank, num_trainers, port)
     for name, case in CASES.items():
         with pytest.MonkeyPatch.context() as patch:
             if case.slow:
@@ -92,7 +106,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all cases give on two GPUs; one start of two processes for all of them, since it takes most of the time."""
+    """What all cases give on two ranks; one start of two processes for all of them, since it takes most of the time."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(run_rank, args=(2, free_port(), str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
     return folder
@@ -109,12 +123,7 @@ def test_two_gpus_equal_one_to_the_bit_where_sums_are_exact(name: str, of_two: P
 
 def take_dense_steps(rank: int, num_trainers: int, port: int, path: str, graph: bool) -> None:
     """Saves the losses and parameters of a few steps of a dense part whose gradients NCCL averages."""
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl", init_method=address, rank=rank, world_size=num_trainers, timeout=timedelta(seconds=60)
-    )
+    device = join(rank, num_trainers, port)
     communicator = Communicator.from_default_group(timeout=timedelta(seconds=60))
     torch.manual_seed(3)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).to(device)
