@@ -15,7 +15,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -100,6 +100,15 @@ class Communicator:
         with self._naming(f"exchanging {what} of step {step}"):
             group = self.now if moment == "now" else self.later
             group.alltoall_base(received, rows, plan.receive_counts.tolist(), plan.send_counts.tolist()).wait()
+
+    def gather(self, what: str, rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+        """What each rank gives as `rows`, (counts[rank], D) on the CPU, by rank on rank 0; nothing elsewhere. All must ask."""
+        receive_counts = list(counts) if self.rank == 0 else [0] * self.num_trainers
+        send_counts = [len(rows)] + [0] * (self.num_trainers - 1)
+        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+        with self._naming(f"gathering {what}"):
+            self.now.alltoall_base(received, rows, receive_counts, send_counts).wait()
+        return torch.split(received, receive_counts) if self.rank == 0 else ()
 
     def average(self, values: Tensor) -> None:
         """Replaces `values`, float32 and of one shape on all ranks, by their mean over ranks; on CUDA the current stream does."""

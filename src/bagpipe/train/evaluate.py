@@ -1,26 +1,91 @@
-"""Held-out evaluation: the model reads records without training them, and nothing of the run changes."""
+"""Held-out evaluation: the model reads records without training them, and nothing of the run changes.
+
+Several trainers predict every so many-th batch each. Rank 0 scores what all have predicted, batch by batch in their order, so that
+the scores are the same, to the bit, for any number of trainers whose devices compute the same.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
-from bagpipe.data.base import BatchSource
+import torch
+from torch import Tensor, nn
+
+from bagpipe.cache.communicator import Communicator
+from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.dense_step import Precision
 from bagpipe.train.metrics import BinaryScores, Scores
 
 
-def evaluate(model: nn.Module, source: BatchSource, *, batch_size: int, device: torch.device, precision: Precision) -> Scores:
-    """How well `model` predicts the labels of all of `source`, in evaluation mode; the mode is put back afterwards."""
-    scores = BinaryScores()
+def evaluate(
+    model: nn.Module,
+    source: BatchSource,
+    *,
+    batch_size: int,
+    device: torch.device,
+    precision: Precision,
+    communicator: Communicator | None = None,
+    on_batch: Callable[[int, int], None] = lambda number, num_batches: None,
+) -> Scores | None:
+    """How well `model` predicts the labels of all of `source`, in evaluation mode; the mode is put back afterwards.
+
+    With a `communicator` all trainers must call it, and ranks other than 0 get None. `on_batch` is told how many of all batches
+    are done, as far as this rank knows.
+    """
+    rank, num_trainers = (0, 1) if communicator is None else (communicator.rank, communicator.num_trainers)
+    num_batches = count_batches(source.num_samples, batch_size)
+
+    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and labels (B,) of each of this rank's batches, float32 on the CPU."""
+        for number, read in enumerate(islice(source.reads(batch_size=batch_size), rank, None, num_trainers), 1):
+            batch = TorchBatch.of(read())
+            logits = model(batch.dense.to(device), batch.sparse).float().cpu()
+            on_batch(min(number * num_trainers, num_batches), num_batches)
+            yield logits, batch.labels
+
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            for numpy_batch in source.batches(batch_size=batch_size):
-                batch = TorchBatch.of(numpy_batch).to(device)
-                scores.update(model(batch.dense, batch.sparse).float(), batch.labels)
+            by_rank = [predictions()]
+            if communicator is not None:
+                by_rank = _gather(predictions(), source.num_samples, batch_size, communicator)
+            if rank > 0:
+                return None
+            scores = BinaryScores()
+            for logits, labels in _in_turn(by_rank):
+                scores.update(logits, labels)
+            return scores.compute()
     finally:
         model.train(was_training)
-    return scores.compute()
+
+
+def _gather(
+    predictions: Iterator[tuple[Tensor, Tensor]], num_samples: int, batch_size: int, communicator: Communicator
+) -> list[Iterator[tuple[Tensor, Tensor]]]:
+    """The predictions of all ranks, by rank, on rank 0; no batches elsewhere."""
+    sizes = [min(batch_size, num_samples - begin) for begin in range(0, num_samples, batch_size)]
+    by_rank = [sizes[rank :: communicator.num_trainers] for rank in range(communicator.num_trainers)]
+    own = torch.cat([torch.empty(0, 2), *(torch.stack(each, dim=1) for each in predictions)])
+    gathered = communicator.gather("predictions", own, [sum(each) for each in by_rank])
+    if communicator.rank > 0:
+        return []
+    return [_batches(rows, each) for rows, each in zip(gathered, by_rank, strict=True)]
+
+
+def _batches(predicted: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in torch.split(predicted, sizes):
+        logits, labels = batch.unbind(1)
+        yield logits, labels
+
+
+def _in_turn(parts: Sequence[Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first of each part, then the second, and so on, until one has no more."""
+    while True:
+        for part in parts:
+            batch = next(part, None)
+            if batch is None:
+                return
+            yield batch

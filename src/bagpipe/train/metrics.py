@@ -31,7 +31,7 @@ class BinaryScores:
     """Sums predictions up batch by batch. Keeps 8 bytes a sample for the AUC, which is exact."""
 
     def __init__(self) -> None:
-        self._auroc = BinaryAUROC(thresholds=None, sync_on_compute=False)  # rank 0 alone evaluates
+        self._auroc = BinaryAUROC(thresholds=None, sync_on_compute=False)  # rank 0 alone scores
         self._num_samples = 0
         self._num_positive = 0
         self._loss_sum = 0.0

@@ -30,6 +30,9 @@ class Reporter(Protocol):
     def show(self, progress: Progress) -> None:
         """New numbers."""
 
+    def evaluating(self, num_done: int, num_batches: int) -> None:
+        """So many batches of an evaluation are done; the last call tells that all are."""
+
     def say(self, text: str) -> None:
         """One sentence for a person."""
 
@@ -44,6 +47,9 @@ class SilentReporter:
         """Does nothing."""
 
     def show(self, progress: Progress) -> None:
+        """Does nothing."""
+
+    def evaluating(self, num_done: int, num_batches: int) -> None:
         """Does nothing."""
 
     def say(self, text: str) -> None:

@@ -72,8 +72,8 @@ def train(
             afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
         trace: which steps to profile, and where to write that.
-        communicator: with the other trainers, if there are any. Rank 0 evaluates, saves, logs and traces; each batch is shared by
-            all, so that their number changes no more than the order of sums.
+        communicator: with the other trainers, if there are any. Rank 0 saves, logs and traces; each batch is shared by all, so
+            that their number changes no more than the order of sums, and so are the batches of an evaluation.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor `overwrite` is set.
@@ -165,7 +165,7 @@ class _Loop:
             scores = self._finish()
             self._log.write("end", self._step, elapsed_s=time.perf_counter() - started, **stream.report.as_dict())
             # By a signal a rank ends as one that failed, and then torchrun ends the others.
-            self._trainers.wait("rank 0 to evaluate and save")
+            self._trainers.wait("rank 0 to save and score")
         return Result(step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stopped_by)
 
     def _is_due(self, every_steps: int | None) -> bool:
@@ -216,10 +216,19 @@ class _Loop:
 
     def _evaluate(self) -> Scores | None:
         run = self._run
-        if run.validation is None or not self._trainers.is_first:
+        if run.validation is None:
             return None
-        train = run.config.train
-        scores = evaluate(run.model, run.validation, batch_size=train.eval_batch_size, device=run.device, precision=train.precision)
+        scores = evaluate(
+            run.model,
+            run.validation,
+            batch_size=run.config.train.eval_batch_size,
+            device=run.device,
+            precision=run.config.train.precision,
+            communicator=run.embeddings.communicator,
+            on_batch=self._reporter.evaluating,
+        )
+        if scores is None:  # rank 0 has them
+            return None
         self._log.write("evaluation", self._step, **asdict(scores))
         self._reporter.say(f"step {self._step:,}: {describe_scores(scores)}")
         return scores

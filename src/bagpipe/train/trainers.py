@@ -16,7 +16,7 @@ class Trainers:
     def __init__(self, communicator: Communicator | None) -> None:
         self._communicator = communicator
         self.is_first = communicator is None or communicator.rank == 0
-        """Whether this one evaluates, saves and logs."""
+        """Whether this one saves, scores and logs."""
         self._asked: Callable[[], float] = lambda: 0.0
 
     def wait(self, what: str) -> None:
