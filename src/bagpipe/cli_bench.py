@@ -49,11 +49,14 @@ def bench(
         str | None,
         typer.Option(help="gpu, trainers: which tables, stream, model and cache: W1 (gpu), W2, W3, W4, W4-file, small (trainers)."),
     ] = None,
-    num_trainers: Annotated[int | None, typer.Option("--trainers", help="trainers: how many; 2 by default.")] = None,
+    num_trainers: Annotated[
+        int | None, typer.Option("--trainers", help="trainers: how many, 2 by default; oracle: plan for so many, too.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="gpu, trainers: steps measured in a turn.")] = None,
     device: Annotated[str, typer.Option(help="trainers: cpu, or cuda with a device each.")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="gpu, trainers: threads that read and de-duplicate; by default as in training.")
+        int | None,
+        typer.Option(min=1, help="oracle, gpu, trainers: threads that read and de-duplicate; by default as in training."),
     ] = None,
     scaling: Annotated[
         bool | None, typer.Option("--scaling/--no-scaling", help="trainers: one trainer alone, too; on cuda by default.")
@@ -113,7 +116,8 @@ def _chosen(
     def oracle(progress: Progress) -> Result:
         from bagpipe.bench.oracle_bench import bench_oracle
 
-        return bench_oracle(oracle_sizes(options, quick=quick), progress)
+        given = {} if of_trainers["num_trainers"] is None else {"num_trainers": of_trainers["num_trainers"]}
+        return bench_oracle(oracle_sizes(options | given, quick=quick), progress)
 
     def step(progress: Progress) -> Result:
         from bagpipe.bench.step_bench import bench_step

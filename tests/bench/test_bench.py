@@ -43,7 +43,8 @@ def test_all_benchmarks_at_tiny_sizes(tmp_path: Path) -> None:
     assert values["oracle"]["dedup"]["bagpipe"]["count"] == 3
     assert 4 <= values["oracle"]["bytes"]["row"] <= 16
     assert 8 <= values["oracle"]["bytes"]["slot"] <= 64
-    assert values["oracle"]["live"]["4"]["batches_per_s"] > 0
+    assert [(live["num_trainers"], live["lookahead"]) for live in values["oracle"]["live"]] == [(1, 1), (1, 4)]
+    assert all(live["batches_per_s"] > 0 for live in values["oracle"]["live"])
     step = values["step"]["by_batch_size"]["32"]
     assert step["arms"]["bagpipe"]["embedding"]["count"] == 10
     assert step["ratios"]["step_over_fused"] > 0
@@ -193,9 +194,21 @@ def bags_by_row(batch: DedupedGroup) -> dict[int, list[list[int]]]:
     return found
 
 
-def test_only_workloads_are_told_how_many_threads_de_duplicate() -> None:
+def test_the_oracle_plans_for_several_trainers(tmp_path: Path) -> None:
+    result = run("oracle", "--quick", "--trainers", 3, "--json", tmp_path / "oracle.json")
+    assert result.exit_code == 0, result.stderr
+    live = json.loads((tmp_path / "oracle.json").read_text())["oracle"]["live"]
+    assert [(each["num_trainers"], each["lookahead"]) for each in live] == [(1, 1), (1, 4), (3, 1), (3, 4)]
+    assert all(each["batches_per_s"] > 0 for each in live)
+    assert live[3]["lookups_per_s"] / live[3]["batches_per_s"] == pytest.approx(3 * 64 * 26)
+    assert live[3]["bytes_per_batch"] > live[1]["bytes_per_batch"]
+    assert "must be at least 1" in run("oracle", "--quick", "--trainers", "0").stderr
+
+
+def test_only_those_that_run_live_are_told_how_many_threads_de_duplicate() -> None:
     options = {"dedup_threads": 3}
     assert gpu_sizes("W1", options, quick=False).dedup_threads == 3
     assert trainers_sizes("W1", options, quick=False).workload.dedup_threads == 3
-    for sizes in (oracle_sizes, step_sizes, curve_sizes):
+    assert oracle_sizes(options, quick=True).dedup_threads == 3
+    for sizes in (step_sizes, curve_sizes):
         assert sizes(options, quick=True) == sizes({}, quick=True)

@@ -5,7 +5,8 @@
 2. Slot assignment for each lookahead, once the cache is full, in turns with numpy on the same batches: its two stages `Linker.link`
    and `Cacher.admit` + `plan`, which run in two threads when live, and their sum.
 3. The whole pipeline live, from batches in memory: a pool that de-duplicates, the Cacher in its thread, a consumer that only
-   takes plans; batches a second once the cache is full and while the window is.
+   takes plans; batches a second once the cache is full and while the window is. Then, with `num_trainers`, the same for so many
+   of them: batches so many times as large, the same cache in all, and a plan for each.
 4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead, and how much this process grew while the live
    pipeline ran, which also counts what the allocator keeps.
 
@@ -15,7 +16,6 @@ Freed memory is kept, as in the oracle's own process; numpy gains by that too.
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -28,10 +28,14 @@ from bagpipe._malloc import keep_freed_memory
 from bagpipe.bench import numpy_oracle
 from bagpipe.bench.measure import Progress, Result, Timing, resident_bytes
 from bagpipe.bench.streams import SKEW, kaggle_group, make_batches
+from bagpipe.errors import ConfigError
+from bagpipe.jagged import share_of
 from bagpipe.oracle.cacher import Cacher
 from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.pipeline import BackgroundIterator
-from bagpipe.oracle.stream import StreamOptions, plan_stream
+from bagpipe.oracle.stream import StreamOptions, plan_ranks_stream
+from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
 from bagpipe.types import Group, GroupPlan, Jagged
 
 PREFETCH_DEPTH = 2
@@ -54,6 +58,14 @@ class OracleBench:
     num_measured: int = 50
     num_warmup: int = 40
     """Batches planned before measuring; the cache must be full by then, which the result says."""
+    dedup_threads: int | None = None
+    """Of the live pipeline; None: as many as in training."""
+    num_trainers: int = 1
+    """Whose plans one live pipeline makes, after it has made one trainer's; each has a batch of `batch_size`."""
+
+    def __post_init__(self) -> None:
+        if self.num_trainers < 1:
+            raise ConfigError(f"--trainers {self.num_trainers}: must be at least 1")
 
     @property
     def num_batches(self) -> int:
@@ -66,9 +78,13 @@ def bench_oracle(sizes: OracleBench, progress: Progress) -> Result:
     keep_freed_memory()
     group = kaggle_group(max_rows=sizes.max_rows)
     num_slots = int(sizes.cache_share * group.num_rows)
-    batches = make_batches(group, num_batches=sizes.num_batches, batch_size=sizes.batch_size, skew=sizes.skew, progress=progress)
-    jagged = [batch.sparse for batch in batches]
-    live = {lookahead: _run_live(sizes, group, num_slots, jagged, lookahead, progress) for lookahead in sizes.lookaheads}
+    jagged = _make_ids(sizes, group, 1, progress)
+    live = [_run_live(sizes, group, num_slots, jagged, lookahead, 1, progress) for lookahead in sizes.lookaheads]
+    if sizes.num_trainers > 1:
+        every = _make_ids(sizes, group, sizes.num_trainers, progress)
+        live += [
+            _run_live(sizes, group, num_slots, every, lookahead, sizes.num_trainers, progress) for lookahead in sizes.lookaheads
+        ]
     deduped, dedup_times = _time_dedup(sizes, group, jagged, progress)
     slots = {lookahead: _time_slots(sizes, group, num_slots, deduped, lookahead, progress) for lookahead in sizes.lookaheads}
     values: dict[str, Any] = {
@@ -83,6 +99,13 @@ def bench_oracle(sizes: OracleBench, progress: Progress) -> Result:
         "live": live,
     }
     return Result(name="oracle", tables=(_times_table(values), _live_table(values)), values=values)
+
+
+def _make_ids(sizes: OracleBench, group: Group, num_trainers: int, progress: Progress) -> list[Jagged]:
+    """All batches' ids, each for so many trainers."""
+    batch_size = num_trainers * sizes.batch_size
+    batches = make_batches(group, num_batches=sizes.num_batches, batch_size=batch_size, skew=sizes.skew, progress=progress)
+    return [batch.sparse for batch in batches]
 
 
 def _time_dedup(
@@ -154,45 +177,64 @@ def _compared(ours: list[float], naive: list[float]) -> dict[str, Any]:
 
 
 def _run_live(
-    sizes: OracleBench, group: Group, num_slots: int, batches: list[Jagged], lookahead: int, progress: Progress
+    sizes: OracleBench,
+    group: Group,
+    num_slots: int,
+    batches: list[Jagged],
+    lookahead: int,
+    num_trainers: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The pipeline as `bagpipe.lookahead` builds it, with a consumer that does nothing."""
-    num_threads = max(1, (os.cpu_count() or 2) - 1)
     gc.collect()
     resident_before = resident_bytes()
     options = StreamOptions(
         groups=(group,),
-        num_slots=(num_slots,),
+        num_slots=(-(-num_slots // num_trainers),),
         lookahead=lookahead,
         prefetch_depth=PREFETCH_DEPTH,
-        dedup_threads=num_threads,
+        dedup_threads=sizes.dedup_threads,
+        trainers=_trainers(num_trainers, len(batches[0].values)),
     )
-    plans = BackgroundIterator(plan_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle")
+    plans = BackgroundIterator(plan_ranks_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle")
     num_steps = sizes.num_warmup + sizes.num_measured
-    window: deque[int] = deque(maxlen=lookahead)  # distinct rows of its batches
     started = cpu_started = 0.0
     for step in range(num_steps):
         if step == sizes.num_warmup:
             started, cpu_started = time.perf_counter(), time.process_time()
         planned = next(plans)
-        window.append(len(planned.plan.groups[0].schedule.unique_slots))
-        progress(f"pipeline live, lookahead {lookahead}", step + 1, num_steps)
+        progress(f"live, {num_trainers} trainers, lookahead {lookahead}", step + 1, num_steps)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     resident_after = resident_bytes()
     plans.close()
     grown = None if resident_before is None or resident_after is None else resident_after - resident_before
-    ring_bytes = 4 * sum(window) / len(window)
-    batch_bytes = dedup(group, batches[0]).nbytes
+    batch = _deduped(group, batches[0], num_trainers)
     return {
-        "dedup_threads": num_threads,
+        "lookahead": lookahead,
+        "num_trainers": num_trainers,
+        "dedup_threads": options.num_dedup_threads,
         "batches_per_s": sizes.num_measured / seconds,
         "lookups_per_s": sizes.num_measured * len(batches[0].values) / seconds,
         "cpu_ms_per_batch": 1e3 * cpu_seconds / sizes.num_measured,
-        "state_bytes": planned.oracle_bytes,
-        "bytes_per_batch": batch_bytes + ring_bytes,
-        "window_bytes": lookahead * batch_bytes,
+        "state_bytes": planned[0].oracle_bytes,
+        "bytes_per_batch": batch.nbytes + 4 * len(batch.unique_rows),  # and its place among unsettled uses
+        "window_bytes": lookahead * batch.nbytes,
         "resident_growth_bytes": grown,
     }
+
+
+def _deduped(group: Group, batch: Jagged, num_trainers: int) -> DedupedGroup | MergedGroup:
+    """A batch as it stands in the window."""
+    if num_trainers == 1:
+        return dedup(group, batch)
+    return merge(group, [dedup(group, share_of(batch, rank, num_trainers)) for rank in range(num_trainers)])
+
+
+def _trainers(num_trainers: int, max_replicas: int) -> Trainers:
+    """Plans for all of so many trainers."""
+    if num_trainers == 1:
+        return SINGLE_TRAINER
+    return Trainers(num_trainers=num_trainers, ranks=tuple(range(num_trainers)), num_replica_slots=(max_replicas,))
 
 
 def _bytes_per_item() -> dict[str, float]:
@@ -226,12 +268,14 @@ def _times_table(values: dict[str, Any]) -> Table:
 def _live_table(values: dict[str, Any]) -> Table:
     each = values["bytes"]
     table = Table(title="Oracle live, and its memory", caption=f"state: {each['row']:.0f} B a row, {each['slot']:.0f} B a slot")
-    for heading in ("lookahead", "batches/s", "CPU ms a batch", "state MiB", "window MiB", "process grew MiB", "KiB a batch"):
+    headings = "trainers", "lookahead", "batches/s", "CPU ms a batch", "state MiB", "window MiB", "process grew MiB", "KiB a batch"
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for lookahead, live in values["live"].items():
+    for live in values["live"]:
         grown = live["resident_growth_bytes"]
         table.add_row(
-            str(lookahead),
+            str(live["num_trainers"]),
+            str(live["lookahead"]),
             f"{live['batches_per_s']:.1f}",
             f"{live['cpu_ms_per_batch']:.1f}",
             f"{live['state_bytes'] / _MiB:.0f}",

@@ -45,7 +45,7 @@ _QUICK_CURVE: dict[str, Any] = {
 def oracle_sizes(options: Mapping[str, Any], *, quick: bool) -> OracleBench:
     """Sizes of `bench oracle`; of several batch sizes the first."""
     names = {"batch_sizes": "batch_size", "rounds": "num_measured"}
-    return OracleBench(**(_QUICK_ORACLE if quick else {}) | _renamed(options, names, leave=("arms", "steps", "dedup_threads")))
+    return OracleBench(**(_QUICK_ORACLE if quick else {}) | _renamed(options, names, leave=("arms", "steps")))
 
 
 def step_sizes(options: Mapping[str, Any], *, quick: bool) -> StepBench:
