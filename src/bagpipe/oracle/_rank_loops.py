@@ -115,7 +115,7 @@ def sort_by_rank(rows: Int64Array, joint_slots: Int32Array, num_trainers: int) -
 
 
 @jit
-def _count_bits(bits: np.uint64) -> np.uint64:
+def count_bits(bits: np.uint64) -> np.uint64:
     """How many are set, by sums of ever wider fields (Knuth, The Art of Computer Programming, 7.1.3)."""
     bits -= bits >> np.uint64(1) & np.uint64(0x5555555555555555)
     bits = (bits & np.uint64(0x3333333333333333)) + (bits >> np.uint64(2) & np.uint64(0x3333333333333333))
@@ -146,7 +146,7 @@ def _describe_rows(
         # A row that its owner alone uses waits for nobody.
         is_updated_now = goes_now[row] | (users[row] == np.uint64(1) << np.uint64(owner))
         kinds[row] = 2 * owner + np.uint32(is_updated_now)
-        num_users[row] = _count_bits(users[row])
+        num_users[row] = count_bits(users[row])
     return slots, codes, kinds, num_users
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from bagpipe._jit import jit
+from bagpipe.oracle._rank_loops import count_bits
 from bagpipe.types import Int32Array, Int64Array, UInt64Array
 
 
@@ -19,19 +20,25 @@ def choose_owners(missing: Int32Array, users: UInt64Array, freed: Int32Array, nu
     """Orders the missing rows (n,), indices of `users` (U,), so that the i-th gets the i-th freed slot (n,)."""
     left, ends, positions = _by_rank(freed, num_trainers)
     chosen = np.empty(len(missing), np.int32)
-    rest, num_rest = missing.copy(), len(missing)
-    for most_users in (1, num_trainers):  # rows of one rank first: they have most to lose
-        num_left_over = 0
-        for index in rest[:num_rest]:
-            best = _best_user(users[index], left, most_users)
-            if best < 0:
-                rest[num_left_over] = index
-                num_left_over += 1
-            else:
-                chosen[positions[ends[best] - left[best]]] = index
-                left[best] -= 1
-        num_rest = num_left_over
+    rest, num_rest = np.empty(len(missing), np.int32), 0
+    for index in missing:  # rows of one rank first: they have most to lose
+        rank = _only_user(users[index])
+        if rank >= 0 and left[rank] > 0:
+            chosen[positions[ends[rank] - left[rank]]] = index
+            left[rank] -= 1
+        else:
+            rest[num_rest] = index
+            num_rest += 1
+    num_left_over = 0
     for index in rest[:num_rest]:
+        best = _best_user(users[index], left)
+        if best < 0:
+            rest[num_left_over] = index
+            num_left_over += 1
+        else:
+            chosen[positions[ends[best] - left[best]]] = index
+            left[best] -= 1
+    for index in rest[:num_left_over]:
         best = int(np.argmax(left))
         chosen[positions[ends[best] - left[best]]] = index
         left[best] -= 1
@@ -54,12 +61,17 @@ def _by_rank(slots: Int32Array, num_trainers: int) -> tuple[Int64Array, Int64Arr
 
 
 @jit
-def _best_user(users: int, left: Int64Array, most_users: int) -> int:
-    """Of a row's users, if they are no more than that, the rank with most slots left; -1 where none has any."""
-    best, num_users = -1, 0
+def _only_user(users: np.uint64) -> np.int64:
+    """The rank in a set of one; -1 for a larger set."""
+    lowest = users & (~users + np.uint64(1))
+    return np.int64(count_bits(lowest - np.uint64(1))) if users == lowest else np.int64(-1)
+
+
+@jit
+def _best_user(users: np.uint64, left: Int64Array) -> int:
+    """Of a row's users the rank with most slots left; -1 where none has any."""
+    best = -1
     for rank in range(len(left)):
-        if (users >> np.uint64(rank)) & np.uint64(1):
-            num_users += 1
-            if left[rank] > 0 and (best < 0 or left[rank] > left[best]):
-                best = rank
-    return best if num_users <= most_users else -1
+        if (users >> np.uint64(rank)) & np.uint64(1) and left[rank] > 0 and (best < 0 or left[rank] > left[best]):
+            best = rank
+    return best
