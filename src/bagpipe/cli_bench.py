@@ -53,7 +53,7 @@ def bench(
         int | None, typer.Option("--trainers", help="trainers: how many, 2 by default; oracle: plan for so many, too.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="gpu, trainers: steps measured in a turn.")] = None,
-    device: Annotated[str, typer.Option(help="trainers: cpu, or cuda with a device each.")] = "cpu",
+    device: Annotated[str, typer.Option(help="trainers: cpu; cuda, a device each; or cuda:0, which all share.")] = "cpu",
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="oracle, gpu, trainers: threads that read and de-duplicate; by default as in training."),

@@ -5,7 +5,6 @@ Each takes a GPU. Where there is but one they share it, which NCCL allows only t
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tests.train.slow_device import KINDS, slow_down
 from tests.train.test_trainers import OPTIMIZERS, all_records, assert_equal, linear_loss, make_batches, make_tables
 
 import bagpipe
+from bagpipe.bench.trainers_rank import claim_own_host
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
 from bagpipe.train.dense_step import DenseStep
@@ -76,7 +76,7 @@ def join(rank: int, num_trainers: int, port: int) -> torch.device:
     """Makes the default process group and this rank's device current."""
     num_devices = torch.cuda.device_count()
     if num_devices < num_trainers:
-        os.environ |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+        claim_own_host(rank)
     device = torch.device("cuda", rank % num_devices)
     torch.cuda.set_device(device)
     address = f"tcp://127.0.0.1:{port}"

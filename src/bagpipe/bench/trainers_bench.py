@@ -1,9 +1,9 @@
 """`bagpipe bench trainers`: several trainers on one host, Bagpipe against other ways to share tables, and against one trainer.
 
-The command starts a process a rank, gloo on CPUs and NCCL on CUDA with a device each. All arms (`trainers_arms`, `trainers_peers`,
-and `trainers_torchrec` where TorchRec is installed) start from the same rows and parameters and train the same global batches with
-the same dense part, whose gradients are averaged, so their losses must agree. They take turns, whole rounds of A B C D, beginning
-with another one each round.
+The command starts a process a rank, gloo on CPUs and NCCL on CUDA with a device each, or one that all share. All arms
+(`trainers_arms`, `trainers_peers`, and `trainers_torchrec` where TorchRec is installed) start from the same rows and parameters and
+train the same global batches with the same dense part, whose gradients are averaged, so their losses must agree. They take turns,
+whole rounds of A B C D, beginning with another one each round.
 
 Bagpipe reads prepared files, plans and fetches from a store while it trains; the peers have ids, dense features and labels on their
 devices and all rows resident. A step lasts until the slowest rank has ended it. Ratios are of the mean step of an arm to that of
@@ -89,7 +89,7 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
     return {
         "workload": asdict(workload),
         "num_trainers": bench.num_trainers,
-        "device": torch.cuda.get_device_name() if bench.device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if bench.device != "cpu" else "cpu",
         "num_rows": group.num_rows,
         "cache_share": bench.num_trainers * workload.cache_rows / group.num_rows,
         "dense_bytes": seen[0]["dense_bytes"],

@@ -49,6 +49,7 @@ class TrainersBench:
     """`batch_size` is one trainer's, and so is `cache_rows`."""
     num_trainers: int = 2
     device: str = "cpu"
+    """Of "cuda" each rank has one; "cuda:0" all share, and talk by sockets, as over a slow network."""
     arms: Sequence[str] = ARMS
     scaling: bool = True
     """Whether one trainer runs, too."""
@@ -67,10 +68,18 @@ class TrainersBench:
             raise ConfigError(f"--trainers {self.num_trainers}: must be at least 2; one trainer is measured beside them")
         if self.workload.store != "memory":
             raise ConfigError(f"workload {self.workload.name!r}: trainers share tables in memory, not in a {self.workload.store}")
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"--device {self.device!r}: must be 'cpu' or 'cuda'")
-        if self.device == "cuda" and torch.cuda.device_count() < self.num_trainers:
-            raise ConfigError(f"{self.num_trainers} trainers need as many CUDA devices: torch sees {torch.cuda.device_count()}")
+        if self.device not in ("cpu", "cuda", "cuda:0"):
+            raise ConfigError(f"--device {self.device!r}: must be 'cpu', 'cuda' or 'cuda:0'")
+        if self.device != "cpu" and torch.cuda.device_count() < self.num_devices:
+            raise ConfigError(
+                f"--device {self.device} and {self.num_trainers} trainers need {self.num_devices} CUDA devices: torch sees "
+                f"{torch.cuda.device_count()}; use cuda:0 to share one, or cpu"
+            )
+
+    @property
+    def num_devices(self) -> int:
+        """That the ranks have together."""
+        return 1 if self.device == "cuda:0" else self.num_trainers
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,9 +110,11 @@ class _Run:
 
 def run_rank(bench: TrainersBench, rank: int, port: int, folder: Path, progress: Progress) -> list[dict[str, Any]] | None:
     """Meets the other ranks at a key-value store and runs all arms; what each rank saw, on rank 0."""
-    device = torch.device(bench.device, rank) if bench.device == "cuda" else torch.device("cpu")
+    device = torch.device(bench.device, rank) if bench.device == "cuda" else torch.device(bench.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if bench.num_devices == 1:
+            claim_own_host(rank)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // bench.num_trainers))
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
@@ -117,6 +128,11 @@ def run_rank(bench: TrainersBench, rank: int, port: int, folder: Path, progress:
         return every  # type: ignore[return-value]
     finally:
         dist.destroy_process_group()
+
+
+def claim_own_host(rank: int) -> None:
+    """Before NCCL starts: it lets ranks share a device if they seem to be on different hosts, and then uses sockets."""
+    os.environ |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 class _Rank:
@@ -192,7 +208,7 @@ class _Rank:
                 batches = self._stream(self._workload.batch_size)
                 return LrppArm(name, self._workload, self._group, batches, device=self._device)
         if name in TORCHREC_ARMS:
-            return TorchRecArm(name, self._workload, self._group, self._shares, self._device)
+            return TorchRecArm(name, self._workload, self._group, self._shares, self._device, self._bench.num_devices)
         base = Communicator.from_default_group(timeout=_TIMEOUT)  # an arm's background messages must not meet another's
         match name:
             case "replicated":

@@ -80,13 +80,18 @@ class _Input:
 class TorchRecArm:
     """One rank's side of one of `TORCHREC_ARMS`."""
 
-    def __init__(self, name: str, workload: Workload, group: Group, shares: Sequence[Share], device: torch.device) -> None:
-        """Trains `shares`. The default process group is that of the ranks. ImportError where torchrec is not installed."""
+    def __init__(
+        self, name: str, workload: Workload, group: Group, shares: Sequence[Share], device: torch.device, num_devices: int
+    ) -> None:
+        """Trains `shares` on `device`, one of `num_devices`. The default process group is that of the ranks.
+
+        ImportError where torchrec is not installed.
+        """
         self.name, self.sent = name, Sent()
         self._group, self._shares, self._device = group, shares, device
         self._settings = TORCHREC_ARMS[name]
         self._num_trainers, self._rank = dist.get_world_size(), dist.get_rank()
-        self._tables = _shard(group, self._settings, workload.cache_rows, device)
+        self._tables = _shard(group, self._settings, workload.cache_rows, device, num_devices)
         self._batches = [_keyed_jagged(share.sparse, device) for share in shares]
         self._foreign_bytes = [self._bytes_for_others(share.sparse, group) for share in shares]
         self._side, self._prefetching = _Stream(device), _Stream(device)
@@ -213,7 +218,7 @@ class _Stream:
 
 
 def _shard(
-    group: Group, settings: TorchRecSettings, cache_rows: int, device: torch.device
+    group: Group, settings: TorchRecSettings, cache_rows: int, device: torch.device, num_devices: int
 ) -> Any:  # a ShardedEmbeddingBagCollection
     from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
@@ -242,13 +247,13 @@ def _shard(
     if settings.kernel == "fused_uvm_caching":
         fused |= {"cache_sets": cache_sets(cache_rows), "prefetch_pipeline": settings.prefetch, "uvm_host_mapped": True}
     sharder = EmbeddingBagCollectionSharder(fused_params=fused)
-    module, num_trainers = EmbeddingBagCollection(device=torch.device("meta"), tables=tables), dist.get_world_size()
+    module = EmbeddingBagCollection(device=torch.device("meta"), tables=tables)
     plan = construct_module_sharding_plan(
         module,
         {table.name: row_wise(compute_kernel=settings.kernel) for table in group.tables},
         sharder,
-        local_size=num_trainers,
-        world_size=num_trainers,
+        local_size=num_devices,
+        world_size=dist.get_world_size(),
         device_type=device.type,
     )
     return sharder.shard(module, plan, ShardingEnv.from_process_group(dist.group.WORLD), device)
