@@ -199,7 +199,7 @@ def test_the_oracle_plans_for_several_trainers(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     live = json.loads((tmp_path / "oracle.json").read_text())["oracle"]["live"]
     assert [(each["num_trainers"], each["lookahead"]) for each in live] == [(1, 1), (1, 4), (3, 1), (3, 4)]
-    assert all(each["batches_per_s"] > 0 for each in live)
+    assert all(each["batches_per_s"] > 0 and each["cache_was_full"] for each in live)
     assert live[3]["lookups_per_s"] / live[3]["batches_per_s"] == pytest.approx(3 * 64 * 26)
     assert live[3]["bytes_per_batch"] > live[1]["bytes_per_batch"]
     assert "must be at least 1" in run("oracle", "--quick", "--trainers", "0").stderr

@@ -113,7 +113,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_gpus_equal_one_to_the_bit_where_sums_are_exact(name: str, of_two: Path) -> None:
+def test_two_ranks_equal_one_to_the_bit_where_sums_are_exact(name: str, of_two: Path) -> None:
     expected = train(CASES[name].optimizer, [400, 50], None, "thread")
     with np.load(of_two / f"{name}-0.npz") as first, np.load(of_two / f"{name}-1.npz") as second:
         names = list(first.files)
@@ -148,7 +148,7 @@ def take_dense_steps(rank: int, num_trainers: int, port: int, path: str, graph: 
     dist.destroy_process_group()
 
 
-def test_graphs_of_two_gpus_average_as_eager_does(tmp_path: Path) -> None:
+def test_graphs_of_two_ranks_average_as_eager_does(tmp_path: Path) -> None:
     found = []
     for graph in (False, True):
         folder = tmp_path / f"graph-{graph}"

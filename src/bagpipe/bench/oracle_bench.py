@@ -57,7 +57,7 @@ class OracleBench:
     window: int = 20
     num_measured: int = 50
     num_warmup: int = 40
-    """Batches planned before measuring; the cache must be full by then, which the result says."""
+    """Batches planned before measuring; the cache must be full by then, and the result says whether it was at the end."""
     dedup_threads: int | None = None
     """Of the live pipeline; None: as many as in training."""
     num_trainers: int = 1
@@ -213,6 +213,7 @@ def _run_live(
         "lookahead": lookahead,
         "num_trainers": num_trainers,
         "dedup_threads": options.num_dedup_threads,
+        "cache_was_full": planned[0].peak_slots[0] == num_trainers * options.num_slots[0],
         "batches_per_s": sizes.num_measured / seconds,
         "lookups_per_s": sizes.num_measured * len(batches[0].values) / seconds,
         "cpu_ms_per_batch": 1e3 * cpu_seconds / sizes.num_measured,

@@ -62,7 +62,7 @@ def _by_rank(slots: Int32Array, num_trainers: int) -> tuple[Int64Array, Int64Arr
 
 @jit
 def _only_user(users: np.uint64) -> np.int64:
-    """The rank in a set of one; -1 for a larger set."""
+    """The rank in a set of one; -1 for a larger set. None is empty."""
     lowest = users & (~users + np.uint64(1))
     return np.int64(count_bits(lowest - np.uint64(1))) if users == lowest else np.int64(-1)
 

@@ -28,7 +28,7 @@ class Scores:
 
 
 class BinaryScores:
-    """Sums predictions up batch by batch. Keeps 8 bytes a sample for the AUC, which is exact."""
+    """Sums predictions up batch by batch. Keeps 12 bytes a sample for the AUC, which is exact."""
 
     def __init__(self) -> None:
         self._auroc = BinaryAUROC(thresholds=None, sync_on_compute=False)  # rank 0 alone scores
