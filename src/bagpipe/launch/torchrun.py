@@ -15,7 +15,7 @@ from bagpipe.cache.communicator import Communicator
 from bagpipe.errors import ConfigError
 
 _TIMEOUT = timedelta(minutes=30)
-"""Longer than a checkpoint, or the scoring of an evaluation, for which the other ranks wait; a rank that dies is noticed at once."""
+"""Longer than a checkpoint or the scoring of an evaluation, for which other ranks wait; a rank that dies is noticed at once."""
 
 _EXIT_SECONDS = 10
 """In which a rank that failed must have ended, before it is killed."""
