@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics.classification import BinaryAUROC
 
 from bagpipe.errors import LossError
 
@@ -31,6 +30,8 @@ class BinaryScores:
     """Sums predictions up batch by batch. Keeps 12 bytes a sample for the AUC, which is exact."""
 
     def __init__(self) -> None:
+        from torchmetrics.classification import BinaryAUROC  # loads matplotlib, a second for which no start of a run should wait
+
         self._auroc = BinaryAUROC(thresholds=None, sync_on_compute=False)  # rank 0 alone scores
         self._num_samples = 0
         self._num_positive = 0
