@@ -260,7 +260,9 @@ def mark_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_threads", "fault"), [(1, None), (3, None), (1, wait_for_no_mark), (3, mark_before_it_is_written)], ids=str
+    ("num_threads", "fault"),
+    [(1, None), (3, None), (1, wait_for_no_mark), (3, mark_before_it_is_written)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(
     num_threads: int, fault: Callable[[pytest.MonkeyPatch], None] | None, monkeypatch: pytest.MonkeyPatch
