@@ -15,7 +15,7 @@ train: $(INSTALLED)  ## train the default run (about two minutes on two cores)
 	$(BIN)/bagpipe train examples/quickstart.toml --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
