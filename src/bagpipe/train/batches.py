@@ -30,13 +30,6 @@ class TorchBatch:
         """For `bagpipe.lookahead(move=...)`: dense features and labels go to the device."""
         return (batch.dense, batch.labels), lambda tensors: cls(dense=tensors[0], sparse=batch.sparse, labels=tensors[1])
 
-    def to(self, device: torch.device) -> TorchBatch:
-        """Dense features and labels on `device`; itself on a CPU."""
-        if device.type == "cpu":
-            return self
-        dense, labels = (tensor.to(device, non_blocking=True) for tensor in (self.dense, self.labels))
-        return TorchBatch(dense=dense, sparse=self.sparse, labels=labels)
-
     @property
     def batch_size(self) -> int:
         return len(self.labels)

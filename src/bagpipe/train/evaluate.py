@@ -6,8 +6,8 @@ the scores are the same, to the bit, for any number of trainers whose devices co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import chain, islice, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,13 @@ def evaluate(
     rank, num_trainers = (0, 1) if communicator is None else (communicator.rank, communicator.num_trainers)
     num_batches = count_batches(source.num_samples, batch_size)
 
-    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and labels (B,) of each of this rank's batches, float32 on the CPU."""
+    def predictions() -> Iterator[Tensor]:
+        """Logits and labels (B, 2) of each of this rank's batches, float32 on the CPU."""
         for number, read in enumerate(islice(source.reads(batch_size=batch_size), rank, None, num_trainers), 1):
             batch = TorchBatch.of(read())
             logits = model(batch.dense.to(device), batch.sparse).float().cpu()
             on_batch(min(number * num_trainers, num_batches - 1), num_batches)
-            yield logits, batch.labels
+            yield torch.stack([logits, batch.labels], dim=1)
 
     was_training = model.training
     model.eval()
@@ -52,38 +52,19 @@ def evaluate(
             own = predictions()
             by_rank = [own] if communicator is None else _gather(own, source.num_samples, batch_size, communicator)
             scores = BinaryScores()
-            for logits, labels in _in_turn(by_rank):
-                scores.update(logits, labels)
+            for predicted in chain.from_iterable(zip_longest(*by_rank)):
+                if predicted is not None:  # the last ranks may have a batch less
+                    scores.update(predicted[:, 0], predicted[:, 1])
         on_batch(num_batches, num_batches)
         return scores.compute() if rank == 0 else None
     finally:
         model.train(was_training)
 
 
-def _gather(
-    predictions: Iterator[tuple[Tensor, Tensor]], num_samples: int, batch_size: int, communicator: Communicator
-) -> list[Iterator[tuple[Tensor, Tensor]]]:
+def _gather(predictions: Iterator[Tensor], num_samples: int, batch_size: int, communicator: Communicator) -> list[Iterator[Tensor]]:
     """The predictions of all ranks, by rank, on rank 0; no batches elsewhere."""
     sizes = [min(batch_size, num_samples - begin) for begin in range(0, num_samples, batch_size)]
     by_rank = [sizes[rank :: communicator.num_trainers] for rank in range(communicator.num_trainers)]
-    own = torch.cat([torch.empty(0, 2), *(torch.stack(each, dim=1) for each in predictions)])
+    own = torch.cat([torch.empty(0, 2), *predictions])
     gathered = communicator.gather("predictions", own, [sum(each) for each in by_rank])
-    if communicator.rank > 0:
-        return []
-    return [_batches(rows, each) for rows, each in zip(gathered, by_rank, strict=True)]
-
-
-def _batches(predicted: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in torch.split(predicted, sizes):
-        logits, labels = batch.unbind(1)
-        yield logits, labels
-
-
-def _in_turn(parts: Sequence[Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first of each part, then the second, and so on, until one has no more."""
-    while parts:
-        for part in parts:
-            batch = next(part, None)
-            if batch is None:
-                return
-            yield batch
+    return [iter(torch.split(rows, each)) for rows, each in zip(gathered, by_rank, strict=False)]
