@@ -14,7 +14,7 @@ import bagpipe
 
 PACKAGE = Path(bagpipe.__file__).parent
 
-BASE = {"types", "errors", "jagged", "_jit", "_malloc", "_memory", "_prefetch", "_workers"}
+BASE = {"types", "errors", "jagged", "_jit", "_malloc", "_memory", "_prefetch", "_sharding", "_workers"}
 ALLOWED = {
     "types": {"errors"},
     "errors": set(),
@@ -22,6 +22,7 @@ ALLOWED = {
     "_malloc": set(),
     "_memory": {"types", "_jit"},
     "_prefetch": {"_jit"},
+    "_sharding": {"types", "errors", "_jit"},
     "_workers": set(),
     "jagged": {"types", "errors"},
     "config": BASE,

@@ -67,11 +67,14 @@ def plan_all(
     ranks: tuple[int, ...] | None = None,
     num_replica_slots: int | None = None,
     overlap: bool = True,
+    num_hosts: int = 1,
 ) -> Planned:
     shares = [[share_of(batch, rank, num_trainers) for rank in range(num_trainers)] for batch in batches]
     num_replicas = group.num_rows if num_replica_slots is None else num_replica_slots
     ranks = ranks or tuple(range(num_trainers))
-    trainers = Trainers(num_trainers=num_trainers, ranks=ranks, num_replica_slots=(num_replicas,), overlap=overlap)
+    trainers = Trainers(
+        num_trainers=num_trainers, num_hosts=num_hosts, ranks=ranks, num_replica_slots=(num_replicas,), overlap=overlap
+    )
     oracle = Oracle(
         [group], num_slots=[num_slots], lookahead=lookahead, prefetch_depth=depth, first_step=first_step, trainers=trainers
     )

@@ -57,7 +57,7 @@ def run_child(
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     lines = _Lines(num_places)
-    lines.add(_Line(0, first, reduction.recv_handle(first), num_places))
+    lines.add(_Line(options.trainers.ranks[0], first, reduction.recv_handle(first), num_places))
     if door is not None:
         failure = _admit_others(door, lines, options)
         if failure is not None:
@@ -85,9 +85,9 @@ def _send_all(plans: Iterable[Sequence[Planned[Any]]], lines: _Lines) -> Failure
 
 def _admit_others(door: Door, lines: _Lines, options: StreamOptions) -> Failure | None:
     """Waits for all trainers; a failure if one does not come, or goes."""
-    deadline, num_trainers = time.monotonic() + door.timeout_s, options.trainers.num_trainers
+    deadline = time.monotonic() + door.timeout_s
     with door.listener:
-        while missing := [rank for rank in range(num_trainers) if rank not in lines.ranks]:
+        while missing := [rank for rank in options.trainers.ranks if rank not in lines.ranks]:
             events = select.poll()
             events.register(door.listener, select.POLLIN)
             for connection in lines.connections:

@@ -36,6 +36,7 @@ from bagpipe.oracle._row_loops import (
     take_slots,
 )
 from bagpipe.oracle.owners import choose_owners
+from bagpipe.oracle.shards import slot_at
 from bagpipe.types import Int32Array, Int64Array, UInt64Array
 
 EVICTED, EVICTED_EARLY, EVICTED_BLINDLY, FETCHED, FETCHED_EARLY, EARLY_FENCE, LATE_FENCE, DONE = range(8)
@@ -47,7 +48,7 @@ class State(NamedTuple):
 
     slots_of_rows: Int32Array  # (num_rows, 1) each row's slot; -1: never evicted, -2 - tick: evicted at that tick
     rows_of_slots: Int64Array  # (num_slots,)
-    slot_bounds: Int64Array  # (S + 1,) a shard has the slots from one bound to the next
+    slot_bounds: Int64Array  # (S + 1,) a shard has the slots from one bound to the next, counted as `slot_at` does
     num_used: Int64Array  # (S,) how many of these were ever filled
     unknown: UnknownQueue
     due: DueQueues
@@ -72,6 +73,13 @@ class Ticks(NamedTuple):
     oldest_unsettled: int  # the first occurrence that is not settled
 
 
+class Ranks(NamedTuple):
+    """Whose slots they are."""
+
+    num_trainers: int
+    num_hosts: int
+
+
 class Uses(NamedTuple):
     """The rings of occurrences: the linker's and the Cacher's."""
 
@@ -91,8 +99,9 @@ class _Shard(NamedTuple):
 
     slots_of_rows: Int32Array
     rows_of_slots: Int64Array
-    first_fresh: int  # of its slots that were never filled
+    first_fresh: int  # where its slots lie that were never filled
     last_fresh: int  # behind these
+    host_slots: int
     unknown: UnknownQueue
     due: DueQueues
 
@@ -116,7 +125,7 @@ def admit(state: State, batch: Batch, oldest_unsettled: int, step: int) -> None:
 @partial(threaded, num_threads=NUM_CRITICAL_THREADS)
 @parallel_jit
 def plan(
-    state: State, admitted: Batch, batch: Batch, recent: Int64Array, ticks: Ticks, uses: Uses, num_trainers: int
+    state: State, admitted: Batch, batch: Batch, recent: Int64Array, ticks: Ticks, uses: Uses, ranks: Ranks
 ) -> tuple[Int32Array, Moved, Moved, Int64Array]:
     """Admits the window's last batch, unless it has no rows, and plans a step.
 
@@ -132,6 +141,7 @@ def plan(
     rows, previous, users, bounds = batch.rows, batch.previous, batch.users, batch.bounds
     first_occurrence, next_uses, slots_of_uses = batch.first_occurrence, uses.next_uses, uses.slots_of_uses
     step, early, last_seen, oldest_unsettled = ticks.step, ticks.early, ticks.last_seen, ticks.oldest_unsettled
+    num_trainers, num_hosts, host_slots = ranks.num_trainers, ranks.num_hosts, slot_bounds[-1] // ranks.num_hosts
     slots = np.empty(len(rows), np.int32)
     evict_rows, evict_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
     fetch_rows, fetch_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
@@ -143,14 +153,14 @@ def plan(
         unknown = UnknownQueue(unknown_slots[shard], ends[shard], places)
         first_fresh, last_fresh = slot_bounds[shard] + num_used[shard], slot_bounds[shard + 1]
         _plan(
-            _Shard(slots_of_rows, rows_of_slots, first_fresh, last_fresh, unknown, due),
+            _Shard(slots_of_rows, rows_of_slots, first_fresh, last_fresh, host_slots, unknown, due),
             Batch(rows, previous, users, bounds, first_occurrence),
             bounds[shard],
             bounds[shard + 1],
             recent[:, shard : shard + 2],
             Ticks(step, early, last_seen, oldest_unsettled),
             Uses(next_uses, slots_of_uses),
-            num_trainers,
+            Ranks(num_trainers, num_hosts),
             slots,
             Moved(evict_rows, evict_slots),
             Moved(fetch_rows, fetch_slots),
@@ -213,7 +223,7 @@ def _plan(
     recent: Int64Array,
     ticks: Ticks,
     uses: Uses,
-    num_trainers: int,
+    ranks: Ranks,
     all_slots: Int32Array,
     evicted: Moved,
     fetched: Moved,
@@ -231,11 +241,11 @@ def _plan(
     missing = np.empty(len(slots), np.int32)
     num_missing = find_unsettled(batch.previous[begin:end], ticks.oldest_unsettled, uses.slots_of_uses, slots, missing)
     missing, freed = missing[:num_missing], np.empty(num_missing, np.int32)
-    num_fresh, num_unknown, num_settled, num_freed = _free(shard, recent[1:], ticks, uses, freed)
+    num_fresh, num_unknown, num_settled, num_freed = _free(shard, recent[1:], ticks, uses, ranks, freed)
     if num_freed < num_missing:
         return
-    if num_trainers > 1:
-        missing = choose_owners(missing, batch.users[begin:end], freed, num_trainers)
+    if ranks.num_trainers > 1:
+        missing = choose_owners(missing, batch.users[begin:end], freed, ranks.num_trainers)
 
     num_evicted, num_early = num_missing - num_fresh, num_settled - num_fresh
     evicted.slots[begin : begin + num_evicted] = freed[num_fresh:]
@@ -274,14 +284,16 @@ def _settle(shard: _Shard, settled: Int64Array, ticks: Ticks, uses: Uses) -> Non
 
 
 @jit
-def _free(shard: _Shard, unsettled: Int64Array, ticks: Ticks, uses: Uses, freed: Int32Array) -> tuple[int, int, int, int]:
+def _free(
+    shard: _Shard, unsettled: Int64Array, ticks: Ticks, uses: Uses, ranks: Ranks, freed: Int32Array
+) -> tuple[int, int, int, int]:
     """Fills `freed` with slots never filled, of rows without a next use, of those with the farthest, and of unsettled rows.
 
     Returns how many are of the first kind, of the first two, of the first three, and of all.
     """
     num_fresh = min(len(freed), shard.last_fresh - shard.first_fresh)
     for index in range(num_fresh):
-        freed[index] = shard.first_fresh + index
+        freed[index] = slot_at(shard.first_fresh + index, shard.host_slots, ranks.num_trainers, ranks.num_hosts)
     num_unknown = num_fresh + pop_unknown(shard.unknown, freed[num_fresh:])
     num_freed = num_unknown
     due_step = ticks.last_seen

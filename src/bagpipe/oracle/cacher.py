@@ -107,15 +107,17 @@ class Cacher:
         prefetch_depth: int,
         first_step: int = 0,
         num_trainers: int = 1,
+        num_hosts: int = 1,
     ) -> None:
         """`max_lookahead` bounds how many batches are ever admitted ahead; `first_step` is the number of the first batch.
 
-        Of several trainers it plans all caches as one of `num_slots`, and batches are `MergedGroup`s.
+        Of several trainers, as many on each host, it plans all caches as one of `num_slots`, and batches are `MergedGroup`s.
         """
-        self.group, self.num_slots, self.prefetch_depth, self._num_trainers = group, num_slots, prefetch_depth, num_trainers
+        self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
+        self._ranks = _loops.Ranks(num_trainers=num_trainers, num_hosts=num_hosts)
         # Of several trainers a row's update may end one step later (see GroupExchange): so long it is not settled.
         self._num_kept_unsettled = prefetch_depth + (num_trainers > 1)
-        bounds = slot_bounds(num_slots, group.num_rows)
+        bounds = slot_bounds(num_slots, group.num_rows, num_hosts)
         num_shards, shard_slots = len(bounds) - 1, int(np.diff(bounds).max())
         self.linker = Linker(group, num_shards=num_shards, first_step=first_step)
         """Links batches before they are admitted; may run ahead in another thread."""
@@ -155,7 +157,7 @@ class Cacher:
                 step=self._next_admitted,
                 group=self.group.name,
                 num_uniques=len(rows),
-                num_needed=num_slots_needed(rows, self.group.num_rows),
+                num_needed=num_slots_needed(rows, self.group.num_rows, self._ranks.num_hosts),
                 num_slots=self.num_slots,
             )
 
@@ -187,7 +189,7 @@ class Cacher:
             np.array([each.first_occurrence + each.bounds for each in (settled, *self._unsettled)]),
             _loops.Ticks(step=step, early=early_tick, last_seen=last_seen, oldest_unsettled=oldest),
             _loops.Uses(next_uses=self.linker.next_uses, slots_of_uses=self._slots_of_uses),
-            self._num_trainers,
+            self._ranks,
         )
         if settled is not self._nothing:
             self._num_unsettled -= settled.num_uniques

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bagpipe._jit import jit
+from bagpipe._sharding import NUM_SHARDS
 from bagpipe.oracle.dedup import DedupedGroup, number_rows
-from bagpipe.oracle.shards import NUM_SHARDS, shard_bounds
+from bagpipe.oracle.shards import shard_bounds
 from bagpipe.types import Group, Int32Array, Int64Array, UInt64Array
 
 MAX_TRAINERS = 64

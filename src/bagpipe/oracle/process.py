@@ -146,17 +146,17 @@ class OracleProcess(SharedOracle[BatchT]):
     ) -> None:
         """Starts the child. `num_places` bounds the items not yet released; `on_region` is shown all shared memory before its use.
 
-        With several trainers it plans for all of them, who `join` at `address` within `join_timeout_s`.
+        With several trainers it plans for all of this host, who `join` at `address` within `join_timeout_s`.
 
         Raises ConfigError when `batches` or `adapter` can't be sent to another process, or the system is not Linux.
         """
         file, door = _shared_memory(), None
         self.address = ""
-        num_trainers = options.trainers.num_trainers
-        if num_trainers > 1:
+        ranks = options.trainers.ranks_of_host
+        if len(ranks) > 1:
             door = Door.open(join_timeout_s)
             self.address = door.address
-            options = replace(options, trainers=replace(options.trainers, ranks=tuple(range(num_trainers))))
+            options = replace(options, trainers=replace(options.trainers, ranks=ranks))
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=run_child, args=(theirs, door, batches, options, adapter, num_places), name="bagpipe-oracle"

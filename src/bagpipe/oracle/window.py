@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from bagpipe._sharding import check_hosts
 from bagpipe._workers import Workers
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.cacher import CachePlan, Cacher
@@ -75,19 +76,29 @@ class _PlannedStep(Generic[Payload]):
 
 @dataclass(frozen=True, kw_only=True)
 class Trainers:
-    """How many trainers share the batches and the caches, and for which of them plans are made."""
+    """How many trainers share the batches and the caches, on how many hosts, and for which of them plans are made."""
 
     num_trainers: int
     ranks: tuple[int, ...]
+    num_hosts: int = 1
+    """As many trainers on each, whose ranks are neighbours; a row is owned on the host that has its record."""
     num_replica_slots: tuple[int, ...] = ()
     """For each group how many replicas one trainer can hold for one step."""
     overlap: bool = True
     """False: all that travels between trainers is on the critical path, to measure what overlapping saves."""
 
+    @property
+    def ranks_of_host(self) -> tuple[int, ...]:
+        """All ranks of the host of the first rank that is planned for."""
+        num_ranks = self.num_trainers // self.num_hosts
+        first = self.ranks[0] // num_ranks * num_ranks
+        return tuple(range(first, first + num_ranks))
+
     def check(self, groups: Sequence[Group]) -> None:
         """Raises ConfigError for values out of range."""
         if not 1 <= self.num_trainers <= MAX_TRAINERS:
             raise ConfigError(f"{self.num_trainers} trainers, must be from 1 to {MAX_TRAINERS}")
+        check_hosts(self.num_trainers, self.num_hosts)
         if not self.ranks or not all(0 <= rank < self.num_trainers for rank in self.ranks):
             raise ConfigError(f"ranks {self.ranks}, must be some of 0 to {self.num_trainers - 1}")
         if self.num_trainers > 1 and len(self.num_replica_slots) != len(groups):
@@ -151,6 +162,7 @@ class Oracle:
                 prefetch_depth=prefetch_depth,
                 first_step=first_step,
                 num_trainers=trainers.num_trainers,
+                num_hosts=trainers.num_hosts,
             )
             for group, slots in zip(groups, num_slots, strict=True)
         ]

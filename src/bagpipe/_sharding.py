@@ -1,0 +1,42 @@
+"""Which shard of its group a row belongs to, by a hash of its number, and so on which of several hosts its record lives.
+
+The oracle cuts large caches by it, stores and checkpoints of several hosts are divided by it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bagpipe._jit import jit
+from bagpipe.errors import ConfigError
+from bagpipe.types import Int64Array
+
+_BITS = 3
+NUM_SHARDS = 1 << _BITS
+LINE_BITS = 4
+"""Binary logarithm of how many neighbouring rows share a shard: those whose 4-byte states share a cache line, lest threads that
+plan shards take lines from each other."""
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
+
+
+@jit
+def shard_of(row: int) -> np.int64:
+    """The row's shard, from 0 to `NUM_SHARDS`."""
+    return np.int64((np.uint64(row >> LINE_BITS) * _MULTIPLIER) >> np.uint64(64 - _BITS))
+
+
+@jit
+def home_hosts(rows: Int64Array, num_hosts: int) -> Int64Array:
+    """The host that has each row's record (n,): each host has as many neighbouring shards."""
+    hosts = np.empty(len(rows), np.int64)
+    for index in range(len(rows)):
+        hosts[index] = shard_of(rows[index]) * num_hosts // NUM_SHARDS
+    return hosts
+
+
+def check_hosts(num_trainers: int, num_hosts: int) -> None:
+    """Raises ConfigError unless shards and trainers can be divided evenly among so many hosts."""
+    if not 1 <= num_hosts <= NUM_SHARDS or NUM_SHARDS % num_hosts:
+        raise ConfigError(f"{num_hosts} hosts: rows can be divided among 1, 2, 4 or 8 hosts")
+    if num_trainers % num_hosts:
+        raise ConfigError(f"{num_trainers} trainers on {num_hosts} hosts: start as many on each")
