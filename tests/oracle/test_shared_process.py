@@ -164,8 +164,9 @@ def test_plans_stay_until_they_are_released_and_the_slowest_rank_holds_all_back(
         done = pool.submit(run_ahead)
         time.sleep(1.0)
         assert numbers == list(range(NUM_PLACES))  # no more than the slow one has had
-        # Then a step that waits for places, the planner's 2 and 1, the window of 5, the linker's 2 and 1, the pool's 4 and 1.
-        assert reads.stat().st_size <= NUM_PLACES + 1 + 3 + 5 + 3 + 5
+        # Then a step that waits for places, the planner's 2 and 1, the 4 steps whose ranks are planned at a time but the one that
+        # waits, the window of 5, the linker's 2 and 1, the pool's 4 and 1.
+        assert reads.stat().st_size <= NUM_PLACES + 1 + 3 + 3 + 5 + 3 + 5
         for item, slots in zip(held, kept, strict=True):
             np.testing.assert_array_equal(item.plan.groups[0].lookup_slots, slots)
         use(held[0])
@@ -202,7 +203,7 @@ def test_the_death_of_the_process_is_an_error_everywhere() -> None:
         errors = outcomes([lambda end=end: drain(end) for end in ends])
     assert all(isinstance(error, LostError) for error in errors)
     assert "ended by itself (exit code -9" in str(errors[0])
-    assert "the oracle process, which rank 0 started, ended by itself" in str(errors[1])
+    assert "the oracle process, which the host's first rank started, ended by itself" in str(errors[1])
 
 
 def hang_up(end: SharedOracle[dict[str, Any]]) -> None:
@@ -270,7 +271,7 @@ def test_a_rank_that_never_comes_is_named_after_the_timeout() -> None:
     for error in errors:
         assert isinstance(error, LostError)
         assert "rank 2 has not come to the oracle process within 1 s" in str(error)
-    with pytest.raises(BackgroundError, match="rank 2 can't reach the oracle process that rank 0 has started"):
+    with pytest.raises(BackgroundError, match="rank 2 can't reach the oracle process that its host's first rank has started"):
         SharedOracle.join(process.address, 2)
     second.close()
     process.close()

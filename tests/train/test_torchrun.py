@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +82,11 @@ def write_run(folder: Path, *, steps: int = 30, num_samples: int = 2950) -> Path
     return file
 
 
-def records_of(folder: Path) -> tuple[int, np.ndarray, np.ndarray]:
-    """Step, rows and records of the newest checkpoint."""
+def records_of(folder: Path, host: str = "") -> tuple[int, np.ndarray, np.ndarray]:
+    """Step, rows and records of the newest checkpoint, of several hosts those of one."""
     checkpoint = list_checkpoints(folder / "run" / "checkpoints")[-1]
     manifest = read_manifest(checkpoint)
-    blocks = list(read_records(checkpoint / "group-0.arrow", manifest["groups"][0]["record_width"]))
+    blocks = list(read_records(checkpoint / f"group-0{host}.arrow", manifest["groups"][0]["record_width"]))
     return manifest["step"], np.concatenate([rows for rows, _ in blocks]), np.concatenate([records for _, records in blocks])
 
 
@@ -138,7 +140,7 @@ def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_or
     assert time.monotonic() - killed_at < 30
     assert process.returncode != 0
     if victim == "oracle":
-        assert "ended by itself (exit code -9" in output or "which rank 0 started, ended by itself" in output, output
+        assert "ended by itself (exit code -9" in output or "first rank started, ended by itself" in output, output
     else:
         assert named_by_torchrun(killed, output), output
     while any(Path(f"/proc/{each}").exists() for each in (*ranks, oracle)):
@@ -186,3 +188,84 @@ def children_of(pid: int) -> list[int]:
     """Of all threads of a process, oldest first."""
     files = Path(f"/proc/{pid}/task").glob("*/children")
     return sorted(int(child) for file in files for child in file.read_text().split())
+
+
+def start_hosts(num_hosts: int, num_on_host: int, file: Path, *options: str) -> list[subprocess.Popen[str]]:
+    """torchrun as on so many hosts, all of them this one: each knows only its own trainers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = [f"--nnodes={num_hosts}", f"--nproc-per-node={num_on_host}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *place,
+                f"--node-rank={host}",
+                "-m",
+                "bagpipe",
+                "train",
+                str(file),
+                *options,
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host in range(num_hosts)
+    ]
+
+
+def outputs_of(processes: list[subprocess.Popen[str]], timeout_s: float) -> list[str]:
+    """What they have written once all have ended; read side by side, for a full pipe would stop its writer."""
+    with ThreadPoolExecutor() as pool:
+        return [output for output, _ in pool.map(lambda process: process.communicate(timeout=timeout_s), processes)]
+
+
+def test_two_hosts_train_as_one_trainer_does_and_any_number_goes_on(tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    train(1, write_run(alone))
+    hosts = start_hosts(2, 2, write_run(together))
+    outputs = outputs_of(hosts, 120)
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    losses = [record["loss"] for record in log_of(alone, "train")]
+    assert [record["loss"] for record in log_of(together, "train")] == pytest.approx(losses, rel=1e-4)
+    _, rows, records = records_of(alone)
+    found_rows, found = (
+        np.concatenate(both) for both in zip(records_of(together)[1:], records_of(together, ".host-1")[1:], strict=True)
+    )
+    order = np.argsort(found_rows)
+    np.testing.assert_array_equal(found_rows[order], rows)
+    np.testing.assert_allclose(found[order], records, rtol=1e-3, atol=1e-5)
+    assert log_of(together, "evaluation")[-1]["auc"] == pytest.approx(log_of(alone, "evaluation")[-1]["auc"], abs=1e-3)
+    train(1, write_run(alone, steps=35), "--resume")
+    train(2, write_run(together, steps=35), "--resume")
+    np.testing.assert_allclose(records_of(together)[2], records_of(alone)[2], rtol=1e-3, atol=1e-5)
+
+
+def test_a_rank_that_is_killed_ends_the_other_host_too(tmp_path: Path) -> None:
+    hosts = start_hosts(2, 1, write_run(tmp_path, steps=100_000))
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and '"kind": "train"' in log.read_text()):
+        assert all(host.poll() is None for host in hosts), outputs_of(hosts, 10)
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = [child for host in hosts for child in children_of(host.pid)]
+    oracles = [child for rank in ranks for child in children_of(rank) if "spawn_main" in command_of(child)]
+    assert (len(ranks), len(oracles)) == (2, 2)
+    os.kill(ranks[1], signal.SIGKILL)
+    killed_at = time.monotonic()
+    outputs = outputs_of(hosts, 60)
+    assert time.monotonic() - killed_at < 40
+    assert all(host.returncode != 0 for host in hosts)
+    assert named_by_torchrun(ranks[1], outputs[1]), outputs[1]
+    assert "another of the 2 trainers may be gone" in outputs[0], outputs[0]
+    while any(Path(f"/proc/{each}").exists() for each in (*ranks, *oracles)):
+        assert time.monotonic() - killed_at < 50
+        time.sleep(0.1)

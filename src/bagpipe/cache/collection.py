@@ -26,7 +26,7 @@ from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows, same_ids
 from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Group, Jagged, Optimizer, TableConfig, group_tables
+from bagpipe.types import Float32Array, Group, Int64Array, Jagged, Optimizer, TableConfig, group_tables
 
 
 class PooledEmbeddings:
@@ -79,7 +79,8 @@ class EmbeddingBagCollection(nn.Module):
 
         With a `communicator` this is one of several trainers, each of which has its share of every batch. Gradients are averaged
         over them, and all must call `backward` on a batch, those without samples too, or none. Their stores must hold the same
-        records; the default is memory that all share.
+        records; the default is memory that all share. On several hosts that goes for the trainers of each: there `tables`, and so
+        state dicts, can't be read, and in evaluation all trainers read together (`join_reading`).
         """
         super().__init__()
         if communicator is not None and communicator.num_trainers == 1:
@@ -246,10 +247,18 @@ class EmbeddingBagCollection(nn.Module):
         """Every table's weights by name, read block by block from the stores; flushed first."""
         self.flush()
         return {
-            table.name: LazyTable(store, index, self.flush)
+            table.name: LazyTable(store, index, self._make_readable)
             for group, store in zip(self.groups, self.stores, strict=True)
             for index, table in enumerate(group.tables)
         }
+
+    def _make_readable(self) -> None:
+        if self.communicator is not None and self.communicator.num_hosts > 1:
+            raise UsageError(
+                f"the tables' rows are divided among {self.communicator.num_hosts} hosts: save a checkpoint, from which one host can "
+                "read them"
+            )
+        self.flush()
 
     def save_tables(self, path: str | Path) -> None:
         """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in bounded memory."""
@@ -305,6 +314,11 @@ class EmbeddingBagCollection(nn.Module):
         self._was_served = torch.is_grad_enabled()
         return self.executor.current
 
+    def join_reading(self) -> None:
+        """With several hosts: helps other ranks to read a batch in evaluation, on a rank that has none for its part."""
+        for group, store in zip(self.groups, self.stores, strict=True):
+            self._fetch(store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32))
+
     def _read(self, batch: Jagged) -> list[Tensor]:
         """Pools rows straight from the stores."""
         check_features(self.groups, batch)
@@ -315,13 +329,20 @@ class EmbeddingBagCollection(nn.Module):
         lookups = group_lookups(group, batch)
         rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
         records = np.empty((len(rows), group.record_width), np.float32)
-        store.fetch(rows, records)
+        self._fetch(store, rows, records)
         cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=self.lr)
         cache.fill(to_device(np.arange(len(rows), dtype=np.int32), self.device), torch.from_numpy(records).to(self.device))
         slots, num_features = inverse.astype(np.int32), len(group.features)
         return cache.lookup(
             DevicePlan.of_lookups(lookups, slots, batch_size=batch.batch_size, num_features=num_features, device=self.device)
         )
+
+    def _fetch(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
+        """Reads rows of any host."""
+        if self.communicator is None:
+            store.fetch(rows, out)
+        else:
+            self.communicator.fetch_from_homes(store, rows, out)
 
 
 class _Lookup(torch.autograd.Function):

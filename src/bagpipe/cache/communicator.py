@@ -6,6 +6,10 @@ All sizes are known from the plan, so a message is the rows and nothing else.
 
 A rank that is gone shows as a failed message, or, where one waits for its entry in the key-value store, by its process, which the
 others of its host watch. Every call ends after `timeout`, and says what it waited for.
+
+Trainers on several hosts are as many on each, ranks of one host beside each other. Each host has a store of its own, for the rows
+whose home it is (`bagpipe._sharding`): only its ranks fetch them and write them back, so that nothing but rows of the exchange, and
+what an evaluation reads, travels between hosts.
 """
 
 from __future__ import annotations
@@ -21,13 +25,16 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bagpipe._sharding import check_hosts, home_hosts
 from bagpipe.errors import BackgroundError, ConfigError, UsageError
+from bagpipe.store.base import EmbeddingStore
 from bagpipe.store.shared import SharedFiles, SharedMemoryStore
-from bagpipe.types import Group, RowExchange
+from bagpipe.types import Float32Array, Group, Int64Array, RowExchange
 
 Moment = Literal["now", "later"]
 TransferKind = Literal["early", "late"]
@@ -49,6 +56,7 @@ class Communicator:
     now: Any  # a ProcessGroup or one of its backends
     later: Any
     store: Any
+    num_hosts: int = 1
     timeout: timedelta = field(default_factory=lambda: timedelta(minutes=5))
     number: int = 0
     """Tells the keys of several communicators of one key-value store apart."""
@@ -61,18 +69,25 @@ class Communicator:
     _processes: dict[int, int] = field(init=False, default_factory=dict)  # by rank a descriptor, readable when it has ended
 
     def __post_init__(self) -> None:
+        check_hosts(self.num_trainers, self.num_hosts)
         self._waiting = self.store.clone()
-        own = f"{os.getpid()} {socket.gethostname()}"
-        texts = self.gather_texts("the process", own)
+        texts = self.gather_texts("the process", f"{os.getpid()} {self.num_hosts} {socket.gethostname()}")
+        pids, nums_hosts, names = zip(*(text.split(maxsplit=2) for text in texts), strict=True)
+        on_host = {names[rank] for rank in self.ranks_of_host}
+        if len(set(nums_hosts)) > 1 or len(on_host) > 1:
+            raise ConfigError(
+                f"rank {self.rank} of {self.num_trainers} knows of {self.num_hosts} hosts, all ranks of {sorted(set(nums_hosts))}, "
+                f"and those of its host run on {sorted(on_host)}: give all the same num_hosts, and start as many ranks on each"
+            )
         # Of ranks that are threads of one process, or on another host, only messages tell.
-        pids = {rank: int(text.split()[0]) for rank, text in enumerate(texts) if text != own and text.split()[1] == own.split()[1]}
-        self._processes = {rank: os.pidfd_open(pid) for rank, pid in pids.items()}
+        by_rank = {rank: int(pids[rank]) for rank in self.ranks_of_host}
+        self._processes = {rank: os.pidfd_open(pid) for rank, pid in by_rank.items() if pid != os.getpid()}
 
     @classmethod
-    def from_default_group(cls, *, timeout: timedelta | None = None) -> Communicator:
+    def from_default_group(cls, *, num_hosts: int = 1, timeout: timedelta | None = None) -> Communicator:
         """Of the process group that `torch.distributed.init_process_group` has made; all ranks must call it, in the same order.
 
-        Raises ConfigError when there is none.
+        Raises ConfigError when there is none, or the ranks of a host are not neighbours, as many on each of 1, 2, 4 or 8.
         """
         if not dist.is_available() or not dist.is_initialized():
             raise ConfigError(
@@ -88,9 +103,22 @@ class Communicator:
             now=now,
             later=later,
             store=dist.distributed_c10d._get_default_store(),
+            num_hosts=num_hosts,
             timeout=timeout,
             number=next(_numbers),
         )
+
+    @property
+    def ranks_of_host(self) -> range:
+        """The ranks of this one's host."""
+        num_ranks = self.num_trainers // self.num_hosts
+        first = self.rank // num_ranks * num_ranks
+        return range(first, first + num_ranks)
+
+    @property
+    def is_first_of_host(self) -> bool:
+        """Whether this rank makes what those of its host share."""
+        return self.rank == self.ranks_of_host[0]
 
     def exchange(self, rows: Tensor, received: Tensor, plan: RowExchange, *, moment: Moment, step: int, what: str) -> None:
         """Sends `rows` (num_sent, D), those for rank 0 first, and fills `received` (num_received, D), both contiguous.
@@ -104,11 +132,35 @@ class Communicator:
     def gather(self, what: str, rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
         """What each rank gives as `rows`, (counts[rank], D) on the CPU, by rank on rank 0; nothing elsewhere. All must ask."""
         receive_counts = list(counts) if self.rank == 0 else [0] * self.num_trainers
-        send_counts = [len(rows)] + [0] * (self.num_trainers - 1)
-        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
         with self._naming(f"gathering {what}"):
-            self.now.alltoall_base(received, rows, receive_counts, send_counts).wait()
+            received = self._swap(rows, [len(rows)] + [0] * (self.num_trainers - 1), receive_counts)
         return torch.split(received, receive_counts) if self.rank == 0 else ()
+
+    def fetch_from_homes(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
+        """As `store.fetch`, of rows (n,) of any host. With several hosts all ranks must ask, those without rows too.
+
+        A rank asks the ranks in its own place on each host, and tells them first how many rows it wants: this is for evaluation.
+        """
+        if self.num_hosts == 1:
+            store.fetch(rows, out)
+            return
+        homes = home_hosts(rows, self.num_hosts)
+        order = np.argsort(homes, kind="stable")
+        num_ranks, once = len(self.ranks_of_host), [1] * self.num_trainers
+        wanted = torch.zeros(self.num_trainers, dtype=torch.int64)
+        wanted[self.rank % num_ranks :: num_ranks] = torch.from_numpy(np.bincount(homes, minlength=self.num_hosts))
+        with self._naming(f"reading rows of {store.group.name} of all hosts"):
+            wanted_from, wanted_by = wanted.tolist(), self._swap(wanted, once, once).tolist()
+            asked = self._swap(torch.from_numpy(rows[order]), wanted_from, wanted_by).numpy()
+            found = np.empty((len(asked), store.group.record_width), np.float32)
+            store.fetch(asked, found)
+            out[order] = self._swap(torch.from_numpy(found), wanted_by, wanted_from).numpy()
+
+    def _swap(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        """Sends rows (n, ...) of the CPU, those for rank 0 first; what all send here, by rank."""
+        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+        self.now.alltoall_base(received, rows.contiguous(), list(receive_counts), list(send_counts)).wait()
+        return received
 
     def average(self, values: Tensor) -> None:
         """Replaces `values`, float32 and of one shape on all ranks, by their mean over ranks; on CUDA the current stream does."""
@@ -129,10 +181,11 @@ class Communicator:
         return self._ask_to_reduce(value, dist.ReduceOp.MAX)
 
     def share_text(self, what: str, text: str | None) -> str:
-        """What rank 0 gives as `text`, on every rank. All must ask, in the same order."""
+        """What the first rank of a host gives as `text`, on every rank of it. All must ask, in the same order."""
+        first = self.ranks_of_host[0]
         self._num_texts += 1
-        key = f"bagpipe/{self.number}/text/{self._num_texts}"
-        with self._naming(f"waiting for {what} of rank 0"):
+        key = f"bagpipe/{self.number}/text/{self._num_texts}/{first}"
+        with self._naming(f"waiting for {what} of rank {first}"):
             if text is not None:
                 self.store.set(key, text)
                 return text
@@ -147,9 +200,9 @@ class Communicator:
             return [self._wait_for_text(f"{key}/{rank}") for rank in range(self.num_trainers)]
 
     def shared_store(self, group: Group, seed: int) -> SharedMemoryStore:
-        """A group's store in memory that all ranks share; rank 0 makes it. All ranks must be on one host."""
+        """A group's store in memory that all ranks of a host share; the first of them makes it."""
         name = f"the store of {group.name}"
-        if self.rank == 0:
+        if self.is_first_of_host:
             store = SharedMemoryStore(group, seed)
             self.share_text(name, f"{store.files.records} {store.files.touched}")
             return store
@@ -209,8 +262,8 @@ class Communicator:
                 self.store.delete_key(self._key(kind, self.rank, step - _KEPT_MARKS))
 
     def wait_written(self, kind: TransferKind, step: int) -> None:
-        """Returns once every other rank has written what its early, or late, transfers up to `step` evict."""
-        for rank in range(self.num_trainers):
+        """Returns once every other rank of the host has written what its early, or late, transfers up to `step` evict."""
+        for rank in self.ranks_of_host:
             if rank == self.rank or self._known_written.get((kind, rank), -1) >= step:
                 continue
             newest = self._key(kind, rank, None)

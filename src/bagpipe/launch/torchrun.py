@@ -1,4 +1,4 @@
-"""Trainers started by torchrun: `torchrun --nproc-per-node=N -m bagpipe train run.toml`."""
+"""Trainers started by torchrun: `torchrun --nproc-per-node=N -m bagpipe train run.toml`, with `--nnodes` on several hosts."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _EXIT_SECONDS = 10
 def joined_trainers() -> Iterator[Communicator | None]:
     """This process's connections to the other trainers, or None where it is the only one.
 
-    Raises ConfigError when the trainers run on several hosts: their tables lie in memory that one host shares.
+    Raises ConfigError when the hosts have not as many trainers each, or are not 1, 2, 4 or 8.
     """
     num_trainers = int(os.environ.get("WORLD_SIZE", "1"))
     if num_trainers == 1:
         yield None
         return
-    if os.environ.get("LOCAL_WORLD_SIZE", str(num_trainers)) != str(num_trainers):
+    num_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_trainers))
+    if num_trainers % num_on_host:
         raise ConfigError(
-            f"{num_trainers} trainers on several hosts: they share one copy of the tables in memory, so start them on one host, "
-            "torchrun --standalone --nproc-per-node=N"
+            f"{num_on_host} of {num_trainers} trainers run on this host: give torchrun one --nproc-per-node for all hosts"
         )
     backend = "gloo"
-    if torch.cuda.device_count() >= num_trainers and dist.is_nccl_available():
+    if torch.cuda.device_count() >= num_on_host and dist.is_nccl_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
-        yield Communicator.from_default_group(timeout=_TIMEOUT)
+        yield Communicator.from_default_group(num_hosts=num_trainers // num_on_host, timeout=_TIMEOUT)
     except BaseException:
         # A thread may wait for messages that never come, and the interpreter for it. Once this process is gone the others see it.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

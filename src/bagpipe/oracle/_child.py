@@ -50,7 +50,7 @@ def run_child(
     adapter: BatchAdapter,
     num_places: int,
 ) -> None:
-    """The process's main function. `first` leads to rank 0, the others come through `door`."""
+    """The process's main function. `first` leads to the host's first rank, the others come through `door`."""
     keep_freed_memory()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     for number in IGNORED_SIGNALS:

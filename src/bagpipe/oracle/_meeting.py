@@ -1,6 +1,6 @@
-"""Where the trainers of a host meet the oracle process that rank 0 has started: an abstract Unix socket.
+"""Where the trainers of a host meet the oracle process that the first of them has started: an abstract Unix socket.
 
-Rank 0 listens before the process runs, which inherits the socket, so that nobody comes too early. A trainer says the key and its
+That one listens before the process runs, which inherits the socket, so that nobody comes too early. A trainer says the key and its
 rank in one message, and hands over its shared memory with it.
 """
 
@@ -80,7 +80,7 @@ def connect(address: str, rank: int, file: int) -> Connection:
     except OSError as error:
         connection.close()
         raise BackgroundError(
-            f"rank {rank} can't reach the oracle process that rank 0 has started ({error}): it has ended, or runs on another host, "
-            "where trainers need oracle = 'thread'"
+            f"rank {rank} can't reach the oracle process that its host's first rank has started ({error}): it has ended, or runs "
+            "on another host, and the communicator was not told of several"
         ) from error
     return Connection(connection.detach())

@@ -10,8 +10,8 @@ an item does not fit, new places are cut behind the old ones, twice as large as 
     child -> trainer   messages of items, then the end or an error             over one
     trainer -> child   one message for each item released, or the wish to stop   socket
 
-Several trainers of one host share the child that rank 0 starts: each has a socket and shared memory of its own, and gets its own
-plans and its own share of the batches (`_child`). The others come to an address that rank 0 tells them (`_meeting`).
+Several trainers of one host share the child that the first of them starts: each has a socket and shared memory of its own, and gets
+its own plans and its own share of the batches (`_child`). The others come to an address that the first tells them (`_meeting`).
 
 If the child dies, all trainers raise LostError at the next step; if one of them dies or ends its stream, the others raise it once
 they have used what they were sent, and the child ends itself. Needs Linux.
@@ -61,7 +61,7 @@ class SharedOracle(Generic[BatchT]):
 
     @classmethod
     def join(cls, address: str, rank: int, *, on_region: Callable[[UInt8Array], None] = lambda _: None) -> SharedOracle[Any]:
-        """The end of a trainer other than rank 0; see `OracleProcess`.
+        """The end of a trainer other than its host's first; see `OracleProcess`.
 
         Raises BackgroundError when nobody is at the address any more.
         """
@@ -116,7 +116,7 @@ class SharedOracle(Generic[BatchT]):
 
     def _fate(self) -> str:
         if self._process is None:
-            return ", which rank 0 started, ended by itself"
+            return ", which the host's first rank started, ended by itself"
         self._process.join(_STOP_TIMEOUT_S)
         return f" ended by itself (exit code {self._process.exitcode}; -9: killed, perhaps for memory)"
 
@@ -132,7 +132,7 @@ class SharedOracle(Generic[BatchT]):
 
 
 class OracleProcess(SharedOracle[BatchT]):
-    """The end of the trainer that starts the process, which it owns: the only one, or rank 0."""
+    """The end of the trainer that starts the process, which it owns: the only one, or its host's first."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
 """Shards: the parts into which the Cacher's work is cut, so that threads plan side by side in one compiled call.
 
-A row belongs to one of `NUM_SHARDS` shards by a hash of its number (`bagpipe._sharding`). Each shard has its own slots and eviction
-queues and plans its rows as a small cache would; shards never meet, so plans are the same for any number of threads. Rows are spread
-evenly, so the shards of a cache together fetch what one would (docs/results.md). A small cache is one shard: several would be uneven,
-and there is little to share.
+A row belongs to one of `NUM_SHARDS` shards by a hash of its number (`bagpipe._sharding`). Each shard has its own slots and
+eviction queues and plans its rows as a small cache would; shards never meet, so plans are the same for any number of threads. Rows
+are spread evenly, so the shards of a cache together fetch what one would (docs/results.md). A small cache is one shard: several
+would be uneven, and there is little to share.
 
 On several hosts a row's record lives on one of them, its home, and only trainers of that host may own the row: the shards are dealt
 out to the hosts, and their slots with them. A small cache is then one shard for each host, which has all of that host's shards.

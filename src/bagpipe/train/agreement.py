@@ -19,6 +19,7 @@ def check_same_settings(communicator: Communicator, options: StreamOptions, *, s
         "lookahead_memory (bytes)": options.lookahead_bytes,
         "prefetch_depth": options.prefetch_depth,
         "step": options.first_step,
+        "hosts": options.trainers.num_hosts,
         "seed": seed,
     }
     first, *others = (json.loads(text) for text in communicator.gather_texts("the settings", json.dumps(own)))

@@ -208,11 +208,12 @@ def _has_validation(config: DataConfig) -> bool:
 
 
 def _choose_device(name: str, communicator: Communicator | None) -> torch.device:
-    num_devices, num_needed = torch.cuda.device_count(), 1 if communicator is None else communicator.num_trainers
+    num_devices, num_needed = torch.cuda.device_count(), 1 if communicator is None else len(communicator.ranks_of_host)
     has_cuda = num_devices >= num_needed
     if name == "cuda" and not has_cuda:
         raise ConfigError(
-            f"train.device = 'cuda': torch sees {num_devices} CUDA devices here for {num_needed} trainers: use 'cpu' or 'auto'"
+            f"train.device = 'cuda': torch sees {num_devices} CUDA devices for the {num_needed} trainers of this host: use 'cpu' "
+            "or 'auto'"
         )
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")

@@ -24,7 +24,7 @@ def slots_for(
 
     `cache` is a number of rows over all groups, a share of them ("2%"), memory for records ("4GiB"), "auto", or a number of
     rows for each group. Raises ConfigError for anything else. With a `communicator` it is each trainer's, and "auto" is the same
-    for all: what the one with the least free memory can have, on CPUs of memory that all share.
+    for all: what the one with the least free memory can have, on CPUs of memory that those of a host share.
     """
     if isinstance(cache, bool) or not isinstance(cache, Integral | str | Sequence):
         raise ConfigError(f"cache is {cache!r}, must be rows, a size such as '4GiB' or '2%', 'auto', or a list of rows by group")
@@ -41,7 +41,7 @@ def _automatic_bytes(device: torch.device, communicator: Communicator | None) ->
     if communicator is not None:
         free = -int(communicator.largest(-free))
         if device.type == "cpu":
-            free //= communicator.num_trainers
+            free //= len(communicator.ranks_of_host)
     return int(AUTO_SHARE * free)
 
 

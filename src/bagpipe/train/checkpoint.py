@@ -6,12 +6,16 @@ belong to the same step, and a run that resumes from it continues as if nothing 
 
 Rows that were never written are not stored: their initial record follows from the seed. The cost is that of all rows
 touched since the run began.
+
+Of several trainers rank 0 writes it, and of several hosts the first rank of each the records that this host has, into a folder that
+all of them see. Any number of hosts can resume from it: each reads all records, and keeps those whose home it is.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +23,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from bagpipe._sharding import home_hosts
 from bagpipe.config.compare import Difference, compare_configs
 from bagpipe.errors import CheckpointError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.checkpoint_files import (
+    CheckpointFiles,
     CheckpointWriter,
     list_checkpoints,
     prune,
@@ -31,9 +37,11 @@ from bagpipe.train.checkpoint_files import (
     verify_files,
 )
 from bagpipe.train.schedule import Position
+from bagpipe.train.trainers import Trainers
 from bagpipe.types import Group
 
 _DENSE = "dense.pt"
+_ALONE = Trainers(None)
 
 
 class Embeddings(Protocol):
@@ -72,10 +80,14 @@ class SavedRun:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     groups: Sequence[Mapping[str, Any]]
+    num_hosts: int
+    """Among which the trainers that saved it had divided the records."""
 
 
-def save_checkpoint(folder: Path, *, state: State, position: Position, config: Mapping[str, Any], keep: int) -> Path:
-    """Writes the checkpoint of the step that `state` is at, and removes all but the last `keep`.
+def save_checkpoint(
+    folder: Path, *, state: State, position: Position, config: Mapping[str, Any], keep: int, trainers: Trainers = _ALONE
+) -> Path:
+    """Writes the checkpoint of the step that `state` is at, and removes all but the last `keep`. All `trainers` must call it.
 
     Args:
         folder: where the run's checkpoints are.
@@ -83,29 +95,55 @@ def save_checkpoint(folder: Path, *, state: State, position: Position, config: M
         position: the next batch to train.
         config: the run's configuration, as JSON values.
         keep: how many checkpoints to leave.
+        trainers: those of the run; rank 0 writes, and the first rank of each host its records.
 
     Raises:
-        CheckpointError: the disk is full or the folder can't be written; earlier checkpoints and the run itself are as before.
+        CheckpointError: the disk is full or the folder can't be written, by any of them; earlier checkpoints and the run itself
+            are as before.
         StoreError: a store can't be read.
     """
     state.embeddings.flush()
-    step = state.embeddings.step
-    with CheckpointWriter(folder, step) as writer:
-        writer.write_bytes(_DENSE, _dense_state(state))
-        groups = [
-            _describe(group) | {"num_records": writer.write_records(_records_name(group), store.snapshot(), group.record_width)}
-            for group, store in zip(state.embeddings.groups, state.embeddings.stores, strict=True)
-        ]
-        writer.write_manifest(
-            {
+    groups, step = state.embeddings.groups, state.embeddings.step
+    writer = CheckpointWriter(folder, step)
+    with ExitStack() as stack:
+
+        def begin() -> str | None:
+            return str(stack.enter_context(writer).folder) if trainers.is_first else None
+
+        def write(temporary: str) -> dict[str, Any] | None:
+            if not trainers.is_first_of_host:
+                return None
+            files = writer if trainers.is_first else CheckpointFiles.join(Path(temporary), writer.path)
+            if trainers.is_first:
+                files.write_bytes(_DENSE, _dense_state(state))
+            nums_records = [
+                files.write_records(_records_name(group, trainers.host), store.snapshot(), group.record_width)
+                for group, store in zip(groups, state.embeddings.stores, strict=True)
+            ]
+            return {"files": files.files, "nums_records": nums_records}
+
+        def put_in_place(parts: Sequence[Mapping[str, Any]]) -> None:
+            if not trainers.is_first:
+                return
+            nums_records = [sum(of_group) for of_group in zip(*(part["nums_records"] for part in parts), strict=True)]
+            content = {
                 "step": step,
                 "position": asdict(position),
                 "config": config,
                 "environment": environment(),
-                "groups": groups,
+                "num_hosts": trainers.num_hosts,
+                "groups": [
+                    _describe(group) | {"num_records": num_records} for group, num_records in zip(groups, nums_records, strict=True)
+                ],
             }
-        )
-    prune(folder, newest=step, keep=keep)
+            writer.files += [file for part in parts[1:] for file in part["files"]]
+            writer.write_manifest(content)
+            stack.close()
+            prune(folder, newest=step, keep=keep)
+
+        temporary = trainers.all_do("a checkpoint's folder", begin)[0]
+        written = trainers.all_do("a checkpoint's files", lambda: write(temporary))
+        trainers.all_do("a checkpoint to be put in place", lambda: put_in_place([part for part in written if part is not None]))
     return writer.path
 
 
@@ -142,6 +180,7 @@ def open_checkpoint(path: Path) -> SavedRun:
         config=manifest["config"],
         environment=manifest["environment"],
         groups=manifest["groups"],
+        num_hosts=manifest.get("num_hosts", 1),
     )
 
 
@@ -161,8 +200,8 @@ def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> tuple[Differe
     return free
 
 
-def load_checkpoint(saved: SavedRun, state: State, *, with_records: bool = True) -> None:
-    """Puts a verified checkpoint's content into a freshly built state, without records where another trainer loads them.
+def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) -> None:
+    """Puts a verified checkpoint's content into a freshly built state; of several `trainers` a host's first loads its records.
 
     Raises:
         CheckpointError: the state was built for other tables or another model.
@@ -174,8 +213,8 @@ def load_checkpoint(saved: SavedRun, state: State, *, with_records: bool = True)
         raise CheckpointError(f"{saved.path}: holds other tables than this run has:\n  {found}\n  {expected}")
     _load_dense_state(saved.path / _DENSE, state)
     for group, store, entry in zip(state.embeddings.groups, state.embeddings.stores, saved.groups, strict=True):
-        if with_records:
-            _load_records(saved.path / _records_name(group), group, store, entry["num_records"])
+        if trainers.is_first_of_host:
+            _load_records(saved, group, store, entry["num_records"], trainers)
     state.embeddings.step = saved.step
 
 
@@ -184,8 +223,8 @@ def environment() -> dict[str, Any]:
     return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
 
 
-def _records_name(group: Group) -> str:
-    return f"group-{group.index}.arrow"
+def _records_name(group: Group, host: int) -> str:
+    return f"group-{group.index}.arrow" if host == 0 else f"group-{group.index}.host-{host}.arrow"
 
 
 def _describe(group: Group) -> dict[str, Any]:
@@ -238,11 +277,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
                 values["step"] = values["step"].to(parameter.device if is_capturable else "cpu")
 
 
-def _load_records(path: Path, group: Group, store: EmbeddingStore, num_records: int) -> None:
+def _load_records(saved: SavedRun, group: Group, store: EmbeddingStore, num_records: int, trainers: Trainers) -> None:
     store.clear()
     num_read = 0
-    for rows, records in read_records(path, group.record_width):
-        store.write(rows, records)
-        num_read += len(rows)
+    for host in range(saved.num_hosts):
+        for rows, records in read_records(saved.path / _records_name(group, host), group.record_width):
+            num_read += len(rows)
+            if trainers.num_hosts > 1:
+                is_own = home_hosts(rows, trainers.num_hosts) == trainers.host
+                rows, records = rows[is_own], records[is_own]
+            store.write(rows, records)
     if num_read != num_records:
-        raise CheckpointError(f"{path}: holds {num_read:,} records, its manifest says {num_records:,}")
+        raise CheckpointError(f"{saved.path}: holds {num_read:,} records of {group.name}, its manifest says {num_records:,}")

@@ -3,7 +3,8 @@
     checkpoints/
       step-0000001000/
         dense.pt            model, dense optimizer and random state, as torch.save writes them; read with weights_only=True
-        group-0.arrow       every touched record of one group: Arrow IPC, rows int64 and records fixed_size_list<float32>
+        group-0.arrow       every touched record of one group: Arrow IPC, rows int64 and records fixed_size_list<float32>;
+                            of several hosts those of the first, the others' in group-0.host-1.arrow and so on
         manifest.json       step, position, configuration, sizes and xxh3_128 checksums of the files; written last
       step-0000001500.tmp-4711/     being written, or left behind by a process that was killed
 
@@ -83,32 +84,28 @@ def prune(folder: Path, *, newest: int, keep: int) -> None:
             raise CheckpointError(f"{path}: is no longer needed, but can't be removed: {error.strerror}") from error
 
 
-class CheckpointWriter:
-    """Writes one checkpoint; as a context manager it puts it in place at the end, or removes it when the body fails.
+class CheckpointFiles:
+    """Writes files of a checkpoint into its temporary folder.
 
     Raises:
-        CheckpointError: the disk is full, the folder can't be written, or another failure of the operating system. What was
-            written is removed and older checkpoints are as they were.
+        CheckpointError: the disk is full, the folder can't be written, or another failure of the operating system.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / checkpoint_name(step)
-        self._temporary = folder / f"{checkpoint_name(step)}.tmp-{os.getpid()}"
-        self._files: list[dict[str, Any]] = []
-        self._content: dict[str, Any] = {}
+    def __init__(self, folder: Path, path: Path) -> None:
+        """`folder` is the temporary one, `path` the checkpoint to be."""
+        self.folder, self.path = folder, path
+        self.files: list[dict[str, Any]] = []
+        """Name, size and checksum of each, as the manifest has them."""
 
-    def __enter__(self) -> Self:
-        with self._failures_named():
-            self._temporary.mkdir(parents=True)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                with self._failures_named():
-                    self._put_in_place()
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+    @classmethod
+    def join(cls, folder: Path, path: Path) -> CheckpointFiles:
+        """On another host than the one that has made the folder. CheckpointError: this one can't see it."""
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{path}: rank 0 has made its folder, but this host can't see it: give a log.folder on a file system that all "
+                "hosts share"
+            )
+        return cls(folder, path)
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Adds a file."""
@@ -126,18 +123,14 @@ class CheckpointWriter:
                 num_records += len(rows)
         return num_records
 
-    def write_manifest(self, content: Mapping[str, Any]) -> None:
-        """Says what the manifest holds beside the list of files; it is written when the writer leaves its context."""
-        self._content = dict(content)
-
     @contextmanager
     def _open(self, name: str) -> Iterator[_HashingFile]:
-        with self._failures_named(), open(self._temporary / name, "xb") as raw:
+        with self._failures_named(), open(self.folder / name, "xb") as raw:
             file = _HashingFile(raw)
             yield file
             raw.flush()
             os.fsync(raw.fileno())
-        self._files.append({"name": name, "size_bytes": file.size, "xxh3_128": file.hash.hexdigest()})
+        self.files.append({"name": name, "size_bytes": file.size, "xxh3_128": file.hash.hexdigest()})
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
@@ -151,15 +144,45 @@ class CheckpointWriter:
                 "Make room or give another log.folder"
             ) from error
 
+
+class CheckpointWriter(CheckpointFiles):
+    """Writes one checkpoint; as a context manager it puts it in place at the end, or removes it when the body fails.
+
+    Raises:
+        CheckpointError: as `CheckpointFiles`. What was written is removed and older checkpoints are as they were.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """`folder` is that of all checkpoints."""
+        super().__init__(folder / f"{checkpoint_name(step)}.tmp-{os.getpid()}", folder / checkpoint_name(step))
+        self._content: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        with self._failures_named():
+            self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                with self._failures_named():
+                    self._put_in_place()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write_manifest(self, content: Mapping[str, Any]) -> None:
+        """Says what the manifest holds beside the list of files; it is written when the writer leaves its context."""
+        self._content = dict(content)
+
     def _put_in_place(self) -> None:
-        body = {"format": FORMAT, **self._content, "files": self._files}
+        body = {"format": FORMAT, **self._content, "files": self.files}
         text = json.dumps({**body, "xxh3_128": _checksum(body)}, indent=1)
         with self._open(MANIFEST) as file:
             file.write(text.encode())
-        sync_folder(self._temporary)
+        sync_folder(self.folder)
         if self.path.exists():
             _remove(self.path)
-        self._temporary.rename(self.path)
+        self.folder.rename(self.path)
         sync_folder(self.path.parent)
 
 

@@ -28,11 +28,13 @@ def evaluate(
     precision: Precision,
     communicator: Communicator | None = None,
     on_batch: Callable[[int, int], None] = lambda number, num_batches: None,
+    on_no_batch: Callable[[], None] = lambda: None,
 ) -> Scores | None:
     """How well `model` predicts the labels of all of `source`, in evaluation mode; the mode is put back afterwards.
 
     With a `communicator` all trainers must call it, and ranks other than 0 get None; rank 0 keeps 16 bytes a sample more than a
-    single trainer. `on_batch` is told about how many of all batches are done, and at the end that all are.
+    single trainer. `on_batch` is told about how many of all batches are done, and at the end that all are. `on_no_batch` is called
+    in place of the last batch where other ranks have one more, so that all can read together.
     """
     rank, num_trainers = (0, 1) if communicator is None else (communicator.rank, communicator.num_trainers)
     num_batches = count_batches(source.num_samples, batch_size)
@@ -44,6 +46,8 @@ def evaluate(
             logits = model(batch.dense.to(device), batch.sparse).float().cpu()
             on_batch(min(number * num_trainers, num_batches - 1), num_batches)
             yield torch.stack([logits, batch.labels], dim=1)
+        if 0 < num_batches % num_trainers <= rank:
+            on_no_batch()
 
     was_training = model.training
     model.eval()

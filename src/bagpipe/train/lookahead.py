@@ -77,8 +77,8 @@ def lookahead(
     `sparse` finds a batch's jagged ids; by default the batch itself or its `sparse` or `sparse_features` attribute or key.
     `oracle` says where batches are read and planned: in threads of this process, or in a process of its own (Linux), which keeps
     steps of a few milliseconds free of it. `batches` and `sparse` must be picklable then, and as with a DataLoader's workers a
-    script needs ``if __name__ == "__main__":``. Several trainers of one host share such a process: rank 0 starts it, and it reads
-    `batches` once for all. In threads each rank reads and plans the global batches for itself.
+    script needs ``if __name__ == "__main__":``. Several trainers of one host share such a process: the first of them starts it,
+    and it reads `batches` once for all. In threads each rank reads and plans the global batches for itself.
     `hand_out` makes of each batch, where it is read and planned, what goes on from there: the place to leave out what training does
     not need, above all the ids, which would be copied to this process (`bagpipe.data.base.Batch.without_ids`). What `sparse` finds
     in the result is then what the embeddings are called with.
@@ -138,7 +138,11 @@ def _trainers(
     elif isinstance(replicas, int):
         replicas = [replicas] * len(num_slots)
     return Trainers(
-        num_trainers=communicator.num_trainers, ranks=(communicator.rank,), num_replica_slots=tuple(replicas), overlap=overlap
+        num_trainers=communicator.num_trainers,
+        num_hosts=communicator.num_hosts,
+        ranks=(communicator.rank,),
+        num_replica_slots=tuple(replicas),
+        overlap=overlap,
     )
 
 

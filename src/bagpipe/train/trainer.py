@@ -110,8 +110,8 @@ def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers)
     for name, value in environment().items():
         if (before := saved.environment.get(name)) != value:
             reporter.say(f"resuming with another {name}: {before!r} -> {value!r} (the last bits of the results may differ)")
-    load_checkpoint(saved, run.state, with_records=trainers.is_first)
-    trainers.wait("rank 0 to load the records")
+    load_checkpoint(saved, run.state, trainers)
+    trainers.wait("all records to be loaded")
     reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
     return saved
 
@@ -226,6 +226,7 @@ class _Loop:
             precision=run.config.train.precision,
             communicator=run.embeddings.communicator,
             on_batch=self._reporter.evaluating,
+            on_no_batch=run.embeddings.join_reading,
         )
         if scores is None:  # rank 0 has them
             return None
@@ -242,7 +243,7 @@ class _Loop:
 
     def _save(self) -> None:
         run, step = self._run, self._step
-        if step == self._saved_step or not self._trainers.is_first:
+        if step == self._saved_step:
             return
         started = time.perf_counter()
         run.dense_step.settle()
@@ -252,6 +253,7 @@ class _Loop:
             position=run.schedule.position_after(step),
             config=run.settings,
             keep=run.config.checkpoint.keep,
+            trainers=self._trainers,
         )
         self._saved_step = step
         self._log.write("checkpoint", step, path=str(self._newest), elapsed_s=time.perf_counter() - started)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from bagpipe.cache.communicator import Communicator
+from bagpipe.errors import CheckpointError, StoreError
 from bagpipe.train.report import Progress
 
 
@@ -17,12 +20,37 @@ class Trainers:
         self._communicator = communicator
         self.is_first = communicator is None or communicator.rank == 0
         """Whether this one saves, scores and logs."""
+        self.is_first_of_host = communicator is None or communicator.is_first_of_host
+        """Whether this one saves and loads the records of its host."""
+        self.num_hosts = 1 if communicator is None else communicator.num_hosts
+        self.host = 0 if communicator is None else communicator.rank // len(communicator.ranks_of_host)
         self._asked: Callable[[], float] = lambda: 0.0
 
     def wait(self, what: str) -> None:
         """Waits for all ranks."""
         if self._communicator is not None:
             self._communicator.barrier(f"waiting for {what}")
+
+    def all_do(self, what: str, work: Callable[[], Any]) -> list[Any]:
+        """What `work` returns on each rank, JSON values, by rank, once all have done it; None from those that have nothing to do.
+
+        Raises CheckpointError on all ranks where one raises that, or StoreError, which stays what it is there.
+        """
+        if self._communicator is None:
+            return [work()]
+        result, failure = None, None
+        try:
+            result = work()
+        except (CheckpointError, StoreError) as error:
+            failure = error
+        told = json.dumps({"result": result, "failure": None if failure is None else str(failure)})
+        answers = [json.loads(text) for text in self._communicator.gather_texts(what, told)]
+        if failure is not None:
+            raise failure
+        for rank, answer in enumerate(answers):
+            if answer["failure"] is not None:
+                raise CheckpointError(f"on rank {rank}: {answer['failure']}")
+        return [answer["result"] for answer in answers]
 
     def weight(self, num_samples: int, batch_size: int) -> float:
         """By what a rank's mean loss over its samples of a batch is multiplied, so that the mean over ranks is the batch's."""

@@ -1,0 +1,332 @@
+"""Trainers on several hosts, each of which has a store for its own rows, give what one trainer with one store gives.
+
+Ranks are threads and every host is this one, but nothing is shared between two hosts: their stores are apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests import strategies
+from tests.oracle.test_hosts import home_of, smallest_cache
+from tests.train.ranks import run_ranks
+from tests.train.test_checkpoint import CONFIG
+from tests.train.test_equality import OPTIMIZERS
+from tests.train.test_trainers import Loop, Trainer, all_records, assert_equal, linear_loss, make_batches, make_tables, plain, train
+
+from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.cache.communicator import Communicator
+from bagpipe.errors import CheckpointError, ConfigError, PlanError, UsageError
+from bagpipe.oracle import shards, window
+from bagpipe.store import MemoryStore
+from bagpipe.train.checkpoint import State, load_checkpoint, open_checkpoint, save_checkpoint
+from bagpipe.train.checkpoint_files import CheckpointFiles, list_checkpoints
+from bagpipe.train.schedule import Position
+from bagpipe.train.trainers import Trainers
+from bagpipe.types import SGD, Adam, Group, Jagged, Optimizer, TableConfig, group_tables
+
+Stores = dict[tuple[int, int], MemoryStore]  # by host and group
+
+
+def train_on_hosts(
+    tables: Sequence[TableConfig],
+    optimizer: Optimizer,
+    batches: Sequence[Jagged],
+    num_trainers: int,
+    num_hosts: int,
+    *,
+    loop: Loop = plain,
+    extra_slots: int = 0,
+    **options: Any,
+) -> list[np.ndarray]:
+    """All records at the end, by group, each from its home."""
+    groups = group_tables(tables, optimizer)
+    stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups}
+    cache = [smallest_cache(group, batches, num_trainers, num_hosts) + extra_slots for group in groups]
+    sizes = {"cache": cache, "replicas": [group.num_rows for group in groups]}
+
+    def work(communicator: Communicator) -> None:
+        loop(
+            Trainer(
+                embeddings=embeddings_on(communicator, stores, tables, optimizer),
+                loss=linear_loss,
+                num_trainers=num_trainers,
+                options=sizes | options,
+            ),
+            batches,
+        )
+
+    run_ranks(num_trainers, work, num_hosts=num_hosts)
+    return [whole_table(group, stores, num_hosts) for group in groups]
+
+
+def embeddings_on(
+    communicator: Communicator, stores: Stores, tables: Sequence[TableConfig], optimizer: Optimizer
+) -> EmbeddingBagCollection:
+    host = Trainers(communicator).host
+    return EmbeddingBagCollection(
+        tables, optimizer=optimizer, store=lambda group, _: stores[host, group.index], communicator=communicator
+    )
+
+
+def whole_table(group: Group, stores: Stores, num_hosts: int) -> np.ndarray:
+    """Records of all rows, each from its home; nobody else may have written them."""
+    homes = np.array([home_of(row, num_hosts) for row in range(group.num_rows)])
+    whole = np.empty((group.num_rows, group.record_width), np.float32)
+    for host in range(num_hosts):
+        store = stores[host, group.index]
+        touched = [row for rows, _ in store.snapshot() for row in rows.tolist()]
+        assert (homes[touched] == host).all(), "another host's row"
+        whole[homes == host] = all_records(group, store)[homes == host]
+    return whole
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
+@pytest.mark.parametrize(("num_trainers", "num_hosts"), [(2, 2), (4, 2), (8, 8)])
+def test_hosts_equal_one_trainer_to_the_bit_where_sums_are_exact(optimizer: Optimizer, num_trainers: int, num_hosts: int) -> None:
+    batches = make_batches(14)
+    expected = train(make_tables(), optimizer, batches, [(1, 14)], lookahead=3)
+    assert_equal(train_on_hosts(make_tables(), optimizer, batches, num_trainers, num_hosts, lookahead=3), expected)
+
+
+@pytest.mark.parametrize("extra_slots", [0, 30])
+def test_caches_cut_into_shards(extra_slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = make_batches(14)
+    expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], lookahead=3)
+    monkeypatch.setattr(shards, "MIN_SLOTS", 1)
+    found = train_on_hosts(make_tables(), SGD(lr=0.5), batches, 4, 2, extra_slots=extra_slots, lookahead=3, check=True)
+    assert_equal(found, expected)
+
+
+@given(st.data(), st.sampled_from([(2, 2), (6, 2), (4, 4)]), st.integers(0, 20), st.integers(1, 12), st.integers(0, 4))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_trace(data: st.DataObject, layout: tuple[int, int], extra: int, lookahead: int, depth: int) -> None:
+    tables = [table for table in data.draw(strategies.table_lists(max_dims=2)) if table.pooling == "sum"]
+    if not tables:
+        return
+    batches = data.draw(strategies.traces(tables, max_steps=10))
+    if any(batch.weights is not None for batch in batches):
+        return  # sums are not exact
+    optimizer = data.draw(st.sampled_from(OPTIMIZERS))
+    expected = train(tables, optimizer, batches, [(1, len(batches))])
+    options = {"extra_slots": extra, "lookahead": lookahead, "prefetch_depth": depth, "check": True}
+    assert_equal(train_on_hosts(tables, optimizer, batches, *layout, **options), expected)
+
+
+@pytest.mark.parametrize(("num_trainers", "num_hosts"), [(2, 2), (4, 2)])
+def test_every_rank_reads_the_rows_of_all_hosts_and_lookups_are_those_of_one_trainer(num_trainers: int, num_hosts: int) -> None:
+    """In training, and in evaluation between two steps, where one rank has a batch less than the others."""
+    found: dict[tuple[int, str, int, int], list[torch.Tensor]] = {}
+    wanted = make_batches(7, seed=5)
+
+    def look(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+        embeddings, communicator = trainer.embeddings, trainer.embeddings.communicator
+        rank, number = 0 if communicator is None else communicator.rank, trainer.num_trainers
+        with trainer.stream(batches) as stream:
+            for step, batch in enumerate(stream):
+                pooled = embeddings(batch).groups
+                found[number, "training", step, rank] = [group.detach().clone() for group in pooled]
+                (trainer.loss(pooled) * number).backward()
+                if step == 6:
+                    stream.flush()
+                    embeddings.eval()
+                    read_all(embeddings, rank, number)
+                    embeddings.train()
+            stream.flush()
+        embeddings.eval()
+        read_all(embeddings, rank, number)
+
+    def read_all(embeddings: EmbeddingBagCollection, rank: int, number: int) -> None:
+        for index in range(rank, -(-len(wanted) // number) * number, number):
+            if index < len(wanted):
+                found[number, "evaluation", embeddings.step, index] = list(embeddings(wanted[index]).groups)
+            else:
+                embeddings.join_reading()
+
+    batches = make_batches(14)
+    train(make_tables(), Adam(lr=0.05), batches, [(1, 14)], loop=look, lookahead=3)
+    train_on_hosts(make_tables(), Adam(lr=0.05), batches, num_trainers, num_hosts, loop=look, lookahead=3)
+    for step in range(14):
+        parts = [found[num_trainers, "training", step, rank] for rank in range(num_trainers)]
+        for one, several in zip(found[1, "training", step, 0], zip(*parts, strict=True), strict=True):
+            torch.testing.assert_close(torch.cat(several), one, rtol=0, atol=0)
+    evaluated = [key for key in found if key[:2] == (1, "evaluation")]
+    assert len(evaluated) == 2 * len(wanted)
+    for key in evaluated:
+        for one, other in zip(found[key], found[(num_trainers, *key[1:])], strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=0)
+
+
+def saved_by(
+    folder: Path, num_trainers: int, num_hosts: int, before: Callable[[Communicator], None] = lambda _: None
+) -> list[np.ndarray]:
+    """What hosts hold that have trained ten steps and saved them; `before` is called before they save."""
+    groups = group_tables(make_tables(), Adam(lr=0.05))
+    stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups}
+
+    def work(communicator: Communicator) -> None:
+        embeddings = embeddings_on(communicator, stores, make_tables(), Adam(lr=0.05))
+        sizes = {"cache": [400, 150], "replicas": [400, 150]}
+        plain(Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=num_trainers, options=sizes), make_batches(10))
+        before(communicator)
+        save_checkpoint(
+            folder,
+            state=state_of(embeddings),
+            position=Position(epoch=0, batch=10),
+            config=CONFIG,
+            keep=2,
+            trainers=Trainers(communicator),
+        )
+
+    run_ranks(num_trainers, work, num_hosts=num_hosts)
+    return [whole_table(group, stores, num_hosts) for group in groups]
+
+
+def state_of(embeddings: EmbeddingBagCollection) -> State:
+    model = torch.nn.Linear(2, 1)
+    return State(model=model, optimizer=torch.optim.SGD(model.parameters()), embeddings=embeddings)
+
+
+@pytest.mark.parametrize(("num_trainers", "num_hosts"), [(1, 1), (3, 1), (2, 2), (4, 4)])
+def test_a_checkpoint_of_two_hosts_is_loaded_by_any_number(tmp_path: Path, num_trainers: int, num_hosts: int) -> None:
+    expected = saved_by(tmp_path, 4, 2)
+    (path,) = list_checkpoints(tmp_path)
+    names = ["dense.pt", *(f"group-{group}{host}.arrow" for group in range(2) for host in ("", ".host-1")), "manifest.json"]
+    assert sorted(file.name for file in path.iterdir()) == sorted(names)
+    saved = open_checkpoint(path)
+    groups = group_tables(make_tables(), Adam(lr=0.05))
+    stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups}
+
+    def load(communicator: Communicator | None) -> None:
+        trainers = Trainers(communicator)
+        embeddings = EmbeddingBagCollection(
+            make_tables(),
+            optimizer=Adam(lr=0.05),
+            store=lambda group, _: stores[trainers.host, group.index],
+            communicator=communicator,
+        )
+        load_checkpoint(saved, state_of(embeddings), trainers)
+        assert embeddings.step == 10
+
+    if num_trainers == 1:
+        load(None)
+    else:
+        run_ranks(num_trainers, load, num_hosts=num_hosts)
+    assert_equal([whole_table(group, stores, num_hosts) for group in groups], expected)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = CheckpointFiles.write_records
+
+    def full(files: CheckpointFiles, name: str, *arguments: Any) -> int:
+        if ("host-1" in name) == (rank == 2):
+            raise CheckpointError("the disk is full")
+        return original(files, name, *arguments)
+
+    monkeypatch.setattr(CheckpointFiles, "write_records", full)
+    seen: list[str] = []
+
+    def work(communicator: Communicator) -> None:
+        groups = group_tables(make_tables(), SGD(lr=0.5))
+        stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(2) for group in groups}
+        embeddings = embeddings_on(communicator, stores, make_tables(), SGD(lr=0.5))
+        state, position = state_of(embeddings), Position(epoch=0, batch=0)
+        with pytest.raises(CheckpointError) as caught:
+            save_checkpoint(tmp_path, state=state, position=position, config=CONFIG, keep=2, trainers=Trainers(communicator))
+        seen.append(f"{communicator.rank}: {caught.value}")
+        monkeypatch.undo()
+        communicator.barrier("waiting for the disk to be mended")
+        save_checkpoint(tmp_path, state=state, position=position, config=CONFIG, keep=2, trainers=Trainers(communicator))
+
+    run_ranks(4, work, num_hosts=2)
+    others = {f"{other}: on rank {rank}: the disk is full" for other in range(4) if other != rank}
+    assert set(seen) == {f"{rank}: the disk is full"} | others
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000000"]
+
+
+def test_a_host_that_can_not_see_the_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="this host can't see it: give a log.folder on a file system that all hosts share"):
+        CheckpointFiles.join(tmp_path / "elsewhere", tmp_path / "step-0000000001")
+
+
+def test_tables_are_not_read_where_only_a_part_of_them_is() -> None:
+    def work(communicator: Communicator) -> None:
+        with EmbeddingsOf(communicator) as embeddings:
+            tables = embeddings.tables()
+            with pytest.raises(UsageError, match="divided among 2 hosts: save a checkpoint"):
+                tables["wide"][:3]
+            with pytest.raises(UsageError, match="divided among 2 hosts"):
+                embeddings.load_state_dict(
+                    {"embedding_bags.wide.weight": torch.zeros(400, 4), "embedding_bags.narrow.weight": torch.zeros(50, 3)}
+                )
+
+    run_ranks(2, work, num_hosts=2)
+
+
+class EmbeddingsOf:
+    """Embeddings with the store that ranks of one host share."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._embeddings = EmbeddingBagCollection(make_tables(), optimizer=SGD(lr=0.5), communicator=communicator)
+
+    def __enter__(self) -> EmbeddingBagCollection:
+        return self._embeddings
+
+    def __exit__(self, *exception: object) -> None:
+        self._embeddings.close()
+
+
+def test_each_host_shares_a_store_of_its_own() -> None:
+    def work(communicator: Communicator) -> list[bool]:
+        with EmbeddingsOf(communicator) as embeddings:
+            store = embeddings.stores[0]
+            if communicator.is_first_of_host:
+                store.write(np.array([7]), np.full((1, store.group.record_width), 1.0 + communicator.rank, np.float32))
+            communicator.barrier("waiting for all to have written")
+            out = np.empty((1, store.group.record_width), np.float32)
+            store.fetch(np.array([7]), out)
+            communicator.barrier("waiting for all to have read")
+            return [bool((out == 1.0 + first).all()) for first in (0, 2)]
+
+    assert run_ranks(4, work, num_hosts=2) == [[True, False]] * 2 + [[False, True]] * 2
+
+
+def test_ranks_that_know_of_other_hosts_are_refused() -> None:
+    def work(communicator: Communicator) -> None:
+        with pytest.raises(ConfigError, match=r"knows of \d hosts, all ranks of \['1', '2'\].* give all the same num_hosts"):
+            Communicator(
+                rank=communicator.rank,
+                num_trainers=2,
+                num_hosts=1 + communicator.rank,
+                now=communicator.now,
+                later=communicator.later,
+                store=communicator.store,
+                number=7,
+            )
+
+    run_ranks(2, work)
+
+
+@pytest.mark.parametrize(
+    ("check", "error", "message"),
+    [(True, PlanError, "a row is fetched whose record another host has"), (False, AssertionError, "another host's row")],
+    ids=["checked", "unchecked"],
+)
+def test_a_row_that_another_host_caches_is_seen(
+    check: bool, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted fault: plans as for one host, by which any rank may own any row."""
+    original = window.Cacher
+    monkeypatch.setattr(window, "Cacher", lambda *arguments, num_hosts, **options: original(*arguments, **options))
+    with pytest.raises(error, match=message):
+        train_on_hosts(make_tables(), SGD(lr=0.5), make_batches(14), 2, 2, lookahead=3, check=check)
