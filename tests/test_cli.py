@@ -166,5 +166,8 @@ def test_plan_for_several_trainers_says_what_they_send(file: Path) -> None:
     values = json.loads(many.read_text())
     assert values["num_trainers"] == 3
     assert values["points"][0]["traffic"]["copies_rows_per_step"] > 0
+    result = invoke("plan", file, "--trainers", 4, "--hosts", 2, *grid, "--set", "train.batch_size=24")
+    assert "Sent between 4 trainers on 2 hosts a step" in result.output
+    assert "off host: share of the bytes that leaves one" in " ".join(result.output.split())
     # A batch is that of all trainers together.
     assert values["uniques_per_step"] == json.loads(alone.read_text())["uniques_per_step"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from bagpipe._jit import jit
 from bagpipe.errors import ConfigError
-from bagpipe.types import Int64Array
+from bagpipe.types import Int32Array, Int64Array
 
 _BITS = 3
 NUM_SHARDS = 1 << _BITS
@@ -32,6 +32,18 @@ def home_hosts(rows: Int64Array, num_hosts: int) -> Int64Array:
     for index in range(len(rows)):
         hosts[index] = shard_of(rows[index]) * num_hosts // NUM_SHARDS
     return hosts
+
+
+@jit
+def home_lines(num_rows: int, host: int, num_hosts: int) -> tuple[Int32Array, int]:
+    """Of all lines of neighbouring rows the numbers of those whose home the host is, from 0 on, else -1; and how many these are."""
+    lines = np.empty(-(-num_rows >> LINE_BITS), np.int32)
+    num_own = 0
+    for line in range(len(lines)):
+        is_own = shard_of(line << LINE_BITS) * num_hosts // NUM_SHARDS == host
+        lines[line] = num_own if is_own else -1
+        num_own += is_own
+    return lines, num_own
 
 
 def check_hosts(num_trainers: int, num_hosts: int) -> None:

@@ -46,6 +46,12 @@ def plan(
             "Also says what they send each other.",
         ),
     ] = 1,
+    hosts: Annotated[
+        int,
+        typer.Option(
+            min=1, help="On which the trainers are, as many on each: 1, 2, 4 or 8. A row is owned on the host that has it."
+        ),
+    ] = 1,
     plot: Annotated[Path | None, typer.Option(help="Save a plot of rows fetched a step here (.png, .svg, .pdf).")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -59,7 +65,7 @@ def plan(
 
         config = load_config(RunConfig, file, overrides)
         with console_progress(console) as progress:
-            result = _dry_run(config, cache or (), lookahead or DEFAULT_LOOKAHEADS, steps, trainers, progress)
+            result = _dry_run(config, cache or (), lookahead or DEFAULT_LOOKAHEADS, steps, (trainers, hosts), progress)
         console.print(render_points(result))
         if trainers > 1:
             console.print(render_traffic(result))
@@ -72,8 +78,14 @@ def plan(
 
 
 def _dry_run(
-    config: RunConfig, caches: Sequence[str], lookaheads: Sequence[int], num_steps: int, num_trainers: int, progress: Progress
+    config: RunConfig,
+    caches: Sequence[str],
+    lookaheads: Sequence[int],
+    num_steps: int,
+    trainers: tuple[int, int],
+    progress: Progress,
 ) -> DryRun:
+    """`trainers` are how many, and on how many hosts."""
     from dataclasses import replace
 
     from bagpipe.config.tables import make_tables
@@ -92,7 +104,10 @@ def _dry_run(
     )
     batches = source.batches(batch_size=config.train.batch_size, drop_last=config.train.drop_last)
     sparse = (batch.sparse for batch in batches)
-    trace = read_trace(groups, sparse, max_batches=grid.num_batches, num_trainers=num_trainers, progress=progress)
+    num_trainers, num_hosts = trainers
+    trace = read_trace(
+        groups, sparse, max_batches=grid.num_batches, num_trainers=num_trainers, num_hosts=num_hosts, progress=progress
+    )
     if not caches:
         sizes = [max(parse_rows(size, groups, "--cache"), trace.smallest_cache) for size in DEFAULT_CACHES]
         twice = min(2 * trace.smallest_cache, sum(group.num_rows for group in groups))

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import reference, strategies
-from tests.oracle.rank_replay import Replay, check, moved_by, plan_all
+from tests.oracle.rank_replay import Replay, check, exchange_of, moved_by, plan_all
 from tests.oracle.test_shards import zipf_trace
 
 from bagpipe._sharding import home_hosts
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
 from bagpipe.oracle import dedup, shards
+from bagpipe.oracle.dry_run import Grid, dry_run, read_trace
 from bagpipe.oracle.window import Trainers
 from bagpipe.types import Group, Jagged
 
@@ -123,6 +124,34 @@ def test_a_batch_that_would_overflow_one_host_is_refused_with_a_size_that_holds_
     plan_all(group, batches, 2, caught.value.num_needed // 2, num_hosts=2)
     with pytest.raises(CacheTooSmallError):
         plan_all(group, batches, 2, caught.value.num_needed // 2 - 1, num_hosts=2)
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 4])
+def test_a_dry_run_counts_what_leaves_a_host_and_knows_the_smallest_cache(num_hosts: int) -> None:
+    group, batches = zipf_trace(3000, 12, 400)
+    trace = read_trace([group], batches, max_batches=12, num_trainers=4, num_hosts=num_hosts)
+    grid = Grid(cache_rows=[trace.smallest_cache], lookaheads=[6], num_steps=12, warmup_steps=0)
+    (point,) = dry_run(trace, grid, find_smallest=False).points
+    assert point.traffic is not None
+    planned = plan_all(group, batches, 4, trace.smallest_cache, num_hosts=num_hosts)
+    counts = np.sum(
+        [
+            [
+                sum(
+                    getattr(exchange_of(plan), name).send_counts
+                    for name in ("replicas_now", "replicas_later", "sync_now", "sync_later")
+                )
+                for plan in plans
+            ]
+            for plans in planned.plans
+        ],
+        axis=0,
+    )  # (senders, receivers), all rows of one size
+    leaves = np.array([[sender * num_hosts // 4 != receiver * num_hosts // 4 for receiver in range(4)] for sender in range(4)])
+    assert point.traffic.between_hosts_share == pytest.approx(counts[leaves].sum() / counts.sum())
+    assert (point.traffic.between_hosts_share > 0) == (num_hosts > 1)
+    with pytest.raises(CacheTooSmallError):
+        plan_all(group, batches, 4, trace.smallest_cache - 1, num_hosts=num_hosts)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,20 @@ class TestSharedMemoryStore(StoreContract):
         return SharedMemoryStore
 
 
+class TestOneOfSeveralHosts(StoreContract):
+    """The contract's rows stand for those of one host: neighbours, of which it has all."""
+
+    @pytest.fixture
+    def make(self, monkeypatch: pytest.MonkeyPatch) -> StoreFactory:
+        monkeypatch.setattr("bagpipe.store.shared.home_lines", lambda num_rows, host, num_hosts: reversed_lines(num_rows))
+        return lambda group, seed: SharedMemoryStore(group, seed, host=1, num_hosts=2)
+
+
+def reversed_lines(num_rows: int) -> tuple[np.ndarray, int]:
+    num_lines = -(-num_rows // 16)
+    return np.arange(num_lines, dtype=np.int32)[::-1].copy(), num_lines
+
+
 _OTHER = """
 import sys
 import numpy as np

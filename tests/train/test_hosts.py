@@ -5,7 +5,7 @@ Ranks are threads and every host is this one, but nothing is shared between two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tests.train.test_trainers import Loop, Trainer, all_records, assert_equal, 
 
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
-from bagpipe.errors import CheckpointError, ConfigError, PlanError, UsageError
+from bagpipe.errors import CheckpointError, ConfigError, PlanError, StoreError, UsageError
 from bagpipe.oracle import shards, window
 from bagpipe.store import MemoryStore
 from bagpipe.train.checkpoint import State, load_checkpoint, open_checkpoint, save_checkpoint
@@ -120,54 +120,73 @@ def test_any_trace(data: st.DataObject, layout: tuple[int, int], extra: int, loo
     assert_equal(train_on_hosts(tables, optimizer, batches, *layout, **options), expected)
 
 
+Pooled = dict[tuple[int, int, int], list[torch.Tensor]]  # by number of trainers, step and part
+
+
 @pytest.mark.parametrize(("num_trainers", "num_hosts"), [(2, 2), (4, 2)])
-def test_every_rank_reads_the_rows_of_all_hosts_and_lookups_are_those_of_one_trainer(num_trainers: int, num_hosts: int) -> None:
-    """In training, and in evaluation between two steps, where one rank has a batch less than the others."""
-    found: dict[tuple[int, str, int, int], list[torch.Tensor]] = {}
-    wanted = make_batches(7, seed=5)
+def test_lookups_of_all_ranks_are_those_of_one_trainer_to_the_bit(num_trainers: int, num_hosts: int) -> None:
+    found: Pooled = {}
 
     def look(trainer: Trainer, batches: Sequence[Jagged]) -> None:
-        embeddings, communicator = trainer.embeddings, trainer.embeddings.communicator
-        rank, number = 0 if communicator is None else communicator.rank, trainer.num_trainers
         with trainer.stream(batches) as stream:
             for step, batch in enumerate(stream):
-                pooled = embeddings(batch).groups
-                found[number, "training", step, rank] = [group.detach().clone() for group in pooled]
-                (trainer.loss(pooled) * number).backward()
-                if step == 6:
-                    stream.flush()
-                    embeddings.eval()
-                    read_all(embeddings, rank, number)
-                    embeddings.train()
-            stream.flush()
-        embeddings.eval()
-        read_all(embeddings, rank, number)
+                pooled = trainer.embeddings(batch).groups
+                found[trainer.num_trainers, step, rank_of(trainer)] = [group.detach().clone() for group in pooled]
+                (trainer.loss(pooled) * trainer.num_trainers).backward()
 
-    def read_all(embeddings: EmbeddingBagCollection, rank: int, number: int) -> None:
-        for index in range(rank, -(-len(wanted) // number) * number, number):
+    train_both(num_trainers, num_hosts, look)
+    for step in range(14):
+        parts = [found[num_trainers, step, rank] for rank in range(num_trainers)]
+        for one, several in zip(found[1, step, 0], zip(*parts, strict=True), strict=True):
+            torch.testing.assert_close(torch.cat(several), one, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("num_trainers", "num_hosts"), [(2, 2), (4, 2)])
+def test_an_evaluation_reads_the_rows_of_all_hosts(num_trainers: int, num_hosts: int) -> None:
+    """Between two steps and after the last one; one rank has a batch less than the others."""
+    found: Pooled = {}
+    wanted = make_batches(7, seed=5)
+
+    def read_all(trainer: Trainer) -> None:
+        embeddings, number = trainer.embeddings.eval(), trainer.num_trainers
+        for index in range(rank_of(trainer), -(-len(wanted) // number) * number, number):
             if index < len(wanted):
-                found[number, "evaluation", embeddings.step, index] = list(embeddings(wanted[index]).groups)
+                found[number, embeddings.step, index] = list(embeddings(wanted[index]).groups)
             else:
                 embeddings.join_reading()
+        embeddings.train()
 
-    batches = make_batches(14)
-    train(make_tables(), Adam(lr=0.05), batches, [(1, 14)], loop=look, lookahead=3)
-    train_on_hosts(make_tables(), Adam(lr=0.05), batches, num_trainers, num_hosts, loop=look, lookahead=3)
-    for step in range(14):
-        parts = [found[num_trainers, "training", step, rank] for rank in range(num_trainers)]
-        for one, several in zip(found[1, "training", step, 0], zip(*parts, strict=True), strict=True):
-            torch.testing.assert_close(torch.cat(several), one, rtol=0, atol=0)
-    evaluated = [key for key in found if key[:2] == (1, "evaluation")]
-    assert len(evaluated) == 2 * len(wanted)
-    for key in evaluated:
-        for one, other in zip(found[key], found[(num_trainers, *key[1:])], strict=True):
+    def evaluate(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+        with trainer.stream(batches) as stream:
+            for step, loss in trainer.losses(stream):
+                loss.backward()
+                if step == 6:
+                    stream.flush()
+                    read_all(trainer)
+        read_all(trainer)
+
+    train_both(num_trainers, num_hosts, evaluate)
+    alone = {(step, index): pooled for (number, step, index), pooled in found.items() if number == 1}
+    assert {step for step, _ in alone} == {7, 14}
+    assert len(alone) == 2 * len(wanted)
+    for place, expected in alone.items():
+        for one, other in zip(expected, found[(num_trainers, *place)], strict=True):
             torch.testing.assert_close(other, one, rtol=0, atol=0)
 
 
-def saved_by(
-    folder: Path, num_trainers: int, num_hosts: int, before: Callable[[Communicator], None] = lambda _: None
-) -> list[np.ndarray]:
-    """What hosts hold that have trained ten steps and saved them; `before` is called before they save."""
+def train_both(num_trainers: int, num_hosts: int, loop: Loop) -> None:
+    batches = make_batches(14)
+    train(make_tables(), Adam(lr=0.05), batches, [(1, 14)], loop=loop, lookahead=3)
+    train_on_hosts(make_tables(), Adam(lr=0.05), batches, num_trainers, num_hosts, loop=loop, lookahead=3)
+
+
+def rank_of(trainer: Trainer) -> int:
+    communicator = trainer.embeddings.communicator
+    return 0 if communicator is None else communicator.rank
+
+
+def saved_by(folder: Path, num_trainers: int, num_hosts: int) -> list[np.ndarray]:
+    """What hosts hold that have trained ten steps and saved them."""
     groups = group_tables(make_tables(), Adam(lr=0.05))
     stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups}
 
@@ -175,7 +194,6 @@ def saved_by(
         embeddings = embeddings_on(communicator, stores, make_tables(), Adam(lr=0.05))
         sizes = {"cache": [400, 150], "replicas": [400, 150]}
         plain(Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=num_trainers, options=sizes), make_batches(10))
-        before(communicator)
         save_checkpoint(
             folder,
             state=state_of(embeddings),
@@ -255,7 +273,7 @@ def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
 
 
 def test_a_host_that_can_not_see_the_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="this host can't see it: give a log.folder on a file system that all hosts share"):
+    with pytest.raises(CheckpointError, match=r"this host can't see it: give a log\.folder on a file system that all"):
         CheckpointFiles.join(tmp_path / "elsewhere", tmp_path / "step-0000000001")
 
 
@@ -287,18 +305,26 @@ class EmbeddingsOf:
 
 
 def test_each_host_shares_a_store_of_its_own() -> None:
-    def work(communicator: Communicator) -> list[bool]:
+    def work(communicator: Communicator) -> bool:
         with EmbeddingsOf(communicator) as embeddings:
             store = embeddings.stores[0]
+            width, host = store.group.record_width, Trainers(communicator).host
+            own, other = ([row for row in range(400) if home_of(row, 2) == home][:40] for home in (host, 1 - host))
             if communicator.is_first_of_host:
-                store.write(np.array([7]), np.full((1, store.group.record_width), 1.0 + communicator.rank, np.float32))
+                store.write(np.array(own), np.repeat(np.float32(own)[:, None], width, axis=1))
             communicator.barrier("waiting for all to have written")
-            out = np.empty((1, store.group.record_width), np.float32)
-            store.fetch(np.array([7]), out)
+            assert store.num_touched == len(own)
+            out = np.empty((len(own), width), np.float32)
+            store.fetch(np.array(own), out)
+            assert (out == np.float32(own)[:, None]).all()
+            with pytest.raises(StoreError, match=rf"row {other[3]} of group 0 .* lives on another host"):
+                store.fetch(np.array([*own[:5], other[3]]), out[:6])
+            with pytest.raises(StoreError, match="lives on another host"):
+                store.write(np.array(other[:1]), out[:1])
             communicator.barrier("waiting for all to have read")
-            return [bool((out == 1.0 + first).all()) for first in (0, 2)]
+            return [row for rows, _ in store.snapshot() for row in rows.tolist()] == own
 
-    assert run_ranks(4, work, num_hosts=2) == [[True, False]] * 2 + [[False, True]] * 2
+    assert run_ranks(4, work, num_hosts=2) == [True] * 4
 
 
 def test_ranks_that_know_of_other_hosts_are_refused() -> None:

@@ -255,8 +255,8 @@ class EmbeddingBagCollection(nn.Module):
     def _make_readable(self) -> None:
         if self.communicator is not None and self.communicator.num_hosts > 1:
             raise UsageError(
-                f"the tables' rows are divided among {self.communicator.num_hosts} hosts: save a checkpoint, from which one host can "
-                "read them"
+                f"the tables' rows are divided among {self.communicator.num_hosts} hosts: save a checkpoint, from which one host "
+                "can read them"
             )
         self.flush()
 

@@ -202,12 +202,14 @@ class Communicator:
     def shared_store(self, group: Group, seed: int) -> SharedMemoryStore:
         """A group's store in memory that all ranks of a host share; the first of them makes it."""
         name = f"the store of {group.name}"
+        host = self.rank // len(self.ranks_of_host)
         if self.is_first_of_host:
-            store = SharedMemoryStore(group, seed)
+            store = SharedMemoryStore(group, seed, host=host, num_hosts=self.num_hosts)
             self.share_text(name, f"{store.files.records} {store.files.touched}")
             return store
         records, touched = self.share_text(name, None).split()
-        return SharedMemoryStore(group, seed, SharedFiles(records=records, touched=touched))
+        files = SharedFiles(records=records, touched=touched)
+        return SharedMemoryStore(group, seed, files, host=host, num_hosts=self.num_hosts)
 
     def _reduce(self, value: float, operation: Any) -> float:
         return self._ask_to_reduce(value, operation)()

@@ -68,6 +68,8 @@ class Trace:
     groups: tuple[Group, ...]
     batches: tuple[DedupedBatch[None], ...]
     num_trainers: int = 1
+    num_hosts: int = 1
+    """On which the trainers are, as many on each."""
 
     @property
     def nbytes(self) -> int:
@@ -82,17 +84,15 @@ class Trace:
     @property
     def smallest_cache(self) -> int:
         """The fewest rows over all groups, of each trainer, from which on no batch alone needs more slots than its group gets."""
-        row_counts = [group.num_rows for group in self.groups]
-        rows = [[group.unique_rows for group in batch.groups] for batch in self.batches]
-        needs = np.max([list(map(num_slots_needed, rows_of_batch, row_counts)) for rows_of_batch in rows], axis=0)
+        needs = np.max([self._slots_needed(batch) for batch in self.batches], axis=0)
         sizes = range(len(self.groups), sum(group.num_rows for group in self.groups))
         fits = bisect_left(sizes, True, key=lambda rows: bool((self.num_trainers * np.array(self.slots(rows)) >= needs).all()))
         return len(self.groups) + fits
 
     def slots(self, cache_rows: int) -> list[int]:
-        """Slots of each trainer for each group; all trainers together have no more than a group has rows, but for rounding."""
-        slots = slots_of(cache_rows, self.groups)
-        return [min(count, -(-group.num_rows // self.num_trainers)) for count, group in zip(slots, self.groups, strict=True)]
+        """Slots of each trainer for each group; those of a host together have no more than a group has rows, but for rounding."""
+        slots, num_on_host = slots_of(cache_rows, self.groups), self.num_trainers // self.num_hosts
+        return [min(count, -(-group.num_rows // num_on_host)) for count, group in zip(slots, self.groups, strict=True)]
 
     def trainers(self, ranks: Sequence[int]) -> Trainers:
         """Plans for these ranks, with room for all replicas that a share can need."""
@@ -101,7 +101,13 @@ class Trace:
             for groups in zip(*(batch.groups for batch in self.batches), strict=True)
             if self.num_trainers > 1
         ]
-        return Trainers(num_trainers=self.num_trainers, ranks=tuple(ranks), num_replica_slots=tuple(num_replicas))
+        return Trainers(
+            num_trainers=self.num_trainers, num_hosts=self.num_hosts, ranks=tuple(ranks), num_replica_slots=tuple(num_replicas)
+        )
+
+    def _slots_needed(self, batch: DedupedBatch[None]) -> list[int]:
+        pairs = zip(self.groups, batch.groups, strict=True)
+        return [num_slots_needed(rows.unique_rows, group.num_rows, self.num_hosts) for group, rows in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +169,7 @@ class DryRun:
     points: tuple[Point, ...]
     smallest: dict[int, int]
     num_trainers: int = 1
+    num_hosts: int = 1
 
     def cache_bytes(self, cache_rows: int) -> int:
         """Bytes of records in a cache of `cache_rows` rows over all groups, of each trainer."""
@@ -176,14 +183,15 @@ def read_trace(
     *,
     max_batches: int,
     num_trainers: int = 1,
+    num_hosts: int = 1,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """De-duplicates up to `max_batches` batches, of several trainers global ones.
 
-    Raises DataError: there is none, or what `batches` and `dedup` raise; ConfigError: too many trainers.
+    Raises DataError: there is none, or what `batches` and `dedup` raise; ConfigError: too many trainers, or uneven hosts.
     """
-    Trainers(num_trainers=num_trainers, ranks=(0,), num_replica_slots=(0,) * len(groups)).check(groups)
+    Trainers(num_trainers=num_trainers, num_hosts=num_hosts, ranks=(0,), num_replica_slots=(0,) * len(groups)).check(groups)
     num_threads = threads or os.cpu_count() or 1
     kept = []
     with Workers("bagpipe-dedup", num_threads) as workers:
@@ -196,7 +204,7 @@ def read_trace(
                 progress("reading batches", len(kept), max_batches)
     if not kept:
         raise DataError("a dry run needs at least one batch, the data have none")
-    return Trace(groups=tuple(groups), batches=tuple(kept), num_trainers=num_trainers)
+    return Trace(groups=tuple(groups), batches=tuple(kept), num_trainers=num_trainers, num_hosts=num_hosts)
 
 
 def dry_run(
@@ -225,6 +233,7 @@ def dry_run(
         points=points,
         smallest=smallest,
         num_trainers=trace.num_trainers,
+        num_hosts=trace.num_hosts,
     )
 
 
@@ -241,7 +250,7 @@ def replay(trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_i
     )
     report = OracleReport.for_groups(trace.groups)
     counts_traffic = num_trainers > 1 and not until_it_waits
-    traffic = Traffic(num_trainers=num_trainers, groups=trace.groups) if counts_traffic else None
+    traffic = Traffic(num_trainers=num_trainers, num_hosts=trace.num_hosts, groups=trace.groups) if counts_traffic else None
     try:
         for plans, batch in islice(oracle.plan_ranks(oracle.link(trace.batches)), grid.num_steps):
             if plans[0].step >= grid.num_warmup_steps:

@@ -46,7 +46,8 @@ def render_smallest(result: DryRun) -> Table:
 
 def as_dict(result: DryRun) -> dict[str, Any]:
     """All of a dry run as JSON values; those of several trainers say so, and what they send each other."""
-    return ({} if result.num_trainers == 1 else {"num_trainers": result.num_trainers}) | {
+    several = {"num_trainers": result.num_trainers, "num_hosts": result.num_hosts}
+    return ({} if result.num_trainers == 1 else several) | {
         "num_counted_steps": result.num_counted_steps,
         "num_warmup_steps": result.grid.num_warmup_steps,
         "prefetch_depth": result.grid.prefetch_depth,

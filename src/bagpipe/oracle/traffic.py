@@ -107,12 +107,14 @@ class Traffic:
     """Totals over steps, groups and ranks; what is named a step is divided by the steps."""
 
     num_trainers: int
+    num_hosts: int = 1
     groups: tuple[Group, ...] = field(repr=False)
     num_steps: int = 0
     num_uniques: int = 0  # distinct rows of global batches
     num_uses: int = 0  # (rank, row)
     rows: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))  # (2 what, 2 when) row-sends
     sent_bytes: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))  # (2 what, 2 when)
+    between_hosts_bytes: int = 0
     copies_bytes: int = 0
     hashed_rows: int = 0
     hashed_bytes: int = 0
@@ -124,6 +126,11 @@ class Traffic:
     def critical_share(self) -> float:
         """Share of the bytes sent that is on the critical path."""
         return _ratio(self.sent_bytes[:, NOW].sum(), self.sent_bytes.sum())
+
+    @property
+    def between_hosts_share(self) -> float:
+        """Share of the bytes sent that leaves a host."""
+        return _ratio(self.between_hosts_bytes, self.sent_bytes.sum())
 
     @property
     def local_share(self) -> float:
@@ -173,6 +180,7 @@ class Traffic:
         }
         return {f"{name}_per_step": total / max(1, self.num_steps) for name, total in totals.items()} | {
             "critical_share_of_bytes": self.critical_share,
+            "between_hosts_share_of_bytes": self.between_hosts_share,
             "local_share_of_uses": self.local_share,
             "most_owned_over_mean": self.owned.ratio(self.num_trainers),
             "most_fetched_over_mean": self.fetched.ratio(self.num_trainers),
@@ -185,8 +193,11 @@ class Traffic:
         """Counts one group of a step; rows owned, fetched and sent by each rank (3, N)."""
         sent = sent_rows(plans)
         rows = sent.sum(axis=(2, 3))  # (2, 2)
+        row_bytes = np.array([replica_bytes(group), gradient_bytes(group)])
         self.rows += rows
-        self.sent_bytes += rows * np.array([[replica_bytes(group)], [gradient_bytes(group)]])
+        self.sent_bytes += rows * row_bytes[:, None]
+        hosts = np.arange(self.num_trainers) * self.num_hosts // self.num_trainers
+        self.between_hosts_bytes += int(sent[:, :, hosts[:, None] != hosts].sum(axis=(1, 2)) @ row_bytes)
         remote_uses = hashed_remote_uses(batch, self.num_trainers)
         self.hashed_rows += 2 * remote_uses
         self.hashed_bytes += remote_uses * (replica_bytes(group) + gradient_bytes(group))

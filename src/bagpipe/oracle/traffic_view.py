@@ -11,22 +11,24 @@ from bagpipe.oracle.traffic import LATER, NOW, Traffic
 
 _HEADINGS = (
     *("ahead", "cache", "rows\nnow", "\nnow", "rows\nlater", "\nlater", "of it\nnow", "uses\nlocal"),
-    *("most\nown", "most\nfetch", "most\nsend", "rows/\ncopies", "bytes/\nhashed"),
+    *("most\nown", "most\nfetch", "most\nsend", "rows/\ncopies"),
 )
 
 
 def render_traffic(result: DryRun) -> Table:
     """One line for each point that has room for its batches: a rich table."""
+    on_hosts = f" on {result.num_hosts} hosts" if result.num_hosts > 1 else ""
+    last_column = "off host: share of the bytes that leaves one" if on_hosts else "hashed: fixed owners, no lookahead"
     table = Table(
-        title=f"Sent between {result.num_trainers} trainers a step",
-        caption="rows: replicas and gradients; now: on the critical path, later: behind compute; uses local: share of the ranks' "
-        "distinct rows that they own; most: of one rank over the mean; copies: all-reduce of copies on every trainer; "
-        "hashed: fixed owners, no lookahead",
+        title=f"Sent between {result.num_trainers} trainers{on_hosts} a step",
+        caption="rows: replicas and gradients; now: on the critical path, later: behind compute; uses local: share of the "
+        "ranks' distinct rows that they own; most: of one rank over the mean; copies: all-reduce of copies on every trainer; "
+        + last_column,
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
     )
-    for heading in _HEADINGS:
+    for heading in (*_HEADINGS, "off\nhost" if on_hosts else "bytes/\nhashed"):  # no room for both
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for point in result.points:
@@ -53,5 +55,5 @@ def _cells(point: Point, traffic: Traffic) -> tuple[str, ...]:
         f"{traffic.local_share:.1%}",
         *(f"{balance.ratio(traffic.num_trainers):.2f}" for balance in balances),
         f"{traffic.rows_over_copies:.3f}",
-        f"{traffic.bytes_over_hashed:.3f}",
+        f"{traffic.between_hosts_share:.1%}" if traffic.num_hosts > 1 else f"{traffic.bytes_over_hashed:.3f}",
     )

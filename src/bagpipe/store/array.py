@@ -1,7 +1,8 @@
 """What the memory and the file store share: records in one array, of which only touched rows are ever materialised.
 
 Owned here: the two arrays, records (num_rows, record_width) float32 and touched (num_rows,) uint8, and the number of touched rows.
-A subclass makes the records array, erases it, and may reserve room before a write. The caller's arrays are only borrowed.
+On one of several hosts records has only the rows whose home it is, so that their memory is divided among the hosts. A subclass
+makes the records array, erases it, and may reserve room before a write. The caller's arrays are only borrowed.
 
 A call takes both arrays at once, as one pair, and keeps them alive while it runs: the loops do not check bounds, so a `close` from
 another thread must not change an array under them.
@@ -32,9 +33,10 @@ from bagpipe._jit import (
 )
 from bagpipe._memory import copy_run
 from bagpipe._prefetch import PREFETCH_DISTANCE, prefetch_record
+from bagpipe._sharding import LINE_BITS
 from bagpipe.errors import StoreError
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
-from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
+from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, UInt8Array
 
 _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
@@ -47,9 +49,19 @@ _shared = partial(threaded, num_threads=NUM_MANY_THREADS)
 class ArrayStore(ABC):
     """An `EmbeddingStore` over a records array (num_rows, record_width) float32, all zero."""
 
-    def __init__(self, group: Group, seed: int, records: Float32Array, touched: UInt8Array | None = None) -> None:
-        """`touched` says which rows the records hold already; None: none."""
-        self.group = group
+    def __init__(
+        self,
+        group: Group,
+        seed: int,
+        records: Float32Array,
+        touched: UInt8Array | None = None,
+        lines: Int32Array | None = None,
+    ) -> None:
+        """`touched` says which rows the records hold already; None: none.
+
+        `lines` says where in records each line of rows is, see `bagpipe._sharding.home_lines`; None: all are in their order.
+        """
+        self.group, self._lines = group, lines
         self._initializer = RowInitializer(group, seed)
         self._arrays: tuple[Float32Array, UInt8Array] | None = (  # None: closed
             records,
@@ -70,14 +82,15 @@ class ArrayStore(ABC):
         if not out.flags.writeable:
             raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
         gather = _gather_shared if out.nbytes >= _SHARED_BYTES else _gather
-        gather(records, touched, rows, self._initializer.parameters, out)
+        gather(records, touched, rows, self._places(rows), self._initializer.parameters, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
         own, touched = self._checked(rows, records, "records")
+        places = self._places(rows)
         self._make_room(rows)
         scatter = _scatter_shared if records.nbytes >= _SHARED_BYTES else _scatter
-        num_new = scatter(own, touched, rows, records)
+        num_new = scatter(own, touched, rows, places, records)
         with self._count_lock:
             self._num_touched += num_new
 
@@ -130,6 +143,17 @@ class ArrayStore(ABC):
         if len(pending):
             yield pending
 
+    def _places(self, rows: Int64Array) -> Int64Array:
+        """Where in the records rows (n,) are. Raises StoreError for one whose home is another host."""
+        if self._lines is None:
+            return rows
+        places, bad = _find_places(rows, self._lines)
+        if bad >= 0:
+            raise StoreError(
+                f"row {rows[bad]:,} of {self.group.name} lives on another host, whose trainers alone read and write it"
+            )
+        return places
+
     def _open_arrays(self) -> tuple[Float32Array, UInt8Array]:
         arrays = self._arrays  # read once: another thread may close
         if arrays is None:
@@ -181,17 +205,33 @@ def _first_outside(rows: Int64Array, num_rows: int) -> int:
     return -1
 
 
+@jit
+def _find_places(rows: Int64Array, lines: Int32Array) -> tuple[Int64Array, int]:
+    """The place of each row (n,), and the index of the last row whose line has none, or -1."""
+    places, bad = np.empty(len(rows), np.int64), -1
+    for index in range(len(rows)):
+        row = rows[index]
+        line = np.int64(lines[np.uint64(row >> LINE_BITS)])
+        places[index] = (line << LINE_BITS) + (row & ((1 << LINE_BITS) - 1))
+        bad = index if line < 0 else bad
+    return places, bad
+
+
 @_shared
 @parallel_jit
-def _gather_shared(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
-    """Copies touched rows to `out` and computes the others."""
+def _gather_shared(
+    records: Float32Array, touched: UInt8Array, rows: Int64Array, places: Int64Array, initial: Parameters, out: Float32Array
+) -> None:
+    """Copies touched rows to `out` from their `places` and computes the others."""
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
-        _gather(records, touched, rows[begin:end], initial, out[begin:end])
+        _gather(records, touched, rows[begin:end], places[begin:end], initial, out[begin:end])
 
 
 @jit
-def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initial: Parameters, out: Float32Array) -> None:
+def _gather(
+    records: Float32Array, touched: UInt8Array, rows: Int64Array, places: Int64Array, initial: Parameters, out: Float32Array
+) -> None:
     untouched = np.empty(len(rows), np.bool_)
     any_untouched = False
     for index in range(len(rows)):
@@ -200,32 +240,32 @@ def _gather(records: Float32Array, touched: UInt8Array, rows: Int64Array, initia
         any_untouched |= untouched[index]
     for index in range(len(rows)):
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)
-        prefetch_record(records, rows[ahead])
+        prefetch_record(records, places[ahead])
         if not untouched[index]:
-            copy_run(records[np.uint64(rows[index])], out[index])
+            copy_run(records[np.uint64(places[index])], out[index])
     if any_untouched:
         fill_part(rows, untouched, initial, out)
 
 
 @_shared
 @parallel_jit
-def _scatter_shared(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
-    """Copies `values` to `records[rows]` and marks them touched; returns how many were not so before."""
+def _scatter_shared(records: Float32Array, touched: UInt8Array, rows: Int64Array, places: Int64Array, values: Float32Array) -> int:
+    """Copies `values` to `records[places]` and marks rows touched; returns how many were not so before."""
     num_new = 0
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
-        num_new += _scatter(records, touched, rows[begin:end], values[begin:end])
+        num_new += _scatter(records, touched, rows[begin:end], places[begin:end], values[begin:end])
     return num_new
 
 
 @jit
-def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, values: Float32Array) -> int:
+def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, places: Int64Array, values: Float32Array) -> int:
     num_new = 0
     for index in range(len(rows)):
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)
-        prefetch_record(records, rows[ahead])
+        prefetch_record(records, places[ahead])
         row = np.uint64(rows[index])
-        copy_run(values[index], records[row])
+        copy_run(values[index], records[np.uint64(places[index])])
         num_new += 1 - touched[row]
         touched[row] = 1
     return num_new

@@ -2,6 +2,7 @@
 
 The first trainer makes two memory files without a name (memfd) and the others open them through its `/proc` entry, so nothing is
 left behind when the processes end, however they end. Pages are taken as rows are written, as in the memory store, but small ones.
+On one of several hosts it has the records of the rows whose home that host is, and refuses others.
 
 A row is written by one trainer at a time, its owner, and read by another only once that has said so (`bagpipe.cache.communicator`).
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bagpipe._sharding import LINE_BITS, home_lines
 from bagpipe.errors import StoreError
 from bagpipe.store.array import ArrayStore
 from bagpipe.types import Float32Array, Group, UInt8Array
@@ -30,9 +32,13 @@ class SharedFiles:
 class SharedMemoryStore(ArrayStore):
     """An `EmbeddingStore` that several processes have open: at most `record_bytes` + 1 bytes a row in all."""
 
-    def __init__(self, group: Group, seed: int, files: SharedFiles | None = None) -> None:
-        """Makes the store, empty, or with `files` opens the one of another process. StoreError: it can't be mapped."""
-        sizes_bytes = {"records": group.num_rows * group.record_bytes, "touched": group.num_rows}
+    def __init__(self, group: Group, seed: int, files: SharedFiles | None = None, *, host: int = 0, num_hosts: int = 1) -> None:
+        """Makes the store, empty, or with `files` opens the one of another process of this host. StoreError: it can't be mapped."""
+        lines, num_places = None, group.num_rows
+        if num_hosts > 1:
+            lines, num_lines = home_lines(group.num_rows, host, num_hosts)
+            num_places = max(1, num_lines) << LINE_BITS
+        sizes_bytes = {"records": num_places * group.record_bytes, "touched": group.num_rows}
         self._descriptors: list[int] = []
         maps = {}
         try:
@@ -47,9 +53,9 @@ class SharedMemoryStore(ArrayStore):
         except (OSError, OverflowError, ValueError) as error:
             self._close_files()
             raise StoreError(f"can't share {sum(sizes_bytes.values()):,} bytes of memory for {group.name}: {error}") from error
-        self._records: Float32Array = np.frombuffer(maps["records"], np.float32).reshape(group.num_rows, group.record_width)
+        self._records: Float32Array = np.frombuffer(maps["records"], np.float32).reshape(num_places, group.record_width)
         self._touched: UInt8Array = np.frombuffer(maps["touched"], np.uint8)
-        super().__init__(group, seed, self._records, self._touched)
+        super().__init__(group, seed, self._records, self._touched, lines)
 
     @property
     def files(self) -> SharedFiles:
