@@ -17,14 +17,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.train.slow_device import KINDS, slow_down
-from tests.train.test_trainers import OPTIMIZERS, all_records, assert_equal, linear_loss, make_batches, make_tables
+from tests.train.test_trainers import OPTIMIZERS, assert_equal, linear_loss, make_batches, make_tables
 
 import bagpipe
 from bagpipe.bench.trainers_rank import claim_own_host
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
+from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DenseStep
-from bagpipe.types import Optimizer, group_tables
+from bagpipe.types import Group, Optimizer, group_tables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,8 +52,18 @@ def train(
             (linear_loss(pooled) * num_trainers).backward()
             if number == NUM_STEPS // 2:
                 stream.flush()
-    records = [all_records(*each) for each in zip(groups, embeddings.stores, strict=True)]  # type: ignore[arg-type]
+    records = [all_records(*each, communicator) for each in zip(groups, embeddings.stores, strict=True)]
     return [*records, *(each.cpu().numpy() for each in looked_up)]
+
+
+def all_records(group: Group, store: EmbeddingStore, communicator: Communicator | None) -> np.ndarray:
+    """Of all hosts."""
+    rows, records = np.arange(group.num_rows), np.empty((group.num_rows, group.record_width), np.float32)
+    if communicator is None:
+        store.fetch(rows, records)
+    else:
+        communicator.fetch_from_homes(store, rows, records)
+    return records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +74,15 @@ class Case:
     slots: tuple[int, int] = (14, 24)  # so few that rows come late, those that travel among them
     oracle: Literal["thread", "process"] = "thread"
     slow: str = ""
+    num_hosts: int = 1
 
 
 CASES = {
     **{type(optimizer).__name__: Case(optimizer=optimizer) for optimizer in OPTIMIZERS},
     **{f"slow {kind}": Case(slow=kind) for kind in KINDS},
     "oracle in a process": Case(slots=(30, 24), oracle="process"),
+    "two hosts": Case(slots=(18, 24), num_hosts=2),
+    "an oracle process on each of two hosts": Case(slots=(30, 50), num_hosts=2, oracle="process"),
 }
 
 
@@ -92,7 +106,7 @@ def run_rank(rank: int, num_trainers: int, port: int, path: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if case.slow:
                 slow_down(case.slow, patch.setattr)
-            communicator = Communicator.from_default_group(timeout=timedelta(seconds=60))
+            communicator = Communicator.from_default_group(num_hosts=case.num_hosts, timeout=timedelta(seconds=60))
             np.savez(f"{path}/{name}-{rank}.npz", *train(case.optimizer, case.slots, communicator, case.oracle))
     dist.barrier()
     dist.destroy_process_group()
