@@ -35,7 +35,7 @@ class Exchanges(NamedTuple):
 _OWNER_MASK, _COMES_NOW_BIT, _GOES_NOW_BIT = np.uint32(63), np.uint32(6), np.uint32(7)
 """In a row's code: its owner, one of up to `MAX_TRAINERS`, and whether its replicas and its gradients travel now."""
 _NUM_CODES = 256
-PLACE, CONTRIBUTION, SLOT, CODE = range(4)
+_PLACE, _CONTRIBUTION, _SLOT, _CODE = range(4)
 """What is noted of a rank's row that another owns: its place, that of its contribution, the owner's slot and the row's code."""
 
 
@@ -74,8 +74,8 @@ def plan_exchanges(
         received_distance = received - to_grad
         replica_distance = first_replica - next_replicas[rank, 0, 0]
         for index in range(firsts[rank], firsts[rank + 1]):
-            place, contribution, slot = travellers[index, PLACE], travellers[index, CONTRIBUTION], travellers[index, SLOT]
-            code = np.uint32(travellers[index, CODE])
+            place, contribution, slot = travellers[index, _PLACE], travellers[index, _CONTRIBUTION], travellers[index, _SLOT]
+            code = np.uint32(travellers[index, _CODE])
             comes = (code & _OWNER_MASK) + (code >> _COMES_NOW_BIT & np.uint32(1)) * np.uint32(num_trainers)
             goes = (code & _OWNER_MASK) + (code >> _GOES_NOW_BIT) * np.uint32(num_trainers)
             replica, grad = to_replica[comes], to_grad[goes]
@@ -200,10 +200,10 @@ def _place_own(
             nexts[row] = contribution + 1
             unique_slots[place] = slots[row]
             contributions[np.uint32(contribution)] = place - begin
-            travellers[num_travellers, PLACE] = place
-            travellers[num_travellers, CONTRIBUTION] = contribution
-            travellers[num_travellers, SLOT] = slots[row]
-            travellers[num_travellers, CODE] = codes[row]
+            travellers[num_travellers, _PLACE] = place
+            travellers[num_travellers, _CONTRIBUTION] = contribution
+            travellers[num_travellers, _SLOT] = slots[row]
+            travellers[num_travellers, _CODE] = codes[row]
             num_travellers += (codes[row] & _OWNER_MASK) != rank
         begin, firsts[rank + 1] = ends[rank], num_travellers
     return travellers[:num_travellers], firsts
@@ -217,7 +217,7 @@ def _count_travellers(travellers: Int32Array, firsts: Int64Array) -> tuple[Int64
     grad_counts = np.zeros((num_trainers, 2, num_trainers), np.int64)
     for rank in range(num_trainers):
         counts = np.zeros(_NUM_CODES, np.int64)
-        for code in travellers[firsts[rank] : firsts[rank + 1], CODE]:
+        for code in travellers[firsts[rank] : firsts[rank + 1], _CODE]:
             counts[np.uint32(code)] += 1
         for code in range(_NUM_CODES):
             owner = code & _OWNER_MASK

@@ -214,11 +214,9 @@ def _dedup(
             check_ids(jagged)
             ranks = options.trainers.ranks
             own = {rank: _share_of(batch, jagged, rank, num_trainers, adapter) for rank in ranks}
-            shares = [
-                as_jagged(own[rank][1]) if rank in own else share_of(jagged, rank, num_trainers) for rank in range(num_trainers)
-            ]
+            shares = [own[rank][2] if rank in own else share_of(jagged, rank, num_trainers) for rank in range(num_trainers)]
             deduped = tuple(merge(group, [dedup(group, each) for each in shares]) for group in options.groups)
-            parts = [adapter.handed_out(*own[rank]) for rank in ranks]
+            parts = [adapter.handed_out(*own[rank][:2]) for rank in ranks]
     except DataError as error:
         raise DataError(f"step {step}: {error}") from error
     handed_out = [jagged] if adapter.hand_out is None else [as_jagged(sparse) for _, sparse in parts]
@@ -231,17 +229,18 @@ def _dedup(
     )
 
 
-def _share_of(batch: Any, jagged: Jagged, rank: int, num_trainers: int, adapter: BatchAdapter) -> tuple[Any, Any]:
-    """A rank's samples of a batch of ids `jagged`, and their ids. Raises DataError where these are others than the rank's."""
+def _share_of(batch: Any, jagged: Jagged, rank: int, num_trainers: int, adapter: BatchAdapter) -> tuple[Any, Any, Jagged]:
+    """A rank's samples of a batch of ids `jagged`, and their ids in both forms. DataError: they are others than the rank's."""
     part = adapter.share(batch, rank, num_trainers)
     sparse = adapter.sparse(part)
-    if not is_share(as_jagged(sparse), jagged, rank, num_trainers):
+    ids = as_jagged(sparse)
+    if not is_share(ids, jagged, rank, num_trainers):
         begin, end = share_bounds(jagged.batch_size, rank, num_trainers)
         raise DataError(
             f"share(batch, {rank}, {num_trainers}) has other ids than samples {begin:,} to {end:,} of the batch, which are planned "
             "for that rank"
         )
-    return part, sparse
+    return part, sparse, ids
 
 
 def _num_bytes(ids: Jagged) -> int:
