@@ -57,6 +57,17 @@ def test_several_threads_work_side_by_side() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("w_")]
 
 
+def test_urgent_calls_go_before_others() -> None:
+    may_run, seen = threading.Event(), list[int]()
+    with Workers("w") as workers:
+        calls = [workers.submit(may_run.wait)]
+        calls += [(workers.submit_urgent if number % 2 else workers.submit)(seen.append, number) for number in range(6)]
+        may_run.set()
+        for call in calls:
+            call.result()
+    assert seen == [1, 3, 5, 0, 2, 4]
+
+
 def test_close_waits_for_the_call_in_hand_and_drops_the_others() -> None:
     workers, started = Workers("w"), threading.Event()
 

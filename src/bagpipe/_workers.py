@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Generic, Self, TypeVar
@@ -72,26 +73,36 @@ class Workers:
     """Owns threads, which end with `close`, at the end of a `with` block, or with the object itself."""
 
     def __init__(self, name: str, num_threads: int = 1) -> None:
-        """Calls begin in the order in which they are submitted, so those of one thread also end in it."""
+        """Calls begin in the order in which they are submitted, urgent ones first, so those of one thread also end in it."""
         self._name = name
-        self._calls: SimpleQueue[Call[Any] | None] = SimpleQueue()
+        self._urgent, self._others = deque[Call[Any]](), deque[Call[Any]]()
+        self._tokens = SimpleQueue[None]()  # one for each call, put once it is queued, and one for each thread's end
         self._closed = threading.Event()
         self._is_closing = threading.Lock()  # a call that is queued behind the end would never run, nor fail
         self._threads = [
-            threading.Thread(target=_run, args=(self._calls, self._closed), name=f"{name}_{index}", daemon=True)
+            threading.Thread(
+                target=_run, args=(self._tokens, self._urgent, self._others, self._closed), name=f"{name}_{index}", daemon=True
+            )
             for index in range(num_threads)
         ]
         for thread in self._threads:
             thread.start()
-        weakref.finalize(self, _end, self._calls, num_threads)
+        weakref.finalize(self, _end, self._tokens, num_threads)
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
         """Queues a call."""
-        call = Call(function, arguments)
+        return self._submit(self._others, Call(function, arguments))
+
+    def submit_urgent(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
+        """Queues a call before all that are not urgent."""
+        return self._submit(self._urgent, Call(function, arguments))
+
+    def _submit(self, queue: deque[Call[Any]], call: Call[Result]) -> Call[Result]:
         with self._is_closing:
             if self._closed.is_set():
                 raise RuntimeError(f"{self._name} is closed")
-            self._calls.put(call)
+            queue.append(call)
+            self._tokens.put(None)
         return call
 
     def close(self, *, wait: bool = True) -> None:
@@ -101,7 +112,7 @@ class Workers:
         """
         with self._is_closing:
             self._closed.set()
-            _end(self._calls, len(self._threads))
+            _end(self._tokens, len(self._threads))
         for thread in self._threads if wait else ():
             thread.join()
 
@@ -112,15 +123,26 @@ class Workers:
         self.close()
 
 
-def _end(calls: SimpleQueue[Call[Any] | None], num_threads: int) -> None:
+def _end(tokens: SimpleQueue[None], num_threads: int) -> None:
     for _ in range(num_threads):
-        calls.put(None)
+        tokens.put(None)
 
 
-def _run(calls: SimpleQueue[Call[Any] | None], closed: threading.Event) -> None:
-    while (call := calls.get()) is not None:
+def _run(tokens: SimpleQueue[None], urgent: deque[Call[Any]], others: deque[Call[Any]], closed: threading.Event) -> None:
+    while True:
+        tokens.get()
+        call = _pop(urgent) or _pop(others)
+        if call is None:
+            break
         if closed.is_set():
             call.drop()
         else:
             call.run()
         del call  # or its outcome would live until the next call
+
+
+def _pop(queue: deque[Call[Any]]) -> Call[Any] | None:
+    try:
+        return queue.popleft()
+    except IndexError:  # asking first would not do: another thread may be faster
+        return None

@@ -73,6 +73,27 @@ def same_ids(one: Jagged, other: Jagged) -> bool:
     return one.keys == other.keys and all(mine is its or np.array_equal(mine, its) for mine, its in pairs)  # type: ignore[arg-type]
 
 
+def is_share(ids: Jagged, batch: Jagged, rank: int, num_trainers: int) -> bool:
+    """Whether `ids` are a rank's samples of a global batch, as `share_of` takes them; of bags of one id none is copied.
+
+    Raises DataError for inconsistent arrays.
+    """
+    if batch.offsets is not None or ids.offsets is not None:
+        return same_ids(ids, share_of(batch, rank, num_trainers))
+    check_ids(batch)
+    check_ids(ids)
+    begin, end = share_bounds(batch.batch_size, rank, num_trainers)
+    shape = len(batch.keys), batch.batch_size
+    pairs = (ids.values, batch.values), (ids.weights, batch.weights)
+    return ids.keys == batch.keys and all(
+        mine is its if mine is None or its is None else _is_span(mine, its.reshape(shape)[:, begin:end]) for mine, its in pairs
+    )
+
+
+def _is_span(array: npt.NDArray[Any], span: npt.NDArray[Any]) -> bool:
+    return array.size == span.size and np.array_equal(array.reshape(span.shape), span)
+
+
 def hash_ids(batch: Jagged) -> str:
     """What tells a batch's features, ids and weights from others'."""
     hasher = xxhash.xxh3_128(repr((batch.keys, batch.batch_size)).encode())
@@ -82,6 +103,12 @@ def hash_ids(batch: Jagged) -> str:
     return hasher.hexdigest()
 
 
+def check_ids(batch: Jagged) -> None:
+    """Raises DataError for inconsistent arrays."""
+    _check_arrays(batch)
+    _check_offsets(batch)
+
+
 def share_bounds(batch_size: int, rank: int, num_trainers: int) -> tuple[int, int]:
     """Which samples of a global batch are a rank's: first and end; shares differ by at most one sample."""
     return rank * batch_size // num_trainers, (rank + 1) * batch_size // num_trainers
@@ -89,8 +116,7 @@ def share_bounds(batch_size: int, rank: int, num_trainers: int) -> tuple[int, in
 
 def share_of(batch: Jagged, rank: int, num_trainers: int) -> Jagged:
     """A rank's samples of a global batch. Raises DataError for inconsistent arrays."""
-    _check_arrays(batch)
-    _check_offsets(batch)
+    check_ids(batch)
     begin, end = share_bounds(batch.batch_size, rank, num_trainers)
     if batch.offsets is None:
         shape = len(batch.keys), batch.batch_size
@@ -154,8 +180,7 @@ def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
     Raises DataError when one is missing, the offsets are inconsistent, or a batch with per-sample weights pools by mean.
     """
     keys = _find_keys(group.name, group.features, tuple(batch.keys))
-    _check_arrays(batch)
-    _check_offsets(batch)
+    check_ids(batch)
     if batch.offsets is None:
         lengths = np.full(len(keys), batch.batch_size, np.int64)
         starts = keys * batch.batch_size

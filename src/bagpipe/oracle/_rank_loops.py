@@ -35,6 +35,8 @@ class Exchanges(NamedTuple):
 _OWNER_MASK, _COMES_NOW_BIT, _GOES_NOW_BIT = np.uint32(63), np.uint32(6), np.uint32(7)
 """In a row's code: its owner, one of up to `MAX_TRAINERS`, and whether its replicas and its gradients travel now."""
 _NUM_CODES = 256
+_PLACE, _CONTRIBUTION, _SLOT, _CODE = range(4)
+"""What is noted of a rank's row that another owns: its place, that of its contribution, the owner's slot and the row's code."""
 
 
 @jit
@@ -52,45 +54,44 @@ def plan_exchanges(
     `comes_now` and `goes_now` (U,) say whether a row's replicas and its gradients travel on the critical path.
     """
     num_trainers = len(ends)
-    slots, codes, kinds, num_users = _describe_rows(joint_slots, users, comes_now, goes_now, num_trainers)
-    row_counts, contribution_counts = _count_rows(kinds, num_users, num_trainers)
+    slots, codes, kinds, num_users, row_counts, contribution_counts = _describe_rows(
+        joint_slots, users, comes_now, goes_now, num_trainers
+    )
     rows, offsets, nexts = _lay_out_rows(slots, kinds, num_users, row_counts, contribution_counts)
-    replica_counts, grad_counts = _count_travellers(codes, places, ends)
+    unique_slots, contributions = np.empty(len(places), np.int32), np.empty(len(places), np.int32)
+    travellers, firsts = _place_own(slots, codes, nexts, places, ends, unique_slots, contributions)
+    replica_counts, grad_counts = _count_travellers(travellers, firsts)
     next_replicas, next_grads = _firsts(replica_counts), _firsts(grad_counts)
     next_sent = _firsts(replica_counts.transpose(2, 1, 0).copy())  # by owner, now and rank
-    num_replicas, num_grads = replica_counts.sum(), grad_counts.sum()
-    unique_slots, contributions = np.empty(len(places), np.int32), np.empty(len(places), np.int32)
-    replicas, grads = np.empty(num_replicas + 1, np.int32), np.empty(num_grads + 1, np.int32)  # the last: what does not travel
-    received = np.empty((2, num_trainers), np.int64)  # behind an owner's own sums lie those that it receives, by rank
-    received[0] = received[1] = np.diff(np.append(0, ends))
-    next_received = received.ravel()
+    replicas, grads = np.empty(len(travellers), np.int32), np.empty(len(travellers), np.int32)
+    received = np.empty(2 * num_trainers, np.int64)  # by now and owner: behind its own sums lie those that it receives, by rank
+    received[:num_trainers] = received[num_trainers:] = np.diff(np.append(0, ends))
     begin = 0
     for rank in range(num_trainers):
-        # All by now and owner, flat.
-        to_replica = next_replicas[rank].ravel() + (first_replica - next_replicas[rank, 0, 0])
-        to_sent, to_grad = next_sent[:, :, rank].T.copy().ravel(), next_grads[rank].ravel()
-        for place in range(begin, ends[rank]):
-            # Without branches, which could not be foreseen.
-            row = np.uint32(places[place])
-            owner = codes[row] & _OWNER_MASK
-            comes = owner + (np.uint32(codes[row]) >> _COMES_NOW_BIT & np.uint32(1)) * np.uint32(num_trainers)
-            goes = owner + (np.uint32(codes[row]) >> _GOES_NOW_BIT) * np.uint32(num_trainers)
-            travels = np.int64(owner != rank)
-            replica, sent, grad, contribution = to_replica[comes], to_sent[comes], to_grad[goes], next_received[goes]
-            unique_slots[place] = replica if travels else slots[row]
-            replicas[np.uint64(sent if travels else num_replicas)] = slots[row]
-            grads[np.uint64(grad if travels else num_grads)] = place - begin
-            to_replica[comes], to_sent[comes] = replica + travels, sent + travels
-            to_grad[goes], next_received[goes] = grad + travels, contribution + travels
-            contributions[np.uint32(nexts[row])] = contribution if travels else place - begin
-            nexts[row] += 1
+        # By now and owner, flat. What is sent and received lies at a fixed distance from what is replicated and handed in.
+        to_replica, to_grad = next_replicas[rank].ravel(), next_grads[rank].ravel()
+        sent_distance = next_sent[:, :, rank].T.copy().ravel() - to_replica
+        received_distance = received - to_grad
+        replica_distance = first_replica - next_replicas[rank, 0, 0]
+        for index in range(firsts[rank], firsts[rank + 1]):
+            place, contribution, slot = travellers[index, _PLACE], travellers[index, _CONTRIBUTION], travellers[index, _SLOT]
+            code = np.uint32(travellers[index, _CODE])
+            comes = (code & _OWNER_MASK) + (code >> _COMES_NOW_BIT & np.uint32(1)) * np.uint32(num_trainers)
+            goes = (code & _OWNER_MASK) + (code >> _GOES_NOW_BIT) * np.uint32(num_trainers)
+            replica, grad = to_replica[comes], to_grad[goes]
+            unique_slots[place] = replica + replica_distance
+            replicas[replica + sent_distance[comes]] = slot
+            grads[grad] = place - begin
+            contributions[contribution] = grad + received_distance[goes]
+            to_replica[comes], to_grad[goes] = replica + 1, grad + 1
+        received += grad_counts[rank].ravel()
         begin = ends[rank]
     return Exchanges(
         unique_slots,
         replica_counts,
-        replicas[:num_replicas],
+        replicas,
         grad_counts,
-        grads[:num_grads],
+        grads,
         row_counts.reshape(num_trainers, 2),
         rows,
         offsets,
@@ -133,31 +134,25 @@ def _firsts(counts: Int64Array) -> Int64Array:
 @jit
 def _describe_rows(
     joint_slots: Int32Array, users: UInt64Array, comes_now: BoolArray, goes_now: BoolArray, num_trainers: int
-) -> tuple[Int32Array, UInt8Array, UInt8Array, UInt8Array]:
+) -> tuple[Int32Array, UInt8Array, UInt8Array, UInt8Array, Int64Array, Int64Array]:
     """Of each row (U,) the own slot; the code, for what travels; the kind, for what its owner does: twice the owner and whether it
-    updates the row now; and how many users it has.
+    updates the row now; and how many users it has. Then how many rows there are of each kind, and contributions to them: (2 * N,).
     """
     slots, codes = np.empty(len(joint_slots), np.int32), np.empty(len(joint_slots), np.uint8)
     kinds, num_users = np.empty(len(joint_slots), np.uint8), np.empty(len(joint_slots), np.uint8)
+    row_counts, contribution_counts = np.zeros(2 * num_trainers, np.int64), np.zeros(2 * num_trainers, np.int64)
     for row in range(len(joint_slots)):
         slots[row] = np.uint32(joint_slots[row]) // np.uint32(num_trainers)
         owner = np.uint32(joint_slots[row] - slots[row] * num_trainers)
         codes[row] = owner | np.uint32(comes_now[row]) << _COMES_NOW_BIT | np.uint32(goes_now[row]) << _GOES_NOW_BIT
         # A row that its owner alone uses waits for nobody.
         is_updated_now = goes_now[row] | (users[row] == np.uint64(1) << np.uint64(owner))
-        kinds[row] = 2 * owner + np.uint32(is_updated_now)
+        kind = 2 * owner + np.uint32(is_updated_now)
+        kinds[row] = kind
         num_users[row] = count_bits(users[row])
-    return slots, codes, kinds, num_users
-
-
-@jit
-def _count_rows(kinds: UInt8Array, num_users: UInt8Array, num_trainers: int) -> tuple[Int64Array, Int64Array]:
-    """How many rows there are of each kind, and how many contributions to them: (2 * N,)."""
-    row_counts, contribution_counts = np.zeros(2 * num_trainers, np.int64), np.zeros(2 * num_trainers, np.int64)
-    for row in range(len(kinds)):
-        row_counts[kinds[row]] += 1
-        contribution_counts[kinds[row]] += num_users[row]
-    return row_counts, contribution_counts
+        row_counts[kind] += 1
+        contribution_counts[kind] += num_users[row]
+    return slots, codes, kinds, num_users, row_counts, contribution_counts
 
 
 @jit
@@ -183,20 +178,50 @@ def _lay_out_rows(
 
 
 @jit
-def _count_travellers(codes: UInt8Array, places: Int32Array, ends: Int64Array) -> tuple[Int64Array, Int64Array]:
+def _place_own(
+    slots: Int32Array,
+    codes: UInt8Array,
+    nexts: Int32Array,
+    places: Int32Array,
+    ends: Int64Array,
+    unique_slots: Int32Array,
+    contributions: Int32Array,
+) -> tuple[Int32Array, Int64Array]:
+    """Fills `unique_slots` and `contributions` (R,) as far as ranks own their rows, and notes the others: (T, 4), and each rank's
+    first and the end of all (N + 1,). Without branches, which could not be foreseen.
+    """
+    travellers, num_travellers = np.empty((len(places) + 1, 4), np.int32), 0
+    firsts = np.zeros(len(ends) + 1, np.int64)
+    begin = 0
+    for rank in range(len(ends)):
+        for place in range(begin, ends[rank]):
+            row = np.uint32(places[place])
+            contribution = nexts[row]
+            nexts[row] = contribution + 1
+            unique_slots[place] = slots[row]
+            contributions[np.uint32(contribution)] = place - begin
+            travellers[num_travellers, _PLACE] = place
+            travellers[num_travellers, _CONTRIBUTION] = contribution
+            travellers[num_travellers, _SLOT] = slots[row]
+            travellers[num_travellers, _CODE] = codes[row]
+            num_travellers += (codes[row] & _OWNER_MASK) != rank
+        begin, firsts[rank + 1] = ends[rank], num_travellers
+    return travellers[:num_travellers], firsts
+
+
+@jit
+def _count_travellers(travellers: Int32Array, firsts: Int64Array) -> tuple[Int64Array, Int64Array]:
     """How many rows of each rank others own, by rank, now and owner: (N, 2, N), for replicas and for gradients."""
-    num_trainers = len(ends)
+    num_trainers = len(firsts) - 1
     replica_counts = np.zeros((num_trainers, 2, num_trainers), np.int64)
     grad_counts = np.zeros((num_trainers, 2, num_trainers), np.int64)
-    begin = 0
     for rank in range(num_trainers):
         counts = np.zeros(_NUM_CODES, np.int64)
-        for place in range(begin, ends[rank]):
-            counts[codes[np.uint32(places[place])]] += 1
+        for code in travellers[firsts[rank] : firsts[rank + 1], _CODE]:
+            counts[np.uint32(code)] += 1
         for code in range(_NUM_CODES):
             owner = code & _OWNER_MASK
-            if owner < num_trainers and owner != rank:
+            if owner < num_trainers:
                 replica_counts[rank, code >> _COMES_NOW_BIT & 1, owner] += counts[code]
                 grad_counts[rank, code >> _GOES_NOW_BIT, owner] += counts[code]
-        begin = ends[rank]
     return replica_counts, grad_counts

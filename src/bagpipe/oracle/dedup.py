@@ -253,7 +253,8 @@ def _number_block(
 def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
     """Lays out the pieces of all rows: (piece_offsets, long_uniques, long_offsets) of `GradientSchedule`, and `cursors`.
 
-    `cursors` (U, 3) holds for each row where its first piece begins and ends, and where its further pieces begin.
+    `cursors` (U, 3) holds for each row where its first piece begins, and of long ones where that ends, else -1, and where further
+    ones begin.
     """
     num_uniques = len(counts)
     num_long = 0
@@ -271,14 +272,14 @@ def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32A
         piece_offsets[unique] = end
         cursors[unique, 0] = end
         end += min(counts[unique], max_length)
-        cursors[unique, 1] = cursors[unique, 2] = end
+        cursors[unique, 1] = -1
     long_offsets[0] = 0
     long = 0
     piece = num_uniques
     for unique in range(num_uniques):
         rest = counts[unique] - max_length
         if rest > 0:
-            cursors[unique, 2] = end
+            cursors[unique, 1], cursors[unique, 2] = piece_offsets[unique] + max_length, end
             long_uniques[long] = unique
             while rest > 0:
                 piece_offsets[piece] = end
@@ -319,12 +320,15 @@ def _group_bags(
                 end = bag_offsets[feature * batch_size + sample + 1]
             while lookup < end:
                 unique = np.uint32(inverse[lookup])
-                place, last, further = cursors[unique, 0], cursors[unique, 1], cursors[unique, 2]
+                place = cursors[unique, 0]
                 bags[np.uint32(place)] = bag
                 if len(weights) > 0:
                     bag_weights[np.uint32(place)] = weights[lookup]
                 place += 1
-                # Past its first piece a row goes on with its further ones, which lie in one run.
-                cursors[unique, 0] = further if place == last else place
+                # Past its first piece a row goes on with its further ones, which lie in one run. So rare a branch is foreseen,
+                # where a choice without one would have each lookup of a row wait for the one before.
+                if place == cursors[unique, 1]:
+                    place = cursors[unique, 2]
+                cursors[unique, 0] = place
                 lookup += 1
             bag += num_features

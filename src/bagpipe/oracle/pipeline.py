@@ -18,11 +18,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: Workers, ahead: int) -> Iterator[Result]:
-    """`map` on `workers` with at most `ahead` calls under way or waiting; results in the order of `items`.
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: Workers, ahead: int, *, urgent: bool = False
+) -> Iterator[Result]:
+    """`map` on `workers`, with at most `ahead` calls under way or waiting; results in the order of `items`.
 
-    What `items` raises is raised after the results of all items before it.
+    `urgent` calls go before the workers' others. What `items` raises is raised after the results of all items before it.
     """
+    submit = workers.submit_urgent if urgent else workers.submit
     calls: deque[Call[Result]] = deque()
     iterator = iter(items)
     failure: BaseException | None = None
@@ -34,9 +37,12 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         except BaseException as error:
             failure = error
             break
-        calls.append(workers.submit(function, item))
-        while calls and (len(calls) >= ahead or calls[0].is_over):
+        calls.append(submit(function, item))
+        while len(calls) >= ahead or calls[0].is_over:
             yield calls.popleft().result()
+            # A slow consumer finds all calls over: were they all yielded first, workers would idle, and then have all at once.
+            if len(calls) <= ahead // 2:
+                break
     while calls:
         yield calls.popleft().result()
     if failure is not None:

@@ -11,7 +11,7 @@ runs in a process of its own (`bagpipe.oracle.process`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,17 @@ from typing import Any, Generic, Literal, TypeVar
 
 from bagpipe._workers import Workers
 from bagpipe.errors import DataError
-from bagpipe.jagged import as_jagged, check_features, find_sparse, hash_ids, same_ids, share_batch, share_bounds, share_of
+from bagpipe.jagged import (
+    as_jagged,
+    check_features,
+    check_ids,
+    find_sparse,
+    hash_ids,
+    is_share,
+    share_batch,
+    share_bounds,
+    share_of,
+)
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
@@ -201,9 +211,12 @@ def _dedup(
             deduped = tuple(dedup(group, jagged) for group in options.groups)
             parts = [adapter.handed_out(batch, sparse)]
         else:
-            shares = [share_of(jagged, each, num_trainers) for each in range(num_trainers)]
+            check_ids(jagged)
+            ranks = options.trainers.ranks
+            own = {rank: _share_of(batch, jagged, rank, num_trainers, adapter) for rank in ranks}
+            shares = [own[rank][2] if rank in own else share_of(jagged, rank, num_trainers) for rank in range(num_trainers)]
             deduped = tuple(merge(group, [dedup(group, each) for each in shares]) for group in options.groups)
-            parts = [_share_of(batch, rank, shares, adapter) for rank in options.trainers.ranks]
+            parts = [adapter.handed_out(*own[rank][:2]) for rank in ranks]
     except DataError as error:
         raise DataError(f"step {step}: {error}") from error
     handed_out = [jagged] if adapter.hand_out is None else [as_jagged(sparse) for _, sparse in parts]
@@ -216,17 +229,18 @@ def _dedup(
     )
 
 
-def _share_of(batch: Any, rank: int, shares: Sequence[Jagged], adapter: BatchAdapter) -> tuple[Any, Any]:
-    """What a rank is given of a batch, with its ids. Raises DataError where they are not the ones that are planned for it."""
-    part = adapter.share(batch, rank, len(shares))
+def _share_of(batch: Any, jagged: Jagged, rank: int, num_trainers: int, adapter: BatchAdapter) -> tuple[Any, Any, Jagged]:
+    """A rank's samples of a batch of ids `jagged`, and their ids in both forms. DataError: they are others than the rank's."""
+    part = adapter.share(batch, rank, num_trainers)
     sparse = adapter.sparse(part)
-    if not same_ids(as_jagged(sparse), shares[rank]):
-        begin, end = share_bounds(sum(each.batch_size for each in shares), rank, len(shares))
+    ids = as_jagged(sparse)
+    if not is_share(ids, jagged, rank, num_trainers):
+        begin, end = share_bounds(jagged.batch_size, rank, num_trainers)
         raise DataError(
-            f"share(batch, {rank}, {len(shares)}) has other ids than samples {begin:,} to {end:,} of the batch, which are planned "
+            f"share(batch, {rank}, {num_trainers}) has other ids than samples {begin:,} to {end:,} of the batch, which are planned "
             "for that rank"
         )
-    return adapter.handed_out(part, sparse)
+    return part, sparse, ids
 
 
 def _num_bytes(ids: Jagged) -> int:

@@ -208,7 +208,7 @@ class Oracle:
         if workers is None or self._trainers.num_trainers == 1:
             planned: Iterator[tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]] = map(self._plan_trainers, steps)
         else:
-            planned = ordered_map(self._plan_trainers, steps, workers, ahead=_STEPS_AHEAD)
+            planned = ordered_map(self._plan_trainers, steps, workers, ahead=_STEPS_AHEAD, urgent=True)
         for step, plans in planned:
             self._peak_slots = step.peak_slots
             yield plans, step.batch
