@@ -26,11 +26,17 @@ def shard_of(row: int) -> np.int64:
 
 
 @jit
+def part_of(row: int, num_parts: int) -> np.int64:
+    """The row's part where shards are dealt out, neighbours together, to so many parts: hosts, or the shards of a small cache."""
+    return shard_of(row) * num_parts // NUM_SHARDS
+
+
+@jit
 def home_hosts(rows: Int64Array, num_hosts: int) -> Int64Array:
-    """The host that has each row's record (n,): each host has as many neighbouring shards."""
+    """The host that has each row's record: (n,)."""
     hosts = np.empty(len(rows), np.int64)
     for index in range(len(rows)):
-        hosts[index] = shard_of(rows[index]) * num_hosts // NUM_SHARDS
+        hosts[index] = part_of(rows[index], num_hosts)
     return hosts
 
 
@@ -40,10 +46,20 @@ def home_lines(num_rows: int, host: int, num_hosts: int) -> tuple[Int32Array, in
     lines = np.empty(-(-num_rows >> LINE_BITS), np.int32)
     num_own = 0
     for line in range(len(lines)):
-        is_own = shard_of(line << LINE_BITS) * num_hosts // NUM_SHARDS == host
+        is_own = part_of(line << LINE_BITS, num_hosts) == host
         lines[line] = num_own if is_own else -1
         num_own += is_own
     return lines, num_own
+
+
+def host_of(rank: int, num_trainers: int, num_hosts: int) -> int:
+    """The host of a trainer; those of one host are neighbours."""
+    return rank * num_hosts // num_trainers
+
+
+def ranks_on(host: int, num_trainers: int, num_hosts: int) -> range:
+    """The trainers of a host."""
+    return range(host * num_trainers // num_hosts, (host + 1) * num_trainers // num_hosts)
 
 
 def check_hosts(num_trainers: int, num_hosts: int) -> None:

@@ -17,6 +17,8 @@ A message names what was wrong, where, the limit, and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class BagpipeError(Exception):
     """Base of every error that Bagpipe raises on purpose."""
@@ -29,22 +31,34 @@ class ConfigError(BagpipeError, ValueError):
 class CacheTooSmallError(ConfigError):
     """One batch alone needs more slots than the cache has."""
 
-    def __init__(self, *, step: int, group: str, num_uniques: int, num_needed: int, num_slots: int) -> None:
-        """`num_needed` is more than the batch's `num_uniques` rows where these are unevenly spread over the cache's shards."""
+    def __init__(self, *, step: int, group: str, num_uniques: int, num_needed: int, num_slots: int, num_trainers: int = 1) -> None:
+        """`num_needed` is more than the batch's `num_uniques` rows where these are unevenly spread over the cache's shards.
+
+        Both are, as `num_slots`, of all trainers together.
+        """
+        self._values = {
+            "step": step,
+            "group": group,
+            "num_uniques": num_uniques,
+            "num_needed": num_needed,
+            "num_slots": num_slots,
+            "num_trainers": num_trainers,
+        }
         self.step, self.group, self.num_slots = step, group, num_slots
         self.num_uniques, self.num_needed = num_uniques, num_needed
         in_shards = " in shards, of which one would overflow" if num_uniques <= num_slots else ""
+        of_each = f" of each of the {num_trainers} trainers" if num_trainers > 1 else ""
         super().__init__(
-            f"step {step} uses {num_uniques:,} distinct rows of {group}, but its cache has {num_slots:,} slots{in_shards}: "
-            f"give the cache at least {num_needed:,} rows or train with smaller batches"
+            f"step {step} uses {num_uniques:,} distinct rows of {group}, but its cache has {num_slots:,} slots{in_shards}: give "
+            f"the cache{of_each} at least {-(-num_needed // num_trainers):,} rows or train with smaller batches"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_cache_too_small, (self.step, self.group, self.num_uniques, self.num_needed, self.num_slots)
+        return _rebuild_cache_too_small, (self._values,)
 
 
-def _rebuild_cache_too_small(step: int, group: str, num_uniques: int, num_needed: int, num_slots: int) -> CacheTooSmallError:
-    return CacheTooSmallError(step=step, group=group, num_uniques=num_uniques, num_needed=num_needed, num_slots=num_slots)
+def _rebuild_cache_too_small(values: dict[str, Any]) -> CacheTooSmallError:
+    return CacheTooSmallError(**values)
 
 
 class DataError(BagpipeError, ValueError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from bagpipe._sharding import home_hosts
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
 from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.dry_run import Grid, dry_run, read_trace
+from bagpipe.oracle.stream import BatchAdapter, StreamOptions, plan_ranks_stream
 from bagpipe.oracle.window import Trainers
-from bagpipe.types import Group, Jagged
+from bagpipe.types import Group, Jagged, StepPlan
 
 LAYOUTS = [(2, 2), (4, 2), (6, 2), (4, 4), (8, 4), (8, 8)]
 
@@ -94,6 +97,27 @@ def test_each_host_plans_the_same_for_its_ranks_as_for_all() -> None:
         np.testing.assert_equal([asdict(plan) for plan in plans[2:]], [asdict(part) for part in parts])
 
 
+@pytest.mark.parametrize("hand_out", [None, lambda batch: batch], ids=["all", "ids"])
+def test_hosts_look_ahead_alike_where_the_window_grows_until_memory_is_full(hand_out: Any) -> None:
+    """Whatever they hand out to their own ranks, whose shares differ: in one all bags are large."""
+    group, _ = zipf_trace(700, 1, 1)
+    rng = np.random.default_rng(0)
+    lengths = np.repeat([1, 1, 12, 1], 10)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    batches = [Jagged(keys=("f",), values=rng.integers(0, 700, offsets[-1]), batch_size=40, offsets=offsets) for _ in range(40)]
+
+    def plans_for(ranks: tuple[int, ...]) -> list[tuple[StepPlan, ...]]:
+        trainers = Trainers(num_trainers=4, num_hosts=2, ranks=ranks, num_replica_slots=(700,))
+        options = StreamOptions(groups=(group,), num_slots=(60,), lookahead_bytes=100_000, trainers=trainers)
+        with closing(plan_ranks_stream(batches, options, BatchAdapter(hand_out=hand_out))) as steps:
+            return [tuple(planned.plan for planned in step) for step in steps]
+
+    every, first, second = (plans_for(ranks) for ranks in ((0, 1, 2, 3), (0, 1), (2, 3)))
+    assert len({plans[0].lookahead for plans in every}) > 3
+    for plans, one, other in zip(every, first, second, strict=True):
+        np.testing.assert_equal([asdict(plan) for plan in plans], [asdict(plan) for plan in (*one, *other)])
+
+
 def test_slots_of_the_joint_cache_are_those_of_the_hosts_ranks() -> None:
     found = [[shards.slot_at(place, 6, 6, 3) for place in range(host * 6, host * 6 + 6)] for host in range(3)]
     assert found == [[0, 1, 6, 7, 12, 13], [2, 3, 8, 9, 14, 15], [4, 5, 10, 11, 16, 17]]
@@ -118,8 +142,9 @@ def test_a_row_fetched_on_another_host_is_found() -> None:
 def test_a_batch_that_would_overflow_one_host_is_refused_with_a_size_that_holds_it() -> None:
     group, batches = zipf_trace(3000, 1, 400)
     num_uniques = len(reference.unique_rows(group, batches[0]))
-    with pytest.raises(CacheTooSmallError) as caught:
+    with pytest.raises(CacheTooSmallError, match=r"give the cache of each of the 2 trainers at least (\d+) rows") as caught:
         plan_all(group, batches, 2, -(-num_uniques // 2), num_hosts=2)
+    assert f"at least {-(-caught.value.num_needed // 2)} rows" in str(caught.value)
     assert num_uniques < caught.value.num_needed < 1.5 * num_uniques
     plan_all(group, batches, 2, caught.value.num_needed // 2, num_hosts=2)
     with pytest.raises(CacheTooSmallError):

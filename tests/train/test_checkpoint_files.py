@@ -48,7 +48,7 @@ def write(folder: Path, step: int = 5) -> Path:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = write(tmp_path)
     manifest = read_manifest(path)
-    verify_files(path, manifest)
+    verify_files(path, manifest["files"])
     assert manifest["step"] == 5
     found = list(read_records(path / "group-0.arrow", WIDTH))
     assert [len(rows) for rows, _ in found] == [4, 2]
@@ -95,7 +95,7 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path: Path, monke
         write(tmp_path, 2)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == [old]
-    verify_files(old, read_manifest(old))
+    verify_files(old, read_manifest(old)["files"])
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
     path = write(tmp_path, 1)
     (path / "dense.pt").write_bytes(b"DENSE")
     write(tmp_path, 1)
-    verify_files(path, read_manifest(path))
+    verify_files(path, read_manifest(path)["files"])
     assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint_name(1)]
 
 
@@ -125,7 +125,7 @@ def test_damage_is_refused_with_the_name_of_the_file(tmp_path: Path, name: str, 
         content[len(content) // 2] ^= 1
         (path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{name}: (is damaged|can't be read)"):
-        verify_files(path, read_manifest(path))
+        verify_files(path, read_manifest(path)["files"])
 
 
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

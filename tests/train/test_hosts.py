@@ -5,12 +5,15 @@ Ranks are threads and every host is this one, but nothing is shared between two 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,13 +24,16 @@ from tests.train.test_checkpoint import CONFIG
 from tests.train.test_equality import OPTIMIZERS
 from tests.train.test_trainers import Loop, Trainer, all_records, assert_equal, linear_loss, make_batches, make_tables, plain, train
 
+import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
-from bagpipe.errors import CheckpointError, ConfigError, PlanError, StoreError, UsageError
+from bagpipe.errors import CheckpointError, ConfigError, DataError, PlanError, StoreError, UsageError
 from bagpipe.oracle import shards, window
 from bagpipe.store import MemoryStore
+from bagpipe.train.agreement import check_same_run
 from bagpipe.train.checkpoint import State, load_checkpoint, open_checkpoint, save_checkpoint
 from bagpipe.train.checkpoint_files import CheckpointFiles, list_checkpoints
+from bagpipe.train.run_folder import check_seen_by_all
 from bagpipe.train.schedule import Position
 from bagpipe.train.trainers import Trainers
 from bagpipe.types import SGD, Adam, Group, Jagged, Optimizer, TableConfig, group_tables
@@ -281,9 +287,9 @@ def test_tables_are_not_read_where_only_a_part_of_them_is() -> None:
     def work(communicator: Communicator) -> None:
         with EmbeddingsOf(communicator) as embeddings:
             tables = embeddings.tables()
-            with pytest.raises(UsageError, match="divided among 2 hosts: save a checkpoint"):
+            with pytest.raises(UsageError, match=r"divided among several hosts, .* call save_tables"):
                 tables["wide"][:3]
-            with pytest.raises(UsageError, match="divided among 2 hosts"):
+            with pytest.raises(UsageError, match="divided among several hosts"):
                 embeddings.load_state_dict(
                     {"embedding_bags.wide.weight": torch.zeros(400, 4), "embedding_bags.narrow.weight": torch.zeros(50, 3)}
                 )
@@ -295,7 +301,7 @@ class EmbeddingsOf:
     """Embeddings with the store that ranks of one host share."""
 
     def __init__(self, communicator: Communicator) -> None:
-        self._embeddings = EmbeddingBagCollection(make_tables(), optimizer=SGD(lr=0.5), communicator=communicator)
+        self._embeddings = EmbeddingBagCollection(make_tables(), optimizer=SGD(lr=0.5), seed=11, communicator=communicator)
 
     def __enter__(self) -> EmbeddingBagCollection:
         return self._embeddings
@@ -327,20 +333,93 @@ def test_each_host_shares_a_store_of_its_own() -> None:
     assert run_ranks(4, work, num_hosts=2) == [True] * 4
 
 
-def test_ranks_that_know_of_other_hosts_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("nums_hosts", "machines", "message"),
+    [
+        ([1, 1, 2, 2], "aabb", r"told num_hosts=1, num_hosts=2, but run, host by host, on"),
+        ([1, 1, 1, 1], "aabb", r"told num_hosts=1, .* on a and b: give .*num_hosts=2\)"),
+        ([2, 2, 2, 2], "aaab", r"told num_hosts=2, .* on a; a and b: give"),
+    ],
+)
+def test_hosts_that_are_not_as_told_are_refused_on_all_ranks(
+    nums_hosts: list[int], machines: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(communicator: Communicator) -> bool:
+        names[threading.get_ident()] = machines[communicator.rank]
+        communicator.barrier("waiting for all names")
+        with pytest.raises(ConfigError, match=message):
+            replace(communicator, num_hosts=nums_hosts[communicator.rank], number=7)
+        return True
+
+    names: dict[int, str] = {}
+    monkeypatch.setattr("bagpipe.cache.communicator._machine", lambda: names.get(threading.get_ident(), "a"))
+    assert run_ranks(4, work) == [True] * 4
+
+
+def test_tables_are_saved_by_all_hosts_together(tmp_path: Path) -> None:
     def work(communicator: Communicator) -> None:
-        with pytest.raises(ConfigError, match=r"knows of \d hosts, all ranks of \['1', '2'\].* give all the same num_hosts"):
-            Communicator(
-                rank=communicator.rank,
-                num_trainers=2,
-                num_hosts=1 + communicator.rank,
-                now=communicator.now,
-                later=communicator.later,
-                store=communicator.store,
-                number=7,
-            )
+        with EmbeddingsOf(communicator) as embeddings:
+            sizes = {"cache": [400, 150], "replicas": [400, 150]}
+            plain(Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=4, options=sizes), make_batches(10))
+            embeddings.save_tables(tmp_path / f"{communicator.rank}.safetensors")
+
+    run_ranks(4, work, num_hosts=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.safetensors"]
+    expected = train(make_tables(), SGD(lr=0.5), make_batches(10), [(1, 10)])
+    found = safetensors.torch.load_file(tmp_path / "0.safetensors")
+    for name, group, dim in (("wide", 0, 4), ("narrow", 1, 3)):
+        np.testing.assert_array_equal(found[f"embedding_bags.{name}.weight"].numpy(), expected[group][:, :dim])
+
+
+def test_hosts_that_read_other_batches_are_told_before_anything_is_saved() -> None:
+    """Batches whose samples stand in another order make plans that fit together and train something else."""
+
+    def work(communicator: Communicator) -> list[int]:
+        batches = [Jagged(keys=("a", "b", "c"), values=np.arange(24) % 40 + step, batch_size=8) for step in range(12)]
+        if communicator.rank == 1:
+            values = batches[6].values.reshape(3, 2, 4)[:, :, ::-1].copy()  # within each share
+            batches[6] = replace(batches[6], values=values.ravel())
+        steps = []
+        with EmbeddingsOf(communicator) as embeddings:
+            stream = bagpipe.lookahead(batches, embeddings, cache=[400, 50], replicas=[400, 50])
+            for step, batch in enumerate(stream):
+                (linear_loss(embeddings(batch).groups) * 2).backward()
+                if step % 3 == 2 and step < 9:
+                    if step < 4:  # the sixth batch is not planned yet
+                        stream.flush()
+                        steps.append(step)
+                    else:
+                        with pytest.raises(DataError, match=r"the batches before step \d on rank 1 are not those on rank 0"):
+                            stream.flush()
+                        break
+            stream.close()
+        return steps
+
+    assert run_ranks(2, work, num_hosts=2) == [[2]] * 2
+
+
+def test_runs_of_other_settings_are_refused_but_for_what_is_a_hosts_own() -> None:
+    def work(communicator: Communicator) -> None:
+        own = {"train": {"seed": 1}, "log": {"folder": f"/host-{communicator.rank}"}, "data": {"folder": str(communicator.rank)}}
+        check_same_run(communicator, own)
+        own["train"]["lr"] = 0.1 + communicator.rank
+        with pytest.raises(ConfigError, match=r"train\.lr is 0\.1 on rank 0 and 1\.1 on rank 1; start all with the same"):
+            check_same_run(communicator, own)
 
     run_ranks(2, work)
+
+
+def test_a_folder_that_a_host_does_not_see_is_refused_on_all(tmp_path: Path) -> None:
+    def work(communicator: Communicator) -> None:
+        trainers = Trainers(communicator)
+        check_seen_by_all(tmp_path, trainers)
+        elsewhere = tmp_path / str(communicator.host)
+        elsewhere.mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="this host does not see what rank 0 writes there"):
+            check_seen_by_all(elsewhere, trainers)
+
+    run_ranks(4, work, num_hosts=2)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bagpipe.errors import ConfigError
+from bagpipe.launch.torchrun import joined_trainers
 from bagpipe.train.checkpoint_files import list_checkpoints, read_manifest, read_records
 
 RUN = """
@@ -269,3 +271,11 @@ def test_a_rank_that_is_killed_ends_the_other_host_too(tmp_path: Path) -> None:
     while any(Path(f"/proc/{each}").exists() for each in (*ranks, *oracles)):
         assert time.monotonic() - killed_at < 50
         time.sleep(0.1)
+
+
+def test_uneven_hosts_are_refused_on_each_before_it_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for num_on_host in (1, 2):
+        for name, value in {"WORLD_SIZE": 3, "GROUP_WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": num_on_host}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ConfigError, match=rf"{num_on_host} of 3 trainers run on this one of 2 hosts"), joined_trainers():
+            pass

@@ -80,7 +80,7 @@ class EmbeddingBagCollection(nn.Module):
         With a `communicator` this is one of several trainers, each of which has its share of every batch. Gradients are averaged
         over them, and all must call `backward` on a batch, those without samples too, or none. Their stores must hold the same
         records; the default is memory that all share. On several hosts that goes for the trainers of each: there `tables`, and so
-        state dicts, can't be read, and in evaluation all trainers read together (`join_reading`).
+        state dicts, can't be read but by `save_tables`, and in evaluation all trainers read together (`join_reading`).
         """
         super().__init__()
         if communicator is not None and communicator.num_trainers == 1:
@@ -244,25 +244,44 @@ class EmbeddingBagCollection(nn.Module):
                 store.close()
 
     def tables(self) -> dict[str, LazyTable]:
-        """Every table's weights by name, read block by block from the stores; flushed first."""
+        """Every table's weights by name, read block by block from the stores, which are flushed before."""
+        return self._tables(self._make_readable)
+
+    def save_tables(self, path: str | Path) -> None:
+        """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in bounded memory.
+
+        With several hosts all trainers must call it, and rank 0 writes.
+        """
+        if not self._has_hosts:
+            save_tables({_weight_key(name): table for name, table in self.tables().items()}, Path(path))
+            return
+        assert self.communicator is not None
         self.flush()
+        tables = {_weight_key(name): table for name, table in self._tables(self.flush).items()}
+        if self.communicator.rank == 0:
+            save_tables(tables, Path(path))
+        else:
+            for table in tables.values():
+                table.join_reading()
+
+    @property
+    def _has_hosts(self) -> bool:
+        return self.communicator is not None and self.communicator.num_hosts > 1
+
+    def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
         return {
-            table.name: LazyTable(store, index, self._make_readable)
+            table.name: LazyTable(store, index, flush, self._fetch)
             for group, store in zip(self.groups, self.stores, strict=True)
             for index, table in enumerate(group.tables)
         }
 
     def _make_readable(self) -> None:
-        if self.communicator is not None and self.communicator.num_hosts > 1:
+        if self._has_hosts:
             raise UsageError(
-                f"the tables' rows are divided among {self.communicator.num_hosts} hosts: save a checkpoint, from which one host "
-                "can read them"
+                "the tables' rows are divided among several hosts, so one trainer can't read them: call save_tables(path) on all, "
+                "and read the file that rank 0 writes"
             )
         self.flush()
-
-    def save_tables(self, path: str | Path) -> None:
-        """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in bounded memory."""
-        save_tables({_weight_key(name): table for name, table in self.tables().items()}, Path(path))
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,12 +31,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagpipe._sharding import check_hosts, home_hosts
+from bagpipe._sharding import check_hosts, home_hosts, host_of, ranks_on
 from bagpipe.errors import BackgroundError, ConfigError, UsageError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.store.shared import SharedFiles, SharedMemoryStore
 from bagpipe.types import Float32Array, Group, Int64Array, RowExchange
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 Moment = Literal["now", "later"]
 TransferKind = Literal["early", "late"]
 _LOOK_AFTER = timedelta(seconds=1)
@@ -71,13 +73,17 @@ class Communicator:
     def __post_init__(self) -> None:
         check_hosts(self.num_trainers, self.num_hosts)
         self._waiting = self.store.clone()
-        texts = self.gather_texts("the process", f"{os.getpid()} {self.num_hosts} {socket.gethostname()}")
-        pids, nums_hosts, names = zip(*(text.split(maxsplit=2) for text in texts), strict=True)
-        on_host = {names[rank] for rank in self.ranks_of_host}
-        if len(set(nums_hosts)) > 1 or len(on_host) > 1:
+        texts = self.gather_texts("the process", f"{os.getpid()} {self.num_hosts} {_machine()}")
+        pids, nums_hosts, machines = zip(*(text.split(maxsplit=2) for text in texts), strict=True)
+        on_hosts = [
+            {machines[rank] for rank in ranks_on(host, self.num_trainers, self.num_hosts)} for host in range(self.num_hosts)
+        ]
+        if len(set(nums_hosts)) > 1 or any(len(found) > 1 for found in on_hosts):
+            told = ", ".join(sorted({f"num_hosts={number}" for number in nums_hosts}))
+            where = "; ".join(" and ".join(name.split()[0] for name in sorted(found)) for found in on_hosts)
             raise ConfigError(
-                f"rank {self.rank} of {self.num_trainers} knows of {self.num_hosts} hosts, all ranks of {sorted(set(nums_hosts))}, "
-                f"and those of its host run on {sorted(on_host)}: give all the same num_hosts, and start as many ranks on each"
+                f"{self.num_trainers} trainers were told {told}, but run, host by host, on {where}: give all the number of hosts, "
+                f"Communicator.from_default_group(num_hosts={len(set(machines))}), and start as many on each"
             )
         # Of ranks that are threads of one process, or on another host, only messages tell.
         by_rank = {rank: int(pids[rank]) for rank in self.ranks_of_host}
@@ -109,11 +115,14 @@ class Communicator:
         )
 
     @property
+    def host(self) -> int:
+        """Which host this rank is on."""
+        return host_of(self.rank, self.num_trainers, self.num_hosts)
+
+    @property
     def ranks_of_host(self) -> range:
         """The ranks of this one's host."""
-        num_ranks = self.num_trainers // self.num_hosts
-        first = self.rank // num_ranks * num_ranks
-        return range(first, first + num_ranks)
+        return ranks_on(self.host, self.num_trainers, self.num_hosts)
 
     @property
     def is_first_of_host(self) -> bool:
@@ -149,7 +158,9 @@ class Communicator:
         num_ranks, once = len(self.ranks_of_host), [1] * self.num_trainers
         wanted = torch.zeros(self.num_trainers, dtype=torch.int64)
         wanted[self.rank % num_ranks :: num_ranks] = torch.from_numpy(np.bincount(homes, minlength=self.num_hosts))
-        with self._naming(f"reading rows of {store.group.name} of all hosts"):
+        with self._naming(
+            f"reading rows of {store.group.name} of all hosts, all ranks together (join_reading where one has none),"
+        ):
             wanted_from, wanted_by = wanted.tolist(), self._swap(wanted, once, once).tolist()
             asked = self._swap(torch.from_numpy(rows[order]), wanted_from, wanted_by).numpy()
             found = np.empty((len(asked), store.group.record_width), np.float32)
@@ -192,24 +203,26 @@ class Communicator:
             return self._wait_for_text(key)
 
     def gather_texts(self, what: str, text: str) -> list[str]:
-        """What each rank gives as `text`, by rank. All must ask, in the same order."""
-        self._num_texts += 1
-        key = f"bagpipe/{self.number}/text/{self._num_texts}"
+        """What each rank gives as `text`, by rank. All must ask, in the same order.
+
+        As messages: a rank that has gone is seen at once, on another host, too.
+        """
+        content, once = torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy()), [1] * self.num_trainers
         with self._naming(f"waiting for {what} of all ranks"):
-            self.store.set(f"{key}/{self.rank}", text)
-            return [self._wait_for_text(f"{key}/{rank}") for rank in range(self.num_trainers)]
+            sizes = self._swap(torch.full((self.num_trainers,), len(content)), once, once).tolist()
+            gathered = self._swap(content.repeat(self.num_trainers), [len(content)] * self.num_trainers, sizes)
+        return [part.numpy().tobytes().decode() for part in torch.split(gathered, sizes)]
 
     def shared_store(self, group: Group, seed: int) -> SharedMemoryStore:
         """A group's store in memory that all ranks of a host share; the first of them makes it."""
         name = f"the store of {group.name}"
-        host = self.rank // len(self.ranks_of_host)
         if self.is_first_of_host:
-            store = SharedMemoryStore(group, seed, host=host, num_hosts=self.num_hosts)
+            store = SharedMemoryStore(group, seed, host=self.host, num_hosts=self.num_hosts)
             self.share_text(name, f"{store.files.records} {store.files.touched}")
             return store
         records, touched = self.share_text(name, None).split()
         files = SharedFiles(records=records, touched=touched)
-        return SharedMemoryStore(group, seed, files, host=host, num_hosts=self.num_hosts)
+        return SharedMemoryStore(group, seed, files, host=self.host, num_hosts=self.num_hosts)
 
     def _reduce(self, value: float, operation: Any) -> float:
         return self._ask_to_reduce(value, operation)()
@@ -311,3 +324,8 @@ class Communicator:
             raise BackgroundError(
                 f"rank {self.rank}: {what} failed; another of the {self.num_trainers} trainers may be gone: {error}"
             ) from error
+
+
+def _machine() -> str:
+    """The name of this machine, and what tells it from others of that name."""
+    return f"{socket.gethostname()} {_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ''}".strip()

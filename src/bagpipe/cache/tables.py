@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ import torch
 from bagpipe.cache.weights import TORCH_DTYPES, weights_in
 from bagpipe.errors import UsageError
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Float32Array
+from bagpipe.types import Float32Array, Int64Array
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Fetch: TypeAlias = Callable[[EmbeddingStore, Int64Array, Float32Array], None]
 _BLOCK_ROWS = 65_536
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -29,9 +30,9 @@ class LazyTable:
     Slicing gives tensors: ``table[10:20]``. It is what `state_dict` holds, since the whole table may not fit in memory.
     """
 
-    def __init__(self, store: EmbeddingStore, index: int, flush: Callable[[], None]) -> None:
-        """`index` of the table in the store's group; `flush` brings the store up to date before each read."""
-        self._flush = flush
+    def __init__(self, store: EmbeddingStore, index: int, flush: Callable[[], None], fetch: Fetch) -> None:
+        """`index` of the table in the store's group; `flush` brings the store up to date before each read, `fetch` reads it."""
+        self._flush, self._fetch = flush, fetch
         group = store.group
         self._store, self._first_row = store, int(group.row_offsets[index])
         self.shape, self.dtype = (group.tables[index].num_embeddings, group.embedding_dim), TORCH_DTYPES[group.data_type]
@@ -49,6 +50,11 @@ class LazyTable:
         for begin in range(0, len(self), block_rows):
             yield self[begin : begin + block_rows]
 
+    def join_reading(self, block_rows: int = _BLOCK_ROWS) -> None:
+        """Helps another rank that reads `blocks`, with a `fetch` that all ranks must call."""
+        for _ in range(0, len(self), block_rows):
+            self._records(np.empty(0, np.int64))
+
     def load(self, weights: Any) -> None:
         """Overwrites the table with `weights`, anything of its shape whose slices are tensors; optimizer state is kept.
 
@@ -63,10 +69,10 @@ class LazyTable:
     def _weights(self, records: Float32Array) -> Tensor:
         return weights_in(torch.from_numpy(records), self._store.group)
 
-    def _records(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Float32Array:
+    def _records(self, ids: Int64Array) -> Float32Array:
         self._flush()
         records = np.empty((len(ids), self._store.group.record_width), np.float32)
-        self._store.fetch(ids + self._first_row, records)
+        self._fetch(self._store, ids + self._first_row, records)
         return records
 
     def __reduce__(self) -> NoReturn:

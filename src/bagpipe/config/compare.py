@@ -35,10 +35,14 @@ class Difference:
     @property
     def matters(self) -> bool:
         """Whether a resumed run would end in the numbers of neither configuration."""
-        return not _within(self.key, _FREE + _ROUNDING)
+        return not self.is_within(_FREE + _ROUNDING)
+
+    def is_within(self, sections: tuple[str, ...]) -> bool:
+        """Whether it is one of these keys, or lies in one of these sections."""
+        return any(self.key == section or self.key.startswith(f"{section}.") for section in sections)
 
     def __str__(self) -> str:
-        note = " (the last bits of the results may differ)" if _within(self.key, _ROUNDING) else ""
+        note = " (the last bits of the results may differ)" if self.is_within(_ROUNDING) else ""
         return f"{self.key}: {self.old!r} -> {self.new!r}{note}"
 
 
@@ -57,7 +61,3 @@ def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _within(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)

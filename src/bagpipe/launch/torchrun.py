@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from bagpipe._sharding import check_hosts
 from bagpipe.cache.communicator import Communicator
 from bagpipe.errors import ConfigError
 
@@ -31,18 +32,21 @@ def joined_trainers() -> Iterator[Communicator | None]:
     if num_trainers == 1:
         yield None
         return
+    num_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     num_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_trainers))
-    if num_trainers % num_on_host:
+    if num_on_host * num_hosts != num_trainers:  # seen on every host, before one waits for another
         raise ConfigError(
-            f"{num_on_host} of {num_trainers} trainers run on this host: give torchrun one --nproc-per-node for all hosts"
+            f"{num_on_host} of {num_trainers} trainers run on this one of {num_hosts} hosts: start torchrun with the same "
+            "--nproc-per-node on all"
         )
+    check_hosts(num_trainers, num_hosts)
     backend = "gloo"
     if torch.cuda.device_count() >= num_on_host and dist.is_nccl_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
-        yield Communicator.from_default_group(num_hosts=num_trainers // num_on_host, timeout=_TIMEOUT)
+        yield Communicator.from_default_group(num_hosts=num_hosts, timeout=_TIMEOUT)
     except BaseException:
         # A thread may wait for messages that never come, and the interpreter for it. Once this process is gone the others see it.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -11,7 +11,7 @@ Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). In th
    became known at once in the order of the batch that made it known),
 3. rows that are not settled and that this step does not need, the longest unused first: the step has to wait for their slots.
 
-In a large cache that is the order within each of its shards (see `bagpipe.oracle.shards`).
+In a large cache, and where several hosts share one, that is the order within each of its shards (see `bagpipe.oracle.shards`).
 
 Where a planned batch finds a row's slot depends on the row's last use: in a small ring when that is not settled yet, as for most
 rows; in the queue of settled rows that wait for this step; and nowhere when the row must be fetched.
@@ -159,6 +159,7 @@ class Cacher:
                 num_uniques=len(rows),
                 num_needed=num_slots_needed(rows, self.group.num_rows, self._ranks.num_hosts),
                 num_slots=self.num_slots,
+                num_trainers=self._ranks.num_trainers,
             )
 
     def admit(self, linked: LinkedGroup) -> None:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from bagpipe._sharding import home_hosts
+from bagpipe._sharding import home_hosts, host_of
 from bagpipe.errors import PlanError
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.window import DedupedBatch, Trainers
@@ -87,7 +87,7 @@ class RankChecker:
         """`index` is that of the group in plans; slots are those of each trainer."""
         num_trainers = trainers.num_trainers
         self._group, self._index, self._ranks = group, index, range(num_trainers)
-        self._num_hosts, self._ranks_per_host = trainers.num_hosts, num_trainers // trainers.num_hosts
+        self._num_hosts, self._hosts = trainers.num_hosts, [host_of(rank, num_trainers, trainers.num_hosts) for rank in self._ranks]
         self._num_slots, self._num_replica_slots = num_slots, num_replica_slots
         self._rows_of_slots = np.full((num_trainers, num_slots), _NOWHERE, np.int64)
         self._owners = np.full(group.num_rows, _NOWHERE, np.int64)
@@ -177,7 +177,7 @@ class RankChecker:
             self._expect_slots(rank, slots, self._num_slots)
             self._expect(bool((self._rows_of_slots[rank, slots] == _NOWHERE).all()), 5, "a fetch fills a slot in use", rank)
             self._expect(bool((self._owners[rows] == _NOWHERE).all()), 2, "a row is fetched that a rank owns", rank)
-            is_home = home_hosts(rows, self._num_hosts) == rank // self._ranks_per_host
+            is_home = home_hosts(rows, self._num_hosts) == self._hosts[rank]
             self._expect(bool(is_home.all()), 6, "a row is fetched whose record another host has", rank)
             latest = int(self._evicted_at[rows].max(initial=-1))
             self._expect(latest <= moved.fence_tick, 4, f"a fetch does not wait for the write-back of tick {latest}", rank)

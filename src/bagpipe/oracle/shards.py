@@ -19,7 +19,7 @@ from itertools import accumulate
 import numpy as np
 
 from bagpipe._jit import jit
-from bagpipe._sharding import LINE_BITS, NUM_SHARDS, shard_of
+from bagpipe._sharding import LINE_BITS, NUM_SHARDS, part_of, shard_of
 from bagpipe.types import Int32Array, Int64Array
 
 MIN_SLOTS = 1 << 15
@@ -54,7 +54,7 @@ def shard_bounds(rows: Int64Array, num_shards: int) -> Int64Array:
         low, high = bounds[shard - 1], len(rows)
         while low < high:
             middle = (low + high) // 2
-            if shard_of(rows[middle]) * num_shards // NUM_SHARDS < shard:
+            if part_of(rows[middle], num_shards) < shard:
                 low = middle + 1
             else:
                 high = middle

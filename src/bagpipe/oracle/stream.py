@@ -135,7 +135,8 @@ class Planned(Generic[BatchT]):
     peak_slots: tuple[int, ...]
     oracle_bytes: int  # of the oracle's own state
     ids_hash: str | None = None
-    """Of several trainers: what the ids of the whole first batch hash to, so that they can see whether they read the same."""
+    """Of several trainers: what the ids of the whole first batch hash to, and on several hosts, of which each reads for itself,
+    those of every batch, so that they can see whether they read the same."""
     release: Callable[[], None] | None = None
     """To be called once nothing reads the plan's arrays any more, steps in order; None where they live by themselves."""
 
@@ -219,9 +220,11 @@ def _dedup(
             parts = [adapter.handed_out(*own[rank][:2]) for rank in ranks]
     except DataError as error:
         raise DataError(f"step {step}: {error}") from error
-    handed_out = [jagged] if adapter.hand_out is None else [as_jagged(sparse) for _, sparse in parts]
+    # Of several trainers all ids, whatever is handed out: hosts must grow their windows alike, and each hands out to its own ranks.
+    handed_out = [jagged] if adapter.hand_out is None or num_trainers > 1 else [as_jagged(sparse) for _, sparse in parts]
+    must_compare = num_trainers > 1 and (step == options.first_step or options.trainers.num_hosts > 1)
     return DedupedBatch(
-        payload=(parts, hash_ids(jagged) if num_trainers > 1 and step == options.first_step else None),
+        payload=(parts, hash_ids(jagged) if must_compare else None),
         payload_bytes=sum(_num_bytes(ids) for ids in handed_out),
         batch_size=jagged.batch_size,
         groups=deduped,

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bagpipe._sharding import host_of
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.types import Group, GroupPlan, Int64Array, StepPlan, UInt64Array
@@ -196,7 +197,7 @@ class Traffic:
         row_bytes = np.array([replica_bytes(group), gradient_bytes(group)])
         self.rows += rows
         self.sent_bytes += rows * row_bytes[:, None]
-        hosts = np.arange(self.num_trainers) * self.num_hosts // self.num_trainers
+        hosts = np.array([host_of(rank, self.num_trainers, self.num_hosts) for rank in range(self.num_trainers)])
         self.between_hosts_bytes += int(sent[:, :, hosts[:, None] != hosts].sum(axis=(1, 2)) @ row_bytes)
         remote_uses = hashed_remote_uses(batch, self.num_trainers)
         self.hashed_rows += 2 * remote_uses

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from bagpipe._sharding import check_hosts
+from bagpipe._sharding import check_hosts, host_of, ranks_on
 from bagpipe._workers import Workers
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.cacher import CachePlan, Cacher
@@ -90,9 +90,8 @@ class Trainers:
     @property
     def ranks_of_host(self) -> tuple[int, ...]:
         """All ranks of the host of the first rank that is planned for."""
-        num_ranks = self.num_trainers // self.num_hosts
-        first = self.ranks[0] // num_ranks * num_ranks
-        return tuple(range(first, first + num_ranks))
+        host = host_of(self.ranks[0], self.num_trainers, self.num_hosts)
+        return tuple(ranks_on(host, self.num_trainers, self.num_hosts))
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raises ConfigError for values out of range."""

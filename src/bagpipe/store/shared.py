@@ -30,7 +30,10 @@ class SharedFiles:
 
 
 class SharedMemoryStore(ArrayStore):
-    """An `EmbeddingStore` that several processes have open: at most `record_bytes` + 1 bytes a row in all."""
+    """An `EmbeddingStore` that several processes have open: at most `record_bytes` + 1 bytes a row in all.
+
+    Of several hosts each has 1 byte a row, `record_bytes` for each row of its own, and each process a quarter of a byte a row.
+    """
 
     def __init__(self, group: Group, seed: int, files: SharedFiles | None = None, *, host: int = 0, num_hosts: int = 1) -> None:
         """Makes the store, empty, or with `files` opens the one of another process of this host. StoreError: it can't be mapped."""

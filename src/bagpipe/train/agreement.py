@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from bagpipe.cache.communicator import Communicator
+from bagpipe.config.compare import compare_configs
 from bagpipe.errors import ConfigError, DataError
 from bagpipe.oracle.stream import StreamOptions
+
+_OF_A_HOST = ("log.folder", "data.folder", "prepare", "embeddings.store", "cache.threads")
+"""Keys of a run's configuration that may differ from host to host."""
+
+
+def check_same_run(communicator: Communicator, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError on every rank where one has another configuration, as nested mappings; all must call it."""
+    first, *others = (json.loads(text) for text in communicator.gather_texts("the run's settings", json.dumps(settings)))
+    for rank, other in enumerate(others, 1):
+        for difference in compare_configs(first, other):
+            if not difference.is_within(_OF_A_HOST):
+                raise ConfigError(
+                    f"ranks train with other settings: {difference.key} is {difference.old!r} on rank 0 and {difference.new!r} on "
+                    f"rank {rank}; start all with the same file and options"
+                )
 
 
 def check_same_settings(communicator: Communicator, options: StreamOptions, *, seed: int) -> None:
@@ -19,7 +37,6 @@ def check_same_settings(communicator: Communicator, options: StreamOptions, *, s
         "lookahead_memory (bytes)": options.lookahead_bytes,
         "prefetch_depth": options.prefetch_depth,
         "step": options.first_step,
-        "hosts": options.trainers.num_hosts,
         "seed": seed,
     }
     first, *others = (json.loads(text) for text in communicator.gather_texts("the settings", json.dumps(own)))
@@ -32,13 +49,13 @@ def check_same_settings(communicator: Communicator, options: StreamOptions, *, s
                 )
 
 
-def check_same_batch(communicator: Communicator, ids_hash: str) -> None:
-    """Raises DataError on every rank where one has read a batch of other ids; all must call it."""
-    first, *others = communicator.gather_texts("the first batch", ids_hash)
+def check_same_batches(communicator: Communicator, ids_hash: str, which: str) -> None:
+    """Raises DataError on every rank where one has read other ids in the batches that `which` names; all must call it."""
+    first, *others = communicator.gather_texts(which, ids_hash)
     for rank, other in enumerate(others, 1):
         if other != first:
             raise DataError(
-                f"ranks read other batches: the first one's ids on rank {rank} are not those on rank 0. Every rank's loader yields "
+                f"ranks read other batches: the ids of {which} on rank {rank} are not those on rank 0. Every rank's loader yields "
                 "the batches of all trainers together, in the same order (no DistributedSampler, the same seed for shuffling); "
                 "each rank is then handed its share"
             )

@@ -82,6 +82,8 @@ class SavedRun:
     groups: Sequence[Mapping[str, Any]]
     num_hosts: int
     """Among which the trainers that saved it had divided the records."""
+    files: Sequence[Mapping[str, Any]]
+    """Name, size and checksum of each."""
 
 
 def save_checkpoint(
@@ -171,8 +173,14 @@ def find_checkpoint(folder: Path, *, on_damaged: Callable[[CheckpointError], Non
 
 def open_checkpoint(path: Path) -> SavedRun:
     """Reads a checkpoint's manifest and compares every file's checksum. CheckpointError: names the file that is damaged."""
+    saved = read_checkpoint(path)
+    verify_files(path, saved.files)
+    return saved
+
+
+def read_checkpoint(path: Path) -> SavedRun:
+    """As `open_checkpoint`, for a checkpoint whose files have been compared. CheckpointError: the manifest is damaged."""
     manifest = read_manifest(path)
-    verify_files(path, manifest)
     return SavedRun(
         path=path,
         step=manifest["step"],
@@ -181,6 +189,7 @@ def open_checkpoint(path: Path) -> SavedRun:
         environment=manifest["environment"],
         groups=manifest["groups"],
         num_hosts=manifest.get("num_hosts", 1),
+        files=manifest["files"],
     )
 
 

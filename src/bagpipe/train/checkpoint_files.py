@@ -202,9 +202,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """Compares every file with the manifest. CheckpointError: names the first that is missing, truncated or altered."""
-    for entry in manifest["files"]:
+def verify_files(checkpoint: Path, files: Iterable[Mapping[str, Any]]) -> None:
+    """Compares files with what a manifest says of them. CheckpointError: names the first that is missing, truncated or altered."""
+    for entry in files:
         path = checkpoint / entry["name"]
         try:
             size_bytes = path.stat().st_size

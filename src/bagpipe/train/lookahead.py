@@ -20,6 +20,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from bagpipe.cache.collection import EmbeddingBagCollection
@@ -33,7 +34,7 @@ from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.oracle.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
-from bagpipe.train.agreement import check_same_batch, check_same_settings
+from bagpipe.train.agreement import check_same_batches, check_same_settings
 from bagpipe.train.capacity import slots_for
 from bagpipe.train.oracle_process import start_oracle
 from bagpipe.types import UInt8Array
@@ -169,6 +170,7 @@ class Lookahead(Generic[BatchT]):
         self._move = move
         self._submitted: deque[tuple[Planned[Any], Callable[[Sequence[Tensor]], BatchT]]] = deque()  # and what makes the batch
         self._in_step = False
+        self._ids_hash = ""  # of all batches submitted so far whose ids were hashed
         self._communicator = embeddings.communicator
         self._executor = embeddings.start(options.num_slots, options.trainers.num_replica_slots or None)
         self._process: SharedOracle[Any] | None = None
@@ -244,9 +246,14 @@ class Lookahead(Generic[BatchT]):
                 self._end_step()
 
     def flush(self) -> None:
-        """Closes the step and writes all resident rows to the stores, as before a checkpoint; the iteration goes on."""
+        """Closes the step and writes all resident rows to the stores, as before a checkpoint; the iteration goes on.
+
+        On several hosts, of which each reads for itself, it raises DataError on all where one has read other batches by now.
+        """
         self._end_step()
         self._embeddings.flush()
+        if self._communicator is not None and self._communicator.num_hosts > 1:
+            check_same_batches(self._communicator, self._ids_hash, f"the batches before step {self._embeddings.step}")
 
     def _give_up(self, error: BaseException) -> None:
         """Ends the stream after an error, with other trainers without waiting for any of them."""
@@ -334,7 +341,9 @@ class Lookahead(Generic[BatchT]):
 
     def _submit(self, planned: Planned[BatchT]) -> None:
         if self._communicator is not None and planned.ids_hash is not None:
-            check_same_batch(self._communicator, planned.ids_hash)
+            if not self._ids_hash:
+                check_same_batches(self._communicator, planned.ids_hash, "the first batch")
+            self._ids_hash = xxhash.xxh3_128((self._ids_hash + planned.ids_hash).encode()).hexdigest()
         arrays, make_batch = _take_apart(planned.batch, self._move, planned.plan.step)
         self._executor.submit(planned.plan, planned.release, arrays)
         self._submitted.append((planned, make_batch))

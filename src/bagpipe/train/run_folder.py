@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from bagpipe.errors import ConfigError
 from bagpipe.train.checkpoint_files import list_checkpoints, remove_temporary, step_of
+from bagpipe.train.trainers import Trainers
 
 
 @contextmanager
@@ -37,6 +39,28 @@ def claim_run_folder(folder: Path) -> Iterator[Path]:
         except OSError as error:
             raise ConfigError(f"log.folder = {str(folder)!r}: {error.filename}: {error.strerror}") from error
         yield checkpoints
+
+
+def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
+    """Raises ConfigError on all ranks unless each host sees in its `folder` what rank 0 puts there."""
+    if trainers.num_hosts == 1:
+        return
+    with ExitStack() as stack:
+
+        def put() -> str | None:
+            return (
+                Path(stack.enter_context(NamedTemporaryFile(dir=folder, prefix=".seen-")).name).name if trainers.is_first else None
+            )
+
+        def look() -> None:
+            if not (folder / name).exists():
+                raise ConfigError(
+                    f"log.folder = {str(folder)!r}: this host does not see what rank 0 writes there: give one on a file system "
+                    "that all hosts share"
+                )
+
+        name = trainers.all_do("a file in log.folder", put, ConfigError)[0]
+        trainers.all_do("a look at log.folder", look, ConfigError)
 
 
 def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:

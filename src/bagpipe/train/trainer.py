@@ -21,6 +21,7 @@ from bagpipe.cache.communicator import Communicator
 from bagpipe.config.run import RunConfig
 from bagpipe.data.base import Batch
 from bagpipe.errors import CheckpointError
+from bagpipe.train.agreement import check_same_run
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.build import Run, build_run
 from bagpipe.train.checkpoint import (
@@ -29,6 +30,7 @@ from bagpipe.train.checkpoint import (
     environment,
     find_checkpoint,
     load_checkpoint,
+    read_checkpoint,
     save_checkpoint,
 )
 from bagpipe.train.evaluate import evaluate
@@ -37,7 +39,7 @@ from bagpipe.train.lookahead import Lookahead, lookahead
 from bagpipe.train.meter import Meter
 from bagpipe.train.metrics import Scores
 from bagpipe.train.report import Reporter
-from bagpipe.train.run_folder import claim_run_folder, start_afresh
+from bagpipe.train.run_folder import check_seen_by_all, claim_run_folder, start_afresh
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.signals import StopRequest
 from bagpipe.train.trace import Trace, TraceOptions
@@ -72,8 +74,9 @@ def train(
             afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
         trace: which steps to profile, and where to write that.
-        communicator: with the other trainers, if there are any. Rank 0 saves, logs and traces; each batch is shared by all, so
-            that their number changes no more than the order of sums, and so are the batches of an evaluation.
+        communicator: with the other trainers, if there are any. Rank 0 logs and traces, and saves, of several hosts with the first
+            rank of each; each batch is shared by all, so that their number changes no more than the order of sums, and so are the
+            batches of an evaluation.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor `overwrite` is set.
@@ -86,7 +89,11 @@ def train(
         folder = config.log.folder
         checkpoints = stack.enter_context(claim_run_folder(folder)) if trainers.is_first else folder / "checkpoints"
         trainers.wait("rank 0 to claim the run's folder")
+        check_seen_by_all(folder, trainers)
         run = stack.enter_context(build_run(config, communicator=communicator, say=reporter.say))
+        if communicator is not None:
+            own = {"resume": resume, "device": run.device.type, "torch": environment()["torch"]}
+            check_same_run(communicator, {**run.settings, **own})
         saved = _resume(run, checkpoints, reporter, trainers) if resume else None
         if saved is None and trainers.is_first:
             start_afresh(checkpoints, overwrite=overwrite)
@@ -101,10 +108,15 @@ def train(
 
 
 def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers) -> SavedRun | None:
-    saved = find_checkpoint(checkpoints, on_damaged=lambda error: reporter.say(f"skipped a checkpoint: {error}"))
-    if saved is None:
+    def find() -> str | None:
+        found = find_checkpoint(checkpoints, on_damaged=lambda error: reporter.say(f"skipped a checkpoint: {error}"))
+        return None if found is None else found.path.name
+
+    name = trainers.all_do("a checkpoint to resume from", lambda: find() if trainers.is_first else None)[0]
+    if name is None:
         reporter.say(f"{checkpoints} holds no checkpoint to resume from: starting afresh")
         return None
+    saved = read_checkpoint(checkpoints / name)  # rank 0 has compared all files
     for difference in check_resumable(saved, run.settings):
         reporter.say(f"resuming with another {difference}")
     for name, value in environment().items():

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from bagpipe.cache.communicator import Communicator
-from bagpipe.errors import CheckpointError, StoreError
+from bagpipe.errors import BagpipeError, CheckpointError
 from bagpipe.train.report import Progress
 
 
@@ -23,7 +23,7 @@ class Trainers:
         self.is_first_of_host = communicator is None or communicator.is_first_of_host
         """Whether this one saves and loads the records of its host."""
         self.num_hosts = 1 if communicator is None else communicator.num_hosts
-        self.host = 0 if communicator is None else communicator.rank // len(communicator.ranks_of_host)
+        self.host = 0 if communicator is None else communicator.host
         self._asked: Callable[[], float] = lambda: 0.0
 
     def wait(self, what: str) -> None:
@@ -31,17 +31,17 @@ class Trainers:
         if self._communicator is not None:
             self._communicator.barrier(f"waiting for {what}")
 
-    def all_do(self, what: str, work: Callable[[], Any]) -> list[Any]:
+    def all_do(self, what: str, work: Callable[[], Any], failure_is: type[BagpipeError] = CheckpointError) -> list[Any]:
         """What `work` returns on each rank, JSON values, by rank, once all have done it; None from those that have nothing to do.
 
-        Raises CheckpointError on all ranks where one raises that, or StoreError, which stays what it is there.
+        Where one raises a BagpipeError of any kind the others raise `failure_is`.
         """
         if self._communicator is None:
             return [work()]
         result, failure = None, None
         try:
             result = work()
-        except (CheckpointError, StoreError) as error:
+        except BagpipeError as error:
             failure = error
         told = json.dumps({"result": result, "failure": None if failure is None else str(failure)})
         answers = [json.loads(text) for text in self._communicator.gather_texts(what, told)]
@@ -49,7 +49,7 @@ class Trainers:
             raise failure
         for rank, answer in enumerate(answers):
             if answer["failure"] is not None:
-                raise CheckpointError(f"on rank {rank}: {answer['failure']}")
+                raise failure_is(f"on rank {rank}: {answer['failure']}")
         return [answer["result"] for answer in answers]
 
     def weight(self, num_samples: int, batch_size: int) -> float:
