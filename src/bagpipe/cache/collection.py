@@ -264,6 +264,11 @@ class EmbeddingBagCollection(nn.Module):
             for table in tables.values():
                 table.join_reading()
 
+    def join_reading(self) -> None:
+        """With several hosts: helps other ranks to read a batch in evaluation, on a rank that has none for its part."""
+        for group, store in zip(self.groups, self.stores, strict=True):
+            self._fetch(store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32))
+
     @property
     def _has_hosts(self) -> bool:
         return self.communicator is not None and self.communicator.num_hosts > 1
@@ -332,11 +337,6 @@ class EmbeddingBagCollection(nn.Module):
             )
         self._was_served = torch.is_grad_enabled()
         return self.executor.current
-
-    def join_reading(self) -> None:
-        """With several hosts: helps other ranks to read a batch in evaluation, on a rank that has none for its part."""
-        for group, store in zip(self.groups, self.stores, strict=True):
-            self._fetch(store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32))
 
     def _read(self, batch: Jagged) -> list[Tensor]:
         """Pools rows straight from the stores."""
