@@ -5,17 +5,24 @@ microseconds, where parts handed to Python threads wait for the GIL, up to 2 ms 
 neither TBB nor OpenMP its calls take turns, since its own threading layer must not be entered twice. Threads start at the first
 call, not at import: with OpenMP a process that is forked after that can't use them (numba ends it and says so), so a fork
 server may import this package but not train with it.
+
+numba's cache knows a function by its own file. Compiled functions of other files are part of its machine code, too: where one of
+those changes, the old code would run, and plan something else than the source says. So functions are told apart by what their file
+holds and all that it has imported (`_noted`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numba
+import numpy as np
 from numba.core.cpu_options import ParallelOptions
 
 P = ParamSpec("P")
@@ -41,24 +48,26 @@ _ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]  # a dict 
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
+_dependencies: dict[int, str] = {}
+"""By a compiled function's identity what tells its machine code from others': a hash of all sources that can be part of it."""
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
     """Compiles `function` with numba in nopython mode. No fast-math: results are the same on every machine."""
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True)(function)
-    return compiled
+    return _noted(compiled, function)
 
 
 def inline_jit(function: Callable[P, R]) -> Callable[P, R]:
     """As `jit`, for a few operations within a loop, which a call would keep from becoming one over vectors."""
     compiled: Callable[P, R] = numba.njit(nogil=True, inline="always")(function)
-    return compiled
+    return _noted(compiled, function)
 
 
 def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
     """As `jit`, with `prange` loops shared by threads; results must not depend on how. To be called by `threaded` functions."""
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True, parallel=_ONLY_PRANGE)(function)
-    return compiled
+    return _noted(compiled, function)
 
 
 def threaded(compiled: Callable[P, R], num_threads: int = NUM_THREADS) -> Callable[P, R]:
@@ -79,6 +88,37 @@ def threaded(compiled: Callable[P, R], num_threads: int = NUM_THREADS) -> Callab
         return result
 
     return call
+
+
+def _noted(compiled: Callable[P, R], function: Callable[P, R]) -> Callable[P, R]:
+    """Notes on what a function depends, and has its cache ask for that instead of the age of the function's own file.
+
+    That is its file, and of the others all compiled functions and numbers that the file has imported, used or not: imports come
+    first, so they are known by now.
+    """
+    values = ((name, _content(value)) for name, value in function.__globals__.items())
+    imported = sorted(f"{name}={content}" for name, content in values if content is not None)
+    source = "\n".join([_content_hash(function.__code__.co_filename), *imported])
+    _dependencies[id(compiled)] = stamp = hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+    cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)  # numba's own, which has no name for it
+    if cache_file is not None:
+        cache_file._source_stamp = stamp
+    return compiled
+
+
+def _content(value: object) -> str | None:
+    """What of a global value goes into machine code; None for what does not."""
+    if id(value) in _dependencies:
+        return _dependencies[id(value)]
+    if isinstance(value, int | float | np.generic):
+        return repr(value)
+    generator = getattr(value, "_defn", None)  # of one of numba's intrinsics
+    return None if generator is None else _content_hash(generator.__code__.co_filename)
+
+
+@lru_cache
+def _content_hash(file: str) -> str:
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
 @jit

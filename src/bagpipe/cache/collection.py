@@ -204,12 +204,15 @@ class EmbeddingBagCollection(nn.Module):
 
         Raises UsageError when rows were lost by an earlier failure.
         """
+        self._check_nothing_lost()
+        if self.executor is not None:
+            self.executor.flush()
+
+    def _check_nothing_lost(self) -> None:
         if self._failure is not None:
             raise UsageError(
                 f"embedding rows were lost after step {self.step} ({self._failure}): restore a checkpoint into new embeddings"
             ) from self._failure
-        if self.executor is not None:
-            self.executor.flush()
 
     def stop(self) -> None:
         """Closes an open step, flushes and gives the cache back; `eval()` and a new `bagpipe.lookahead` go on from here."""
@@ -244,7 +247,11 @@ class EmbeddingBagCollection(nn.Module):
                 store.close()
 
     def tables(self) -> dict[str, LazyTable]:
-        """Every table's weights by name, read block by block from the stores, which are flushed before."""
+        """Every table's weights by name, read block by block from the stores, which are flushed before.
+
+        Raises UsageError when rows were lost by an earlier failure.
+        """
+        self._check_nothing_lost()
         return self._tables(self._make_readable)
 
     def save_tables(self, path: str | Path) -> None:

@@ -207,7 +207,8 @@ class _Loop:
         run = self._run
         run.embeddings.lookup(batch.sparse, out=run.dense_step.pooled(batch.batch_size))
         weight = self._trainers.weight(batch.batch_size, run.schedule.batch_size_of(self._step, run.source.num_samples))
-        loss, grads = run.dense_step(batch.dense, batch.labels, weight)
+        with self._trainers.averaging(self._step):
+            loss, grads = run.dense_step(batch.dense, batch.labels, weight)
         run.embeddings.update(grads)
         self._step += 1
         self._meter.add(self._step, loss, batch.batch_size)

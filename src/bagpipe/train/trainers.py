@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from bagpipe.cache.communicator import Communicator
-from bagpipe.errors import BagpipeError, CheckpointError
+from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError
 from bagpipe.train.report import Progress
 
 
@@ -30,6 +31,22 @@ class Trainers:
         """Waits for all ranks."""
         if self._communicator is not None:
             self._communicator.barrier(f"waiting for {what}")
+
+    @contextmanager
+    def averaging(self, step: int) -> Iterator[None]:
+        """For a backward that averages over trainers: says that one may be gone, which gloo's own error does not.
+
+        Raises BackgroundError.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._communicator is None or "gloo" not in str(error):
+                raise
+            raise BackgroundError(
+                f"rank {self._communicator.rank}: averaging the dense part's gradients of step {step} failed; another of the "
+                f"{self._communicator.num_trainers} trainers may be gone: {error}"
+            ) from error
 
     def all_do(self, what: str, work: Callable[[], Any], failure_is: type[BagpipeError] = CheckpointError) -> list[Any]:
         """What `work` returns on each rank, JSON values, by rank, once all have done it; None from those that have nothing to do.
