@@ -45,11 +45,11 @@ _ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]  # a dict 
     | {"prange": True}
 )
 """What numba must not share between threads: by itself it makes a parallel loop of every sum of 32 numbers, a meeting each."""
+_STAMP = "_bagpipe_sources"
+"""Where a compiled function keeps a hash of all sources that can be part of its machine code."""
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
-_dependencies: dict[int, str] = {}
-"""By a compiled function's identity what tells its machine code from others': a hash of all sources that can be part of it."""
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
@@ -99,8 +99,9 @@ def _noted(compiled: Callable[P, R], function: Callable[P, R]) -> Callable[P, R]
     values = ((name, _content(value)) for name, value in function.__globals__.items())
     imported = sorted(f"{name}={content}" for name, content in values if content is not None)
     source = "\n".join([_content_hash(function.__code__.co_filename), *imported])
-    _dependencies[id(compiled)] = stamp = hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
-    cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)  # numba's own, which has no name for it
+    stamp = hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+    setattr(compiled, _STAMP, stamp)
+    cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)  # numba has no public name for it
     if cache_file is not None:
         cache_file._source_stamp = stamp
     return compiled
@@ -108,12 +109,11 @@ def _noted(compiled: Callable[P, R], function: Callable[P, R]) -> Callable[P, R]
 
 def _content(value: object) -> str | None:
     """What of a global value goes into machine code; None for what does not."""
-    if id(value) in _dependencies:
-        return _dependencies[id(value)]
     if isinstance(value, int | float | np.generic):
         return repr(value)
     generator = getattr(value, "_defn", None)  # of one of numba's intrinsics
-    return None if generator is None else _content_hash(generator.__code__.co_filename)
+    stamp: str | None = getattr(value, _STAMP, None)
+    return stamp if generator is None else _content_hash(generator.__code__.co_filename)
 
 
 @lru_cache
