@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bagpipe.bench.fused import FusedTables
-from bagpipe.cache.collection import EmbeddingBagCollection, PooledEmbeddings
+from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.cache.pooled import PooledEmbeddings
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.lookahead import Lookahead, lookahead
 from bagpipe.types import Float32Array, Group, Jagged, RowWiseAdagrad, TableConfig

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from bagpipe._jit import jit
 from bagpipe.cache import kernels_cpu
-from bagpipe.cache.collection import PooledEmbeddings
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.cache.pooled import PooledEmbeddings
 from bagpipe.jagged import group_lookups, group_rows
 from bagpipe.oracle.dedup import dedup
 from bagpipe.types import Group, Int32Array, Jagged, group_tables
