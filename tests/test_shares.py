@@ -54,3 +54,16 @@ def test_inconsistent_arrays_are_refused() -> None:
         is_share(share, replace(batch, values=batch.values[1:]), 0, 2)
     with pytest.raises(DataError, match="5 ids for 2 features x 3 samples"):
         is_share(replace(share, values=share.values[1:]), batch, 0, 2)
+
+
+@pytest.mark.parametrize("share_size", [0, 2])
+def test_offsets_of_bags_of_one_id_need_not_be_written_down(share_size: int) -> None:
+    """A share of such bags alone, or an empty one, may come without, though the batch's others have more ids."""
+    lengths = np.ones((2, 2 * share_size + 1), np.int64)
+    lengths[:, share_size:] = 3
+    offsets = np.cumsum([0, *lengths.ravel()])
+    batch = Jagged(keys=("user", "item"), values=np.arange(offsets[-1]), batch_size=2 * share_size + 1, offsets=offsets)
+    share = share_of(batch, 0, 2)
+    assert share.batch_size == share_size
+    assert is_share(replace(share, offsets=None), batch, 0, 2)
+    assert not is_share(replace(share_of(batch, 1, 2), offsets=None), batch, 1, 2)

@@ -14,11 +14,13 @@ holds and all that it has imported (`_noted`).
 from __future__ import annotations
 
 import hashlib
+import marshal
 import os
 import threading
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from pathlib import Path
+from types import CodeType
 from typing import Any, ParamSpec, TypeVar
 
 import numba
@@ -47,6 +49,8 @@ _ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]  # a dict 
 """What numba must not share between threads: by itself it makes a parallel loop of every sum of 32 numbers, a meeting each."""
 _STAMP = "_bagpipe_sources"
 """Where a compiled function keeps a hash of all sources that can be part of its machine code."""
+_OF_THE_MACHINE = ("_THREADS", "_CORES")
+"""How names end of numbers that are no part of machine code, and other ones where there are more cores."""
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
@@ -96,9 +100,9 @@ def _noted(compiled: Callable[P, R], function: Callable[P, R]) -> Callable[P, R]
     That is its file, and of the others all compiled functions and numbers that the file has imported, used or not: imports come
     first, so they are known by now.
     """
-    values = ((name, _content(value)) for name, value in function.__globals__.items())
+    values = ((name, _content(value)) for name, value in function.__globals__.items() if not name.endswith(_OF_THE_MACHINE))
     imported = sorted(f"{name}={content}" for name, content in values if content is not None)
-    source = "\n".join([_content_hash(function.__code__.co_filename), *imported])
+    source = "\n".join([_source_hash(function.__code__), *imported])
     stamp = hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
     setattr(compiled, _STAMP, stamp)
     cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)  # numba has no public name for it
@@ -113,12 +117,17 @@ def _content(value: object) -> str | None:
         return repr(value)
     generator = getattr(value, "_defn", None)  # of one of numba's intrinsics
     stamp: str | None = getattr(value, _STAMP, None)
-    return stamp if generator is None else _content_hash(generator.__code__.co_filename)
+    return stamp if generator is None else _source_hash(generator.__code__)
 
 
 @lru_cache
-def _content_hash(file: str) -> str:
-    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+def _source_hash(code: CodeType) -> str:
+    """Of the file that it stands in, or where that can't be read, as in an archive, of itself."""
+    try:
+        source = Path(code.co_filename).read_bytes()
+    except OSError:
+        source = marshal.dumps(code)
+    return hashlib.blake2b(source, digest_size=16).hexdigest()
 
 
 @jit

@@ -69,8 +69,14 @@ def find_sparse(batch: Any) -> Any:
 
 def same_ids(one: Jagged, other: Jagged) -> bool:
     """Whether two batches hold the same features, ids and weights."""
-    pairs = (one.values, other.values), (one.offsets, other.offsets), (one.weights, other.weights)
-    return one.keys == other.keys and all(mine is its or np.array_equal(mine, its) for mine, its in pairs)  # type: ignore[arg-type]
+    pairs = (one.values, other.values), (one.weights, other.weights)
+    same = one.keys == other.keys and all(mine is its or np.array_equal(mine, its) for mine, its in pairs)  # type: ignore[arg-type]
+    return same and (one.offsets is other.offsets or np.array_equal(_offsets(one), _offsets(other)))
+
+
+def _offsets(ids: Jagged) -> npt.NDArray[Any]:
+    """Those of bags of one id each are not always written down."""
+    return np.arange(len(ids.values) + 1) if ids.offsets is None else ids.offsets
 
 
 def is_share(ids: Jagged, batch: Jagged, rank: int, num_trainers: int) -> bool:

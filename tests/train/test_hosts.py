@@ -385,7 +385,7 @@ def test_hosts_that_read_other_batches_are_told_before_anything_is_saved() -> No
             for step, batch in enumerate(stream):
                 (linear_loss(embeddings(batch).groups) * 2).backward()
                 if step % 3 == 2 and step < 9:
-                    if step < 4:  # the sixth batch is not planned yet
+                    if step < 6:  # the batch has not been handed out
                         stream.flush()
                         steps.append(step)
                     else:
@@ -395,7 +395,36 @@ def test_hosts_that_read_other_batches_are_told_before_anything_is_saved() -> No
             stream.close()
         return steps
 
-    assert run_ranks(2, work, num_hosts=2) == [[2]] * 2
+    assert run_ranks(2, work, num_hosts=2) == [[2, 5]] * 2
+
+
+def test_a_second_flush_needs_no_other_rank() -> None:
+    def work(communicator: Communicator) -> None:
+        sizes = {"cache": [400, 150], "replicas": [400, 150]}
+        with EmbeddingsOf(communicator) as embeddings:
+            trainer = Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=2, options=sizes)
+            with trainer.stream(make_batches(10)) as stream:
+                for step, loss in trainer.losses(stream):
+                    loss.backward()
+                    if step % 4 == 3:
+                        stream.flush()
+                        if communicator.rank == 0:
+                            stream.flush()
+
+    run_ranks(2, work, num_hosts=2, timeout_s=20.0)
+
+
+def test_a_failure_of_the_system_on_one_rank_is_one_on_all() -> None:
+    def work(communicator: Communicator) -> None:
+        def fail() -> None:
+            if communicator.rank == 1:
+                raise OSError(28, "No space left on device")
+
+        with pytest.raises(ConfigError, match="No space left on device"):
+            Trainers(communicator).all_do("a file", fail, ConfigError)
+        assert Trainers(communicator).all_do("numbers", lambda: communicator.rank) == [0, 1]
+
+    run_ranks(2, work)
 
 
 def test_runs_of_other_settings_are_refused_but_for_what_is_a_hosts_own() -> None:

@@ -218,11 +218,14 @@ class EmbeddingBagCollection(nn.Module):
                 store.close()
 
     def tables(self) -> dict[str, LazyTable]:
-        """Every table's weights by name, read block by block from the stores, which are flushed before.
+        """Every table's weights by name, read block by block from the stores; flushed first.
 
         Raises UsageError when rows were lost by an earlier failure.
         """
-        self._check_nothing_lost()
+        if self._has_hosts:  # where they can't be read, and flushing would wait for ranks that do not ask
+            self._check_nothing_lost()
+        else:
+            self.flush()
         return self._tables(self._make_readable)
 
     def save_tables(self, path: str | Path) -> None:

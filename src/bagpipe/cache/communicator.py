@@ -83,7 +83,7 @@ class Communicator:
             where = "; ".join(" and ".join(name.split()[0] for name in sorted(found)) for found in on_hosts)
             raise ConfigError(
                 f"{self.num_trainers} trainers were told {told}, but run, host by host, on {where}: give all the number of hosts, "
-                f"Communicator.from_default_group(num_hosts={len(set(machines))}), and start as many on each"
+                f"Communicator.from_default_group(num_hosts={len(set(machines))}), and start as many on each, beside each other"
             )
         # Of ranks that are threads of one process, or on another host, only messages tell.
         by_rank = {rank: int(pids[rank]) for rank in self.ranks_of_host}

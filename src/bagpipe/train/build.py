@@ -81,7 +81,7 @@ def build_run(
         DataError: the data can't be read.
         StoreError: a store can't be made.
     """
-    device = _choose_device(config.train.device, communicator)
+    device = choose_device(config.train.device, communicator)
     source = open_source(config.data, "train")
     validation = open_source(config.data, "validation") if _has_validation(config.data) else None
     schedule = make_schedule(config.train, source.num_samples)
@@ -207,7 +207,8 @@ def _has_validation(config: DataConfig) -> bool:
     return config.kind != "prepared" or PreparedManifest.load(config.folder).num_rows("validation") > 0
 
 
-def _choose_device(name: str, communicator: Communicator | None) -> torch.device:
+def choose_device(name: str, communicator: Communicator | None) -> torch.device:
+    """The device that a configuration names; what computes there is told to be deterministic. ConfigError: there is none."""
     num_devices, num_needed = torch.cuda.device_count(), 1 if communicator is None else len(communicator.ranks_of_host)
     has_cuda = num_devices >= num_needed
     if name == "cuda" and not has_cuda:

@@ -97,7 +97,8 @@ def lookahead(
     Where the embeddings have a communicator, `batches` are those of all trainers together, the same on every rank, and each rank is
     handed its `share(batch, rank, num_trainers)`. `replicas` is how many rows of other ranks one step may need, or so many for each
     group; by default half the cache's rows, and at least 4,096. Without `overlap` all that travels between trainers is on the
-    critical path, with the same result: `bagpipe bench trainers` measures what overlapping saves.
+    critical path, with the same result: `bagpipe bench trainers` measures what overlapping saves. On several hosts each reads for
+    itself; that all have read the same is seen at each `flush`, and hosts whose batches end at another step end in an error.
 
     Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the loss's gradient before it does.
 
@@ -170,7 +171,8 @@ class Lookahead(Generic[BatchT]):
         self._move = move
         self._submitted: deque[tuple[Planned[Any], Callable[[Sequence[Tensor]], BatchT]]] = deque()  # and what makes the batch
         self._in_step = False
-        self._ids_hash = ""  # of all batches submitted so far whose ids were hashed
+        self._is_first_compared = False
+        self._ids_hash = self._compared_hash = ""  # of all batches handed out whose ids were hashed, now and at the last flush
         self._communicator = embeddings.communicator
         self._executor = embeddings.start(options.num_slots, options.trainers.num_replica_slots or None)
         self._process: SharedOracle[Any] | None = None
@@ -211,6 +213,8 @@ class Lookahead(Generic[BatchT]):
         if submitted is None:
             self.close()
             raise StopIteration
+        if planned.ids_hash is not None:
+            self._ids_hash = xxhash.xxh3_128((self._ids_hash + planned.ids_hash).encode()).hexdigest()
         self.report.add(planned.plan, planned.peak_slots)
         self.oracle_bytes = planned.oracle_bytes
         return batch
@@ -252,8 +256,10 @@ class Lookahead(Generic[BatchT]):
         """
         self._end_step()
         self._embeddings.flush()
-        if self._communicator is not None and self._communicator.num_hosts > 1:
-            check_same_batches(self._communicator, self._ids_hash, f"the batches before step {self._embeddings.step}")
+        communicator, ids_hash = self._communicator, self._ids_hash
+        if communicator is not None and communicator.num_hosts > 1 and ids_hash != self._compared_hash:
+            check_same_batches(communicator, ids_hash, f"the batches before step {self._embeddings.step}")
+            self._compared_hash = ids_hash
 
     def _give_up(self, error: BaseException) -> None:
         """Ends the stream after an error, with other trainers without waiting for any of them."""
@@ -341,9 +347,9 @@ class Lookahead(Generic[BatchT]):
 
     def _submit(self, planned: Planned[BatchT]) -> None:
         if self._communicator is not None and planned.ids_hash is not None:
-            if not self._ids_hash:
+            if not self._is_first_compared:
                 check_same_batches(self._communicator, planned.ids_hash, "the first batch")
-            self._ids_hash = xxhash.xxh3_128((self._ids_hash + planned.ids_hash).encode()).hexdigest()
+            self._is_first_compared = True
         arrays, make_batch = _take_apart(planned.batch, self._move, planned.plan.step)
         self._executor.submit(planned.plan, planned.release, arrays)
         self._submitted.append((planned, make_batch))

@@ -23,7 +23,7 @@ from bagpipe.data.base import Batch
 from bagpipe.errors import CheckpointError
 from bagpipe.train.agreement import check_same_run
 from bagpipe.train.batches import TorchBatch
-from bagpipe.train.build import Run, build_run
+from bagpipe.train.build import Run, build_run, choose_device, describe_run
 from bagpipe.train.checkpoint import (
     SavedRun,
     check_resumable,
@@ -90,10 +90,11 @@ def train(
         checkpoints = stack.enter_context(claim_run_folder(folder)) if trainers.is_first else folder / "checkpoints"
         trainers.wait("rank 0 to claim the run's folder")
         check_seen_by_all(folder, trainers)
-        run = stack.enter_context(build_run(config, communicator=communicator, say=reporter.say))
         if communicator is not None:
-            own = {"resume": resume, "device": run.device.type, "torch": environment()["torch"]}
-            check_same_run(communicator, {**run.settings, **own})
+            device = choose_device(config.train.device, communicator)
+            own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
+            check_same_run(communicator, {**describe_run(config), **own})
+        run = stack.enter_context(build_run(config, communicator=communicator, say=reporter.say))
         saved = _resume(run, checkpoints, reporter, trainers) if resume else None
         if saved is None and trainers.is_first:
             start_afresh(checkpoints, overwrite=overwrite)

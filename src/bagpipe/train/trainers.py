@@ -41,7 +41,7 @@ class Trainers:
         try:
             yield
         except RuntimeError as error:
-            if self._communicator is None or "gloo" not in str(error):
+            if self._communicator is None or isinstance(error, BackgroundError) or "gloo" not in str(error):
                 raise
             raise BackgroundError(
                 f"rank {self._communicator.rank}: averaging the dense part's gradients of step {step} failed; another of the "
@@ -51,15 +51,15 @@ class Trainers:
     def all_do(self, what: str, work: Callable[[], Any], failure_is: type[BagpipeError] = CheckpointError) -> list[Any]:
         """What `work` returns on each rank, JSON values, by rank, once all have done it; None from those that have nothing to do.
 
-        Where one raises a BagpipeError of any kind the others raise `failure_is`.
+        Where one raises a BagpipeError of any kind the others raise `failure_is`, and all do where one raises an OSError.
         """
         if self._communicator is None:
             return [work()]
         result, failure = None, None
         try:
             result = work()
-        except BagpipeError as error:
-            failure = error
+        except (BagpipeError, OSError) as error:
+            failure = error if isinstance(error, BagpipeError) else failure_is(str(error))
         told = json.dumps({"result": result, "failure": None if failure is None else str(failure)})
         answers = [json.loads(text) for text in self._communicator.gather_texts(what, told)]
         if failure is not None:
