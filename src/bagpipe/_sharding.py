@@ -57,9 +57,9 @@ def host_of(rank: int, num_trainers: int, num_hosts: int) -> int:
     return rank * num_hosts // num_trainers
 
 
-def ranks_on(host: int, num_trainers: int, num_hosts: int) -> range:
-    """The trainers of a host."""
-    return range(host * num_trainers // num_hosts, (host + 1) * num_trainers // num_hosts)
+def neighbours_on(host: int, num_items: int, num_hosts: int) -> range:
+    """Which trainers, or shards, of so many are a host's."""
+    return range(host * num_items // num_hosts, (host + 1) * num_items // num_hosts)
 
 
 def check_hosts(num_trainers: int, num_hosts: int) -> None:

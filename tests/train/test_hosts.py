@@ -17,12 +17,22 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests import strategies
 from tests.oracle.test_hosts import home_of, smallest_cache
 from tests.train.ranks import run_ranks
 from tests.train.test_checkpoint import CONFIG
 from tests.train.test_equality import OPTIMIZERS
-from tests.train.test_trainers import Loop, Trainer, all_records, assert_equal, linear_loss, make_batches, make_tables, plain, train
+from tests.train.test_trainers import (
+    Loop,
+    Trainer,
+    all_records,
+    assert_equal,
+    exact_trace,
+    linear_loss,
+    make_batches,
+    make_tables,
+    plain,
+    train,
+)
 
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
@@ -112,14 +122,9 @@ def test_caches_cut_into_shards(extra_slots: int, monkeypatch: pytest.MonkeyPatc
 
 
 @given(st.data(), st.sampled_from([(2, 2), (6, 2), (4, 4)]), st.integers(0, 20), st.integers(1, 12), st.integers(0, 4))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_any_trace(data: st.DataObject, layout: tuple[int, int], extra: int, lookahead: int, depth: int) -> None:
-    tables = [table for table in data.draw(strategies.table_lists(max_dims=2)) if table.pooling == "sum"]
-    if not tables:
-        return
-    batches = data.draw(strategies.traces(tables, max_steps=10))
-    if any(batch.weights is not None for batch in batches):
-        return  # sums are not exact
+    tables, batches = exact_trace(data)
     optimizer = data.draw(st.sampled_from(OPTIMIZERS))
     expected = train(tables, optimizer, batches, [(1, len(batches))])
     options = {"extra_slots": extra, "lookahead": lookahead, "prefetch_depth": depth, "check": True}
@@ -398,20 +403,21 @@ def test_hosts_that_read_other_batches_are_told_before_anything_is_saved() -> No
     assert run_ranks(2, work, num_hosts=2) == [[2, 5]] * 2
 
 
-def test_a_second_flush_needs_no_other_rank() -> None:
-    def work(communicator: Communicator) -> None:
-        sizes = {"cache": [400, 150], "replicas": [400, 150]}
-        with EmbeddingsOf(communicator) as embeddings:
-            trainer = Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=2, options=sizes)
-            with trainer.stream(make_batches(10)) as stream:
-                for step, loss in trainer.losses(stream):
-                    loss.backward()
-                    if step % 4 == 3:
-                        stream.flush()
-                        if communicator.rank == 0:
-                            stream.flush()
+def test_a_second_flush_needs_no_other_rank_and_changes_nothing() -> None:
+    num_flushes = [0, 0]
 
-    run_ranks(2, work, num_hosts=2, timeout_s=20.0)
+    def flush_twice_on_rank_0(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+        with trainer.stream(batches) as stream:
+            for step, loss in trainer.losses(stream):
+                loss.backward()
+                for _ in range(2 - rank_of(trainer) if step % 4 == 3 else 0):
+                    stream.flush()
+                    num_flushes[rank_of(trainer)] += 1
+
+    batches = make_batches(14)
+    found = train_on_hosts(make_tables(), SGD(lr=0.5), batches, 2, 2, loop=flush_twice_on_rank_0, lookahead=3)
+    assert num_flushes == [6, 3]
+    assert_equal(found, train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], lookahead=3))
 
 
 def test_a_failure_of_the_system_on_one_rank_is_one_on_all() -> None:

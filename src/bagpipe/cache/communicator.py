@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagpipe._sharding import check_hosts, home_hosts, host_of, ranks_on
+from bagpipe._sharding import check_hosts, home_hosts, host_of, neighbours_on
 from bagpipe.errors import BackgroundError, ConfigError, UsageError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.store.shared import SharedFiles, SharedMemoryStore
@@ -76,7 +76,7 @@ class Communicator:
         texts = self.gather_texts("the process", f"{os.getpid()} {self.num_hosts} {_machine()}")
         pids, nums_hosts, machines = zip(*(text.split(maxsplit=2) for text in texts), strict=True)
         on_hosts = [
-            {machines[rank] for rank in ranks_on(host, self.num_trainers, self.num_hosts)} for host in range(self.num_hosts)
+            {machines[rank] for rank in neighbours_on(host, self.num_trainers, self.num_hosts)} for host in range(self.num_hosts)
         ]
         if len(set(nums_hosts)) > 1 or any(len(found) > 1 for found in on_hosts):
             told = ", ".join(sorted({f"num_hosts={number}" for number in nums_hosts}))
@@ -122,7 +122,7 @@ class Communicator:
     @property
     def ranks_of_host(self) -> range:
         """The ranks of this one's host."""
-        return ranks_on(self.host, self.num_trainers, self.num_hosts)
+        return neighbours_on(self.host, self.num_trainers, self.num_hosts)
 
     @property
     def is_first_of_host(self) -> bool:

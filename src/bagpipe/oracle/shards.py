@@ -19,7 +19,7 @@ from itertools import accumulate
 import numpy as np
 
 from bagpipe._jit import jit
-from bagpipe._sharding import LINE_BITS, NUM_SHARDS, part_of, shard_of
+from bagpipe._sharding import LINE_BITS, NUM_SHARDS, neighbours_on, part_of, shard_of
 from bagpipe.types import Int32Array, Int64Array
 
 MIN_SLOTS = 1 << 15
@@ -71,7 +71,7 @@ def slot_bounds(num_slots: int, num_rows: int, num_hosts: int = 1) -> Int64Array
     counts = _num_rows_by_shard(num_rows, num_shards)
     bounds = [0]
     for host in range(num_hosts):
-        *ends, num_host_rows = accumulate(counts[host * num_shards // num_hosts : (host + 1) * num_shards // num_hosts])
+        *ends, num_host_rows = accumulate(counts[shard] for shard in neighbours_on(host, num_shards, num_hosts))
         bounds += [host * host_slots + end * host_slots // max(1, num_host_rows) for end in ends]
         bounds.append((host + 1) * host_slots)
     return np.array(bounds, np.int64)
@@ -98,7 +98,7 @@ def _num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int, num_shard
     used, all_rows = np.diff(shard_bounds(rows, num_shards)).tolist(), _num_rows_by_shard(num_rows, num_shards)
     needed = [0]
     for host in range(num_hosts):
-        own = range(host * num_shards // num_hosts, (host + 1) * num_shards // num_hosts)
+        own = neighbours_on(host, num_shards, num_hosts)
         num_host_rows = sum(all_rows[shard] for shard in own)
         needed += [-(-used[shard] * num_host_rows // all_rows[shard]) for shard in own if used[shard]]
     return num_hosts * max(needed)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from bagpipe._sharding import check_hosts, host_of, ranks_on
+from bagpipe._sharding import check_hosts, host_of, neighbours_on
 from bagpipe._workers import Workers
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.cacher import CachePlan, Cacher
@@ -91,7 +91,7 @@ class Trainers:
     def ranks_of_host(self) -> tuple[int, ...]:
         """All ranks of the host of the first rank that is planned for."""
         host = host_of(self.ranks[0], self.num_trainers, self.num_hosts)
-        return tuple(ranks_on(host, self.num_trainers, self.num_hosts))
+        return tuple(neighbours_on(host, self.num_trainers, self.num_hosts))
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raises ConfigError for values out of range."""
