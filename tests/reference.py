@@ -1,7 +1,8 @@
-"""Slow and obvious twins of what the library does, written without it: a naive oracle and an in-memory trainer.
+"""Slow and obvious twins of what the library does, written without it: a naive oracle and an
+in-memory trainer.
 
-They share only the value types with the code under test. Rows are plain integers, sets and dicts; floats are numpy
-float32 with one rounding an operation.
+They share only the value types with the code under test. Rows are plain integers, sets and dicts;
+floats are numpy float32 with one rounding an operation.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def lookups(group: Group, batch: Jagged) -> list[tuple[int, int, int]]:
         for sample in range(batch.batch_size):
             bag = key * batch.batch_size + sample
             begin, end = (bag, bag + 1) if batch.offsets is None else batch.offsets[bag : bag + 2]
-            result += [(first_row + int(identifier), feature, sample) for identifier in batch.values[begin:end]]
+            result += [
+                (first_row + int(identifier), feature, sample)
+                for identifier in batch.values[begin:end]
+            ]
     return result
 
 
@@ -61,7 +65,9 @@ def unique_rows(group: Group, batch: Jagged) -> list[int]:
 def naive_oracle(
     batches: Sequence[list[int]], *, num_slots: int, lookahead: int, prefetch_depth: int
 ) -> list[tuple[list[int], set[int]]]:
-    """For each step the rows fetched, in batch order, and the set of rows evicted, by scanning for the farthest next use."""
+    """For each step the rows fetched, in batch order, and the set of rows evicted, by scanning for
+    the farthest next use.
+    """
     cached: set[int] = set()
     last_use: dict[int, int] = {}
     result = []
@@ -81,7 +87,9 @@ def naive_oracle(
             if due == NEVER:
                 return (0, used, batches[used].index(row))
             settled_at, seen_at = used + prefetch_depth + 1, max(0, due - lookahead)
-            if seen_at > settled_at:  # it waited without a next use until the batch that uses it next came into sight
+            # it waited without a next use until the batch that uses it next came into
+            # sight
+            if seen_at > settled_at:
                 return (1, -due, seen_at, 0, batches[due].index(row))
             return (1, -due, settled_at, 1, batches[used].index(row))
 
@@ -93,7 +101,9 @@ def naive_oracle(
 
 
 class InMemoryTables:
-    """One group's tables, whole, as (num_rows, D) weights and (num_rows, S) state; trained with the library's arithmetic."""
+    """One group's tables, whole, as (num_rows, D) weights and (num_rows, S) state; trained with the
+    library's arithmetic.
+    """
 
     def __init__(self, group: Group, records: np.ndarray) -> None:
         """`records` (num_rows, D + S) are copied."""
@@ -104,8 +114,12 @@ class InMemoryTables:
 
     def lookup(self, batch: Jagged) -> np.ndarray:
         """Pooled embeddings (B, F, D)."""
-        pooled = np.zeros((batch.batch_size, len(self.group.features), self.group.embedding_dim), np.float32)
-        for (row, feature, sample), weight in zip(lookups(self.group, batch), lookup_weights(self.group, batch), strict=True):
+        pooled = np.zeros(
+            (batch.batch_size, len(self.group.features), self.group.embedding_dim), np.float32
+        )
+        for (row, feature, sample), weight in zip(
+            lookups(self.group, batch), lookup_weights(self.group, batch), strict=True
+        ):
             pooled[sample, feature] += self.weights[row] * weight
         return pooled * self._scales(batch)
 
@@ -113,12 +127,19 @@ class InMemoryTables:
         """One optimizer step with the gradient (B, F, D) of `lookup`'s result."""
         grads = grads.astype(np.float32) * self._scales(batch)
         bags: dict[int, list[np.ndarray]] = {}
-        for (row, feature, sample), weight in zip(lookups(self.group, batch), lookup_weights(self.group, batch), strict=True):
+        for (row, feature, sample), weight in zip(
+            lookups(self.group, batch), lookup_weights(self.group, batch), strict=True
+        ):
             bags.setdefault(row, []).append(grads[sample, feature] * weight)
         for row, parts in bags.items():
-            pieces = [_in_order(parts[begin : begin + MAX_PIECE_LENGTH]) for begin in range(0, len(parts), MAX_PIECE_LENGTH)]
+            pieces = [
+                _in_order(parts[begin : begin + MAX_PIECE_LENGTH])
+                for begin in range(0, len(parts), MAX_PIECE_LENGTH)
+            ]
             total = pieces[0] if len(pieces) == 1 else pieces[0] + _in_order(pieces[1:])
-            self.weights[row], self.state[row] = self._apply(self.weights[row], self.state[row], total)
+            self.weights[row], self.state[row] = self._apply(
+                self.weights[row], self.state[row], total
+            )
         self.step += 1
 
     def records(self) -> np.ndarray:
@@ -129,10 +150,14 @@ class InMemoryTables:
         lengths = np.zeros((batch.batch_size, len(self.group.features), 1), np.float64)
         for _, feature, sample in lookups(self.group, batch):
             lengths[sample, feature] += 1
-        is_mean = np.array([self.group.tables[table].pooling == "mean" for table in self.group.feature_tables])
+        is_mean = np.array(
+            [self.group.tables[table].pooling == "mean" for table in self.group.feature_tables]
+        )
         return np.where(is_mean[None, :, None], 1 / np.maximum(lengths, 1), 1.0).astype(np.float32)
 
-    def _apply(self, weights: np.ndarray, state: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _apply(
+        self, weights: np.ndarray, state: np.ndarray, grad: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         optimizer, one = self.group.optimizer, np.float32
         lr = one(optimizer.lr)
         match optimizer:
@@ -151,7 +176,9 @@ class InMemoryTables:
                 second = second + (grad * grad - second) * one(1 - beta2)
                 count = self.step + 1
                 size = one(optimizer.lr * (1 - beta2**count) ** 0.5 / (1 - beta1**count))
-                return weights - first / (np.sqrt(second) + one(optimizer.eps)) * size, np.concatenate([first, second])
+                return weights - first / (
+                    np.sqrt(second) + one(optimizer.eps)
+                ) * size, np.concatenate([first, second])
 
 
 def _in_order(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -165,5 +192,7 @@ def _mean_of_squares(grad: np.ndarray) -> np.float32:
     lanes = np.zeros(8, np.float32)
     for index, value in enumerate(grad):
         lanes[index % 8] += value * value
-    total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
+    total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
+        (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
+    )
     return total / np.float32(len(grad))

@@ -1,4 +1,6 @@
-"""The contract of `bagpipe.store.base.EmbeddingStore`: a store's tests subclass `StoreContract` and make one."""
+"""The contract of `bagpipe.store.base.EmbeddingStore`: a store's tests subclass `StoreContract` and
+make one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from hypothesis import strategies as st
 
 from bagpipe.errors import StoreError
 from bagpipe.store import EmbeddingStore, MemoryStore, RowInitializer
-from bagpipe.types import Adagrad, Float32Array, Group, Int64Array, Normal, RowWiseAdagrad, TableConfig, Uniform
+from bagpipe.types import (
+    Adagrad,
+    Float32Array,
+    Group,
+    Int64Array,
+    Normal,
+    RowWiseAdagrad,
+    TableConfig,
+    Uniform,
+)
 
 StoreFactory: TypeAlias = Callable[[Group, int], EmbeddingStore]
 
@@ -23,7 +34,8 @@ NUM_ROWS = 1_300
 WIDTH = 7
 SEED = 5
 
-# Each example makes stores of its own, so it shares nothing through the fixture `make` nor with the other subclasses' runs.
+# Each example makes stores of its own, so it shares nothing through the fixture `make` nor with the
+# other subclasses' runs.
 SHARED_BY_SUBCLASSES = [HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
 
 
@@ -33,8 +45,20 @@ def make_group(num_rows: int = NUM_ROWS, dim: int = WIDTH - 1) -> Group:
     return Group(
         index=2,
         tables=(
-            TableConfig(name="a", num_embeddings=first, embedding_dim=dim, feature_names=["a"], init=Uniform(low=1.0, high=2.0)),
-            TableConfig(name="b", num_embeddings=num_rows - first, embedding_dim=dim, feature_names=["b"], init=Normal(mean=-9.0)),
+            TableConfig(
+                name="a",
+                num_embeddings=first,
+                embedding_dim=dim,
+                feature_names=["a"],
+                init=Uniform(low=1.0, high=2.0),
+            ),
+            TableConfig(
+                name="b",
+                num_embeddings=num_rows - first,
+                embedding_dim=dim,
+                feature_names=["b"],
+                init=Normal(mean=-9.0),
+            ),
         ),
         optimizer=RowWiseAdagrad(lr=0.1, initial_accumulator_value=0.25),
     )
@@ -76,13 +100,17 @@ class StoreContract:
     def store(self, make: StoreFactory) -> EmbeddingStore:
         return make(make_group(), SEED)
 
-    def test_untouched_rows_read_as_initial_records_and_stay_untouched(self, store: EmbeddingStore) -> None:
+    def test_untouched_rows_read_as_initial_records_and_stay_untouched(
+        self, store: EmbeddingStore
+    ) -> None:
         rows = np.arange(NUM_ROWS)[::-1].copy()
         np.testing.assert_array_equal(fetch(store, rows), initial(store.group, rows))
         assert store.num_touched == 0
         assert touched_rows(store) == []
 
-    def test_fetch_sees_what_was_written_and_initial_records_between(self, store: EmbeddingStore) -> None:
+    def test_fetch_sees_what_was_written_and_initial_records_between(
+        self, store: EmbeddingStore
+    ) -> None:
         written = rows_of(0, 1_299, 433, 432)
         store.write(written, records_of(written))
         rows = rows_of(432, 5, 1_299, 0, 600)
@@ -98,12 +126,17 @@ class StoreContract:
         rows = rows_of(3, 8)
         store.write(rows, records_of(rows))
         store.write(rows_of(8, 4), records_of(rows_of(8, 4), salt=0.5))
-        np.testing.assert_array_equal(fetch(store, rows_of(3, 8)), [*records_of(rows_of(3)), *records_of(rows_of(8), salt=0.5)])
+        np.testing.assert_array_equal(
+            fetch(store, rows_of(3, 8)),
+            [*records_of(rows_of(3)), *records_of(rows_of(8), salt=0.5)],
+        )
         assert store.num_touched == 3
 
     def test_zeros_and_special_values_are_kept_to_the_bit(self, store: EmbeddingStore) -> None:
         rows = rows_of(1, 2)
-        bits = np.array([[0x80000000, 0x7FC12345, 0x00000001, 0x7F800000, 0, 1, 2], [0] * WIDTH], np.uint32)
+        bits = np.array(
+            [[0x80000000, 0x7FC12345, 0x00000001, 0x7F800000, 0, 1, 2], [0] * WIDTH], np.uint32
+        )
         store.write(rows, bits.view(np.float32))
         np.testing.assert_array_equal(fetch(store, rows).view(np.uint32), bits)
 
@@ -122,10 +155,14 @@ class StoreContract:
 
     @settings(max_examples=25, deadline=None, suppress_health_check=SHARED_BY_SUBCLASSES)
     @given(
-        writes=st.lists(st.lists(st.integers(0, NUM_ROWS - 1), unique=True, max_size=40), max_size=6),
+        writes=st.lists(
+            st.lists(st.integers(0, NUM_ROWS - 1), unique=True, max_size=40), max_size=6
+        ),
         block_rows=st.integers(1, 50),
     )
-    def test_equals_a_dict_and_the_memory_store(self, make: StoreFactory, writes: list[list[int]], block_rows: int) -> None:
+    def test_equals_a_dict_and_the_memory_store(
+        self, make: StoreFactory, writes: list[list[int]], block_rows: int
+    ) -> None:
         store, peer = make(make_group(), SEED), MemoryStore(make_group(), SEED)
         model: dict[int, Float32Array] = {}
         for salt, written in enumerate(writes):
@@ -159,7 +196,9 @@ class StoreContract:
         assert touched_rows(store) == [500]
 
     @pytest.mark.parametrize("bad", [-1, NUM_ROWS, 2**40, -(2**63), 2**63 - 1])
-    def test_a_row_out_of_range_is_refused_before_anything_is_written(self, store: EmbeddingStore, bad: int) -> None:
+    def test_a_row_out_of_range_is_refused_before_anything_is_written(
+        self, store: EmbeddingStore, bad: int
+    ) -> None:
         rows = rows_of(5, bad, 6)
         message = rf"row {bad:,} lies outside group 2 \(dim 6\), whose rows are 0 to 1,299"
         with pytest.raises(StoreError, match=message):
@@ -169,19 +208,45 @@ class StoreContract:
             store.fetch(rows, out)
         assert (out == 77).all()
         assert store.num_touched == 0
-        np.testing.assert_array_equal(fetch(store, rows_of(5, 6)), initial(store.group, rows_of(5, 6)))
+        np.testing.assert_array_equal(
+            fetch(store, rows_of(5, 6)), initial(store.group, rows_of(5, 6))
+        )
 
     @pytest.mark.parametrize(
         ("rows", "records", "facts"),
         [
-            (np.zeros(2, np.int32), np.zeros((2, WIDTH), np.float32), "1-D int64 array, are int32 of shape"),
-            (np.zeros((2, 1), np.int64), np.zeros((2, WIDTH), np.float32), r"1-D int64 array, are int64 of shape \(2, 1\)"),
+            (
+                np.zeros(2, np.int32),
+                np.zeros((2, WIDTH), np.float32),
+                "1-D int64 array, are int32 of shape",
+            ),
+            (
+                np.zeros((2, 1), np.int64),
+                np.zeros((2, WIDTH), np.float32),
+                r"1-D int64 array, are int64 of shape \(2, 1\)",
+            ),
             (np.int64(3), np.zeros((1, WIDTH), np.float32), "1-D int64 array, are a int64"),
             ([0, 1], np.zeros((2, WIDTH), np.float32), "1-D int64 array, are a list"),
-            (np.zeros(2, np.int64), np.zeros((2, WIDTH), np.float64), r"of shape \(2, 7\), is float64 of shape \(2, 7\)"),
-            (np.zeros(2, np.int64), np.zeros((2, WIDTH - 1), np.float32), r"of shape \(2, 7\), is float32 of shape \(2, 6\)"),
-            (np.zeros(2, np.int64), np.zeros((3, WIDTH), np.float32), r"of shape \(2, 7\), is float32 of shape \(3, 7\)"),
-            (np.zeros(2, np.int64), np.zeros((WIDTH, 2), np.float32).T, r"of shape \(2, 7\), not C-contiguous"),
+            (
+                np.zeros(2, np.int64),
+                np.zeros((2, WIDTH), np.float64),
+                r"of shape \(2, 7\), is float64 of shape \(2, 7\)",
+            ),
+            (
+                np.zeros(2, np.int64),
+                np.zeros((2, WIDTH - 1), np.float32),
+                r"of shape \(2, 7\), is float32 of shape \(2, 6\)",
+            ),
+            (
+                np.zeros(2, np.int64),
+                np.zeros((3, WIDTH), np.float32),
+                r"of shape \(2, 7\), is float32 of shape \(3, 7\)",
+            ),
+            (
+                np.zeros(2, np.int64),
+                np.zeros((WIDTH, 2), np.float32).T,
+                r"of shape \(2, 7\), not C-contiguous",
+            ),
             (np.zeros(2, np.int64), [[0.0] * WIDTH] * 2, "is a list"),
         ],
     )
@@ -196,7 +261,9 @@ class StoreContract:
     def test_a_fetch_into_a_read_only_array_is_refused(self, store: EmbeddingStore) -> None:
         out = np.zeros((1, WIDTH), np.float32)
         out.flags.writeable = False
-        with pytest.raises(StoreError, match=r"out for a fetch of 1 rows of group 2 .* is read-only"):
+        with pytest.raises(
+            StoreError, match=r"out for a fetch of 1 rows of group 2 .* is read-only"
+        ):
             store.fetch(rows_of(0), out)
 
     def test_read_only_rows_and_records_are_written(self, store: EmbeddingStore) -> None:
@@ -207,7 +274,9 @@ class StoreContract:
         np.testing.assert_array_equal(fetch(store, rows), records)
 
     def test_disjoint_fetches_and_writes_run_at_once(self, store: EmbeddingStore) -> None:
-        """Rows of the threads interleave, so that neighbours share cache lines, pages and stretches of a file."""
+        """Rows of the threads interleave, so that neighbours share cache lines, pages and stretches
+        of a file.
+        """
         num_threads, num_rounds = 4, 12
 
         def work(thread: int) -> None:
@@ -220,9 +289,13 @@ class StoreContract:
             for future in [pool.submit(work, thread) for thread in range(num_threads)]:
                 future.result(timeout=60)
         assert store.num_touched == NUM_ROWS
-        np.testing.assert_array_equal(fetch(store, np.arange(NUM_ROWS)), records_of(np.arange(NUM_ROWS), num_rounds - 1))
+        np.testing.assert_array_equal(
+            fetch(store, np.arange(NUM_ROWS)), records_of(np.arange(NUM_ROWS), num_rounds - 1)
+        )
 
-    def test_closing_twice_is_allowed_and_use_afterwards_is_an_error(self, store: EmbeddingStore) -> None:
+    def test_closing_twice_is_allowed_and_use_afterwards_is_an_error(
+        self, store: EmbeddingStore
+    ) -> None:
         rows = rows_of(1, 2)
         store.write(rows, records_of(rows))
         begun = store.snapshot(1)
@@ -241,7 +314,9 @@ class StoreContract:
             with pytest.raises(StoreError, match=r"store of group 2 \(dim 6\) is closed"):
                 use()
 
-    def test_closing_under_running_calls_ends_them_well_or_with_a_store_error(self, store: EmbeddingStore) -> None:
+    def test_closing_under_running_calls_ends_them_well_or_with_a_store_error(
+        self, store: EmbeddingStore
+    ) -> None:
         """As when a run fails while its write-backs are under way."""
         started = threading.Barrier(3)
 
@@ -261,20 +336,26 @@ class StoreContract:
                     future.result(timeout=60)
 
     def test_a_huge_group_is_made_lazily(self, make: StoreFactory) -> None:
-        """24 GiB of records: the test would run out of memory, disk or time if they were materialised."""
+        """24 GiB of records: the test would run out of memory, disk or time if they were
+        materialised.
+        """
         group = make_group(100_000_000, dim=64)
         started = time.perf_counter()
         store = make(group, SEED)
         assert time.perf_counter() - started < 1
         rows = rows_of(0, 33_333_333, 99_999_999)
         store.write(rows[1:], records_of(rows[1:], width=65))
-        np.testing.assert_array_equal(fetch(store, rows), [*initial(group, rows[:1]), *records_of(rows[1:], width=65)])
+        np.testing.assert_array_equal(
+            fetch(store, rows), [*initial(group, rows[:1]), *records_of(rows[1:], width=65)]
+        )
         assert store.num_touched == 2
         store.close()
 
     def test_records_depend_on_the_seed_only(self, make: StoreFactory) -> None:
         group = make_group()
-        group_adagrad = Group(index=0, tables=group.tables, optimizer=Adagrad(lr=0.1, initial_accumulator_value=3.0))
+        group_adagrad = Group(
+            index=0, tables=group.tables, optimizer=Adagrad(lr=0.1, initial_accumulator_value=3.0)
+        )
         rows = np.arange(NUM_ROWS)
         np.testing.assert_array_equal(fetch(make(group, 8), rows), initial(group, rows, seed=8))
         assert not np.array_equal(fetch(make(group, 8), rows), initial(group, rows, seed=9))

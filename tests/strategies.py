@@ -1,4 +1,6 @@
-"""hypothesis strategies for groups and traces of batches, small enough to find the corner cases quickly."""
+"""hypothesis strategies for groups and traces of batches, small enough to find the corner cases
+quickly.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from bagpipe.types import SGD, Group, Jagged, Optimizer, TableConfig, group_tabl
 
 @st.composite
 def table_lists(draw: st.DrawFn, max_dims: int = 1) -> list[TableConfig]:
-    """One to three tables with one or two features each, of up to `max_dims` different dimensions."""
+    """One to three tables with one or two features each, of up to `max_dims` different
+    dimensions.
+    """
     dims = draw(st.lists(st.integers(1, 9), min_size=max_dims, max_size=max_dims))
     tables = []
     for index in range(draw(st.integers(1, 3))):
@@ -19,7 +23,9 @@ def table_lists(draw: st.DrawFn, max_dims: int = 1) -> list[TableConfig]:
                 name=f"t{index}",
                 num_embeddings=draw(st.sampled_from([1, 2, 5, 30])),
                 embedding_dim=draw(st.sampled_from(dims)),
-                feature_names=[f"t{index}_f{feature}" for feature in range(draw(st.integers(1, 2)))],
+                feature_names=[
+                    f"t{index}_f{feature}" for feature in range(draw(st.integers(1, 2)))
+                ],
                 pooling=draw(st.sampled_from(["sum", "mean"])),
             )
         )
@@ -28,7 +34,8 @@ def table_lists(draw: st.DrawFn, max_dims: int = 1) -> list[TableConfig]:
 
 @st.composite
 def traces(draw: st.DrawFn, tables: list[TableConfig], max_steps: int = 25) -> list[Jagged]:
-    """Batches over all features of `tables`, keys in an order of their own; single-hot or jagged with empty and long bags.
+    """Batches over all features of `tables`, keys in an order of their own; single-hot or jagged
+    with empty and long bags.
 
     With per-sample weights now and then, where no table pools by mean.
     """
@@ -41,15 +48,25 @@ def traces(draw: st.DrawFn, tables: list[TableConfig], max_steps: int = 25) -> l
     batches = []
     for _ in range(draw(st.integers(1, max_steps))):
         batch_size = draw(st.integers(1, 6))
-        lengths = rng.integers(0, 4, (len(keys), batch_size)) if is_jagged else np.ones((len(keys), batch_size), np.int64)
+        lengths = (
+            rng.integers(0, 4, (len(keys), batch_size))
+            if is_jagged
+            else np.ones((len(keys), batch_size), np.int64)
+        )
         values = [
-            (features[key].num_embeddings * rng.random(int(lengths[index].sum())) ** skew).astype(np.int64)
+            (features[key].num_embeddings * rng.random(int(lengths[index].sum())) ** skew).astype(
+                np.int64
+            )
             for index, key in enumerate(keys)
         ]
         offsets = np.concatenate([[0], np.cumsum(lengths)]) if is_jagged else None
         ids = np.concatenate(values)
-        weights = rng.choice([0.0, 1.0, -0.3, 2.7], len(ids)).astype(np.float32) if is_weighted else None
-        batches.append(Jagged(keys=keys, values=ids, batch_size=batch_size, offsets=offsets, weights=weights))
+        weights = (
+            rng.choice([0.0, 1.0, -0.3, 2.7], len(ids)).astype(np.float32) if is_weighted else None
+        )
+        batches.append(
+            Jagged(keys=keys, values=ids, batch_size=batch_size, offsets=offsets, weights=weights)
+        )
     return batches
 
 

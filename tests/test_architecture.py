@@ -14,7 +14,17 @@ import bagpipe
 
 PACKAGE = Path(bagpipe.__file__).parent
 
-BASE = {"types", "errors", "jagged", "_jit", "_malloc", "_memory", "_prefetch", "_sharding", "_workers"}
+BASE = {
+    "types",
+    "errors",
+    "jagged",
+    "_jit",
+    "_malloc",
+    "_memory",
+    "_prefetch",
+    "_sharding",
+    "_workers",
+}
 ALLOWED = {
     "types": {"errors"},
     "errors": set(),
@@ -61,7 +71,9 @@ def sources() -> Iterator[tuple[str, Path]]:
             yield part, path
 
 
-@pytest.mark.parametrize(("part", "path"), list(sources()), ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.parametrize(
+    ("part", "path"), list(sources()), ids=lambda value: getattr(value, "stem", value)
+)
 def test_every_part_imports_only_what_it_may(part: str, path: Path) -> None:
     for module in imports(ast.parse(path.read_text())):
         root, _, rest = module.partition(".")
@@ -74,7 +86,8 @@ def test_every_part_imports_only_what_it_may(part: str, path: Path) -> None:
 
 def test_the_control_plane_loads_without_torch() -> None:
     code = (
-        "import sys, bagpipe, bagpipe.oracle, bagpipe.store, bagpipe.data, bagpipe.data.prepare, bagpipe.config.run,"
+        "import sys, bagpipe, bagpipe.oracle, bagpipe.store, bagpipe.data, bagpipe.data.prepare, "
+        "bagpipe.config.run,"
         "bagpipe.train.schedule;"
         "assert 'torch' not in sys.modules"
     )

@@ -41,11 +41,18 @@ def file(tmp_path: Path) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
 def test_the_package_is_a_program() -> None:
-    told = subprocess.run([sys.executable, "-m", "bagpipe", "bench", "--help"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-m", "bagpipe", "bench", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "--workload" in told
 
 
@@ -56,8 +63,13 @@ def test_version() -> None:
 
 
 def test_help_does_not_load_torch() -> None:
-    code = "import sys; from bagpipe.cli import app; app(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    code = (
+        "import sys; from bagpipe.cli import app; app(['--help'], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     assert "train" in ended.stdout
 
@@ -69,7 +81,9 @@ def test_train_then_resume_for_longer(file: Path) -> None:
     result = invoke("train", file, "--resume")
     assert result.exit_code == 0
     assert "resumed from step 4" in result.output
-    log = [json.loads(line) for line in (file.parent / "run" / "log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (file.parent / "run" / "log.jsonl").read_text().splitlines()
+    ]
     assert [record["step"] for record in log if record["kind"] == "end"] == [4, 10]
 
 
@@ -90,7 +104,10 @@ def test_train_another_model_and_trace_it(file: Path) -> None:
         (["--set", "cache.size=10"], "give the cache at least"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--trace-steps", "3"], "give it too"),
-        (["--set", "model.kind=deepfm"], "model.bottom: unknown key in [model]; there are top, kind"),
+        (
+            ["--set", "model.kind=deepfm"],
+            "model.bottom: unknown key in [model]; there are top, kind",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_status_2(file: Path, arguments: list[str], fact: str) -> None:
@@ -112,7 +129,9 @@ def test_data_inspect_prints_tables_and_draws(file: Path) -> None:
     assert result.exit_code == 0
     assert "Embedding tables" in result.output
     assert plot.stat().st_size > 0
-    assert "must be train or validation" in invoke("data", "inspect", file, "--split", "test").stderr
+    assert (
+        "must be train or validation" in invoke("data", "inspect", file, "--split", "test").stderr
+    )
 
 
 def test_data_prepare_makes_what_train_reads(tmp_path: Path) -> None:
@@ -157,7 +176,9 @@ def test_data_prepare_tells_what_is_missing(file: Path) -> None:
 def test_plan_for_several_trainers_says_what_they_send(file: Path) -> None:
     grid = ["--cache", "50%", "--lookahead", 2, "--steps", 8]
     many, alone = file.parent / "many.json", file.parent / "alone.json"
-    result = invoke("plan", file, "--trainers", 3, *grid, "--set", "train.batch_size=24", "--json", many)
+    result = invoke(
+        "plan", file, "--trainers", 3, *grid, "--set", "train.batch_size=24", "--json", many
+    )
     assert result.exit_code == 0, result.output
     assert "Sent between 3 trainers a step" in result.output
     result = invoke("plan", file, *grid, "--set", "train.batch_size=24", "--json", alone)
@@ -166,7 +187,9 @@ def test_plan_for_several_trainers_says_what_they_send(file: Path) -> None:
     values = json.loads(many.read_text())
     assert values["num_trainers"] == 3
     assert values["points"][0]["traffic"]["copies_rows_per_step"] > 0
-    result = invoke("plan", file, "--trainers", 4, "--hosts", 2, *grid, "--set", "train.batch_size=24")
+    result = invoke(
+        "plan", file, "--trainers", 4, "--hosts", 2, *grid, "--set", "train.batch_size=24"
+    )
     assert "Sent between 4 trainers on 2 hosts a step" in result.output
     assert "off host: share of the bytes that leaves one" in " ".join(result.output.split())
     # A batch is that of all trainers together.

@@ -16,7 +16,9 @@ BATCH_SIZE = 7
 
 def batch_of(*, is_multi_hot: bool, is_weighted: bool) -> Jagged:
     random = np.random.default_rng(3)
-    lengths = random.integers(0, 4, 2 * BATCH_SIZE) if is_multi_hot else np.ones(2 * BATCH_SIZE, np.int64)
+    lengths = (
+        random.integers(0, 4, 2 * BATCH_SIZE) if is_multi_hot else np.ones(2 * BATCH_SIZE, np.int64)
+    )
     values = random.permutation(int(lengths.sum()))
     return Jagged(
         keys=("user", "item"),
@@ -30,7 +32,9 @@ def batch_of(*, is_multi_hot: bool, is_weighted: bool) -> Jagged:
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("is_multi_hot", [False, True])
 @pytest.mark.parametrize("num_trainers", [1, 2, 3, 8])
-def test_shares_are_told_from_others(num_trainers: int, is_multi_hot: bool, is_weighted: bool) -> None:
+def test_shares_are_told_from_others(
+    num_trainers: int, is_multi_hot: bool, is_weighted: bool
+) -> None:
     batch = batch_of(is_multi_hot=is_multi_hot, is_weighted=is_weighted)
     shares = [share_of(batch, rank, num_trainers) for rank in range(num_trainers)]
     for rank, share in enumerate(shares):
@@ -58,11 +62,18 @@ def test_inconsistent_arrays_are_refused() -> None:
 
 @pytest.mark.parametrize("share_size", [0, 2])
 def test_offsets_of_bags_of_one_id_need_not_be_written_down(share_size: int) -> None:
-    """A share of such bags alone, or an empty one, may come without, though the batch's others have more ids."""
+    """A share of such bags alone, or an empty one, may come without, though the batch's others have
+    more ids.
+    """
     lengths = np.ones((2, 2 * share_size + 1), np.int64)
     lengths[:, share_size:] = 3
     offsets = np.cumsum([0, *lengths.ravel()])
-    batch = Jagged(keys=("user", "item"), values=np.arange(offsets[-1]), batch_size=2 * share_size + 1, offsets=offsets)
+    batch = Jagged(
+        keys=("user", "item"),
+        values=np.arange(offsets[-1]),
+        batch_size=2 * share_size + 1,
+        offsets=offsets,
+    )
     share = share_of(batch, 0, 2)
     assert share.batch_size == share_size
     assert is_share(replace(share, offsets=None), batch, 0, 2)

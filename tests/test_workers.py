@@ -13,7 +13,10 @@ from bagpipe._workers import Workers
 
 def test_calls_run_in_order_and_their_outcome_can_be_had_again_and_again() -> None:
     workers, seen = Workers("w"), list[int]()
-    calls = [workers.submit(lambda number: seen.append(number) or number, number) for number in range(100)]  # type: ignore[func-returns-value]
+    calls = [
+        workers.submit(lambda number: seen.append(number) or number, number)
+        for number in range(100)
+    ]  # type: ignore[func-returns-value]
     assert [call.result() for call in calls] == list(range(100)) == seen
     assert calls[3].result() == 3
     assert calls[3].has_succeeded
@@ -61,7 +64,10 @@ def test_urgent_calls_go_before_others() -> None:
     may_run, seen = threading.Event(), list[int]()
     with Workers("w") as workers:
         calls = [workers.submit(may_run.wait)]
-        calls += [(workers.submit_urgent if number % 2 else workers.submit)(seen.append, number) for number in range(6)]
+        calls += [
+            (workers.submit_urgent if number % 2 else workers.submit)(seen.append, number)
+            for number in range(6)
+        ]
         may_run.set()
         for call in calls:
             call.result()
@@ -76,7 +82,11 @@ def test_close_waits_for_the_call_in_hand_and_drops_the_others() -> None:
         time.sleep(0.05)
         return "done"
 
-    first, *others = workers.submit(slow), workers.submit(lambda: "never"), workers.submit(lambda: "never")
+    first, *others = (
+        workers.submit(slow),
+        workers.submit(lambda: "never"),
+        workers.submit(lambda: "never"),
+    )
     started.wait()
     workers.close()
     assert first.result() == "done"

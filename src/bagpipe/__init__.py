@@ -1,4 +1,5 @@
-"""Bagpipe: train recommendation models whose embedding tables do not fit the GPU as if they did, with the same result.
+"""Bagpipe: train recommendation models whose embedding tables do not fit the GPU as if they did,
+with the same result.
 
 Importing this package loads no torch: names that need it are imported on first use.
 """

@@ -1,14 +1,17 @@
-"""One typed door to numba: compiled on first call, cached on disk, run without the GIL so that threads overlap.
+"""One typed door to numba: compiled on first call, cached on disk, run without the GIL so that
+threads overlap.
 
-`parallel_jit` compiles loops over `prange`, which numba's own threads share; `threaded` is the door to them. A call costs
-microseconds, where parts handed to Python threads wait for the GIL, up to 2 ms of a 3 ms step (docs/results.md). Where numba finds
-neither TBB nor OpenMP its calls take turns, since its own threading layer must not be entered twice. Threads start at the first
-call, not at import: with OpenMP a process that is forked after that can't use them (numba ends it and says so), so a fork
-server may import this package but not train with it.
+`parallel_jit` compiles loops over `prange`, which numba's own threads share; `threaded` is the door
+to them. A call costs microseconds, where parts handed to Python threads wait for the GIL, up to 2
+ms of a 3 ms step (docs/results.md). Where numba finds neither TBB nor OpenMP its calls take turns,
+since its own threading layer must not be entered twice. Threads start at the first call, not at
+import: with OpenMP a process that is forked after that can't use them (numba ends it and says so),
+so a fork server may import this package but not train with it.
 
-numba's cache knows a function by its own file. Compiled functions of other files are part of its machine code, too: where one of
-those changes, the old code would run, and plan something else than the source says. So functions are told apart by what their file
-holds and all that it has imported (`_noted`).
+numba's cache knows a function by its own file. Compiled functions of other files are part of its
+machine code, too: where one of those changes, the old code would run, and plan something else than
+the source says. So functions are told apart by what their file holds and all that it has imported
+(`_noted`).
 """
 
 from __future__ import annotations
@@ -35,41 +38,54 @@ NUM_PARTS = 32
 """Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
 _NUM_CORES = os.cpu_count() or 1
 NUM_THREADS = max(1, min(4, _NUM_CORES // 16))
-"""That share a loop. Few: several loops run at a time, and threads that wait for their next one spin on a core each."""
+"""That share a loop. Few: several loops run at a time, and threads that wait for their next one
+spin on a core each."""
 NUM_STAGE_THREADS = max(2, min(4, _NUM_CORES // 8))
 """That share a loop of a stage that would set the pace with fewer."""
 NUM_MANY_THREADS = max(2, min(8, _NUM_CORES // 4))
 """That share a loop which would not keep up otherwise."""
 NUM_CRITICAL_THREADS = max(2, min(4, _NUM_CORES // 4))
 """That share a loop of the stage that sets the pace."""
-_ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]  # a dict would be emptied by the first compilation
-    dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
+# a dict would be emptied by the first compilation
+_ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]
+    dict.fromkeys(
+        ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"),
+        False,
+    )
     | {"prange": True}
 )
-"""What numba must not share between threads: by itself it makes a parallel loop of every sum of 32 numbers, a meeting each."""
+"""What numba must not share between threads: by itself it makes a parallel loop of every sum of 32
+numbers, a meeting each."""
 _STAMP = "_bagpipe_sources"
 """Where a compiled function keeps a hash of all sources that can be part of its machine code."""
 _OF_THE_MACHINE = ("_THREADS", "_CORES")
-"""How names end of numbers that are no part of machine code, and other ones where there are more cores."""
+"""How names end of numbers that are no part of machine code, and other ones where there are more
+cores."""
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """Compiles `function` with numba in nopython mode. No fast-math: results are the same on every machine."""
+    """Compiles `function` with numba in nopython mode. No fast-math: results are the same on every
+    machine.
+    """
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True)(function)
     return _noted(compiled, function)
 
 
 def inline_jit(function: Callable[P, R]) -> Callable[P, R]:
-    """As `jit`, for a few operations within a loop, which a call would keep from becoming one over vectors."""
+    """As `jit`, for a few operations within a loop, which a call would keep from becoming one over
+    vectors.
+    """
     compiled: Callable[P, R] = numba.njit(nogil=True, inline="always")(function)
     return _noted(compiled, function)
 
 
 def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
-    """As `jit`, with `prange` loops shared by threads; results must not depend on how. To be called by `threaded` functions."""
+    """As `jit`, with `prange` loops shared by threads; results must not depend on how. To be called
+    by `threaded` functions.
+    """
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True, parallel=_ONLY_PRANGE)(function)
     return _noted(compiled, function)
 
@@ -81,7 +97,8 @@ def threaded(compiled: Callable[P, R], num_threads: int = NUM_THREADS) -> Callab
     @wraps(compiled)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         global _may_overlap
-        if getattr(_thread, "num_threads", None) != num_threads:  # of the loops that this thread calls
+        # of the loops that this thread calls
+        if getattr(_thread, "num_threads", None) != num_threads:
             numba.set_num_threads(num_threads)
             _thread.num_threads = num_threads
         if _may_overlap:
@@ -95,17 +112,23 @@ def threaded(compiled: Callable[P, R], num_threads: int = NUM_THREADS) -> Callab
 
 
 def _noted(compiled: Callable[P, R], function: Callable[P, R]) -> Callable[P, R]:
-    """Notes on what a function depends, and has its cache ask for that instead of the age of the function's own file.
+    """Notes on what a function depends, and has its cache ask for that instead of the age of the
+    function's own file.
 
-    That is its file, and of the others all compiled functions and numbers that the file has imported, used or not: imports come
-    first, so they are known by now.
+    That is its file, and of the others all compiled functions and numbers that the file has
+    imported, used or not: imports come first, so they are known by now.
     """
-    values = ((name, _content(value)) for name, value in function.__globals__.items() if not name.endswith(_OF_THE_MACHINE))
+    values = (
+        (name, _content(value))
+        for name, value in function.__globals__.items()
+        if not name.endswith(_OF_THE_MACHINE)
+    )
     imported = sorted(f"{name}={content}" for name, content in values if content is not None)
     source = "\n".join([_source_hash(function.__code__), *imported])
     stamp = hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
     setattr(compiled, _STAMP, stamp)
-    cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)  # numba has no public name for it
+    # numba has no public name for it
+    cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cache_file is not None:
         cache_file._source_stamp = stamp
     return compiled

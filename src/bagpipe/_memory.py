@@ -1,4 +1,6 @@
-"""Copies of memory from compiled code: numba's own, of an array's slice to another's, take several times as long on some CPUs."""
+"""Copies of memory from compiled code: numba's own, of an array's slice to another's, take several
+times as long on some CPUs.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ _copy_bytes: Any = intrinsic(_copy_bytes_types)
 
 @jit
 def copy_run(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
-    """Copies all of `source` to the beginning of `target`: contiguous arrays of one type and row length, not of one memory."""
+    """Copies all of `source` to the beginning of `target`: contiguous arrays of one type and row
+    length, not of one memory.
+    """
     assert source.size <= target.size
     _copy_bytes(target.ctypes.data, source.ctypes.data, source.size * source.itemsize)
 
@@ -39,17 +43,26 @@ def copy_run(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
 @threaded
 @parallel_jit
 def copy_all(sources: Int64Array, targets: Int64Array, lengths: Int64Array) -> None:
-    """Copies from address to address, so many bytes each: (n,). Nobody checks them. All bytes together are cut into equal parts.
+    """Copies from address to address, so many bytes each: (n,). Nobody checks them. All bytes
+    together are cut into equal parts.
 
     One call, since each gives up the GIL and asks for it again.
     """
     num_bytes = lengths.sum()
     for part in prange(NUM_PARTS):
-        _copy_part(sources, targets, lengths, part * num_bytes // NUM_PARTS, (part + 1) * num_bytes // NUM_PARTS)
+        _copy_part(
+            sources,
+            targets,
+            lengths,
+            part * num_bytes // NUM_PARTS,
+            (part + 1) * num_bytes // NUM_PARTS,
+        )
 
 
 @jit
-def _copy_part(sources: Int64Array, targets: Int64Array, lengths: Int64Array, begin: int, end: int) -> None:
+def _copy_part(
+    sources: Int64Array, targets: Int64Array, lengths: Int64Array, begin: int, end: int
+) -> None:
     first = 0  # of the buffer, among all bytes
     for index in range(len(lengths)):
         low, high = max(begin - first, 0), min(end - first, lengths[index])

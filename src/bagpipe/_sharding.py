@@ -1,4 +1,5 @@
-"""Which shard of its group a row belongs to, by a hash of its number, and so on which of several hosts its record lives.
+"""Which shard of its group a row belongs to, by a hash of its number, and so on which of several
+hosts its record lives.
 
 The oracle cuts large caches by it, stores and checkpoints of several hosts are divided by it.
 """
@@ -14,8 +15,8 @@ from bagpipe.types import Int32Array, Int64Array
 _BITS = 3
 NUM_SHARDS = 1 << _BITS
 LINE_BITS = 4
-"""Binary logarithm of how many neighbouring rows share a shard: those whose 4-byte states share a cache line, lest threads that
-plan shards take lines from each other."""
+"""Binary logarithm of how many neighbouring rows share a shard: those whose 4-byte states share a
+cache line, lest threads that plan shards take lines from each other."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
 
 
@@ -27,7 +28,9 @@ def shard_of(row: int) -> np.int64:
 
 @jit
 def part_of(row: int, num_parts: int) -> np.int64:
-    """The row's part where shards are dealt out, neighbours together, to so many parts: hosts, or the shards of a small cache."""
+    """The row's part where shards are dealt out, neighbours together, to so many parts: hosts, or
+    the shards of a small cache.
+    """
     return shard_of(row) * num_parts // NUM_SHARDS
 
 
@@ -42,7 +45,9 @@ def home_hosts(rows: Int64Array, num_hosts: int) -> Int64Array:
 
 @jit
 def home_lines(num_rows: int, host: int, num_hosts: int) -> tuple[Int32Array, int]:
-    """Of all lines of neighbouring rows the numbers of those whose home the host is, from 0 on, else -1; and how many these are."""
+    """Of all lines of neighbouring rows the numbers of those whose home the host is, from 0 on,
+    else -1; and how many these are.
+    """
     lines = np.empty(-(-num_rows >> LINE_BITS), np.int32)
     num_own = 0
     for line in range(len(lines)):

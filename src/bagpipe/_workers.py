@@ -1,7 +1,8 @@
 """Background threads that run calls: `concurrent.futures` at a twentieth of its price.
 
-Handing a call to a ThreadPoolExecutor takes its caller 40 us, most of it for the future's condition variable, and threads with
-steps of under 2 ms hand out several calls a step. Here a call's outcome is guarded by one plain lock.
+Handing a call to a ThreadPoolExecutor takes its caller 40 us, most of it for the future's condition
+variable, and threads with steps of under 2 ms hand out several calls a step. Here a call's outcome
+is guarded by one plain lock.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Call(Generic[Result]):
         except BaseException as error:  # whatever it is, it must reach who asks for the result
             self._error = error
         finally:
-            del self._function, self._arguments  # what they hold must not live as long as the outcome
+            # what they hold must not live as long as the outcome
+            del (self._function, self._arguments)
             self._is_over.release()
 
     def drop(self) -> None:
@@ -70,18 +72,27 @@ class Call(Generic[Result]):
 
 
 class Workers:
-    """Owns threads, which end with `close`, at the end of a `with` block, or with the object itself."""
+    """Owns threads, which end with `close`, at the end of a `with` block, or with the object
+    itself.
+    """
 
     def __init__(self, name: str, num_threads: int = 1) -> None:
-        """Calls begin in the order in which they are submitted, urgent ones first, so those of one thread also end in it."""
+        """Calls begin in the order in which they are submitted, urgent ones first, so those of one
+        thread also end in it.
+        """
         self._name = name
         self._urgent, self._others = deque[Call[Any]](), deque[Call[Any]]()
-        self._tokens = SimpleQueue[None]()  # one for each call, put once it is queued, and one for each thread's end
+        # one for each call, put once it is queued, and one for each thread's end
+        self._tokens = SimpleQueue[None]()
         self._closed = threading.Event()
-        self._is_closing = threading.Lock()  # a call that is queued behind the end would never run, nor fail
+        # a call that is queued behind the end would never run, nor fail
+        self._is_closing = threading.Lock()
         self._threads = [
             threading.Thread(
-                target=_run, args=(self._tokens, self._urgent, self._others, self._closed), name=f"{name}_{index}", daemon=True
+                target=_run,
+                args=(self._tokens, self._urgent, self._others, self._closed),
+                name=f"{name}_{index}",
+                daemon=True,
             )
             for index in range(num_threads)
         ]
@@ -106,9 +117,11 @@ class Workers:
         return call
 
     def close(self, *, wait: bool = True) -> None:
-        """Waits for the calls in hand and drops those behind them, whose `result` raises RuntimeError. Closing twice is allowed.
+        """Waits for the calls in hand and drops those behind them, whose `result` raises
+        RuntimeError. Closing twice is allowed.
 
-        Without `wait` it returns at once: the threads end after the calls in hand, or with the process.
+        Without `wait` it returns at once: the threads end after the calls in hand, or with the
+        process.
         """
         with self._is_closing:
             self._closed.set()
@@ -128,7 +141,12 @@ def _end(tokens: SimpleQueue[None], num_threads: int) -> None:
         tokens.put(None)
 
 
-def _run(tokens: SimpleQueue[None], urgent: deque[Call[Any]], others: deque[Call[Any]], closed: threading.Event) -> None:
+def _run(
+    tokens: SimpleQueue[None],
+    urgent: deque[Call[Any]],
+    others: deque[Call[Any]],
+    closed: threading.Event,
+) -> None:
     while True:
         tokens.get()
         call = _pop(urgent) or _pop(others)

@@ -1,7 +1,9 @@
-"""The `bagpipe` command. Commands import what they need when they run, so that `--help` is quick and torch sees its settings.
+"""The `bagpipe` command. Commands import what they need when they run, so that `--help` is quick
+and torch sees its settings.
 
-A user's mistake prints one message on stderr and ends with status 2, without a traceback. A run that a signal ended at a
-step boundary, with a checkpoint, ends with 128 + the signal's number. A traceback means a defect of ours.
+A user's mistake prints one message on stderr and ends with status 2, without a traceback. A run
+that a signal ended at a step boundary, with a checkpoint, ends with 128 + the signal's number. A
+traceback means a defect of ours.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
     from bagpipe.train.trainer import Result
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data and look at them.")
 app.add_typer(data_app, name="data")
 app.command()(plan)
@@ -32,7 +36,9 @@ app.command()(bench)
 
 @app.callback(invoke_without_command=True)
 def main(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)
+    ] = False,
 ) -> None:
     """Train deep recommendation models whose embedding tables do not fit the GPU."""
     if show_version:
@@ -44,21 +50,39 @@ def main(
 def train(
     file: File,
     overrides: Overrides,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of the run's folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the checkpoints that an earlier run left.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest valid checkpoint of the run's folder."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the checkpoints that an earlier run left.")
+    ] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Write a profile of some steps here, a .json that ui.perfetto.dev opens.")
+        Path | None,
+        typer.Option(
+            help="Write a profile of some steps here, a .json that ui.perfetto.dev opens."
+        ),
     ] = None,
-    trace_steps: Annotated[int | None, typer.Option(min=1, help="Steps to profile; 10 by default.")] = None,
-    trace_after: Annotated[int | None, typer.Option(min=0, help="Steps before the first of them; 20 by default.")] = None,
+    trace_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps to profile; 10 by default.")
+    ] = None,
+    trace_after: Annotated[
+        int | None, typer.Option(min=0, help="Steps before the first of them; 20 by default.")
+    ] = None,
 ) -> None:
     """Train a model."""
     console = Console()
     with mistakes_told():
         if resume and overwrite:
-            raise typer.BadParameter("--resume goes on with the earlier run that --overwrite removes: give one of them")
+            raise typer.BadParameter(
+                "--resume goes on with the earlier run that --overwrite removes: give one of them"
+            )
         if trace is None and not (trace_steps is None and trace_after is None):
-            raise typer.BadParameter("--trace-steps and --trace-after say which steps --trace FILE writes: give it too")
+            raise typer.BadParameter(
+                "--trace-steps and --trace-after say which steps --trace FILE writes: give it too"
+            )
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
 
@@ -70,7 +94,9 @@ def train(
         with joined_trainers() as communicator:
             is_first = communicator is None or communicator.rank == 0
             console.quiet = not is_first
-            result = _train(console, config, communicator, resume=resume, overwrite=overwrite, traced=traced)
+            result = _train(
+                console, config, communicator, resume=resume, overwrite=overwrite, traced=traced
+            )
     _tell_end(console, config, result)
 
 
@@ -87,7 +113,9 @@ def prepare_data(file: File, overrides: Overrides) -> None:
         from bagpipe.data.raw import Progress as DataProgress
 
         config = load_config(PrepareFile, file, overrides, only=["prepare"]).prepare
-        with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bar:
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
+        ) as bar:
             tasks: dict[str, TaskID] = {}
 
             def show(done: DataProgress) -> None:
@@ -97,9 +125,14 @@ def prepare_data(file: File, overrides: Overrides) -> None:
 
             manifest = prepare(config, show)
     rows = {split: f"{manifest.num_rows(split):,}" for split in ("train", "validation")}
-    skipped = f", {manifest.source.num_rows_skipped:,} skipped" if manifest.source.num_rows_skipped else ""
+    skipped = (
+        f", {manifest.source.num_rows_skipped:,} skipped"
+        if manifest.source.num_rows_skipped
+        else ""
+    )
     console.print(
-        f"{config.output}: {rows['train']} training and {rows['validation']} validation rows{skipped}",
+        f"{config.output}: {rows['train']} training and {rows['validation']} validation "
+        f"rows{skipped}",
         highlight=False,
         soft_wrap=True,
     )
@@ -111,7 +144,9 @@ def inspect_data(
     overrides: Overrides,
     split: Annotated[str, typer.Option(help="train or validation")] = "train",
     batches: Annotated[int, typer.Option(min=1, help="Batches of 16,384 samples to read.")] = 100,
-    plot: Annotated[Path | None, typer.Option(help="Save a plot of the skew here (.png, .svg, .pdf).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Save a plot of the skew here (.png, .svg, .pdf).")
+    ] = None,
 ) -> None:
     """Print how many ids each table has and how skewed its accesses are."""
     console = Console()
@@ -124,7 +159,9 @@ def inspect_data(
         if split not in ("train", "validation"):
             raise typer.BadParameter(f"--split {split}: must be train or validation")
         config = load_config(DataFile, file, overrides, only=["data"]).data
-        stats = inspect_source(open_source(config, "train" if split == "train" else "validation"), max_batches=batches)
+        stats = inspect_source(
+            open_source(config, "train" if split == "train" else "validation"), max_batches=batches
+        )
         console.print(render_table(stats))
         if plot is not None:
             save_plot(stats, plot)
@@ -147,16 +184,28 @@ def _train(
     given = {key: value for key, value in traced.items() if value is not None}
     trace = TraceOptions(**given) if given else None
     with ConsoleReporter(console) as reporter:
-        return train(config, reporter=reporter, resume=resume, overwrite=overwrite, trace=trace, communicator=communicator)
+        return train(
+            config,
+            reporter=reporter,
+            resume=resume,
+            overwrite=overwrite,
+            trace=trace,
+            communicator=communicator,
+        )
 
 
 def _tell_end(console: Console, config: RunConfig, result: Result) -> None:
     saved = f"checkpoint: {result.checkpoint}" if result.checkpoint is not None else "no checkpoint"
     if result.stopped_by is not None:
         console.print(
-            f"stopped by {result.stopped_by.name} after step {result.step:,}; {saved}; go on with --resume",
+            f"stopped by {result.stopped_by.name} after step {result.step:,}; {saved}; go on with "
+            "--resume",
             highlight=False,
             soft_wrap=True,
         )
         raise typer.Exit(128 + result.stopped_by)
-    console.print(f"trained {result.step:,} steps; {saved}; log: {config.log.folder}", highlight=False, soft_wrap=True)
+    console.print(
+        f"trained {result.step:,} steps; {saved}; log: {config.log.folder}",
+        highlight=False,
+        soft_wrap=True,
+    )

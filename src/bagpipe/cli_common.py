@@ -1,4 +1,6 @@
-"""What the modules of the `bagpipe` command share: arguments, how mistakes are told, what torch must find when it is loaded."""
+"""What the modules of the `bagpipe` command share: arguments, how mistakes are told, what torch
+must find when it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,18 @@ from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, PlanError
 
 File = Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", default_factory=list, help="Set a key; may be repeated.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        default_factory=list,
+        help="Set a key; may be repeated.",
+    ),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Save all numbers here; - prints them.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Save all numbers here; - prints them."),
+]
 
 
 @contextmanager
@@ -28,17 +39,24 @@ def mistakes_told() -> Iterator[None]:
         yield
     except BagpipeError as error:
         cause = error.__cause__ if isinstance(error, BackgroundError) else error
-        if isinstance(error, PlanError) or not isinstance(cause, BagpipeError) or isinstance(cause, PlanError):
+        if (
+            isinstance(error, PlanError)
+            or not isinstance(cause, BagpipeError)
+            or isinstance(cause, PlanError)
+        ):
             raise
-        Console(stderr=True).print(f"error: {cause}", style="red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"error: {cause}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         raise typer.Exit(2) from error
 
 
 def prepare_environment(device: str) -> None:
     """Settings that torch reads when it is loaded.
 
-    Without transparent huge pages the pooled output page-faults anew at every step on a CPU, and a forward takes two to
-    three times as long. Deterministic matrix products on CUDA need a fixed workspace.
+    Without transparent huge pages the pooled output page-faults anew at every step on a CPU, and a
+    forward takes two to three times as long. Deterministic matrix products on CUDA need a fixed
+    workspace.
     """
     if device != "cuda":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -48,10 +66,24 @@ def prepare_environment(device: str) -> None:
 
 @contextmanager
 def console_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Draws a bar for each stage of a long command; yields what is to be told (stage, how much is done, how much there is)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    """Draws a bar for each stage of a long command; yields what is to be told (stage, how much is
+    done, how much there is).
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console) as bar:
 

@@ -1,4 +1,5 @@
-"""`bagpipe plan`: the dry run. Replays the oracle over a run's data for several cache sizes and lookaheads; loads no torch.
+"""`bagpipe plan`: the dry run. Replays the oracle over a run's data for several cache sizes and
+lookaheads; loads no torch.
 
 For several trainers, which share each batch, it also says what they would send each other.
 """
@@ -28,31 +29,44 @@ def plan(
     cache: Annotated[
         list[str] | None,
         typer.Option(
-            help="A cache size, of each trainer: rows (675_000), a share (2%) or memory (4GiB); may be repeated.",
+            help="A cache size, of each trainer: rows (675_000), a share (2%) or memory (4GiB); "
+            "may be repeated.",
             show_default=False,
         ),
     ] = None,
     lookahead: Annotated[
-        list[int] | None, typer.Option(help="Batches that the oracle sees ahead; may be repeated.", min=1, show_default=False)
+        list[int] | None,
+        typer.Option(
+            help="Batches that the oracle sees ahead; may be repeated.", min=1, show_default=False
+        ),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=2, help="Steps to replay; the first quarter warms the cache up and is not counted.")
+        int,
+        typer.Option(
+            min=2, help="Steps to replay; the first quarter warms the cache up and is not counted."
+        ),
     ] = 400,
     trainers: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Trainers that share the tables and each batch, as `torchrun -m bagpipe train` has them; --cache is that of each. "
+            help="Trainers that share the tables and each batch, as `torchrun -m bagpipe train` "
+            "has them; --cache is that of each. "
             "Also says what they send each other.",
         ),
     ] = 1,
     hosts: Annotated[
         int,
         typer.Option(
-            min=1, help="On which the trainers are, as many on each: 1, 2, 4 or 8. A row is owned on the host that has it."
+            min=1,
+            help="On which the trainers are, as many on each: 1, 2, 4 or 8. A row is owned on the "
+            "host that has it.",
         ),
     ] = 1,
-    plot: Annotated[Path | None, typer.Option(help="Save a plot of rows fetched a step here (.png, .svg, .pdf).")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Save a plot of rows fetched a step here (.png, .svg, .pdf)."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say what caches and lookaheads of several sizes would fetch, without training."""
@@ -65,7 +79,14 @@ def plan(
 
         config = load_config(RunConfig, file, overrides)
         with console_progress(console) as progress:
-            result = _dry_run(config, cache or (), lookahead or DEFAULT_LOOKAHEADS, steps, (trainers, hosts), progress)
+            result = _dry_run(
+                config,
+                cache or (),
+                lookahead or DEFAULT_LOOKAHEADS,
+                steps,
+                (trainers, hosts),
+                progress,
+            )
         console.print(render_points(result))
         if trainers > 1:
             console.print(render_traffic(result))
@@ -95,7 +116,9 @@ def _dry_run(
     from bagpipe.types import group_tables
 
     source = open_source(config.data, "train")
-    groups = group_tables(make_tables(source.features, config.embeddings), config.embeddings.optimizer.build())
+    groups = group_tables(
+        make_tables(source.features, config.embeddings), config.embeddings.optimizer.build()
+    )
     grid = Grid(
         cache_rows=[parse_rows(cache, groups, "--cache") for cache in caches or DEFAULT_CACHES],
         lookaheads=lookaheads,
@@ -106,10 +129,18 @@ def _dry_run(
     sparse = (batch.sparse for batch in batches)
     num_trainers, num_hosts = trainers
     trace = read_trace(
-        groups, sparse, max_batches=grid.num_batches, num_trainers=num_trainers, num_hosts=num_hosts, progress=progress
+        groups,
+        sparse,
+        max_batches=grid.num_batches,
+        num_trainers=num_trainers,
+        num_hosts=num_hosts,
+        progress=progress,
     )
     if not caches:
-        sizes = [max(parse_rows(size, groups, "--cache"), trace.smallest_cache) for size in DEFAULT_CACHES]
+        sizes = [
+            max(parse_rows(size, groups, "--cache"), trace.smallest_cache)
+            for size in DEFAULT_CACHES
+        ]
         twice = min(2 * trace.smallest_cache, sum(group.num_rows for group in groups))
         grid = replace(grid, cache_rows=sorted({*sizes, twice}))
     return dry_run(trace, grid, progress=progress)

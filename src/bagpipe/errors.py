@@ -1,16 +1,16 @@
 """Every error that Bagpipe raises on purpose, in one tree.
 
     BagpipeError
-    ├── ConfigError (ValueError)            a setting is wrong; nothing has started
-    │   └── CacheTooSmallError              one batch alone needs more slots than the cache has
-    ├── DataError (ValueError)              the input is wrong: says which file, line, column or feature
-    ├── StoreError (OSError)                an embedding store could not read or write
-    ├── CheckpointError                     a checkpoint is missing, damaged or of another run
-    ├── LossError (ArithmeticError)         the training loss is not finite
-    ├── UsageError (RuntimeError)           the library was called in an order that it can't serve
-    ├── PlanError (AssertionError)          a plan breaks an invariant: a defect of ours, please report it
-    └── BackgroundError (RuntimeError)      a background thread failed; the failure itself is the ``__cause__``
-        └── LostError                       the oracle process is gone, or one of the trainers that share it
+    ├── ConfigError (ValueError)        a setting is wrong; nothing has started
+    │   └── CacheTooSmallError          one batch alone needs more slots than the cache has
+    ├── DataError (ValueError)          the input is wrong: says which file, line, column or feature
+    ├── StoreError (OSError)            an embedding store could not read or write
+    ├── CheckpointError                 a checkpoint is missing, damaged or of another run
+    ├── LossError (ArithmeticError)     the training loss is not finite
+    ├── UsageError (RuntimeError)       the library was called in an order that it can't serve
+    ├── PlanError (AssertionError)      a plan breaks an invariant: a defect, please report it
+    └── BackgroundError (RuntimeError)  a background thread failed; see its ``__cause__``
+        └── LostError                   the oracle process is gone, or a trainer that shares it
 
 A message names what was wrong, where, the limit, and what to do.
 """
@@ -31,8 +31,18 @@ class ConfigError(BagpipeError, ValueError):
 class CacheTooSmallError(ConfigError):
     """One batch alone needs more slots than the cache has."""
 
-    def __init__(self, *, step: int, group: str, num_uniques: int, num_needed: int, num_slots: int, num_trainers: int = 1) -> None:
-        """`num_needed` is more than the batch's `num_uniques` rows where these are unevenly spread over the cache's shards.
+    def __init__(
+        self,
+        *,
+        step: int,
+        group: str,
+        num_uniques: int,
+        num_needed: int,
+        num_slots: int,
+        num_trainers: int = 1,
+    ) -> None:
+        """`num_needed` is more than the batch's `num_uniques` rows where these are unevenly spread
+        over the cache's shards.
 
         Both are, as `num_slots`, of all trainers together.
         """
@@ -49,8 +59,10 @@ class CacheTooSmallError(ConfigError):
         in_shards = " in shards, of which one would overflow" if num_uniques <= num_slots else ""
         of_each = f" of each of the {num_trainers} trainers" if num_trainers > 1 else ""
         super().__init__(
-            f"step {step} uses {num_uniques:,} distinct rows of {group}, but its cache has {num_slots:,} slots{in_shards}: give "
-            f"the cache{of_each} at least {-(-num_needed // num_trainers):,} rows or train with smaller batches"
+            f"step {step} uses {num_uniques:,} distinct rows of {group}, but its cache has "
+            f"{num_slots:,} slots{in_shards}: give "
+            f"the cache{of_each} at least {-(-num_needed // num_trainers):,} rows or train with "
+            "smaller batches"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -90,4 +102,6 @@ class BackgroundError(BagpipeError, RuntimeError):
 
 
 class LostError(BackgroundError):
-    """The oracle process is gone, or one of the trainers that share it; the trainers may have come to different steps."""
+    """The oracle process is gone, or one of the trainers that share it; the trainers may have come
+    to different steps.
+    """

@@ -1,11 +1,13 @@
-"""The values that every part of Bagpipe speaks: tables, groups, jagged ids, optimizers, plans. No behaviour.
+"""The values that every part of Bagpipe speaks: tables, groups, jagged ids, optimizers, plans. No
+behaviour.
 
-Numpy only, so that the control plane (reader, oracle, stores) never loads torch. Arrays in these values are never
-changed after construction.
+Numpy only, so that the control plane (reader, oracle, stores) never loads torch. Arrays in these
+values are never changed after construction.
 
-Sizes in the shape comments: F features, B samples, L lookups, U unique rows of one batch, all of one group.
-A *bag* is one feature of one sample. Lookups and ``bag_offsets`` are feature-major as in TorchRec's KeyedJaggedTensor
-(bag ``f * B + b``); pooled output and its gradient are sample-major (output row ``b * F + f``), as a dense layer reads them.
+Sizes in the shape comments: F features, B samples, L lookups, U unique rows of one batch, all of
+one group. A *bag* is one feature of one sample. Lookups and ``bag_offsets`` are feature-major as in
+TorchRec's KeyedJaggedTensor (bag ``f * B + b``); pooled output and its gradient are sample-major
+(output row ``b * F + f``), as a dense layer reads them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ DataType: TypeAlias = Literal["fp32", "bf16", "fp16"]
 """How weights are kept; optimizer state is float32 whatever it is."""
 
 MAX_PIECE_LENGTH = 128
-"""Longest run of bags that one piece of a gradient schedule sums; bounds a kernel's work whatever the skew."""
+"""Longest run of bags that one piece of a gradient schedule sums; bounds a kernel's work whatever
+the skew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,9 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:
-            raise ConfigError(f"Uniform(low={self.low}, high={self.high}): low must not be above high")
+            raise ConfigError(
+                f"Uniform(low={self.low}, high={self.high}): low must not be above high"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +71,11 @@ Initializer: TypeAlias = Uniform | Normal
 class TableConfig:
     """One embedding table; the fields are those of TorchRec's ``EmbeddingBagConfig``.
 
-    With a ``data_type`` of 16 bits, ``"bf16"`` or ``"fp16"``, weights take half the space, everywhere. An update computes in
-    float32 and rounds its result up or down by chance (stochastic rounding), so that steps too small for 16 bits count on average.
-    ``init`` defaults to ``Uniform(-1/sqrt(n), 1/sqrt(n))`` with n = num_embeddings, as TorchRec and the DLRM reference do.
+    With a ``data_type`` of 16 bits, ``"bf16"`` or ``"fp16"``, weights take half the space,
+    everywhere. An update computes in float32 and rounds its result up or down by chance (stochastic
+    rounding), so that steps too small for 16 bits count on average. ``init`` defaults to
+    ``Uniform(-1/sqrt(n), 1/sqrt(n))`` with n = num_embeddings, as TorchRec and the DLRM reference
+    do.
     """
 
     name: str
@@ -81,15 +88,27 @@ class TableConfig:
 
     def __post_init__(self) -> None:
         if self.num_embeddings < 1:
-            raise ConfigError(f"table {self.name!r}: num_embeddings is {self.num_embeddings}, must be at least 1")
+            raise ConfigError(
+                f"table {self.name!r}: num_embeddings is {self.num_embeddings}, must be at least 1"
+            )
         if self.embedding_dim < 1:
-            raise ConfigError(f"table {self.name!r}: embedding_dim is {self.embedding_dim}, must be at least 1")
+            raise ConfigError(
+                f"table {self.name!r}: embedding_dim is {self.embedding_dim}, must be at least 1"
+            )
         if isinstance(self.feature_names, str) or not self.feature_names:
-            raise ConfigError(f"table {self.name!r}: feature_names must be a non-empty list of names, is {self.feature_names!r}")
+            raise ConfigError(
+                f"table {self.name!r}: feature_names must be a non-empty list of names, is "
+                f"{self.feature_names!r}"
+            )
         if self.pooling not in ("sum", "mean"):
-            raise ConfigError(f"table {self.name!r}: pooling is {self.pooling!r}, must be 'sum' or 'mean'")
+            raise ConfigError(
+                f"table {self.name!r}: pooling is {self.pooling!r}, must be 'sum' or 'mean'"
+            )
         if self.data_type not in ("fp32", "bf16", "fp16"):
-            raise ConfigError(f"table {self.name!r}: data_type is {self.data_type!r}, must be 'fp32', 'bf16' or 'fp16'")
+            raise ConfigError(
+                f"table {self.name!r}: data_type is {self.data_type!r}, must be 'fp32', 'bf16' or "
+                "'fp16'"
+            )
         object.__setattr__(self, "feature_names", tuple(self.feature_names))
 
     @property
@@ -101,7 +120,9 @@ class TableConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """``w -= lr * g``; equals ``torch.optim.SGD``. Momentum is refused: it would move rows that no batch touches."""
+    """``w -= lr * g``; equals ``torch.optim.SGD``. Momentum is refused: it would move rows that no
+    batch touches.
+    """
 
     lr: float
     momentum: float = 0.0
@@ -110,7 +131,8 @@ class SGD:
         _check_learning_rate(self.lr)
         if self.momentum != 0.0:
             raise ConfigError(
-                f"SGD(momentum={self.momentum}): momentum moves every row at every step, touched or not, so it can't be "
+                f"SGD(momentum={self.momentum}): momentum moves every row at every step, touched "
+                "or not, so it can't be "
                 "exact for rows outside the cache: use momentum=0, Adagrad, RowWiseAdagrad or Adam"
             )
 
@@ -121,7 +143,9 @@ class SGD:
 
 @dataclass(frozen=True, kw_only=True)
 class Adagrad:
-    """``s += g * g; w -= lr * g / (sqrt(s) + eps)``; equals ``torch.optim.Adagrad`` on sparse gradients."""
+    """``s += g * g; w -= lr * g / (sqrt(s) + eps)``; equals ``torch.optim.Adagrad`` on sparse
+    gradients.
+    """
 
     lr: float
     eps: float = 1e-10
@@ -138,7 +162,9 @@ class Adagrad:
 
 @dataclass(frozen=True, kw_only=True)
 class RowWiseAdagrad:
-    """``s += mean(g * g); w -= lr * g / (sqrt(s) + eps)`` with one s a row; equals ``torchrec.optim.RowWiseAdagrad``."""
+    """``s += mean(g * g); w -= lr * g / (sqrt(s) + eps)`` with one s a row; equals
+    ``torchrec.optim.RowWiseAdagrad``.
+    """
 
     lr: float
     eps: float = 1e-8
@@ -186,14 +212,19 @@ def _check_learning_rate(lr: float) -> None:
 def _check_not_negative(optimizer: object, *names: str) -> None:
     for name in names:
         if not getattr(optimizer, name) >= 0:
-            raise ConfigError(f"{type(optimizer).__name__}: {name} is {getattr(optimizer, name)}, must not be negative")
+            raise ConfigError(
+                f"{type(optimizer).__name__}: {name} is {getattr(optimizer, name)}, must not be "
+                "negative"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tables of one dimension, one data type and one optimizer, which share a row space, a cache and a store.
+    """Tables of one dimension, one data type and one optimizer, which share a row space, a cache
+    and a store.
 
-    Tables keep the order in which they were given; features are table by table. ``row`` = ``row_offsets[table] + id``.
+    Tables keep the order in which they were given; features are table by table. ``row`` =
+    ``row_offsets[table] + id``.
     """
 
     index: int
@@ -203,7 +234,8 @@ class Group:
     @property
     def name(self) -> str:
         """As error messages and reports call it."""
-        return f"group {self.index} (dim {self.embedding_dim}{'' if self.data_type == 'fp32' else f', {self.data_type}'})"
+        data_type = "" if self.data_type == "fp32" else f", {self.data_type}"
+        return f"group {self.index} (dim {self.embedding_dim}{data_type})"
 
     @property
     def embedding_dim(self) -> int:
@@ -215,7 +247,9 @@ class Group:
 
     @property
     def weight_words(self) -> int:
-        """Words of 4 bytes that a record's weights take: weights of 16 bits lie two to a word, the lower half first."""
+        """Words of 4 bytes that a record's weights take: weights of 16 bits lie two to a word, the
+        lower half first.
+        """
         return self.embedding_dim if self.data_type == "fp32" else -(-self.embedding_dim // 2)
 
     @property
@@ -234,7 +268,9 @@ class Group:
     @cached_property
     def row_offsets(self) -> Int64Array:
         """First row of each table, then the number of rows."""  # (num_tables + 1,)
-        return np.concatenate([[0], np.cumsum([table.num_embeddings for table in self.tables])]).astype(np.int64)
+        return np.concatenate(
+            [[0], np.cumsum([table.num_embeddings for table in self.tables])]
+        ).astype(np.int64)
 
     @property
     def num_rows(self) -> int:
@@ -267,28 +303,36 @@ def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[G
     members: dict[tuple[int, DataType], list[TableConfig]] = {}
     for table in tables:
         members.setdefault((table.embedding_dim, table.data_type), []).append(table)
-    return tuple(Group(index=index, tables=tuple(of_group), optimizer=optimizer) for index, of_group in enumerate(members.values()))
+    return tuple(
+        Group(index=index, tables=tuple(of_group), optimizer=optimizer)
+        for index, of_group in enumerate(members.values())
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Jagged:
-    """Multi-hot ids of one batch, feature-major: a KeyedJaggedTensor in numpy. ``offsets`` None: one id in every bag."""
+    """Multi-hot ids of one batch, feature-major: a KeyedJaggedTensor in numpy. ``offsets`` None:
+    one id in every bag.
+    """
 
     keys: tuple[str, ...]
     values: npt.NDArray[np.integer]  # (num_lookups,) ids, each within its table
     batch_size: int
     offsets: npt.NDArray[np.integer] | None = None  # (F * B + 1,), bag f * B + b
-    weights: npt.NDArray[np.floating] | None = None  # (num_lookups,) per-sample weights, by which rows are multiplied; None: 1
+    weights: npt.NDArray[np.floating] | None = (
+        None  # (num_lookups,) per-sample weights, by which rows are multiplied; None: 1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSchedule:
     """The order and grouping of a batch's backward sums, decided from ids alone.
 
-    Unique row u is in ``unique_slots[u]``. Piece p sums gradient rows ``bags[piece_offsets[p]:piece_offsets[p + 1]]``
-    one after the other, at most ``MAX_PIECE_LENGTH`` of them. Piece u < U is the first of unique row u; further pieces of
-    rows with many lookups follow: those of row ``long_uniques[k]`` are ``U + long_offsets[k] .. U + long_offsets[k + 1]``,
-    and its gradient is its first piece plus the sum of the further ones.
+    Unique row u is in ``unique_slots[u]``. Piece p sums gradient rows
+    ``bags[piece_offsets[p]:piece_offsets[p + 1]]`` one after the other, at most
+    ``MAX_PIECE_LENGTH`` of them. Piece u < U is the first of unique row u; further pieces of rows
+    with many lookups follow: those of row ``long_uniques[k]`` are ``U + long_offsets[k] .. U +
+    long_offsets[k + 1]``, and its gradient is its first piece plus the sum of the further ones.
     """
 
     unique_slots: Int32Array  # (U,)
@@ -296,7 +340,9 @@ class GradientSchedule:
     piece_offsets: Int32Array  # (num_pieces + 1,) into bags
     long_uniques: Int32Array  # (num_long,) ascending
     long_offsets: Int32Array  # (num_long + 1,), 0 first
-    bag_weights: Float32Array | None = None  # (L,) by which the gradient rows of `bags` are multiplied; None: 1
+    bag_weights: Float32Array | None = (
+        None  # (L,) by which the gradient rows of `bags` are multiplied; None: 1
+    )
 
     @property
     def num_uniques(self) -> int:
@@ -307,8 +353,9 @@ class GradientSchedule:
 class Transfers:
     """Records to move at one moment: first read the evicted slots, then fill the fetched ones.
 
-    A slot in ``fetch_slots`` was never filled before or stands in an ``evict_slots`` not later than this one.
-    The fetch may read the store once every eviction of ticks up to ``fence_tick`` has been written (-1: nothing to wait for).
+    A slot in ``fetch_slots`` was never filled before or stands in an ``evict_slots`` not later than
+    this one. The fetch may read the store once every eviction of ticks up to ``fence_tick`` has
+    been written (-1: nothing to wait for).
     """
 
     evict_rows: Int64Array  # (num_evicted,)
@@ -320,7 +367,9 @@ class Transfers:
 
 @dataclass(frozen=True, kw_only=True)
 class RowExchange:
-    """Rows of one group that one trainer sends to the others and gets from them at one moment, packed by rank."""
+    """Rows of one group that one trainer sends to the others and gets from them at one moment,
+    packed by rank.
+    """
 
     send: Int32Array  # (num_sent,) which of its rows, those for rank 0 first
     send_counts: Int64Array  # (num_trainers,)
@@ -333,15 +382,19 @@ class RowExchange:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupExchange:
-    """What one trainer of several exchanges in one step for one group, and applies to the rows that it owns.
+    """What one trainer of several exchanges in one step for one group, and applies to the rows that
+    it owns.
 
-    Replicas arrive in the slots from ``first_replica`` on, first ``replicas_later``'s, then ``replicas_now``'s, each by rank.
-    What is sent of them are own slots. ``sync_now`` and ``sync_later`` are gradients: what is sent are the sums of the trainer's
-    own bags by distinct row, the u-th of its schedule. What is *now* is on the critical path, right before or after the step's
-    compute; *later* replicas travel behind the compute of the step before, *later* gradients behind that of the step after.
+    Replicas arrive in the slots from ``first_replica`` on, first ``replicas_later``'s, then
+    ``replicas_now``'s, each by rank. What is sent of them are own slots. ``sync_now`` and
+    ``sync_later`` are gradients: what is sent are the sums of the trainer's own bags by distinct
+    row, the u-th of its schedule. What is *now* is on the critical path, right before or after the
+    step's compute; *later* replicas travel behind the compute of the step before, *later* gradients
+    behind that of the step after.
 
-    An ``apply`` schedule gives the rows to update once; its bags are places in the trainer's own sums (U,) followed by the sums
-    received with the gradients of the same moment, so that a row's contributions are added in the order of ranks.
+    An ``apply`` schedule gives the rows to update once; its bags are places in the trainer's own
+    sums (U,) followed by the sums received with the gradients of the same moment, so that a row's
+    contributions are added in the order of ranks.
     """
 
     first_replica: int
@@ -360,20 +413,26 @@ class GroupExchange:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPlan:
-    """What one trainer does in one step with one group. Tick t is the moment just before the compute of step t.
+    """What one trainer does in one step with one group. Tick t is the moment just before the
+    compute of step t.
 
-    ``early`` transfers are issued at the plan's ``early_tick``, behind the compute of earlier steps; ``late`` ones at tick
-    ``step``, on the critical path, because their slot or their row is not free sooner. A plan's early ones come
-    before its late ones; otherwise, at one tick, late ones come first.
+    ``early`` transfers are issued at the plan's ``early_tick``, behind the compute of earlier
+    steps; ``late`` ones at tick ``step``, on the critical path, because their slot or their row is
+    not free sooner. A plan's early ones come before its late ones; otherwise, at one tick, late
+    ones come first.
     """
 
-    inverse: Int32Array  # (L,) feature-major: for each lookup the index of its row in schedule.unique_slots
+    # (L,) feature-major: for each lookup the index of its row in schedule.unique_slots
+    inverse: Int32Array
     bag_offsets: Int32Array | None  # (F * B + 1,) into inverse; None: one lookup in every bag
-    bag_scales: Float32Array | None  # (B * F,) by output row, 1 / bag length for mean pooling; None: all features are summed
+    # (B * F,) by output row, 1 / bag length for mean pooling; None: all features are summed
+    bag_scales: Float32Array | None
     schedule: GradientSchedule
     early: Transfers
     late: Transfers
-    lookup_weights: Float32Array | None = None  # (L,) by which looked up rows are multiplied; None: 1
+    lookup_weights: Float32Array | None = (
+        None  # (L,) by which looked up rows are multiplied; None: 1
+    )
     exchange: GroupExchange | None = None
     """With the other trainers; None: there are none, and `schedule` says all about the update."""
 
@@ -388,9 +447,12 @@ class StepPlan:
     """All that a trainer must do with embeddings in one step."""
 
     step: int
-    early_tick: int  # when the early transfers are issued: prefetch_depth steps ahead, not before the stream's first step
+    # when the early transfers are issued: prefetch_depth steps ahead, not before the stream's
+    # first step
+    early_tick: int
     batch_size: int
     groups: tuple[GroupPlan, ...]
     lookahead: int  # batches that the oracle had seen beyond this one when it planned it
     has_late: bool = False
-    """Whether any trainer has late transfers: then no gradient of the step before may still be on its way when they are issued."""
+    """Whether any trainer has late transfers: then no gradient of the step before may still be on
+    its way when they are issued."""

@@ -1,4 +1,6 @@
-"""Benchmarks run at tiny sizes, print and save what they promise; the arms compute the same; the numpy oracle's plans are valid."""
+"""Benchmarks run at tiny sizes, print and save what they promise; the arms compute the same; the
+numpy oracle's plans are valid.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,17 @@ app.command()(bench)
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
-@pytest.mark.timeout(400)  # first of all tests on a new machine, it compiles nearly every loop: two minutes on two cores
+# first of all tests on a new machine, it compiles nearly every loop: two minutes on two cores
+@pytest.mark.timeout(400)
 def test_all_benchmarks_at_tiny_sizes(tmp_path: Path) -> None:
-    result = run("all", "--quick", "--json", tmp_path / "all.json", "--plot", tmp_path / "curve.svg")
+    result = run(
+        "all", "--quick", "--json", tmp_path / "all.json", "--plot", tmp_path / "curve.svg"
+    )
     assert result.exit_code == 0, result.stderr
     values = json.loads((tmp_path / "all.json").read_text())
     assert "left out gpu" in result.output
@@ -43,7 +50,10 @@ def test_all_benchmarks_at_tiny_sizes(tmp_path: Path) -> None:
     assert values["oracle"]["dedup"]["bagpipe"]["count"] == 3
     assert 4 <= values["oracle"]["bytes"]["row"] <= 16
     assert 8 <= values["oracle"]["bytes"]["slot"] <= 64
-    assert [(live["num_trainers"], live["lookahead"]) for live in values["oracle"]["live"]] == [(1, 1), (1, 4)]
+    assert [(live["num_trainers"], live["lookahead"]) for live in values["oracle"]["live"]] == [
+        (1, 1),
+        (1, 4),
+    ]
     assert all(live["batches_per_s"] > 0 for live in values["oracle"]["live"])
     step = values["step"]["by_batch_size"]["32"]
     assert step["arms"]["bagpipe"]["embedding"]["count"] == 10
@@ -56,7 +66,20 @@ def test_all_benchmarks_at_tiny_sizes(tmp_path: Path) -> None:
 
 
 def test_options_reach_the_benchmark() -> None:
-    result = run("step", "--quick", "--arm", "fused", "--batch", "16", "--rounds", "1", "--max-rows", "50", "--json", "-")
+    result = run(
+        "step",
+        "--quick",
+        "--arm",
+        "fused",
+        "--batch",
+        "16",
+        "--rounds",
+        "1",
+        "--max-rows",
+        "50",
+        "--json",
+        "-",
+    )
     assert result.exit_code == 0, result.stderr
     values = json.loads(result.output[result.output.index("\n{\n") :])["step"]
     assert list(values["by_batch_size"]["16"]["arms"]) == ["fused"]
@@ -66,7 +89,16 @@ def test_options_reach_the_benchmark() -> None:
 
 @pytest.mark.parametrize("workload", ["W1", "W3", "W4-file"])
 def test_the_gpu_benchmark_at_tiny_sizes(workload: str, tmp_path: Path) -> None:
-    result = run("gpu", "--quick", "--workload", workload, "--json", tmp_path / "gpu.json", "--plot", tmp_path / "gpu.svg")
+    result = run(
+        "gpu",
+        "--quick",
+        "--workload",
+        workload,
+        "--json",
+        tmp_path / "gpu.json",
+        "--plot",
+        tmp_path / "gpu.svg",
+    )
     assert result.exit_code == 0, result.stderr
     values = json.loads((tmp_path / "gpu.json").read_text())["gpu"]
     assert {"dense", "bagpipe", "torch_cpu"} <= set(values["arms"])
@@ -82,7 +114,9 @@ def test_the_gpu_benchmark_at_tiny_sizes(workload: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_calls", [0, 10])  # while it starts, and in a turn
-def test_an_arm_that_fails_costs_the_others_nothing(num_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_that_fails_costs_the_others_nothing(
+    num_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = iter(range(num_calls))
     lookup = TorchCpuArm.lookup
 
@@ -94,7 +128,9 @@ def test_an_arm_that_fails_costs_the_others_nothing(num_calls: int, tmp_path: Pa
     monkeypatch.setattr(TorchCpuArm, "lookup", fail)
     result = run("gpu", "--quick", "--arm", "torch_cpu", "--json", tmp_path / "gpu.json")
     assert result.exit_code == 0, result.stderr
-    assert "arm torch_cpu failed and is left out: MemoryError: no room" in " ".join(result.output.split())
+    assert "arm torch_cpu failed and is left out: MemoryError: no room" in " ".join(
+        result.output.split()
+    )
     arms = json.loads((tmp_path / "gpu.json").read_text())["gpu"]["arms"]
     assert list(arms) == ["bagpipe", "dense"]
     assert arms["bagpipe"]["step"]["median_ms"] > 0
@@ -102,7 +138,14 @@ def test_an_arm_that_fails_costs_the_others_nothing(num_calls: int, tmp_path: Pa
 
 def test_arms_are_given_the_rows_of_just_their_batches(tmp_path: Path) -> None:
     workload = make_workload("small", {"max_rows": 400}, quick=False)
-    stream = make_stream(workload, tmp_path / "s", num_batches=12, num_resident=5, device=torch.device("cpu"), progress=silent)
+    stream = make_stream(
+        workload,
+        tmp_path / "s",
+        num_batches=12,
+        num_resident=5,
+        device=torch.device("cpu"),
+        progress=silent,
+    )
     offsets = workload.group.row_offsets[:-1, None]
     rows = [batch.indices.numpy().reshape(len(offsets), -1) + offsets for batch in stream.resident]
     assert len(rows) == 5
@@ -112,7 +155,9 @@ def test_arms_are_given_the_rows_of_just_their_batches(tmp_path: Path) -> None:
 
 
 def test_an_arm_that_computes_something_else_is_named_with_its_step() -> None:
-    found = disagreements({"dense": [], "torch_cpu": [0.0, 1e-6, 1e-4], "fbgemm_hbm": [0.0, 0.05, float("inf")]})
+    found = disagreements(
+        {"dense": [], "torch_cpu": [0.0, 1e-6, 1e-4], "fbgemm_hbm": [0.0, 0.05, float("inf")]}
+    )
     assert len(found) == 1
     assert "arm fbgemm_hbm does NOT compute the same" in found[0]
     assert "at 2 of the first 3 steps, first at step 1 by 5.0e-02, at most by inf" in found[0]
@@ -121,7 +166,9 @@ def test_an_arm_that_computes_something_else_is_named_with_its_step() -> None:
 def test_mistakes_are_told(tmp_path: Path) -> None:
     result = run("step", "--quick", "--arm", "tensorflow")
     assert result.exit_code == 2
-    assert "arm 'tensorflow' is unknown: there are bagpipe, fused, fbgemm, torch_bags" in result.stderr
+    assert (
+        "arm 'tensorflow' is unknown: there are bagpipe, fused, fbgemm, torch_bags" in result.stderr
+    )
     result = run("curve", "--quick", "--json", tmp_path / "nowhere" / "x.json")
     assert result.exit_code == 2
     assert "x.json: can't be written" in result.stderr
@@ -129,7 +176,13 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
 
 def test_timings_tell_median_and_spread() -> None:
     timing = Timing.of([0.001, 0.002, 0.003, 0.004, 0.005])
-    assert (timing.min_ms, timing.low_ms, timing.median_ms, timing.high_ms, timing.max_ms) == (1, 2, 3, 4, 5)
+    assert (timing.min_ms, timing.low_ms, timing.median_ms, timing.high_ms, timing.max_ms) == (
+        1,
+        2,
+        3,
+        4,
+        5,
+    )
     assert str(timing) == "3.00 [2.00, 4.00]"
 
 
@@ -148,7 +201,13 @@ def planned(
         while num_admitted < min(len(batches), step + lookahead + 1):
             admit(cacher, batches[num_admitted])
             num_admitted += 1
-        plan = StepPlan(step=step, early_tick=max(0, step - 2), batch_size=64, groups=(cacher.plan(),), lookahead=0)
+        plan = StepPlan(
+            step=step,
+            early_tick=max(0, step - 2),
+            batch_size=64,
+            groups=(cacher.plan(),),
+            lookahead=0,
+        )
         yield plan, DedupedBatch(payload=None, batch_size=64, groups=(batch,))
 
 
@@ -162,7 +221,10 @@ def test_the_numpy_oracle_plans_as_well_as_ours(lookahead: int, num_slots: int) 
     group, batches = small_stream()
     ours = Cacher(group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=2)
     naive = numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=2)
-    expected = sum(num_fetched(plan.groups[0]) for plan, _ in planned(ours, [dedup(group, batch) for batch in batches], lookahead))
+    expected = sum(
+        num_fetched(plan.groups[0])
+        for plan, _ in planned(ours, [dedup(group, batch) for batch in batches], lookahead)
+    )
     plans = planned(naive, [numpy_oracle.dedup(group, batch) for batch in batches], lookahead)
     found = sum(num_fetched(plan.groups[0]) for plan, _ in checked([group], [num_slots], plans))
     assert found == pytest.approx(expected, rel=0.02)
@@ -170,10 +232,14 @@ def test_the_numpy_oracle_plans_as_well_as_ours(lookahead: int, num_slots: int) 
 
 def test_the_numpy_oracle_finds_the_same_rows_and_sums() -> None:
     group, batches = small_stream()
-    skewed = Jagged(keys=batches[0].keys, values=batches[0].values % 2, batch_size=batches[0].batch_size)
+    skewed = Jagged(
+        keys=batches[0].keys, values=batches[0].values % 2, batch_size=batches[0].batch_size
+    )
     for batch in (batches[0], skewed):
         ours, naive = dedup(group, batch), numpy_oracle.dedup(group, batch)
-        np.testing.assert_array_equal(ours.unique_rows[ours.inverse], naive.unique_rows[naive.inverse])
+        np.testing.assert_array_equal(
+            ours.unique_rows[ours.inverse], naive.unique_rows[naive.inverse]
+        )
         assert bags_by_row(ours) == bags_by_row(naive)
 
 
@@ -185,7 +251,10 @@ def small_stream() -> tuple[Group, list[Jagged]]:
 
 def bags_by_row(batch: DedupedGroup) -> dict[int, list[list[int]]]:
     """Row -> the bags of each of its pieces, in order."""
-    pieces = [batch.bags[begin:end].tolist() for begin, end in zip(batch.piece_offsets, batch.piece_offsets[1:], strict=False)]
+    pieces = [
+        batch.bags[begin:end].tolist()
+        for begin, end in zip(batch.piece_offsets, batch.piece_offsets[1:], strict=False)
+    ]
     num_uniques = len(batch.unique_rows)
     found = {int(row): [pieces[index]] for index, row in enumerate(batch.unique_rows)}
     for index, unique in enumerate(batch.long_uniques):
@@ -198,7 +267,12 @@ def test_the_oracle_plans_for_several_trainers(tmp_path: Path) -> None:
     result = run("oracle", "--quick", "--trainers", 3, "--json", tmp_path / "oracle.json")
     assert result.exit_code == 0, result.stderr
     live = json.loads((tmp_path / "oracle.json").read_text())["oracle"]["live"]
-    assert [(each["num_trainers"], each["lookahead"]) for each in live] == [(1, 1), (1, 4), (3, 1), (3, 4)]
+    assert [(each["num_trainers"], each["lookahead"]) for each in live] == [
+        (1, 1),
+        (1, 4),
+        (3, 1),
+        (3, 4),
+    ]
     assert all(each["batches_per_s"] > 0 and each["cache_was_full"] for each in live)
     assert live[3]["lookups_per_s"] / live[3]["batches_per_s"] == pytest.approx(3 * 64 * 26)
     assert live[3]["bytes_per_batch"] > live[1]["bytes_per_batch"]

@@ -1,4 +1,6 @@
-"""The arms of `bagpipe bench trainers`, ranks as threads: where sums are exact all end with the same records, to the bit."""
+"""The arms of `bagpipe bench trainers`, ranks as threads: where sums are exact all end with the
+same records, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from tests.train.ranks import run_ranks
 from bagpipe.bench.distinct import distinct, output_rows_of
 from bagpipe.bench.gpu_workloads import make_workload
 from bagpipe.bench.trainers_arms import CountingCommunicator, LrppArm, Share, TrainersArm
-from bagpipe.bench.trainers_peers import HashedArm, ReplicatedArm, _OnDevice, replicated_batch, ring_bytes
+from bagpipe.bench.trainers_peers import (
+    HashedArm,
+    ReplicatedArm,
+    _OnDevice,
+    replicated_batch,
+    ring_bytes,
+)
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.data.base import Batch
@@ -30,20 +38,39 @@ def make_batches(group: Group, num_batches: int, batch_size: int) -> list[Batch]
     rng = np.random.default_rng(5)
     made = []
     for _ in range(num_batches):
-        ids = np.concatenate([(table.num_embeddings * rng.random(batch_size) ** 4).astype(np.int64) for table in group.tables])
+        ids = np.concatenate(
+            [
+                (table.num_embeddings * rng.random(batch_size) ** 4).astype(np.int64)
+                for table in group.tables
+            ]
+        )
         sparse = Jagged(keys=group.features, values=ids, batch_size=batch_size)
-        made.append(Batch(dense=np.zeros((batch_size, 1), np.float32), sparse=sparse, labels=np.zeros(batch_size, np.float32)))
+        made.append(
+            Batch(
+                dense=np.zeros((batch_size, 1), np.float32),
+                sparse=sparse,
+                labels=np.zeros(batch_size, np.float32),
+            )
+        )
     return made
 
 
-def make_arm(name: str, group: Group, batches: list[Batch], communicator: Communicator, cache_rows: int) -> TrainersArm:
+def make_arm(
+    name: str, group: Group, batches: list[Batch], communicator: Communicator, cache_rows: int
+) -> TrainersArm:
     rank, num_trainers = communicator.rank, communicator.num_trainers
     shares = [Share.of(batch, rank, num_trainers, CPU) for batch in batches]
     workload = replace(make_workload("small", {}, quick=True), cache_rows=cache_rows)
     match name:
         case "replicated":
-            every = [[share_of(batch.sparse, each, num_trainers) for each in range(num_trainers)] for batch in batches]
-            planned = [replicated_batch(group, each, rank, CPU, step=step) for step, each in enumerate(every)]
+            every = [
+                [share_of(batch.sparse, each, num_trainers) for each in range(num_trainers)]
+                for batch in batches
+            ]
+            planned = [
+                replicated_batch(group, each, rank, CPU, step=step)
+                for step, each in enumerate(every)
+            ]
             return ReplicatedArm(group, shares, planned, communicator, CPU)
         case "hashed":
             return HashedArm(group, shares, communicator, CPU)
@@ -52,7 +79,9 @@ def make_arm(name: str, group: Group, batches: list[Batch], communicator: Commun
             arm._finder = _OnDevice(group, shares, num_trainers, arm.cache.num_slots, CPU)
             return arm
     counting = CountingCommunicator.of(communicator, name)
-    return LrppArm(name, workload, group, batches, device=CPU, communicator=counting, overlap=name == "lrpp")
+    return LrppArm(
+        name, workload, group, batches, device=CPU, communicator=counting, overlap=name == "lrpp"
+    )
 
 
 def train(
@@ -77,7 +106,9 @@ def train(
         arm.start()
         for batch in batches:
             arm.next_batch()
-            pooled = torch.empty(batch.batch_size // num_trainers, len(group.features), group.embedding_dim)
+            pooled = torch.empty(
+                batch.batch_size // num_trainers, len(group.features), group.embedding_dim
+            )
             arm.lookup(pooled)
             arm.update(gradient(pooled) * num_trainers)
         own, values = read(arm, rows, communicator)
@@ -89,7 +120,9 @@ def train(
     return found, run_ranks(num_trainers, work)
 
 
-def read(arm: TrainersArm, rows: Int64Array, communicator: Communicator) -> tuple[Int64Array, Float32Array]:
+def read(
+    arm: TrainersArm, rows: Int64Array, communicator: Communicator
+) -> tuple[Int64Array, Float32Array]:
     """The rows that this rank knows, and their records."""
     if isinstance(arm, LrppArm):
         arm.lookahead.close()
@@ -97,7 +130,10 @@ def read(arm: TrainersArm, rows: Int64Array, communicator: Communicator) -> tupl
         arm.embeddings.stores[0].fetch(rows, values)
         return rows, values
     if isinstance(arm, ReplicatedArm):
-        own, slots = rows[communicator.rank :: communicator.num_trainers], rows[communicator.rank :: communicator.num_trainers]
+        own, slots = (
+            rows[communicator.rank :: communicator.num_trainers],
+            rows[communicator.rank :: communicator.num_trainers],
+        )
     else:
         assert isinstance(arm, HashedArm)
         own = rows[communicator.rank :: communicator.num_trainers]
@@ -115,25 +151,43 @@ def test_all_arms_end_with_the_same_records(num_trainers: int) -> None:
     group = make_workload("small", {}, quick=True).group
     batches = make_batches(group, 12, 16 * num_trainers)
     for gradient, tolerance in ((exact, 0.0), (torch.sin, 1e-5)):
-        ends = {name: train(name, group, batches, num_trainers, gradient=gradient, cache_rows=900)[0] for name in NAMES}
+        ends = {
+            name: train(name, group, batches, num_trainers, gradient=gradient, cache_rows=900)[0]
+            for name in NAMES
+        }
         for name in NAMES[1:]:
-            np.testing.assert_allclose(ends[name], ends["lrpp"], rtol=tolerance, atol=0.1 * tolerance, err_msg=name)
+            np.testing.assert_allclose(
+                ends[name], ends["lrpp"], rtol=tolerance, atol=0.1 * tolerance, err_msg=name
+            )
 
 
 def test_bytes_sent_by_hand() -> None:
-    """Rank 0 uses rows 0, 1 and 2 (twice), rank 1 rows 2 and 3; two steps alike, rows of 4 floats."""
-    (group,) = group_tables([TableConfig(name="t", num_embeddings=4, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
+    """Rank 0 uses rows 0, 1 and 2 (twice), rank 1 rows 2 and 3; two steps alike, rows of 4
+    floats.
+    """
+    (group,) = group_tables(
+        [TableConfig(name="t", num_embeddings=4, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0)
+    )
     sparse = Jagged(keys=("f",), values=np.array([0, 1, 2, 2, 2, 3, 3, 2]), batch_size=8)
     batch = Batch(dense=np.zeros((8, 1), np.float32), sparse=sparse, labels=np.zeros(8, np.float32))
-    sent = {name: train(name, group, [batch, batch], 2, gradient=exact, cache_rows=4)[1] for name in NAMES}
-    # The one row that both use travels as replica and as gradient, 16 bytes each, two steps. Its first replica follows no update,
-    # its last gradient is needed by no step after: later. Between the two steps both are needed at once.
+    sent = {
+        name: train(name, group, [batch, batch], 2, gradient=exact, cache_rows=4)[1]
+        for name in NAMES
+    }
+    # The one row that both use travels as replica and as gradient, 16 bytes each, two steps. Its
+    # first replica follows no update, its last gradient is needed by no step after: later. Between
+    # the two steps both are needed at once.
     assert [sum(rank[moment] for rank in sent["lrpp"]) for moment in ("now", "later")] == [32, 32]
     assert [rank["later"] for rank in sent["no_overlap"]] == [0, 0]
     assert sum(rank["now"] for rank in sent["no_overlap"]) == 2 * 2 * 16
     # All four rows are all-reduced: a ring of two sends the buffer once.
-    assert [rank["now"] for rank in sent["replicated"]] == [2 * ring_bytes(4 * 16, 2)] * 2 == [128, 128]
-    # Each rank sends one number and asks the other for one row, 1 and 2: 4 bytes there, 16 back, 16 of gradient.
+    assert (
+        [rank["now"] for rank in sent["replicated"]]
+        == [2 * ring_bytes(4 * 16, 2)] * 2
+        == [128, 128]
+    )
+    # Each rank sends one number and asks the other for one row, 1 and 2: 4 bytes there, 16 back, 16
+    # of gradient.
     for name in NAMES[3:]:
         assert [rank["now"] for rank in sent[name]] == [2 * (8 + 4 + 16 + 16)] * 2
 
@@ -142,7 +196,10 @@ def test_bytes_sent_by_hand() -> None:
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_rows_found_by_a_sort_give_the_sums_of_the_oracles(is_jagged: bool, kind: str) -> None:
     device = torch.device(kind)
-    tables = [TableConfig(name=name, num_embeddings=300, embedding_dim=4, feature_names=[name]) for name in "ab"]
+    tables = [
+        TableConfig(name=name, num_embeddings=300, embedding_dim=4, feature_names=[name])
+        for name in "ab"
+    ]
     (group,) = group_tables(tables, SGD(lr=1.0))
     rng, batch_size = np.random.default_rng(3), 700
     lengths = rng.integers(0, 4, 2 * batch_size) if is_jagged else np.ones(2 * batch_size, np.int64)
@@ -152,7 +209,9 @@ def test_rows_found_by_a_sort_give_the_sums_of_the_oracles(is_jagged: bool, kind
     lookups = group_lookups(group, sparse)
     rows = group_rows(group, sparse, lookups)
     output_rows = output_rows_of(batch_size, 2, lookups.bag_offsets)
-    on_device = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (rows, output_rows))
+    on_device = (
+        torch.from_numpy(array.astype(np.int32)).to(device) for array in (rows, output_rows)
+    )
     plan = distinct(*on_device, step=0, batch_size=batch_size, num_features=2)
     np.testing.assert_array_equal(plan.unique_slots.cpu(), np.unique(rows))
     np.testing.assert_array_equal(plan.unique_slots[plan.lookup_slots.long()].cpu(), rows)

@@ -1,4 +1,6 @@
-"""`bagpipe bench trainers` from the command to the report, at a tiny size, and what it says when that can't be."""
+"""`bagpipe bench trainers` from the command to the report, at a tiny size, and what it says when
+that can't be.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,39 @@ from bagpipe.bench.trainers_rank import TrainersBench
 
 
 def test_the_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
-    result = run("trainers", "--quick", "--steps", 3, "--rounds", 2, "--scaling", "--json", tmp_path / "trainers.json")
+    result = run(
+        "trainers",
+        "--quick",
+        "--steps",
+        3,
+        "--rounds",
+        2,
+        "--scaling",
+        "--json",
+        tmp_path / "trainers.json",
+    )
     assert result.exit_code == 0, result.stderr
     values = json.loads((tmp_path / "trainers.json").read_text())["trainers"]
     values["arms"].pop("torchrec", None)  # has a test of its own
-    assert list(values["arms"]) == ["lrpp", "no_overlap", "replicated", "hashed", "dense", "one_trainer"]
+    assert list(values["arms"]) == [
+        "lrpp",
+        "no_overlap",
+        "replicated",
+        "hashed",
+        "dense",
+        "one_trainer",
+    ]
     for name, arm in values["arms"].items():
         assert arm["step"]["count"] == 6
         assert arm["over_lrpp"]["median"] > 0
         assert len(arm["loss_differences"]) == (0 if name in ("dense", "one_trainer") else 8)
         assert max(arm["loss_differences"], default=0.0) == 0.0  # two trainers: no sum has an order
-    sent = {name: (arm["sent_bytes"], arm["critical_bytes"]) for name, arm in values["arms"].items()}
+    sent = {
+        name: (arm["sent_bytes"], arm["critical_bytes"]) for name, arm in values["arms"].items()
+    }
     assert sent["dense"] == sent["one_trainer"] == (0, 0)
-    assert sent["lrpp"][0] == pytest.approx(sent["no_overlap"][0], rel=0.01)  # at the ends of what is counted they differ
+    # at the ends of what is counted they differ
+    assert sent["lrpp"][0] == pytest.approx(sent["no_overlap"][0], rel=0.01)
     assert sent["lrpp"][1] < sent["no_overlap"][1] == sent["no_overlap"][0]
     assert sent["lrpp"][0] < sent["hashed"][0] < sent["replicated"][0]
     assert values["speedup_over_one"]["median"] > 0
@@ -39,12 +61,23 @@ def test_the_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
 def test_torchrec_trains_the_same(num_trainers: int, tmp_path: Path) -> None:
     pytest.importorskip("torchrec")
     arms = ("--arm", "lrpp", "--arm", "torchrec", "--arm", "torchrec_uvm")
-    result = run("trainers", "--quick", "--trainers", num_trainers, *arms, "--json", tmp_path / "trainers.json")
+    result = run(
+        "trainers",
+        "--quick",
+        "--trainers",
+        num_trainers,
+        *arms,
+        "--json",
+        tmp_path / "trainers.json",
+    )
     assert result.exit_code == 0, result.stderr
     values = json.loads((tmp_path / "trainers.json").read_text())["trainers"]["arms"]
     assert list(values) == ["lrpp", "torchrec"]
     assert max(values["torchrec"]["loss_differences"]) < 1e-5
-    assert "left out torchrec_uvm: host memory behind a cache needs --device cuda" in result.output.replace("\n", " ")
+    assert (
+        "left out torchrec_uvm: host memory behind a cache needs --device cuda"
+        in result.output.replace("\n", " ")
+    )
     sent = values["torchrec"]
     pooled_bytes = 32 * 26 * 8 * 4
     assert sent["critical_bytes"] == 2 * (num_trainers - 1) * pooled_bytes
@@ -55,7 +88,9 @@ def test_torchrec_trains_the_same(num_trainers: int, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_benchmark_on_gpus(tmp_path: Path) -> None:
     device = "cuda" if torch.cuda.device_count() > 1 else "cuda:0"
-    result = run("trainers", "--quick", "--device", device, "--scaling", "--json", tmp_path / "trainers.json")
+    result = run(
+        "trainers", "--quick", "--device", device, "--scaling", "--json", tmp_path / "trainers.json"
+    )
     assert result.exit_code == 0, result.stderr
     arms = json.loads((tmp_path / "trainers.json").read_text())["trainers"]["arms"]
     assert list(arms) == ["lrpp", "no_overlap", "replicated", "hashed", "dense", "one_trainer"]
@@ -63,14 +98,25 @@ def test_the_benchmark_on_gpus(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told() -> None:
-    assert "arm 'hugectr' is unknown: there are lrpp, no_overlap" in run("trainers", "--quick", "--arm", "hugectr").stderr
+    assert (
+        "arm 'hugectr' is unknown: there are lrpp, no_overlap"
+        in run("trainers", "--quick", "--arm", "hugectr").stderr
+    )
     assert "must be at least 2" in run("trainers", "--quick", "--trainers", "1").stderr
     assert "add --arm lrpp" in run("trainers", "--quick", "--arm", "dense").stderr
     assert "not in a file" in run("trainers", "--quick", "--workload", "W4-file").stderr
-    assert "must be 'cpu', 'cuda' or 'cuda:0'" in run("trainers", "--quick", "--device", "tpu").stderr
+    assert (
+        "must be 'cpu', 'cuda' or 'cuda:0'" in run("trainers", "--quick", "--device", "tpu").stderr
+    )
     if not torch.cuda.is_available():
-        assert "need 2 CUDA devices: torch sees 0" in run("trainers", "--quick", "--device", "cuda").stderr
-        assert "need 1 CUDA devices: torch sees 0" in run("trainers", "--quick", "--device", "cuda:0").stderr
+        assert (
+            "need 2 CUDA devices: torch sees 0"
+            in run("trainers", "--quick", "--device", "cuda").stderr
+        )
+        assert (
+            "need 1 CUDA devices: torch sees 0"
+            in run("trainers", "--quick", "--device", "cuda:0").stderr
+        )
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_error() -> None:
@@ -80,7 +126,9 @@ def test_a_rank_that_fails_ends_the_run_with_its_error() -> None:
 
 
 def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() -> None:
-    workload = replace(make_workload("small", {}, quick=True), num_compared=2, turn_steps=2, rounds=2)
+    workload = replace(
+        make_workload("small", {}, quick=True), num_compared=2, turn_steps=2, rounds=2
+    )
     bench = TrainersBench(workload=workload, arms=("lrpp", "dense"), scaling=False)
 
     def arm(turns_s: list[list[float]], losses: list[float], now: float) -> dict[str, object]:
@@ -90,12 +138,18 @@ def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() 
         {
             "notes": [],
             "dense_bytes": 7,
-            "arms": {"lrpp": arm([[1, 3], [2, 2]], [0.5, 0.7], 4.0), "dense": arm([[1, 1], [2, 2]], [1, 1], 0)},
+            "arms": {
+                "lrpp": arm([[1, 3], [2, 2]], [0.5, 0.7], 4.0),
+                "dense": arm([[1, 1], [2, 2]], [1, 1], 0),
+            },
         },
         {
             "notes": [],
             "dense_bytes": 7,
-            "arms": {"lrpp": arm([[3, 1], [2, 2]], [0.5, 0.9], 6.0), "dense": arm([[1, 1], [1, 1]], [1, 1], 0)},
+            "arms": {
+                "lrpp": arm([[3, 1], [2, 2]], [0.5, 0.9], 6.0),
+                "dense": arm([[1, 1], [1, 1]], [1, 1], 0),
+            },
         },
     ]
     values = summarize(bench, seen)

@@ -72,10 +72,16 @@ def test_a_rank_that_has_gone_is_missed_where_texts_are_gathered() -> None:
     """Not after the timeout: on another host nobody can watch its process."""
 
     def work(communicator: Communicator) -> float:
-        assert communicator.gather_texts("names", f"ä{communicator.rank}" * communicator.rank) == ["", "ä1"]
+        assert communicator.gather_texts("names", f"ä{communicator.rank}" * communicator.rank) == [
+            "",
+            "ä1",
+        ]
         started = time.monotonic()
         if communicator.rank == 0:
-            with pytest.raises(BackgroundError, match="waiting for settings of all ranks failed; another of the 2 trainers may be"):
+            with pytest.raises(
+                BackgroundError,
+                match="waiting for settings of all ranks failed; another of the 2 trainers may be",
+            ):
                 communicator.gather_texts("settings", "mine")
         return time.monotonic() - started
 

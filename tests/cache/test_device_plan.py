@@ -15,13 +15,19 @@ from bagpipe.cache.device_plan import _as_array, _cut
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 200), st.sampled_from([np.int32, np.float32]), st.sampled_from([None, 1, 4])),
+        st.tuples(
+            st.integers(0, 200),
+            st.sampled_from([np.int32, np.float32]),
+            st.sampled_from([None, 1, 4]),
+        ),
         min_size=1,
         max_size=9,
     ),
     st.randoms(use_true_random=False),
 )
-def test_arrays_are_cut_out_as_they_were(kinds: list[tuple[int, type, int | None]], random: Random) -> None:
+def test_arrays_are_cut_out_as_they_were(
+    kinds: list[tuple[int, type, int | None]], random: Random
+) -> None:
     arrays = []
     for number, (length, dtype, width) in enumerate(kinds):
         values = (np.arange(length * (width or 1)) + 1000 * number).astype(dtype)
@@ -29,16 +35,21 @@ def test_arrays_are_cut_out_as_they_were(kinds: list[tuple[int, type, int | None
     random.shuffle(arrays)
     memory = np.zeros(sum(array.nbytes + 256 for array in arrays) + 256, np.uint8)
     begin, laid = 128, []
-    for array in arrays:  # behind one another with gaps, or none after an empty one, as in a place of shared memory
+    # behind one another with gaps, or none after an empty one, as in a place of shared memory
+    for array in arrays:
         laid.append(memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape))
         laid[-1][...] = array
         begin += -(-array.nbytes // 256) * 256
-    laid += [array[1:] for array in laid] + [array[len(array) // 2 :][:0] for array in laid]  # views of them, which overlap
+    # views of them, which overlap
+    laid += [array[1:] for array in laid] + [array[len(array) // 2 :][:0] for array in laid]
     random.shuffle(laid)
     places = [pa.py_buffer(array).address for array in laid]
     first = min(places)
     spans = [(place - first, array.nbytes) for place, array in zip(places, laid, strict=True)]
-    offset, end = first - pa.py_buffer(memory).address, max(place + length for place, length in spans)
+    offset, end = (
+        first - pa.py_buffer(memory).address,
+        max(place + length for place, length in spans),
+    )
     words = torch.from_numpy(memory[offset : offset + end]).view(torch.int32)
     cut = _cut(words, spans)
     for span, array in zip(spans, laid, strict=True):

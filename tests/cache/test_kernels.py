@@ -1,4 +1,6 @@
-"""The fused CPU kernels against the torch reference, and the reference against torch.nn and torch.optim."""
+"""The fused CPU kernels against the torch reference, and the reference against torch.nn and
+torch.optim.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,31 @@ from torch import Tensor
 from bagpipe.cache import kernels_cpu, kernels_torch
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
-from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, Optimizer, RowWiseAdagrad, TableConfig, group_tables
+from bagpipe.types import (
+    SGD,
+    Adagrad,
+    Adam,
+    Group,
+    Jagged,
+    Optimizer,
+    RowWiseAdagrad,
+    TableConfig,
+    group_tables,
+)
 
 OPTIMIZERS = [SGD(lr=0.1), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.1)]
 
 
 def make_case(
-    optimizer: Optimizer, dim: int, is_jagged: bool, batch_size: int = 700, *, is_weighted: bool = False
+    optimizer: Optimizer,
+    dim: int,
+    is_jagged: bool,
+    batch_size: int = 700,
+    *,
+    is_weighted: bool = False,
 ) -> tuple[Group, Jagged, DevicePlan]:
-    """A skewed batch with rows long enough for several pieces, empty bags, repeated ids, a shared table and mean pooling.
+    """A skewed batch with rows long enough for several pieces, empty bags, repeated ids, a shared
+    table and mean pooling.
 
     With per-sample weights all tables are summed.
     """
@@ -50,13 +68,19 @@ def make_case(
         weights=rng.normal(size=len(values)) if is_weighted else None,
     )
     oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
-    ((plan, _),) = oracle.plan([DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))])
-    device_plan = DevicePlan.of(plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu"))
+    ((plan, _),) = oracle.plan(
+        [DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))]
+    )
+    device_plan = DevicePlan.of(
+        plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu")
+    )
     assert len(device_plan.long_uniques) > 0
     return group, batch, device_plan
 
 
-def pooled(kernels: ModuleType, weights: Tensor, plan: DevicePlan, dtype: torch.dtype = torch.float32) -> Tensor:
+def pooled(
+    kernels: ModuleType, weights: Tensor, plan: DevicePlan, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`kernels.lookup` into a buffer of its own."""
     out = torch.full((plan.num_bags, weights.shape[1]), float("nan"), dtype=dtype)
     kernels.lookup(weights, plan, out)
@@ -65,7 +89,9 @@ def pooled(kernels: ModuleType, weights: Tensor, plan: DevicePlan, dtype: torch.
 
 @pytest.mark.parametrize("is_weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize(
-    ("is_jagged", "grad_dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)], ids=str
+    ("is_jagged", "grad_dtype"),
+    [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
+    ids=str,
 )
 @pytest.mark.parametrize("dim", [1, 4, 13, 64])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
@@ -78,7 +104,9 @@ def test_cpu_kernels_equal_the_torch_reference(
     state = torch.rand(group.num_rows, group.state_width, generator=generator)
     grads = torch.randn(plan.num_bags, dim, generator=generator).to(grad_dtype)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(pooled(kernels_cpu, weights, plan, dtype), pooled(kernels_torch, weights, plan, dtype))
+        assert torch.equal(
+            pooled(kernels_cpu, weights, plan, dtype), pooled(kernels_torch, weights, plan, dtype)
+        )
     expected_weights, expected_state = weights.clone(), state.clone()
     kernels_cpu.update(weights, state, plan, grads, optimizer, optimizer.lr)
     kernels_torch.update(expected_weights, expected_state, plan, grads, optimizer, optimizer.lr)

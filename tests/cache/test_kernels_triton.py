@@ -1,7 +1,9 @@
-"""The Triton kernels against the CPU kernels: on CUDA at real sizes, elsewhere in Triton's interpreter at tiny ones.
+"""The Triton kernels against the CPU kernels: on CUDA at real sizes, elsewhere in Triton's
+interpreter at tiny ones.
 
-The CPU kernels are themselves compared with the torch reference, and results must be theirs to the bit: the same sums in the same
-order. Only row-wise Adagrad's mean of squares is added up in another order.
+The CPU kernels are themselves compared with the torch reference, and results must be theirs to the
+bit: the same sums in the same order. Only row-wise Adagrad's mean of squares is added up in another
+order.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from torch import Tensor
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
-from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, Optimizer, RowWiseAdagrad, TableConfig, group_tables
+from bagpipe.types import (
+    SGD,
+    Adagrad,
+    Adam,
+    Group,
+    Jagged,
+    Optimizer,
+    RowWiseAdagrad,
+    TableConfig,
+    group_tables,
+)
 
 kernels_triton = pytest.importorskip("bagpipe.cache.kernels_triton")
 
@@ -25,27 +37,50 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPTIMIZERS: list[Optimizer] = [SGD(lr=0.1), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.1)]
 
 
-def make_group(dim: int, optimizer: Optimizer, *, is_mean: bool = True, num_embeddings: int = 2000) -> Group:
+def make_group(
+    dim: int, optimizer: Optimizer, *, is_mean: bool = True, num_embeddings: int = 2000
+) -> Group:
     (group,) = group_tables(
         [
             TableConfig(
-                name="small", num_embeddings=3, embedding_dim=dim, feature_names=["a", "b"], pooling="mean" if is_mean else "sum"
+                name="small",
+                num_embeddings=3,
+                embedding_dim=dim,
+                feature_names=["a", "b"],
+                pooling="mean" if is_mean else "sum",
             ),
-            TableConfig(name="large", num_embeddings=num_embeddings, embedding_dim=dim, feature_names=["c"]),
+            TableConfig(
+                name="large", num_embeddings=num_embeddings, embedding_dim=dim, feature_names=["c"]
+            ),
         ],
         optimizer,
     )
     return group
 
 
-def make_plan(group: Group, batch_size: int, max_length: int | None, seed: int = 0, *, is_weighted: bool = False) -> DevicePlan:
-    """A plan on the CPU: rows that are in half of all bags, and rows used once; with `max_length` also empty bags and repeats."""
+def make_plan(
+    group: Group,
+    batch_size: int,
+    max_length: int | None,
+    seed: int = 0,
+    *,
+    is_weighted: bool = False,
+) -> DevicePlan:
+    """A plan on the CPU: rows that are in half of all bags, and rows used once; with `max_length`
+    also empty bags and repeats.
+    """
     rng = np.random.default_rng(seed)
-    lengths = np.ones(3 * batch_size, np.int64) if max_length is None else rng.integers(0, max_length + 1, 3 * batch_size)
+    lengths = (
+        np.ones(3 * batch_size, np.int64)
+        if max_length is None
+        else rng.integers(0, max_length + 1, 3 * batch_size)
+    )
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     values = rng.integers(0, 3, offsets[-1])
     num_large = offsets[-1] - offsets[2 * batch_size]
-    values[offsets[2 * batch_size] :] = rng.integers(0, group.tables[1].num_embeddings, num_large) * rng.integers(0, 2, num_large)
+    values[offsets[2 * batch_size] :] = rng.integers(
+        0, group.tables[1].num_embeddings, num_large
+    ) * rng.integers(0, 2, num_large)
     batch = Jagged(
         keys=("a", "b", "c"),
         values=values,
@@ -54,14 +89,21 @@ def make_plan(group: Group, batch_size: int, max_length: int | None, seed: int =
         weights=rng.normal(size=len(values)) if is_weighted else None,
     )
     oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
-    ((plan, _),) = oracle.plan([DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))])
-    return DevicePlan.of(plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu"))
+    ((plan, _),) = oracle.plan(
+        [DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))]
+    )
+    return DevicePlan.of(
+        plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu")
+    )
 
 
 def moved(plan: DevicePlan) -> DevicePlan:
     """`plan` on the device under test."""
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    return replace(plan, **{name: value.to(DEVICE) for name, value in values.items() if isinstance(value, Tensor)})
+    return replace(
+        plan,
+        **{name: value.to(DEVICE) for name, value in values.items() if isinstance(value, Tensor)},
+    )
 
 
 def random_records(group: Group, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -83,12 +125,18 @@ def check_lookup(group: Group, plan: DevicePlan, dtype: torch.dtype) -> None:
 
 def check_update(group: Group, plan: DevicePlan, dtype: torch.dtype) -> None:
     weights, state = random_records(group, group.num_rows)
-    grads = torch.randn(plan.num_bags, group.embedding_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+    grads = torch.randn(
+        plan.num_bags, group.embedding_dim, generator=torch.Generator().manual_seed(2)
+    ).to(dtype)
     new_weights, new_state = weights.to(DEVICE, copy=True), state.to(DEVICE, copy=True)
-    kernels_triton.update(new_weights, new_state, moved(plan), grads.to(DEVICE), group.optimizer, 0.1)
+    kernels_triton.update(
+        new_weights, new_state, moved(plan), grads.to(DEVICE), group.optimizer, 0.1
+    )
     kernels_cpu.update(weights, state, plan, grads, group.optimizer, 0.1)
     exact = {"rtol": 0.0, "atol": 0.0}
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if isinstance(group.optimizer, RowWiseAdagrad) else exact
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-6} if isinstance(group.optimizer, RowWiseAdagrad) else exact
+    )
     torch.testing.assert_close(new_weights.cpu(), weights, **tolerance)
     torch.testing.assert_close(new_state.cpu(), state, **tolerance)
 
@@ -96,7 +144,9 @@ def check_update(group: Group, plan: DevicePlan, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("max_length", "is_mean"), [(None, False), (5, False), (5, True)])
 @pytest.mark.parametrize("dim", [4, 13])
-def test_lookup_equals_the_cpu(dim: int, max_length: int | None, is_mean: bool, dtype: torch.dtype) -> None:
+def test_lookup_equals_the_cpu(
+    dim: int, max_length: int | None, is_mean: bool, dtype: torch.dtype
+) -> None:
     group = make_group(dim, SGD(lr=0.1), is_mean=is_mean)
     check_lookup(group, make_plan(group, 7, max_length), dtype)
 
@@ -104,7 +154,9 @@ def test_lookup_equals_the_cpu(dim: int, max_length: int | None, is_mean: bool, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
 @pytest.mark.parametrize(("dim", "max_length", "is_mean"), [(4, None, False), (13, 3, True)])
-def test_update_equals_the_cpu(dim: int, max_length: int | None, is_mean: bool, optimizer: Optimizer, dtype: torch.dtype) -> None:
+def test_update_equals_the_cpu(
+    dim: int, max_length: int | None, is_mean: bool, optimizer: Optimizer, dtype: torch.dtype
+) -> None:
     group = make_group(dim, optimizer, is_mean=is_mean, num_embeddings=20)
     plan = make_plan(group, 300, max_length)
     assert len(plan.long_uniques) > 1
@@ -122,12 +174,19 @@ def test_weighted_lookup_and_update_equal_the_cpu(dim: int, max_length: int | No
 
 
 def test_a_row_in_every_bag_and_rows_at_the_limit_of_a_piece() -> None:
-    (group,) = group_tables([TableConfig(name="t", num_embeddings=4, embedding_dim=5, feature_names=["f"])], Adagrad(lr=0.1))
+    (group,) = group_tables(
+        [TableConfig(name="t", num_embeddings=4, embedding_dim=5, feature_names=["f"])],
+        Adagrad(lr=0.1),
+    )
     values = np.concatenate([np.full(128, 1), np.full(129, 3), np.zeros(400, np.int64)])
     batch = Jagged(keys=("f",), values=values, batch_size=len(values))
     oracle = Oracle([group], num_slots=[4], lookahead=1)
-    ((plan, _),) = oracle.plan([DedupedBatch(payload=None, batch_size=len(values), groups=(dedup(group, batch),))])
-    device_plan = DevicePlan.of(plan.groups[0], step=0, batch_size=len(values), num_features=1, device=torch.device("cpu"))
+    ((plan, _),) = oracle.plan(
+        [DedupedBatch(payload=None, batch_size=len(values), groups=(dedup(group, batch),))]
+    )
+    device_plan = DevicePlan.of(
+        plan.groups[0], step=0, batch_size=len(values), num_features=1, device=torch.device("cpu")
+    )
     check_update(group, device_plan, torch.float32)
 
 
@@ -150,10 +209,15 @@ def test_nothing_to_do_is_no_launch() -> None:
     group = make_group(4, Adagrad(lr=0.1))
     weights, state = random_records(group, 3)
     plan = moved(make_plan(group, 0, None))
-    nothing, no_slots = torch.empty(0, 4, device=DEVICE), torch.empty(0, dtype=torch.int32, device=DEVICE)
+    nothing, no_slots = (
+        torch.empty(0, 4, device=DEVICE),
+        torch.empty(0, dtype=torch.int32, device=DEVICE),
+    )
     kernels_triton.lookup(weights.to(DEVICE), plan, nothing)
     kernels_triton.update(weights.to(DEVICE), state.to(DEVICE), plan, nothing, group.optimizer, 0.1)
-    kernels_triton.fill(weights.to(DEVICE), state.to(DEVICE), no_slots, torch.empty(0, 8, device=DEVICE))
+    kernels_triton.fill(
+        weights.to(DEVICE), state.to(DEVICE), no_slots, torch.empty(0, 8, device=DEVICE)
+    )
     assert kernels_triton.read(weights.to(DEVICE), state.to(DEVICE), no_slots).shape == (0, 8)
 
 
@@ -164,17 +228,24 @@ def test_a_batch_without_lookups_gives_zeros() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize(("dim", "max_length"), [(16, None), (24, 5)])  # dimensions that no other test has compiled
+# dimensions that no other test has compiled
+@pytest.mark.parametrize(("dim", "max_length"), [(16, None), (24, 5)])
 def test_steps_of_any_size_compile_nothing_and_never_wait_for_the_device(
     dim: int, max_length: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = pytest.importorskip("triton")
     compiled: list[Any] = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs))
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs)
+    )
     group = make_group(dim, Adagrad(lr=0.1))
     weights, state = (tensor.to(DEVICE) for tensor in random_records(group, group.num_rows))
-    # Sizes that Triton tells apart where it may: 1, multiples of 16, and others; the first has long rows and so compiles all.
-    plans = [moved(make_plan(group, batch_size, max_length, seed=batch_size)) for batch_size in (1000, 1, 16, 17, 333, 1024)]
+    # Sizes that Triton tells apart where it may: 1, multiples of 16, and others; the first has long
+    # rows and so compiles all.
+    plans = [
+        moved(make_plan(group, batch_size, max_length, seed=batch_size))
+        for batch_size in (1000, 1, 16, 17, 333, 1024)
+    ]
     grads = [torch.randn(plan.num_bags, dim, device=DEVICE).bfloat16() for plan in plans]
     all_slots = torch.arange(1000, dtype=torch.int32, device=DEVICE)
 
@@ -182,7 +253,9 @@ def test_steps_of_any_size_compile_nothing_and_never_wait_for_the_device(
         plan = plans[index]
         slots = all_slots[index : index + plan.batch_size]  # begins at odd places
         kernels_triton.lookup(weights, plan, torch.empty_like(grads[index]))
-        kernels_triton.update(weights, state, plan, grads[index], group.optimizer, 0.1 / (1 + index))
+        kernels_triton.update(
+            weights, state, plan, grads[index], group.optimizer, 0.1 / (1 + index)
+        )
         kernels_triton.fill(weights, state, slots, kernels_triton.read(weights, state, slots))
 
     run(0)

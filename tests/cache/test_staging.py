@@ -23,7 +23,10 @@ def test_what_is_given_back_is_taken_again_and_nothing_else() -> None:
     third = staging.take(270, 65)  # of the same size, rounded up
     assert third.whole.data_ptr() == first.whole.data_ptr()
     assert third.array.shape == (270, 65)
-    assert staging.take(270, 65).whole.data_ptr() not in {first.whole.data_ptr(), second.whole.data_ptr()}
+    assert staging.take(270, 65).whole.data_ptr() not in {
+        first.whole.data_ptr(),
+        second.whole.data_ptr(),
+    }
 
 
 @pytest.mark.parametrize("num_records", [0, 1, 16_384, 16_385, 100_000])

@@ -1,4 +1,6 @@
-"""What moves records between a store and a cache, on its own: an interrupt loses nothing, write-backs do not wait for marks."""
+"""What moves records between a store and a cache, on its own: an interrupt loses nothing,
+write-backs do not wait for marks.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ class Store:
 
 def moves(evict: dict[int, int], fetch: dict[int, int]) -> tuple[Any, Callable[[], Any]]:
     """A group's transfers by row and slot, and what moves them to the device."""
-    slots = {"evict_slots": np.array([*evict.values()], np.int32), "fetch_slots": np.array([*fetch.values()], np.int32)}
+    slots = {
+        "evict_slots": np.array([*evict.values()], np.int32),
+        "fetch_slots": np.array([*fetch.values()], np.int32),
+    }
     rows = {"evict_rows": np.array([*evict], np.int64), "fetch_rows": np.array([*fetch], np.int64)}
     on_device = SimpleNamespace(**{name: torch.from_numpy(array) for name, array in slots.items()})
     return SimpleNamespace(**slots, **rows, fence_tick=-1), lambda: (on_device,)
@@ -64,7 +69,9 @@ PLAN: Any = SimpleNamespace(step=1, early_tick=0)
 
 
 def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, whose streams are made up here: what an interrupt kept from being done is not noted by another step's gather."""
+    """As on CUDA, whose streams are made up here: what an interrupt kept from being done is not
+    noted by another step's gather.
+    """
     event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
@@ -92,7 +99,9 @@ def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.Mo
     assert store.records[[10, 11, 20, 30], 0].tolist() == [1010, 1011, 20, 30]
 
 
-def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(transfers, "_NUM_THREADS", 2)
     meeting, done = threading.Barrier(2), list[str]()
 
@@ -102,7 +111,9 @@ def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(monke
             time.sleep(0.02 if 10 in rows else 0)
             done.append(f"row {rows[0]}")
 
-    communicator: Any = SimpleNamespace(mark_written=lambda kind, step: done.append(f"{kind} {step}"))
+    communicator: Any = SimpleNamespace(
+        mark_written=lambda kind, step: done.append(f"{kind} {step}")
+    )
     mover = RecordMover([Cache()], [MeetingStore()], None, communicator)  # type: ignore[list-item]
     for step, row in enumerate((10, 11)):
         evicted, to_device = moves({row: 0}, {})

@@ -39,7 +39,12 @@ def test_only_what_leaves_the_numbers_alone_is_free(key: str, matters: bool) -> 
         return nested
 
     (difference,) = compare_configs(nest(1), nest(2))
-    assert (difference.key, difference.old, difference.new, difference.matters) == (key, 1, 2, matters)
+    assert (difference.key, difference.old, difference.new, difference.matters) == (
+        key,
+        1,
+        2,
+        matters,
+    )
     assert f"{key}: 1 -> 2" in str(difference)
 
 

@@ -35,7 +35,11 @@ def mistakes_of(folder: Path, text: str, *overrides: str) -> str:
 
 def test_a_minimal_file_is_enough(tmp_path: Path) -> None:
     config = load_config(RunConfig, write(tmp_path, MINIMAL))
-    assert (config.log.folder, config.cache.size, config.embeddings.store.kind) == (Path("runs/x"), "auto", "memory")
+    assert (config.log.folder, config.cache.size, config.embeddings.store.kind) == (
+        Path("runs/x"),
+        "auto",
+        "memory",
+    )
 
 
 def test_overrides_are_toml_or_one_word(tmp_path: Path) -> None:
@@ -48,7 +52,12 @@ def test_overrides_are_toml_or_one_word(tmp_path: Path) -> None:
         "cache.check=true",
     ]
     config = load_config(RunConfig, write(tmp_path, MINIMAL), overrides)
-    assert (config.train.batch_size, config.cache.size, config.model.model_dump()["bottom"], config.cache.check) == (
+    assert (
+        config.train.batch_size,
+        config.cache.size,
+        config.model.model_dump()["bottom"],
+        config.cache.check,
+    ) == (
         7,
         "4GiB",
         (8, 16),
@@ -73,7 +82,9 @@ def test_a_broken_override_is_named(tmp_path: Path, override: str, fact: str) ->
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    message = mistakes_of(tmp_path, MINIMAL + "[train]\nbatch_size = 0\nseed = 'a'\nbatchsize = 3\n[cach]\nsize = 1\n")
+    message = mistakes_of(
+        tmp_path, MINIMAL + "[train]\nbatch_size = 0\nseed = 'a'\nbatchsize = 3\n[cach]\nsize = 1\n"
+    )
     assert "4 mistakes" in message
     assert "train.batch_size = 0: input should be greater than 0" in message
     assert 'train.seed = "a": input should be a valid integer' in message
@@ -94,23 +105,47 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             "embeddings.optimizer = {kind = 'adamm', lr = 1.0}",
             "embeddings.optimizer.kind = \"adamm\": unknown; did you mean 'adam'?",
         ),
-        ("embeddings.optimizer = {kind = 'xyz', lr = 1.0}", "unknown; there are 'sgd', 'adagrad', 'rowwise_adagrad', 'adam'"),
+        (
+            "embeddings.optimizer = {kind = 'xyz', lr = 1.0}",
+            "unknown; there are 'sgd', 'adagrad', 'rowwise_adagrad', 'adam'",
+        ),
         ("embeddings.optimizer = {kind = 'adam'}", "embeddings.optimizer.lr: is missing"),
-        ("embeddings.optimizer = {kind = 'sgd', lr = 1.0, momentum = 0.9}", "every row at every step"),
-        ("embeddings.init = {kind = 'uniform', low = 1.0, high = 0.0}", "low must not be above high"),
+        (
+            "embeddings.optimizer = {kind = 'sgd', lr = 1.0, momentum = 0.9}",
+            "every row at every step",
+        ),
+        (
+            "embeddings.init = {kind = 'uniform', low = 1.0, high = 0.0}",
+            "low must not be above high",
+        ),
         ("cache.size = '4 gigs'", 'cache.size = "4 gigs": '),
         ("train = {epochs = 1, steps = 2}", "epochs = 1 and steps = 2 are both given"),
         ("model.bottom = [8]", "model.bottom ends with 8 but embeddings.embedding_dim is 64"),
         ("model.top = [8]", "model.top ends with 8"),
-        ("model = {kind = 'dcn', bottom = [8]}", "model.bottom ends with 8 but embeddings.embedding_dim is 64"),
+        (
+            "model = {kind = 'dcn', bottom = [8]}",
+            "model.bottom ends with 8 but embeddings.embedding_dim is 64",
+        ),
         ("model = {kind = 'deepfm', top = [8]}", "model.top ends with 8"),
         ("model = {kind = 'wide_deep'}\nembeddings.embedding_dim = 1", "so it must be at least 2"),
-        ("model = {kind = 'wide_deep', bottom = [64]}", "model.bottom: unknown key in [model]; there are top, kind"),
-        ("model = {kind = 'dcn', crossrank = 8}", "model.crossrank: unknown key in [model]; did you mean 'cross_rank'?"),
+        (
+            "model = {kind = 'wide_deep', bottom = [64]}",
+            "model.bottom: unknown key in [model]; there are top, kind",
+        ),
+        (
+            "model = {kind = 'dcn', crossrank = 8}",
+            "model.crossrank: unknown key in [model]; did you mean 'cross_rank'?",
+        ),
         ("model = {botom = [64]}", "model.botom: unknown key in [model]; did you mean 'bottom'?"),
         ("model = {kind = 'dcm'}", "model.kind = \"dcm\": unknown; did you mean 'dcn'?"),
-        ("model = {kind = 3}", "model.kind = \"3\": unknown; there are 'dlrm', 'dcn', 'wide_deep', 'deepfm'"),
-        ("model = {kind = 'dcn', cross_rank = 0}", "model.cross_rank = 0: input should be greater than 0"),
+        (
+            "model = {kind = 3}",
+            "model.kind = \"3\": unknown; there are 'dlrm', 'dcn', 'wide_deep', 'deepfm'",
+        ),
+        (
+            "model = {kind = 'dcn', cross_rank = 0}",
+            "model.cross_rank = 0: input should be greater than 0",
+        ),
         ("model = 3", "model = 3: input should be an object"),
         ("train.zzz = 1", "there are batch_size, epochs"),
     ],
@@ -137,7 +172,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(RunConfig, tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize(("text", "kind"), [("", "dlrm"), ("[model]\ntop = [1]", "dlrm"), ("[model]\nkind = 'deepfm'", "deepfm")])
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("", "dlrm"), ("[model]\ntop = [1]", "dlrm"), ("[model]\nkind = 'deepfm'", "deepfm")],
+)
 def test_a_model_without_a_kind_is_a_dlrm(tmp_path: Path, text: str, kind: str) -> None:
     assert load_config(RunConfig, write(tmp_path, MINIMAL + text)).model.kind == kind
 

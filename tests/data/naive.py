@@ -1,4 +1,6 @@
-"""Independent, plain re-implementations that the data tests compare against, and makers of small raw files."""
+"""Independent, plain re-implementations that the data tests compare against, and makers of small
+raw files.
+"""
 
 from __future__ import annotations
 

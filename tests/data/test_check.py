@@ -10,14 +10,23 @@ from bagpipe.data.check import check_batch
 from bagpipe.errors import DataError
 from bagpipe.types import Jagged
 
-FEATURES = [FeatureSpec(name="f", table="t", num_embeddings=10), FeatureSpec(name="g", table="u", num_embeddings=3)]
+FEATURES = [
+    FeatureSpec(name="f", table="t", num_embeddings=10),
+    FeatureSpec(name="g", table="u", num_embeddings=3),
+]
 
 
 def make(
-    values: list[int], offsets: list[int] | None = None, keys: tuple[str, ...] = ("f", "g"), dense: float = 0, label: float = 0
+    values: list[int],
+    offsets: list[int] | None = None,
+    keys: tuple[str, ...] = ("f", "g"),
+    dense: float = 0,
+    label: float = 0,
 ) -> Batch:
     jagged_offsets = None if offsets is None else np.array(offsets, np.int32)
-    sparse = Jagged(keys=keys, values=np.array(values, np.int32), batch_size=2, offsets=jagged_offsets)
+    sparse = Jagged(
+        keys=keys, values=np.array(values, np.int32), batch_size=2, offsets=jagged_offsets
+    )
     dense_values = np.array([[0, 0], [0, dense]], np.float32)
     return Batch(dense=dense_values, sparse=sparse, labels=np.array([0, label], np.float32))
 

@@ -23,8 +23,12 @@ def read(path: Path, problems: Problems | None = None) -> list[RawBlock]:
 
 def assert_equals_naive(blocks: list[RawBlock], lines: list[str]) -> None:
     rows = [line.split("\t") for line in lines]
-    assert np.concatenate([block.labels for block in blocks]).tolist() == [float(row[0]) for row in rows]
-    assert np.concatenate([block.dense for block in blocks]).tolist() == [[float(x or 0) for x in row[1:14]] for row in rows]
+    assert np.concatenate([block.labels for block in blocks]).tolist() == [
+        float(row[0]) for row in rows
+    ]
+    assert np.concatenate([block.dense for block in blocks]).tolist() == [
+        [float(x or 0) for x in row[1:14]] for row in rows
+    ]
     for index in range(26):
         keys = np.concatenate([block.keys[index].values for block in blocks])
         assert keys.tolist() == [criteo_key(row[14 + index]) for row in rows]
@@ -39,7 +43,9 @@ def test_plain_and_gzip_with_any_line_ends(tmp_path: Path, name: str, end: str, 
 
 
 @pytest.mark.parametrize("block_bytes", [1, 7, 100, 251, 1000])
-def test_blocks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+def test_blocks_may_end_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
     monkeypatch.setattr(criteo, "BLOCK_BYTES", block_bytes)
     blocks = read(write_criteo(tmp_path / "a.txt", LINES))
     assert_equals_naive(blocks, LINES)
@@ -80,7 +86,9 @@ def test_a_bad_line_is_named_or_skipped_and_counted(
     problems = Problems(on_error="skip")
     blocks = read(path, problems)
     assert_equals_naive(blocks, LINES)
-    assert [(rows.count, "line 21:" in rows.first) for rows in problems.skipped.values()] == [(2, True)]
+    assert [(rows.count, "line 21:" in rows.first) for rows in problems.skipped.values()] == [
+        (2, True)
+    ]
     assert 20 not in np.concatenate([block.rows for block in blocks])
 
 
@@ -91,7 +99,10 @@ def test_the_first_of_several_bad_lines_is_raised(tmp_path: Path) -> None:
 
 
 def test_lines_are_counted_per_file_and_rows_over_all(tmp_path: Path) -> None:
-    first, second = write_criteo(tmp_path / "a.txt", LINES[:3]), write_criteo(tmp_path / "b.txt", [*LINES[:2], "x"])
+    first, second = (
+        write_criteo(tmp_path / "a.txt", LINES[:3]),
+        write_criteo(tmp_path / "b.txt", [*LINES[:2], "x"]),
+    )
     source = CriteoSource([first, second], [None] * 26)
     with pytest.raises(DataError, match=r"b\.txt, line 3:"):
         list(source.blocks(Problems(), lambda _: None, "test"))
@@ -103,7 +114,9 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     path = write_criteo(tmp_path / "a.txt.gz", LINES)
     seen: list[Progress] = []
     list(CriteoSource([path, path], [None] * 26).blocks(Problems(), seen.append, "test"))
-    assert seen[-1] == Progress(stage="test", done=2 * path.stat().st_size, total=2 * path.stat().st_size, unit="bytes")
+    assert seen[-1] == Progress(
+        stage="test", done=2 * path.stat().st_size, total=2 * path.stat().st_size, unit="bytes"
+    )
 
 
 def test_damaged_and_empty_files(tmp_path: Path) -> None:
@@ -125,7 +138,9 @@ def test_damaged_and_empty_files(tmp_path: Path) -> None:
 def test_find_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt"):
         write_criteo(tmp_path / name, LINES[:1])
-    assert [path.name for path in find_files([str(tmp_path / "*.txt"), str(tmp_path / "b.txt")])] == ["a.txt", "b.txt", "b.txt"]
+    assert [
+        path.name for path in find_files([str(tmp_path / "*.txt"), str(tmp_path / "b.txt")])
+    ] == ["a.txt", "b.txt", "b.txt"]
     (tmp_path / "none.txt").touch()
     with pytest.raises(DataError, match=r"none\.txt is empty"):
         find_files([str(tmp_path / "none.txt")])

@@ -15,7 +15,10 @@ PARQUET = {"kind": "parquet", "files": ["a"], "label": {"column": "y"}}
 
 def test_kind_decides() -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(DataConfig)
-    assert isinstance(adapter.validate_python({"kind": "synthetic", "multi_hot": {"C1": 3, "C2": [0, 4]}}), SyntheticData)
+    assert isinstance(
+        adapter.validate_python({"kind": "synthetic", "multi_hot": {"C1": 3, "C2": [0, 4]}}),
+        SyntheticData,
+    )
     assert adapter.validate_python({"kind": "prepared", "folder": "x"}).verify
 
 
@@ -26,7 +29,10 @@ def test_kind_decides() -> None:
         ({"source": {**CRITEO, "num_embeddings": [1, 2]}}, "lists 2 tables, Criteo has 26"),
         ({"source": {**CRITEO, "files": []}}, "at least 1 item"),
         ({"source": {**PARQUET, "sparse": [{"column": "c"}]}}, "'c' needs num_embeddings"),
-        ({"source": {**PARQUET, "sparse": [{"column": "c", "num_embeddings": 3}] * 2}}, "'c' is given more than once"),
+        (
+            {"source": {**PARQUET, "sparse": [{"column": "c", "num_embeddings": 3}] * 2}},
+            "'c' is given more than once",
+        ),
         (
             {
                 "source": {

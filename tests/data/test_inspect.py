@@ -19,15 +19,28 @@ def test_statistics_equal_a_plain_count() -> None:
     stats = inspect_source(source, max_batches=2, batch_size=1000)
     batches = list(source.batches(batch_size=1000))[:2]
     ids = [
-        np.concatenate([b.sparse.values[b.sparse.offsets[f * 1000] : b.sparse.offsets[(f + 1) * 1000]] for b in batches])
+        np.concatenate(
+            [
+                b.sparse.values[b.sparse.offsets[f * 1000] : b.sparse.offsets[(f + 1) * 1000]]
+                for b in batches
+            ]
+        )
         for f in (0, 1)
     ]  # type: ignore[index]
     counts = [np.sort(np.unique(part, return_counts=True)[1])[::-1] for part in ids]
     assert [entry.table for entry in stats] == ["C1", "C2", ALL_TABLES]
-    for entry, seen, size in zip(stats, [*counts, np.sort(np.concatenate(counts))[::-1]], [500, 7, 507], strict=True):
-        assert (entry.num_embeddings, entry.num_seen, entry.num_lookups) == (size, len(seen), seen.sum())
+    for entry, seen, size in zip(
+        stats, [*counts, np.sort(np.concatenate(counts))[::-1]], [500, 7, 507], strict=True
+    ):
+        assert (entry.num_embeddings, entry.num_seen, entry.num_lookups) == (
+            size,
+            len(seen),
+            seen.sum(),
+        )
         assert entry.num_seen_once == (seen == 1).sum()
-        assert entry.top_seen_share == pytest.approx(seen[: max(len(seen) // 100, 1)].sum() / seen.sum())
+        assert entry.top_seen_share == pytest.approx(
+            seen[: max(len(seen) // 100, 1)].sum() / seen.sum()
+        )
         assert entry.top_rows_share == pytest.approx(seen[: max(size // 100, 1)].sum() / seen.sum())
         assert entry.curve[1][-1] == 1.0
     assert stats[0].mean_bag_length == pytest.approx(len(ids[0]) / 2000)

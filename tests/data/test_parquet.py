@@ -20,11 +20,22 @@ from bagpipe.errors import DataError
 
 
 def make(
-    tmp_path: Path, columns: dict[str, Any], sparse: list[dict[str, Any]], *, name: str = "a.parquet", **extra: Any
+    tmp_path: Path,
+    columns: dict[str, Any],
+    sparse: list[dict[str, Any]],
+    *,
+    name: str = "a.parquet",
+    **extra: Any,
 ) -> ParquetSource:
     path = tmp_path / name
     pq.write_table(pa.table(columns), path)
-    config = {"kind": "parquet", "files": [str(path)], "label": {"column": "label"}, "sparse": sparse, **extra}
+    config = {
+        "kind": "parquet",
+        "files": [str(path)],
+        "label": {"column": "label"},
+        "sparse": sparse,
+        **extra,
+    }
     return ParquetSource([path], ParquetFiles.model_validate(config))
 
 
@@ -50,7 +61,9 @@ def key(text: str) -> int:
     ],
 )
 def test_keys_of_single_values(tmp_path: Path, column: Any, expected: list[int]) -> None:
-    source = make(tmp_path, {"label": [0, 1, 0], "c": column}, [{"column": "c", "num_embeddings": 5}])
+    source = make(
+        tmp_path, {"label": [0, 1, 0], "c": column}, [{"column": "c", "num_embeddings": 5}]
+    )
     assert not source.features[0].multi_hot
     keys = read(source).keys[0]
     assert keys.offsets is None
@@ -60,20 +73,32 @@ def test_keys_of_single_values(tmp_path: Path, column: Any, expected: list[int])
 @pytest.mark.parametrize(
     ("column", "separator", "expected"),
     [
-        (pa.array([[1, 2], None, [], [None, 3]], pa.list_(pa.int64())), None, [[1, 2], [], [], [3]]),
+        (
+            pa.array([[1, 2], None, [], [None, 3]], pa.list_(pa.int64())),
+            None,
+            [[1, 2], [], [], [3]],
+        ),
         (pa.array([[1], [2], [3], [4]], pa.large_list(pa.int8())), None, [[1], [2], [3], [4]]),
         (pa.array([[1, 2]] * 4, pa.list_(pa.int32(), 2)), None, [[1, 2]] * 4),
         (pa.array([["a", ""], ["b"], [], ["a"]]), None, [[key("a")], [key("b")], [], [key("a")]]),
-        (pa.array(["a|b", None, "", "b||a"]), "|", [[key("a"), key("b")], [], [], [key("b"), key("a")]]),
+        (
+            pa.array(["a|b", None, "", "b||a"]),
+            "|",
+            [[key("a"), key("b")], [], [], [key("b"), key("a")]],
+        ),
     ],
 )
-def test_keys_of_several_values(tmp_path: Path, column: Any, separator: str | None, expected: list[list[int]]) -> None:
+def test_keys_of_several_values(
+    tmp_path: Path, column: Any, separator: str | None, expected: list[list[int]]
+) -> None:
     sparse = [{"column": "c", "num_embeddings": 5, "separator": separator}]
     source = make(tmp_path, {"label": [0, 1, 0, 1], "c": column}, sparse)
     assert source.features[0].multi_hot
     keys = read(source).keys[0]
     assert keys.offsets is not None
-    bags = [keys.values[a:b].tolist() for a, b in zip(keys.offsets[:-1], keys.offsets[1:], strict=True)]
+    bags = [
+        keys.values[a:b].tolist() for a, b in zip(keys.offsets[:-1], keys.offsets[1:], strict=True)
+    ]
     assert bags == expected
     taken = keys.take(np.array([3, 0]))
     assert taken.offsets is not None
@@ -101,10 +126,15 @@ def test_label_threshold_and_dense_columns(tmp_path: Path) -> None:
         ({"label": [0, 1, None]}, ["row 2", "is missing"]),
         ({"label": [0, 1, 1], "x": [0.0, 1.0, float("inf")]}, ["row 2", "'x' is inf", "finite"]),
         ({"label": [0, 1, 1], "x": [0.0, 1.0, 1e300]}, ["row 2", "'x' is 1e+300"]),
-        ({"label": [0, 1, 1], "t": [0.0, 1.0, float("nan")]}, ["row 2", "'t'", "missing or not finite"]),
+        (
+            {"label": [0, 1, 1], "t": [0.0, 1.0, float("nan")]},
+            ["row 2", "'t'", "missing or not finite"],
+        ),
     ],
 )
-def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path: Path, columns: dict[str, Any], facts: list[str]) -> None:
+def test_a_bad_row_is_named_or_skipped_and_counted(
+    tmp_path: Path, columns: dict[str, Any], facts: list[str]
+) -> None:
     columns = {"c": [1, 2, 3], "x": [0.0, 1.0, 2.0], "t": [1.0, 2.0, 3.0], **columns}
     source = make(tmp_path, columns, SPARSE, dense=["x"], time="t")
     with pytest.raises(DataError) as raised:
@@ -124,7 +154,12 @@ def test_rows_are_named_within_their_file(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "b.parquet"
     pq.write_table(pa.table({"label": [0, 1, 0, 7], "c": [1, 2, 3, 4]}), path)
     config = ParquetFiles.model_validate(
-        {"kind": "parquet", "files": ["x"], "label": {"column": "label"}, "sparse": [{"column": "c"}]}
+        {
+            "kind": "parquet",
+            "files": ["x"],
+            "label": {"column": "label"},
+            "sparse": [{"column": "c"}],
+        }
     )
     source = ParquetSource([tmp_path / "a.parquet", path], config)
     blocks = list(source.blocks(problems := Problems(on_error="skip"), lambda _: None, "test"))
@@ -151,7 +186,12 @@ def test_types_that_can_not_be_used(tmp_path: Path) -> None:
 
 def test_not_parquet_no_rows_and_other_types(tmp_path: Path) -> None:
     config = ParquetFiles.model_validate(
-        {"kind": "parquet", "files": ["x"], "label": {"column": "label"}, "sparse": [{"column": "c"}]}
+        {
+            "kind": "parquet",
+            "files": ["x"],
+            "label": {"column": "label"},
+            "sparse": [{"column": "c"}],
+        }
     )
     bad = tmp_path / "bad.parquet"
     bad.write_bytes(b"not parquet")
@@ -160,7 +200,9 @@ def test_not_parquet_no_rows_and_other_types(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rows"):
         make(tmp_path, {"label": pa.array([], pa.int32()), "c": pa.array([], pa.int32())}, SPARSE)
     for name, kind in (("a", pa.int32()), ("b", pa.string())):
-        pq.write_table(pa.table({"label": [0], "c": pa.array([1]).cast(kind)}), tmp_path / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"label": [0], "c": pa.array([1]).cast(kind)}), tmp_path / f"{name}.parquet"
+        )
     with pytest.raises(DataError, match=r"b\.parquet: column 'c' is of type string, but int32"):
         ParquetSource([tmp_path / "a.parquet", tmp_path / "b.parquet"], config)
 

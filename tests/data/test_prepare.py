@@ -11,7 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.naive import criteo_key, criteo_line, frequency_ids, hash_id, log_dense, write_criteo
+from tests.data.naive import (
+    criteo_key,
+    criteo_line,
+    frequency_ids,
+    hash_id,
+    log_dense,
+    write_criteo,
+)
 
 from bagpipe.config.data import PrepareConfig
 from bagpipe.data import prepare as prepare_module
@@ -30,7 +37,9 @@ def config(tmp_path: Path, lines: list[str] = LINES, **extra: Any) -> PrepareCon
     path = write_criteo(tmp_path / "raw.txt", lines)
     source = {"kind": "criteo", "files": [str(path)], "num_embeddings": 17}
     small = {"rows_per_batch": 7, "batches_per_file": 3}
-    return PrepareConfig.model_validate({"output": tmp_path / "out", "source": source, **small, **extra})
+    return PrepareConfig.model_validate(
+        {"output": tmp_path / "out", "source": source, **small, **extra}
+    )
 
 
 def read(folder: Path, split: Split) -> dict[str, list[Any]]:
@@ -48,12 +57,19 @@ def test_hash_by_time_equals_a_plain_parse(tmp_path: Path) -> None:
         rows = [line.split("\t") for line in lines]
         found = read(tmp_path / "out", split)
         assert found["labels"] == [float(row[0]) for row in rows]
-        np.testing.assert_allclose(found["dense"], [[log_dense(x) for x in row[1:14]] for row in rows], rtol=1e-6)
-        assert found["ids"] == [[hash_id(criteo_key(row[14 + f]), 17) for row in rows] for f in range(26)]
+        np.testing.assert_allclose(
+            found["dense"], [[log_dense(x) for x in row[1:14]] for row in rows], rtol=1e-6
+        )
+        assert found["ids"] == [
+            [hash_id(criteo_key(row[14 + f]), 17) for row in rows] for f in range(26)
+        ]
 
 
 def test_dictionary_by_share_is_built_on_training_rows_alone(tmp_path: Path) -> None:
-    extra = {"vocabulary": {"kind": "dictionary", "min_count": 2}, "split": {"by": "share", "validation_share": 0.3}}
+    extra = {
+        "vocabulary": {"kind": "dictionary", "min_count": 2},
+        "split": {"by": "share", "validation_share": 0.3},
+    }
     settings = config(tmp_path, dense_transform="none", **extra)
     sized = settings.source.model_copy(update={"num_embeddings": None})
     seen: list[Progress] = []
@@ -78,16 +94,31 @@ def test_dictionary_by_share_is_built_on_training_rows_alone(tmp_path: Path) -> 
 
 def parquet_config(tmp_path: Path, columns: dict[str, Any], **source: Any) -> PrepareConfig:
     pq.write_table(pa.table(columns), tmp_path / "raw.parquet", row_group_size=11)
-    base = {"kind": "parquet", "files": [str(tmp_path / "*.parquet")], "label": {"column": "y"}, **source}
-    return PrepareConfig.model_validate({"output": tmp_path / "out", "source": base, "rows_per_batch": 8})
+    base = {
+        "kind": "parquet",
+        "files": [str(tmp_path / "*.parquet")],
+        "label": {"column": "y"},
+        **source,
+    }
+    return PrepareConfig.model_validate(
+        {"output": tmp_path / "out", "source": base, "rows_per_batch": 8}
+    )
 
 
 def test_multi_hot_shared_table_and_time_column(tmp_path: Path) -> None:
     rng = random.Random(0)
     bags = [[rng.randrange(9) for _ in range(rng.randrange(4))] for _ in range(50)]
     times = [rng.randrange(30) for _ in range(50)]
-    columns = {"y": [0, 1] * 25, "a": list(range(50)), "b": pa.array(bags, pa.list_(pa.int64())), "t": times}
-    sparse = [{"column": "a", "table": "t", "num_embeddings": 5}, {"column": "b", "table": "t", "num_embeddings": 5}]
+    columns = {
+        "y": [0, 1] * 25,
+        "a": list(range(50)),
+        "b": pa.array(bags, pa.list_(pa.int64())),
+        "t": times,
+    }
+    sparse = [
+        {"column": "a", "table": "t", "num_embeddings": 5},
+        {"column": "b", "table": "t", "num_embeddings": 5},
+    ]
     manifest = prepare(parquet_config(tmp_path, columns, sparse=sparse, time="t"))
     assert manifest.num_embeddings == {"t": 5}
     cut = sorted(times)[45]
@@ -121,7 +152,10 @@ def test_skipped_rows_are_counted_and_reported(tmp_path: Path) -> None:
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no training rows are left of 2: all were skipped: 2 because of wrong number"):
+    with pytest.raises(
+        DataError,
+        match=r"no training rows are left of 2: all were skipped: 2 because of wrong number",
+    ):
         prepare(config(tmp_path, ["1\t2", "x"], on_error="skip"))
     (tmp_path / "raw.parquet").unlink(missing_ok=True)
     columns = {"y": [0, 1], "a": [1, 2], "t": [5, 5]}
@@ -132,12 +166,17 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         prepare(settings.model_copy(update={"split": split}))
 
 
-def test_an_interrupted_prepare_leaves_no_manifest_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_prepare_leaves_no_manifest_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(progress: Progress) -> None:
         raise KeyboardInterrupt
 
     first = prepare(config(tmp_path))
-    with pytest.raises(DataError, match="already holds prepared data: choose another output, or set overwrite = true"):
+    with pytest.raises(
+        DataError,
+        match="already holds prepared data: choose another output, or set overwrite = true",
+    ):
         prepare(config(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         prepare(config(tmp_path, overwrite=True), stop)
@@ -146,7 +185,9 @@ def test_an_interrupted_prepare_leaves_no_manifest_and_can_be_repeated(tmp_path:
     assert prepare(config(tmp_path)).model_dump() == first.model_dump()  # the same bytes again
 
 
-def test_nothing_is_named_whole_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_named_whole_before_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepare_module.PreparedManifest, "save", lambda self, folder: None)
     prepare(config(tmp_path))
     with pytest.raises(DataError, match="preparing was interrupted"):

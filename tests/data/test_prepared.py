@@ -31,7 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prepared")
     rows = np.arange(NUM_ROWS)
     bags = [[row] * (row % 4) for row in range(NUM_ROWS)]
-    table = pa.table({"y": rows % 2, "x": rows.astype(np.float32), "row": rows, "bag": pa.array(bags, pa.list_(pa.int64()))})
+    table = pa.table(
+        {
+            "y": rows % 2,
+            "x": rows.astype(np.float32),
+            "row": rows,
+            "bag": pa.array(bags, pa.list_(pa.int64())),
+        }
+    )
     pq.write_table(table, path / "raw.parquet")
     source = {
         "kind": "parquet",
@@ -40,14 +47,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dense": ["x"],
         "sparse": [{"column": "row"}, {"column": "bag"}],
     }
-    config = {"output": path / "out", "source": source, "dense_transform": "none", "vocabulary": {"kind": "dictionary"}}
+    config = {
+        "output": path / "out",
+        "source": source,
+        "dense_transform": "none",
+        "vocabulary": {"kind": "dictionary"},
+    }
     small = {"split": {"validation_share": 0.0}, "rows_per_batch": 7, "batches_per_file": 4}
     prepare(PrepareConfig.model_validate({**config, **small}))
     return path / "out"
 
 
 def unpack(batches: list[Batch], keys: tuple[str, ...]) -> list[int]:
-    """The numbers of the rows in the order read, after checking that each row's parts belong together."""
+    """The numbers of the rows in the order read, after checking that each row's parts belong
+    together.
+    """
     read: list[int] = []
     for batch in batches:
         n = batch.batch_size
@@ -55,7 +69,9 @@ def unpack(batches: list[Batch], keys: tuple[str, ...]) -> list[int]:
         assert batch.sparse.keys == keys
         assert batch.labels.tolist() == [row % 2 for row in rows]
         assert (batch.sparse.offsets is None) == ("bag" not in keys)
-        offsets = np.arange(len(keys) * n + 1) if batch.sparse.offsets is None else batch.sparse.offsets
+        offsets = (
+            np.arange(len(keys) * n + 1) if batch.sparse.offsets is None else batch.sparse.offsets
+        )
         for f, name in enumerate(keys):
             for b, row in enumerate(rows):
                 ids = batch.sparse.values[offsets[f * n + b] : offsets[f * n + b + 1]].tolist()
@@ -63,7 +79,9 @@ def unpack(batches: list[Batch], keys: tuple[str, ...]) -> list[int]:
                 assert len(set(ids)) <= 1
         if "row" in keys:  # equally frequent keys are numbered in ascending order, from 1
             begin = keys.index("row") * n
-            assert batch.sparse.values[offsets[begin] : offsets[begin + n]].tolist() == [row + 1 for row in rows]
+            assert batch.sparse.values[offsets[begin] : offsets[begin + n]].tolist() == [
+                row + 1 for row in rows
+            ]
         read += rows
     return read
 
@@ -79,22 +97,35 @@ def unpack(batches: list[Batch], keys: tuple[str, ...]) -> list[int]:
     window=st.sampled_from([1, 3, 100]),
 )
 def test_any_batches_from_anywhere(
-    folder: Path, batch_size: int, start: int, drop_last: bool, shuffle: bool, epoch: int, keys: tuple[str, ...], window: int
+    folder: Path,
+    batch_size: int,
+    start: int,
+    drop_last: bool,
+    shuffle: bool,
+    epoch: int,
+    keys: tuple[str, ...],
+    window: int,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading_order, "WINDOW_BATCHES", window)
-        source = PreparedSource(folder, "train", features=keys, shuffle=shuffle, seed=5, verify=False)
+        source = PreparedSource(
+            folder, "train", features=keys, shuffle=shuffle, seed=5, verify=False
+        )
         assert (source.num_samples, source.num_dense) == (NUM_ROWS, 1)
         whole = unpack(list(source.batches(batch_size=batch_size, epoch=epoch)), keys)
         assert sorted(whole) == list(range(NUM_ROWS))
         assert shuffle or whole == list(range(NUM_ROWS))
-        part = list(source.batches(batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last))
+        part = list(
+            source.batches(batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last)
+        )
         last = NUM_ROWS - NUM_ROWS % batch_size if drop_last else NUM_ROWS
         assert unpack(part, keys) == whole[start * batch_size : last]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_batches_may_be_read_by_several_threads_and_in_another_process(folder: Path, shuffle: bool) -> None:
+def test_batches_may_be_read_by_several_threads_and_in_another_process(
+    folder: Path, shuffle: bool
+) -> None:
     source = PreparedSource(folder, "train", shuffle=shuffle)
     whole = unpack(list(source.batches(batch_size=7, epoch=1)), ("row", "bag"))
     with ThreadPoolExecutor(4) as pool:
@@ -132,7 +163,10 @@ def test_truncated_altered_and_missing_files_are_refused(folder: Path, tmp_path:
     good = path.read_bytes()
     path.write_bytes(good[:-1])
     for verify in (True, False):
-        with pytest.raises(DataError, match=rf"train-00001\.arrow has {len(good) - 1:,} bytes, but {len(good):,} were written"):
+        with pytest.raises(
+            DataError,
+            match=rf"00001\.arrow has {len(good) - 1:,} bytes, but {len(good):,} were written",
+        ):
             PreparedSource(copy, "train", verify=verify)
     path.write_bytes(good[:600] + bytes([good[600] ^ 1]) + good[601:])
     with pytest.raises(DataError, match=r"train-00001\.arrow has checksum .* it is altered"):
@@ -148,7 +182,10 @@ def test_an_id_outside_its_table_is_refused(folder: Path, tmp_path: Path) -> Non
     manifest.model_copy(update={"num_embeddings": {"row": 100, "bag": 1000}}).save(copy)
     batches = PreparedSource(copy, "train").batches(batch_size=50, epoch=3)
     next(batches)
-    with pytest.raises(DataError, match=r"batch 1 of train, epoch 3: feature 'row' of sample 49 has id 100, but table 'row' holds"):
+    with pytest.raises(
+        DataError,
+        match=r"batch 1 of train, epoch 3: feature 'row' of sample 49 has id 100, but table 'row'",
+    ):
         next(batches)
 
 
@@ -173,7 +210,9 @@ def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
         PreparedSource(folder, "validation")
     with pytest.raises(DataError, match="is not prepared data"):
         PreparedSource(tmp_path, "train")
-    with pytest.raises(ConfigError, match="feature 'nope' is not in the prepared data, which has row, bag"):
+    with pytest.raises(
+        ConfigError, match="feature 'nope' is not in the prepared data, which has row, bag"
+    ):
         PreparedSource(folder, "train", features=["nope"])
     with pytest.raises(ConfigError, match="chosen more than once"):
         PreparedSource(folder, "train", features=["row", "row"])
@@ -182,6 +221,8 @@ def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
 
 
 def test_opened_by_its_configuration(folder: Path) -> None:
-    source = open_source(PreparedData(kind="prepared", folder=folder, features=("row",), shuffle=True), "train")
+    source = open_source(
+        PreparedData(kind="prepared", folder=folder, features=("row",), shuffle=True), "train"
+    )
     assert [feature.name for feature in source.features] == ["row"]
     assert unpack(list(source.batches(batch_size=40)), ("row",)) != list(range(NUM_ROWS))

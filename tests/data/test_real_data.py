@@ -1,4 +1,5 @@
-"""Real data, prepared and read back, against a plain parse. The data are not part of the project: skipped where they are absent.
+"""Real data, prepared and read back, against a plain parse. The data are not part of the project:
+skipped where they are absent.
 
 The folder is BAGPIPE_SHARED_DATA, or `shared/data` beside the repository.
 """
@@ -28,7 +29,9 @@ CRITEO, MOVIELENS = DATA / "criteo_kaggle_head.tsv.gz", DATA / "ml100k_ctr.parqu
 
 pytestmark = [
     pytest.mark.skipif("CI" in os.environ, reason="real data are never used in CI"),
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}; set BAGPIPE_SHARED_DATA to their folder"),
+    pytest.mark.skipif(
+        not DATA.is_dir(), reason=f"no real data at {DATA}; set BAGPIPE_SHARED_DATA to their folder"
+    ),
 ]
 
 
@@ -40,7 +43,11 @@ def read(folder: Path, split: Split) -> tuple[PreparedSource, Batch]:
 
 def prepare_criteo(tmp_path: Path, num_embeddings: str | None = None, **extra: Any) -> None:
     source = {"kind": "criteo", "files": [str(CRITEO)], "num_embeddings": num_embeddings}
-    prepare(PrepareConfig.model_validate({"output": tmp_path, "source": source, "rows_per_batch": 1000, **extra}))
+    prepare(
+        PrepareConfig.model_validate(
+            {"output": tmp_path, "source": source, "rows_per_batch": 1000, **extra}
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +58,27 @@ def criteo_rows() -> list[list[str]]:
 def test_criteo_hashed(tmp_path: Path, criteo_rows: list[list[str]]) -> None:
     prepare_criteo(tmp_path, "kaggle")
     cut = len(criteo_rows) - round(len(criteo_rows) * 0.1)
-    parts: tuple[tuple[Split, list[list[str]]], ...] = (("train", criteo_rows[:cut]), ("validation", criteo_rows[cut:]))
+    parts: tuple[tuple[Split, list[list[str]]], ...] = (
+        ("train", criteo_rows[:cut]),
+        ("validation", criteo_rows[cut:]),
+    )
     for split, rows in parts:
         source, batch = read(tmp_path, split)
         assert batch.labels.tolist() == [float(row[0]) for row in rows]
-        np.testing.assert_allclose(batch.dense, [[log_dense(x) for x in row[1:14]] for row in rows], rtol=2e-6)
+        np.testing.assert_allclose(
+            batch.dense, [[log_dense(x) for x in row[1:14]] for row in rows], rtol=2e-6
+        )
         ids = batch.sparse.values.reshape(26, -1)
         for f, feature in enumerate(source.features):
-            assert ids[f].tolist() == [hash_id(criteo_key(row[14 + f]), feature.num_embeddings) for row in rows]
+            assert ids[f].tolist() == [
+                hash_id(criteo_key(row[14 + f]), feature.num_embeddings) for row in rows
+            ]
 
 
 def test_criteo_by_dictionary(tmp_path: Path, criteo_rows: list[list[str]]) -> None:
-    prepare_criteo(tmp_path, vocabulary={"kind": "dictionary", "min_count": 3}, split={"validation_share": 0})
+    prepare_criteo(
+        tmp_path, vocabulary={"kind": "dictionary", "min_count": 3}, split={"validation_share": 0}
+    )
     source, batch = read(tmp_path, "train")
     ids = batch.sparse.values.reshape(26, -1)
     for f, feature in enumerate(source.features):
@@ -75,7 +91,10 @@ def test_criteo_by_dictionary(tmp_path: Path, criteo_rows: list[list[str]]) -> N
 def test_criteo_skew(tmp_path: Path, criteo_rows: list[list[str]]) -> None:
     prepare_criteo(tmp_path, vocabulary={"kind": "dictionary"}, split={"validation_share": 0})
     pooled = inspect_source(PreparedSource(tmp_path, "train"))[-1]
-    counts = sorted((n for f in range(26) for n in Counter(row[14 + f] for row in criteo_rows).values()), reverse=True)
+    counts = sorted(
+        (n for f in range(26) for n in Counter(row[14 + f] for row in criteo_rows).values()),
+        reverse=True,
+    )
     assert (pooled.table, pooled.num_seen) == (ALL_TABLES, len(counts))
     assert pooled.top_seen_share == pytest.approx(sum(counts[: len(counts) // 100]) / sum(counts))
 
@@ -83,7 +102,13 @@ def test_criteo_skew(tmp_path: Path, criteo_rows: list[list[str]]) -> None:
 def test_movielens_with_multi_valued_genres(tmp_path: Path) -> None:
     sparse = [{"column": "user_id"}, {"column": "gender"}, {"column": "genres", "separator": " "}]
     label = {"column": "rating", "at_least": 4}
-    source = {"kind": "parquet", "files": [str(MOVIELENS)], "label": label, "dense": ["age"], "time": "timestamp"}
+    source = {
+        "kind": "parquet",
+        "files": [str(MOVIELENS)],
+        "label": label,
+        "dense": ["age"],
+        "time": "timestamp",
+    }
     config = {"output": tmp_path, "vocabulary": {"kind": "dictionary"}, "dense_transform": "none"}
     prepare(PrepareConfig.model_validate({**config, "source": {**source, "sparse": sparse}}))
     rows = pq.read_table(MOVIELENS).to_pylist()
@@ -94,13 +119,17 @@ def test_movielens_with_multi_valued_genres(tmp_path: Path) -> None:
     }
     users = frequency_ids([row["user_id"] for row in splits["train"]], 1)
     genders = frequency_ids([row["gender"] for row in splits["train"]], 1, signed_hash)
-    genres = frequency_ids([genre for row in splits["train"] for genre in row["genres"].split()], 1, signed_hash)
+    genres = frequency_ids(
+        [genre for row in splits["train"] for genre in row["genres"].split()], 1, signed_hash
+    )
     for split, part in splits.items():
         opened, batch = read(tmp_path, split)
         assert [feature.multi_hot for feature in opened.features] == [False, False, True]
         assert batch.labels.tolist() == [float(row["label"]) for row in part]
         assert batch.dense[:, 0].tolist() == [row["age"] for row in part]
-        expected = [[users.get(row["user_id"], 0)] for row in part] + [[genders.get(row["gender"], 0)] for row in part]
+        expected = [[users.get(row["user_id"], 0)] for row in part] + [
+            [genders.get(row["gender"], 0)] for row in part
+        ]
         expected += [[genres.get(genre, 0) for genre in row["genres"].split()] for row in part]
         assert batch.sparse.offsets is not None
         assert np.diff(batch.sparse.offsets).tolist() == [len(bag) for bag in expected]

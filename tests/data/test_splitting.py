@@ -21,7 +21,12 @@ def block(rows: list[int], times: list[int] | None = None) -> RawBlock:
     )
 
 
-@given(blocks=st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3)), min_size=1, max_size=5), data=st.data())
+@given(
+    blocks=st.lists(
+        st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3)), min_size=1, max_size=5
+    ),
+    data=st.data(),
+)
 def test_nth_smallest(blocks: list[list[int]], data: st.DataObject) -> None:
     values = sorted(value for part in blocks for value in part)
     if not values:

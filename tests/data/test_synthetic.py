@@ -23,7 +23,9 @@ BAGS = {"C1": (0, 3), "C4": (2, 2)}
 
 
 def source(split: str = "train", **extra: object) -> SyntheticSource:
-    return SyntheticSource(SIZES, **{"split": split, "num_samples": 100, "bag_lengths": BAGS, "seed": 3, **extra})  # type: ignore[arg-type]
+    return SyntheticSource(
+        SIZES, **{"split": split, "num_samples": 100, "bag_lengths": BAGS, "seed": 3, **extra}
+    )  # type: ignore[arg-type]
 
 
 def samples(batches: list[Batch]) -> list[tuple[object, ...]]:
@@ -33,7 +35,10 @@ def samples(batches: list[Batch]) -> list[tuple[object, ...]]:
         n, sparse = batch.batch_size, batch.sparse
         offsets = np.arange(len(sparse.values) + 1) if sparse.offsets is None else sparse.offsets
         for b in range(n):
-            bags = [tuple(sparse.values[offsets[f * n + b] : offsets[f * n + b + 1]].tolist()) for f in range(len(sparse.keys))]
+            bags = [
+                tuple(sparse.values[offsets[f * n + b] : offsets[f * n + b + 1]].tolist())
+                for f in range(len(sparse.keys))
+            ]
             found.append((float(batch.labels[b]), tuple(batch.dense[b].tolist()), *bags))
     return found
 
@@ -43,7 +48,9 @@ def samples(batches: list[Batch]) -> list[tuple[object, ...]]:
 def test_samples_do_not_depend_on_batches(batch_size: int, start: int, drop_last: bool) -> None:
     whole = samples(list(source().batches(batch_size=100)))
     last = 100 - 100 % batch_size if drop_last else 100
-    batches = list(source().batches(batch_size=batch_size, start=start, epoch=1, drop_last=drop_last))
+    batches = list(
+        source().batches(batch_size=batch_size, start=start, epoch=1, drop_last=drop_last)
+    )
     assert samples(batches) == whole[start * batch_size : last]
 
 
@@ -68,7 +75,10 @@ def test_bags_ids_and_offsets() -> None:
 
 
 def test_splits_and_seeds_differ() -> None:
-    train, validation = samples(list(source().batches(batch_size=100))), samples(list(source("validation").batches(batch_size=100)))
+    train, validation = (
+        samples(list(source().batches(batch_size=100))),
+        samples(list(source("validation").batches(batch_size=100))),
+    )
     assert not set(train) & set(validation)
     assert not set(train) & set(samples(list(source(seed=4).batches(batch_size=100))))
     longer = samples(list(source(num_samples=150).batches(batch_size=150)))
@@ -77,18 +87,24 @@ def test_splits_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_planted_labels_have_the_promised_rate_and_auc(seed: int) -> None:
-    made = SyntheticSource(CARDINALITIES["kaggle"], split="validation", num_samples=40_000, seed=seed)
+    made = SyntheticSource(
+        CARDINALITIES["kaggle"], split="validation", num_samples=40_000, seed=seed
+    )
     (batch,) = made.batches(batch_size=40_000)
     assert abs(batch.labels.mean() - 0.25) < 0.02
     ranks = np.empty(40_000)
     ranks[np.argsort(made.probabilities(0, 40_000))] = np.arange(1, 40_001)
     clicks = batch.labels.sum()
-    auc = (ranks[batch.labels == 1].sum() - clicks * (clicks + 1) / 2) / (clicks * (40_000 - clicks))
+    auc = (ranks[batch.labels == 1].sum() - clicks * (clicks + 1) / 2) / (
+        clicks * (40_000 - clicks)
+    )
     assert 0.78 < auc < 0.82
 
 
 @jit
-def draw_many(count: int, thresholds: UInt32Array, aliases: Int32Array, tail: np.ndarray) -> Int32Array:  # type: ignore[type-arg]
+def draw_many(
+    count: int, thresholds: UInt32Array, aliases: Int32Array, tail: np.ndarray
+) -> Int32Array:  # type: ignore[type-arg]
     ranks = np.empty(count, np.int32)
     for i in range(count):
         ranks[i] = draw_rank(stream(np.uint64(7), np.uint64(i)), thresholds, aliases, tail)
@@ -117,19 +133,30 @@ def test_ranks_are_spread_over_the_table_one_to_one() -> None:
     made = SyntheticSource([997], split="train", num_samples=60_000, skew=0.0)
     (batch,) = made.batches(batch_size=60_000)
     assert len(np.unique(batch.sparse.values)) == 997
-    skewed = next(SyntheticSource([100_000], split="train", num_samples=5000, skew=1.2).batches(batch_size=5000)).sparse.values
+    skewed = next(
+        SyntheticSource([100_000], split="train", num_samples=5000, skew=1.2).batches(
+            batch_size=5000
+        )
+    ).sparse.values
     ids, counts = np.unique(skewed, return_counts=True)
     hottest = np.sort(ids[np.argsort(counts)[-10:]])
     assert np.diff(hottest).min() > 1
 
 
 def test_a_feature_that_does_not_exist() -> None:
-    with pytest.raises(ConfigError, match="multi_hot names feature 'C9'; the features are C1 to C4"):
+    with pytest.raises(
+        ConfigError, match="multi_hot names feature 'C9'; the features are C1 to C4"
+    ):
         source(bag_lengths={"C9": (1, 2)})
 
 
 def test_opened_by_its_configuration() -> None:
-    config = SyntheticData(kind="synthetic", max_num_embeddings=100, num_validation_samples=30, multi_hot={"C2": 2, "C3": (0, 1)})
+    config = SyntheticData(
+        kind="synthetic",
+        max_num_embeddings=100,
+        num_validation_samples=30,
+        multi_hot={"C2": 2, "C3": (0, 1)},
+    )
     opened = open_source(config, "validation")
     assert (opened.num_samples, opened.num_dense, len(opened.features)) == (30, 13, 26)
     assert max(feature.num_embeddings for feature in opened.features) == 100

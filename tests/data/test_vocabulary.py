@@ -26,8 +26,15 @@ def test_hash_ids_equal_the_plain_formula(keys: list[int], num_embeddings: int) 
     assert ids.tolist() == [hash_id(key, num_embeddings) for key in keys]
 
 
-@given(parts=st.lists(KEYS, max_size=6), min_count=st.integers(1, 4), limit=st.none() | st.integers(1, 6), unseen=KEYS)
-def test_dictionary_equals_a_counter(parts: list[list[int]], min_count: int, limit: int | None, unseen: list[int]) -> None:
+@given(
+    parts=st.lists(KEYS, max_size=6),
+    min_count=st.integers(1, 4),
+    limit=st.none() | st.integers(1, 6),
+    unseen=KEYS,
+)
+def test_dictionary_equals_a_counter(
+    parts: list[list[int]], min_count: int, limit: int | None, unseen: list[int]
+) -> None:
     counter = KeyCounter()
     for part in parts:
         counter.add(np.array(part, np.int64))
@@ -53,7 +60,9 @@ def test_counter_merges_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_saved_dictionary_holds_key_and_count_by_id(tmp_path: Path) -> None:
-    vocabulary = DictionaryVocabulary(np.array([4, 7, 9]), np.array([2, 5, 1]), min_count=2, max_embeddings=None)
+    vocabulary = DictionaryVocabulary(
+        np.array([4, 7, 9]), np.array([2, 5, 1]), min_count=2, max_embeddings=None
+    )
     file = vocabulary.save(tmp_path / "d.arrow")
     table = pa.ipc.open_file(file.path).read_all()
     assert table.to_pydict() == {"key": [7, 4], "count": [5, 2]}

@@ -24,7 +24,10 @@ def test_logits_are_those_of_the_formula() -> None:
 
 
 def test_a_table_of_another_dimension_is_refused_with_its_name_and_both_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"DLRM: table 'C1' has embedding_dim 8, where 4 is expected.*last layer of bottom"):
+    with pytest.raises(
+        ConfigError,
+        match=r"DLRM: table 'C1' has embedding_dim 8, where 4 is expected.*last layer of bottom",
+    ):
         DLRM(embeddings_of(4, 8), 3, bottom=[4], top=[1])
 
 

@@ -14,7 +14,9 @@ from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 
 MAKERS: dict[str, Callable[[], RankingModel]] = {
     "dlrm": lambda: DLRM(embeddings_of(4, 4), 3, bottom=[8, 4], top=[6, 1]),
-    "dcn": lambda: DLRM_DCN(embeddings_of(4, 4), 3, bottom=[8, 4], top=[6, 1], num_cross_layers=2, cross_rank=5),
+    "dcn": lambda: DLRM_DCN(
+        embeddings_of(4, 4), 3, bottom=[8, 4], top=[6, 1], num_cross_layers=2, cross_rank=5
+    ),
     "wide_deep": lambda: WideDeep(embeddings_of(4, 4), 3, top=[6, 1]),
     "deepfm": lambda: DeepFM(embeddings_of(4, 4), 3, top=[6, 1]),
 }
@@ -24,7 +26,10 @@ MAKERS: dict[str, Callable[[], RankingModel]] = {
 def test_gradients_reach_every_parameter(kind: str) -> None:
     model = MAKERS[kind]()
     model(torch.randn(50, 3), make_sparse(2, 50)).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0
+        for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -36,7 +41,9 @@ def test_the_dense_part_takes_bfloat16_under_autocast(kind: str) -> None:
 
 
 def test_dcn_crosses_with_the_first_input_and_adds_the_last_one() -> None:
-    model = DLRM_DCN(embeddings_of(4, 4), 3, bottom=[8, 4], top=[6, 1], num_cross_layers=2, cross_rank=5)
+    model = DLRM_DCN(
+        embeddings_of(4, 4), 3, bottom=[8, 4], top=[6, 1], num_cross_layers=2, cross_rank=5
+    )
     dense, sparse = torch.randn(5, 3), make_sparse(2, 5)
     first = torch.cat([model.dense_arch(dense), model.embeddings(sparse).values()], dim=1)
     crossed = first
@@ -61,9 +68,13 @@ def test_deepfm_adds_the_dot_products_of_all_pairs() -> None:
     model = DeepFM(embeddings_of(4, 4), 3, top=[6, 1])
     dense, sparse = torch.randn(5, 3), make_sparse(2, 5)
     pooled = model.embeddings(sparse)
-    vectors = [dense[:, i : i + 1] * model.dense_vectors[i] for i in range(3)] + [pooled[key][:, :3] for key in ("C0", "C1")]
+    vectors = [dense[:, i : i + 1] * model.dense_vectors[i] for i in range(3)] + [
+        pooled[key][:, :3] for key in ("C0", "C1")
+    ]
     second_order = sum((one * other).sum(1) for one, other in combinations(vectors, 2))
-    torch.testing.assert_close(model(dense, sparse), WideDeep.dense_part(model, dense, pooled.values()) + second_order)
+    torch.testing.assert_close(
+        model(dense, sparse), WideDeep.dense_part(model, dense, pooled.values()) + second_order
+    )
 
 
 @pytest.mark.parametrize("make", [WideDeep, DeepFM])
@@ -79,7 +90,9 @@ def test_data_without_dense_features_will_do(make: type[WideDeep]) -> None:
 
 
 @pytest.mark.parametrize("make", [DLRM, DLRM_DCN])
-def test_bottom_layers_without_dense_features_are_refused(make: type[DLRM] | type[DLRM_DCN]) -> None:
+def test_bottom_layers_without_dense_features_are_refused(
+    make: type[DLRM] | type[DLRM_DCN],
+) -> None:
     with pytest.raises(ConfigError, match=r"no dense features.*use WideDeep or DeepFM"):
         make(embeddings_of(4), 0, bottom=[4], top=[1])
 
@@ -95,7 +108,9 @@ def test_sizes_can_be_given_where_embeddings_do_not_tell_them(kind: str) -> None
     model: RankingModel = (
         DLRM_DCN(embeddings, 3, num_features=2, bottom=[4], top=[1])
         if kind == "dcn"
-        else {"wide_deep": WideDeep, "deepfm": DeepFM}[kind](embeddings, 3, num_features=2, embedding_dim=4, top=[1])
+        else {"wide_deep": WideDeep, "deepfm": DeepFM}[kind](
+            embeddings, 3, num_features=2, embedding_dim=4, top=[1]
+        )
     )
     assert model.dense_part(torch.randn(5, 3), torch.randn(5, 8)).shape == (5,)
 

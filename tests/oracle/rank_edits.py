@@ -1,6 +1,8 @@
-"""Edits of one step's plans, to plant faults: what travels and what is applied, without the places and counts that follow from it.
+"""Edits of one step's plans, to plant faults: what travels and what is applied, without the places
+and counts that follow from it.
 
-An edited step is encoded into plans that agree with each other everywhere else, so that only the fault itself can be found.
+An edited step is encoded into plans that agree with each other everywhere else, so that only the
+fault itself can be found.
 """
 
 from __future__ import annotations
@@ -25,14 +27,25 @@ class Step:
     def __init__(self, planned: Planned, index: int) -> None:
         self.plans, self.ranks = planned.plans[index], range(len(planned.plans[index]))
         self.rows = [planned.rows(index, rank) for rank in self.ranks]
-        self.sends = {f"{kind}_{when}": messages(self.plans, f"{kind}_{when}") for kind in ("replicas", "sync") for when in WHEN}
+        self.sends = {
+            f"{kind}_{when}": messages(self.plans, f"{kind}_{when}")
+            for kind in ("replicas", "sync")
+            for when in WHEN
+        }
         self.applies = {when: [self._apply(rank, when) for rank in self.ranks] for when in WHEN}
-        self.before, self.after = ({row for share in planned.lookups[beside] for row in share} for beside in (index - 1, index + 1))
+        self.before, self.after = (
+            {row for share in planned.lookups[beside] for row in share}
+            for beside in (index - 1, index + 1)
+        )
         self.late = {row for plan in self.plans for row in plan.groups[0].late.fetch_rows.tolist()}
         self.is_late_next = planned.plans[index + 1][0].has_late
         self._before_edit = [self._replicas(rank) for rank in self.ranks]
         self.rows_of_replicas = {
-            place: self.rows[rank][plan.groups[0].schedule.unique_slots.tolist().index(exchange_of(plan).first_replica + number)]
+            place: self.rows[rank][
+                plan.groups[0]
+                .schedule.unique_slots.tolist()
+                .index(exchange_of(plan).first_replica + number)
+            ]
             for rank, plan in enumerate(self.plans)
             for number, place in enumerate((by, rank, slot) for by, slot in self._before_edit[rank])
         }
@@ -49,7 +62,9 @@ class Step:
                     return True
         return False
 
-    def find_update(self, when: str, is_meant: Callable[[int], bool] = lambda row: True) -> tuple[int, int] | None:
+    def find_update(
+        self, when: str, is_meant: Callable[[int], bool] = lambda row: True
+    ) -> tuple[int, int] | None:
         """(owner, slot) of a row updated with gradients of its owner and others."""
         for rank in self.ranks:
             for slot, parts in self.applies[when][rank].items():
@@ -71,18 +86,28 @@ class Step:
 
     def _replicas(self, rank: int) -> list[tuple[int, int]]:
         """(sender, its slot) of what the rank receives, in order."""
-        return [(by, slot) for when in ("later", "now") for by in self.ranks for slot in self.sends[f"replicas_{when}"][by, rank]]
+        return [
+            (by, slot)
+            for when in ("later", "now")
+            for by in self.ranks
+            for slot in self.sends[f"replicas_{when}"][by, rank]
+        ]
 
     def _sums(self, rank: int, when: str) -> list[tuple[int, int]]:
         """(sender, index of its row) of the gradients that the rank has when it applies."""
-        received = [(by, unique) for by in self.ranks for unique in self.sends[f"sync_{when}"][by, rank]]
+        received = [
+            (by, unique) for by in self.ranks for unique in self.sends[f"sync_{when}"][by, rank]
+        ]
         return [(rank, unique) for unique in range(len(self.rows[rank]))] + received
 
     def _apply(self, rank: int, when: str) -> dict[int, list[tuple[int, int]]]:
         """By slot what is added up."""
         schedule, sums = applied(self.plans[rank], when), self._sums(rank, when)
         parts = np.split(schedule.bags, schedule.piece_offsets[1:-1])
-        return {slot: [sums[place] for place in part] for slot, part in zip(schedule.unique_slots.tolist(), parts, strict=False)}
+        return {
+            slot: [sums[place] for place in part]
+            for slot, part in zip(schedule.unique_slots.tolist(), parts, strict=False)
+        }
 
     def _plan(self, rank: int) -> StepPlan:
         group = self.plans[rank].groups[0]
@@ -91,10 +116,14 @@ class Step:
             if slot >= exchange.first_replica:
                 replica = self._before_edit[rank][slot - exchange.first_replica]
                 slots[index] = exchange.first_replica + self._replicas(rank).index(replica)
-        changed: dict[str, Any] = {name: self._rows(rank, sent) for name, sent in self.sends.items()}
+        changed: dict[str, Any] = {
+            name: self._rows(rank, sent) for name, sent in self.sends.items()
+        }
         changed |= {f"apply_{when}": self._schedule(rank, when) for when in WHEN}
         exchange = replace(exchange, **changed)
-        group = replace(group, exchange=exchange, schedule=replace(group.schedule, unique_slots=slots))
+        group = replace(
+            group, exchange=exchange, schedule=replace(group.schedule, unique_slots=slots)
+        )
         return replace(self.plans[rank], groups=(group,))
 
     def _rows(self, rank: int, sent: Messages) -> RowExchange:
@@ -108,15 +137,21 @@ class Step:
         sums, parts_by_slot = self._sums(rank, when), self.applies[when][rank]
         return GradientSchedule(
             unique_slots=np.array(list(parts_by_slot), np.int32),
-            bags=np.array([sums.index(part) for parts in parts_by_slot.values() for part in parts], np.int32),
-            piece_offsets=np.cumsum([0, *(len(parts) for parts in parts_by_slot.values())]).astype(np.int32),
+            bags=np.array(
+                [sums.index(part) for parts in parts_by_slot.values() for part in parts], np.int32
+            ),
+            piece_offsets=np.cumsum([0, *(len(parts) for parts in parts_by_slot.values())]).astype(
+                np.int32
+            ),
             long_uniques=np.empty(0, np.int32),
             long_offsets=np.zeros(1, np.int32),
         )
 
 
 def drop_gradient(step: Step, *, is_own: bool, is_sent: bool) -> bool:
-    """Drops a contribution, the owner's or another's, from an apply schedule; another's is sent all the same or not."""
+    """Drops a contribution, the owner's or another's, from an apply schedule; another's is sent all
+    the same or not.
+    """
     if (found := step.find_update("now")) is None:
         return False
     owner, slot = found
@@ -153,7 +188,11 @@ def send_for_nothing(step: Step) -> bool:
     """Rank 0 sends rank 1 one more of its rows, which rank 1 does not use."""
     sent = {slot for when in WHEN for slot in step.sends[f"replicas_{when}"][0, 1]}
     slots = step.plans[0].groups[0].schedule.unique_slots.tolist()
-    unneeded = [slot for slot in slots if slot < exchange_of(step.plans[0]).first_replica and slot not in sent]
+    unneeded = [
+        slot
+        for slot in slots
+        if slot < exchange_of(step.plans[0]).first_replica and slot not in sent
+    ]
     step.sends["replicas_now"][0, 1] += unneeded[:1]
     return bool(unneeded)
 
@@ -172,14 +211,20 @@ FAULTS: dict[str, tuple[Edit, str, str]] = {
         rf"{_OLD}|{_BEHIND}",
     ),
     "a replica before its fetch": (
-        lambda step: step.move_replica("now", "later", lambda row: row in step.late and row not in step.before),
+        lambda step: step.move_replica(
+            "now", "later", lambda row: row in step.late and row not in step.before
+        ),
         rf"{_CHANGES}|a lookup of row",
         rf"{_EMPTY}|{_OLD}|{_BEHIND}|a row is not in its slot",
     ),
     "a gradient a step too late": (
-        lambda step: not step.is_late_next and step.move_update("now", "later", lambda row: row in step.after),
+        lambda step: (
+            not step.is_late_next
+            and step.move_update("now", "later", lambda row: row in step.after)
+        ),
         rf"{_CHANGES}|a lookup of row \d+ finds \(",
-        r"a replica is sent before its gradients are applied \(now\)|a row is looked up before its gradients are applied",
+        r"a replica is sent before its gradients are applied \(now\)"
+        r"|a row is looked up before its gradients are applied",
     ),
     "another's gradient dropped": (
         lambda step: drop_gradient(step, is_own=False, is_sent=True),
@@ -191,16 +236,36 @@ FAULTS: dict[str, tuple[Edit, str, str]] = {
         "gets gradients of ranks",
         _NOT_ALL,
     ),
-    "its own gradient dropped": (lambda step: drop_gradient(step, is_own=True, is_sent=True), "gets gradients of ranks", _NOT_ALL),
-    "gradients out of order": (swap_gradients, "gets gradients of ranks", "gradients are not added in the order of ranks"),
-    "a row updated twice": (update_twice, "a row is not updated once", "a row is updated twice, or unused"),
-    "a replica for nobody": (send_for_nothing, "it is sent rows that it does not use", "it is sent rows that it does not use"),
+    "its own gradient dropped": (
+        lambda step: drop_gradient(step, is_own=True, is_sent=True),
+        "gets gradients of ranks",
+        _NOT_ALL,
+    ),
+    "gradients out of order": (
+        swap_gradients,
+        "gets gradients of ranks",
+        "gradients are not added in the order of ranks",
+    ),
+    "a row updated twice": (
+        update_twice,
+        "a row is not updated once",
+        "a row is updated twice, or unused",
+    ),
+    "a replica for nobody": (
+        send_for_nothing,
+        "it is sent rows that it does not use",
+        "it is sent rows that it does not use",
+    ),
 }
 """By name the edit, what the tests' replay must say of it, and what the package's."""
 
 HARMLESS: dict[str, Edit] = {
     "nothing": lambda step: True,
-    "a replica later than it could be": lambda step: step.move_replica("later", "now", lambda row: True),
-    "a gradient sooner than it need be": lambda step: step.move_update("later", "now", lambda row: True),
+    "a replica later than it could be": lambda step: step.move_replica(
+        "later", "now", lambda row: True
+    ),
+    "a gradient sooner than it need be": lambda step: step.move_update(
+        "later", "now", lambda row: True
+    ),
 }
 """Edits that cost time alone."""

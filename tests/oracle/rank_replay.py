@@ -1,8 +1,10 @@
-"""Plans for several trainers, replayed by naive executors of all ranks, made of dicts, that move the histories of rows.
+"""Plans for several trainers, replayed by naive executors of all ranks, made of dicts, that move
+the histories of rows.
 
-A row's history is which steps have updated it, each with the ranks whose gradients went in, in the order in which they were added.
-What a lookup finds must be the right row with the history of all steps before. What may happen at any of several moments is
-replayed at the worst: deferred gradients as late as they may be, replicas both as early and as late as they may be sent.
+A row's history is which steps have updated it, each with the ranks whose gradients went in, in the
+order in which they were added. What a lookup finds must be the right row with the history of all
+steps before. What may happen at any of several moments is replayed at the worst: deferred gradients
+as late as they may be, replicas both as early and as late as they may be sent.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from bagpipe.oracle import DedupedBatch, Oracle, dedup
 from bagpipe.oracle.merge import merge
 from bagpipe.oracle.rank_checks import checked_ranks
 from bagpipe.oracle.window import Trainers
-from bagpipe.types import GradientSchedule, Group, GroupExchange, Jagged, RowExchange, StepPlan, Transfers
+from bagpipe.types import (
+    GradientSchedule,
+    Group,
+    GroupExchange,
+    Jagged,
+    RowExchange,
+    StepPlan,
+    Transfers,
+)
 
 History = tuple[tuple[int, tuple[int, ...]], ...]  # (step, ranks) of each update
 Held = tuple[int, History]  # a row in a slot
@@ -69,14 +79,25 @@ def plan_all(
     overlap: bool = True,
     num_hosts: int = 1,
 ) -> Planned:
-    shares = [[share_of(batch, rank, num_trainers) for rank in range(num_trainers)] for batch in batches]
+    shares = [
+        [share_of(batch, rank, num_trainers) for rank in range(num_trainers)] for batch in batches
+    ]
     num_replicas = group.num_rows if num_replica_slots is None else num_replica_slots
     ranks = ranks or tuple(range(num_trainers))
     trainers = Trainers(
-        num_trainers=num_trainers, num_hosts=num_hosts, ranks=ranks, num_replica_slots=(num_replicas,), overlap=overlap
+        num_trainers=num_trainers,
+        num_hosts=num_hosts,
+        ranks=ranks,
+        num_replica_slots=(num_replicas,),
+        overlap=overlap,
     )
     oracle = Oracle(
-        [group], num_slots=[num_slots], lookahead=lookahead, prefetch_depth=depth, first_step=first_step, trainers=trainers
+        [group],
+        num_slots=[num_slots],
+        lookahead=lookahead,
+        prefetch_depth=depth,
+        first_step=first_step,
+        trainers=trainers,
     )
     merged = [
         DedupedBatch(
@@ -93,7 +114,10 @@ def plan_all(
         trainers=trainers,
         batches=merged,
         plans=[plans for plans, _ in oracle.plan_ranks(oracle.link(merged))],
-        lookups=[[[row for row, _, _ in reference.lookups(group, share)] for share in step] for step in shares],
+        lookups=[
+            [[row for row, _, _ in reference.lookups(group, share)] for share in step]
+            for step in shares
+        ],
         batch_sizes=[[share.batch_size for share in step] for step in shares],
     )
 
@@ -107,7 +131,9 @@ def check(planned: Planned) -> None:
 
 def smallest_cache(group: Group, batches: Sequence[Jagged], num_trainers: int) -> int:
     """Slots that each trainer needs at least."""
-    return max(1, *(-(-len(reference.unique_rows(group, batch)) // num_trainers) for batch in batches))
+    return max(
+        1, *(-(-len(reference.unique_rows(group, batch)) // num_trainers) for batch in batches)
+    )
 
 
 def exchange_of(plan: StepPlan) -> GroupExchange:
@@ -127,15 +153,23 @@ def moved_by(plan: StepPlan) -> tuple[Transfers, Transfers]:
 
 
 def messages(plans: Sequence[StepPlan], name: str) -> Messages:
-    """What each rank sends to each other, in the order in which a receiver gets it: by sender. Both sides must agree."""
+    """What each rank sends to each other, in the order in which a receiver gets it: by sender. Both
+    sides must agree.
+    """
     found: Messages = {}
     exchanges: list[RowExchange] = [getattr(exchange_of(plan), name) for plan in plans]
     for sender, mine in enumerate(exchanges):
-        expect(int(mine.send_counts.sum()) == len(mine.send), f"{name}: rank {sender} counts other rows than it sends")
+        expect(
+            int(mine.send_counts.sum()) == len(mine.send),
+            f"{name}: rank {sender} counts other rows than it sends",
+        )
         begin = 0
         for receiver, theirs in enumerate(exchanges):
             end = begin + int(mine.send_counts[receiver])
-            expect(end - begin == theirs.receive_counts[sender], f"{name}: {receiver} expects another number than {sender} sends")
+            expect(
+                end - begin == theirs.receive_counts[sender],
+                f"{name}: {receiver} expects another number than {sender} sends",
+            )
             expect(sender != receiver or begin == end, f"{name}: rank {sender} sends to itself")
             found[sender, receiver] = mine.send[begin:end].tolist()
             begin = end
@@ -143,7 +177,9 @@ def messages(plans: Sequence[StepPlan], name: str) -> Messages:
 
 
 class Replay:
-    """All ranks' caches and the store of one group. `ahead`: how many steps ahead plans reach the executors."""
+    """All ranks' caches and the store of one group. `ahead`: how many steps ahead plans reach the
+    executors.
+    """
 
     def __init__(self, planned: Planned, ahead: int = 100) -> None:
         self.planned, self.plans, self.ahead = planned, planned.plans, ahead
@@ -152,9 +188,13 @@ class Replay:
         self.owners: dict[int, int] = {}
         self.store: dict[int, History] = {}
         self.evicted_at: dict[int, int] = {}
-        self.complete: dict[int, History] = {}  # of rows used so far: with the updates of all steps computed so far
+        self.complete: dict[
+            int, History
+        ] = {}  # of rows used so far: with the updates of all steps computed so far
         self.num_issued = self.num_deferred_done = 0  # steps
-        self.sent_earliest: dict[tuple[int, int, int], Held] | None = None  # None: nothing could be sent before the tick
+        self.sent_earliest: dict[tuple[int, int, int], Held] | None = (
+            None  # None: nothing could be sent before the tick
+        )
         self.arrived: dict[tuple[int, int, int], Held] = {}
 
     def run(self) -> None:
@@ -170,18 +210,26 @@ class Replay:
         expect(self.store == self.complete, "after a flush the store lacks an update")
 
     def tick(self, index: int) -> None:
-        """Evictions happen before the deferred gradients of the step before are applied, but where there are late ones."""
+        """Evictions happen before the deferred gradients of the step before are applied, but where
+        there are late ones.
+        """
         plans = self.plans[index]
         late = [plan.groups[0].late for plan in plans]
         has_late = any(len(moved.evict_rows) + len(moved.fetch_rows) > 0 for moved in late)
         expect(all(plan.has_late == has_late for plan in plans), "has_late is not what there is")
-        expect(len({(plan.step, plan.early_tick) for plan in plans}) == 1, "ranks differ in a step's number or tick")
+        expect(
+            len({(plan.step, plan.early_tick) for plan in plans}) == 1,
+            "ranks differ in a step's number or tick",
+        )
         expect(plans[0].early_tick <= plans[0].step, "early transfers come after their step")
         if self.num_issued == index:
             self.issue_early(index)
         self.arrived = self.sent(index, "replicas_later")
         if self.sent_earliest is not None:
-            expect(self.arrived == self.sent_earliest, f"step {index}: what is sent behind compute changes meanwhile")
+            expect(
+                self.arrived == self.sent_earliest,
+                f"step {index}: what is sent behind compute changes meanwhile",
+            )
         if has_late:
             self.apply_deferred(index - 1)
         self.transfer(late, plans[0].step)
@@ -200,29 +248,54 @@ class Replay:
     def transfer(self, moved: list[Transfers], tick: int) -> None:
         """Evicts on all ranks, then fetches: a row may come back to another rank."""
         for rank in self.ranks:
-            for row, slot in zip(moved[rank].evict_rows.tolist(), moved[rank].evict_slots.tolist(), strict=True):
+            for row, slot in zip(
+                moved[rank].evict_rows.tolist(), moved[rank].evict_slots.tolist(), strict=True
+            ):
                 found, history = self.slots[rank].pop(slot, EMPTY)
                 expect(found == row, f"tick {tick}: row {row} is evicted from where it is not")
-                expect(history == self.complete[row], f"tick {tick}: row {row} is evicted before its gradients are applied")
+                expect(
+                    history == self.complete[row],
+                    f"tick {tick}: row {row} is evicted before its gradients are applied",
+                )
                 self.store[row], self.evicted_at[row] = history, tick
                 del self.owners[row]
         for rank in self.ranks:
             fence = moved[rank].fence_tick
             expect(fence <= tick, f"tick {tick}: a fetch waits for what comes later")
-            for row, slot in zip(moved[rank].fetch_rows.tolist(), moved[rank].fetch_slots.tolist(), strict=True):
-                expect(row not in self.owners, f"tick {tick}: row {row} is fetched while a rank owns it")
-                expect(0 <= slot < self.planned.num_slots, f"tick {tick}: slot {slot} is outside the cache")
-                expect(slot not in self.slots[rank], f"tick {tick}: slot {slot} is filled while it is in use")
-                expect(self.evicted_at.get(row, -1) <= fence, f"tick {tick}: row {row} is fetched before it is written")
+            for row, slot in zip(
+                moved[rank].fetch_rows.tolist(), moved[rank].fetch_slots.tolist(), strict=True
+            ):
+                expect(
+                    row not in self.owners,
+                    f"tick {tick}: row {row} is fetched while a rank owns it",
+                )
+                expect(
+                    0 <= slot < self.planned.num_slots,
+                    f"tick {tick}: slot {slot} is outside the cache",
+                )
+                expect(
+                    slot not in self.slots[rank],
+                    f"tick {tick}: slot {slot} is filled while it is in use",
+                )
+                expect(
+                    self.evicted_at.get(row, -1) <= fence,
+                    f"tick {tick}: row {row} is fetched before it is written",
+                )
                 self.slots[rank][slot], self.owners[row] = (row, self.store.get(row, ())), rank
 
     def sent(self, index: int, name: str) -> dict[tuple[int, int, int], Held]:
         """By (receiver, sender, place in the message) what is in the slots that are sent, now."""
         found = messages(self.plans[index], name)
-        return {(to, by, at): self.slots[by].get(slot, EMPTY) for (by, to), sent in found.items() for at, slot in enumerate(sent)}
+        return {
+            (to, by, at): self.slots[by].get(slot, EMPTY)
+            for (by, to), sent in found.items()
+            for at, slot in enumerate(sent)
+        }
 
     def send_ahead(self, index: int) -> None:
-        """The earliest that a step's later replicas may be sent: behind the compute of the step before, their fetches issued."""
+        """The earliest that a step's later replicas may be sent: behind the compute of the step
+        before, their fetches issued.
+        """
         is_sent = index < len(self.plans) and self.num_issued > index
         self.sent_earliest = self.sent(index, "replicas_later") if is_sent else None
 
@@ -230,36 +303,62 @@ class Replay:
         """What a rank's replica slots hold in the compute of a step."""
         parts = self.arrived, self.sent(index, "replicas_now")
         in_order = [part[key] for part in parts for key in sorted(part) if key[0] == rank]
-        first, size = exchange_of(self.plans[index][rank]).first_replica, self.planned.num_replica_slots
-        expect(len(in_order) <= size, f"step {index}: rank {rank} gets more replicas than it has room for")
+        first, size = (
+            exchange_of(self.plans[index][rank]).first_replica,
+            self.planned.num_replica_slots,
+        )
+        expect(
+            len(in_order) <= size,
+            f"step {index}: rank {rank} gets more replicas than it has room for",
+        )
         begins = (self.planned.num_slots, self.planned.num_slots + size)
         expect(first in begins, f"step {index}: rank {rank}'s replicas lie elsewhere")
         if index and size:
-            expect(first != exchange_of(self.plans[index - 1][rank]).first_replica, "replicas overwrite those in use")
+            expect(
+                first != exchange_of(self.plans[index - 1][rank]).first_replica,
+                "replicas overwrite those in use",
+            )
         return {first + place: held for place, held in enumerate(in_order)}
 
     def look_up(self, index: int) -> None:
         for rank, plan in enumerate(self.plans[index]):
             where, rows = f"step {index}, rank {rank}", self.planned.rows(index, rank)
-            expect(plan.batch_size == self.planned.batch_sizes[index][rank], f"{where}: another number of samples")
+            expect(
+                plan.batch_size == self.planned.batch_sizes[index][rank],
+                f"{where}: another number of samples",
+            )
             replicas = self.replicas(index, rank)
             held = {**self.slots[rank], **replicas}
             unique_slots = plan.groups[0].schedule.unique_slots.tolist()
             for slot, row in [
-                *zip(plan.groups[0].lookup_slots.tolist(), self.planned.lookups[index][rank], strict=True),
+                *zip(
+                    plan.groups[0].lookup_slots.tolist(),
+                    self.planned.lookups[index][rank],
+                    strict=True,
+                ),
                 *zip(unique_slots, rows, strict=True),
             ]:
                 found, history = held.get(slot, EMPTY)
                 expect(found == row, f"{where}: a lookup of row {row} finds another in slot {slot}")
-                expect(history == self.complete.get(row, ()), f"{where}: a lookup of row {row} finds {history}")
-            expect(set(replicas) <= set(unique_slots), f"{where}: it is sent rows that it does not use")
+                expect(
+                    history == self.complete.get(row, ()),
+                    f"{where}: a lookup of row {row} finds {history}",
+                )
+            expect(
+                set(replicas) <= set(unique_slots), f"{where}: it is sent rows that it does not use"
+            )
 
     def apply_now(self, index: int) -> None:
         users: dict[int, tuple[int, ...]] = {}
         for rank in self.ranks:
             for row in self.planned.rows(index, rank):
                 users[row] = (*users.get(row, ()), rank)
-        updated = [row for rank in self.ranks for when in ("now", "later") for row in self.rows_updated(index, rank, when)]
+        updated = [
+            row
+            for rank in self.ranks
+            for when in ("now", "later")
+            for row in self.rows_updated(index, rank, when)
+        ]
         expect(sorted(updated) == sorted(users), f"step {index}: a row is not updated once")
         self.apply(index, "now")
         for row, ranks in users.items():
@@ -284,14 +383,28 @@ class Replay:
             schedule = applied(plan, when)
             gradients, taken = sums[rank] + received[rank], schedule.bags.tolist()
             expect(len(set(taken)) == len(taken), f"step {index}: a gradient is applied twice")
-            expect({*taken} >= {*range(len(sums[rank]), len(gradients))}, f"step {index}: a gradient sent is not applied")
-            expect(schedule.piece_offsets[-1] == len(taken) and len(schedule.long_uniques) == 0, "pieces and bags differ")
+            expect(
+                {*taken} >= {*range(len(sums[rank]), len(gradients))},
+                f"step {index}: a gradient sent is not applied",
+            )
+            expect(
+                schedule.piece_offsets[-1] == len(taken) and len(schedule.long_uniques) == 0,
+                "pieces and bags differ",
+            )
             ends = schedule.piece_offsets.tolist()
-            for slot, begin, end in zip(schedule.unique_slots.tolist(), ends[:-1], ends[1:], strict=True):
+            for slot, begin, end in zip(
+                schedule.unique_slots.tolist(), ends[:-1], ends[1:], strict=True
+            ):
                 row, history = self.slots[rank].get(slot, EMPTY)
                 parts = [gradients[place] for place in taken[begin:end]]
-                expect({of for _, of in parts} == {row}, f"step {index}: row {row} gets the gradient of another")
+                expect(
+                    {of for _, of in parts} == {row},
+                    f"step {index}: row {row} gets the gradient of another",
+                )
                 ranks = tuple(by for by, _ in parts)
                 all_users = tuple(by for by in self.ranks if row in self.planned.lookups[index][by])
-                expect(ranks == all_users, f"step {index}: row {row} gets gradients of ranks {ranks}, not {all_users}")
+                expect(
+                    ranks == all_users,
+                    f"step {index}: row {row} gets gradients of ranks {ranks}, not {all_users}",
+                )
                 self.slots[rank][slot] = row, (*history, (plan.step, ranks))

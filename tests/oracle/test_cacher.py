@@ -1,4 +1,6 @@
-"""Plans against the naive oracle and the invariants, over random traces, caches, lookaheads and prefetch depths."""
+"""Plans against the naive oracle and the invariants, over random traces, caches, lookaheads and
+prefetch depths.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from bagpipe.oracle import Cacher, DedupedBatch, Oracle, OracleReport, checked, 
 from bagpipe.oracle.linker import Linker
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.window import Trainers
-from bagpipe.types import SGD, Group, GroupPlan, Jagged, StepPlan, TableConfig, Transfers, group_tables
+from bagpipe.types import (
+    SGD,
+    Group,
+    GroupPlan,
+    Jagged,
+    StepPlan,
+    TableConfig,
+    Transfers,
+    group_tables,
+)
 
 
 def deduped(group: Group, batches: list[Jagged]) -> Iterator[DedupedBatch[None]]:
@@ -28,14 +39,30 @@ def smallest_cache(group: Group, batches: list[Jagged]) -> int:
     return max(1, *(len(reference.unique_rows(group, batch)) for batch in batches))
 
 
-@given(strategies.group_traces(), st.integers(0, 70), st.integers(1, 30), st.integers(0, 4), st.integers(0, 5))
+@given(
+    strategies.group_traces(),
+    st.integers(0, 70),
+    st.integers(1, 30),
+    st.integers(0, 4),
+    st.integers(0, 5),
+)
 @settings(max_examples=400, deadline=None)
 def test_plans_keep_the_invariants_and_fetch_what_the_naive_oracle_fetches(
-    trace: tuple[Group, list[Jagged]], extra_slots: int, lookahead: int, prefetch_depth: int, first_step: int
+    trace: tuple[Group, list[Jagged]],
+    extra_slots: int,
+    lookahead: int,
+    prefetch_depth: int,
+    first_step: int,
 ) -> None:
     group, batches = trace
     num_slots = smallest_cache(group, batches) + extra_slots
-    oracle = Oracle([group], num_slots=[num_slots], lookahead=lookahead, prefetch_depth=prefetch_depth, first_step=first_step)
+    oracle = Oracle(
+        [group],
+        num_slots=[num_slots],
+        lookahead=lookahead,
+        prefetch_depth=prefetch_depth,
+        first_step=first_step,
+    )
     planned = checked([group], [num_slots], oracle.plan(deduped(group, batches)))
     plans = [plan.groups[0] for plan, _ in planned]
     naive = reference.naive_oracle(
@@ -52,7 +79,9 @@ def test_plans_keep_the_invariants_and_fetch_what_the_naive_oracle_fetches(
 
 @given(strategies.group_traces(), st.integers(0, 30), st.integers(1, 30))
 @settings(max_examples=50, deadline=None)
-def test_plans_are_deterministic(trace: tuple[Group, list[Jagged]], extra_slots: int, lookahead: int) -> None:
+def test_plans_are_deterministic(
+    trace: tuple[Group, list[Jagged]], extra_slots: int, lookahead: int
+) -> None:
     group, batches = trace
     num_slots = smallest_cache(group, batches) + extra_slots
 
@@ -68,18 +97,29 @@ def test_plans_are_deterministic(trace: tuple[Group, list[Jagged]], extra_slots:
 
 @given(strategies.group_traces(), st.integers(0, 30))
 @settings(max_examples=50, deadline=None)
-def test_auto_lookahead_keeps_the_invariants(trace: tuple[Group, list[Jagged]], extra_slots: int) -> None:
+def test_auto_lookahead_keeps_the_invariants(
+    trace: tuple[Group, list[Jagged]], extra_slots: int
+) -> None:
     group, batches = trace
     num_slots = smallest_cache(group, batches) + extra_slots
     oracle = Oracle([group], num_slots=[num_slots], lookahead="auto")
-    assert len(list(checked([group], [num_slots], oracle.plan(deduped(group, batches))))) == len(batches)
+    assert len(list(checked([group], [num_slots], oracle.plan(deduped(group, batches))))) == len(
+        batches
+    )
 
 
 def zipf_batches(num_batches: int, batch_size: int = 64) -> tuple[Group, list[Jagged]]:
-    (group,) = group_tables([TableConfig(name="t", num_embeddings=2000, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
+    (group,) = group_tables(
+        [TableConfig(name="t", num_embeddings=2000, embedding_dim=4, feature_names=["f"])],
+        SGD(lr=1.0),
+    )
     rng = np.random.default_rng(7)
     return group, [
-        Jagged(keys=("f",), values=(2000 * rng.random(batch_size) ** 4).astype(np.int64), batch_size=batch_size)
+        Jagged(
+            keys=("f",),
+            values=(2000 * rng.random(batch_size) ** 4).astype(np.int64),
+            batch_size=batch_size,
+        )
         for _ in range(num_batches)
     ]
 
@@ -95,8 +135,14 @@ def report_of(group: Group, batches: list[Jagged], **options: int) -> OracleRepo
 
 def test_a_longer_lookahead_and_a_bigger_cache_fetch_less() -> None:
     group, batches = zipf_batches(300)
-    by_lookahead = [report_of(group, batches, num_slots=250, lookahead=ahead).num_fetched for ahead in (1, 4, 16, 64, 256)]
-    by_cache = [report_of(group, batches, num_slots=slots, lookahead=32).num_fetched for slots in (100, 200, 400, 800, 2000)]
+    by_lookahead = [
+        report_of(group, batches, num_slots=250, lookahead=ahead).num_fetched
+        for ahead in (1, 4, 16, 64, 256)
+    ]
+    by_cache = [
+        report_of(group, batches, num_slots=slots, lookahead=32).num_fetched
+        for slots in (100, 200, 400, 800, 2000)
+    ]
     assert by_lookahead == sorted(by_lookahead, reverse=True)
     assert by_lookahead[-1] < 0.95 * by_lookahead[0]
     assert by_cache == sorted(by_cache, reverse=True)
@@ -108,8 +154,16 @@ def test_the_report_counts_rows_bytes_slots_and_lookahead() -> None:
     report = report_of(group, batches, num_slots=2000, lookahead=10)
     num_uniques = [len(set(batch.values.tolist())) for batch in batches]
     num_seen = len({int(value) for batch in batches for value in batch.values})
-    assert (report.num_steps, report.num_lookups, report.num_uniques) == (50, 50 * 64, sum(num_uniques))
-    assert (report.num_fetched, report.num_written_back, report.peak_slots) == (num_seen, 0, num_seen)
+    assert (report.num_steps, report.num_lookups, report.num_uniques) == (
+        50,
+        50 * 64,
+        sum(num_uniques),
+    )
+    assert (report.num_fetched, report.num_written_back, report.peak_slots) == (
+        num_seen,
+        0,
+        num_seen,
+    )
     assert report.fetched_bytes == num_seen * 4 * 4
     assert report.hit_rate == pytest.approx(1 - num_seen / sum(num_uniques))
     assert report.max_lookahead == 10
@@ -121,7 +175,10 @@ def test_auto_lookahead_grows_only_while_it_can_save_a_fetch_and_fits_its_memory
     narrow = Oracle([group], num_slots=[150], lookahead="auto", lookahead_bytes=60_000)
     wide = Oracle([group], num_slots=[150], lookahead="auto")
     ample = Oracle([group], num_slots=[2000], lookahead="auto")
-    reached = [max(plan.lookahead for plan, _ in oracle.plan(deduped(group, batches))) for oracle in (narrow, wide, ample)]
+    reached = [
+        max(plan.lookahead for plan, _ in oracle.plan(deduped(group, batches)))
+        for oracle in (narrow, wide, ample)
+    ]
     assert reached[0] < reached[1]
     assert reached[2] == 8  # nothing ever leaves this cache
 
@@ -129,7 +186,10 @@ def test_auto_lookahead_grows_only_while_it_can_save_a_fetch_and_fits_its_memory
 def test_a_cache_too_small_for_one_batch_is_refused_with_step_need_and_limit() -> None:
     group, batches = zipf_batches(3)
     oracle = Oracle([group], num_slots=[10], lookahead=1, first_step=40)
-    with pytest.raises(CacheTooSmallError, match=r"step 40 uses \d+ distinct rows of group 0 .*cache has 10 slots: give"):
+    with pytest.raises(
+        CacheTooSmallError,
+        match=r"step 40 uses \d+ distinct rows of group 0 .*cache has 10 slots: give",
+    ):
         list(oracle.plan(deduped(group, batches)))
 
 
@@ -141,7 +201,10 @@ def test_a_cache_too_small_for_one_batch_is_refused_with_step_need_and_limit() -
         ({"num_slots": [1, 2]}, "num_slots has 2 entries for 1 groups"),
         ({"num_slots": [0]}, "a cache of 0 slots"),
         (
-            {"num_slots": [2**30], "trainers": Trainers(num_trainers=2, ranks=(0,), num_replica_slots=(1,))},
+            {
+                "num_slots": [2**30],
+                "trainers": Trainers(num_trainers=2, ranks=(0,), num_replica_slots=(1,)),
+            },
             "a cache of 1,073,741,824 slots, must be from 1 to 1,073,741,823",
         ),
     ],
@@ -156,7 +219,12 @@ def test_due_queues_never_run_out_of_chunks() -> None:
     """Every queue holds one partly emptied and one partly filled chunk at once."""
     num_queues, length = 40, 129
     (group,) = group_tables(
-        [TableConfig(name="t", num_embeddings=num_queues * length, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0)
+        [
+            TableConfig(
+                name="t", num_embeddings=num_queues * length, embedding_dim=4, feature_names=["f"]
+            )
+        ],
+        SGD(lr=1.0),
     )
 
     def batch(ids: range) -> Jagged:
@@ -166,7 +234,10 @@ def test_due_queues_never_run_out_of_chunks() -> None:
     many = [batch(range(queue * length, (queue + 1) * length)) for queue in range(num_queues)]
     num_slots = length + 2 * (num_queues - 1)
     oracle = Oracle([group], num_slots=[num_slots], lookahead=num_queues, prefetch_depth=0)
-    assert len(list(checked([group], [num_slots], oracle.plan(deduped(group, few + many * 4))))) == 5 * num_queues
+    assert (
+        len(list(checked([group], [num_slots], oracle.plan(deduped(group, few + many * 4)))))
+        == 5 * num_queues
+    )
 
 
 def test_numbers_of_occurrences_wrap_round_and_their_ring_grows_unseen() -> None:
@@ -176,7 +247,10 @@ def test_numbers_of_occurrences_wrap_round_and_their_ring_grows_unseen() -> None
         oracle = Oracle([group], num_slots=[150], lookahead=20)
         (cacher,) = oracle._cachers
         cacher._next_occurrence, cacher._next_uses = first_occurrence, np.empty(ring_size, np.int32)
-        return [plan.groups[0] for plan, _ in checked([group], [150], oracle.plan(deduped(group, batches)))]
+        return [
+            plan.groups[0]
+            for plan, _ in checked([group], [150], oracle.plan(deduped(group, batches)))
+        ]
 
     for one, other in zip(plans(0, 1 << 16), plans(2**31 - 3000, 4), strict=True):
         np.testing.assert_array_equal(one.lookup_slots, other.lookup_slots)
@@ -191,14 +265,30 @@ def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
         flipped[:2] = slots[1::-1]
         return replace(plan, schedule=replace(plan.schedule, unique_slots=flipped))
     if fault == "drop a write-back" and len(early.evict_rows):
-        return replace(plan, early=replace(early, evict_rows=early.evict_rows[1:], evict_slots=early.evict_slots[1:]))
+        return replace(
+            plan,
+            early=replace(
+                early, evict_rows=early.evict_rows[1:], evict_slots=early.evict_slots[1:]
+            ),
+        )
     if fault == "drop a fetch" and len(early.fetch_rows):
-        return replace(plan, early=replace(early, fetch_rows=early.fetch_rows[1:], fetch_slots=early.fetch_slots[1:]))
+        return replace(
+            plan,
+            early=replace(
+                early, fetch_rows=early.fetch_rows[1:], fetch_slots=early.fetch_slots[1:]
+            ),
+        )
     if fault == "forget a fence" and max(early.fence_tick, plan.late.fence_tick) >= 0:
-        return replace(plan, early=replace(early, fence_tick=-1), late=replace(plan.late, fence_tick=-1))
+        return replace(
+            plan, early=replace(early, fence_tick=-1), late=replace(plan.late, fence_tick=-1)
+        )
     if fault == "slot out of range" and len(early.fetch_slots):
         return replace(plan, early=replace(early, fetch_slots=early.fetch_slots + 10_000))
-    if fault == "re-use a slot too early" and len(plan.late.evict_rows) and len(plan.late.fetch_rows):
+    if (
+        fault == "re-use a slot too early"
+        and len(plan.late.evict_rows)
+        and len(plan.late.fetch_rows)
+    ):
         return replace(plan, early=merged(early, plan.late), late=merged(plan.late, plan.late, 0))
     return None
 
@@ -206,7 +296,9 @@ def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
 def merged(one: Transfers, other: Transfers, length: int | None = None) -> Transfers:
     """`one` and then `other`, cut to `length` entries."""
     names = ("evict_rows", "evict_slots", "fetch_rows", "fetch_slots")
-    arrays = {name: np.concatenate([getattr(one, name), getattr(other, name)])[:length] for name in names}
+    arrays = {
+        name: np.concatenate([getattr(one, name), getattr(other, name)])[:length] for name in names
+    }
     return Transfers(**arrays, fence_tick=max(one.fence_tick, other.fence_tick))
 
 
@@ -243,8 +335,12 @@ def test_plans_do_not_depend_on_how_far_linking_is_ahead(num_slots: int) -> None
 
     def plan(ahead: int) -> list[GroupPlan]:
         oracle = Oracle([group], num_slots=[num_slots], lookahead=8)
-        linked = BackgroundIterator(oracle.link(deduped(group, batches)), ahead=ahead, name="linker")
-        return [plan.groups[0] for plan, _ in checked([group], [num_slots], oracle.plan_linked(linked))]
+        linked = BackgroundIterator(
+            oracle.link(deduped(group, batches)), ahead=ahead, name="linker"
+        )
+        return [
+            plan.groups[0] for plan, _ in checked([group], [num_slots], oracle.plan_linked(linked))
+        ]
 
     for one, other in zip(plan(1), plan(50), strict=True):
         assert_same(one, other)
@@ -271,9 +367,15 @@ def test_plans_do_not_depend_on_the_numbers_of_occurrences(first_occurrence: int
 
 
 def test_the_linker_forgets_what_is_so_old_that_it_could_be_taken_for_something_new() -> None:
-    (group,) = group_tables([TableConfig(name="t", num_embeddings=1000, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
+    (group,) = group_tables(
+        [TableConfig(name="t", num_embeddings=1000, embedding_dim=4, feature_names=["f"])],
+        SGD(lr=1.0),
+    )
     linker = Linker(group)
-    rows = [Jagged(keys=("f",), values=np.arange(10) + 10 * number, batch_size=10) for number in range(100)]
+    rows = [
+        Jagged(keys=("f",), values=np.arange(10) + 10 * number, batch_size=10)
+        for number in range(100)
+    ]
     first, *others = (batch.groups[0] for batch in deduped(group, rows))
     linker.link(first)
     for _ in range(2):  # as if so many occurrences had passed; a sweep takes 2**28

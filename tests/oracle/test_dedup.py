@@ -1,4 +1,6 @@
-"""De-duplication against the naive reading of a batch, and the gradient schedule against its definition."""
+"""De-duplication against the naive reading of a batch, and the gradient schedule against its
+definition.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,20 @@ def bags_of_pieces(deduped: DedupedGroup) -> list[list[tuple[int, float]]]:
 
 
 def check_schedule(group: Group, batch: Jagged, deduped: DedupedGroup) -> None:
-    """Every bag feeds its row exactly once, with its weight, in lookup order, in pieces of bounded length."""
+    """Every bag feeds its row exactly once, with its weight, in lookup order, in pieces of bounded
+    length.
+    """
     expected: dict[int, list[tuple[int, float]]] = {}
     weights = reference.lookup_weights(group, batch)
     assert deduped.lookup_weights is None or deduped.lookup_weights.tolist() == weights
-    for (row, feature, sample), weight in zip(reference.lookups(group, batch), weights, strict=True):
+    for (row, feature, sample), weight in zip(
+        reference.lookups(group, batch), weights, strict=True
+    ):
         expected.setdefault(row, []).append((sample * len(group.features) + feature, float(weight)))
     pieces = bags_of_pieces(deduped)
-    further = dict(zip(deduped.long_uniques.tolist(), pairwise(deduped.long_offsets.tolist()), strict=True))
+    further = dict(
+        zip(deduped.long_uniques.tolist(), pairwise(deduped.long_offsets.tolist()), strict=True)
+    )
     num_uniques = len(deduped.unique_rows)
     for unique, row in enumerate(deduped.unique_rows.tolist()):
         begin, end = further.get(unique, (0, 0))
@@ -59,16 +67,25 @@ def test_matches_the_naive_reading(trace: tuple[Group, list[Jagged]]) -> None:
 @settings(max_examples=30, deadline=None)
 def test_long_rows_are_cut_into_pieces(batch_size: int, num_embeddings: int, seed: int) -> None:
     (group,) = group_tables(
-        [TableConfig(name="t", num_embeddings=num_embeddings, embedding_dim=4, feature_names=["a", "b"])], SGD(lr=0.1)
+        [
+            TableConfig(
+                name="t", num_embeddings=num_embeddings, embedding_dim=4, feature_names=["a", "b"]
+            )
+        ],
+        SGD(lr=0.1),
     )
-    values = np.random.default_rng(seed).integers(0, num_embeddings, 2 * batch_size).astype(np.int32)
+    values = (
+        np.random.default_rng(seed).integers(0, num_embeddings, 2 * batch_size).astype(np.int32)
+    )
     batch = Jagged(keys=("a", "b"), values=values, batch_size=batch_size)
     check_schedule(group, batch, dedup(group, batch))
 
 
 TABLES = [
     TableConfig(name="user", num_embeddings=10, embedding_dim=4, feature_names=["user"]),
-    TableConfig(name="item", num_embeddings=100, embedding_dim=4, feature_names=["item"], pooling="mean"),
+    TableConfig(
+        name="item", num_embeddings=100, embedding_dim=4, feature_names=["item"], pooling="mean"
+    ),
 ]
 
 
@@ -76,7 +93,10 @@ TABLES = [
 def test_an_id_outside_its_table_is_named(bad: int) -> None:
     (group,) = group_tables(TABLES, SGD(lr=0.1))
     batch = Jagged(keys=("user", "item"), values=np.array([3, bad, 0, 0]), batch_size=2)
-    with pytest.raises(DataError, match=rf"feature 'user': id {bad} \(lookup 1 .*table 'user', whose ids are 0 to 9"):
+    with pytest.raises(
+        DataError,
+        match=rf"feature 'user': id {bad} \(lookup 1 .*table 'user', whose ids are 0 to 9",
+    ):
         dedup(group, batch)
 
 
@@ -98,7 +118,9 @@ def test_a_missing_feature_is_named() -> None:
 @pytest.mark.parametrize("offsets", [[0, 1, 2], [0, 2, 1, 2, 2], [1, 1, 1, 1, 2], [0, 1, 1, 1, 3]])
 def test_inconsistent_offsets_are_refused(offsets: list[int]) -> None:
     (group,) = group_tables(TABLES, SGD(lr=0.1))
-    batch = Jagged(keys=("user", "item"), values=np.array([3, 4]), batch_size=2, offsets=np.array(offsets))
+    batch = Jagged(
+        keys=("user", "item"), values=np.array([3, 4]), batch_size=2, offsets=np.array(offsets)
+    )
     with pytest.raises(DataError, match="offsets must be 5 non-decreasing numbers from 0 to 2"):
         dedup(group, batch)
 
@@ -127,7 +149,12 @@ def test_ids_that_are_no_integers_are_refused(values: np.ndarray, found: str) ->
 
 def test_unsigned_offsets_that_go_down_are_refused() -> None:
     (group,) = group_tables(TABLES, SGD(lr=0.1))
-    batch = Jagged(keys=("user", "item"), values=np.zeros(4, np.int64), batch_size=1, offsets=np.array([0, 9, 4], np.uint64))
+    batch = Jagged(
+        keys=("user", "item"),
+        values=np.zeros(4, np.int64),
+        batch_size=1,
+        offsets=np.array([0, 9, 4], np.uint64),
+    )
     with pytest.raises(DataError, match="non-decreasing"):
         dedup(group, batch)
 
@@ -140,7 +167,13 @@ def test_a_feature_named_twice_is_refused() -> None:
 
 def test_mean_pooling_scales_by_bag_length_and_sum_does_not() -> None:
     (group,) = group_tables(TABLES, SGD(lr=0.1))
-    batch = Jagged(keys=("item", "user"), values=np.array([5, 6, 7, 8, 1, 1]), batch_size=2, offsets=np.array([0, 4, 4, 5, 6]))
+    batch = Jagged(
+        keys=("item", "user"),
+        values=np.array([5, 6, 7, 8, 1, 1]),
+        batch_size=2,
+        offsets=np.array([0, 4, 4, 5, 6]),
+    )
     scales = dedup(group, batch).bag_scales
     assert scales is not None
-    np.testing.assert_array_equal(scales.reshape(2, 2), [[1.0, 0.25], [1.0, 1.0]])  # (sample, feature): user, item
+    # (sample, feature): user, item
+    np.testing.assert_array_equal(scales.reshape(2, 2), [[1.0, 0.25], [1.0, 1.0]])

@@ -1,4 +1,6 @@
-"""The dry run: what it counts equals what training's plans say, the border it finds is one, and what it prints and saves."""
+"""The dry run: what it counts equals what training's plans say, the border it finds is one, and
+what it prints and saves.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,12 @@ def test_counts_what_the_plans_of_training_say(trace: Trace) -> None:
     groups = two_groups()
     grid = Grid(cache_rows=[120], lookaheads=[5], num_steps=40, warmup_steps=10)
     slots = slots_of(120, groups)
-    full = (DedupedBatch(payload=None, batch_size=32, groups=tuple(dedup(group, batch) for group in groups)) for batch in batches())
+    full = (
+        DedupedBatch(
+            payload=None, batch_size=32, groups=tuple(dedup(group, batch) for group in groups)
+        )
+        for batch in batches()
+    )
     expected = OracleReport.for_groups(groups)
     oracle = Oracle(groups, num_slots=slots, lookahead=5)
     for plan, _ in oracle.plan(full):
@@ -69,7 +76,11 @@ def test_counts_what_the_plans_of_training_say(trace: Trace) -> None:
 
 
 def test_bigger_caches_and_longer_lookaheads_fetch_no_more(result: DryRun) -> None:
-    fetched = {(p.cache_rows, p.lookahead): p.report.num_fetched for p in result.points if p.report is not None}
+    fetched = {
+        (p.cache_rows, p.lookahead): p.report.num_fetched
+        for p in result.points
+        if p.report is not None
+    }
     for lookahead in (1, 5, 20):
         by_cache = [fetched[rows, lookahead] for rows in (80, 120, 300, 1000)]
         assert by_cache == sorted(by_cache, reverse=True)
@@ -85,7 +96,9 @@ def test_the_smallest_cache_lies_on_the_border(trace: Trace, result: DryRun) -> 
         assert not replay(trace, result.grid, rows - max(1, rows // 50), lookahead).never_stalls
 
 
-def test_the_smallest_cache_is_found_where_all_of_the_grid_stall(trace: Trace, result: DryRun) -> None:
+def test_the_smallest_cache_is_found_where_all_of_the_grid_stall(
+    trace: Trace, result: DryRun
+) -> None:
     stalling = dry_run(trace, Grid(cache_rows=[trace.smallest_cache], lookaheads=[1], num_steps=40))
     assert stalling.smallest[1] == pytest.approx(result.smallest[1], rel=0.03)
 
@@ -111,7 +124,9 @@ def test_json_and_plot(result: DryRun, tmp_path: Path) -> None:
         save_plot(result, tmp_path / "nowhere" / "curve.svg")
 
 
-def test_without_matplotlib_one_sentence_says_what_to_do(result: DryRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_one_sentence_says_what_to_do(
+    result: DryRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'bagpipe\[plot\]'"):
         save_plot(result, Path("never.svg"))
@@ -131,7 +146,16 @@ def test_impossible_dry_runs_are_refused(trace: Trace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "rows"), [("100", 100), ("1_0", 10), ("2%", 20), ("12.5%", 125), ("100%", 1000), ("4000", 1000), ("1KiB", 40)]
+    ("size", "rows"),
+    [
+        ("100", 100),
+        ("1_0", 10),
+        ("2%", 20),
+        ("12.5%", 125),
+        ("100%", 1000),
+        ("4000", 1000),
+        ("1KiB", 40),
+    ],
 )
 def test_sizes(size: str, rows: int) -> None:
     assert parse_rows(size, two_groups(), "--cache") == rows  # 1000 rows, of 32 and 16 bytes
@@ -144,14 +168,22 @@ def test_sizes_that_are_none(size: str) -> None:
 
 
 def test_a_size_without_a_slot_is_refused() -> None:
-    groups = group_tables([TableConfig(name="a", num_embeddings=600, embedding_dim=4, feature_names=["a"])], SGD(lr=0.1))
+    groups = group_tables(
+        [TableConfig(name="a", num_embeddings=600, embedding_dim=4, feature_names=["a"])],
+        SGD(lr=0.1),
+    )
     with pytest.raises(ConfigError, match=r"--cache is '0\.01%', less than a row"):
         parse_rows("0.01%", groups, "--cache")
 
 
 def test_loads_no_torch() -> None:
-    code = "import sys, bagpipe.cli_plan, bagpipe.oracle.dry_run_view; assert 'torch' not in sys.modules"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    code = (
+        "import sys, bagpipe.cli_plan, bagpipe.oracle.dry_run_view; "
+        "assert 'torch' not in sys.modules"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert ended.returncode == 0, ended.stderr
 
 

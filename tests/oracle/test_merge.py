@@ -17,10 +17,18 @@ from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 def test_rows_are_numbered_shard_by_shard_in_first_use_order_with_the_set_of_their_users(
     data: st.DataObject, num_rows: int, num_trainers: int
 ) -> None:
-    (group,) = group_tables([TableConfig(name="t", num_embeddings=num_rows, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
+    (group,) = group_tables(
+        [TableConfig(name="t", num_embeddings=num_rows, embedding_dim=4, feature_names=["f"])],
+        SGD(lr=1.0),
+    )
     row = st.integers(0, num_rows - 1)
-    ids = data.draw(st.lists(st.lists(row, max_size=12), min_size=num_trainers, max_size=num_trainers))
-    shares = [dedup(group, Jagged(keys=("f",), values=np.array(share, np.int64), batch_size=len(share))) for share in ids]
+    ids = data.draw(
+        st.lists(st.lists(row, max_size=12), min_size=num_trainers, max_size=num_trainers)
+    )
+    shares = [
+        dedup(group, Jagged(keys=("f",), values=np.array(share, np.int64), batch_size=len(share)))
+        for share in ids
+    ]
     merged = merge(group, shares)
     expected: dict[int, int] = {}
     for rank, share in enumerate(ids):

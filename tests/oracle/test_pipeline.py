@@ -13,7 +13,9 @@ from bagpipe.oracle.pipeline import ordered_map
 
 @pytest.mark.parametrize("urgent", [False, True])
 @pytest.mark.parametrize("ahead", [1, 2, 3, 8])
-def test_results_come_in_order_and_what_the_items_raise_behind_them(ahead: int, urgent: bool) -> None:
+def test_results_come_in_order_and_what_the_items_raise_behind_them(
+    ahead: int, urgent: bool
+) -> None:
     def items() -> Iterator[int]:
         yield from range(20)
         raise KeyError("no more")

@@ -1,4 +1,6 @@
-"""The oracle in a process of its own: the same plans as in a thread, and no end of either side goes unnoticed."""
+"""The oracle in a process of its own: the same plans as in a thread, and no end of either side goes
+unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ from bagpipe.oracle.stream import Deferred, StreamOptions, plan_stream
 from bagpipe.oracle.window import Trainers
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
-GROUPS = group_tables([TableConfig(name="t", num_embeddings=3000, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
+GROUPS = group_tables(
+    [TableConfig(name="t", num_embeddings=3000, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0)
+)
 NUM_PLACES = 4
 
 
 class Batches:
-    """Batches whose size grows, read where they are planned; may fail, die or hang after some of them."""
+    """Batches whose size grows, read where they are planned; may fail, die or hang after some of
+    them.
+    """
 
     def __init__(self, num_batches: int, end: str = "") -> None:
         self.num_batches, self.end = num_batches, end
@@ -48,7 +54,9 @@ def read(number: int) -> dict[str, object]:
 
 
 def options(num_slots: int = 1500) -> StreamOptions:
-    return StreamOptions(groups=GROUPS, num_slots=(num_slots,), lookahead=5, first_step=3, dedup_threads=2)
+    return StreamOptions(
+        groups=GROUPS, num_slots=(num_slots,), lookahead=5, first_step=3, dedup_threads=2
+    )
 
 
 def start(batches: Batches, num_slots: int = 1500) -> OracleProcess[dict[str, object]]:
@@ -61,7 +69,11 @@ def test_plans_and_batches_are_those_of_a_thread() -> None:
     num_items = 0
     for one, other in zip(plan_stream(batches, options()), process.items(), strict=True):
         mine, theirs = one.plan.groups[0], other.plan.groups[0]
-        assert (one.plan.step, one.plan.early_tick, one.peak_slots) == (other.plan.step, other.plan.early_tick, other.peak_slots)
+        assert (one.plan.step, one.plan.early_tick, one.peak_slots) == (
+            other.plan.step,
+            other.plan.early_tick,
+            other.peak_slots,
+        )
         np.testing.assert_array_equal(mine.lookup_slots, theirs.lookup_slots)
         np.testing.assert_array_equal(mine.schedule.bags, theirs.schedule.bags)
         np.testing.assert_array_equal(mine.early.fetch_rows, theirs.early.fetch_rows)
@@ -149,7 +161,8 @@ def test_stopping_ends_the_process_at_once_or_by_force(monkeypatch: pytest.Monke
 
 
 def test_a_program_that_leaves_it_running_still_ends(tmp_path: Path) -> None:
-    # Whoever makes a finalizer before multiprocessing is loaded has finalizers run after it has waited for its processes.
+    # Whoever makes a finalizer before multiprocessing is loaded has finalizers run after it has
+    # waited for its processes.
     script = tmp_path / "script.py"
     script.write_text(
         "import weakref\n"
@@ -163,7 +176,9 @@ def test_a_program_that_leaves_it_running_still_ends(tmp_path: Path) -> None:
         "    next(items)\n"
         "    raise RuntimeError('of the user')\n"
     )
-    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert ended.returncode == 1
     assert ended.stderr.endswith("RuntimeError: of the user\n")
 
@@ -187,11 +202,17 @@ def test_what_cannot_be_sent_is_refused() -> None:
         OracleProcess(iter([lambda: None]), options(), num_places=NUM_PLACES)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("num_cores", "num_trainers", "num_threads"), [(1, 1, 1), (2, 2, 1), (16, 1, 4), (32, 2, 12)])
+@pytest.mark.parametrize(
+    ("num_cores", "num_trainers", "num_threads"), [(1, 1, 1), (2, 2, 1), (16, 1, 4), (32, 2, 12)]
+)
 def test_more_trainers_have_more_threads(
     num_cores: int, num_trainers: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
-    trainers = Trainers(num_trainers=num_trainers, ranks=(0,), num_replica_slots=(50,) * (num_trainers > 1))
+    trainers = Trainers(
+        num_trainers=num_trainers, ranks=(0,), num_replica_slots=(50,) * (num_trainers > 1)
+    )
     assert replace(options(), trainers=trainers).num_dedup_threads == 2
-    assert replace(options(), trainers=trainers, dedup_threads=None).num_dedup_threads == num_threads
+    assert (
+        replace(options(), trainers=trainers, dedup_threads=None).num_dedup_threads == num_threads
+    )

@@ -1,4 +1,6 @@
-"""Plans for several trainers: replayed on random traces, faults planted in them, and what they promise of balance and limits."""
+"""Plans for several trainers: replayed on random traces, faults planted in them, and what they
+promise of balance and limits.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import reference, strategies
 from tests.oracle.rank_edits import FAULTS, HARMLESS, WHEN, Edit, Step
-from tests.oracle.rank_replay import Planned, Replay, Wrong, check, exchange_of, moved_by, plan_all, smallest_cache
+from tests.oracle.rank_replay import (
+    Planned,
+    Replay,
+    Wrong,
+    check,
+    exchange_of,
+    moved_by,
+    plan_all,
+    smallest_cache,
+)
 
 from bagpipe.errors import ConfigError, PlanError
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
@@ -32,20 +43,37 @@ Trace = tuple[Group, list[Jagged]]
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_rank_finds_current_rows_and_every_gradient_is_applied_once(
-    trace: Trace, num_trainers: int, extra: int, lookahead: int, depth: int, first_step: int, ahead: int, overlap: bool
+    trace: Trace,
+    num_trainers: int,
+    extra: int,
+    lookahead: int,
+    depth: int,
+    first_step: int,
+    ahead: int,
+    overlap: bool,
 ) -> None:
     group, batches = trace
     num_slots = smallest_cache(group, batches, num_trainers) + extra
     planned = plan_all(
-        group, batches, num_trainers, num_slots, lookahead=lookahead, depth=depth, first_step=first_step, overlap=overlap
+        group,
+        batches,
+        num_trainers,
+        num_slots,
+        lookahead=lookahead,
+        depth=depth,
+        first_step=first_step,
+        overlap=overlap,
     )
     Replay(planned, ahead).run()
     check(planned)
     if not overlap:
         exchanges = [exchange_of(plan) for plans in planned.plans for plan in plans]
-        assert all(len(each.replicas_later.send) == len(each.sync_later.send) == 0 for each in exchanges)
+        assert all(
+            len(each.replicas_later.send) == len(each.sync_later.send) == 0 for each in exchanges
+        )
     naive = reference.naive_oracle(
-        [reference.in_order(row for rows in step for row in rows) for step in planned.lookups],  # rank by rank
+        # rank by rank
+        [reference.in_order(row for rows in step for row in rows) for step in planned.lookups],
         num_slots=num_slots * num_trainers,
         lookahead=lookahead,
         prefetch_depth=depth + 1,  # rows of several trainers are settled a step later
@@ -57,33 +85,54 @@ def test_every_rank_finds_current_rows_and_every_gradient_is_applied_once(
 
 
 def one_table(num_rows: int) -> Group:
-    (group,) = group_tables([TableConfig(name="t", num_embeddings=num_rows, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0))
+    (group,) = group_tables(
+        [TableConfig(name="t", num_embeddings=num_rows, embedding_dim=4, feature_names=["f"])],
+        SGD(lr=1.0),
+    )
     return group
 
 
 def trace_of(ids: np.ndarray, num_rows: int) -> Trace:
-    return one_table(num_rows), [Jagged(keys=("f",), values=values, batch_size=len(values)) for values in ids]
+    return one_table(num_rows), [
+        Jagged(keys=("f",), values=values, batch_size=len(values)) for values in ids
+    ]
 
 
 def zipf_trace(num_batches: int, batch_size: int, num_rows: int) -> Trace:
     odds = 1 / np.arange(1, num_rows + 1) ** 1.05
-    return trace_of(np.random.default_rng(7).choice(num_rows, (num_batches, batch_size), p=odds / odds.sum()), num_rows)
+    return trace_of(
+        np.random.default_rng(7).choice(num_rows, (num_batches, batch_size), p=odds / odds.sum()),
+        num_rows,
+    )
 
 
 def power_trace(num_batches: int, batch_size: int, num_rows: int) -> Trace:
-    """Odds fall as the row's number to the power of -0.75: a heavier tail than that of `zipf_trace`."""
+    """Odds fall as the row's number to the power of -0.75: a heavier tail than that of
+    `zipf_trace`.
+    """
     ids = num_rows * np.random.default_rng(7).random((num_batches, batch_size)) ** 4
     return trace_of(ids.astype(np.int64), num_rows)
 
 
 def jagged(lengths: Sequence[int], ids: Sequence[int]) -> Jagged:
-    return Jagged(keys=("f",), values=np.array(ids, np.int64), batch_size=len(lengths), offsets=np.cumsum([0, *lengths]))
+    return Jagged(
+        keys=("f",),
+        values=np.array(ids, np.int64),
+        batch_size=len(lengths),
+        offsets=np.cumsum([0, *lengths]),
+    )
 
 
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("num_trainers", [3, 8])
 def test_ranks_without_samples_or_lookups(num_trainers: int, depth: int) -> None:
-    batches = [jagged([1], [4]), jagged([0, 2], [4, 4]), jagged([0], []), jagged([0] * 9, []), jagged([1, 0, 1], [4, 5])] * 3
+    batches = [
+        jagged([1], [4]),
+        jagged([0, 2], [4, 4]),
+        jagged([0], []),
+        jagged([0] * 9, []),
+        jagged([1, 0, 1], [4, 5]),
+    ] * 3
     planned = plan_all(one_table(6), batches, num_trainers, 1, lookahead=2, depth=depth)
     assert any(plan.batch_size == 0 for plan in planned.plans[0])
     Replay(planned).run()
@@ -101,19 +150,34 @@ def test_plans_are_deterministic_and_do_not_depend_on_who_else_is_planned_for() 
 
 def test_all_caches_together_fetch_as_one_of_one_trainer() -> None:
     group, batches = power_trace(30, 120, 3000)
-    one = Oracle([group], num_slots=[450], lookahead=6, prefetch_depth=3)  # rows of several trainers are settled a step later
-    single = one.plan(DedupedBatch(payload=None, batch_size=120, groups=(dedup(group, batch),)) for batch in batches)
+    # rows of several trainers are settled a step later
+    one = Oracle([group], num_slots=[450], lookahead=6, prefetch_depth=3)
+    single = one.plan(
+        DedupedBatch(payload=None, batch_size=120, groups=(dedup(group, batch),))
+        for batch in batches
+    )
     for plans, (alone, _) in zip(plan_all(group, batches, 3, 150).plans, single, strict=True):
-        fetched = [row for plan in plans for part in moved_by(plan) for row in part.fetch_rows.tolist()]
-        assert sorted(fetched) == sorted(row for part in moved_by(alone) for row in part.fetch_rows.tolist())
+        fetched = [
+            row for plan in plans for part in moved_by(plan) for row in part.fetch_rows.tolist()
+        ]
+        assert sorted(fetched) == sorted(
+            row for part in moved_by(alone) for row in part.fetch_rows.tolist()
+        )
 
 
 def test_replicas_that_fit_exactly_are_planned_and_one_less_room_is_refused() -> None:
     group, batches = zipf_trace(10, 90, 400)
-    exchanges = [exchange_of(plan) for plans in plan_all(group, batches, 3, 60).plans for plan in plans]
-    needed = max(exchange.replicas_later.num_received + exchange.replicas_now.num_received for exchange in exchanges)
+    exchanges = [
+        exchange_of(plan) for plans in plan_all(group, batches, 3, 60).plans for plan in plans
+    ]
+    needed = max(
+        exchange.replicas_later.num_received + exchange.replicas_now.num_received
+        for exchange in exchanges
+    )
     Replay(plan_all(group, batches, 3, 60, num_replica_slots=needed)).run()
-    with pytest.raises(ConfigError, match=rf"needs {needed} rows of group 0 .* has room for {needed - 1} replicas"):
+    with pytest.raises(
+        ConfigError, match=rf"needs {needed} rows of group 0 .* has room for {needed - 1} replicas"
+    ):
         plan_all(group, batches, 3, 60, num_replica_slots=needed - 1)
 
 
@@ -125,19 +189,29 @@ def test_replicas_that_fit_exactly_are_planned_and_one_less_room_is_refused() ->
 def test_ranks_share_memory_work_and_traffic_evenly(
     make: Callable[..., Trace], sizes: tuple[int, int, int], num_slots: int
 ) -> None:
-    # Slots owned are memory, rows updated work, rows sent traffic: replicas and gradients together, since replicas alone follow
-    # the hottest rows' owners and differ by more. Zipf shows it for ids as skewed as recommenders' are, in caches of four steps'
-    # rows; power for a heavy tail without very hot rows, in caches of seven. In much tighter caches work and traffic differ by more
+    # Slots owned are memory, rows updated work, rows sent traffic: replicas and gradients together,
+    # since replicas alone follow the hottest rows' owners and differ by more. Zipf shows it for ids
+    # as skewed as recommenders' are, in caches of four steps' rows; power for a heavy tail without
+    # very hot rows, in caches of seven. In much tighter caches work and traffic differ by more
     # (docs/results.md).
     group, batches = make(*sizes)
     owned, updated, sent = (np.zeros(4, np.int64) for _ in range(3))
     for index, plans in enumerate(plan_all(group, batches, 4, num_slots, lookahead=10).plans):
-        owned += [sum(len(part.fetch_rows) - len(part.evict_rows) for part in moved_by(plan)) for plan in plans]
+        owned += [
+            sum(len(part.fetch_rows) - len(part.evict_rows) for part in moved_by(plan))
+            for plan in plans
+        ]
         if index >= 20:  # the cache is full
             assert owned.tolist() == [num_slots] * 4
             exchanges = [exchange_of(plan) for plan in plans]
-            updated += [len(each.apply_now.unique_slots) + len(each.apply_later.unique_slots) for each in exchanges]
-            parts = [(each.replicas_now, each.replicas_later, each.sync_now, each.sync_later) for each in exchanges]
+            updated += [
+                len(each.apply_now.unique_slots) + len(each.apply_later.unique_slots)
+                for each in exchanges
+            ]
+            parts = [
+                (each.replicas_now, each.replicas_later, each.sync_now, each.sync_later)
+                for each in exchanges
+            ]
             sent += [sum(len(part.send) for part in of_rank) for of_rank in parts]
     assert updated.max() < 1.1 * updated.min()
     assert sent.max() < 1.1 * sent.min()
@@ -147,7 +221,10 @@ def test_ranks_share_memory_work_and_traffic_evenly(
 def two_caches() -> list[Planned]:
     """One trace, planned for a roomy cache and for a tight one."""
     group, batches = zipf_trace(24, 60, 400)
-    return [plan_all(group, batches, 3, num_slots) for num_slots in (60, smallest_cache(group, batches, 3))]
+    return [
+        plan_all(group, batches, 3, num_slots)
+        for num_slots in (60, smallest_cache(group, batches, 3))
+    ]
 
 
 def with_edit(two_caches: list[Planned], edit: Edit) -> list[Planned]:
@@ -157,7 +234,12 @@ def with_edit(two_caches: list[Planned], edit: Edit) -> list[Planned]:
         for index in range(3, len(planned.plans) - 1):
             step = Step(planned, index)
             if edit(step):
-                found.append(replace(planned, plans=[*planned.plans[:index], step.encoded(), *planned.plans[index + 1 :]]))
+                found.append(
+                    replace(
+                        planned,
+                        plans=[*planned.plans[:index], step.encoded(), *planned.plans[index + 1 :]],
+                    )
+                )
     assert found, "the trace has no place for it"
     return found
 
@@ -168,7 +250,10 @@ def test_a_planted_fault_is_found_wherever_it_is(two_caches: list[Planned], faul
     for planned in with_edit(two_caches, edit):
         with pytest.raises(Wrong, match=message):
             Replay(planned).run()
-        with pytest.raises(PlanError, match=rf"step \d+, group 0 \(dim 4\)(, rank \d)?: ({checked}) \(invariant \d of"):
+        with pytest.raises(
+            PlanError,
+            match=rf"step \d+, group 0 \(dim 4\)(, rank \d)?: ({checked}) \(invariant \d of",
+        ):
             check(planned)
 
 
@@ -180,7 +265,9 @@ def test_an_edit_that_only_costs_time_is_accepted(two_caches: list[Planned], edi
 
 
 def test_only_what_a_step_beside_forces_is_on_the_critical_path(two_caches: list[Planned]) -> None:
-    for step in [Step(planned, index) for planned in two_caches for index in range(1, len(planned.plans) - 1)]:
+    for step in [
+        Step(planned, index) for planned in two_caches for index in range(1, len(planned.plans) - 1)
+    ]:
         for when in WHEN:
             for (by, user), slots in step.sends[f"replicas_{when}"].items():
                 rows = {step.rows_of_replicas[by, user, slot] for slot in slots}
@@ -215,14 +302,22 @@ def short_of_a_contribution(plan: StepPlan) -> StepPlan:
     [
         (unfenced, "is fetched before it is written", "does not wait for the write-back of tick"),
         (without_late, "has_late is not what there is", "has_late is not set"),
-        (short_of_a_contribution, "pieces and bags differ", "the rows that they are for do not fit"),
+        (
+            short_of_a_contribution,
+            "pieces and bags differ",
+            "the rows that they are for do not fit",
+        ),
     ],
 )
-def test_a_fault_of_all_plans_is_found(fault: Callable[[StepPlan], StepPlan], message: str, checked: str) -> None:
+def test_a_fault_of_all_plans_is_found(
+    fault: Callable[[StepPlan], StepPlan], message: str, checked: str
+) -> None:
     group, batches = zipf_trace(40, 60, 400)
     planned = plan_all(group, batches, 3, 14)
     Replay(planned).run()
-    planned = replace(planned, plans=[tuple(fault(plan) for plan in plans) for plans in planned.plans])
+    planned = replace(
+        planned, plans=[tuple(fault(plan) for plan in plans) for plans in planned.plans]
+    )
     with pytest.raises(Wrong, match=message):
         Replay(planned).run()
     with pytest.raises(PlanError, match=checked):

@@ -1,4 +1,6 @@
-"""One oracle process for several trainers, all in this process here: the same plans, back-pressure, and every way to end."""
+"""One oracle process for several trainers, all in this process here: the same plans, back-pressure,
+and every way to end.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,9 @@ Plan = Planned[dict[str, Any]]
 
 @dataclasses.dataclass
 class Batches:
-    """Multi-hot batches that grow. Counts in `reads`, a file, how many were read; may fail, die or hang behind the last, and then
-    makes the file `at_end`."""
+    """Multi-hot batches that grow. Counts in `reads`, a file, how many were read; may fail, die or
+    hang behind the last, and then makes the file `at_end`.
+    """
 
     num_batches: int
     end: str = ""
@@ -59,9 +62,17 @@ class Batches:
                 file.write(".")
         rng, size = np.random.default_rng(number), 30 + 10 * number
         lengths = rng.integers(0, 3, (2, size))
-        ids = [(rows * rng.random(int(lengths[index].sum())) ** 4).astype(np.int64) for index, rows in enumerate((3000, 50))]
+        ids = [
+            (rows * rng.random(int(lengths[index].sum())) ** 4).astype(np.int64)
+            for index, rows in enumerate((3000, 50))
+        ]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return {"number": number, "sparse": Jagged(keys=("a", "b"), values=np.concatenate(ids), batch_size=size, offsets=offsets)}
+        return {
+            "number": number,
+            "sparse": Jagged(
+                keys=("a", "b"), values=np.concatenate(ids), batch_size=size, offsets=offsets
+            ),
+        }
 
 
 def share(batch: dict[str, Any], rank: int, num_trainers: int) -> dict[str, Any]:
@@ -70,13 +81,24 @@ def share(batch: dict[str, Any], rank: int, num_trainers: int) -> dict[str, Any]
 
 def options(num_trainers: int, rank: int = 0) -> StreamOptions:
     trainers = Trainers(num_trainers=num_trainers, ranks=(rank,), num_replica_slots=(2000, 50))
-    return StreamOptions(groups=GROUPS, num_slots=(900, 50), lookahead=5, first_step=3, dedup_threads=2, trainers=trainers)
+    return StreamOptions(
+        groups=GROUPS,
+        num_slots=(900, 50),
+        lookahead=5,
+        first_step=3,
+        dedup_threads=2,
+        trainers=trainers,
+    )
 
 
 @contextmanager
-def shared(num_trainers: int, batches: Batches, **settings: Any) -> Iterator[list[SharedOracle[dict[str, Any]]]]:
+def shared(
+    num_trainers: int, batches: Batches, **settings: Any
+) -> Iterator[list[SharedOracle[dict[str, Any]]]]:
     """All ranks' ends, which are closed after the test; the process must be gone then."""
-    first = OracleProcess(batches, options(num_trainers), BatchAdapter(share=share), num_places=NUM_PLACES, **settings)
+    first = OracleProcess(
+        batches, options(num_trainers), BatchAdapter(share=share), num_places=NUM_PLACES, **settings
+    )
     ends: list[SharedOracle[dict[str, Any]]] = [first]
     try:
         ends += [SharedOracle.join(first.address, rank) for rank in range(1, num_trainers)]
@@ -106,7 +128,10 @@ def outcomes(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(call) for call in calls]
         errors = [future.exception(timeout=SOON_S) for future in futures]
-        return [future.result() if error is None else error for future, error in zip(futures, errors, strict=True)]
+        return [
+            future.result() if error is None else error
+            for future, error in zip(futures, errors, strict=True)
+        ]
 
 
 def assert_same(one: Any, other: Any, where: str = "plan") -> None:
@@ -115,7 +140,9 @@ def assert_same(one: Any, other: Any, where: str = "plan") -> None:
     if dataclasses.is_dataclass(one):
         for field in dataclasses.fields(one):
             if field.name != "release":
-                assert_same(getattr(one, field.name), getattr(other, field.name), f"{where}.{field.name}")
+                assert_same(
+                    getattr(one, field.name), getattr(other, field.name), f"{where}.{field.name}"
+                )
     elif isinstance(one, np.ndarray):
         assert one.dtype == other.dtype, where
         np.testing.assert_array_equal(one, other, err_msg=where)
@@ -145,10 +172,17 @@ def test_each_rank_gets_what_it_would_plan_for_itself(num_trainers: int) -> None
         return num_items
 
     with shared(num_trainers, batches) as ends:
-        assert outcomes([lambda rank=rank, end=end: compare(rank, end) for rank, end in enumerate(ends)]) == [25] * num_trainers
+        assert (
+            outcomes(
+                [lambda rank=rank, end=end: compare(rank, end) for rank, end in enumerate(ends)]
+            )
+            == [25] * num_trainers
+        )
 
 
-def test_plans_stay_until_they_are_released_and_the_slowest_rank_holds_all_back(tmp_path: Path) -> None:
+def test_plans_stay_until_they_are_released_and_the_slowest_rank_holds_all_back(
+    tmp_path: Path,
+) -> None:
     reads = tmp_path / "reads"
     with ThreadPoolExecutor(1) as pool, shared(2, Batches(60, reads=reads)) as (fast, slow):
         behind = slow.items()
@@ -164,8 +198,9 @@ def test_plans_stay_until_they_are_released_and_the_slowest_rank_holds_all_back(
         done = pool.submit(run_ahead)
         time.sleep(1.0)
         assert numbers == list(range(NUM_PLACES))  # no more than the slow one has had
-        # Then a step that waits for places, the planner's 2 and 1, the 4 steps whose ranks are planned at a time but the one that
-        # waits, the window of 5, the linker's 2 and 1, the pool's 4 and 1.
+        # Then a step that waits for places, the planner's 2 and 1, the 4 steps whose ranks are
+        # planned at a time but the one that waits, the window of 5, the linker's 2 and 1, the
+        # pool's 4 and 1.
         assert reads.stat().st_size <= NUM_PLACES + 1 + 3 + 3 + 5 + 3 + 5
         for item, slots in zip(held, kept, strict=True):
             np.testing.assert_array_equal(item.plan.groups[0].lookup_slots, slots)
@@ -190,7 +225,9 @@ def test_what_the_reader_raises_comes_to_every_rank_in_its_place() -> None:
             use(item)
 
     with shared(3, Batches(9, "fail")) as ends:
-        errors = outcomes([lambda rank=rank, end=end: count(rank, end) for rank, end in enumerate(ends)])
+        errors = outcomes(
+            [lambda rank=rank, end=end: count(rank, end) for rank, end in enumerate(ends)]
+        )
     assert num_items == [9, 9, 9]
     for error in errors:
         assert isinstance(error, BackgroundError)
@@ -203,7 +240,9 @@ def test_the_death_of_the_process_is_an_error_everywhere() -> None:
         errors = outcomes([lambda end=end: drain(end) for end in ends])
     assert all(isinstance(error, LostError) for error in errors)
     assert "ended by itself (exit code -9" in str(errors[0])
-    assert "the oracle process, which the host's first rank started, ended by itself" in str(errors[1])
+    assert "the oracle process, which the host's first rank started, ended by itself" in str(
+        errors[1]
+    )
 
 
 def hang_up(end: SharedOracle[dict[str, Any]]) -> None:
@@ -219,10 +258,15 @@ def test_a_rank_that_dies_ends_the_others_behind_what_was_sent(gone: int) -> Non
         for stream in streams:
             use(next(stream))
         hang_up(ends[gone])
-        errors = outcomes([lambda end=end: drain(end) for rank, end in enumerate(ends) if rank != gone])
+        errors = outcomes(
+            [lambda end=end: drain(end) for rank, end in enumerate(ends) if rank != gone]
+        )
     for error in errors:
         assert isinstance(error, LostError)
-        assert f"rank {gone}'s connection to the oracle process closed: that trainer has ended" in str(error)
+        assert (
+            f"rank {gone}'s connection to the oracle process closed: that trainer has ended"
+            in str(error)
+        )
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -265,20 +309,27 @@ def test_a_reader_that_hangs_neither_hides_a_death_nor_outlives_it(tmp_path: Pat
 
 
 def test_a_rank_that_never_comes_is_named_after_the_timeout() -> None:
-    process = OracleProcess(Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES, join_timeout_s=1.0)
+    process = OracleProcess(
+        Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES, join_timeout_s=1.0
+    )
     second = SharedOracle.join(process.address, 1)
     errors = outcomes([lambda: drain(process), lambda: drain(second)])
     for error in errors:
         assert isinstance(error, LostError)
         assert "rank 2 has not come to the oracle process within 1 s" in str(error)
-    with pytest.raises(BackgroundError, match="rank 2 can't reach the oracle process that its host's first rank has started"):
+    with pytest.raises(
+        BackgroundError,
+        match="rank 2 can't reach the oracle process that its host's first rank has started",
+    ):
         SharedOracle.join(process.address, 2)
     second.close()
     process.close()
 
 
 def test_a_rank_that_dies_before_all_have_come_ends_the_others() -> None:
-    process = OracleProcess(Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES)
+    process = OracleProcess(
+        Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES
+    )
     second = SharedOracle.join(process.address, 1)
     hang_up(process)
     with pytest.raises(LostError, match="rank 0's connection"):
@@ -288,7 +339,9 @@ def test_a_rank_that_dies_before_all_have_come_ends_the_others() -> None:
 
 
 def test_strangers_are_not_admitted() -> None:
-    process = OracleProcess(Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES)
+    process = OracleProcess(
+        Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES
+    )
     name, _ = process.address.split()
     stranger = SharedOracle.join(f"{name} 0123", 1)
     second = SharedOracle.join(process.address, 1)

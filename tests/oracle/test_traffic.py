@@ -1,4 +1,6 @@
-"""What travels between trainers: hand-worked counts, what is sent is received, and one trainer's dry run as it was."""
+"""What travels between trainers: hand-worked counts, what is sent is received, and one trainer's
+dry run as it was.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,38 @@ from bagpipe.errors import ConfigError
 from bagpipe.oracle.dry_run import DryRun, Grid, Trace, dry_run, read_trace, replay
 from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest
 from bagpipe.oracle.merge import MergedGroup
-from bagpipe.oracle.traffic import GRADIENT, LATER, NOW, REPLICA, Balance, Traffic, hashed_owners, owned_rows, sent_rows
+from bagpipe.oracle.traffic import (
+    GRADIENT,
+    LATER,
+    NOW,
+    REPLICA,
+    Balance,
+    Traffic,
+    hashed_owners,
+    owned_rows,
+    sent_rows,
+)
 from bagpipe.oracle.traffic_view import render_traffic
 from bagpipe.oracle.window import Oracle
-from bagpipe.types import Adagrad, DataType, Group, GroupPlan, Jagged, RowExchange, TableConfig, group_tables
+from bagpipe.types import (
+    Adagrad,
+    DataType,
+    Group,
+    GroupPlan,
+    Jagged,
+    RowExchange,
+    TableConfig,
+    group_tables,
+)
 
 NUM_TRAINERS = 4
 NUM_BATCHES = 50
 
 
 def one_group(num_rows: int, data_type: DataType = "fp32") -> tuple[Group, ...]:
-    table = TableConfig(name="a", num_embeddings=num_rows, embedding_dim=4, feature_names=["a"], data_type=data_type)
+    table = TableConfig(
+        name="a", num_embeddings=num_rows, embedding_dim=4, feature_names=["a"], data_type=data_type
+    )
     return group_tables([table], Adagrad(lr=0.1))
 
 
@@ -47,7 +70,9 @@ def random_batches(num_batches: int = NUM_BATCHES, batch_size: int = 32) -> Iter
     generator = np.random.default_rng(0)
     for _ in range(num_batches):
         skewed = generator.random(2 * batch_size) ** 3
-        ids = np.concatenate([600 * skewed[:batch_size], 400 * skewed[batch_size:]]).astype(np.int64)
+        ids = np.concatenate([600 * skewed[:batch_size], 400 * skewed[batch_size:]]).astype(
+            np.int64
+        )
         yield Jagged(keys=("a", "b"), values=ids, batch_size=batch_size)
 
 
@@ -61,7 +86,9 @@ def counted(trace: Trace, cache_rows: int, num_steps: int) -> Traffic:
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return read_trace(two_groups(), random_batches(), max_batches=NUM_BATCHES, num_trainers=NUM_TRAINERS)
+    return read_trace(
+        two_groups(), random_batches(), max_batches=NUM_BATCHES, num_trainers=NUM_TRAINERS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +107,8 @@ def steps(trace: Trace, cache_rows: int) -> Iterator[tuple[int, list[GroupPlan],
 
 
 def test_rows_that_one_rank_alone_uses_never_travel() -> None:
-    # Ranks 0 and 1 use rows 0, 1 and rows 2, 3, over and over; each is fetched by the rank that uses it.
+    # Ranks 0 and 1 use rows 0, 1 and rows 2, 3, over and over; each is fetched by the rank that
+    # uses it.
     trace = read_trace(one_group(8), batches_of(*[[0, 1, 2, 3]] * 3), max_batches=3, num_trainers=2)
     traffic = counted(trace, 2, 3)
     assert traffic.rows.tolist() == [[0, 0], [0, 0]]
@@ -92,10 +120,16 @@ def test_rows_that_one_rank_alone_uses_never_travel() -> None:
 
 @pytest.mark.parametrize(("data_type", "replica"), [("fp32", 16), ("bf16", 8)])
 def test_a_shared_row_goes_to_and_fro_now_or_later(data_type: DataType, replica: int) -> None:
-    # Both ranks use row 0 in each of three steps, so that one of the two owns it. Its replica can go later before step 0
-    # only, which nothing has changed before; its gradient after step 2 only, after which nobody needs it.
-    # Rows 1 to 6 fill up and are each one rank's, hence stay: rank 0 has ids 0 and 1, rank 1 has 0 and 2; and so on.
-    trace = read_trace(one_group(8, data_type), batches_of([0, 1, 0, 2], [0, 3, 0, 4], [0, 5, 0, 6]), max_batches=3, num_trainers=2)
+    # Both ranks use row 0 in each of three steps, so that one of the two owns it. Its replica can
+    # go later before step 0 only, which nothing has changed before; its gradient after step 2 only,
+    # after which nobody needs it. Rows 1 to 6 fill up and are each one rank's, hence stay: rank 0
+    # has ids 0 and 1, rank 1 has 0 and 2; and so on.
+    trace = read_trace(
+        one_group(8, data_type),
+        batches_of([0, 1, 0, 2], [0, 3, 0, 4], [0, 5, 0, 6]),
+        max_batches=3,
+        num_trainers=2,
+    )
     traffic = counted(trace, 4, 3)
     assert traffic.rows[REPLICA, LATER] == 1
     assert traffic.rows[REPLICA, NOW] == 2
@@ -110,8 +144,11 @@ def test_a_shared_row_goes_to_and_fro_now_or_later(data_type: DataType, replica:
 
 
 def test_rows_that_pause_a_step_travel_behind_compute() -> None:
-    # Both ranks use row 0 in steps 0 and 2 and row 1 in steps 1 and 3: no step needs what the one before has changed.
-    trace = read_trace(one_group(4), batches_of([0, 0], [1, 1], [0, 0], [1, 1]), max_batches=4, num_trainers=2)
+    # Both ranks use row 0 in steps 0 and 2 and row 1 in steps 1 and 3: no step needs what the one
+    # before has changed.
+    trace = read_trace(
+        one_group(4), batches_of([0, 0], [1, 1], [0, 0], [1, 1]), max_batches=4, num_trainers=2
+    )
     traffic = counted(trace, 1, 4)
     assert traffic.rows.tolist() == [[4, 0], [4, 0]]
     assert (traffic.critical_share, traffic.local_share) == (0.0, 0.5)
@@ -128,7 +165,8 @@ def test_hashed_owners_by_hand() -> None:
     assert traffic.num_uses == 5
     assert traffic.hashed_rows == 2 * expected
     assert traffic.hashed_bytes == expected * (16 + 16)
-    assert traffic.bytes_over_hashed == pytest.approx(2 / (2 * expected))  # row 0 alone goes to and fro
+    # row 0 alone goes to and fro
+    assert traffic.bytes_over_hashed == pytest.approx(2 / (2 * expected))
 
 
 def test_hashed_owners_are_even() -> None:
@@ -147,7 +185,9 @@ def test_what_is_sent_is_received_and_each_row_has_one_owner(trace: Trace) -> No
         sent = sent_rows(plans)
         for kind, name in names.items():
             exchanges: list[RowExchange] = [getattr(plan.exchange, name) for plan in plans]
-            assert sent[kind].T.tolist() == [exchange.receive_counts.tolist() for exchange in exchanges]
+            assert sent[kind].T.tolist() == [
+                exchange.receive_counts.tolist() for exchange in exchanges
+            ]
             assert sent[kind].sum() == sum(len(exchange.send) for exchange in exchanges)
         assert np.trace(sent.sum(axis=(0, 1))) == 0  # nobody sends itself anything
         # A use that is not local takes a replica from the owner, and a gradient back to it.
@@ -165,8 +205,14 @@ def test_totals_equal_those_of_plain_sets(trace: Trace) -> None:
             shares = [set(ids[8 * rank : 8 * (rank + 1)].tolist()) for rank in range(NUM_TRAINERS)]
             num_uniques += len(set().union(*shares))
             num_uses += sum(len(share) for share in shares)
-            hashed_rows += 2 * sum(owners[row] != rank for rank, share in enumerate(shares) for row in share)
-    assert (traffic.num_uniques, traffic.num_uses, traffic.hashed_rows) == (num_uniques, num_uses, hashed_rows)
+            hashed_rows += 2 * sum(
+                owners[row] != rank for rank, share in enumerate(shares) for row in share
+            )
+    assert (traffic.num_uniques, traffic.num_uses, traffic.hashed_rows) == (
+        num_uniques,
+        num_uses,
+        hashed_rows,
+    )
     assert traffic.rows.sum() == round(2 * num_uses * (1 - traffic.local_share))
     assert traffic.copies_rows == 3 * num_uniques
 
@@ -175,7 +221,11 @@ def test_the_report_adds_up_all_ranks(trace: Trace) -> None:
     grid = Grid(cache_rows=[60], lookaheads=[3], num_steps=NUM_BATCHES, warmup_steps=0)
     report = replay(trace, grid, 60, 3).report
     assert report is not None
-    fetched = sum(len(plan.early.fetch_rows) + len(plan.late.fetch_rows) for _, plans, _ in steps(trace, 60) for plan in plans)
+    fetched = sum(
+        len(plan.early.fetch_rows) + len(plan.late.fetch_rows)
+        for _, plans, _ in steps(trace, 60)
+        for plan in plans
+    )
     assert report.num_fetched == fetched
     assert report.num_uniques == round(trace.uniques_per_step * NUM_BATCHES)
     assert report.peak_slots == sum(trace.slots(60))
@@ -186,7 +236,8 @@ def test_balance() -> None:
     assert balance.ratio(2) == 1.0
     balance.add(np.array([3, 1]))
     balance.add(np.array([1, 3]))
-    assert balance.ratio(2) == pytest.approx(6 / 4)  # each step waits for its slowest, though both have the same in all
+    # each step waits for its slowest, though both have the same in all
+    assert balance.ratio(2) == pytest.approx(6 / 4)
 
 
 def test_one_trainer_is_as_ever() -> None:
@@ -213,7 +264,9 @@ def test_the_cache_of_all_trainers_together_holds_what_one_large_one_does(trace:
     assert report.num_fetched == pytest.approx(report_alone.num_fetched, rel=0.05)
 
 
-def test_the_smallest_cache_of_each_trainer_lies_on_the_border(trace: Trace, result: DryRun) -> None:
+def test_the_smallest_cache_of_each_trainer_lies_on_the_border(
+    trace: Trace, result: DryRun
+) -> None:
     for lookahead, rows in result.smallest.items():
         assert replay(trace, result.grid, rows, lookahead).never_stalls
         assert not replay(trace, result.grid, rows - max(1, rows // 20), lookahead).never_stalls
@@ -229,8 +282,12 @@ def test_table_and_json(result: DryRun) -> None:
     for point in rest:
         traffic = point["traffic"]
         kinds = ("replicas_now", "replicas_later", "gradients_now", "gradients_later")
-        assert sum(traffic[f"{kind}_rows_per_step"] for kind in kinds) == pytest.approx(traffic["sent_rows_per_step"])
-        assert sum(traffic[f"{kind}_bytes_per_step"] for kind in kinds) == pytest.approx(traffic["sent_bytes_per_step"])
+        assert sum(traffic[f"{kind}_rows_per_step"] for kind in kinds) == pytest.approx(
+            traffic["sent_rows_per_step"]
+        )
+        assert sum(traffic[f"{kind}_bytes_per_step"] for kind in kinds) == pytest.approx(
+            traffic["sent_bytes_per_step"]
+        )
         assert 0 < traffic["critical_share_of_bytes"] < 1
         assert 0 < traffic["sent_bytes_over_hashed"] < 1
 

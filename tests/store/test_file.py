@@ -14,7 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.store_contract import StoreContract, StoreFactory, fetch, initial, make_group, records_of, rows_of, touched_rows
+from tests.store_contract import (
+    StoreContract,
+    StoreFactory,
+    fetch,
+    initial,
+    make_group,
+    records_of,
+    rows_of,
+    touched_rows,
+)
 
 from bagpipe.errors import StoreError
 from bagpipe.store import FileStore
@@ -45,11 +54,21 @@ def test_a_store_starts_empty_over_its_own_old_files(tmp_path: Path) -> None:
         (make_group(1_301), 5, "num_rows is 1300 there and 1301 here"),
         (make_group(dim=9), 5, "record_width is 7 there and 10 here"),
         (make_group(), 6, "seed is 5 there and 6 here"),
-        (Group(index=2, tables=make_group().tables, optimizer=Adam(lr=0.1)), 5, "record_width is 7 there and 18 here"),
-        (Group(index=2, tables=make_group().tables[::-1], optimizer=RowWiseAdagrad(lr=0.1)), 5, "tables is"),
+        (
+            Group(index=2, tables=make_group().tables, optimizer=Adam(lr=0.1)),
+            5,
+            "record_width is 7 there and 18 here",
+        ),
+        (
+            Group(index=2, tables=make_group().tables[::-1], optimizer=RowWiseAdagrad(lr=0.1)),
+            5,
+            "tables is",
+        ),
     ],
 )
-def test_a_folder_of_other_tables_is_refused_and_left_alone(tmp_path: Path, group: Group, seed: int, fact: str) -> None:
+def test_a_folder_of_other_tables_is_refused_and_left_alone(
+    tmp_path: Path, group: Group, seed: int, fact: str
+) -> None:
     FileStore(make_group(), 5, tmp_path).close()
     before = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
     with pytest.raises(StoreError, match=fact) as caught:
@@ -62,7 +81,9 @@ def test_a_folder_of_other_tables_is_refused_and_left_alone(tmp_path: Path, grou
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
 def test_a_damaged_header_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "header.json").write_text(text)
-    with pytest.raises(StoreError, match=r"header\.json.* file store's header.*choose another folder or delete"):
+    with pytest.raises(
+        StoreError, match=r"header\.json.* file store's header.*choose another folder or delete"
+    ):
         FileStore(make_group(), 5, tmp_path)
 
 
@@ -75,7 +96,9 @@ def test_files_that_are_not_ours_are_not_replaced(tmp_path: Path) -> None:
 
 def test_a_path_through_a_file_is_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match=r"can't create the file store of group 2 .*file/store: Not a directory"):
+    with pytest.raises(
+        StoreError, match=r"can't create the file store of group 2 .*file/store: Not a directory"
+    ):
         FileStore(make_group(), 5, tmp_path / "file" / "store")
 
 
@@ -101,15 +124,22 @@ def test_disk_use_follows_the_rows_touched_and_clear_gives_it_back(tmp_path: Pat
     store.close()
 
 
-def test_a_record_across_two_stretches_has_both_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_across_two_stretches_has_both_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reserved: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda file, begin, size: reserved.append((begin, size)))
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda file, begin, size: reserved.append((begin, size))
+    )
     store = FileStore(make_group(100_000, dim=64), 5, tmp_path)
     straddling = (1 << 20) // 260
     store.write(rows_of(straddling), records_of(rows_of(straddling), width=65))
     assert reserved == [(0, 1 << 20), (1 << 20, 1 << 20)]
-    store.write(rows_of(straddling, 0, 99_999), records_of(rows_of(straddling, 0, 99_999), width=65))
-    assert reserved[2:] == [(24 << 20, 26_000_000 - (24 << 20))]  # each stretch once, the last one up to the end of the file
+    store.write(
+        rows_of(straddling, 0, 99_999), records_of(rows_of(straddling, 0, 99_999), width=65)
+    )
+    # each stretch once, the last one up to the end of the file
+    assert reserved[2:] == [(24 << 20, 26_000_000 - (24 << 20))]
 
 
 def test_a_record_longer_than_a_stretch_is_reserved_whole(tmp_path: Path) -> None:
@@ -123,7 +153,9 @@ def test_a_record_longer_than_a_stretch_is_reserved_whole(tmp_path: Path) -> Non
     assert 512 * (tmp_path / "records.f32").stat().st_blocks >= group.record_bytes
 
 
-def test_a_write_that_needs_room_when_the_store_closes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_needs_room_when_the_store_closes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file's number may be another file's by then, which must not grow."""
     store = FileStore(make_group(), 5, tmp_path)
     make_room = store._make_room
@@ -133,11 +165,15 @@ def test_a_write_that_needs_room_when_the_store_closes_is_refused(tmp_path: Path
         make_room(rows)
 
     monkeypatch.setattr(store, "_make_room", close_first)
-    with pytest.raises(StoreError, match=r"can't write 1 rows to .*closed meanwhile; nothing was written"):
+    with pytest.raises(
+        StoreError, match=r"can't write 1 rows to .*closed meanwhile; nothing was written"
+    ):
         store.write(rows_of(1), records_of(rows_of(1)))
 
 
-def test_a_store_that_cannot_be_cleared_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_cleared_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its file is too short then, and reading past its end would kill the process."""
     store = FileStore(make_group(), 5, tmp_path)
     rows = rows_of(1, 1_000)
@@ -150,7 +186,9 @@ def test_a_store_that_cannot_be_cleared_is_closed(tmp_path: Path, monkeypatch: p
         truncate(file, size)
 
     monkeypatch.setattr(os, "ftruncate", only_shorten)
-    with pytest.raises(StoreError, match=r"can't clear .*records\.f32: Input/output error; the store is closed"):
+    with pytest.raises(
+        StoreError, match=r"can't clear .*records\.f32: Input/output error; the store is closed"
+    ):
         store.clear()
     with pytest.raises(StoreError, match="is closed"):
         fetch(store, rows)
@@ -178,7 +216,9 @@ def test_only_a_snapshot_reads_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_fails_is_a_store_error_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_disk_that_fails_is_a_store_error_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -186,7 +226,10 @@ def test_a_disk_that_fails_is_a_store_error_and_writes_nothing(tmp_path: Path, m
     rows = rows_of(1, 1_000)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", refuse)
-        with pytest.raises(StoreError, match=r"can't write 2 rows to .*records\.f32: .*nothing was written: free space") as caught:
+        with pytest.raises(
+            StoreError,
+            match=r"can't write 2 rows to .*records\.f32: .*nothing was written: free space",
+        ) as caught:
             store.write(rows, records_of(rows))
         assert os.strerror(code) in str(caught.value)
         assert store.num_touched == 0
@@ -199,7 +242,9 @@ def test_a_limit_on_file_size_is_a_store_error(tmp_path: Path) -> None:
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, old[1]))
     try:
-        with pytest.raises(StoreError, match=r"can't create .* File too large; .* allows files of 26,000,000 bytes"):
+        with pytest.raises(
+            StoreError, match=r"can't create .* File too large; .* allows files of 26,000,000 bytes"
+        ):
             FileStore(make_group(100_000, dim=64), 5, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -227,7 +272,8 @@ def write_until_full(parts):
         raise AssertionError("the disk never got full")
     for rows in written:
         np.testing.assert_array_equal(fetch(store, rows), records_of(rows, width=65))
-    fetch(store, np.arange(0, 10_000_000, 4_096))  # looking at rows that were never written needs no space, either
+    fetch(store, np.arange(0, 10_000_000, 4_096))  # looking at rows that were never written needs
+                                                   no space, either
     assert store.num_touched == sum(map(len, written))
     return len(written)
 
@@ -246,10 +292,17 @@ else:
 
 
 def test_a_disk_that_is_really_full_does_not_kill_the_process(tmp_path: Path) -> None:
-    """A tmpfs of 6 MB in a mount namespace of the child's own, which needs no rights and leaves nothing behind."""
+    """A tmpfs of 6 MB in a mount namespace of the child's own, which needs no rights and leaves
+    nothing behind.
+    """
     unshare = shutil.which("unshare")
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)]
-    if unshare is None or subprocess.run([unshare, "-rm", *mount], capture_output=True, timeout=30, check=False).returncode:
+    if (
+        unshare is None
+        or subprocess.run(
+            [unshare, "-rm", *mount], capture_output=True, timeout=30, check=False
+        ).returncode
+    ):
         pytest.skip("user and mount namespaces are not allowed here")
     command = f'{" ".join(mount)} && exec "$@"'
     child = subprocess.run(

@@ -1,4 +1,6 @@
-"""Initial records: the generator's published answers, independence of order, and the shape of the distributions."""
+"""Initial records: the generator's published answers, independence of order, and the shape of the
+distributions.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,20 @@ from bagpipe.types import (
 )
 
 
-def make_group(*initializers: Initializer, num_rows: int = 4_000, dim: int = 10, optimizer: Optimizer | None = None) -> Group:
+def make_group(
+    *initializers: Initializer,
+    num_rows: int = 4_000,
+    dim: int = 10,
+    optimizer: Optimizer | None = None,
+) -> Group:
     tables = tuple(
-        TableConfig(name=f"t{index}", num_embeddings=num_rows, embedding_dim=dim, feature_names=[f"t{index}"], init=init)
+        TableConfig(
+            name=f"t{index}",
+            num_embeddings=num_rows,
+            embedding_dim=dim,
+            feature_names=[f"t{index}"],
+            init=init,
+        )
         for index, init in enumerate(initializers)
     )
     return Group(index=0, tables=tables, optimizer=optimizer or SGD(lr=0.1))
@@ -55,14 +68,21 @@ MIXED = make_group(Uniform(low=-0.5, high=0.25), Normal(mean=2.0, std=3.0))
         ),
     ],
 )
-def test_philox_gives_the_published_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """The philox4x32 10 lines of `kat_vectors` in Random123, the library of the algorithm's authors."""
+def test_philox_gives_the_published_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    """The philox4x32 10 lines of `kat_vectors` in Random123, the library of the algorithm's
+    authors.
+    """
     low, high = (np.uint64(counter[at] | counter[at + 1] << 32) for at in (0, 2))
     assert philox(np.uint64(key[0] | key[1] << 32), low, high) == expected
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.lists(st.integers(0, MIXED.num_rows - 1), min_size=1, max_size=60), cut=st.integers(0, 60))
+@given(
+    rows=st.lists(st.integers(0, MIXED.num_rows - 1), min_size=1, max_size=60),
+    cut=st.integers(0, 60),
+)
 def test_a_record_depends_on_its_row_only(rows: list[int], cut: int) -> None:
     everything = fill(MIXED, np.arange(MIXED.num_rows))
     chosen = np.array(rows, np.int64)
@@ -96,12 +116,18 @@ def test_seeds_rows_and_columns_differ() -> None:
     weights = fill(MIXED, np.arange(4_000))
     assert len(np.unique(weights)) > 0.99 * weights.size
     assert not (weights == fill(MIXED, np.arange(4_000), seed=2)).all(axis=1).any()
-    np.testing.assert_array_equal(fill(MIXED, np.arange(9), seed=-1), fill(MIXED, np.arange(9), seed=2**64 - 1))
-    assert not np.array_equal(fill(MIXED, np.arange(9), seed=3), fill(MIXED, np.arange(9), seed=3 + 2**32))
+    np.testing.assert_array_equal(
+        fill(MIXED, np.arange(9), seed=-1), fill(MIXED, np.arange(9), seed=2**64 - 1)
+    )
+    assert not np.array_equal(
+        fill(MIXED, np.arange(9), seed=3), fill(MIXED, np.arange(9), seed=3 + 2**32)
+    )
 
 
 def test_groups_of_one_seed_differ() -> None:
-    """A model gives all its groups the same seed; a smaller group must not repeat the columns of a larger one."""
+    """A model gives all its groups the same seed; a smaller group must not repeat the columns of a
+    larger one.
+    """
     first = fill(MIXED, np.arange(4_000))
     second = fill(dataclasses.replace(MIXED, index=1), np.arange(4_000))
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / np.sqrt(first.size)
@@ -121,7 +147,9 @@ def test_uniform_has_its_range_and_moments() -> None:
 def test_uniform_never_leaves_its_interval(low: float, width: float) -> None:
     """Narrow intervals are where rounding to float32 would."""
     high = low + width
-    weights = fill(make_group(Uniform(low=low, high=high), num_rows=300), np.arange(300)).astype(np.float64)
+    weights = fill(make_group(Uniform(low=low, high=high), num_rows=300), np.arange(300)).astype(
+        np.float64
+    )
     least = np.float32(low)
     least = least if float(least) >= low else np.nextafter(least, np.float32(np.inf))
     if float(least) >= high:
@@ -136,7 +164,9 @@ def test_uniform_of_no_width_is_a_constant() -> None:
 
 
 def test_normal_has_its_moments_and_tails() -> None:
-    draws = (fill(make_group(Normal(mean=2.0, std=3.0)), np.arange(4_000)).astype(np.float64) - 2.0) / 3.0
+    draws = (
+        fill(make_group(Normal(mean=2.0, std=3.0)), np.arange(4_000)).astype(np.float64) - 2.0
+    ) / 3.0
     assert abs(draws.mean()) < 5 / np.sqrt(draws.size)
     assert abs(draws.var() - 1) < 5 * np.sqrt(2 / draws.size)
     assert abs((draws**4).mean() - 3) < 0.3
@@ -149,11 +179,15 @@ def test_columns_and_neighbouring_rows_are_uncorrelated() -> None:
         weights = fill(make_group(init), np.arange(4_000))
         columns = np.corrcoef(weights.T) - np.eye(weights.shape[1])
         assert np.abs(columns).max() < 5 / np.sqrt(len(weights))
-        assert abs(np.corrcoef(weights[:-1].ravel(), weights[1:].ravel())[0, 1]) < 5 / np.sqrt(weights.size)
+        assert abs(np.corrcoef(weights[:-1].ravel(), weights[1:].ravel())[0, 1]) < 5 / np.sqrt(
+            weights.size
+        )
 
 
 def test_each_table_has_its_own_distribution() -> None:
-    weights = fill(make_group(Uniform(low=10, high=11), Uniform(low=-11, high=-10), num_rows=3), np.arange(6))
+    weights = fill(
+        make_group(Uniform(low=10, high=11), Uniform(low=-11, high=-10), num_rows=3), np.arange(6)
+    )
     assert ((weights[:3] >= 10) & (weights[:3] < 11)).all()
     assert ((weights[3:] >= -11) & (weights[3:] < -10)).all()
 
@@ -161,7 +195,9 @@ def test_each_table_has_its_own_distribution() -> None:
 def test_the_default_is_uniform_by_the_size_of_the_table() -> None:
     weights = fill(make_group(Uniform(low=-0.1, high=0.1), num_rows=100), np.arange(100))
     table = TableConfig(name="a", num_embeddings=100, embedding_dim=10, feature_names=["a"])
-    np.testing.assert_array_equal(weights, fill(Group(index=0, tables=(table,), optimizer=SGD(lr=0.1)), np.arange(100)))
+    np.testing.assert_array_equal(
+        weights, fill(Group(index=0, tables=(table,), optimizer=SGD(lr=0.1)), np.arange(100))
+    )
 
 
 @pytest.mark.parametrize(

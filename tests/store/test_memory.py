@@ -26,7 +26,9 @@ def test_memory_that_cannot_be_mapped_is_a_store_error() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_small_and_huge_pages_give_the_same_records(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+def test_small_and_huge_pages_give_the_same_records(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
     monkeypatch.setattr(memory_module, "_HUGE_PAGES_MAX_SHARE", share)
     store = MemoryStore(make_group(), 0)
     rows = np.arange(0, 1_300, 3)
@@ -34,7 +36,9 @@ def test_small_and_huge_pages_give_the_same_records(monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(fetch(store, rows), records_of(rows))
 
 
-def test_a_write_that_is_under_way_when_the_store_closes_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_is_under_way_when_the_store_closes_ends_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The loops check no bounds: flags that shrank under them would be written past their end."""
     store = MemoryStore(make_group(1_000_000), 0)
     rows = np.arange(0, 1_000_000, 100)
@@ -49,7 +53,9 @@ def test_no_memory_for_flags_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -
         raise MemoryError
 
     monkeypatch.setattr(np, "zeros", refuse)
-    with pytest.raises(StoreError, match=r"can't get 1,300 bytes of memory, one for each row of group 2"):
+    with pytest.raises(
+        StoreError, match=r"can't get 1,300 bytes of memory, one for each row of group 2"
+    ):
         MemoryStore(make_group(), 0)
 
 

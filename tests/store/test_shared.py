@@ -7,7 +7,16 @@ import sys
 
 import numpy as np
 import pytest
-from tests.store_contract import SEED, StoreContract, StoreFactory, fetch, initial, make_group, records_of, rows_of
+from tests.store_contract import (
+    SEED,
+    StoreContract,
+    StoreFactory,
+    fetch,
+    initial,
+    make_group,
+    records_of,
+    rows_of,
+)
 
 from bagpipe.errors import StoreError
 from bagpipe.store import SharedMemoryStore
@@ -25,7 +34,10 @@ class TestOneOfSeveralHosts(StoreContract):
 
     @pytest.fixture
     def make(self, monkeypatch: pytest.MonkeyPatch) -> StoreFactory:
-        monkeypatch.setattr("bagpipe.store.shared.home_lines", lambda num_rows, host, num_hosts: reversed_lines(num_rows))
+        monkeypatch.setattr(
+            "bagpipe.store.shared.home_lines",
+            lambda num_rows, host, num_hosts: reversed_lines(num_rows),
+        )
         return lambda group, seed: SharedMemoryStore(group, seed, host=1, num_hosts=2)
 
 
@@ -56,7 +68,9 @@ def test_another_process_reads_and_writes_the_same_rows() -> None:
     store = SharedMemoryStore(group, SEED)
     store.write(rows_of(3, 4), records_of(rows_of(3, 4)))
     arguments = [sys.executable, "-c", _OTHER, store.files.records, store.files.touched]
-    assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.strip() == "4"
+    assert (
+        subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.strip() == "4"
+    )
     assert store.num_touched == 4
     np.testing.assert_array_equal(fetch(store, rows_of(900, 1200)), records_of(rows_of(900, 1200)))
     np.testing.assert_array_equal(fetch(store, rows_of(5)), initial(group, rows_of(5)))

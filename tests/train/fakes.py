@@ -25,7 +25,9 @@ class DictStore:
             out[index] = self.records.get(row, 0.0)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
-        self.records |= {row: record.copy() for row, record in zip(rows.tolist(), records, strict=True)}
+        self.records |= {
+            row: record.copy() for row, record in zip(rows.tolist(), records, strict=True)
+        }
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
         rows = np.array(sorted(self.records), dtype=np.int64)
@@ -45,7 +47,12 @@ class StoredEmbeddings:
 
     def __init__(self, *dims: int, num_embeddings: int = 100) -> None:
         tables = [
-            TableConfig(name=f"t{i}", num_embeddings=num_embeddings, embedding_dim=dim, feature_names=[f"f{i}"])
+            TableConfig(
+                name=f"t{i}",
+                num_embeddings=num_embeddings,
+                embedding_dim=dim,
+                feature_names=[f"f{i}"],
+            )
             for i, dim in enumerate(dims)
         ]
         self.groups = group_tables(tables, Adagrad(lr=0.1))

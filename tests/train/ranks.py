@@ -12,8 +12,16 @@ import torch.distributed as dist
 from bagpipe.cache.communicator import Communicator
 
 
-def run_ranks(num_trainers: int, work: Callable[[Communicator], Any], *, num_hosts: int = 1, timeout_s: float = 60.0) -> list[Any]:
-    """What `work` returns on each rank; raises the first failure once all have ended. All hosts are this one."""
+def run_ranks(
+    num_trainers: int,
+    work: Callable[[Communicator], Any],
+    *,
+    num_hosts: int = 1,
+    timeout_s: float = 60.0,
+) -> list[Any]:
+    """What `work` returns on each rank; raises the first failure once all have ended. All hosts are
+    this one.
+    """
     store, timeout = dist.HashStore(), timedelta(seconds=timeout_s)
     results: list[Any] = [None] * num_trainers
     failures: list[BaseException] = []
@@ -21,10 +29,17 @@ def run_ranks(num_trainers: int, work: Callable[[Communicator], Any], *, num_hos
     def run(rank: int) -> None:
         try:
             now, later = (
-                dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, num_trainers, timeout) for name in ("now", "later")
+                dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, num_trainers, timeout)
+                for name in ("now", "later")
             )
             communicator = Communicator(
-                rank=rank, num_trainers=num_trainers, now=now, later=later, store=store, num_hosts=num_hosts, timeout=timeout
+                rank=rank,
+                num_trainers=num_trainers,
+                now=now,
+                later=later,
+                store=store,
+                num_hosts=num_hosts,
+                timeout=timeout,
             )
             results[rank] = work(communicator)
         except BaseException as failure:

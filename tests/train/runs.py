@@ -39,9 +39,13 @@ def small_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 
 def newest_files(folder: Path) -> dict[str, str]:
-    """The checksum of each file of the newest checkpoint of a run: equal exactly when every parameter is, bit for bit."""
+    """The checksum of each file of the newest checkpoint of a run: equal exactly when every
+    parameter is, bit for bit.
+    """
     manifest = read_manifest(list_checkpoints(folder / "checkpoints")[-1])
-    return {entry["name"]: entry["xxh3_128"] for entry in manifest["files"]} | {"step": str(manifest["step"])}
+    return {entry["name"]: entry["xxh3_128"] for entry in manifest["files"]} | {
+        "step": str(manifest["step"])
+    }
 
 
 class Listener(SilentReporter):

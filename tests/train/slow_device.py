@@ -1,4 +1,6 @@
-"""Lets a GPU sleep before each piece of work of one kind: what should wait for it and does not then comes too early every time."""
+"""Lets a GPU sleep before each piece of work of one kind: what should wait for it and does not then
+comes too early every time.
+"""
 
 from __future__ import annotations
 

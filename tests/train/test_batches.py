@@ -27,19 +27,32 @@ class CountingSource:
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
 
-    def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
-        for read in self.reads(batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last):
+    def batches(
+        self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[Batch]:
+        for read in self.reads(
+            batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last
+        ):
             yield read()
 
-    def reads(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Callable[[], Batch]]:
+    def reads(
+        self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[Callable[[], Batch]]:
         for index in range(start, count_batches(self.num_samples, batch_size, drop_last=drop_last)):
-            numbers = np.arange(index * batch_size, min((index + 1) * batch_size, self.num_samples)) + 1000 * epoch
+            numbers = (
+                np.arange(index * batch_size, min((index + 1) * batch_size, self.num_samples))
+                + 1000 * epoch
+            )
             yield partial(counted_batch, numbers)
 
 
 def counted_batch(numbers: Int64Array) -> Batch:
     sparse = Jagged(keys=("f",), values=np.zeros(len(numbers), np.int64), batch_size=len(numbers))
-    return Batch(dense=numbers.astype(np.float32)[:, None], sparse=sparse, labels=np.zeros(len(numbers), np.float32))
+    return Batch(
+        dense=numbers.astype(np.float32)[:, None],
+        sparse=sparse,
+        labels=np.zeros(len(numbers), np.float32),
+    )
 
 
 def firsts(schedule: Schedule, source: CountingSource, start: Position) -> list[float]:
@@ -50,7 +63,9 @@ def firsts(schedule: Schedule, source: CountingSource, start: Position) -> list[
 @pytest.mark.parametrize(("steps", "drop_last"), [(5, False), (7, False), (7, True), (1, False)])
 def test_any_position_continues_the_same_sequence(steps: int, drop_last: bool) -> None:
     source = CountingSource(10)
-    schedule = make_schedule(TrainConfig(batch_size=4, steps=steps, drop_last=drop_last), source.num_samples)
+    schedule = make_schedule(
+        TrainConfig(batch_size=4, steps=steps, drop_last=drop_last), source.num_samples
+    )
     whole = firsts(schedule, source, Position())
     assert len(whole) == steps
     for step in range(steps + 1):
@@ -64,7 +79,9 @@ def test_epochs_make_steps() -> None:
 
 
 def test_no_batch_at_all_is_refused() -> None:
-    with pytest.raises(ConfigError, match="batch_size = 16 with drop_last leaves no batch of the 10"):
+    with pytest.raises(
+        ConfigError, match="batch_size = 16 with drop_last leaves no batch of the 10"
+    ):
         make_schedule(TrainConfig(batch_size=16, drop_last=True), 10)
 
 
@@ -77,7 +94,13 @@ def test_torch_batches_share_the_memory_of_numpy_ones() -> None:
 
 
 def test_features_of_one_table_share_it() -> None:
-    features = [FeatureSpec(name=name, table=table, num_embeddings=9) for name, table in (("a", "x"), ("b", "y"), ("c", "x"))]
+    features = [
+        FeatureSpec(name=name, table=table, num_embeddings=9)
+        for name, table in (("a", "x"), ("b", "y"), ("c", "x"))
+    ]
     tables = make_tables(features, EmbeddingsConfig(embedding_dim=8))
-    assert [(table.name, table.feature_names) for table in tables] == [("x", ("a", "c")), ("y", ("b",))]
+    assert [(table.name, table.feature_names) for table in tables] == [
+        ("x", ("a", "c")),
+        ("y", ("b",)),
+    ]
     assert {table.embedding_dim for table in tables} == {8}

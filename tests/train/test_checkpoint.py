@@ -27,7 +27,11 @@ CONFIG: dict[str, Any] = {"train": {"batch_size": 8, "seed": 0}, "cache": {"size
 def make_state(*dims: int, hidden: int = 4, num_embeddings: int = 100) -> State:
     model = torch.nn.Linear(3, hidden)
     optimizer = torch.optim.Adam(model.parameters())
-    return State(model=model, optimizer=optimizer, embeddings=StoredEmbeddings(*dims, num_embeddings=num_embeddings))
+    return State(
+        model=model,
+        optimizer=optimizer,
+        embeddings=StoredEmbeddings(*dims, num_embeddings=num_embeddings),
+    )
 
 
 def trained_state(step: int = 3) -> State:
@@ -43,7 +47,9 @@ def trained_state(step: int = 3) -> State:
 
 
 def save(folder: Path, state: State, *, keep: int = 2, config: dict[str, Any] = CONFIG) -> Path:
-    return save_checkpoint(folder, state=state, position=Position(epoch=1, batch=2), config=config, keep=keep)
+    return save_checkpoint(
+        folder, state=state, position=Position(epoch=1, batch=2), config=config, keep=keep
+    )
 
 
 def test_all_that_training_changes_comes_back(tmp_path: Path) -> None:
@@ -57,7 +63,9 @@ def test_all_that_training_changes_comes_back(tmp_path: Path) -> None:
 
     assert (saved.step, saved.position, fresh.embeddings.step) == (3, Position(epoch=1, batch=2), 3)
     torch.testing.assert_close(fresh.model.state_dict(), state.model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(fresh.optimizer.state_dict(), state.optimizer.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        fresh.optimizer.state_dict(), state.optimizer.state_dict(), rtol=0, atol=0
+    )
     assert torch.equal(torch.rand(3), expected_noise)
     for store, original in zip(fresh.embeddings.stores, state.embeddings.stores, strict=True):
         np.testing.assert_equal(list(store.snapshot()), list(original.snapshot()))
@@ -84,7 +92,9 @@ def test_the_newest_valid_checkpoint_is_found_and_damage_is_told(tmp_path: Path)
 
 def test_without_a_valid_one_among_them_nothing_is_resumed(tmp_path: Path) -> None:
     (save(tmp_path, trained_state()) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of its 1 checkpoints is valid; the newest: .*manifest.json"):
+    with pytest.raises(
+        CheckpointError, match=r"none of its 1 checkpoints is valid; the newest: .*manifest.json"
+    ):
         find_checkpoint(tmp_path, on_damaged=lambda error: None)
 
 

@@ -84,14 +84,19 @@ def test_a_store_that_fails_is_not_taken_for_the_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = write(tmp_path, 1)
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"step-0000000002: can't be written: No space left.*earlier checkpoints"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-0000000002: can't be written: No space left.*earlier checkpoints",
+    ):
         write(tmp_path, 2)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == [old]
@@ -114,7 +119,9 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["dense.pt", "group-0.arrow", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_damage_is_refused_with_the_name_of_the_file(tmp_path: Path, name: str, damage: str) -> None:
+def test_damage_is_refused_with_the_name_of_the_file(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     path = write(tmp_path)
     content = bytearray((path / name).read_bytes())
     if damage == "missing":
@@ -128,7 +135,9 @@ def test_damage_is_refused_with_the_name_of_the_file(tmp_path: Path, name: str, 
         verify_files(path, read_manifest(path)["files"])
 
 
-def test_a_manifest_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_of_another_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bagpipe.train.checkpoint_files.FORMAT", 99)
     path = write(tmp_path)
     monkeypatch.undo()
@@ -169,5 +178,8 @@ def test_no_folder_holds_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_another_name_is_no_checkpoint() -> None:
-    with pytest.raises(CheckpointError, match=r"runs/last: is not a checkpoint: its name must be like step-0000001000"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"runs/last: is not a checkpoint: its name must be like step-0000001000",
+    ):
         step_of(Path("runs/last"))

@@ -1,4 +1,6 @@
-"""The dense part as one call: the same numbers as the plain training loop, and guards around lookup and update."""
+"""The dense part as one call: the same numbers as the plain training loop, and guards around lookup
+and update.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ from bagpipe.train.trace import TraceOptions
 from bagpipe.train.trainer import train
 from bagpipe.types import Jagged, RowWiseAdagrad, TableConfig
 
-TABLES = [TableConfig(name=name, num_embeddings=50, embedding_dim=4, feature_names=[name]) for name in ("a", "b")]
+TABLES = [
+    TableConfig(name=name, num_embeddings=50, embedding_dim=4, feature_names=[name])
+    for name in ("a", "b")
+]
 BATCH_SIZE = 8
 
 
@@ -54,24 +59,38 @@ def make_batches(count: int) -> list[tuple[torch.Tensor, Jagged, torch.Tensor]]:
 
 
 def dense_step(model: DLRM, optimizer: torch.optim.Optimizer, **options: Any) -> DenseStep:
-    return DenseStep(model.dense_part, optimizer, groups=[(2, 4)], device=torch.device("cpu"), batch_size=BATCH_SIZE, **options)
+    return DenseStep(
+        model.dense_part,
+        optimizer,
+        groups=[(2, 4)],
+        device=torch.device("cpu"),
+        batch_size=BATCH_SIZE,
+        **options,
+    )
 
 
 def train_by_calls(**options: Any) -> tuple[list[float], list[torch.Tensor]]:
     embeddings, model, optimizer = make()
     step, losses = dense_step(model, optimizer, **options), []
-    for dense, sparse, labels in bagpipe.lookahead(make_batches(9), embeddings, cache=40, sparse=lambda batch: batch[1]):
+    for dense, sparse, labels in bagpipe.lookahead(
+        make_batches(9), embeddings, cache=40, sparse=lambda batch: batch[1]
+    ):
         embeddings.lookup(sparse, out=step.pooled(len(labels)))
         loss, grads = step(dense, labels)
         embeddings.update(grads)
         losses.append(float(loss))
-    return losses, [*(parameter.detach() for parameter in model.parameters()), embeddings.tables()["a"][:]]
+    return losses, [
+        *(parameter.detach() for parameter in model.parameters()),
+        embeddings.tables()["a"][:],
+    ]
 
 
 def train_by_autograd(precision: Precision = "fp32") -> tuple[list[float], list[torch.Tensor]]:
     embeddings, model, optimizer = make()
     losses = []
-    for dense, sparse, labels in bagpipe.lookahead(make_batches(9), embeddings, cache=40, sparse=lambda batch: batch[1]):
+    for dense, sparse, labels in bagpipe.lookahead(
+        make_batches(9), embeddings, cache=40, sparse=lambda batch: batch[1]
+    ):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = model(dense, sparse)
         loss = binary_cross_entropy_with_logits(logits.float(), labels)
@@ -79,7 +98,10 @@ def train_by_autograd(precision: Precision = "fp32") -> tuple[list[float], list[
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    return losses, [*(parameter.detach() for parameter in model.parameters()), embeddings.tables()["a"][:]]
+    return losses, [
+        *(parameter.detach() for parameter in model.parameters()),
+        embeddings.tables()["a"][:],
+    ]
 
 
 def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
@@ -107,13 +129,19 @@ def test_trainers_that_average_take_the_steps_of_one_with_all_samples(num_traine
     """Three steps, the last of a batch that only the first ranks have samples of."""
     torch.manual_seed(0)
     sizes = (BATCH_SIZE, BATCH_SIZE, 2)
-    inputs = [(torch.randn(size, 3), (torch.rand(size) < 0.5).float(), torch.randn(size, 2, 4)) for size in sizes]
-    made = [make() for _ in range(num_trainers + 1)]  # here, since threads share torch's random numbers
+    inputs = [
+        (torch.randn(size, 3), (torch.rand(size) < 0.5).float(), torch.randn(size, 2, 4))
+        for size in sizes
+    ]
+    # here, since threads share torch's random numbers
+    made = [make() for _ in range(num_trainers + 1)]
 
     def work(communicator: Communicator | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         rank, count = (0, 1) if communicator is None else (communicator.rank, num_trainers)
         _, model, optimizer = made[-1 if communicator is None else rank]
-        step = dense_step(model, optimizer, average=None if communicator is None else communicator.average)
+        step = dense_step(
+            model, optimizer, average=None if communicator is None else communicator.average
+        )
         all_grads = []
         for dense, labels, embedded in inputs:
             own = slice(rank, None, count)
@@ -164,7 +192,9 @@ def test_a_graph_wants_shares_of_one_size() -> None:
     config = TrainConfig(batch_size=1001, steps=1, dense="graph")
     embeddings: Any = SimpleNamespace(communicator=SimpleNamespace(num_trainers=2))
     parts: Any = None
-    with pytest.raises(ConfigError, match=r"batch_size = 1,001 is no multiple of 2 trainers: use 1,000, or 'eager'"):
+    with pytest.raises(
+        ConfigError, match=r"batch_size = 1,001 is no multiple of 2 trainers: use 1,000, or 'eager'"
+    ):
         make_dense_step(config, parts, parts, embeddings, torch.device("cuda"), print)
 
 
@@ -179,14 +209,25 @@ def test_a_graph_wants_shares_of_one_size() -> None:
         ("compile", "cuda", 2, True),
     ],
 )
-def test_where_the_dense_part_is_a_graph(dense: Any, device: str, num_trainers: int, expected: bool) -> None:
-    assert has_graph(TrainConfig(batch_size=1000, steps=1, dense=dense), torch.device(device), num_trainers) == expected
+def test_where_the_dense_part_is_a_graph(
+    dense: Any, device: str, num_trainers: int, expected: bool
+) -> None:
+    assert (
+        has_graph(
+            TrainConfig(batch_size=1000, steps=1, dense=dense), torch.device(device), num_trainers
+        )
+        == expected
+    )
 
 
-@pytest.mark.parametrize(("key", "value"), [("dense", "graph"), ("dense", "compile"), ("precision", "tf32")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("dense", "graph"), ("dense", "compile"), ("precision", "tf32")]
+)
 def test_what_only_a_gpu_does_is_refused_on_a_cpu(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"train\.{key} = '{value}' needs a CUDA device"):
-        train(small_config(tmp_path, train={key: value, "device": "cpu"}), reporter=SilentReporter())
+        train(
+            small_config(tmp_path, train={key: value, "device": "cpu"}), reporter=SilentReporter()
+        )
 
 
 def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
@@ -198,10 +239,16 @@ def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "traces" / "trace.json").read_text())["traceEvents"]
     names = {event["name"] for event in events if event["name"].startswith("bagpipe.")}
     assert names == {
-        f"bagpipe.{stage}" for stage in ("lookup", "dense", "update", "evict", "gather", "fetch", "plan", "write_back")
+        f"bagpipe.{stage}"
+        for stage in ("lookup", "dense", "update", "evict", "gather", "fetch", "plan", "write_back")
     }
     with pytest.raises(ConfigError, match="can't be written"):
-        train(small_config(tmp_path), reporter=SilentReporter(), overwrite=True, trace=TraceOptions(path=tmp_path))
+        train(
+            small_config(tmp_path),
+            reporter=SilentReporter(),
+            overwrite=True,
+            trace=TraceOptions(path=tmp_path),
+        )
 
 
 @pytest.mark.parametrize("num_steps", [1, 7])
@@ -253,11 +300,20 @@ def test_a_capture_that_fails_changes_nothing_and_says_so(
             say=said.append,
         )
         step.pooled(BATCH_SIZE)[0].fill_(0.5)
-        losses = [float(step(torch.ones(BATCH_SIZE, 3), torch.ones(BATCH_SIZE))[0]) for _ in range(3)]
-        results.append((losses, layer.weight.detach().numpy().tobytes(), torch.get_rng_state().numpy().tobytes()))
+        losses = [
+            float(step(torch.ones(BATCH_SIZE, 3), torch.ones(BATCH_SIZE))[0]) for _ in range(3)
+        ]
+        results.append(
+            (
+                losses,
+                layer.weight.detach().numpy().tobytes(),
+                torch.get_rng_state().numpy().tobytes(),
+            )
+        )
     assert results[0] == results[1]
     assert said == [
-        "capturing the dense part as a CUDA graph failed (RuntimeError: operation not permitted when stream is capturing): "
+        "capturing the dense part as a CUDA graph failed (RuntimeError: operation not permitted "
+        "when stream is capturing): "
         "it runs eagerly"
     ]
 
@@ -281,7 +337,10 @@ def test_what_can_not_be_compiled_nor_captured_is_run(monkeypatch: pytest.Monkey
     )
     step.pooled(BATCH_SIZE)[0].fill_(0.5)
     step(torch.ones(BATCH_SIZE, 3), torch.ones(BATCH_SIZE))
-    assert said[0] == "compiling the dense part failed (RuntimeError: no C compiler): it is captured as it is written"
+    assert said[0] == (
+        "compiling the dense part failed (RuntimeError: no C compiler): "
+        "it is captured as it is written"
+    )
     assert said[1].startswith("capturing the dense part as a CUDA graph failed (")
     assert len(said) == 2
 

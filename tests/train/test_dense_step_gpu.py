@@ -1,4 +1,6 @@
-"""On a GPU: every way to run the dense part trains the same, one that fails gives way, and a steady step waits for nothing."""
+"""On a GPU: every way to run the dense part trains the same, one that fails gives way, and a steady
+step waits for nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +30,36 @@ MODELS: dict[str, dict[str, Any]] = {
 def test_a_graph_gives_what_eager_gives(tmp_path: Path, kind: str) -> None:
     listener = Listener()
     for dense in ("eager", "graph"):
-        config = small_config(tmp_path / dense, model=MODELS[kind], train={"device": "cuda", "dense": dense, "precision": "bf16"})
+        config = small_config(
+            tmp_path / dense,
+            model=MODELS[kind],
+            train={"device": "cuda", "dense": dense, "precision": "bf16"},
+        )
         train(config, reporter=listener)
     assert not [text for text in listener.said if "failed" in text]
     assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:torch", "ignore:TensorFloat32 tensor cores:UserWarning"
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_compiling_works_or_says_that_it_does_not(tmp_path: Path, kind: str) -> None:
     scores = []
     for dense in ("graph", "compile"):
         listener = Listener()
-        config = small_config(tmp_path / dense, model=MODELS[kind], train={"device": "cuda", "dense": dense, "steps": NUM_STEPS})
+        config = small_config(
+            tmp_path / dense,
+            model=MODELS[kind],
+            train={"device": "cuda", "dense": dense, "steps": NUM_STEPS},
+        )
         result = train(config, reporter=listener)
         failed = [text for text in listener.said if "failed" in text]
-        assert not [text for text in failed if not re.fullmatch(r"compiling the dense part failed .*as it is written", text)]
+        assert not [
+            text
+            for text in failed
+            if not re.fullmatch(r"compiling the dense part failed .*as it is written", text)
+        ]
         assert result.scores is not None
         scores.append(result.scores.log_loss)
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
@@ -53,7 +69,9 @@ def test_tf32_is_close_to_float32_and_the_setting_is_put_back(tmp_path: Path) ->
     before = torch.get_float32_matmul_precision()
     scores = []
     for precision in ("fp32", "tf32"):
-        config = small_config(tmp_path / precision, train={"device": "cuda", "precision": precision})
+        config = small_config(
+            tmp_path / precision, train={"device": "cuda", "precision": precision}
+        )
         result = train(config, reporter=SilentReporter())
         assert result.scores is not None
         scores.append(result.scores.log_loss)
@@ -69,8 +87,11 @@ def test_a_part_that_no_graph_holds_runs_eagerly_from_the_same_state(kind: str) 
         torch.manual_seed(3)
         layer = torch.nn.Linear(8, 1, device=device)
 
-        def part(dense: torch.Tensor, pooled: torch.Tensor, layer: torch.nn.Linear = layer) -> torch.Tensor:
-            if pooled.detach().sum().item() > 1e9:  # the host learns a value: no capture allows that
+        def part(
+            dense: torch.Tensor, pooled: torch.Tensor, layer: torch.nn.Linear = layer
+        ) -> torch.Tensor:
+            # the host learns a value: no capture allows that
+            if pooled.detach().sum().item() > 1e9:
                 raise AssertionError
             logits: torch.Tensor = layer(pooled + torch.rand_like(pooled)).squeeze(1)
             return logits
@@ -78,11 +99,26 @@ def test_a_part_that_no_graph_holds_runs_eagerly_from_the_same_state(kind: str) 
         optimizer = {"adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}[kind](
             layer.parameters(), **({"capturable": True} if kind == "adam" else {})
         )
-        step = DenseStep(part, optimizer, groups=[(2, 4)], device=device, batch_size=16, graph=graph, say=said.append)
+        step = DenseStep(
+            part,
+            optimizer,
+            groups=[(2, 4)],
+            device=device,
+            batch_size=16,
+            graph=graph,
+            say=said.append,
+        )
         step.pooled(16)[0].fill_(0.5)
         dense, labels = torch.ones(16, 3), torch.ones(16)
         losses = [float(step(dense, labels)[0]) for _ in range(3)]
-        results.append((losses, layer.weight.tolist(), torch.cuda.get_rng_state(device).tolist(), torch.get_rng_state().tolist()))
+        results.append(
+            (
+                losses,
+                layer.weight.tolist(),
+                torch.cuda.get_rng_state(device).tolist(),
+                torch.get_rng_state().tolist(),
+            )
+        )
         assert torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
     assert results[0] == results[1]
     assert len(said) == 1
@@ -91,7 +127,9 @@ def test_a_part_that_no_graph_holds_runs_eagerly_from_the_same_state(kind: str) 
 
 
 def memory_read_by_another_stream_is_used_again() -> bool:
-    """What torch does not do inside of a capture, nor after one that it has not left: each step would take new memory then."""
+    """What torch does not do inside of a capture, nor after one that it has not left: each step
+    would take new memory then.
+    """
     stream, size = torch.cuda.Stream(), 8 << 20
     addresses = set()
     for _ in range(4):
@@ -120,9 +158,9 @@ def test_averaging_between_two_graphs_gives_what_eager_gives(kind: str) -> None:
 
         step = DenseStep(
             lambda dense, pooled, layer=layer: layer(pooled).squeeze(1),
-            {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}[kind](
-                layer.parameters(), **({"capturable": True} if kind == "adam" else {})
-            ),
+            {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}[
+                kind
+            ](layer.parameters(), **({"capturable": True} if kind == "adam" else {})),
             groups=[(2, 4)],
             device=device,
             batch_size=16,
@@ -141,7 +179,9 @@ def test_averaging_between_two_graphs_gives_what_eager_gives(kind: str) -> None:
 
 
 class SyncsAreErrors(Listener):
-    """Makes torch raise, in any thread of this process, where the host waits for the device in steps 20 to 60."""
+    """Makes torch raise, in any thread of this process, where the host waits for the device in
+    steps 20 to 60.
+    """
 
     def advance(self, step: int) -> None:
         if step in (20, 60):

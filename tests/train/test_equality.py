@@ -1,7 +1,9 @@
-"""The test that matters most: training through the cache equals training with whole tables in memory, bit for bit.
+"""The test that matters most: training through the cache equals training with whole tables in
+memory, bit for bit.
 
-The in-memory arm is `tests.reference.InMemoryTables`, which shares no code with the library's data plane. Both arms run the same
-small dense model; every step's loss, all weights and all optimizer state must be equal to the last bit.
+The in-memory arm is `tests.reference.InMemoryTables`, which shares no code with the library's data
+plane. Both arms run the same small dense model; every step's loss, all weights and all optimizer
+state must be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -26,26 +28,43 @@ from bagpipe.oracle.cacher import CachePlan
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import SGD, Adagrad, Adam, Group, GroupPlan, Jagged, Optimizer, RowWiseAdagrad, TableConfig, group_tables
+from bagpipe.types import (
+    SGD,
+    Adagrad,
+    Adam,
+    Group,
+    GroupPlan,
+    Jagged,
+    Optimizer,
+    RowWiseAdagrad,
+    TableConfig,
+    group_tables,
+)
 
 OPTIMIZERS = [SGD(lr=0.5), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.05)]
 
 
 def dense_loss(pooled: Sequence[Tensor], dense: torch.nn.Linear) -> Tensor:
-    """A small model over all groups' pooled embeddings (B, F, D) with gradients that differ from bag to bag."""
+    """A small model over all groups' pooled embeddings (B, F, D) with gradients that differ from
+    bag to bag.
+    """
     flat = torch.cat([group.flatten(1) for group in pooled], dim=1)
     return dense(torch.tanh(flat)).square().mean() + flat.sin().mean()
 
 
 def make_dense(groups: Sequence[Group]) -> torch.nn.Linear:
     generator = torch.Generator().manual_seed(3)
-    dense = torch.nn.Linear(sum(len(group.features) * group.embedding_dim for group in groups), 3, bias=False)
+    dense = torch.nn.Linear(
+        sum(len(group.features) * group.embedding_dim for group in groups), 3, bias=False
+    )
     with torch.no_grad():
         dense.weight.copy_(torch.randn(dense.weight.shape, generator=generator))
     return dense
 
 
-def train_in_memory(groups: Sequence[Group], batches: Sequence[Jagged], seed: int) -> tuple[list[float], list[np.ndarray]]:
+def train_in_memory(
+    groups: Sequence[Group], batches: Sequence[Jagged], seed: int
+) -> tuple[list[float], list[np.ndarray]]:
     """Per-step losses and, by group, all records at the end."""
     tables = []
     for group in groups:
@@ -69,7 +88,12 @@ def train_in_memory(groups: Sequence[Group], batches: Sequence[Jagged], seed: in
 
 
 def train_cached(
-    embeddings: EmbeddingBagCollection, batches: Sequence[Jagged], dense: torch.nn.Linear, *, check: bool = True, **options: object
+    embeddings: EmbeddingBagCollection,
+    batches: Sequence[Jagged],
+    dense: torch.nn.Linear,
+    *,
+    check: bool = True,
+    **options: object,
 ) -> list[float]:
     """Per-step losses; trains `dense` and `embeddings` in place."""
     optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
@@ -94,7 +118,9 @@ def all_records(embeddings: EmbeddingBagCollection) -> list[np.ndarray]:
 
 
 def smallest_caches(groups: Sequence[Group], batches: Sequence[Jagged]) -> list[int]:
-    return [max(1, *(len(reference.unique_rows(group, batch)) for batch in batches)) for group in groups]
+    return [
+        max(1, *(len(reference.unique_rows(group, batch)) for batch in batches)) for group in groups
+    ]
 
 
 def check_equal(
@@ -107,7 +133,9 @@ def check_equal(
     store: Callable[[Group, int], EmbeddingStore] = MemoryStore,
     **options: object,
 ) -> None:
-    """Trains both arms; the cached one starts anew on the same stores at each step in `restarts`."""
+    """Trains both arms; the cached one starts anew on the same stores at each step in
+    `restarts`.
+    """
     groups = group_tables(tables, optimizer)
     expected_losses, expected_records = train_in_memory(groups, batches, seed=11)
     cache = [slots + extra_slots for slots in smallest_caches(groups, batches)]
@@ -157,14 +185,25 @@ def test_any_trace_cache_lookahead_depth_threads_and_restarts(
 
 @pytest.mark.parametrize("extra_slots", [160, 250, 2000])
 @pytest.mark.parametrize("prefetch_depth", [0, 2])
-def test_a_cache_cut_into_shards(extra_slots: int, prefetch_depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_cut_into_shards(
+    extra_slots: int, prefetch_depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As only large caches are."""
     monkeypatch.setattr(shards, "MIN_SLOTS", 1)
     options = {"lookahead": 10, "prefetch_depth": prefetch_depth}
-    check_equal(TABLES, RowWiseAdagrad(lr=0.1), skewed_batches(40), extra_slots=extra_slots, restarts=[17], **options)
+    check_equal(
+        TABLES,
+        RowWiseAdagrad(lr=0.1),
+        skewed_batches(40),
+        extra_slots=extra_slots,
+        restarts=[17],
+        **options,
+    )
 
 
-def test_a_late_plan_whose_late_fetch_fills_a_slot_that_its_early_eviction_empties(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_plan_whose_late_fetch_fills_a_slot_that_its_early_eviction_empties(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(BackgroundIterator, "next_if_ready", lambda plans: None)
     tables = [TableConfig(name="t", num_embeddings=12, embedding_dim=4, feature_names=["f"])]
     ids = [[11, 10, 8, 3], [6, 9, 7, 10], [6, 0, 9, 11], [0, 9, 8, 4], [3, 9, 2, 11], [9, 6, 11, 3]]
@@ -172,16 +211,29 @@ def test_a_late_plan_whose_late_fetch_fills_a_slot_that_its_early_eviction_empti
     check_equal(tables, SGD(lr=1.0), batches, extra_slots=3, lookahead=1, prefetch_depth=2)
 
 
-@given(data=st.data(), prefetch_depth=st.integers(0, 3), extra_slots=st.integers(0, 5), lookahead=st.integers(1, 6))
+@given(
+    data=st.data(),
+    prefetch_depth=st.integers(0, 3),
+    extra_slots=st.integers(0, 5),
+    lookahead=st.integers(1, 6),
+)
 @settings(max_examples=40, deadline=None)
-def test_plans_that_come_late(data: st.DataObject, prefetch_depth: int, extra_slots: int, lookahead: int) -> None:
+def test_plans_that_come_late(
+    data: st.DataObject, prefetch_depth: int, extra_slots: int, lookahead: int
+) -> None:
     """As with a slow loader: a plan often reaches the executor only when its step is due."""
     tables = data.draw(strategies.table_lists())
     batches = data.draw(strategies.traces(tables, max_steps=15))
-    is_ready = np.random.default_rng(data.draw(st.integers(0, 1000))).random(10_000) < data.draw(st.sampled_from([0.0, 0.5]))
+    is_ready = np.random.default_rng(data.draw(st.integers(0, 1000))).random(10_000) < data.draw(
+        st.sampled_from([0.0, 0.5])
+    )
     ready, next_if_ready = iter(is_ready.tolist()), BackgroundIterator.next_if_ready
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BackgroundIterator, "next_if_ready", lambda plans: next_if_ready(plans) if next(ready) else None)
+        patch.setattr(
+            BackgroundIterator,
+            "next_if_ready",
+            lambda plans: next_if_ready(plans) if next(ready) else None,
+        )
         check_equal(
             tables,
             SGD(lr=0.5),
@@ -193,37 +245,58 @@ def test_plans_that_come_late(data: st.DataObject, prefetch_depth: int, extra_sl
 
 
 TABLES = [
-    TableConfig(name="users", num_embeddings=300, embedding_dim=8, feature_names=["user", "friend"]),
-    TableConfig(name="items", num_embeddings=1000, embedding_dim=8, feature_names=["item"], pooling="mean"),
+    TableConfig(
+        name="users", num_embeddings=300, embedding_dim=8, feature_names=["user", "friend"]
+    ),
+    TableConfig(
+        name="items", num_embeddings=1000, embedding_dim=8, feature_names=["item"], pooling="mean"
+    ),
     TableConfig(name="hours", num_embeddings=24, embedding_dim=3, feature_names=["hour"]),
 ]
 
 
-def skewed_batch(rng: np.random.Generator, lengths: np.ndarray, **features: tuple[int, float]) -> Jagged:
-    """Bags of `lengths` (F, B); each feature says how many ids it has and how skewed they are: evenly drawn with 1, more above."""
+def skewed_batch(
+    rng: np.random.Generator, lengths: np.ndarray, **features: tuple[int, float]
+) -> Jagged:
+    """Bags of `lengths` (F, B); each feature says how many ids it has and how skewed they are:
+    evenly drawn with 1, more above.
+    """
     ids = [
         (num_ids * rng.random(int(of_bags.sum())) ** skew).astype(np.int64)
         for (num_ids, skew), of_bags in zip(features.values(), lengths, strict=True)
     ]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Jagged(keys=tuple(features), values=np.concatenate(ids), batch_size=lengths.shape[1], offsets=offsets)
+    return Jagged(
+        keys=tuple(features),
+        values=np.concatenate(ids),
+        batch_size=lengths.shape[1],
+        offsets=offsets,
+    )
 
 
 def skewed_batches(num_batches: int, batch_size: int = 48, seed: int = 5) -> list[Jagged]:
-    """Jagged batches over TABLES with enough churn that a small cache evicts and fetches rows again all the time."""
+    """Jagged batches over TABLES with enough churn that a small cache evicts and fetches rows again
+    all the time.
+    """
     rng = np.random.default_rng(seed)
     batches = []
     for _ in range(num_batches):
         lengths = rng.integers(0, 4, (4, batch_size))
         lengths[3] = 1
-        batches.append(skewed_batch(rng, lengths, user=(300, 2.0), friend=(300, 1.0), item=(1000, 2.0), hour=(24, 1.0)))
+        batches.append(
+            skewed_batch(
+                rng, lengths, user=(300, 2.0), friend=(300, 1.0), item=(1000, 2.0), hour=(24, 1.0)
+            )
+        )
     return batches
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
 @pytest.mark.parametrize("kind", ["memory", "file"])
 @pytest.mark.parametrize("extra_slots", [0, 40, 2000])
-def test_every_optimizer_and_store(optimizer: Optimizer, kind: str, extra_slots: int, tmp_path: Path) -> None:
+def test_every_optimizer_and_store(
+    optimizer: Optimizer, kind: str, extra_slots: int, tmp_path: Path
+) -> None:
     def file_store(group: Group, seed: int) -> EmbeddingStore:
         return FileStore(group, seed, tmp_path / str(group.index))
 
@@ -265,7 +338,8 @@ def flip_a_slot(plan: GroupPlan) -> GroupPlan:
 
 def drop_a_write_back(plan: GroupPlan) -> GroupPlan:
     early, late = (
-        replace(moved, evict_rows=moved.evict_rows[1:], evict_slots=moved.evict_slots[1:]) for moved in (plan.early, plan.late)
+        replace(moved, evict_rows=moved.evict_rows[1:], evict_slots=moved.evict_slots[1:])
+        for moved in (plan.early, plan.late)
     )
     return replace(plan, early=early, late=late)
 
@@ -277,7 +351,9 @@ def drop_a_gradient(plan: GroupPlan) -> GroupPlan:
 
 
 @pytest.mark.parametrize("fault", [flip_a_slot, drop_a_write_back, drop_a_gradient])
-def test_equality_fails_when_a_fault_is_planted(fault: Callable[[GroupPlan], GroupPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equality_fails_when_a_fault_is_planted(
+    fault: Callable[[GroupPlan], GroupPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = group_tables(TABLES, SGD(lr=0.5))
     batches = skewed_batches(40)
     cache = [slots + 5 for slots in smallest_caches(groups, batches)]
@@ -285,14 +361,18 @@ def test_equality_fails_when_a_fault_is_planted(fault: Callable[[GroupPlan], Gro
 
     def train() -> list[float]:
         embeddings = EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.5), seed=11)
-        return train_cached(embeddings, batches, make_dense(groups), cache=cache, lookahead=10, check=False)
+        return train_cached(
+            embeddings, batches, make_dense(groups), cache=cache, lookahead=10, check=False
+        )
 
     assert train() == losses
     broken_plans(fault, monkeypatch)
     assert train() != losses
 
 
-def torch_twin(tables: Sequence[TableConfig], embeddings: EmbeddingBagCollection) -> dict[str, torch.nn.EmbeddingBag]:
+def torch_twin(
+    tables: Sequence[TableConfig], embeddings: EmbeddingBagCollection
+) -> dict[str, torch.nn.EmbeddingBag]:
     """Plain torch modules with the same weights, by table."""
     twins = {}
     for table in tables:
@@ -318,7 +398,9 @@ def test_close_to_torch_embedding_bag_and_torch_optim(
     batches = skewed_batches(30)
     embeddings = EmbeddingBagCollection(TABLES, optimizer=optimizer, seed=2)
     twins = torch_twin(TABLES, embeddings)
-    torch_optimizer = make_torch([parameter for twin in twins.values() for parameter in twin.parameters()])
+    torch_optimizer = make_torch(
+        [parameter for twin in twins.values() for parameter in twin.parameters()]
+    )
     groups = embeddings.groups
     dense = make_dense(groups)
     cache = [slots + 10 for slots in smallest_caches(groups, batches)]
@@ -329,11 +411,16 @@ def test_close_to_torch_embedding_bag_and_torch_optim(
             torch_optimizer.step()
         torch_optimizer.zero_grad()
     for name, twin in twins.items():
-        # Adam divides a gradient by its own size, so where one is nearly zero the order of its sum shows in the update.
-        torch.testing.assert_close(embeddings.tables()[name][:], twin.weight.detach(), rtol=1e-4, atol=1e-4)
+        # Adam divides a gradient by its own size, so where one is nearly zero the order of its sum
+        # shows in the update.
+        torch.testing.assert_close(
+            embeddings.tables()[name][:], twin.weight.detach(), rtol=1e-4, atol=1e-4
+        )
 
 
-def torch_pooled(groups: Sequence[Group], twins: dict[str, torch.nn.EmbeddingBag], batch: Jagged) -> list[Tensor]:
+def torch_pooled(
+    groups: Sequence[Group], twins: dict[str, torch.nn.EmbeddingBag], batch: Jagged
+) -> list[Tensor]:
     assert batch.offsets is not None
     size = batch.batch_size
     result = []
@@ -349,8 +436,18 @@ def torch_pooled(groups: Sequence[Group], twins: dict[str, torch.nn.EmbeddingBag
 
 
 def test_exactly_torch_where_sums_are_exact() -> None:
-    """Integer gradients, powers of two as rates and weights: every sum is exact in any order, so nothing may differ."""
-    tables = [TableConfig(name="t", num_embeddings=50, embedding_dim=4, feature_names=["f"], init=bagpipe.Uniform(low=0, high=0))]
+    """Integer gradients, powers of two as rates and weights: every sum is exact in any order, so
+    nothing may differ.
+    """
+    tables = [
+        TableConfig(
+            name="t",
+            num_embeddings=50,
+            embedding_dim=4,
+            feature_names=["f"],
+            init=bagpipe.Uniform(low=0, high=0),
+        )
+    ]
     rng = np.random.default_rng(0)
     batches: list[Jagged] = []
     for _ in range(20):
@@ -367,7 +464,9 @@ def test_exactly_torch_where_sums_are_exact() -> None:
     twin = torch_twin(tables, embeddings)["t"]
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.25)
     targets = torch.from_numpy(rng.integers(-2, 3, (20, 32, 1, 4)).astype(np.float32))
-    for batch, target in zip(bagpipe.lookahead(batches, embeddings, cache=50), targets, strict=True):
+    for batch, target in zip(
+        bagpipe.lookahead(batches, embeddings, cache=50), targets, strict=True
+    ):
         (embeddings(batch).groups[0] * target).sum().backward()
         (torch_pooled(embeddings.groups, {"t": twin}, batch)[0] * target).sum().backward()
         optimizer.step()

@@ -1,4 +1,6 @@
-"""Equality on a GPU: bit for bit over caches, lookaheads, depths, stores and restarts; close to the same run on a CPU."""
+"""Equality on a GPU: bit for bit over caches, lookaheads, depths, stores and restarts; close to the
+same run on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ pytestmark = pytest.mark.gpu
 
 
 class UnevenStore(MemoryStore):
-    """Whose calls take their time, some more than others: later steps' rows are often there before earlier ones'."""
+    """Whose calls take their time, some more than others: later steps' rows are often there before
+    earlier ones'.
+    """
 
     num_calls = itertools.count()
 
@@ -50,28 +54,39 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def run(device: str, optimizer: Optimizer, folder: Path, **variant: Any) -> tuple[list[float], list[np.ndarray]]:
+def run(
+    device: str, optimizer: Optimizer, folder: Path, **variant: Any
+) -> tuple[list[float], list[np.ndarray]]:
     """Losses and final records of one way to train the same batches."""
     batches = equality.skewed_batches(50)
     store = variant.pop("store", MemoryStore)
     if variant.pop("file", False):
         store = lambda group, seed: FileStore(group, seed, folder / str(group.index))  # noqa: E731
-    embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=optimizer, device=device, seed=11, store=store)
+    embeddings = EmbeddingBagCollection(
+        equality.TABLES, optimizer=optimizer, device=device, seed=11, store=store
+    )
     extra_slots, restarts = variant.pop("extra_slots"), variant.pop("restarts", [])
     cache = [slots + extra_slots for slots in equality.smallest_caches(embeddings.groups, batches)]
     dense = equality.make_dense(embeddings.groups).to(device)
     losses: list[float] = []
     bounds = [0, *restarts, len(batches)]
     for begin, end in itertools.pairwise(bounds):
-        losses += equality.train_cached(embeddings, batches[begin:end], dense, cache=cache, **variant)
+        losses += equality.train_cached(
+            embeddings, batches[begin:end], dense, cache=cache, **variant
+        )
     records = equality.all_records(embeddings)
     embeddings.close()
     return losses, records
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
-def test_bit_for_bit_on_one_device_and_close_to_the_cpu(optimizer: Optimizer, tmp_path: Path) -> None:
-    results = [run("cuda", optimizer, tmp_path / str(index), **dict(variant)) for index, variant in enumerate(VARIANTS)]
+def test_bit_for_bit_on_one_device_and_close_to_the_cpu(
+    optimizer: Optimizer, tmp_path: Path
+) -> None:
+    results = [
+        run("cuda", optimizer, tmp_path / str(index), **dict(variant))
+        for index, variant in enumerate(VARIANTS)
+    ]
     for losses, records in results[1:]:
         assert losses == results[0][0]
         for one, other in zip(records, results[0][1], strict=True):
@@ -83,7 +98,9 @@ def test_bit_for_bit_on_one_device_and_close_to_the_cpu(optimizer: Optimizer, tm
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OF_SEVERAL_TRAINERS])
-def test_bit_for_bit_however_slow_the_device_is_at_one_thing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bit_for_bit_however_slow_the_device_is_at_one_thing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = run("cuda", OPTIMIZERS[0], tmp_path, extra_slots=0)
     slow_down(kind, monkeypatch.setattr)
     losses, records = run("cuda", OPTIMIZERS[0], tmp_path, extra_slots=0)
@@ -103,11 +120,15 @@ def test_no_device_memory_is_left_behind(tmp_path: Path) -> None:
 
 
 def test_a_device_far_behind_the_host_does_not_stop_the_oracle() -> None:
-    """The oracle process has room for few plans, which is free when the device has computed them: the host must wait for it."""
+    """The oracle process has room for few plans, which is free when the device has computed them:
+    the host must wait for it.
+    """
     batches = make_batches(40)
     embeddings = EmbeddingBagCollection(make_tables(), optimizer=SGD(lr=0.5), device="cuda")
     num_trained = 0
-    with bagpipe.lookahead(batches, embeddings, cache=[400, 50], lookahead=4, oracle="process") as stream:
+    with bagpipe.lookahead(
+        batches, embeddings, cache=[400, 50], lookahead=4, oracle="process"
+    ) as stream:
         for batch in stream:
             linear_loss(embeddings(batch).groups).backward()
             torch.cuda._sleep(40_000_000)  # some 20 ms

@@ -1,4 +1,5 @@
-"""Real data against whole tables in memory, bit for bit: raw Criteo, and MovieLens with its multi-valued genres.
+"""Real data against whole tables in memory, bit for bit: raw Criteo, and MovieLens with its
+multi-valued genres.
 
 Where the data are looked for, and when these tests are skipped, stands in `test_real_runs`.
 """
@@ -27,8 +28,15 @@ def test_cached_training_equals_whole_tables_in_memory(name: str, tmp_path: Path
     prepare(check_config(PrepareFile, settings, source="test").prepare)
     source = PreparedSource(tmp_path / "data", "train")
     tables = [
-        TableConfig(name=feature.table, num_embeddings=feature.num_embeddings, embedding_dim=8, feature_names=[feature.name])
+        TableConfig(
+            name=feature.table,
+            num_embeddings=feature.num_embeddings,
+            embedding_dim=8,
+            feature_names=[feature.name],
+        )
         for feature in source.features
     ]
     batches = [batch.sparse for batch in islice(source.batches(batch_size=128), 25)]
-    check_equal(tables, RowWiseAdagrad(lr=0.1), batches, extra_slots=100, restarts=[10], lookahead=6)
+    check_equal(
+        tables, RowWiseAdagrad(lr=0.1), batches, extra_slots=100, restarts=[10], lookahead=6
+    )

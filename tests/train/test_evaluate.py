@@ -1,4 +1,6 @@
-"""An evaluation gives the same scores for any number of trainers, each of which predicts its part of the batches."""
+"""An evaluation gives the same scores for any number of trainers, each of which predicts its part
+of the batches.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ NUM_SAMPLES = 330
 
 
 class Model(nn.Module):
-    """Predicts from dense features and ids; remembers how many samples it was given, and whether it was training."""
+    """Predicts from dense features and ids; remembers how many samples it was given, and whether it
+    was training.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +38,9 @@ class Model(nn.Module):
         return dense @ self.weights + ids % 5 - 2
 
 
-def evaluated(batch_size: int, communicator: Communicator | None = None) -> tuple[Scores | None, Model, list[tuple[int, int]]]:
+def evaluated(
+    batch_size: int, communicator: Communicator | None = None
+) -> tuple[Scores | None, Model, list[tuple[int, int]]]:
     source = SyntheticSource([40, 9], split="validation", num_samples=NUM_SAMPLES, num_dense=4)
     model, told = Model(), list[tuple[int, int]]()
     scores = evaluate(
@@ -58,9 +64,9 @@ def test_scores_are_the_same_for_any_number_of_trainers(batch_size: int, num_tra
     assert expected is not None
     assert expected.num_samples == NUM_SAMPLES
     assert expected.auc is not None
-    assert told == [(min(number, num_batches - 1), num_batches) for number in range(1, num_batches + 1)] + [
-        (num_batches, num_batches)
-    ]
+    assert told == [
+        (min(number, num_batches - 1), num_batches) for number in range(1, num_batches + 1)
+    ] + [(num_batches, num_batches)]
     found = run_ranks(num_trainers, lambda communicator: evaluated(batch_size, communicator))
     assert found[0][0] == expected
     assert [scores for scores, _, _ in found[1:]] == [None] * (num_trainers - 1)

@@ -1,6 +1,8 @@
-"""Trainers on several hosts, each of which has a store for its own rows, give what one trainer with one store gives.
+"""Trainers on several hosts, each of which has a store for its own rows, give what one trainer with
+one store gives.
 
-Ranks are threads and every host is this one, but nothing is shared between two hosts: their stores are apart.
+Ranks are threads and every host is this one, but nothing is shared between two hosts: their stores
+are apart.
 """
 
 from __future__ import annotations
@@ -37,7 +39,14 @@ from tests.train.test_trainers import (
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
-from bagpipe.errors import CheckpointError, ConfigError, DataError, PlanError, StoreError, UsageError
+from bagpipe.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PlanError,
+    StoreError,
+    UsageError,
+)
 from bagpipe.oracle import shards, window
 from bagpipe.store import MemoryStore
 from bagpipe.train.agreement import check_same_run
@@ -64,8 +73,12 @@ def train_on_hosts(
 ) -> list[np.ndarray]:
     """All records at the end, by group, each from its home."""
     groups = group_tables(tables, optimizer)
-    stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups}
-    cache = [smallest_cache(group, batches, num_trainers, num_hosts) + extra_slots for group in groups]
+    stores: Stores = {
+        (host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups
+    }
+    cache = [
+        smallest_cache(group, batches, num_trainers, num_hosts) + extra_slots for group in groups
+    ]
     sizes = {"cache": cache, "replicas": [group.num_rows for group in groups]}
 
     def work(communicator: Communicator) -> None:
@@ -88,7 +101,10 @@ def embeddings_on(
 ) -> EmbeddingBagCollection:
     host = Trainers(communicator).host
     return EmbeddingBagCollection(
-        tables, optimizer=optimizer, store=lambda group, _: stores[host, group.index], communicator=communicator
+        tables,
+        optimizer=optimizer,
+        store=lambda group, _: stores[host, group.index],
+        communicator=communicator,
     )
 
 
@@ -106,10 +122,15 @@ def whole_table(group: Group, stores: Stores, num_hosts: int) -> np.ndarray:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
 @pytest.mark.parametrize(("num_trainers", "num_hosts"), [(2, 2), (4, 2), (8, 8)])
-def test_hosts_equal_one_trainer_to_the_bit_where_sums_are_exact(optimizer: Optimizer, num_trainers: int, num_hosts: int) -> None:
+def test_hosts_equal_one_trainer_to_the_bit_where_sums_are_exact(
+    optimizer: Optimizer, num_trainers: int, num_hosts: int
+) -> None:
     batches = make_batches(14)
     expected = train(make_tables(), optimizer, batches, [(1, 14)], lookahead=3)
-    assert_equal(train_on_hosts(make_tables(), optimizer, batches, num_trainers, num_hosts, lookahead=3), expected)
+    assert_equal(
+        train_on_hosts(make_tables(), optimizer, batches, num_trainers, num_hosts, lookahead=3),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("extra_slots", [0, 30])
@@ -117,13 +138,27 @@ def test_caches_cut_into_shards(extra_slots: int, monkeypatch: pytest.MonkeyPatc
     batches = make_batches(14)
     expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], lookahead=3)
     monkeypatch.setattr(shards, "MIN_SLOTS", 1)
-    found = train_on_hosts(make_tables(), SGD(lr=0.5), batches, 4, 2, extra_slots=extra_slots, lookahead=3, check=True)
+    found = train_on_hosts(
+        make_tables(), SGD(lr=0.5), batches, 4, 2, extra_slots=extra_slots, lookahead=3, check=True
+    )
     assert_equal(found, expected)
 
 
-@given(st.data(), st.sampled_from([(2, 2), (6, 2), (4, 4)]), st.integers(0, 20), st.integers(1, 12), st.integers(0, 4))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-def test_any_trace(data: st.DataObject, layout: tuple[int, int], extra: int, lookahead: int, depth: int) -> None:
+@given(
+    st.data(),
+    st.sampled_from([(2, 2), (6, 2), (4, 4)]),
+    st.integers(0, 20),
+    st.integers(1, 12),
+    st.integers(0, 4),
+)
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+def test_any_trace(
+    data: st.DataObject, layout: tuple[int, int], extra: int, lookahead: int, depth: int
+) -> None:
     tables, batches = exact_trace(data)
     optimizer = data.draw(st.sampled_from(OPTIMIZERS))
     expected = train(tables, optimizer, batches, [(1, len(batches))])
@@ -135,14 +170,18 @@ Pooled = dict[tuple[int, int, int], list[torch.Tensor]]  # by number of trainers
 
 
 @pytest.mark.parametrize(("num_trainers", "num_hosts"), [(2, 2), (4, 2)])
-def test_lookups_of_all_ranks_are_those_of_one_trainer_to_the_bit(num_trainers: int, num_hosts: int) -> None:
+def test_lookups_of_all_ranks_are_those_of_one_trainer_to_the_bit(
+    num_trainers: int, num_hosts: int
+) -> None:
     found: Pooled = {}
 
     def look(trainer: Trainer, batches: Sequence[Jagged]) -> None:
         with trainer.stream(batches) as stream:
             for step, batch in enumerate(stream):
                 pooled = trainer.embeddings(batch).groups
-                found[trainer.num_trainers, step, rank_of(trainer)] = [group.detach().clone() for group in pooled]
+                found[trainer.num_trainers, step, rank_of(trainer)] = [
+                    group.detach().clone() for group in pooled
+                ]
                 (trainer.loss(pooled) * trainer.num_trainers).backward()
 
     train_both(num_trainers, num_hosts, look)
@@ -177,7 +216,9 @@ def test_an_evaluation_reads_the_rows_of_all_hosts(num_trainers: int, num_hosts:
         read_all(trainer)
 
     train_both(num_trainers, num_hosts, evaluate)
-    alone = {(step, index): pooled for (number, step, index), pooled in found.items() if number == 1}
+    alone = {
+        (step, index): pooled for (number, step, index), pooled in found.items() if number == 1
+    }
     assert {step for step, _ in alone} == {7, 14}
     assert len(alone) == 2 * len(wanted)
     for place, expected in alone.items():
@@ -188,7 +229,9 @@ def test_an_evaluation_reads_the_rows_of_all_hosts(num_trainers: int, num_hosts:
 def train_both(num_trainers: int, num_hosts: int, loop: Loop) -> None:
     batches = make_batches(14)
     train(make_tables(), Adam(lr=0.05), batches, [(1, 14)], loop=loop, lookahead=3)
-    train_on_hosts(make_tables(), Adam(lr=0.05), batches, num_trainers, num_hosts, loop=loop, lookahead=3)
+    train_on_hosts(
+        make_tables(), Adam(lr=0.05), batches, num_trainers, num_hosts, loop=loop, lookahead=3
+    )
 
 
 def rank_of(trainer: Trainer) -> int:
@@ -199,12 +242,19 @@ def rank_of(trainer: Trainer) -> int:
 def saved_by(folder: Path, num_trainers: int, num_hosts: int) -> list[np.ndarray]:
     """What hosts hold that have trained ten steps and saved them."""
     groups = group_tables(make_tables(), Adam(lr=0.05))
-    stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups}
+    stores: Stores = {
+        (host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups
+    }
 
     def work(communicator: Communicator) -> None:
         embeddings = embeddings_on(communicator, stores, make_tables(), Adam(lr=0.05))
         sizes = {"cache": [400, 150], "replicas": [400, 150]}
-        plain(Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=num_trainers, options=sizes), make_batches(10))
+        plain(
+            Trainer(
+                embeddings=embeddings, loss=linear_loss, num_trainers=num_trainers, options=sizes
+            ),
+            make_batches(10),
+        )
         save_checkpoint(
             folder,
             state=state_of(embeddings),
@@ -224,14 +274,22 @@ def state_of(embeddings: EmbeddingBagCollection) -> State:
 
 
 @pytest.mark.parametrize(("num_trainers", "num_hosts"), [(1, 1), (3, 1), (2, 2), (4, 4)])
-def test_a_checkpoint_of_two_hosts_is_loaded_by_any_number(tmp_path: Path, num_trainers: int, num_hosts: int) -> None:
+def test_a_checkpoint_of_two_hosts_is_loaded_by_any_number(
+    tmp_path: Path, num_trainers: int, num_hosts: int
+) -> None:
     expected = saved_by(tmp_path, 4, 2)
     (path,) = list_checkpoints(tmp_path)
-    names = ["dense.pt", *(f"group-{group}{host}.arrow" for group in range(2) for host in ("", ".host-1")), "manifest.json"]
+    names = [
+        "dense.pt",
+        *(f"group-{group}{host}.arrow" for group in range(2) for host in ("", ".host-1")),
+        "manifest.json",
+    ]
     assert sorted(file.name for file in path.iterdir()) == sorted(names)
     saved = open_checkpoint(path)
     groups = group_tables(make_tables(), Adam(lr=0.05))
-    stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups}
+    stores: Stores = {
+        (host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups
+    }
 
     def load(communicator: Communicator | None) -> None:
         trainers = Trainers(communicator)
@@ -267,15 +325,31 @@ def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
 
     def work(communicator: Communicator) -> None:
         groups = group_tables(make_tables(), SGD(lr=0.5))
-        stores: Stores = {(host, group.index): MemoryStore(group, 11) for host in range(2) for group in groups}
+        stores: Stores = {
+            (host, group.index): MemoryStore(group, 11) for host in range(2) for group in groups
+        }
         embeddings = embeddings_on(communicator, stores, make_tables(), SGD(lr=0.5))
         state, position = state_of(embeddings), Position(epoch=0, batch=0)
         with pytest.raises(CheckpointError) as caught:
-            save_checkpoint(tmp_path, state=state, position=position, config=CONFIG, keep=2, trainers=Trainers(communicator))
+            save_checkpoint(
+                tmp_path,
+                state=state,
+                position=position,
+                config=CONFIG,
+                keep=2,
+                trainers=Trainers(communicator),
+            )
         seen.append(f"{communicator.rank}: {caught.value}")
         monkeypatch.undo()
         communicator.barrier("waiting for the disk to be mended")
-        save_checkpoint(tmp_path, state=state, position=position, config=CONFIG, keep=2, trainers=Trainers(communicator))
+        save_checkpoint(
+            tmp_path,
+            state=state,
+            position=position,
+            config=CONFIG,
+            keep=2,
+            trainers=Trainers(communicator),
+        )
 
     run_ranks(4, work, num_hosts=2)
     others = {f"{other}: on rank {rank}: the disk is full" for other in range(4) if other != rank}
@@ -284,7 +358,10 @@ def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
 
 
 def test_a_host_that_can_not_see_the_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"this host can't see it: give a log\.folder on a file system that all"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"this host can't see it: give a log\.folder on a file system that all",
+    ):
         CheckpointFiles.join(tmp_path / "elsewhere", tmp_path / "step-0000000001")
 
 
@@ -292,11 +369,16 @@ def test_tables_are_not_read_where_only_a_part_of_them_is() -> None:
     def work(communicator: Communicator) -> None:
         with EmbeddingsOf(communicator) as embeddings:
             tables = embeddings.tables()
-            with pytest.raises(UsageError, match=r"divided among several hosts, .* call save_tables"):
+            with pytest.raises(
+                UsageError, match=r"divided among several hosts, .* call save_tables"
+            ):
                 tables["wide"][:3]
             with pytest.raises(UsageError, match="divided among several hosts"):
                 embeddings.load_state_dict(
-                    {"embedding_bags.wide.weight": torch.zeros(400, 4), "embedding_bags.narrow.weight": torch.zeros(50, 3)}
+                    {
+                        "embedding_bags.wide.weight": torch.zeros(400, 4),
+                        "embedding_bags.narrow.weight": torch.zeros(50, 3),
+                    }
                 )
 
     run_ranks(2, work, num_hosts=2)
@@ -306,7 +388,9 @@ class EmbeddingsOf:
     """Embeddings with the store that ranks of one host share."""
 
     def __init__(self, communicator: Communicator) -> None:
-        self._embeddings = EmbeddingBagCollection(make_tables(), optimizer=SGD(lr=0.5), seed=11, communicator=communicator)
+        self._embeddings = EmbeddingBagCollection(
+            make_tables(), optimizer=SGD(lr=0.5), seed=11, communicator=communicator
+        )
 
     def __enter__(self) -> EmbeddingBagCollection:
         return self._embeddings
@@ -320,7 +404,10 @@ def test_each_host_shares_a_store_of_its_own() -> None:
         with EmbeddingsOf(communicator) as embeddings:
             store = embeddings.stores[0]
             width, host = store.group.record_width, Trainers(communicator).host
-            own, other = ([row for row in range(400) if home_of(row, 2) == home][:40] for home in (host, 1 - host))
+            own, other = (
+                [row for row in range(400) if home_of(row, 2) == home][:40]
+                for home in (host, 1 - host)
+            )
             if communicator.is_first_of_host:
                 store.write(np.array(own), np.repeat(np.float32(own)[:, None], width, axis=1))
             communicator.barrier("waiting for all to have written")
@@ -328,7 +415,9 @@ def test_each_host_shares_a_store_of_its_own() -> None:
             out = np.empty((len(own), width), np.float32)
             store.fetch(np.array(own), out)
             assert (out == np.float32(own)[:, None]).all()
-            with pytest.raises(StoreError, match=rf"row {other[3]} of group 0 .* lives on another host"):
+            with pytest.raises(
+                StoreError, match=rf"row {other[3]} of group 0 .* lives on another host"
+            ):
                 store.fetch(np.array([*own[:5], other[3]]), out[:6])
             with pytest.raises(StoreError, match="lives on another host"):
                 store.write(np.array(other[:1]), out[:1])
@@ -357,7 +446,9 @@ def test_hosts_that_are_not_as_told_are_refused_on_all_ranks(
         return True
 
     names: dict[int, str] = {}
-    monkeypatch.setattr("bagpipe.cache.communicator._machine", lambda: names.get(threading.get_ident(), "a"))
+    monkeypatch.setattr(
+        "bagpipe.cache.communicator._machine", lambda: names.get(threading.get_ident(), "a")
+    )
     assert run_ranks(4, work) == [True] * 4
 
 
@@ -365,7 +456,10 @@ def test_tables_are_saved_by_all_hosts_together(tmp_path: Path) -> None:
     def work(communicator: Communicator) -> None:
         with EmbeddingsOf(communicator) as embeddings:
             sizes = {"cache": [400, 150], "replicas": [400, 150]}
-            plain(Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=4, options=sizes), make_batches(10))
+            plain(
+                Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=4, options=sizes),
+                make_batches(10),
+            )
             embeddings.save_tables(tmp_path / f"{communicator.rank}.safetensors")
 
     run_ranks(4, work, num_hosts=2)
@@ -373,14 +467,21 @@ def test_tables_are_saved_by_all_hosts_together(tmp_path: Path) -> None:
     expected = train(make_tables(), SGD(lr=0.5), make_batches(10), [(1, 10)])
     found = safetensors.torch.load_file(tmp_path / "0.safetensors")
     for name, group, dim in (("wide", 0, 4), ("narrow", 1, 3)):
-        np.testing.assert_array_equal(found[f"embedding_bags.{name}.weight"].numpy(), expected[group][:, :dim])
+        np.testing.assert_array_equal(
+            found[f"embedding_bags.{name}.weight"].numpy(), expected[group][:, :dim]
+        )
 
 
 def test_hosts_that_read_other_batches_are_told_before_anything_is_saved() -> None:
-    """Batches whose samples stand in another order make plans that fit together and train something else."""
+    """Batches whose samples stand in another order make plans that fit together and train something
+    else.
+    """
 
     def work(communicator: Communicator) -> list[int]:
-        batches = [Jagged(keys=("a", "b", "c"), values=np.arange(24) % 40 + step, batch_size=8) for step in range(12)]
+        batches = [
+            Jagged(keys=("a", "b", "c"), values=np.arange(24) % 40 + step, batch_size=8)
+            for step in range(12)
+        ]
         if communicator.rank == 1:
             values = batches[6].values.reshape(3, 2, 4)[:, :, ::-1].copy()  # within each share
             batches[6] = replace(batches[6], values=values.ravel())
@@ -394,7 +495,10 @@ def test_hosts_that_read_other_batches_are_told_before_anything_is_saved() -> No
                         stream.flush()
                         steps.append(step)
                     else:
-                        with pytest.raises(DataError, match=r"the batches before step \d on rank 1 are not those on rank 0"):
+                        with pytest.raises(
+                            DataError,
+                            match=r"the batches before step \d on rank 1 are not those on rank 0",
+                        ):
                             stream.flush()
                         break
             stream.close()
@@ -415,7 +519,9 @@ def test_a_second_flush_needs_no_other_rank_and_changes_nothing() -> None:
                     num_flushes[rank_of(trainer)] += 1
 
     batches = make_batches(14)
-    found = train_on_hosts(make_tables(), SGD(lr=0.5), batches, 2, 2, loop=flush_twice_on_rank_0, lookahead=3)
+    found = train_on_hosts(
+        make_tables(), SGD(lr=0.5), batches, 2, 2, loop=flush_twice_on_rank_0, lookahead=3
+    )
     assert num_flushes == [6, 3]
     assert_equal(found, train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], lookahead=3))
 
@@ -435,10 +541,17 @@ def test_a_failure_of_the_system_on_one_rank_is_one_on_all() -> None:
 
 def test_runs_of_other_settings_are_refused_but_for_what_is_a_hosts_own() -> None:
     def work(communicator: Communicator) -> None:
-        own = {"train": {"seed": 1}, "log": {"folder": f"/host-{communicator.rank}"}, "data": {"folder": str(communicator.rank)}}
+        own = {
+            "train": {"seed": 1},
+            "log": {"folder": f"/host-{communicator.rank}"},
+            "data": {"folder": str(communicator.rank)},
+        }
         check_same_run(communicator, own)
         own["train"]["lr"] = 0.1 + communicator.rank
-        with pytest.raises(ConfigError, match=r"train\.lr is 0\.1 on rank 0 and 1\.1 on rank 1; start all with the same"):
+        with pytest.raises(
+            ConfigError,
+            match=r"train\.lr is 0\.1 on rank 0 and 1\.1 on rank 1; start all with the same",
+        ):
             check_same_run(communicator, own)
 
     run_ranks(2, work)
@@ -459,7 +572,10 @@ def test_a_folder_that_a_host_does_not_see_is_refused_on_all(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("check", "error", "message"),
-    [(True, PlanError, "a row is fetched whose record another host has"), (False, AssertionError, "another host's row")],
+    [
+        (True, PlanError, "a row is fetched whose record another host has"),
+        (False, AssertionError, "another host's row"),
+    ],
     ids=["checked", "unchecked"],
 )
 def test_a_row_that_another_host_caches_is_seen(
@@ -467,6 +583,8 @@ def test_a_row_that_another_host_caches_is_seen(
 ) -> None:
     """A planted fault: plans as for one host, by which any rank may own any row."""
     original = window.Cacher
-    monkeypatch.setattr(window, "Cacher", lambda *arguments, num_hosts, **options: original(*arguments, **options))
+    monkeypatch.setattr(
+        window, "Cacher", lambda *arguments, num_hosts, **options: original(*arguments, **options)
+    )
     with pytest.raises(error, match=message):
         train_on_hosts(make_tables(), SGD(lr=0.5), make_batches(14), 2, 2, lookahead=3, check=check)

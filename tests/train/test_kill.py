@@ -1,7 +1,9 @@
-"""kill -9 at any moment, then resume: the run ends in the parameters of one that nothing happened to.
+"""kill -9 at any moment, then resume: the run ends in the parameters of one that nothing happened
+to.
 
-Moments are drawn in two ways: after so many flushes and renames of files, which falls into checkpoints, and after so much
-time, which falls anywhere. Runs are forked from a server that has imported everything, so that most of the time is training.
+Moments are drawn in two ways: after so many flushes and renames of files, which falls into
+checkpoints, and after so much time, which falls anywhere. Runs are forked from a server that has
+imported everything, so that most of the time is training.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def run(folder: str, moment: Moment | None) -> None:
     elif moment is not None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whose default is to die at once
         signal.setitimer(signal.ITIMER_REAL, moment[1])
-    config = small_config(Path(folder), train={"steps": 60}, checkpoint={"every_steps": 2, "keep": 2})
+    config = small_config(
+        Path(folder), train={"steps": 60}, checkpoint={"every_steps": 2, "keep": 2}
+    )
     train(config, reporter=SilentReporter(), resume=True)
 
 
@@ -67,10 +71,17 @@ def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(tmp_path: Path)
     assert run_once("undisturbed", None) == 0
     moments = random.Random(0)
     exits = [
-        run_once("killed", ("seconds", moments.uniform(0.05, 0.5)) if kill % 2 else ("calls", moments.randint(1, 20)))
+        run_once(
+            "killed",
+            ("seconds", moments.uniform(0.05, 0.5))
+            if kill % 2
+            else ("calls", moments.randint(1, 20)),
+        )
         for kill in range(NUM_KILLS)
     ]
     assert exits.count(-signal.SIGKILL) == NUM_KILLS // 2
     assert run_once("killed", None) == 0
     assert newest_files(tmp_path / "killed") == newest_files(tmp_path / "undisturbed")
-    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir() if "tmp" in path.name] == []
+    assert [
+        path.name for path in (tmp_path / "killed" / "checkpoints").iterdir() if "tmp" in path.name
+    ] == []

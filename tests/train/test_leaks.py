@@ -1,4 +1,6 @@
-"""A long run with every plan checked: the memory of trainer, oracle process and device stays where it was after the first steps."""
+"""A long run with every plan checked: the memory of trainer, oracle process and device stays where
+it was after the first steps.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ class MemoryWatch(SilentReporter):
         if step not in self._steps:
             return
         seen = {"trainer": anonymous_mib(os.getpid())}
-        seen |= {child.name: anonymous_mib(child.pid) for child in multiprocessing.active_children() if child.pid}
+        seen |= {
+            child.name: anonymous_mib(child.pid)
+            for child in multiprocessing.active_children()
+            if child.pid
+        }
         if self._device == "cuda":
             torch.cuda.synchronize()
             seen["device"] = torch.cuda.memory_allocated() / _MIB
@@ -47,7 +53,8 @@ def anonymous_mib(pid: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("device", "batch_size", "num_steps"), [("cpu", 64, 800), pytest.param("cuda", 1024, 5_000, marks=pytest.mark.gpu)]
+    ("device", "batch_size", "num_steps"),
+    [("cpu", 64, 800), pytest.param("cuda", 1024, 5_000, marks=pytest.mark.gpu)],
 )
 def test_memory_stays(device: str, batch_size: int, num_steps: int, tmp_path: Path) -> None:
     watch = MemoryWatch(device, (num_steps // 4, num_steps // 2, num_steps - 10))
@@ -68,7 +75,6 @@ def test_memory_stays(device: str, batch_size: int, num_steps: int, tmp_path: Pa
     for seen in later:
         assert seen.keys() == first.keys()
         for kind, found in seen.items():
-            allowed = (
-                16.0 if kind in ("trainer", "bagpipe-oracle") else 2.0
-            )  # what the C library keeps, and a larger batch's buffers
+            # what the C library keeps, and a larger batch's buffers
+            allowed = 16.0 if kind in ("trainer", "bagpipe-oracle") else 2.0
             assert found <= first[kind] + allowed, (kind, watch.seen)

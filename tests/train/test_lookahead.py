@@ -1,4 +1,6 @@
-"""The iterator around the loader: any iterable, order, back-pressure, failures of background threads, ending early."""
+"""The iterator around the loader: any iterable, order, back-pressure, failures of background
+threads, ending early.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from torch.utils.data import DataLoader
 
 import bagpipe
 from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError, DataError, StoreError, UsageError
+from bagpipe.errors import (
+    BackgroundError,
+    CacheTooSmallError,
+    ConfigError,
+    DataError,
+    StoreError,
+    UsageError,
+)
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.store import MemoryStore
 from bagpipe.train.capacity import slots_for
@@ -35,14 +44,19 @@ class Batch:
 def batches(count: int, size: int = 16) -> Iterator[Batch]:
     rng = np.random.default_rng(0)
     for number in range(count):
-        yield Batch(sparse=Jagged(keys=("f",), values=rng.integers(0, 1000, size), batch_size=size), number=number)
+        yield Batch(
+            sparse=Jagged(keys=("f",), values=rng.integers(0, 1000, size), batch_size=size),
+            number=number,
+        )
 
 
 def make_embeddings(store: type[MemoryStore] = MemoryStore) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.1), store=store)
 
 
-def train(embeddings: EmbeddingBagCollection, stream: bagpipe.train.lookahead.Lookahead[Batch]) -> list[int]:
+def train(
+    embeddings: EmbeddingBagCollection, stream: bagpipe.train.lookahead.Lookahead[Batch]
+) -> list[int]:
     numbers = []
     for batch in stream:
         embeddings(batch.sparse).values().sum().backward()
@@ -51,7 +65,11 @@ def train(embeddings: EmbeddingBagCollection, stream: bagpipe.train.lookahead.Lo
 
 
 def bagpipe_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("bagpipe-o", "bagpipe-t", "bagpipe-w"))]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith(("bagpipe-o", "bagpipe-t", "bagpipe-w"))
+    ]
 
 
 def test_batches_come_through_unchanged_and_in_order_and_threads_end() -> None:
@@ -66,7 +84,9 @@ def test_batches_come_through_unchanged_and_in_order_and_threads_end() -> None:
 
 def test_a_data_loader_dicts_and_a_sparse_function_work() -> None:
     embeddings = make_embeddings()
-    loader = DataLoader(list(range(64)), batch_size=8, collate_fn=lambda ids: {"ids": torch.tensor(ids)})  # type: ignore[arg-type]
+    loader = DataLoader(
+        list(range(64)), batch_size=8, collate_fn=lambda ids: {"ids": torch.tensor(ids)}
+    )  # type: ignore[arg-type]
 
     def find(batch: dict[str, torch.Tensor]) -> Jagged:
         return Jagged(keys=("f",), values=batch["ids"].numpy(), batch_size=len(batch["ids"]))
@@ -74,9 +94,14 @@ def test_a_data_loader_dicts_and_a_sparse_function_work() -> None:
     for batch in bagpipe.lookahead(loader, embeddings, sparse=find):
         embeddings(find(batch)).values().sum().backward()
     assert embeddings.stores[0].num_touched == 64
-    for wrapped in bagpipe.lookahead([{"sparse": batch.sparse} for batch in batches(2)], embeddings):
+    for wrapped in bagpipe.lookahead(
+        [{"sparse": batch.sparse} for batch in batches(2)], embeddings
+    ):
         embeddings(wrapped["sparse"])
-    with pytest.raises(DataError, match=r"type dict has no attribute or key sparse or sparse_features.*sparse=lambda"):
+    with pytest.raises(
+        DataError,
+        match=r"type dict has no attribute or key sparse or sparse_features.*sparse=lambda",
+    ):
         next(iter(bagpipe.lookahead(loader, embeddings)))
 
 
@@ -89,13 +114,16 @@ def test_the_reader_is_not_read_further_ahead_than_the_window() -> None:
             yield batch
 
     embeddings = make_embeddings()
-    stream = bagpipe.lookahead(counted(), embeddings, cache=200, lookahead=10, prefetch_depth=1, dedup_threads=1)
+    stream = bagpipe.lookahead(
+        counted(), embeddings, cache=200, lookahead=10, prefetch_depth=1, dedup_threads=1
+    )
     next(stream)
     deadline = time.monotonic() + 5
     while len(read) < 11 and time.monotonic() < deadline:
         threading.Event().wait(0.01)
     threading.Event().wait(0.2)
-    # one handed out, one prefetched, two plans ready and one waiting, ten in the window, two being de-duplicated, one in hand
+    # one handed out, one prefetched, two plans ready and one waiting, ten in the window, two being
+    # de-duplicated, one in hand
     assert 11 <= len(read) <= 20
     stream.close()
     assert bagpipe_threads() == []
@@ -137,7 +165,9 @@ def test_a_failing_reader_is_raised_in_its_place_with_its_cause() -> None:
 
     embeddings = make_embeddings()
     stream = bagpipe.lookahead(failing(), embeddings, cache=64, lookahead=2, dedup_threads=1)
-    with pytest.raises(BackgroundError, match=r"the reader thread failed: OSError\('the disk is gone'\)") as caught:
+    with pytest.raises(
+        BackgroundError, match=r"the reader thread failed: OSError\('the disk is gone'\)"
+    ) as caught:
         train(embeddings, stream)
     assert isinstance(caught.value.__cause__, OSError)
     assert embeddings.step == 7
@@ -146,7 +176,10 @@ def test_a_failing_reader_is_raised_in_its_place_with_its_cause() -> None:
 
 def test_a_bad_id_and_a_cache_too_small_are_raised_as_they_are() -> None:
     embeddings = make_embeddings()
-    bad = [*batches(2), Batch(sparse=Jagged(keys=("f",), values=np.array([1000]), batch_size=1), number=2)]
+    bad = [
+        *batches(2),
+        Batch(sparse=Jagged(keys=("f",), values=np.array([1000]), batch_size=1), number=2),
+    ]
     with pytest.raises(DataError, match="step 2: feature 'f': id 1000"):
         train(embeddings, bagpipe.lookahead(bad, embeddings))
     assert embeddings.step == 2
@@ -156,7 +189,9 @@ def test_a_bad_id_and_a_cache_too_small_are_raised_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("method", ["fetch", "write"])
-def test_a_failing_store_is_raised_at_the_next_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_store_is_raised_at_the_next_step(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     embeddings = make_embeddings()
     original = getattr(MemoryStore, method)
     calls = []
@@ -168,11 +203,15 @@ def test_a_failing_store_is_raised_at_the_next_step(method: str, monkeypatch: py
         original(store, rows, records)
 
     monkeypatch.setattr(MemoryStore, method, failing)
-    with pytest.raises(BackgroundError, match=r"moving embedding rows for step \d+ failed: no space left") as caught:
+    with pytest.raises(
+        BackgroundError, match=r"moving embedding rows for step \d+ failed: no space left"
+    ) as caught:
         train(embeddings, bagpipe.lookahead(batches(500), embeddings, cache=40, lookahead=4))
     assert isinstance(caught.value.__cause__, StoreError)
     assert embeddings.step < 100
-    with pytest.raises(UsageError, match=r"embedding rows were lost after step \d+ .*restore a checkpoint"):
+    with pytest.raises(
+        UsageError, match=r"embedding rows were lost after step \d+ .*restore a checkpoint"
+    ):
         embeddings.tables()
     assert bagpipe_threads() == []
 
@@ -207,7 +246,10 @@ def test_waits_are_counted_where_they_happen(monkeypatch: pytest.MonkeyPatch) ->
     assert stream.waits.slots_s < 0.1
 
 
-@pytest.mark.parametrize(("size", "expected"), [("512MiB", 512 << 20), ("4GB", 4 * 10**9), ("1.5KiB", 1536), ("7", 7), (99, 99)])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("512MiB", 512 << 20), ("4GB", 4 * 10**9), ("1.5KiB", 1536), ("7", 7), (99, 99)],
+)
 def test_sizes_are_parsed(size: int | str, expected: int) -> None:
     assert parse_bytes(size, "cache") == expected
 
@@ -230,7 +272,9 @@ def test_slots_are_shared_by_rows_and_never_exceed_a_table() -> None:
     assert slots_for(f"{(900 * 16 + 100 * 8) // 10}B", groups, cpu) == [86, 13]
     assert slots_for("auto", groups, cpu) == [900, 100]
     assert slots_for(2, groups, cpu) == [1, 1]
-    with pytest.raises(ConfigError, match="cache is '1', less than a row for each of 2 groups with 1,000 rows"):
+    with pytest.raises(
+        ConfigError, match="cache is '1', less than a row for each of 2 groups with 1,000 rows"
+    ):
         slots_for(1, groups, cpu)
     with pytest.raises(ConfigError, match="cache is True, must be rows"):
         slots_for(True, groups, cpu)
@@ -250,7 +294,10 @@ class Picklable:
 
 def without_ids(batch: Batch) -> Batch:
     """What a loop needs once the batch is planned."""
-    return Batch(sparse=Jagged(keys=(), values=np.empty(0, np.int64), batch_size=batch.sparse.batch_size), number=batch.number)
+    return Batch(
+        sparse=Jagged(keys=(), values=np.empty(0, np.int64), batch_size=batch.sparse.batch_size),
+        number=batch.number,
+    )
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])
@@ -259,11 +306,23 @@ def test_where_the_oracle_is_and_what_it_hands_out_change_no_table(
     where: Literal["thread", "process"], hand_out: Callable[[Batch], Batch] | None
 ) -> None:
     expected, embeddings = make_embeddings(), make_embeddings()
-    assert train(expected, bagpipe.lookahead(Picklable(40), expected, cache=70, lookahead=5)) == list(range(40))
-    stream = bagpipe.lookahead(Picklable(40), embeddings, cache=70, lookahead=5, prefetch_depth=1, oracle=where, hand_out=hand_out)
+    assert train(
+        expected, bagpipe.lookahead(Picklable(40), expected, cache=70, lookahead=5)
+    ) == list(range(40))
+    stream = bagpipe.lookahead(
+        Picklable(40),
+        embeddings,
+        cache=70,
+        lookahead=5,
+        prefetch_depth=1,
+        oracle=where,
+        hand_out=hand_out,
+    )
     assert train(embeddings, stream) == list(range(40))
     assert (stream.report.num_steps, stream.report.peak_slots) == (40, 70)
-    torch.testing.assert_close(embeddings.tables()["t"][:], expected.tables()["t"][:], rtol=0, atol=0)
+    torch.testing.assert_close(
+        embeddings.tables()["t"][:], expected.tables()["t"][:], rtol=0, atol=0
+    )
     embeddings.close()
     expected.close()
 
@@ -277,8 +336,12 @@ def test_ids_that_are_not_handed_out_are_missed_where_they_are_looked_up() -> No
     with pytest.raises(DataError, match="the batch has no feature 'f', which"):
         embeddings.eval()(batch.sparse)
     with (
-        bagpipe.lookahead(batches(2), embeddings.train(), cache=70, hand_out=lambda batch: batch.number) as stream,
-        pytest.raises(DataError, match="step 2: a batch of type int has no attribute or key sparse"),
+        bagpipe.lookahead(
+            batches(2), embeddings.train(), cache=70, hand_out=lambda batch: batch.number
+        ) as stream,
+        pytest.raises(
+            DataError, match="step 2: a batch of type int has no attribute or key sparse"
+        ),
     ):
         next(stream)
     embeddings.close()

@@ -20,11 +20,17 @@ def scores_of(logits: list[float], labels: list[float]) -> BinaryScores:
 
 def test_scores_over_batches_are_those_of_the_whole() -> None:
     scores = scores_of([2.0, -1.0, 0.5, -3.0], [1.0, 1.0, 0.0, 0.0]).compute()
-    losses = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(1.0)), math.log1p(math.exp(0.5)), math.log1p(math.exp(-3.0))]
+    losses = [
+        math.log1p(math.exp(-2.0)),
+        math.log1p(math.exp(1.0)),
+        math.log1p(math.exp(0.5)),
+        math.log1p(math.exp(-3.0)),
+    ]
     assert scores.num_samples == 4
     assert scores.log_loss == pytest.approx(sum(losses) / 4)
     assert scores.normalized_entropy == pytest.approx(sum(losses) / 4 / math.log(2))
-    assert scores.auc == pytest.approx(3 / 4)  # of the four pairs of a click and none, one is ordered wrongly
+    # of the four pairs of a click and none, one is ordered wrongly
+    assert scores.auc == pytest.approx(3 / 4)
 
 
 def test_one_class_has_no_auc() -> None:

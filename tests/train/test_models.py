@@ -1,4 +1,6 @@
-"""Every kind of model: through the cache it equals whole tables in memory bit for bit; it resumes, and not as another kind."""
+"""Every kind of model: through the cache it equals whole tables in memory bit for bit; it resumes,
+and not as another kind.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def train_cached(config: RunConfig) -> tuple[list[float], list[np.ndarray], np.n
     losses = []
     with build_run(config) as run:
         batches = map(TorchBatch.of, run.source.batches(batch_size=32))
-        with bagpipe.lookahead(batches, run.embeddings, cache=120, sparse=lambda batch: batch.sparse, check=True) as stream:
+        with bagpipe.lookahead(
+            batches, run.embeddings, cache=120, sparse=lambda batch: batch.sparse, check=True
+        ) as stream:
             for batch in stream:
                 run.embeddings.lookup(batch.sparse, out=run.dense_step.pooled(batch.batch_size))
                 loss, grads = run.dense_step(batch.dense, batch.labels)
@@ -52,7 +56,9 @@ def train_in_memory(config: RunConfig) -> tuple[list[float], list[np.ndarray], n
         (group,) = run.embeddings.groups
         tables = InMemoryTables(group, all_records(MemoryStore(group, config.train.seed)))
         for batch in map(TorchBatch.of, run.source.batches(batch_size=32)):
-            run.dense_step.pooled(batch.batch_size)[0].copy_(torch.from_numpy(tables.lookup(batch.sparse)))
+            run.dense_step.pooled(batch.batch_size)[0].copy_(
+                torch.from_numpy(tables.lookup(batch.sparse))
+            )
             loss, (grads,) = run.dense_step(batch.dense, batch.labels)
             tables.update(batch.sparse, grads.numpy())
             losses.append(float(loss))
@@ -66,7 +72,9 @@ def all_records(store: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_a_model_trained_through_the_cache_equals_one_with_whole_tables(tmp_path: Path, kind: str) -> None:
+def test_a_model_trained_through_the_cache_equals_one_with_whole_tables(
+    tmp_path: Path, kind: str
+) -> None:
     config = small_config(tmp_path, model=SECTIONS[kind])
     losses, parameters, records = train_cached(config)
     expected_losses, expected_parameters, expected_records = train_in_memory(config)
@@ -81,12 +89,25 @@ def test_a_run_learns_and_resumes_to_the_same_bits(tmp_path: Path, kind: str) ->
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     result = train(small_config(whole, model=SECTIONS[kind]), reporter=SilentReporter())
     assert result.scores is not None
-    train(small_config(halves, model=SECTIONS[kind], train={"steps": 13}), reporter=SilentReporter())
-    train(small_config(halves, model=SECTIONS[kind], train={"steps": NUM_STEPS}), reporter=SilentReporter(), resume=True)
+    train(
+        small_config(halves, model=SECTIONS[kind], train={"steps": 13}), reporter=SilentReporter()
+    )
+    train(
+        small_config(halves, model=SECTIONS[kind], train={"steps": NUM_STEPS}),
+        reporter=SilentReporter(),
+        resume=True,
+    )
     assert newest_files(whole) == newest_files(halves)
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
-    train(small_config(tmp_path, model=SECTIONS["wide_deep"], train={"steps": 2}), reporter=SilentReporter())
-    with pytest.raises(CheckpointError, match=r"another configuration(.|\n)*model.kind: 'wide_deep' -> 'deepfm'"):
-        train(small_config(tmp_path, model=SECTIONS["deepfm"]), reporter=SilentReporter(), resume=True)
+    train(
+        small_config(tmp_path, model=SECTIONS["wide_deep"], train={"steps": 2}),
+        reporter=SilentReporter(),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"another configuration(.|\n)*model.kind: 'wide_deep' -> 'deepfm'"
+    ):
+        train(
+            small_config(tmp_path, model=SECTIONS["deepfm"]), reporter=SilentReporter(), resume=True
+        )

@@ -38,14 +38,22 @@ def make_batches(num_batches: int) -> list[Batch]:
 @pytest.mark.parametrize("oracle", ["thread", "process"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_moves_along_arrives(device: str, oracle: Literal["thread", "process"]) -> None:
-    """On a GPU each batch is read by work that comes late in its step or in the next one, and let go before that is done."""
+    """On a GPU each batch is read by work that comes late in its step or in the next one, and let
+    go before that is done.
+    """
     batches = make_batches(40)
     embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=SGD(lr=0.1), device=device)
     assert len(embeddings.groups) > 1
     seen: list[tuple[Tensor, Tensor]] = []
     before: TorchBatch | None = None
     with bagpipe.lookahead(
-        batches, embeddings, cache=2_000, lookahead=6, prefetch_depth=3, oracle=oracle, move=TorchBatch.moved
+        batches,
+        embeddings,
+        cache=2_000,
+        lookahead=6,
+        prefetch_depth=3,
+        oracle=oracle,
+        move=TorchBatch.moved,
     ) as stream:
         for number, batch in enumerate(stream):
             assert batch.dense.device.type == batch.labels.device.type == device
@@ -77,14 +85,28 @@ def train(stream: Iterable[TorchBatch], embeddings: EmbeddingBagCollection) -> N
     ("move", "says"),
     [
         (lambda batch: batch, "move returned a Batch, must return"),
-        (lambda batch: ([torch.from_numpy(batch.dense)], lambda tensors: batch), "array 0 of move is a Tensor, must be"),
-        (lambda batch: ([batch.dense, batch.labels.astype(np.int64)], lambda tensors: batch), "array 1 of move is int64 with"),
-        (lambda batch: ([np.asfortranarray(batch.dense)], lambda tensors: batch), r"is float32 with strides .*C-contiguous"),
-        (lambda batch: ([batch.labels[::2]], lambda tensors: batch), r"is float32 with strides \(8,\)"),
+        (
+            lambda batch: ([torch.from_numpy(batch.dense)], lambda tensors: batch),
+            "array 0 of move is a Tensor, must be",
+        ),
+        (
+            lambda batch: ([batch.dense, batch.labels.astype(np.int64)], lambda tensors: batch),
+            "array 1 of move is int64 with",
+        ),
+        (
+            lambda batch: ([np.asfortranarray(batch.dense)], lambda tensors: batch),
+            r"is float32 with strides .*C-contiguous",
+        ),
+        (
+            lambda batch: ([batch.labels[::2]], lambda tensors: batch),
+            r"is float32 with strides \(8,\)",
+        ),
     ],
 )
 @pytest.mark.parametrize("bad_step", [0, 7])
-def test_what_can_not_move_is_refused_and_no_row_is_lost(move: Callable[[Batch], Any], says: str, bad_step: int) -> None:
+def test_what_can_not_move_is_refused_and_no_row_is_lost(
+    move: Callable[[Batch], Any], says: str, bad_step: int
+) -> None:
     batches = make_batches(12)
     embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=SGD(lr=0.1))
     stream = bagpipe.lookahead(

@@ -1,4 +1,6 @@
-"""Ranks as processes, which share memory, gloo and one oracle process, give what one trainer gives; `test_trainers`: threads."""
+"""Ranks as processes, which share memory, gloo and one oracle process, give what one trainer gives;
+`test_trainers`: threads.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ RUNS = {"exact": linear_loss, "once": curved_loss, "again": curved_loss}
 
 def run_rank(rank: int, num_trainers: int, file: Path, folder: Path) -> None:
     timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=num_trainers, timeout=timeout)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=num_trainers, timeout=timeout
+    )
     batches, groups = make_batches(NUM_STEPS), group_tables(make_tables(), OPTIMIZER)
     options = {
         "cache": [-(-slots // num_trainers) for slots in smallest_caches(groups, batches)],
@@ -42,11 +46,24 @@ def run_rank(rank: int, num_trainers: int, file: Path, folder: Path) -> None:
     }
     for name, loss in RUNS.items():
         communicator = Communicator.from_default_group(timeout=timeout)
-        embeddings = EmbeddingBagCollection(make_tables(), optimizer=OPTIMIZER, seed=11, communicator=communicator)
+        embeddings = EmbeddingBagCollection(
+            make_tables(), optimizer=OPTIMIZER, seed=11, communicator=communicator
+        )
         oracle = {"oracle": "process" if name == "exact" else "thread"}
-        plain(Trainer(embeddings=embeddings, loss=loss, num_trainers=num_trainers, options=options | oracle), batches)
+        plain(
+            Trainer(
+                embeddings=embeddings,
+                loss=loss,
+                num_trainers=num_trainers,
+                options=options | oracle,
+            ),
+            batches,
+        )
         if rank == 0:
-            np.savez(folder / f"{name}.npz", *(all_records(*each) for each in zip(groups, embeddings.stores, strict=True)))
+            np.savez(
+                folder / f"{name}.npz",
+                *(all_records(*each) for each in zip(groups, embeddings.stores, strict=True)),
+            )
         communicator.barrier("waiting for rank 0 to have read")
         embeddings.close()
     dist.destroy_process_group()
@@ -59,7 +76,8 @@ def test_processes_equal_one_trainer_where_sums_are_exact_and_repeat_to_the_bit_
     context = multiprocessing.get_context("forkserver")  # which imports once for all
     context.set_forkserver_preload([__name__])
     ranks = [
-        context.Process(target=run_rank, args=(rank, num_trainers, tmp_path / "meeting", tmp_path)) for rank in range(num_trainers)
+        context.Process(target=run_rank, args=(rank, num_trainers, tmp_path / "meeting", tmp_path))
+        for rank in range(num_trainers)
     ]
     for rank in ranks:
         rank.start()
@@ -67,6 +85,9 @@ def test_processes_equal_one_trainer_where_sums_are_exact_and_repeat_to_the_bit_
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0] * num_trainers
     found = {name: list(np.load(tmp_path / f"{name}.npz").values()) for name in RUNS}
-    assert_equal(found["exact"], train(make_tables(), OPTIMIZER, make_batches(NUM_STEPS), [(1, NUM_STEPS)], lookahead=3))
+    assert_equal(
+        found["exact"],
+        train(make_tables(), OPTIMIZER, make_batches(NUM_STEPS), [(1, NUM_STEPS)], lookahead=3),
+    )
     assert_equal(found["again"], found["once"])
     assert not np.array_equal(found["once"][0], found["exact"][0])

@@ -1,6 +1,8 @@
-"""Real data, prepared and trained end to end: a cache that must evict gives what one that holds every row gives, bit for bit.
+"""Real data, prepared and trained end to end: a cache that must evict gives what one that holds
+every row gives, bit for bit.
 
-The folder is BAGPIPE_SHARED_DATA, or `shared/data` beside the repository; skipped where it is absent, never read in CI.
+The folder is BAGPIPE_SHARED_DATA, or `shared/data` beside the repository; skipped where it is
+absent, never read in CI.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ CRITEO, MOVIELENS = DATA / "criteo_kaggle_head.tsv.gz", DATA / "ml100k_ctr.parqu
 
 pytestmark = [
     pytest.mark.skipif("CI" in os.environ, reason="real data are never used in CI"),
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}; set BAGPIPE_SHARED_DATA to their folder"),
+    pytest.mark.skipif(
+        not DATA.is_dir(), reason=f"no real data at {DATA}; set BAGPIPE_SHARED_DATA to their folder"
+    ),
 ]
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,7 +41,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "files": [str(MOVIELENS)],
             "label": {"column": "rating", "at_least": 4.0},
             "dense": ["age"],
-            "sparse": [{"column": "user_id"}, {"column": "item_id"}, {"column": "genres", "separator": " "}],
+            "sparse": [
+                {"column": "user_id"},
+                {"column": "item_id"},
+                {"column": "genres", "separator": " "},
+            ],
             "time": "timestamp",
         },
         "vocabulary": {"kind": "dictionary"},
@@ -45,8 +53,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "num_steps", "small_cache"), [("criteo", 30, 2600), ("movielens", 100, 900)])
-def test_cached_and_whole_tables_train_the_same(tmp_path: Path, name: str, num_steps: int, small_cache: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_steps", "small_cache"), [("criteo", 30, 2600), ("movielens", 100, 900)]
+)
+def test_cached_and_whole_tables_train_the_same(
+    tmp_path: Path, name: str, num_steps: int, small_cache: int
+) -> None:
     settings = {"prepare": SETTINGS[name] | {"output": str(tmp_path / "data")}}
     prepare(check_config(PrepareFile, settings, source="test").prepare)
 

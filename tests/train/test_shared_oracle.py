@@ -1,4 +1,6 @@
-"""Training by several trainers, threads here, through one oracle process: the result of one trainer to the bit, and every end."""
+"""Training by several trainers, threads here, through one oracle process: the result of one trainer
+to the bit, and every end.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +41,34 @@ def test_trainers_equal_one_to_the_bit(num_trainers: int, check: bool) -> None:
     batches = make_batches(14)
     expected = train(make_tables(), Adam(lr=0.05), batches, [(1, 14)], lookahead=3)
     options: dict[str, Any] = {"lookahead": 3, "oracle": "process", "check": check}
-    assert_equal(train(make_tables(), Adam(lr=0.05), batches, [(num_trainers, 14)], **options), expected)
+    assert_equal(
+        train(make_tables(), Adam(lr=0.05), batches, [(num_trainers, 14)], **options), expected
+    )
 
 
 def test_training_goes_on_with_another_number_of_trainers() -> None:
     batches = make_batches(12)
     expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 12)])
-    assert_equal(train(make_tables(), SGD(lr=0.5), batches, [(3, 4), (2, 9), (1, 12)], oracle="process"), expected)
+    assert_equal(
+        train(make_tables(), SGD(lr=0.5), batches, [(3, 4), (2, 9), (1, 12)], oracle="process"),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("loop", [break_and_go_on, flush_in_steps])
 @pytest.mark.parametrize("depth", [0, 2])
 def test_loops_that_break_or_flush(loop: Loop, depth: int) -> None:
-    options: dict[str, Any] = {"loop": loop, "cache": [300, 50], "lookahead": 3, "prefetch_depth": depth}
+    options: dict[str, Any] = {
+        "loop": loop,
+        "cache": [300, 50],
+        "lookahead": 3,
+        "prefetch_depth": depth,
+    }
     expected = train(make_tables(), SGD(lr=0.5), make_batches(14), [(1, 14)], **options)
-    assert_equal(train(make_tables(), SGD(lr=0.5), make_batches(14), [(2, 14)], oracle="process", **options), expected)
+    assert_equal(
+        train(make_tables(), SGD(lr=0.5), make_batches(14), [(2, 14)], oracle="process", **options),
+        expected,
+    )
 
 
 @dataclasses.dataclass
@@ -68,17 +83,24 @@ class Failing:
 
 
 def failures_of(
-    num_trainers: int, batches: Any, in_step: Callable[[Communicator, Lookahead[Any], int], None], **options: Any
+    num_trainers: int,
+    batches: Any,
+    in_step: Callable[[Communicator, Lookahead[Any], int], None],
+    **options: Any,
 ) -> Any:
     """By rank how many steps it trained and what ended it; all of them soon."""
     outcomes: dict[int, tuple[int, BaseException]] = {}
 
     def work(communicator: Communicator) -> None:
-        embeddings = EmbeddingBagCollection(make_tables(), optimizer=SGD(lr=0.5), communicator=communicator)
+        embeddings = EmbeddingBagCollection(
+            make_tables(), optimizer=SGD(lr=0.5), communicator=communicator
+        )
         number = 0
         try:
             with bagpipe.lookahead(
-                batches, embeddings, **{"cache": [300, 50], "replicas": [400, 50], "oracle": "process"} | options
+                batches,
+                embeddings,
+                **{"cache": [300, 50], "replicas": [400, 50], "oracle": "process"} | options,
             ) as stream:
                 for number, batch in enumerate(stream, 1):
                     linear_loss(embeddings(batch).groups).backward()
@@ -95,7 +117,9 @@ def failures_of(
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """They hold a rank's connections, for which others would wait; those of a process end with it."""
+    """They hold a rank's connections, for which others would wait; those of a process end with
+    it.
+    """
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

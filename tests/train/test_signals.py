@@ -31,6 +31,8 @@ with StopRequest():
     os.kill(os.getpid(), signal.SIGINT)
     print("alive")
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=60, check=False
+    )
     assert ended.returncode == -signal.SIGINT
     assert ended.stdout == b""

@@ -60,13 +60,24 @@ def command(num_trainers: int, file: Path, *options: str) -> list[str]:
     train = ["-m", "bagpipe", "train", str(file), *options]
     if num_trainers == 1:
         return [sys.executable, *train]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_trainers}", *train]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={num_trainers}",
+        *train,
+    ]
 
 
 def start(num_trainers: int, file: Path, *options: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(num_trainers, file, *options), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(num_trainers, file, *options),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -88,8 +99,14 @@ def records_of(folder: Path, host: str = "") -> tuple[int, np.ndarray, np.ndarra
     """Step, rows and records of the newest checkpoint, of several hosts those of one."""
     checkpoint = list_checkpoints(folder / "run" / "checkpoints")[-1]
     manifest = read_manifest(checkpoint)
-    blocks = list(read_records(checkpoint / f"group-0{host}.arrow", manifest["groups"][0]["record_width"]))
-    return manifest["step"], np.concatenate([rows for rows, _ in blocks]), np.concatenate([records for _, records in blocks])
+    blocks = list(
+        read_records(checkpoint / f"group-0{host}.arrow", manifest["groups"][0]["record_width"])
+    )
+    return (
+        manifest["step"],
+        np.concatenate([rows for rows, _ in blocks]),
+        np.concatenate([records for _, records in blocks]),
+    )
 
 
 def log_of(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -104,19 +121,25 @@ def test_two_processes_train_as_one_does_and_one_goes_on_alone(tmp_path: Path) -
     train(1, write_run(alone))
     train(2, write_run(together, steps=30))
     losses = [record["loss"] for record in log_of(alone, "train")]
-    assert [record["loss"] for record in log_of(together, "train")] == pytest.approx(losses, rel=1e-4)
+    assert [record["loss"] for record in log_of(together, "train")] == pytest.approx(
+        losses, rel=1e-4
+    )
     step, rows, records = records_of(alone)
     other_step, other_rows, other_records = records_of(together)
     assert other_step == step
     np.testing.assert_array_equal(other_rows, rows)
     np.testing.assert_allclose(other_records, records, rtol=1e-3, atol=1e-5)
-    assert log_of(together, "evaluation")[-1]["auc"] == pytest.approx(log_of(alone, "evaluation")[-1]["auc"], abs=1e-3)
+    assert log_of(together, "evaluation")[-1]["auc"] == pytest.approx(
+        log_of(alone, "evaluation")[-1]["auc"], abs=1e-3
+    )
     train(1, write_run(together, steps=35), "--resume")
     assert records_of(together)[0] == 35
 
 
 def running(folder: Path, *options: str) -> tuple[subprocess.Popen[str], list[int], int]:
-    """A run of two ranks that has trained some steps, its ranks in their order, and the oracle process."""
+    """A run of two ranks that has trained some steps, its ranks in their order, and the oracle
+    process.
+    """
     process = start(2, write_run(folder, steps=100_000), *options)
     log = folder / "run" / "log.jsonl"
     deadline = time.monotonic() + 60
@@ -127,13 +150,20 @@ def running(folder: Path, *options: str) -> tuple[subprocess.Popen[str], list[in
     ranks = children_of(process.pid)
     assert len(ranks) == 2
     by_rank = sorted(ranks, key=rank_of)
-    oracles = [child for rank in by_rank for child in children_of(rank) if "spawn_main" in command_of(child)]
+    oracles = [
+        child
+        for rank in by_rank
+        for child in children_of(rank)
+        if "spawn_main" in command_of(child)
+    ]
     assert len(oracles) == ("cache.oracle=thread" not in options)
     return process, by_rank, oracles[0] if oracles else 0
 
 
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "oracle"])
-def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_orphan(victim: str, tmp_path: Path) -> None:
+def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_orphan(
+    victim: str, tmp_path: Path
+) -> None:
     process, ranks, oracle = running(tmp_path)
     killed = {"rank 0": ranks[0], "rank 1": ranks[1], "oracle": oracle}[victim]
     os.kill(killed, signal.SIGKILL)
@@ -142,16 +172,22 @@ def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_or
     assert time.monotonic() - killed_at < 30
     assert process.returncode != 0
     if victim == "oracle":
-        assert "ended by itself (exit code -9" in output or "first rank started, ended by itself" in output, output
+        assert (
+            "ended by itself (exit code -9" in output
+            or "first rank started, ended by itself" in output
+        ), output
     else:
         assert named_by_torchrun(killed, output), output
     while any(Path(f"/proc/{each}").exists() for each in (*ranks, oracle)):
-        assert time.monotonic() - killed_at < 40  # the oracle process takes 5 s, where its reader does not return
+        # the oracle process takes 5 s, where its reader does not return
+        assert time.monotonic() - killed_at < 40
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("receiver", ["rank 1", "torchrun"])
-def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(receiver: str, tmp_path: Path) -> None:
+def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
+    receiver: str, tmp_path: Path
+) -> None:
     process, ranks, _ = running(tmp_path)
     os.kill(ranks[1] if receiver == "rank 1" else process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -159,7 +195,9 @@ def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(receiver: str, 
     (end,) = log_of(tmp_path, "end")
     assert records_of(tmp_path)[0] == end["step"] < 100_000
     if receiver == "torchrun":  # which else ends rank 0 as soon as rank 1 has ended
-        assert f"stopped by SIGTERM after step {end['step']}; checkpoint: " in " ".join(output.split()), output
+        assert f"stopped by SIGTERM after step {end['step']}; checkpoint: " in " ".join(
+            output.split()
+        ), output
 
 
 def test_a_killed_rank_ends_the_other_where_each_plans_for_itself(tmp_path: Path) -> None:
@@ -172,13 +210,17 @@ def test_a_killed_rank_ends_the_other_where_each_plans_for_itself(tmp_path: Path
 
 
 def named_by_torchrun(pid: int, output: str) -> bool:
-    """Whether torchrun names a killed rank: it may end the others before one of them has written its own sentence."""
+    """Whether torchrun names a killed rank: it may end the others before one of them has written
+    its own sentence.
+    """
     return re.search(rf"exitcode\s*: -9 \(pid: {pid}\)", output) is not None
 
 
 def rank_of(pid: int) -> int:
     """From a trainer's environment."""
-    variables = dict(each.split("=", 1) for each in Path(f"/proc/{pid}/environ").read_text().split("\0") if each)
+    variables = dict(
+        each.split("=", 1) for each in Path(f"/proc/{pid}/environ").read_text().split("\0") if each
+    )
     return int(variables["RANK"])
 
 
@@ -192,12 +234,19 @@ def children_of(pid: int) -> list[int]:
     return sorted(int(child) for file in files for child in file.read_text().split())
 
 
-def start_hosts(num_hosts: int, num_on_host: int, file: Path, *options: str) -> list[subprocess.Popen[str]]:
+def start_hosts(
+    num_hosts: int, num_on_host: int, file: Path, *options: str
+) -> list[subprocess.Popen[str]]:
     """torchrun as on so many hosts, all of them this one: each knows only its own trainers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = [f"--nnodes={num_hosts}", f"--nproc-per-node={num_on_host}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    place = [
+        f"--nnodes={num_hosts}",
+        f"--nproc-per-node={num_on_host}",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+    ]
     return [
         subprocess.Popen(
             [
@@ -222,9 +271,16 @@ def start_hosts(num_hosts: int, num_on_host: int, file: Path, *options: str) -> 
 
 
 def outputs_of(processes: list[subprocess.Popen[str]], timeout_s: float) -> list[str]:
-    """What they have written once all have ended; read side by side, for a full pipe would stop its writer."""
+    """What they have written once all have ended; read side by side, for a full pipe would stop its
+    writer.
+    """
     with ThreadPoolExecutor() as pool:
-        return [output for output, _ in pool.map(lambda process: process.communicate(timeout=timeout_s), processes)]
+        return [
+            output
+            for output, _ in pool.map(
+                lambda process: process.communicate(timeout=timeout_s), processes
+            )
+        ]
 
 
 def test_two_hosts_train_as_one_trainer_does_and_any_number_goes_on(tmp_path: Path) -> None:
@@ -236,15 +292,20 @@ def test_two_hosts_train_as_one_trainer_does_and_any_number_goes_on(tmp_path: Pa
     outputs = outputs_of(hosts, 120)
     assert [host.returncode for host in hosts] == [0, 0], outputs
     losses = [record["loss"] for record in log_of(alone, "train")]
-    assert [record["loss"] for record in log_of(together, "train")] == pytest.approx(losses, rel=1e-4)
+    assert [record["loss"] for record in log_of(together, "train")] == pytest.approx(
+        losses, rel=1e-4
+    )
     _, rows, records = records_of(alone)
     found_rows, found = (
-        np.concatenate(both) for both in zip(records_of(together)[1:], records_of(together, ".host-1")[1:], strict=True)
+        np.concatenate(both)
+        for both in zip(records_of(together)[1:], records_of(together, ".host-1")[1:], strict=True)
     )
     order = np.argsort(found_rows)
     np.testing.assert_array_equal(found_rows[order], rows)
     np.testing.assert_allclose(found[order], records, rtol=1e-3, atol=1e-5)
-    assert log_of(together, "evaluation")[-1]["auc"] == pytest.approx(log_of(alone, "evaluation")[-1]["auc"], abs=1e-3)
+    assert log_of(together, "evaluation")[-1]["auc"] == pytest.approx(
+        log_of(alone, "evaluation")[-1]["auc"], abs=1e-3
+    )
     train(1, write_run(alone, steps=35), "--resume")
     train(2, write_run(together, steps=35), "--resume")
     np.testing.assert_allclose(records_of(together)[2], records_of(alone)[2], rtol=1e-3, atol=1e-5)
@@ -259,7 +320,9 @@ def test_a_rank_that_is_killed_ends_the_other_host_too(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     ranks = [child for host in hosts for child in children_of(host.pid)]
-    oracles = [child for rank in ranks for child in children_of(rank) if "spawn_main" in command_of(child)]
+    oracles = [
+        child for rank in ranks for child in children_of(rank) if "spawn_main" in command_of(child)
+    ]
     assert (len(ranks), len(oracles)) == (2, 2)
     os.kill(ranks[1], signal.SIGKILL)
     killed_at = time.monotonic()
@@ -273,9 +336,20 @@ def test_a_rank_that_is_killed_ends_the_other_host_too(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def test_uneven_hosts_are_refused_on_each_before_it_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uneven_hosts_are_refused_on_each_before_it_waits_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for num_on_host in (1, 2):
-        for name, value in {"WORLD_SIZE": 3, "GROUP_WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": num_on_host}.items():
+        for name, value in {
+            "WORLD_SIZE": 3,
+            "GROUP_WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": num_on_host,
+        }.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(ConfigError, match=rf"{num_on_host} of 3 trainers run on this one of 2 hosts"), joined_trainers():
+        with (
+            pytest.raises(
+                ConfigError, match=rf"{num_on_host} of 3 trainers run on this one of 2 hosts"
+            ),
+            joined_trainers(),
+        ):
             pass

@@ -37,7 +37,11 @@ def steps_saved(folder: Path) -> list[int]:
 
 
 def test_a_run_logs_scores_and_saves(tmp_path: Path) -> None:
-    config = small_config(tmp_path, train={"steps": 150, "eval_every_steps": 60}, checkpoint={"every_steps": 40, "keep": 2})
+    config = small_config(
+        tmp_path,
+        train={"steps": 150, "eval_every_steps": 60},
+        checkpoint={"every_steps": 40, "keep": 2},
+    )
     result = train(config, reporter=SilentReporter())
     assert (result.step, result.stopped_by) == (150, None)
     assert result.scores is not None
@@ -48,7 +52,13 @@ def test_a_run_logs_scores_and_saves(tmp_path: Path) -> None:
     losses = [record["loss"] for record in log_of(tmp_path, "train")]
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) < sum(losses[:5])
-    assert {"examples_per_s", "hit_rate", "wait_plan_ms", "wait_rows_ms", "wait_slots_ms"} <= log_of(tmp_path, "train")[0].keys()
+    assert {
+        "examples_per_s",
+        "hit_rate",
+        "wait_plan_ms",
+        "wait_rows_ms",
+        "wait_slots_ms",
+    } <= log_of(tmp_path, "train")[0].keys()
 
 
 @pytest.mark.parametrize(
@@ -76,8 +86,15 @@ def test_a_resumed_run_ends_like_one_that_nothing_happened_to(
 def test_the_file_store_gives_the_same_run(tmp_path: Path, undisturbed: Path) -> None:
     store = {"store": {"kind": "file", "folder": str(tmp_path / "rows")}, "embedding_dim": 4}
     optimizer = {"optimizer": {"kind": "rowwise_adagrad", "lr": 0.1}}
-    train(small_config(tmp_path / "run", embeddings=store | optimizer, train={"steps": 9}), reporter=SilentReporter())
-    train(small_config(tmp_path / "run", embeddings=store | optimizer), reporter=SilentReporter(), resume=True)
+    train(
+        small_config(tmp_path / "run", embeddings=store | optimizer, train={"steps": 9}),
+        reporter=SilentReporter(),
+    )
+    train(
+        small_config(tmp_path / "run", embeddings=store | optimizer),
+        reporter=SilentReporter(),
+        resume=True,
+    )
     assert newest_files(tmp_path / "run") == newest_files(undisturbed)
 
 
@@ -93,7 +110,9 @@ class SignalAt(Listener):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    tmp_path: Path, undisturbed: Path
+) -> None:
     result = train(small_config(tmp_path, checkpoint={"at_end": False}), reporter=SignalAt(7))
     assert (result.step, result.stopped_by, result.scores) == (7, signal.SIGTERM, None)
     assert steps_saved(tmp_path) == [7]
@@ -107,7 +126,9 @@ def test_a_finished_run_resumes_to_its_scores(tmp_path: Path) -> None:
     assert train(config, reporter=SilentReporter(), resume=True) == first
 
 
-def test_a_checkpoint_that_fails_does_not_end_the_run(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_fails_does_not_end_the_run(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.fsync
 
     def full_at_step_10(descriptor: int) -> None:
@@ -126,19 +147,25 @@ def test_a_checkpoint_that_fails_does_not_end_the_run(tmp_path: Path, undisturbe
     assert [record["step"] for record in log_of(tmp_path, "checkpoint_failed")] == [10]
 
 
-def test_a_last_checkpoint_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_checkpoint_that_fails_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def read_only(descriptor: int) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "fsync", read_only)
-    with pytest.raises(CheckpointError, match=r"step-0000000024: can't be written: Read-only file system"):
+    with pytest.raises(
+        CheckpointError, match=r"step-0000000024: can't be written: Read-only file system"
+    ):
         train(small_config(tmp_path), reporter=SilentReporter())
     assert steps_saved(tmp_path) == []
 
 
 def test_a_diverging_run_names_the_step_and_saves_nothing_of_it(tmp_path: Path) -> None:
     config = small_config(
-        tmp_path, train={"optimizer": {"kind": "sgd", "lr": 1e30}, "steps": NUM_STEPS}, checkpoint={"every_steps": 1, "keep": 99}
+        tmp_path,
+        train={"optimizer": {"kind": "sgd", "lr": 1e30}, "steps": NUM_STEPS},
+        checkpoint={"every_steps": 1, "keep": 99},
     )
     with pytest.raises(LossError, match=r"step \d+: the loss is (nan|inf)") as caught:
         train(config, reporter=SilentReporter())
@@ -146,7 +173,9 @@ def test_a_diverging_run_names_the_step_and_saves_nothing_of_it(tmp_path: Path) 
     assert steps_saved(tmp_path) == list(range(1, failed))
 
 
-def test_resuming_without_a_checkpoint_starts_afresh_and_says_so(tmp_path: Path, undisturbed: Path) -> None:
+def test_resuming_without_a_checkpoint_starts_afresh_and_says_so(
+    tmp_path: Path, undisturbed: Path
+) -> None:
     listener = Listener()
     train(small_config(tmp_path), reporter=listener, resume=True)
     assert any("no checkpoint to resume from: starting afresh" in text for text in listener.said)
@@ -154,11 +183,17 @@ def test_resuming_without_a_checkpoint_starts_afresh_and_says_so(tmp_path: Path,
 
 
 def test_resuming_falls_back_from_a_damaged_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
-    train(small_config(tmp_path, train={"steps": 9}, checkpoint={"every_steps": 4}), reporter=SilentReporter())
+    train(
+        small_config(tmp_path, train={"steps": 9}, checkpoint={"every_steps": 4}),
+        reporter=SilentReporter(),
+    )
     (tmp_path / "checkpoints" / "step-0000000009" / "group-0.arrow").write_bytes(b"")
     listener = Listener()
     train(small_config(tmp_path), reporter=listener, resume=True)
-    assert any("skipped a checkpoint: " in text and "group-0.arrow: is damaged" in text for text in listener.said)
+    assert any(
+        "skipped a checkpoint: " in text and "group-0.arrow: is damaged" in text
+        for text in listener.said
+    )
     assert newest_files(tmp_path) == newest_files(undisturbed)
 
 

@@ -19,7 +19,11 @@ def test_a_resumed_run_on_a_gpu_ends_like_one_that_nothing_happened_to(tmp_path:
     assert result.scores is not None
     train(small_config(tmp_path / "resumed", train=gpu | {"steps": 13}), reporter=SilentReporter())
     train(
-        small_config(tmp_path / "resumed", train=gpu | {"steps": NUM_STEPS}, cache={"size": 400, "lookahead": 2}),
+        small_config(
+            tmp_path / "resumed",
+            train=gpu | {"steps": NUM_STEPS},
+            cache={"size": 400, "lookahead": 2},
+        ),
         reporter=SilentReporter(),
         resume=True,
     )
@@ -32,7 +36,10 @@ def test_a_graph_gives_what_eager_gives_also_resumed(tmp_path: Path, kind: str) 
     for name, dense in (("eager", "eager"), ("graph", "graph"), ("resumed", "graph")):
         settings = {"device": "cuda", "dense": dense, "precision": "bf16"} | optimizer
         if name == "resumed":
-            train(small_config(tmp_path / name, train=settings | {"steps": 13}), reporter=SilentReporter())
+            train(
+                small_config(tmp_path / name, train=settings | {"steps": 13}),
+                reporter=SilentReporter(),
+            )
         train(
             small_config(tmp_path / name, train=settings | {"steps": NUM_STEPS}),
             reporter=SilentReporter(),

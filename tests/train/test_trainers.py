@@ -1,7 +1,9 @@
-"""Several trainers give what one gives: to the bit where sums are exact, else within the order of float sums, always the same.
+"""Several trainers give what one gives: to the bit where sums are exact, else within the order of
+float sums, always the same.
 
-In the exact tests the loss is linear in the embeddings with small integers as coefficients, so that every gradient is an integer
-whatever the weights, and its sum the same in any order; what an optimizer makes of it must then be equal to the last bit.
+In the exact tests the loss is linear in the embeddings with small integers as coefficients, so that
+every gradient is an integer whatever the weights, and its sum the same in any order; what an
+optimizer makes of it must then be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -33,7 +35,17 @@ from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.store import MemoryStore
 from bagpipe.train.lookahead import Lookahead
-from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, Optimizer, RowWiseAdagrad, TableConfig, group_tables
+from bagpipe.types import (
+    SGD,
+    Adagrad,
+    Adam,
+    Group,
+    Jagged,
+    Optimizer,
+    RowWiseAdagrad,
+    TableConfig,
+    group_tables,
+)
 
 
 def linear_loss(pooled: Sequence[Tensor]) -> Tensor:
@@ -59,7 +71,9 @@ class Trainer:
         return bagpipe.lookahead(batches, self.embeddings, **self.options)
 
     def losses(self, stream: Lookahead[Jagged]) -> Iterator[tuple[int, Tensor]]:
-        """(step, loss). Gradients are averaged over trainers: the sum over all samples is what one trainer has."""
+        """(step, loss). Gradients are averaged over trainers: the sum over all samples is what one
+        trainer has.
+        """
         for step, batch in enumerate(stream, self.embeddings.step):
             yield step, self.loss(self.embeddings(batch).groups) * self.num_trainers
 
@@ -86,20 +100,35 @@ def train(
     timeout_s: float = 60.0,
     **options: Any,
 ) -> list[np.ndarray]:
-    """All records at the end, by group; each of `trainers` says how many they are up to which batch."""
+    """All records at the end, by group; each of `trainers` says how many they are up to which
+    batch.
+    """
     groups = group_tables(tables, optimizer)
     stores = {group.index: store(group, 11) for group in groups}
 
     def train_part(num_trainers: int, begin: int, end: int) -> None:
-        slots = cache or [-(-group_slots // num_trainers) for group_slots in smallest_caches(groups, batches)]
+        slots = cache or [
+            -(-group_slots // num_trainers) for group_slots in smallest_caches(groups, batches)
+        ]
         sizes = {"cache": slots, "replicas": [group.num_rows for group in groups]}
 
         def work(communicator: Communicator | None) -> None:
             embeddings = EmbeddingBagCollection(
-                tables, optimizer=optimizer, store=lambda group, _: stores[group.index], communicator=communicator
+                tables,
+                optimizer=optimizer,
+                store=lambda group, _: stores[group.index],
+                communicator=communicator,
             )
             embeddings.step = begin
-            loop(Trainer(embeddings=embeddings, loss=loss, num_trainers=num_trainers, options=sizes | options), batches[begin:end])
+            loop(
+                Trainer(
+                    embeddings=embeddings,
+                    loss=loss,
+                    num_trainers=num_trainers,
+                    options=sizes | options,
+                ),
+                batches[begin:end],
+            )
 
         if num_trainers == 1:
             work(None)
@@ -126,44 +155,74 @@ def assert_equal(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) ->
 
 def make_tables(pooling: Any = "sum") -> list[TableConfig]:
     return [
-        TableConfig(name="wide", num_embeddings=400, embedding_dim=4, feature_names=["a"], pooling=pooling),
-        TableConfig(name="narrow", num_embeddings=50, embedding_dim=3, feature_names=["b", "c"], pooling=pooling),
+        TableConfig(
+            name="wide", num_embeddings=400, embedding_dim=4, feature_names=["a"], pooling=pooling
+        ),
+        TableConfig(
+            name="narrow",
+            num_embeddings=50,
+            embedding_dim=3,
+            feature_names=["b", "c"],
+            pooling=pooling,
+        ),
     ]
 
 
-def make_batches(num_batches: int, batch_size: int = 12, last_size: int = 7, seed: int = 0) -> list[Jagged]:
+def make_batches(
+    num_batches: int, batch_size: int = 12, last_size: int = 7, seed: int = 0
+) -> list[Jagged]:
     """Multi-hot and skewed; the last one is ragged."""
     rng = np.random.default_rng(seed)
     sizes = [batch_size] * (num_batches - 1) + [last_size]
-    return [skewed_batch(rng, rng.integers(0, 4, (3, size)), a=(400, 3.0), b=(50, 3.0), c=(50, 3.0)) for size in sizes]
+    return [
+        skewed_batch(rng, rng.integers(0, 4, (3, size)), a=(400, 3.0), b=(50, 3.0), c=(50, 3.0))
+        for size in sizes
+    ]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
 @pytest.mark.parametrize("num_trainers", [2, 3, 4, 8])
-def test_trainers_equal_one_to_the_bit_where_sums_are_exact(optimizer: Optimizer, num_trainers: int) -> None:
+def test_trainers_equal_one_to_the_bit_where_sums_are_exact(
+    optimizer: Optimizer, num_trainers: int
+) -> None:
     batches = make_batches(14)
     expected = train(make_tables(), optimizer, batches, [(1, 14)], lookahead=3)
-    assert_equal(train(make_tables(), optimizer, batches, [(num_trainers, 14)], lookahead=3), expected)
+    assert_equal(
+        train(make_tables(), optimizer, batches, [(num_trainers, 14)], lookahead=3), expected
+    )
 
 
 @pytest.mark.parametrize("num_trainers", [2, 4])
 @pytest.mark.parametrize("extra", [0, 30])
-def test_caches_cut_into_shards_equal_one_to_the_bit(num_trainers: int, extra: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_cut_into_shards_equal_one_to_the_bit(
+    num_trainers: int, extra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As only large caches are; the smallest ones evict rows that others need at once."""
     batches, groups = make_batches(14), group_tables(make_tables(), SGD(lr=0.5))
     expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 14)], lookahead=3)
     monkeypatch.setattr(shards, "MIN_SLOTS", 1)
     needed = [
-        max(shards.num_slots_needed(dedup(group, batch).unique_rows, group.num_rows) for batch in batches) for group in groups
+        max(
+            shards.num_slots_needed(dedup(group, batch).unique_rows, group.num_rows)
+            for batch in batches
+        )
+        for group in groups
     ]
     cache = [-(-num_slots // num_trainers) + extra for num_slots in needed]
-    assert_equal(train(make_tables(), SGD(lr=0.5), batches, [(num_trainers, 14)], cache=cache, lookahead=3), expected)
+    assert_equal(
+        train(make_tables(), SGD(lr=0.5), batches, [(num_trainers, 14)], cache=cache, lookahead=3),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
 @pytest.mark.parametrize("num_trainers", [2, 4])
-def test_lookups_of_all_ranks_are_those_of_one_trainer_to_the_bit(optimizer: Optimizer, num_trainers: int) -> None:
-    """Exact sums come from gradients that do not depend on the rows that were looked up: a stale replica shows here alone."""
+def test_lookups_of_all_ranks_are_those_of_one_trainer_to_the_bit(
+    optimizer: Optimizer, num_trainers: int
+) -> None:
+    """Exact sums come from gradients that do not depend on the rows that were looked up: a stale
+    replica shows here alone.
+    """
     found: dict[tuple[int, int, int], list[Tensor]] = {}
 
     def look(trainer: Trainer, batches: Sequence[Jagged]) -> None:
@@ -172,7 +231,9 @@ def test_lookups_of_all_ranks_are_those_of_one_trainer_to_the_bit(optimizer: Opt
         with trainer.stream(batches) as stream:
             for step, batch in enumerate(stream):
                 pooled = trainer.embeddings(batch).groups
-                found[trainer.num_trainers, step, rank] = [group.detach().clone() for group in pooled]
+                found[trainer.num_trainers, step, rank] = [
+                    group.detach().clone() for group in pooled
+                ]
                 (trainer.loss(pooled) * trainer.num_trainers).backward()
 
     batches = make_batches(14)
@@ -189,21 +250,37 @@ def test_without_overlap_the_result_is_the_same_to_the_bit(depth: int) -> None:
     batches = make_batches(14)
     options: dict[str, Any] = {"loss": curved_loss, "lookahead": 4, "prefetch_depth": depth}
     expected = train(make_tables(), Adam(lr=0.05), batches, [(3, 14)], **options)
-    assert_equal(train(make_tables(), Adam(lr=0.05), batches, [(3, 14)], overlap=False, **options), expected)
+    assert_equal(
+        train(make_tables(), Adam(lr=0.05), batches, [(3, 14)], overlap=False, **options), expected
+    )
 
 
 def exact_trace(data: st.DataObject) -> tuple[list[TableConfig], list[Jagged]]:
     """Tables and batches whose sums are exact: without means and weights."""
-    tables = [table for table in data.draw(strategies.table_lists(max_dims=2)) if table.pooling == "sum"]
+    tables = [
+        table for table in data.draw(strategies.table_lists(max_dims=2)) if table.pooling == "sum"
+    ]
     assume(tables)
     batches = data.draw(strategies.traces(tables, max_steps=10))
     assume(all(batch.weights is None for batch in batches))
     return tables, batches
 
 
-@given(st.data(), st.sampled_from([2, 3, 4, 8]), st.integers(0, 20), st.integers(1, 12), st.integers(0, 4))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-def test_any_trace_equals_one_trainer(data: st.DataObject, num_trainers: int, extra: int, lookahead: int, depth: int) -> None:
+@given(
+    st.data(),
+    st.sampled_from([2, 3, 4, 8]),
+    st.integers(0, 20),
+    st.integers(1, 12),
+    st.integers(0, 4),
+)
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+def test_any_trace_equals_one_trainer(
+    data: st.DataObject, num_trainers: int, extra: int, lookahead: int, depth: int
+) -> None:
     tables, batches = exact_trace(data)
     optimizer = data.draw(st.sampled_from(OPTIMIZERS))
     groups = group_tables(tables, optimizer)
@@ -211,15 +288,24 @@ def test_any_trace_equals_one_trainer(data: st.DataObject, num_trainers: int, ex
     end = len(batches)
     expected = train(tables, optimizer, batches, [(1, end)])
     options = {"lookahead": lookahead, "prefetch_depth": depth, "check": True}
-    assert_equal(train(tables, optimizer, batches, [(num_trainers, end)], cache=cache, **options), expected)
+    assert_equal(
+        train(tables, optimizer, batches, [(num_trainers, end)], cache=cache, **options), expected
+    )
 
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 def test_runs_repeat_to_the_bit_and_are_close_to_one_trainer(pooling: str) -> None:
     batches, options = make_batches(14), {"loss": curved_loss, "lookahead": 4}
-    first, again = (train(make_tables(pooling), Adagrad(lr=0.1), batches, [(3, 14)], **options) for _ in range(2))
+    first, again = (
+        train(make_tables(pooling), Adagrad(lr=0.1), batches, [(3, 14)], **options)
+        for _ in range(2)
+    )
     assert_equal(first, again)
-    for found, expected in zip(first, train(make_tables(pooling), Adagrad(lr=0.1), batches, [(1, 14)], **options), strict=True):
+    for found, expected in zip(
+        first,
+        train(make_tables(pooling), Adagrad(lr=0.1), batches, [(1, 14)], **options),
+        strict=True,
+    ):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
 
 
@@ -241,7 +327,9 @@ def test_a_flush_between_steps_changes_nothing(step: int) -> None:
                 if number == step:
                     stream.flush()
 
-    assert_equal(train(make_tables(), SGD(lr=0.5), batches, [(2, 10)], loop=flush_after_a_step), expected)
+    assert_equal(
+        train(make_tables(), SGD(lr=0.5), batches, [(2, 10)], loop=flush_after_a_step), expected
+    )
 
 
 class SlowStore(MemoryStore):
@@ -260,7 +348,9 @@ def wait_for_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mark_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     original = RecordMover._mark_written
-    monkeypatch.setattr(RecordMover, "_mark_written", lambda mover, _, kind, step: original(mover, (), kind, step))
+    monkeypatch.setattr(
+        RecordMover, "_mark_written", lambda mover, _, kind, step: original(mover, (), kind, step)
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,7 +359,9 @@ def mark_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(
-    num_threads: int, fault: Callable[[pytest.MonkeyPatch], None] | None, monkeypatch: pytest.MonkeyPatch
+    num_threads: int,
+    fault: Callable[[pytest.MonkeyPatch], None] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batches = make_batches(25, batch_size=8)
     expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 25)])
@@ -278,7 +370,9 @@ def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(
         fault(monkeypatch)
     options = {"lookahead": 1, "prefetch_depth": 2, "store": SlowStore}
     found = train(make_tables(), SGD(lr=0.5), batches, [(3, 25)], **options)
-    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)) == (fault is None)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)) == (
+        fault is None
+    )
 
 
 def break_and_go_on(trainer: Trainer, batches: Sequence[Jagged]) -> None:
@@ -355,25 +449,46 @@ ROOMY: dict[str, Any] = {"cache": [150, 50], "lookahead": 4}
 """Without late transfers, before which deferred gradients would be waited for."""
 
 
-@pytest.mark.parametrize("fault", [send_all_replicas_early, defer_all_gradients, drop_a_contribution])
+@pytest.mark.parametrize(
+    "fault", [send_all_replicas_early, defer_all_gradients, drop_a_contribution]
+)
 def test_a_planted_fault_is_found(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make_batches(14)
 
     def trained(num_trainers: int) -> list[np.ndarray]:
-        return train(make_tables(), SGD(lr=0.05), batches, [(num_trainers, 14)], loss=curved_loss, **ROOMY)  # more would magnify
+        # more would magnify
+        return train(
+            make_tables(), SGD(lr=0.05), batches, [(num_trainers, 14)], loss=curved_loss, **ROOMY
+        )
 
     expected = trained(1)
     for one, other in zip(trained(3), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
     fault(monkeypatch)
-    assert any(np.abs(one - other).max() > 1e-3 for one, other in zip(trained(3), expected, strict=True))
+    assert any(
+        np.abs(one - other).max() > 1e-3 for one, other in zip(trained(3), expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("fault", [send_all_replicas_early, defer_all_gradients])
-def test_a_planted_fault_is_found_by_the_check_of_plans_before_it_is_trained(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_found_by_the_check_of_plans_before_it_is_trained(
+    fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fault(monkeypatch)
-    with pytest.raises(PlanError, match=r"step \d+, group \d .*, rank \d: .*gradients are applied|, rank \d: .*which that compute"):
-        train(make_tables(), SGD(lr=0.05), make_batches(14), [(3, 14)], check=True, timeout_s=3.0, **ROOMY)
+    with pytest.raises(
+        PlanError,
+        match=r"step \d+, group \d .*, rank \d: .*gradients are applied"
+        r"|, rank \d: .*which that compute",
+    ):
+        train(
+            make_tables(),
+            SGD(lr=0.05),
+            make_batches(14),
+            [(3, 14)],
+            check=True,
+            timeout_s=3.0,
+            **ROOMY,
+        )
 
 
 def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_waited_for() -> None:
@@ -391,7 +506,8 @@ def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_wai
         except BackgroundError as error:
             messages[rank] = str(error)
         finally:
-            embeddings.fail(RuntimeError("the test is over"))  # nothing can be written back together any more
+            # nothing can be written back together any more
+            embeddings.fail(RuntimeError("the test is over"))
             stream.close()
 
     started = time.monotonic()
@@ -413,5 +529,7 @@ def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_wai
 
 def test_too_many_replicas_are_refused_with_step_need_and_limit() -> None:
     options = {"cache": [200, 50], "replicas": 1, "lookahead": 3, "timeout_s": 3.0}
-    with pytest.raises(ConfigError, match=r"step 0: rank \d needs \d+ rows of group \d .* has room for 1 replicas"):
+    with pytest.raises(
+        ConfigError, match=r"step 0: rank \d needs \d+ rows of group \d .* has room for 1 replicas"
+    ):
         train(make_tables(), SGD(lr=0.5), make_batches(5), [(2, 5)], **options)

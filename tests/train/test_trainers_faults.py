@@ -1,4 +1,6 @@
-"""What goes wrong with several trainers, and must not: circles of waiting, late plans, failures of one rank, different settings."""
+"""What goes wrong with several trainers, and must not: circles of waiting, late plans, failures of
+one rank, different settings.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,17 @@ def batch_of(ids: Any) -> Jagged:
     return Jagged(keys=("a",), values=values, batch_size=len(values))
 
 
-def random_batches(num_batches: int, batch_size: int, num_ids: int = 50, seed: int = 0, skew: float = 1.0) -> list[Jagged]:
+def random_batches(
+    num_batches: int, batch_size: int, num_ids: int = 50, seed: int = 0, skew: float = 1.0
+) -> list[Jagged]:
     rng = np.random.default_rng(seed)
     return [batch_of(num_ids * rng.random(batch_size) ** skew) for _ in range(num_batches)]
 
 
 def make(communicator: Communicator | None, store: MemoryStore) -> EmbeddingBagCollection:
-    return EmbeddingBagCollection(TABLES, optimizer=OPTIMIZER, store=lambda *_: store, communicator=communicator)
+    return EmbeddingBagCollection(
+        TABLES, optimizer=OPTIMIZER, store=lambda *_: store, communicator=communicator
+    )
 
 
 def records_of(store: MemoryStore) -> np.ndarray:
@@ -49,8 +55,17 @@ def records_of(store: MemoryStore) -> np.ndarray:
     return records
 
 
-def train(num_trainers: int, batches: Sequence[Jagged], work: Any = None, *, timeout_s: float = 6.0, **options: Any) -> np.ndarray:
-    """All records after training `batches` with gradients of 1; `work(embeddings, step)` runs before each backward."""
+def train(
+    num_trainers: int,
+    batches: Sequence[Jagged],
+    work: Any = None,
+    *,
+    timeout_s: float = 6.0,
+    **options: Any,
+) -> np.ndarray:
+    """All records after training `batches` with gradients of 1; `work(embeddings, step)` runs
+    before each backward.
+    """
     store = MemoryStore(GROUP, 1)
 
     def run(communicator: Communicator | None) -> None:
@@ -72,15 +87,20 @@ def train(num_trainers: int, batches: Sequence[Jagged], work: Any = None, *, tim
 def test_a_row_evicted_late_and_fetched_at_the_same_tick_is_no_circle(depth: int) -> None:
     batches = random_batches(60, 2, num_ids=8)
     trainers = Trainers(num_trainers=2, ranks=(0,), num_replica_slots=(50,))
-    options = StreamOptions(groups=(GROUP,), num_slots=(2,), trainers=trainers, lookahead=3, prefetch_depth=depth)
+    options = StreamOptions(
+        groups=(GROUP,), num_slots=(2,), trainers=trainers, lookahead=3, prefetch_depth=depth
+    )
     plans = [planned.plan for planned in plan_stream(batches, options)]
-    assert any(plan.groups[0].early.fence_tick == plan.early_tick for plan in plans) or depth == 3  # or it shows nothing
+    # or it shows nothing
+    assert any(plan.groups[0].early.fence_tick == plan.early_tick for plan in plans) or depth == 3
     found = train(2, batches, cache=[2], replicas=50, lookahead=3, prefetch_depth=depth)
     np.testing.assert_array_equal(found, train(1, batches, cache=[4], lookahead=3))
 
 
 @pytest.mark.parametrize(("depth", "seed"), [(4, 0), (4, 1), (3, 2), (2, 3)])
-def test_plans_that_come_late_on_one_rank_change_nothing(depth: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_that_come_late_on_one_rank_change_nothing(
+    depth: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 0's plans are always there, rank 1's never before they are needed."""
     batches = random_batches(120, 3, num_ids=40, seed=seed, skew=1.5)
     local, original = threading.local(), BackgroundIterator.next_if_ready
@@ -95,7 +115,9 @@ def test_plans_that_come_late_on_one_rank_change_nothing(depth: int, seed: int, 
     def run(communicator: Communicator) -> None:
         local.rank = communicator.rank
         embeddings = make(communicator, store)
-        with bagpipe.lookahead(batches, embeddings, cache=[3], replicas=50, lookahead=2, prefetch_depth=depth) as stream:
+        with bagpipe.lookahead(
+            batches, embeddings, cache=[3], replicas=50, lookahead=2, prefetch_depth=depth
+        ) as stream:
             for batch in stream:
                 (embeddings(batch).values().sum() * 2).backward()
 
@@ -104,12 +126,17 @@ def test_plans_that_come_late_on_one_rank_change_nothing(depth: int, seed: int, 
 
 
 def test_a_late_plan_releases_none_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step's later gradients are sent as its plan says up to the second tick after it; its place is reused then."""
+    """A step's later gradients are sent as its plan says up to the second tick after it; its place
+    is reused then.
+    """
     released: list[tuple[int, bool]] = []  # (step, whether its gradients are still on their way)
     submit = Executor.submit
 
     def watched(
-        self: Executor, plan: StepPlan, release: Callable[[], None] | None = None, along: Sequence[MovedArray] = ()
+        self: Executor,
+        plan: StepPlan,
+        release: Callable[[], None] | None = None,
+        along: Sequence[MovedArray] = (),
     ) -> None:
         assert self._exchange is not None
         steps = self._exchange._steps
@@ -125,11 +152,17 @@ def test_a_late_plan_releases_none_that_is_still_read(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("seed", range(12))
 def test_tight_caches_of_any_number_of_trainers(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    num_trainers, depth, lookahead = int(rng.choice([2, 3, 4])), int(rng.integers(0, 6)), int(rng.integers(1, 8))
+    num_trainers, depth, lookahead = (
+        int(rng.choice([2, 3, 4])),
+        int(rng.integers(0, 6)),
+        int(rng.integers(1, 8)),
+    )
     batches = [batch_of(50 * rng.random(int(rng.integers(0, 9))) ** 2) for _ in range(60)]
     need = max(len(np.unique(batch.values)) for batch in batches)
     slots = -(-need // num_trainers) + int(rng.integers(0, 3))
-    found = train(num_trainers, batches, cache=[slots], replicas=50, lookahead=lookahead, prefetch_depth=depth)
+    found = train(
+        num_trainers, batches, cache=[slots], replicas=50, lookahead=lookahead, prefetch_depth=depth
+    )
     np.testing.assert_array_equal(found, train(1, batches, cache=[50]))
 
 
@@ -141,7 +174,9 @@ def test_a_learning_rate_is_that_of_the_gradients_step() -> None:
 
     expected = train(1, batches, set_rate, cache=[50])
     for _ in range(4):
-        np.testing.assert_array_equal(train(2, batches, set_rate, cache=[50], replicas=50, lookahead=3), expected)
+        np.testing.assert_array_equal(
+            train(2, batches, set_rate, cache=[50], replicas=50, lookahead=3), expected
+        )
 
 
 def test_an_error_on_one_rank_is_raised_there_at_once_as_it_is() -> None:
@@ -150,7 +185,9 @@ def test_an_error_on_one_rank_is_raised_there_at_once_as_it_is() -> None:
     def run(communicator: Communicator) -> None:
         embeddings = make(communicator, store)
         try:
-            with bagpipe.lookahead(batches, embeddings, cache=[50], replicas=50, lookahead=3) as stream:
+            with bagpipe.lookahead(
+                batches, embeddings, cache=[50], replicas=50, lookahead=3
+            ) as stream:
                 for step, batch in enumerate(stream):
                     if communicator.rank == 1 and step == 5:
                         ended["raised"] = time.monotonic()
@@ -162,7 +199,8 @@ def test_an_error_on_one_rank_is_raised_there_at_once_as_it_is() -> None:
     run_ranks(2, run, timeout_s=5.0)
     assert isinstance(ended[1][1], ValueError)
     assert ended[1][0] - ended["raised"] < 2.0  # not the timeout
-    assert isinstance(ended[0][1], BackgroundError)  # threads keep their sockets, so the other one needs the timeout, once
+    # threads keep their sockets, so the other one needs the timeout, once
+    assert isinstance(ended[0][1], BackgroundError)
     assert ended[0][0] - ended["raised"] < 9.0
 
 
@@ -177,7 +215,10 @@ def test_too_many_replicas_are_refused_on_all_ranks_at_once() -> None:
     def run(communicator: Communicator) -> None:
         embeddings = make(communicator, MemoryStore(GROUP, 1))
         started = time.monotonic()
-        with pytest.raises(ConfigError, match=r"step \d+: rank \d needs \d+ rows of group 0 .* has room for 2 replicas") as raised:
+        with pytest.raises(
+            ConfigError,
+            match=r"step \d+: rank \d needs \d+ rows of group 0 .* has room for 2 replicas",
+        ) as raised:
             train_all(embeddings)
         messages[communicator.rank] = str(raised.value)
         assert time.monotonic() - started < 15
@@ -195,7 +236,11 @@ def test_rows_read_after_backward_are_as_of_that_step() -> None:
         embeddings = make(communicator, stores[num_trainers])
         found = []
         with bagpipe.lookahead(
-            batches, embeddings, cache=[50], lookahead=3, **({"replicas": 50} if communicator else {})
+            batches,
+            embeddings,
+            cache=[50],
+            lookahead=3,
+            **({"replicas": 50} if communicator else {}),
         ) as stream:
             for batch in stream:
                 (embeddings(batch).values().sum() * num_trainers).backward()
@@ -212,7 +257,9 @@ def test_rows_read_after_backward_are_as_of_that_step() -> None:
         np.testing.assert_array_equal(two, one)
 
 
-def test_an_automatic_cache_is_that_of_the_rank_with_least_memory_and_all_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_automatic_cache_is_that_of_the_rank_with_least_memory_and_all_share_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     local = threading.local()
     monkeypatch.setattr(capacity, "_free_bytes", lambda _: local.free)
     batches, slots = random_batches(10, 4, num_ids=10), {}
@@ -230,12 +277,18 @@ def test_an_automatic_cache_is_that_of_the_rank_with_least_memory_and_all_share_
     assert slots[0] == slots[1] == 1000 // 2 // 2 // GROUP.record_bytes
 
 
-@pytest.mark.parametrize(("name", "values"), [("cache", ([20], [25])), ("lookahead", (3, 4)), ("prefetch_depth", (2, 3))])
+@pytest.mark.parametrize(
+    ("name", "values"), [("cache", ([20], [25])), ("lookahead", (3, 4)), ("prefetch_depth", (2, 3))]
+)
 def test_ranks_with_other_settings_are_refused(name: str, values: tuple[Any, Any]) -> None:
     def run(communicator: Communicator) -> None:
-        options = {"cache": [20], "replicas": 50, "lookahead": 3} | {name: values[communicator.rank]}
+        options = {"cache": [20], "replicas": 50, "lookahead": 3} | {
+            name: values[communicator.rank]
+        }
         with pytest.raises(ConfigError, match="ranks plan with other settings"):
-            bagpipe.lookahead(random_batches(5, 4), make(communicator, MemoryStore(GROUP, 1)), **options)
+            bagpipe.lookahead(
+                random_batches(5, 4), make(communicator, MemoryStore(GROUP, 1)), **options
+            )
 
     run_ranks(2, run, timeout_s=6.0)
 
@@ -246,7 +299,13 @@ def test_ranks_that_read_other_batches_are_refused() -> None:
     def run(communicator: Communicator) -> None:
         batches = random_batches(5, 8, seed=communicator.rank)
         with pytest.raises(DataError, match="ranks read other batches"):
-            for _ in bagpipe.lookahead(batches, make(communicator, MemoryStore(GROUP, 1)), cache=[20], replicas=50, lookahead=3):
+            for _ in bagpipe.lookahead(
+                batches,
+                make(communicator, MemoryStore(GROUP, 1)),
+                cache=[20],
+                replicas=50,
+                lookahead=3,
+            ):
                 pass
 
     run_ranks(2, run, timeout_s=6.0)
@@ -258,8 +317,18 @@ def test_a_share_of_other_samples_than_planned_is_refused() -> None:
 
     def run(communicator: Communicator) -> None:
         embeddings = make(communicator, MemoryStore(GROUP, 1))
-        with pytest.raises(DataError, match=r"step 0: share\(batch, \d, 2\) has other ids than samples \d to \d of the batch"):
-            for _ in bagpipe.lookahead(random_batches(5, 8), embeddings, cache=[20], replicas=50, lookahead=3, share=strided):
+        with pytest.raises(
+            DataError,
+            match=r"step 0: share\(batch, \d, 2\) has other ids than samples \d to \d of the batch",
+        ):
+            for _ in bagpipe.lookahead(
+                random_batches(5, 8),
+                embeddings,
+                cache=[20],
+                replicas=50,
+                lookahead=3,
+                share=strided,
+            ):
                 pass
 
     run_ranks(2, run, timeout_s=6.0)
@@ -268,9 +337,13 @@ def test_a_share_of_other_samples_than_planned_is_refused() -> None:
 def test_one_stream_at_a_time() -> None:
     def run(communicator: Communicator) -> None:
         first, second = (make(communicator, MemoryStore(GROUP, 1)) for _ in range(2))
-        with bagpipe.lookahead(random_batches(5, 8), first, cache=[50], replicas=50, lookahead=3) as stream:
+        with bagpipe.lookahead(
+            random_batches(5, 8), first, cache=[50], replicas=50, lookahead=3
+        ) as stream:
             with pytest.raises(UsageError, match="one stream at a time"):
-                bagpipe.lookahead(random_batches(5, 8), second, cache=[50], replicas=50, lookahead=3)
+                bagpipe.lookahead(
+                    random_batches(5, 8), second, cache=[50], replicas=50, lookahead=3
+                )
             for batch in stream:
                 first(batch).values().sum().backward()
 
@@ -306,7 +379,9 @@ def test_tables_of_several_trainers_are_shared_by_default() -> None:
     batches = random_batches(12, 8)
 
     def run(communicator: Communicator) -> np.ndarray:
-        embeddings = EmbeddingBagCollection(TABLES, optimizer=OPTIMIZER, seed=1, communicator=communicator)
+        embeddings = EmbeddingBagCollection(
+            TABLES, optimizer=OPTIMIZER, seed=1, communicator=communicator
+        )
         with bagpipe.lookahead(batches, embeddings, cache=[8], replicas=50, lookahead=3) as stream:
             for batch in stream:
                 (embeddings(batch).values().sum() * 2).backward()

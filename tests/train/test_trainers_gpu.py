@@ -1,6 +1,7 @@
 """Two trainers on GPUs give what one gives, to the bit where sums are exact; see `test_trainers`.
 
-Each takes a GPU. Where there is but one they share it, which NCCL allows only to ranks of different hosts: they claim to be.
+Each takes a GPU. Where there is but one they share it, which NCCL allows only to ranks of different
+hosts: they claim to be.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.train.slow_device import KINDS, slow_down
-from tests.train.test_trainers import OPTIMIZERS, assert_equal, linear_loss, make_batches, make_tables
+from tests.train.test_trainers import (
+    OPTIMIZERS,
+    assert_equal,
+    linear_loss,
+    make_batches,
+    make_tables,
+)
 
 import bagpipe
 from bagpipe.bench.trainers_rank import claim_own_host
@@ -27,38 +34,57 @@ from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DenseStep
 from bagpipe.types import Group, Optimizer, group_tables
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 NUM_STEPS = 40
 
 
 def train(
-    optimizer: Optimizer, slots: Sequence[int], communicator: Communicator | None, oracle: Literal["thread", "process"]
+    optimizer: Optimizer,
+    slots: Sequence[int],
+    communicator: Communicator | None,
+    oracle: Literal["thread", "process"],
 ) -> list[np.ndarray]:
-    """All records after training, by group, then what the rank has looked up, by step and group; on the current device.
+    """All records after training, by group, then what the rank has looked up, by step and group; on
+    the current device.
 
     Gradients of exact sums do not depend on the rows, so a stale replica shows in lookups alone.
     """
     batches, tables = make_batches(NUM_STEPS), make_tables()
     groups = group_tables(tables, optimizer)
     num_trainers = 1 if communicator is None else communicator.num_trainers
-    embeddings = EmbeddingBagCollection(tables, optimizer=optimizer, device="cuda", seed=11, communicator=communicator)
+    embeddings = EmbeddingBagCollection(
+        tables, optimizer=optimizer, device="cuda", seed=11, communicator=communicator
+    )
     replicas = [group.num_rows for group in groups]
-    with bagpipe.lookahead(batches, embeddings, cache=slots, replicas=replicas, lookahead=4, oracle=oracle) as stream:
+    with bagpipe.lookahead(
+        batches, embeddings, cache=slots, replicas=replicas, lookahead=4, oracle=oracle
+    ) as stream:
         looked_up: list[torch.Tensor] = []
         for number, batch in enumerate(stream):
             pooled = embeddings(batch).groups
-            looked_up += [group.detach().clone() for group in pooled]  # on the device, which the host may run ahead of
+            # on the device, which the host may run ahead of
+            looked_up += [group.detach().clone() for group in pooled]
             (linear_loss(pooled) * num_trainers).backward()
             if number == NUM_STEPS // 2:
                 stream.flush()
-    records = [all_records(*each, communicator) for each in zip(groups, embeddings.stores, strict=True)]
+    records = [
+        all_records(*each, communicator) for each in zip(groups, embeddings.stores, strict=True)
+    ]
     return [*records, *(each.cpu().numpy() for each in looked_up)]
 
 
-def all_records(group: Group, store: EmbeddingStore, communicator: Communicator | None) -> np.ndarray:
+def all_records(
+    group: Group, store: EmbeddingStore, communicator: Communicator | None
+) -> np.ndarray:
     """Of all hosts."""
-    rows, records = np.arange(group.num_rows), np.empty((group.num_rows, group.record_width), np.float32)
+    rows, records = (
+        np.arange(group.num_rows),
+        np.empty((group.num_rows, group.record_width), np.float32),
+    )
     if communicator is None:
         store.fetch(rows, records)
     else:
@@ -95,7 +121,11 @@ def join(rank: int, num_trainers: int, port: int) -> torch.device:
     torch.cuda.set_device(device)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl", init_method=address, rank=rank, world_size=num_trainers, timeout=timedelta(seconds=60)
+        "cpu:gloo,cuda:nccl",
+        init_method=address,
+        rank=rank,
+        world_size=num_trainers,
+        timeout=timedelta(seconds=60),
     )
     return device
 
@@ -106,8 +136,13 @@ def run_rank(rank: int, num_trainers: int, port: int, path: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if case.slow:
                 slow_down(case.slow, patch.setattr)
-            communicator = Communicator.from_default_group(num_hosts=case.num_hosts, timeout=timedelta(seconds=60))
-            np.savez(f"{path}/{name}-{rank}.npz", *train(case.optimizer, case.slots, communicator, case.oracle))
+            communicator = Communicator.from_default_group(
+                num_hosts=case.num_hosts, timeout=timedelta(seconds=60)
+            )
+            np.savez(
+                f"{path}/{name}-{rank}.npz",
+                *train(case.optimizer, case.slots, communicator, case.oracle),
+            )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -120,7 +155,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all cases give on two ranks; one start of two processes for all of them, since it takes most of the time."""
+    """What all cases give on two ranks; one start of two processes for all of them, since it takes
+    most of the time.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(run_rank, args=(2, free_port(), str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
     return folder
@@ -131,16 +168,22 @@ def test_two_ranks_equal_one_to_the_bit_where_sums_are_exact(name: str, of_two: 
     expected = train(CASES[name].optimizer, [400, 50], None, "thread")
     with np.load(of_two / f"{name}-0.npz") as first, np.load(of_two / f"{name}-1.npz") as second:
         names = list(first.files)
-        found = [first[each] for each in names[:2]] + [np.concatenate([first[each], second[each]]) for each in names[2:]]
+        found = [first[each] for each in names[:2]] + [
+            np.concatenate([first[each], second[each]]) for each in names[2:]
+        ]
     assert_equal(found, expected)
 
 
 def take_dense_steps(rank: int, num_trainers: int, port: int, path: str, graph: bool) -> None:
-    """Saves the losses and parameters of a few steps of a dense part whose gradients NCCL averages."""
+    """Saves the losses and parameters of a few steps of a dense part whose gradients NCCL
+    averages.
+    """
     device = join(rank, num_trainers, port)
     communicator = Communicator.from_default_group(timeout=timedelta(seconds=60))
     torch.manual_seed(3)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).to(device)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).to(
+        device
+    )
     said: list[str] = []
     step = DenseStep(
         lambda dense, pooled: model(pooled).squeeze(1),
@@ -154,10 +197,16 @@ def take_dense_steps(rank: int, num_trainers: int, port: int, path: str, graph: 
     )
     losses = []
     for number in range(8):
-        step.pooled(16)[0].copy_((torch.arange(128, device=device).view(16, 2, 4) + 7 * number + 3 * rank) % 11 / 11)
+        step.pooled(16)[0].copy_(
+            (torch.arange(128, device=device).view(16, 2, 4) + 7 * number + 3 * rank) % 11 / 11
+        )
         losses.append(float(step(torch.ones(16, 3), torch.ones(16) * rank)[0]))
     assert not said, said
-    np.savez(f"{path}/{rank}.npz", np.array(losses), *(parameter.detach().cpu().numpy() for parameter in model.parameters()))
+    np.savez(
+        f"{path}/{rank}.npz",
+        np.array(losses),
+        *(parameter.detach().cpu().numpy() for parameter in model.parameters()),
+    )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -172,6 +221,10 @@ def test_graphs_of_two_ranks_average_as_eager_does(tmp_path: Path) -> None:
         )
         found.append([np.load(folder / f"{rank}.npz") for rank in range(2)])
     for eager, captured in zip(*found, strict=True):
-        assert_equal([captured[name] for name in captured.files], [eager[name] for name in eager.files])
+        assert_equal(
+            [captured[name] for name in captured.files], [eager[name] for name in eager.files]
+        )
     first, second = found[0]
-    assert_equal([first[name] for name in first.files[1:]], [second[name] for name in second.files[1:]])
+    assert_equal(
+        [first[name] for name in first.files[1:]], [second[name] for name in second.files[1:]]
+    )

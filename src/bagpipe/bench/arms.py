@@ -1,12 +1,18 @@
-"""The arms of `bagpipe bench step`: one way each to hold embedding tables, look rows up, and update them in backward.
+"""The arms of `bagpipe bench step`: one way each to hold embedding tables, look rows up, and update
+them in backward.
 
-    bagpipe      tables in a `MemoryStore`, a small cache, `bagpipe.lookahead` reading ahead and planning live
-    fused        whole tables in RAM, Bagpipe's own kernels; de-duplication on the critical path, on all cores
-    fbgemm       whole tables in RAM, FBGEMM's CPU table-batched embedding bags, row-wise Adagrad fused
-    torch_bags   whole tables in RAM, one `nn.EmbeddingBag(sparse=True)` a table and plain SGD: no Adagrad, for orientation
+    bagpipe      tables in a `MemoryStore`, a small cache, `bagpipe.lookahead` reading ahead and
+                 planning live
+    fused        whole tables in RAM, Bagpipe's own kernels; de-duplication on the critical path, on
+                 all cores
+    fbgemm       whole tables in RAM, FBGEMM's CPU table-batched embedding bags, row-wise Adagrad
+                 fused
+    torch_bags   whole tables in RAM, one `nn.EmbeddingBag(sparse=True)` a table and plain SGD: no
+                 Adagrad, for orientation
 
-All take the same batches and, through `load`, the same initial rows. What a data loader could do beforehand is done beforehand
-for the in-memory arms: linear row numbers for `fused`, index and offset tensors for `fbgemm` and `torch_bags`.
+All take the same batches and, through `load`, the same initial rows. What a data loader could do
+beforehand is done beforehand for the in-memory arms: linear row numbers for `fused`, index and
+offset tensors for `fbgemm` and `torch_bags`.
 """
 
 from __future__ import annotations
@@ -34,7 +40,9 @@ class Arm(Protocol):
 
     @property
     def embeddings(self) -> nn.Module:
-        """Maps what `batches` yields as the sparse part to `PooledEmbeddings`; backward updates the rows."""
+        """Maps what `batches` yields as the sparse part to `PooledEmbeddings`; backward updates the
+        rows.
+        """
 
     def load(self, first_row: int, records: Float32Array) -> None:
         """Sets rows `first_row` .. `first_row + n` to `records` (n, record_width)."""
@@ -66,12 +74,16 @@ class BagpipeArm:
         return self._stream
 
     def load(self, first_row: int, records: Float32Array) -> None:
-        """See `Arm.load`. Every row counts as written from then on, as in a run that has been going for a while."""
+        """See `Arm.load`. Every row counts as written from then on, as in a run that has been going
+        for a while.
+        """
         self.embeddings.stores[0].write(np.arange(first_row, first_row + len(records)), records)
 
     def batches(self, batches: Sequence[TorchBatch]) -> Iterator[tuple[TorchBatch, Any]]:
         """See `Arm.batches`."""
-        self._stream = lookahead(batches, self.embeddings, cache=self._cache_rows, lookahead=self._lookahead)
+        self._stream = lookahead(
+            batches, self.embeddings, cache=self._cache_rows, lookahead=self._lookahead
+        )
         return ((batch, batch.sparse) for batch in self._stream)
 
     def finish_step(self) -> None:
@@ -112,14 +124,17 @@ class FusedArm:
 
 
 class FbgemmArm:
-    """FBGEMM's tables on the CPU, with the optimizer fused and int64 indices; int32 ones take as long (measured)."""
+    """FBGEMM's tables on the CPU, with the optimizer fused and int64 indices; int32 ones take as
+    long (measured).
+    """
 
     name = "fbgemm"
 
     def __init__(self, group: Group) -> None:
         """ImportError where fbgemm-gpu-cpu is not installed."""
         with warnings.catch_warnings():
-            # Importing it warns of optional parts that its CPU build does not have; that is none of the user's business.
+            # Importing it warns of optional parts that its CPU build does not have; that is none of
+            # the user's business.
             warnings.simplefilter("ignore")
             from fbgemm_gpu.split_embedding_configs import EmbOptimType
             from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -131,7 +146,15 @@ class FbgemmArm:
         assert isinstance(group.optimizer, RowWiseAdagrad)
         self._group = group
         self._tables = SplitTableBatchedEmbeddingBagsCodegen(
-            [(table.num_embeddings, table.embedding_dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for table in group.tables],
+            [
+                (
+                    table.num_embeddings,
+                    table.embedding_dim,
+                    EmbeddingLocation.HOST,
+                    ComputeDevice.CPU,
+                )
+                for table in group.tables
+            ],
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=group.optimizer.lr,
             eps=group.optimizer.eps,
@@ -163,7 +186,9 @@ class _FbgemmTables(nn.Module):
     def forward(self, sparse: tuple[Tensor, Tensor]) -> PooledEmbeddings:
         group = self.groups[0]
         pooled: Tensor = self.tables(*sparse)  # (B, F * D)
-        return PooledEmbeddings([group.features], [pooled.view(len(pooled), len(group.features), -1)])
+        return PooledEmbeddings(
+            [group.features], [pooled.view(len(pooled), len(group.features), -1)]
+        )
 
 
 def _indices_and_offsets(sparse: Jagged) -> tuple[Tensor, Tensor]:
@@ -183,11 +208,18 @@ class TorchBagsArm:
 
     def load(self, first_row: int, records: Float32Array) -> None:
         """See `Arm.load`."""
-        _load_tables(self._group, [bag.weight.detach() for bag in self.embeddings.bags], first_row, records)
+        _load_tables(
+            self._group, [bag.weight.detach() for bag in self.embeddings.bags], first_row, records
+        )
 
     def batches(self, batches: Sequence[TorchBatch]) -> Iterator[tuple[TorchBatch, Any]]:
         """See `Arm.batches`."""
-        return iter([(batch, _indices_and_offsets(batch.sparse)[0].view(-1, batch.batch_size)) for batch in batches])
+        return iter(
+            [
+                (batch, _indices_and_offsets(batch.sparse)[0].view(-1, batch.batch_size))
+                for batch in batches
+            ]
+        )
 
     def finish_step(self) -> None:
         """See `Arm.finish_step`: the optimizer."""
@@ -205,7 +237,10 @@ class _TorchBags(nn.Module):
     def __init__(self, group: Group) -> None:
         super().__init__()
         self.groups = (group,)
-        bags = [nn.EmbeddingBag.from_pretrained(_empty(table), freeze=False, mode="sum", sparse=True) for table in group.tables]
+        bags = [
+            nn.EmbeddingBag.from_pretrained(_empty(table), freeze=False, mode="sum", sparse=True)
+            for table in group.tables
+        ]
         self.bags = nn.ModuleList(bags)  # type: ignore[assignment]
 
     def forward(self, indices: Tensor) -> PooledEmbeddings:
@@ -217,7 +252,9 @@ def _empty(table: TableConfig) -> Tensor:
     return torch.empty(table.num_embeddings, table.embedding_dim)
 
 
-def _load_tables(group: Group, weights: Sequence[Tensor], first_row: int, records: Float32Array) -> None:
+def _load_tables(
+    group: Group, weights: Sequence[Tensor], first_row: int, records: Float32Array
+) -> None:
     """Copies the part of `records` that each table's rows are."""
     for index, weight in enumerate(weights):
         start, end = int(group.row_offsets[index]), int(group.row_offsets[index + 1])

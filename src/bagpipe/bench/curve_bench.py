@@ -1,6 +1,8 @@
-"""`bagpipe bench curve`: rows fetched a step over cache size and lookahead on Criteo-Kaggle's cardinalities, by the dry run.
+"""`bagpipe bench curve`: rows fetched a step over cache size and lookahead on Criteo-Kaggle's
+cardinalities, by the dry run.
 
-Nothing is asserted: the result says in how many places a bigger cache, or a longer lookahead, fetches more rows than a smaller one.
+Nothing is asserted: the result says in how many places a bigger cache, or a longer lookahead,
+fetches more rows than a smaller one.
 """
 
 from __future__ import annotations
@@ -54,18 +56,35 @@ def bench_curve(sizes: CurveBench, progress: Progress, plot: Path | None = None)
         tables=(render_points(result),),
         values={"sizes": asdict(sizes), "rises": rises} | as_dict(result),
         notes=tuple(
-            f"rows fetched {'fall monotonically' if count == 0 else f'rise in {count} places'} with {what}"
+            f"rows fetched {'fall monotonically' if count == 0 else f'rise in {count} places'} "
+            f"with {what}"
             for what, count in rises.items()
         ),
     )
 
 
 def count_rises(result: DryRun) -> dict[str, int]:
-    """In how many neighbouring points of the grid more rows are fetched with more cache, and with more lookahead."""
-    fetched = {(point.lookahead, point.cache_rows): point.report.num_fetched for point in result.points if point.report is not None}
+    """In how many neighbouring points of the grid more rows are fetched with more cache, and with
+    more lookahead.
+    """
+    fetched = {
+        (point.lookahead, point.cache_rows): point.report.num_fetched
+        for point in result.points
+        if point.report is not None
+    }
     return {
-        "cache size": _rises([[fetched[key] for key in sorted(fetched) if key[0] == each] for each in {key[0] for key in fetched}]),
-        "lookahead": _rises([[fetched[key] for key in sorted(fetched) if key[1] == each] for each in {key[1] for key in fetched}]),
+        "cache size": _rises(
+            [
+                [fetched[key] for key in sorted(fetched) if key[0] == each]
+                for each in {key[0] for key in fetched}
+            ]
+        ),
+        "lookahead": _rises(
+            [
+                [fetched[key] for key in sorted(fetched) if key[1] == each]
+                for each in {key[1] for key in fetched}
+            ]
+        ),
     }
 
 

@@ -1,7 +1,9 @@
-"""The distinct rows of a batch and the order of its backward sums, found on the device at the moment that they are needed.
+"""The distinct rows of a batch and the order of its backward sums, found on the device at the
+moment that they are needed.
 
-What the oracle plans ahead, an arm without lookahead does in the step: on a CPU with the oracle's own loops, on CUDA by one
-sort and torch operations on its result. Both give the `DevicePlan` that the kernels of the cache read.
+What the oracle plans ahead, an arm without lookahead does in the step: on a CPU with the oracle's
+own loops, on CUDA by one sort and torch operations on its result. Both give the `DevicePlan` that
+the kernels of the cache read.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.types import MAX_PIECE_LENGTH, SGD, Int32Array, Jagged, TableConfig, group_tables
 
 
-def plan_of(deduped: DedupedGroup, lookups: Int32Array, *, step: int, batch_size: int, num_features: int) -> DevicePlan:
-    """A plan on the CPU that calls distinct rows by their numbers; `lookups` (L,) are places in what the lookup reads."""
+def plan_of(
+    deduped: DedupedGroup, lookups: Int32Array, *, step: int, batch_size: int, num_features: int
+) -> DevicePlan:
+    """A plan on the CPU that calls distinct rows by their numbers; `lookups` (L,) are places in
+    what the lookup reads.
+    """
     return DevicePlan(
         step=step,
         batch_size=batch_size,
@@ -33,9 +39,16 @@ def plan_of(deduped: DedupedGroup, lookups: Int32Array, *, step: int, batch_size
 
 
 def distinct_on_cpu(slots: Tensor, num_slots: int, *, step: int) -> DevicePlan:
-    """The distinct ones of `slots` (n,) int32, and for each its places among them: bags of one feature."""
+    """The distinct ones of `slots` (n,) int32, and for each its places among them: bags of one
+    feature.
+    """
     (group,) = group_tables(
-        [TableConfig(name="slots", num_embeddings=num_slots, embedding_dim=1, feature_names=["slot"])], SGD(lr=0)
+        [
+            TableConfig(
+                name="slots", num_embeddings=num_slots, embedding_dim=1, feature_names=["slot"]
+            )
+        ],
+        SGD(lr=0),
     )
     deduped = dedup(group, Jagged(keys=("slot",), values=slots.numpy(), batch_size=len(slots)))
     return plan_of(deduped, deduped.inverse, step=step, batch_size=len(slots), num_features=1)
@@ -50,7 +63,8 @@ def distinct(
     num_features: int,
     bag_offsets: Tensor | None = None,
 ) -> DevicePlan:
-    """Of the rows (L,) of a batch's lookups, which feed `output_rows` (L,), both int32: the distinct ones, ascending.
+    """Of the rows (L,) of a batch's lookups, which feed `output_rows` (L,), both int32: the
+    distinct ones, ascending.
 
     `lookup_slots` are places among them. The host waits for the device once, for all sizes.
     """
@@ -60,13 +74,16 @@ def distinct(
     of_ordered = is_first.cumsum(0) - 1
     inverse = torch.empty_like(rows)
     inverse[order] = of_ordered.to(torch.int32)
-    begins = torch.searchsorted(of_ordered, torch.arange(len(rows) + 1, device=rows.device))  # (L + 1,), L for rows that are not
+    # (L + 1,), L for rows that are not
+    begins = torch.searchsorted(of_ordered, torch.arange(len(rows) + 1, device=rows.device))
     counts = begins.diff()
     rests = (counts - MAX_PIECE_LENGTH).clamp(min=0)  # bags beyond the first piece
     num_pieces = (rests + MAX_PIECE_LENGTH - 1) // MAX_PIECE_LENGTH  # further ones
     sizes = torch.stack([is_first.sum(), (rests > 0).sum(), num_pieces.sum()])
     num_uniques, num_longs, num_further = sizes.tolist()
-    begins, counts, rests, num_pieces = (each[:num_uniques] for each in (begins, counts, rests, num_pieces))
+    begins, counts, rests, num_pieces = (
+        each[:num_uniques] for each in (begins, counts, rests, num_pieces)
+    )
     lengths, long_uniques, long_offsets = _further_pieces(rests, num_pieces, num_longs, num_further)
     first_ends, rest_ends = (counts - rests).cumsum(0), rests.cumsum(0)
     places = torch.arange(len(rows), device=rows.device) - begins[of_ordered]  # within the row
@@ -89,17 +106,27 @@ def distinct(
     )
 
 
-def _further_pieces(rests: Tensor, num_pieces: Tensor, num_longs: int, num_further: int) -> tuple[Tensor, Tensor, Tensor]:
-    """From each row's bags beyond its first piece, and their pieces (U,): lengths of these, long rows, and their offsets."""
+def _further_pieces(
+    rests: Tensor, num_pieces: Tensor, num_longs: int, num_further: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From each row's bags beyond its first piece, and their pieces (U,): lengths of these, long
+    rows, and their offsets.
+    """
     ends = num_pieces.cumsum(0)
     numbers = torch.arange(num_further, device=rests.device)
     row = torch.searchsorted(ends, numbers, right=True)  # of each further piece
-    lengths = (rests[row] - (numbers - (ends - num_pieces)[row]) * MAX_PIECE_LENGTH).clamp(max=MAX_PIECE_LENGTH)
-    long_uniques = torch.searchsorted((rests > 0).cumsum(0), torch.arange(1, num_longs + 1, device=rests.device))
+    lengths = (rests[row] - (numbers - (ends - num_pieces)[row]) * MAX_PIECE_LENGTH).clamp(
+        max=MAX_PIECE_LENGTH
+    )
+    long_uniques = torch.searchsorted(
+        (rests > 0).cumsum(0), torch.arange(1, num_longs + 1, device=rests.device)
+    )
     return lengths, long_uniques, _with_zero(ends[long_uniques])
 
 
-def output_rows_of(batch_size: int, num_features: int, bag_offsets: Int32Array | None) -> Int32Array:
+def output_rows_of(
+    batch_size: int, num_features: int, bag_offsets: Int32Array | None
+) -> Int32Array:
     """For each lookup, feature-major, the output row b * F + f that it feeds: (L,)."""
     bags = np.arange(num_features * batch_size, dtype=np.int32)
     rows = bags % batch_size * num_features + bags // batch_size

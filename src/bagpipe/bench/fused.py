@@ -1,8 +1,8 @@
 """Whole tables in RAM, as fast as Bagpipe's own kernels allow: what a cached step is compared with.
 
-One (N, D) tensor for all tables. Nothing is known ahead, so backward first has to find the distinct rows of the batch and the
-order of their sums: neighbouring tables form parts, which a thread pool de-duplicates while finished parts are summed and updated
-by the kernels of the cache.
+One (N, D) tensor for all tables. Nothing is known ahead, so backward first has to find the distinct
+rows of the batch and the order of their sums: neighbouring tables form parts, which a thread pool
+de-duplicates while finished parts are summed and updated by the kernels of the cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class FusedBatch:
 
 
 class FusedTables(nn.Module):
-    """One (N, D) tensor for all tables of a group; backward de-duplicates on a thread pool and applies the optimizer."""
+    """One (N, D) tensor for all tables of a group; backward de-duplicates on a thread pool and
+    applies the optimizer.
+    """
 
     def __init__(self, group: Group) -> None:
         super().__init__()
@@ -73,7 +75,9 @@ class FusedTables(nn.Module):
         num_samples, num_features = batch.sparse.batch_size, len(self.group.features)
         flat = grads.reshape(num_samples * num_features, -1).contiguous()
         lr = self.group.optimizer.lr
-        for part in self._pool.map(lambda part: part.dedup(batch.sparse, num_features), self._parts):
+        for part in self._pool.map(
+            lambda part: part.dedup(batch.sparse, num_features), self._parts
+        ):
             plan = _plan(self.step, num_samples, num_features, batch.rows, part)
             kernels_cpu.update(self.weights, self.state, plan, flat, self.group.optimizer, lr)
         self.step += 1
@@ -96,10 +100,14 @@ class _Schedule:
 
 
 _NONE = np.empty(0, np.int32)
-_NOTHING = _Schedule(rows=_NONE, bags=_NONE, piece_offsets=_NONE, long_uniques=_NONE, long_offsets=_NONE)
+_NOTHING = _Schedule(
+    rows=_NONE, bags=_NONE, piece_offsets=_NONE, long_uniques=_NONE, long_offsets=_NONE
+)
 
 
-def _plan(step: int, num_samples: int, num_features: int, rows: Tensor, schedule: _Schedule) -> DevicePlan:
+def _plan(
+    step: int, num_samples: int, num_features: int, rows: Tensor, schedule: _Schedule
+) -> DevicePlan:
     return DevicePlan(
         step=step,
         batch_size=num_samples,
@@ -137,7 +145,11 @@ class _Part:
 
 
 def _split(group: Group, num_parts: int) -> list[_Part]:
-    bounds = np.linspace(0, len(group.tables), min(num_parts, len(group.tables)) + 1).astype(int).tolist()
+    bounds = (
+        np.linspace(0, len(group.tables), min(num_parts, len(group.tables)) + 1)
+        .astype(int)
+        .tolist()
+    )
     return [
         _Part(
             group=group_tables(group.tables[first:last], group.optimizer)[0],
@@ -149,7 +161,9 @@ def _split(group: Group, num_parts: int) -> list[_Part]:
 
 
 @jit
-def _renumber_bags(bags: Int32Array, num_features: int, all_features: int, first_feature: int) -> None:
+def _renumber_bags(
+    bags: Int32Array, num_features: int, all_features: int, first_feature: int
+) -> None:
     """From output rows of a part to those of the whole group, in place."""
     for index in range(len(bags)):
         sample = np.uint32(bags[index]) // np.uint32(num_features)

@@ -1,12 +1,15 @@
-"""The arms of `bagpipe bench gpu` that need no FBGEMM: one way each to hold tables, look rows up and update them.
+"""The arms of `bagpipe bench gpu` that need no FBGEMM: one way each to hold tables, look rows up
+and update them.
 
     dense       no embedding work at all: what a step can't be faster than
-    bagpipe     tables in a store in host memory or a file, `bagpipe.lookahead` reading prepared files and planning live
-    torch_cpu   tables in host memory, looked up by `torch.nn.functional.embedding_bag` on the CPU, pooled embeddings and their
-                gradients copied; sparse gradients, row-wise Adagrad written with torch operations
+    bagpipe     tables in a store in host memory or a file, `bagpipe.lookahead` reading prepared
+                files and planning live
+    torch_cpu   tables in host memory, looked up by `torch.nn.functional.embedding_bag` on the CPU,
+                pooled embeddings and their gradients copied; sparse gradients, row-wise Adagrad
+                written with torch operations
 
-An arm writes pooled embeddings into the buffer that the dense part reads, and takes their gradients from there. The FBGEMM
-arms are in `gpu_fbgemm`.
+An arm writes pooled embeddings into the buffer that the dense part reads, and takes their gradients
+from there. The FBGEMM arms are in `gpu_fbgemm`.
 """
 
 from __future__ import annotations
@@ -32,18 +35,24 @@ from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad
 
 
 class StepArm(Protocol):
-    """One way to train embedding tables. A step is `next_batch`, `lookup`, the dense part, `update`."""
+    """One way to train embedding tables. A step is `next_batch`, `lookup`, the dense part,
+    `update`.
+    """
 
     name: str
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """Sets `rows` (n,), ascending, to `records` (n, record_width). With several trainers every rank is given all of them."""
+        """Sets `rows` (n,), ascending, to `records` (n, record_width). With several trainers every
+        rank is given all of them.
+        """
 
     def start(self) -> None:
         """Makes ready for the first batch; all rows are loaded."""
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Dense features and labels of the next batch, or of the rank's share, on the device or in pinned memory."""
+        """Dense features and labels of the next batch, or of the rank's share, on the device or in
+        pinned memory.
+        """
 
     def lookup(self, pooled: Tensor) -> None:
         """Fills pooled (B, F, D) for the batch."""
@@ -52,14 +61,18 @@ class StepArm(Protocol):
         """Updates the batch's rows with grads (B, F, D), averaged over ranks."""
 
     def close(self) -> None:
-        """Frees the tables, all ranks together. The step that was begun last need not have been updated."""
+        """Frees the tables, all ranks together. The step that was begun last need not have been
+        updated.
+        """
 
 
 class GpuArm(StepArm, Protocol):
     """An arm of `bagpipe bench gpu`, whose embedding work is also timed alone."""
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
-        """The embedding work of the batch that was looked up last, by name, to be called again and again."""
+        """The embedding work of the batch that was looked up last, by name, to be called again and
+        again.
+        """
 
 
 class _Batch(Protocol):
@@ -106,7 +119,9 @@ class DenseArm:
 
 
 class BagpipeArm:
-    """Bagpipe as `bagpipe train` runs it: reader, oracle and transfers live; on CUDA the oracle in a process of its own."""
+    """Bagpipe as `bagpipe train` runs it: reader, oracle and transfers live; on CUDA the oracle in
+    a process of its own.
+    """
 
     def __init__(
         self,
@@ -120,12 +135,24 @@ class BagpipeArm:
         communicator: Communicator | None = None,
         overlap: bool = True,
     ) -> None:
-        """With a `communicator` it is one rank of several, `batches` are those of all, and `overlap` as in `bagpipe.lookahead`."""
-        self.name, self._workload, self._batches, self._overlap, self._device = name, workload, batches, overlap, device
+        """With a `communicator` it is one rank of several, `batches` are those of all, and
+        `overlap` as in `bagpipe.lookahead`.
+        """
+        self.name, self._workload, self._batches, self._overlap, self._device = (
+            name,
+            workload,
+            batches,
+            overlap,
+            device,
+        )
         self._is_writer = communicator is None or communicator.rank == 0
         self._num_trainers = 1 if communicator is None else communicator.num_trainers
         self.embeddings = EmbeddingBagCollection(
-            group.tables, optimizer=group.optimizer, device=device, store=store, communicator=communicator
+            group.tables,
+            optimizer=group.optimizer,
+            device=device,
+            store=store,
+            communicator=communicator,
         )
         self._lookahead: Lookahead[TorchBatch] | None = None
         self._batch: TorchBatch | None = None
@@ -137,7 +164,8 @@ class BagpipeArm:
         return self._lookahead
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `StepArm.load`. Rows count as written from then on, as in a run that has been going for an epoch.
+        """See `StepArm.load`. Rows count as written from then on, as in a run that has been going
+        for an epoch.
 
         Ranks share their store, so the first one writes.
         """
@@ -179,23 +207,31 @@ class BagpipeArm:
         assert executor is not None
         assert executor.current is not None
         (cache,), (plan,) = executor.caches, executor.current
-        return {"lookup": lambda: cache.lookup(plan, out=pooled), "update": lambda: cache.update(plan, grads)}
+        return {
+            "lookup": lambda: cache.lookup(plan, out=pooled),
+            "update": lambda: cache.update(plan, grads),
+        }
 
     def counters(self) -> dict[str, float]:
         """What the oracle decided and the loop waited for so far, and the time."""
         report, waits = self.lookahead.report, self.lookahead.waits
         names = ("num_steps", "num_uniques", "num_fetched", "num_fetched_late", "num_written_back")
-        waited = {name.replace("_s", "_wait_ms"): 1e3 * seconds for name, seconds in asdict(waits).items()}
+        waited = {
+            name.replace("_s", "_wait_ms"): 1e3 * seconds for name, seconds in asdict(waits).items()
+        }
         return {name: float(getattr(report, name)) for name in names} | waited
 
     def counters_since(self, before: dict[str, float]) -> dict[str, float]:
         """`counters` a step since `before`, and how full the cache is."""
         after = self.counters()
         num_steps = after["num_steps"] - before["num_steps"]
-        per_step = {name: (after[name] - before[name]) / num_steps for name in after if name != "num_steps"}
+        per_step = {
+            name: (after[name] - before[name]) / num_steps for name in after if name != "num_steps"
+        }
         return per_step | {
             "hit_rate": 1.0 - per_step["num_fetched"] / per_step["num_uniques"],
-            "cache_filled": self.lookahead.report.peak_slots / (self._workload.cache_rows * self._num_trainers),
+            "cache_filled": self.lookahead.report.peak_slots
+            / (self._workload.cache_rows * self._num_trainers),
         }
 
     def close(self) -> None:
@@ -216,7 +252,9 @@ class TorchCpuArm:
         self._batches: Sequence[ResidentBatch] = stream.resident
         self._step = 0
         dim = group.embedding_dim
-        self._weights = [torch.empty(table.num_embeddings, dim, requires_grad=True) for table in group.tables]
+        self._weights = [
+            torch.empty(table.num_embeddings, dim, requires_grad=True) for table in group.tables
+        ]
         self._state = [torch.zeros(table.num_embeddings, 1) for table in group.tables]
         self._pooled: Tensor | None = None
 
@@ -238,7 +276,9 @@ class TorchCpuArm:
         for index, weight in enumerate(self._weights):
             bounds = offsets[index * size : (index + 1) * size + 1]
             ids = indices[int(bounds[0]) : int(bounds[-1])]
-            pooled.append(embedding_bag(ids, weight, bounds[:-1] - bounds[0], mode="sum", sparse=True))
+            pooled.append(
+                embedding_bag(ids, weight, bounds[:-1] - bounds[0], mode="sum", sparse=True)
+            )
         self._pooled = torch.stack(pooled, dim=1)
         return batch.dense, batch.labels
 
@@ -271,16 +311,24 @@ class TorchCpuArm:
 
 
 def load_tables(
-    group: Group, weights: Sequence[Any], rows: Int64Array, records: Float32Array, firsts: Sequence[int] | None = None
+    group: Group,
+    weights: Sequence[Any],
+    rows: Int64Array,
+    records: Float32Array,
+    firsts: Sequence[int] | None = None,
 ) -> None:
-    """Copies to each table, a tensor on any device, the part of `records` (n, record_width) that its rows are.
+    """Copies to each table, a tensor on any device, the part of `records` (n, record_width) that
+    its rows are.
 
-    `firsts` are the ids at which the tables' tensors begin, where these are parts of the tables; 0 by default.
+    `firsts` are the ids at which the tables' tensors begin, where these are parts of the tables; 0
+    by default.
     """
     for index, weight in enumerate(weights):
         first = int(group.row_offsets[index]) + (0 if firsts is None else firsts[index])
         begin, end = np.searchsorted(rows, [first, first + len(weight)]).tolist()
         if begin < end:
             ids = torch.from_numpy(rows[begin:end] - first).to(weight.device)
-            values = torch.from_numpy(np.ascontiguousarray(records[begin:end, : group.embedding_dim]))
+            values = torch.from_numpy(
+                np.ascontiguousarray(records[begin:end, : group.embedding_dim])
+            )
             weight[ids] = values.to(weight.device)

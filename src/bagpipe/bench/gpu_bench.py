@@ -1,12 +1,15 @@
-"""`bagpipe bench gpu`: a training step on one GPU, Bagpipe against FBGEMM and against no embedding work at all.
+"""`bagpipe bench gpu`: a training step on one GPU, Bagpipe against FBGEMM and against no embedding
+work at all.
 
-All arms train the same batches with the same captured dense part, from the same rows and parameters; over the first steps their
-losses must agree. Bagpipe runs live: it reads prepared files, plans, copies and trains, in turns with one other arm after
-another, so that every ratio comes from neighbouring minutes. The others hold their tables only while they run, which bounds the
+All arms train the same batches with the same captured dense part, from the same rows and
+parameters; over the first steps their losses must agree. Bagpipe runs live: it reads prepared
+files, plans, copies and trains, in turns with one other arm after another, so that every ratio
+comes from neighbouring minutes. The others hold their tables only while they run, which bounds the
 memory.
 
-A turn is measured between two events on the GPU's own clock (on a CPU, which only tests use, the host's), after some steps that use
-up what Bagpipe's queues hold from the time when others ran. The host waits for the device after a turn, never within.
+A turn is measured between two events on the GPU's own clock (on a CPU, which only tests use, the
+host's), after some steps that use up what Bagpipe's queues hold from the time when others ran. The
+host waits for the device after a turn, never within.
 """
 
 from __future__ import annotations
@@ -39,51 +42,72 @@ from bagpipe.store import FileStore, MemoryStore
 from bagpipe.types import Float32Array, Group, Int64Array
 
 LOSS_TOLERANCE = 1e-3
-"""Relative, over the compared steps: sums in another order move some values over a bfloat16 boundary, and steps magnify that, from
-1e-6 at the second step to 1e-4 at the tenth on a CPU. An arm that drops its updates is off by 5e-2."""
+"""Relative, over the compared steps: sums in another order move some values over a bfloat16
+boundary, and steps magnify that, from 1e-6 at the second step to 1e-4 at the tenth on a CPU. An arm
+that drops its updates is off by 5e-2."""
 OTHER_ARMS = (*FBGEMM_ARMS, "torch_cpu")
 _LOAD_ROWS = 1 << 20
 _KERNEL_REPEATS = 30
 _HEAD_START_CYCLES = 20_000_000
-"""Ten milliseconds or so that the device sleeps before repeated kernels, so that they do not wait for the host's launches."""
+"""Ten milliseconds or so that the device sleeps before repeated kernels, so that they do not wait
+for the host's launches."""
 _NUM_SHOWN = 16
 """Batches that the arm without embeddings goes through."""
 
 
-def bench_gpu(workload: Workload, arms: Sequence[str] | None, progress: Progress, plot: Path | None = None) -> Result:
-    """Runs `dense`, `bagpipe`, and of the others `arms`, all by default; in tiny sizes also without CUDA.
+def bench_gpu(
+    workload: Workload, arms: Sequence[str] | None, progress: Progress, plot: Path | None = None
+) -> Result:
+    """Runs `dense`, `bagpipe`, and of the others `arms`, all by default; in tiny sizes also without
+    CUDA.
 
-    An arm that does not compute the same as Bagpipe is named in the notes. Raises ConfigError for an unknown arm.
+    An arm that does not compute the same as Bagpipe is named in the notes. Raises ConfigError for
+    an unknown arm.
     """
     for name in arms or ():
         if name not in OTHER_ARMS:
-            raise ConfigError(f"arm {name!r} is unknown: dense and bagpipe always run, others are {', '.join(OTHER_ARMS)}")
+            raise ConfigError(
+                f"arm {name!r} is unknown: dense and bagpipe always run, others are "
+                f"{', '.join(OTHER_ARMS)}"
+            )
     on_cuda = torch.cuda.is_available()
     names, notes = _available([name for name in OTHER_ARMS if not arms or name in arms], on_cuda)
     folder = Path(tempfile.mkdtemp(prefix="bagpipe-bench-"))
     try:
-        bench = _Bench(workload, names, torch.device("cuda" if on_cuda else "cpu"), folder, progress)
+        bench = _Bench(
+            workload, names, torch.device("cuda" if on_cuda else "cpu"), folder, progress
+        )
         values = bench.run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if plot is not None:
         save_plot(values, plot)
-    notes += [f"arm {name} failed and is left out: {error}" for name, error in bench.failures.items()]
+    notes += [
+        f"arm {name} failed and is left out: {error}" for name, error in bench.failures.items()
+    ]
     notes += disagreements({name: arm["loss_differences"] for name, arm in values["arms"].items()})
     return Result(name="gpu", tables=render(values), values=values, notes=tuple(notes))
 
 
-def disagreements(differences: Mapping[str, Sequence[float]], reference: str = "bagpipe") -> list[str]:
-    """A sentence for each arm whose losses differ from those of `reference` by more than `LOSS_TOLERANCE`, relative, step by step.
+def disagreements(
+    differences: Mapping[str, Sequence[float]], reference: str = "bagpipe"
+) -> list[str]:
+    """A sentence for each arm whose losses differ from those of `reference` by more than
+    `LOSS_TOLERANCE`, relative, step by step.
 
-    A note, not an error at that step: what was measured stays, and whether later steps agree again tells a slip from wrong updates.
+    A note, not an error at that step: what was measured stays, and whether later steps agree again
+    tells a slip from wrong updates.
     """
     return [
-        f"arm {name} does NOT compute the same: its loss differs from {reference}'s by more than {LOSS_TOLERANCE:g} of it at "
-        f"{len(beyond)} of the first {len(found)} steps, first at step {beyond[0]} by {found[beyond[0]]:.1e}, at most by "
+        f"arm {name} does NOT compute the same: its loss differs from {reference}'s by more than "
+        f"{LOSS_TOLERANCE:g} of it at "
+        f"{len(beyond)} of the first {len(found)} steps, first at step {beyond[0]} by "
+        f"{found[beyond[0]]:.1e}, at most by "
         f"{max(found):.1e}"
         for name, found in differences.items()
-        if (beyond := [step for step, difference in enumerate(found) if difference > LOSS_TOLERANCE])
+        if (
+            beyond := [step for step, difference in enumerate(found) if difference > LOSS_TOLERANCE]
+        )
     ]
 
 
@@ -91,7 +115,9 @@ def _available(names: Sequence[str], on_cuda: bool) -> tuple[list[str], list[str
     """The arms that can run here, and a sentence on those that can't."""
     left, notes = list(names), []
     if not on_cuda:
-        notes.append("no CUDA device: arms run on the CPU, to see that they work; the numbers mean nothing")
+        notes.append(
+            "no CUDA device: arms run on the CPU, to see that they work; the numbers mean nothing"
+        )
         left = [name for name in left if name in ("fbgemm_hbm", "torch_cpu")]
     of_fbgemm = [name for name in left if name in FBGEMM_ARMS]
     try:
@@ -100,7 +126,8 @@ def _available(names: Sequence[str], on_cuda: bool) -> tuple[list[str], list[str
         left = [name for name in left if name not in of_fbgemm]
         if of_fbgemm:
             notes.append(
-                f"left out {', '.join(of_fbgemm)}: {error}; pip install fbgemm-gpu (without a GPU fbgemm-gpu-cpu), of the version "
+                f"left out {', '.join(of_fbgemm)}: {error}; pip install fbgemm-gpu (without a GPU "
+                "fbgemm-gpu-cpu), of the version "
                 "that belongs to this torch"
             )
     return left, notes
@@ -121,8 +148,20 @@ class _Run:
 class _Bench:
     """One workload on one device."""
 
-    def __init__(self, workload: Workload, names: Sequence[str], device: torch.device, folder: Path, progress: Progress) -> None:
-        self._workload, self._names, self._device, self._progress = workload, names, device, progress
+    def __init__(
+        self,
+        workload: Workload,
+        names: Sequence[str],
+        device: torch.device,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._workload, self._names, self._device, self._progress = (
+            workload,
+            names,
+            device,
+            progress,
+        )
         self._group: Group = workload.group
         self._folder = folder
         self._reference: list[float] = []  # Bagpipe's first losses
@@ -132,9 +171,15 @@ class _Bench:
         self._stream: Stream = make_stream(
             workload,
             folder / "data",
-            # The window must not run out of batches while it is measured, or there would be less to plan.
-            num_batches=workload.warmup_steps + (num_turns + 1) * workload.turn_and_settle_steps + workload.lookahead + 2,
-            num_resident=workload.warmup_steps + workload.rounds * workload.turn_and_settle_steps + 2,
+            # The window must not run out of batches while it is measured, or there would be less to
+            # plan.
+            num_batches=workload.warmup_steps
+            + (num_turns + 1) * workload.turn_and_settle_steps
+            + workload.lookahead
+            + 2,
+            num_resident=workload.warmup_steps
+            + workload.rounds * workload.turn_and_settle_steps
+            + 2,
             device=device,
             progress=progress,
         )
@@ -151,15 +196,21 @@ class _Bench:
             assert isinstance(bagpipe, BagpipeArm)
             before = bagpipe.counters()
             for number, names in enumerate(sets):
-                runs |= self._measure_beside(runs, names, number * self._workload.rounds, len(sets) * self._workload.rounds)
+                runs |= self._measure_beside(
+                    runs, names, number * self._workload.rounds, len(sets) * self._workload.rounds
+                )
                 self._forget()
             counted = bagpipe.counters_since(before)
             self._time_kernels(runs["bagpipe"])
             counted["device_idle_ms"] = self._time_idle(runs["bagpipe"])
             return self._values(runs, counted, bandwidths, bagpipe.lookahead.oracle_bytes)
 
-    def _measure_beside(self, always: Mapping[str, _Run], names: Sequence[str], num_done: int, num_turns: int) -> dict[str, _Run]:
-        """Turns of the arms that always run and of those of `names`; one of these that fails is left out and noted."""
+    def _measure_beside(
+        self, always: Mapping[str, _Run], names: Sequence[str], num_done: int, num_turns: int
+    ) -> dict[str, _Run]:
+        """Turns of the arms that always run and of those of `names`; one of these that fails is
+        left out and noted.
+        """
         with ExitStack() as beside:
             runs: dict[str, _Run] = {}
             for name in names:
@@ -197,24 +248,40 @@ class _Bench:
                     self._group,
                     all_batches(source, self._workload.batch_size, self._stream.num_batches),
                     device=self._device,
-                    store=(lambda group, seed: FileStore(group, seed, self._folder / "store")) if in_file else None,
+                    store=(lambda group, seed: FileStore(group, seed, self._folder / "store"))
+                    if in_file
+                    else None,
                 )
             case "dense":
                 return DenseArm(self._stream.resident[:_NUM_SHOWN])
             case "torch_cpu":
                 return TorchCpuArm(self._group, self._stream)
-        return FbgemmArm(name, self._group, self._stream, cache_rows=self._workload.cache_rows, device=self._device)
+        return FbgemmArm(
+            name,
+            self._group,
+            self._stream,
+            cache_rows=self._workload.cache_rows,
+            device=self._device,
+        )
 
     def _start(self, name: str, stack: ExitStack) -> _Run:
-        """Makes an arm, which `stack` closes, gives it the initial rows, and trains its first steps."""
+        """Makes an arm, which `stack` closes, gives it the initial rows, and trains its first
+        steps.
+        """
         before = self._allocated()
         arm = self._make(name)
         stack.callback(arm.close)
-        for rows, records in self._initial_rows(self._stream.touched_rows if name == "bagpipe" else self._stream.resident_rows):
+        for rows, records in self._initial_rows(
+            self._stream.touched_rows if name == "bagpipe" else self._stream.resident_rows
+        ):
             arm.load(rows, records)
         arm.start()
         self._dense.load(self._initial)
-        num_steps = self._workload.num_compared if isinstance(arm, TorchCpuArm) else self._workload.warmup_steps
+        num_steps = (
+            self._workload.num_compared
+            if isinstance(arm, TorchCpuArm)
+            else self._workload.warmup_steps
+        )
         losses = []
         for step in range(num_steps):
             losses.append(self._step(arm))
@@ -271,9 +338,11 @@ class _Bench:
             run.kernels_ms[name] = 1e3 * self._time(kernel, _KERNEL_REPEATS)
 
     def _time_idle(self, run: _Run) -> float:
-        """Milliseconds between a step's update and the next one's lookup in which the device waits for rows or for the host.
+        """Milliseconds between a step's update and the next one's lookup in which the device waits
+        for rows or for the host.
 
-        One more turn. What lies between them is that wait and the lookup, whose time alone is known.
+        One more turn. What lies between them is that wait and the lookup, whose time alone is
+        known.
         """
         if self._device.type == "cpu":
             return 0.0
@@ -292,7 +361,9 @@ class _Bench:
         return max(0.0, float(sum(between)) / len(between) - run.kernels_ms["lookup"])
 
     def _time(self, function: Callable[[], object], num_calls: int) -> float:
-        """Seconds a call, by the device's clock; the device may still be at earlier work when the calls begin."""
+        """Seconds a call, by the device's clock; the device may still be at earlier work when the
+        calls begin.
+        """
         if self._device.type == "cpu":
             started = time.perf_counter()
             for _ in range(num_calls):
@@ -321,14 +392,20 @@ class _Bench:
             torch.cuda.empty_cache()
 
     def _values(
-        self, runs: Mapping[str, _Run], counted: dict[str, float], bandwidths: dict[str, float], oracle_bytes: int
+        self,
+        runs: Mapping[str, _Run],
+        counted: dict[str, float],
+        bandwidths: dict[str, float],
+        oracle_bytes: int,
     ) -> dict[str, Any]:
         workload, group = self._workload, self._group
         steps = {name: Timing.of(run.turns_s) for name, run in runs.items()}
         num_lookups = workload.batch_size * sum(workload.lengths)
         return {
             "workload": asdict(workload),
-            "device": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name(self._device)
+            if self._device.type == "cuda"
+            else "cpu",
             "num_rows": group.num_rows,
             "table_bytes": group.num_rows * group.record_bytes,
             "cache_share": workload.cache_rows / group.num_rows,
@@ -340,11 +417,14 @@ class _Bench:
                     "over_bagpipe": steps[name].median_ms / steps["bagpipe"].median_ms,
                     "kernels_ms": run.kernels_ms,
                     "device_bytes": run.device_bytes,
-                    "loss_differences": relative_differences(run.losses, self._reference) if name != "dense" else [],
+                    "loss_differences": relative_differences(run.losses, self._reference)
+                    if name != "dense"
+                    else [],
                 }
                 for name, run in runs.items()
             },
-            "bagpipe": counted | {"idle_share": counted["device_idle_ms"] / steps["bagpipe"].median_ms},
+            "bagpipe": counted
+            | {"idle_share": counted["device_idle_ms"] / steps["bagpipe"].median_ms},
             "bandwidths": bandwidths,
             "floor": embedding_floor(workload, group, num_lookups, counted, bandwidths),
             "oracle_bytes": oracle_bytes,

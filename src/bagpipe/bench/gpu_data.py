@@ -1,8 +1,9 @@
-"""The stream of `bagpipe bench gpu`: written as prepared files for Bagpipe, kept on the device for the other arms.
+"""The stream of `bagpipe bench gpu`: written as prepared files for Bagpipe, kept on the device for
+the other arms.
 
-All batches are distinct. They are made on a thread pool (the generator's loops release the GIL) and written in order. The other
-arms get ids, offsets, dense features and labels on the device before they start, which favours them: Bagpipe reads, checks, plans
-and copies all of it while it trains.
+All batches are distinct. They are made on a thread pool (the generator's loops release the GIL) and
+written in order. The other arms get ids, offsets, dense features and labels on the device before
+they start, which favours them: Bagpipe reads, checks, plans and copies all of it while it trains.
 """
 
 from __future__ import annotations
@@ -59,12 +60,23 @@ class Stream:
 
 
 def make_stream(
-    workload: Workload, folder: Path, *, num_batches: int, num_resident: int, device: torch.device, progress: Progress
+    workload: Workload,
+    folder: Path,
+    *,
+    num_batches: int,
+    num_resident: int,
+    device: torch.device,
+    progress: Progress,
 ) -> Stream:
-    """Writes `num_batches` into `folder`, and keeps the first `num_resident` of them on `device`."""
+    """Writes `num_batches` into `folder`, and keeps the first `num_resident` of them on
+    `device`.
+    """
     group, size = workload.group, workload.batch_size
     source = _source(workload, num_batches)
-    features = [FeatureEntry(name=spec.name, table=spec.table, multi_hot=spec.multi_hot) for spec in source.features]
+    features = [
+        FeatureEntry(name=spec.name, table=spec.table, multi_hot=spec.multi_hot)
+        for spec in source.features
+    ]
     schema = prepared_schema(features, NUM_DENSE)
     touched = np.zeros(group.num_rows, np.bool_)
     offsets = _fixed_offsets(workload)
@@ -77,16 +89,25 @@ def make_stream(
     with (
         Workers("stream", num_threads) as workers,
         SplitWriter(
-            folder, "train", schema, rows_per_batch=_ROWS_PER_RECORD_BATCH, batches_per_file=_RECORD_BATCHES_A_FILE
+            folder,
+            "train",
+            schema,
+            rows_per_batch=_ROWS_PER_RECORD_BATCH,
+            batches_per_file=_RECORD_BATCHES_A_FILE,
         ) as writer,
     ):
-        for number, (batch, record) in enumerate(ordered_map(make, range(num_batches), workers, ahead=2 * num_threads)):
+        for number, (batch, record) in enumerate(
+            ordered_map(make, range(num_batches), workers, ahead=2 * num_threads)
+        ):
             writer.write(record)
-            # Here and not where batches are made: numpy loses rows of flags that another thread is writing.
+            # Here and not where batches are made: numpy loses rows of flags that another thread is
+            # writing.
             _mark(batch.sparse.values, offsets[::size], group.row_offsets, touched)
             if number < num_resident:
                 resident.append(_to_device(batch, on_device, device))
-                resident_rows = np.flatnonzero(touched) if number == num_resident - 1 else resident_rows
+                resident_rows = (
+                    np.flatnonzero(touched) if number == num_resident - 1 else resident_rows
+                )
             progress("making and writing batches", number + 1, num_batches)
     _manifest(source, features, writer).save(folder)
     return Stream(
@@ -100,7 +121,9 @@ def make_stream(
 
 def all_batches(source: PreparedSource, batch_size: int, num_batches: int) -> RemainingBatches:
     """The first `num_batches` of a stream's prepared files, to be read live."""
-    schedule = Schedule(batch_size=batch_size, drop_last=True, num_batches=num_batches, num_steps=num_batches)
+    schedule = Schedule(
+        batch_size=batch_size, drop_last=True, num_batches=num_batches, num_steps=num_batches
+    )
     return RemainingBatches(source=source, schedule=schedule, start=Position(epoch=0, batch=0))
 
 
@@ -112,13 +135,17 @@ def _source(workload: Workload, num_batches: int) -> SyntheticSource:
         num_samples=num_batches * workload.batch_size,
         num_dense=NUM_DENSE,
         skew=workload.skew,
-        bag_lengths={f"C{index}": (length, length) for index, length in enumerate(workload.lengths, start=1)},
+        bag_lengths={
+            f"C{index}": (length, length) for index, length in enumerate(workload.lengths, start=1)
+        },
     )
 
 
 def _fixed_offsets(workload: Workload) -> npt.NDArray[np.int32]:
     """(F * B + 1,): bags of one feature all have its length."""
-    return np.concatenate([[0], np.cumsum(np.repeat(workload.lengths, workload.batch_size))]).astype(np.int32)
+    return np.concatenate(
+        [[0], np.cumsum(np.repeat(workload.lengths, workload.batch_size))]
+    ).astype(np.int32)
 
 
 def _make(
@@ -140,9 +167,14 @@ def _make(
 
 @jit
 def _mark(
-    values: npt.NDArray[np.integer], bounds: npt.NDArray[np.int32], row_offsets: Int64Array, touched: npt.NDArray[np.bool_]
+    values: npt.NDArray[np.integer],
+    bounds: npt.NDArray[np.int32],
+    row_offsets: Int64Array,
+    touched: npt.NDArray[np.bool_],
 ) -> None:
-    """Marks the rows of a batch's ids; those of feature, and table, f are values[bounds[f]:bounds[f + 1]]."""
+    """Marks the rows of a batch's ids; those of feature, and table, f are values[bounds[f]:bounds[f
+    + 1]].
+    """
     for feature in range(len(bounds) - 1):
         for value in values[bounds[feature] : bounds[feature + 1]]:
             touched[row_offsets[feature] + value] = True
@@ -157,7 +189,9 @@ def _to_device(batch: Batch, offsets: Tensor, device: torch.device) -> ResidentB
     )
 
 
-def _manifest(source: SyntheticSource, features: Sequence[FeatureEntry], writer: SplitWriter) -> PreparedManifest:
+def _manifest(
+    source: SyntheticSource, features: Sequence[FeatureEntry], writer: SplitWriter
+) -> PreparedManifest:
     return PreparedManifest(
         label="label",
         dense_names=tuple(f"I{index}" for index in range(1, source.num_dense + 1)),
@@ -168,5 +202,7 @@ def _manifest(source: SyntheticSource, features: Sequence[FeatureEntry], writer:
         dictionaries={},
         rows_per_batch=_ROWS_PER_RECORD_BATCH,
         splits={"train": tuple(writer.entries)},
-        source=SourceEntry(kind="synthetic", files=(), num_rows_read=source.num_samples, skipped={}),
+        source=SourceEntry(
+            kind="synthetic", files=(), num_rows_read=source.num_samples, skipped={}
+        ),
     )

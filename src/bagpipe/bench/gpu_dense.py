@@ -1,7 +1,9 @@
-"""The dense part of `bagpipe bench gpu` and `trainers`: one `DenseStep`, on CUDA one captured graph in bfloat16, for all arms.
+"""The dense part of `bagpipe bench gpu` and `trainers`: one `DenseStep`, on CUDA one captured graph
+in bfloat16, for all arms.
 
-Each arm has dense parameters of its own, which are put where the graph reads them at the beginning of its turn: so all arms start
-alike, and their losses can be compared whatever ran between their turns. Plain SGD has no further state.
+Each arm has dense parameters of its own, which are put where the graph reads them at the beginning
+of its turn: so all arms start alike, and their losses can be compared whatever ran between their
+turns. Plain SGD has no further state.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class SharedDense:
         communicator: Communicator | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Without `graph` it runs eagerly on CUDA too. With a `communicator` gradients are averaged over its ranks.
+        """Without `graph` it runs eagerly on CUDA too. With a `communicator` gradients are averaged
+        over its ranks.
 
         `say` is told what does not work.
         """
@@ -40,7 +43,13 @@ class SharedDense:
         num_features, on_cuda = len(workload.lengths), device.type == "cuda"
         graph = graph and on_cuda
         kind = DLRM if workload.dense_part == "dlrm" else DLRM_DCN
-        model = kind(nn.Module(), NUM_DENSE, num_features=num_features, bottom=workload.bottom, top=workload.top).to(device)
+        model = kind(
+            nn.Module(),
+            NUM_DENSE,
+            num_features=num_features,
+            bottom=workload.bottom,
+            top=workload.top,
+        ).to(device)
         self._parameters = list(model.parameters())
         self.step = DenseStep(
             model.dense_part if communicator is None or graph else averaging_part(model),
@@ -56,9 +65,12 @@ class SharedDense:
         self.pooled = self.step.pooled(workload.batch_size)[0]
         """Where every arm writes its embeddings: (B, F, D)."""
         # Of about the size of embeddings, for the arm without them.
-        self.pooled.copy_(torch.randn(self.pooled.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
+        self.pooled.copy_(
+            torch.randn(self.pooled.shape, generator=torch.Generator().manual_seed(1)) * 0.01
+        )
         initial = self.save()
-        self.step(torch.zeros(workload.batch_size, NUM_DENSE), torch.zeros(workload.batch_size))  # captures the graph
+        # captures the graph
+        self.step(torch.zeros(workload.batch_size, NUM_DENSE), torch.zeros(workload.batch_size))
         self.load(initial)
 
     @property

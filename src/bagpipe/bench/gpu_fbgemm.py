@@ -1,16 +1,19 @@
-"""The FBGEMM arms of `bagpipe bench gpu`: one SplitTableBatchedEmbeddingBagsCodegen for all tables, with its best settings.
+"""The FBGEMM arms of `bagpipe bench gpu`: one SplitTableBatchedEmbeddingBagsCodegen for all tables,
+with its best settings.
 
     fbgemm_hbm                whole tables in the GPU's memory
     fbgemm_hbm_int32          the same with int32 ids instead of int64
     fbgemm_hbm_fp32           the same with float32 output instead of bfloat16
     fbgemm_uvm_lru, _lfu      tables in host memory, a cache of as many rows as Bagpipe's on the GPU
-    fbgemm_uvm_lru_prefetch   the same, batch t + 1 prefetched on a side stream between forward and backward of t, as TorchRec's
-                              PrefetchTrainPipelineSparseDist does; FBGEMM prefetches with LRU only
+    fbgemm_uvm_lru_prefetch   the same, batch t + 1 prefetched on a side stream between forward and
+                              backward of t, as TorchRec's PrefetchTrainPipelineSparseDist does;
+                              FBGEMM prefetches with LRU only
     fbgemm_uvm                tables in host memory, no cache
 
-Row-wise Adagrad on float32 weights, no stochastic rounding, no bounds check, bfloat16 output; host memory is mapped, not managed. A
-cache has whole sets of 32 rows, as many as give at least Bagpipe's rows. FBGEMM allocates its output, so it is copied into the
-dense part's buffer, 55 MB of device traffic a step each way. Without CUDA only `fbgemm_hbm` runs, with float32 tables on the host.
+Row-wise Adagrad on float32 weights, no stochastic rounding, no bounds check, bfloat16 output; host
+memory is mapped, not managed. A cache has whole sets of 32 rows, as many as give at least Bagpipe's
+rows. FBGEMM allocates its output, so it is copied into the dense part's buffer, 55 MB of device
+traffic a step each way. Without CUDA only `fbgemm_hbm` runs, with float32 tables on the host.
 """
 
 from __future__ import annotations
@@ -61,13 +64,18 @@ FBGEMM_ARMS: Final[Mapping[str, FbgemmSettings]] = {
 class FbgemmArm:
     """One of `FBGEMM_ARMS`."""
 
-    def __init__(self, name: str, group: Group, stream: Stream, *, cache_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, name: str, group: Group, stream: Stream, *, cache_rows: int, device: torch.device
+    ) -> None:
         """Trains the stream's resident batches. ImportError where fbgemm-gpu is not installed."""
         self.name, self._group, self._settings = name, group, FBGEMM_ARMS[name]
         self._on_cuda = device.type == "cuda"
         dtype = self._settings.index_dtype
         offsets = stream.resident[0].offsets.to(dtype)
-        self._batches = [(batch.dense, batch.labels, batch.indices.to(dtype), offsets) for batch in stream.resident]
+        self._batches = [
+            (batch.dense, batch.labels, batch.indices.to(dtype), offsets)
+            for batch in stream.resident
+        ]
         self._step = -1
         self._tables = _make_tables(self._settings, group, cache_rows, device)
         self._side = torch.cuda.Stream(device) if self._settings.prefetch else None  # type: ignore[no-untyped-call]
@@ -106,7 +114,9 @@ class FbgemmArm:
         self._pooled = None
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
-        """See `GpuArm.kernels`; the batch's rows are in the cache after the first call. Of a batch that was prefetched that one."""
+        """See `GpuArm.kernels`; the batch's rows are in the cache after the first call. Of a batch
+        that was prefetched that one.
+        """
         # The next forward takes what was prefetched last, whatever ids it is given.
         step = self._step if self._side is None else min(self._step + 1, len(self._batches) - 1)
         _, _, indices, offsets = self._batches[step]
@@ -133,9 +143,12 @@ class FbgemmArm:
             self._tables.prefetch(indices, offsets, forward_stream)
 
 
-def _make_tables(settings: FbgemmSettings, group: Group, cache_rows: int, device: torch.device) -> Any:
+def _make_tables(
+    settings: FbgemmSettings, group: Group, cache_rows: int, device: torch.device
+) -> Any:
     with warnings.catch_warnings():
-        # Importing it warns of optional parts that a build does not have; that is none of the user's business.
+        # Importing it warns of optional parts that a build does not have; that is none of the
+        # user's business.
         warnings.simplefilter("ignore")
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode

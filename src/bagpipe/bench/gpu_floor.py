@@ -1,4 +1,6 @@
-"""The floor of `bagpipe bench gpu`: the bytes that embedding work must move, over the bandwidths measured in the same run."""
+"""The floor of `bagpipe bench gpu`: the bytes that embedding work must move, over the bandwidths
+measured in the same run.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,18 @@ _REPEATS = 10
 
 
 def measure_bandwidths(device: torch.device) -> dict[str, float]:
-    """Bytes a second of a copy on the device (read and written both counted), to it, and from it; pinned host memory."""
+    """Bytes a second of a copy on the device (read and written both counted), to it, and from it;
+    pinned host memory.
+    """
     on_cuda = device.type == "cuda"
     size = _COPY_BYTES if on_cuda else _COPY_BYTES >> 6
     first, second = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     host = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
-    pairs = {"device": (second, first, 2), "to_device": (first, host, 1), "to_host": (host, first, 1)}
+    pairs = {
+        "device": (second, first, 2),
+        "to_device": (first, host, 1),
+        "to_host": (host, first, 1),
+    }
     found = {}
     for name, (target, source, factor) in pairs.items():
         target.copy_(source, non_blocking=True)
@@ -35,12 +43,17 @@ def measure_bandwidths(device: torch.device) -> dict[str, float]:
 
 
 def embedding_floor(
-    workload: Workload, group: Group, num_lookups: int, counted: Mapping[str, float], bandwidths: Mapping[str, float]
+    workload: Workload,
+    group: Group,
+    num_lookups: int,
+    counted: Mapping[str, float],
+    bandwidths: Mapping[str, float],
 ) -> dict[str, Any]:
     """Bytes a step must move, at least, and the milliseconds that it takes at full bandwidth.
 
-    Lookup: each distinct row read once, a slot for each lookup, bfloat16 output written. Update: bfloat16 gradients read once, the
-    bags' numbers, each distinct record read and written. Over PCIe: records both ways, the plan, dense features and labels.
+    Lookup: each distinct row read once, a slot for each lookup, bfloat16 output written. Update:
+    bfloat16 gradients read once, the bags' numbers, each distinct record read and written. Over
+    PCIe: records both ways, the plan, dense features and labels.
     """
     num_bags = workload.batch_size * len(workload.lengths)
     uniques, pooled_bytes = counted["num_uniques"], 2 * num_bags * group.embedding_dim
@@ -56,7 +69,10 @@ def embedding_floor(
         "to_host": counted["num_written_back"] * group.record_bytes,
     }
     links = {"lookup": "device", "update": "device", "to_device": "to_device", "to_host": "to_host"}
-    return {name: {"bytes": size, "ms": 1e3 * size / bandwidths[links[name]]} for name, size in sizes.items()}
+    return {
+        name: {"bytes": size, "ms": 1e3 * size / bandwidths[links[name]]}
+        for name, size in sizes.items()
+    }
 
 
 def _wait(on_cuda: bool) -> None:

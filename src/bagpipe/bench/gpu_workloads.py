@@ -1,14 +1,19 @@
-"""The workloads of `bagpipe bench gpu` and `trainers`: tables, stream, dense part, cache and sizes of the measurement.
+"""The workloads of `bagpipe bench gpu` and `trainers`: tables, stream, dense part, cache and sizes
+of the measurement.
 
-    W1       26 tables of the Criteo Terabyte cardinalities cut to 20 M rows x 64, single-hot, Zipf 1.1, batch 16,384, DLRM
+    W1       26 tables of the Criteo Terabyte cardinalities cut to 20 M rows x 64, single-hot, Zipf
+             1.1, batch 16,384, DLRM
     W2       the same x 128, Zipf 1.05
-    W3       the shape of MLPerf's DLRM-DCNv2: 1 to 100 ids a bag, x 128, batch 8,192, dense part with low-rank cross layers
+    W3       the shape of MLPerf's DLRM-DCNv2: 1 to 100 ids a bag, x 128, batch 8,192, dense part
+             with low-rank cross layers
     W4       W1 with the cache cut to 0.3 % of the rows
     W4-file  W4 with Bagpipe's tables in a file
-    small    26 tables of the Criteo Kaggle cardinalities cut to 200,000 rows x 32, batch 1,024, a small DLRM: for two cores
+    small    26 tables of the Criteo Kaggle cardinalities cut to 200,000 rows x 32, batch 1,024, a
+             small DLRM: for two cores
 
-Weights are float32, the optimizer row-wise Adagrad. W3 is cut to 20 M rows a table as well, so that two copies of the tables, ours
-and one of an arm that keeps its own in host memory, fit a machine of 128 GB together.
+Weights are float32, the optimizer row-wise Adagrad. W3 is cut to 20 M rows a table as well, so that
+two copies of the tables, ours and one of an arm that keeps its own in host memory, fit a machine of
+128 GB together.
 """
 
 from __future__ import annotations
@@ -23,7 +28,34 @@ from bagpipe.types import Group, RowWiseAdagrad, TableConfig, group_tables
 
 NUM_DENSE: Final = 13
 EMBEDDING_LR: Final = 0.01
-_MULTI_HOT: Final = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
+_MULTI_HOT: Final = (
+    3,
+    2,
+    1,
+    2,
+    6,
+    1,
+    1,
+    1,
+    1,
+    7,
+    3,
+    8,
+    1,
+    6,
+    9,
+    5,
+    1,
+    1,
+    1,
+    12,
+    100,
+    27,
+    10,
+    3,
+    1,
+    1,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +78,14 @@ class Workload:
     dedup_threads: int | None = None
     prefetch_depth: int = 4
     warmup_steps: int = 350
-    """What every arm trains before it is measured, the compared steps included: as many as fill the caches, or nearly so."""
+    """What every arm trains before it is measured, the compared steps included: as many as fill the
+    caches, or nearly so."""
     num_compared: int = 20
     """First steps whose losses are compared."""
     rounds: int = 4
     settle_steps: int = 16
-    """Steps at the begin of a turn that are not measured: Bagpipe's queues hold plans made while other arms ran."""
+    """Steps at the begin of a turn that are not measured: Bagpipe's queues hold plans made while
+    other arms ran."""
     turn_steps: int = 50
     """Steps measured in one turn."""
     slow_steps: int = 3
@@ -89,7 +123,15 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
     "W1": _W1,
     "W2": _WIDE,
     "W3": replace(
-        _WIDE, name="W3", skew=1.1, batch_size=8_192, multi_hot=True, dense_part="dcn", dedup_threads=10, warmup_steps=200, rounds=3
+        _WIDE,
+        name="W3",
+        skew=1.1,
+        batch_size=8_192,
+        multi_hot=True,
+        dense_part="dcn",
+        dedup_threads=10,
+        warmup_steps=200,
+        rounds=3,
     ),
     "W4": _SMALL_CACHE,
     "W4-file": replace(_SMALL_CACHE, name="W4-file", store="file"),
@@ -130,7 +172,9 @@ _QUICK: Final[Mapping[str, Any]] = {
 
 
 def make_workload(name: str, options: Mapping[str, Any], *, quick: bool) -> Workload:
-    """A workload by name, cut to nothing for `quick`, with `options` in place of its own values. ConfigError: no such name."""
+    """A workload by name, cut to nothing for `quick`, with `options` in place of its own values.
+    ConfigError: no such name.
+    """
     if name not in WORKLOADS:
         raise ConfigError(f"workload {name!r} is unknown: there are {', '.join(WORKLOADS)}")
     workload = replace(WORKLOADS[name], **(_QUICK if quick else {}))

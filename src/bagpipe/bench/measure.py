@@ -39,8 +39,17 @@ class Timing:
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
         """From at least one measurement."""
-        least, low, median, high, most = (float(value) * 1e3 for value in np.percentile(seconds, [0, 25, 50, 75, 100]))
-        return cls(median_ms=median, low_ms=low, high_ms=high, min_ms=least, max_ms=most, count=len(seconds))
+        least, low, median, high, most = (
+            float(value) * 1e3 for value in np.percentile(seconds, [0, 25, 50, 75, 100])
+        )
+        return cls(
+            median_ms=median,
+            low_ms=low,
+            high_ms=high,
+            min_ms=least,
+            max_ms=most,
+            count=len(seconds),
+        )
 
     def __str__(self) -> str:
         return f"{self.median_ms:.2f} [{self.low_ms:.2f}, {self.high_ms:.2f}]"
@@ -68,7 +77,9 @@ def as_json(value: Any) -> Any:
 
 
 def describe_environment() -> dict[str, Any]:
-    """The command, the hardware, the library versions and the commit, as JSON values; None for what can't be found out."""
+    """The command, the hardware, the library versions and the commit, as JSON values; None for what
+    can't be found out.
+    """
     return {
         "command": " ".join(["bagpipe", *sys.argv[1:]]),
         "cpu": _cpu_model(),
@@ -96,7 +107,9 @@ def _cpu_model() -> str | None:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None
+    )
 
 
 def _version(package: str) -> str | None:
@@ -110,9 +123,15 @@ def _commit() -> str | None:
     """The commit of the source tree that runs, with "+" where it was changed."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
         status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True, timeout=10
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,11 +1,14 @@
-"""The oracle as one would write it with numpy: the arm that the compiled one is measured against. Its plans are valid plans.
+"""The oracle as one would write it with numpy: the arm that the compiled one is measured against.
+Its plans are valid plans.
 
-De-duplication is `np.unique` table by table (faster here than over all tables, or than one stable argsort that gives order and
-inverse at once), and the order of the backward sums is a stable argsort of the inverse, which is a radix sort as long as it fits
-16 bits. Slot assignment is fancy indexing on flat arrays, and a victim the largest of one key for each slot, by `np.argpartition`.
+De-duplication is `np.unique` table by table (faster here than over all tables, or than one stable
+argsort that gives order and inverse at once), and the order of the backward sums is a stable
+argsort of the inverse, which is a radix sort as long as it fits 16 bits. Slot assignment is fancy
+indexing on flat arrays, and a victim the largest of one key for each slot, by `np.argpartition`.
 
-It differs from `bagpipe.oracle` only where numpy would be slower still: distinct rows come in ascending order,
-not shard by shard, and among equally good victims any may go, so that the rows fetched agree in number but for a few.
+It differs from `bagpipe.oracle` only where numpy would be slower still: distinct rows come in
+ascending order, not shard by shard, and among equally good victims any may go, so that the rows
+fetched agree in number but for a few.
 """
 
 from __future__ import annotations
@@ -18,10 +21,20 @@ import numpy.typing as npt
 
 from bagpipe.jagged import group_lookups, group_rows
 from bagpipe.oracle.dedup import DedupedGroup
-from bagpipe.types import MAX_PIECE_LENGTH, GradientSchedule, Group, GroupPlan, Int32Array, Int64Array, Jagged, Transfers
+from bagpipe.types import (
+    MAX_PIECE_LENGTH,
+    GradientSchedule,
+    Group,
+    GroupPlan,
+    Int32Array,
+    Int64Array,
+    Jagged,
+    Transfers,
+)
 
 _NEVER = np.iinfo(np.int64).max // 2
-"""Key of a row without a known next use, less the step of its last one: the longest unused has the largest key."""
+"""Key of a row without a known next use, less the step of its last one: the longest unused has the
+largest key."""
 _UNSETTLED, _NEEDED = -1, -2
 _NO_SLOT = -1
 
@@ -31,11 +44,15 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
     lookups = group_lookups(group, batch)
     rows = group_rows(group, batch, lookups)
     output_rows = _output_rows(len(group.features), batch.batch_size, lookups.bag_offsets)
-    table_lookups = np.bincount(group.feature_tables, lookups.feature_lengths, len(group.tables)).astype(np.int64)
+    table_lookups = np.bincount(
+        group.feature_tables, lookups.feature_lengths, len(group.tables)
+    ).astype(np.int64)
     uniques, counts, inverses, bags = [], [], [], []
     begin = num_uniques = 0
     for length in table_lookups.tolist():
-        found, inverse, count = np.unique(rows[begin : begin + length], return_inverse=True, return_counts=True)
+        found, inverse, count = np.unique(
+            rows[begin : begin + length], return_inverse=True, return_counts=True
+        )
         small = inverse.astype(np.uint16) if len(found) < 1 << 16 else inverse
         bags.append(output_rows[begin : begin + length][np.argsort(small, kind="stable")])
         inverses.append((inverse + num_uniques).astype(np.int32))
@@ -58,12 +75,20 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
 
 def _output_rows(num_features: int, batch_size: int, bag_offsets: Int32Array | None) -> Int32Array:
     """The output row b * F + f of each lookup: (L,)."""
-    by_bag = np.arange(num_features * batch_size, dtype=np.int32).reshape(batch_size, num_features).T.reshape(-1)
+    by_bag = (
+        np.arange(num_features * batch_size, dtype=np.int32)
+        .reshape(batch_size, num_features)
+        .T.reshape(-1)
+    )
     return by_bag.copy() if bag_offsets is None else np.repeat(by_bag, np.diff(bag_offsets))
 
 
-def _cut_pieces(counts: Int64Array, bags: Int32Array) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
-    """bags, piece_offsets, long_uniques and long_offsets of `GradientSchedule` from bags (L,) that are sorted by row."""
+def _cut_pieces(
+    counts: Int64Array, bags: Int32Array
+) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
+    """bags, piece_offsets, long_uniques and long_offsets of `GradientSchedule` from bags (L,) that
+    are sorted by row.
+    """
     long_uniques = np.flatnonzero(counts > MAX_PIECE_LENGTH)
     lengths = np.minimum(counts, MAX_PIECE_LENGTH)
     if len(long_uniques) == 0:
@@ -80,7 +105,12 @@ def _cut_pieces(counts: Int64Array, bags: Int32Array) -> tuple[Int32Array, Int32
     further[long_offsets[1:] - 1] = rest - (pieces - 1) * MAX_PIECE_LENGTH
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([lengths, further]))])
     bags = np.concatenate([bags[~is_further], bags[is_further]])
-    return bags, offsets.astype(np.int32), long_uniques.astype(np.int32), long_offsets.astype(np.int32)
+    return (
+        bags,
+        offsets.astype(np.int32),
+        long_uniques.astype(np.int32),
+        long_offsets.astype(np.int32),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +122,9 @@ class _Planned:
 
 
 class NumpyCacher:
-    """`bagpipe.oracle.Cacher`, with numpy. Admit batches in order, then plan them in the same order."""
+    """`bagpipe.oracle.Cacher`, with numpy. Admit batches in order, then plan them in the same
+    order.
+    """
 
     def __init__(self, group: Group, *, num_slots: int, prefetch_depth: int) -> None:
         self.num_slots, self.prefetch_depth = num_slots, prefetch_depth
@@ -100,9 +132,12 @@ class NumpyCacher:
         self._evicted_at = np.full(group.num_rows, -1, np.int32)
         self._last_uses = np.full(group.num_rows, -1, np.int64)
         self._rows_of_slots = np.full(num_slots, -1, np.int64)
-        self._keys = np.full(num_slots, _NEEDED, np.int64)  # next use, or _NEVER - last use; negative: must stay
+        # next use, or _NEVER - last use; negative: must stay
+        self._keys = np.full(num_slots, _NEEDED, np.int64)
         self._next_uses = np.empty(1 << 16, np.int64)  # ring, by occurrence
-        self._num_used = self._next_step = self._next_admitted = self._next_occurrence = self._oldest_occurrence = 0
+        self._num_used = self._next_step = self._next_admitted = self._next_occurrence = (
+            self._oldest_occurrence
+        ) = 0
         self._admitted: deque[tuple[DedupedGroup, Int64Array]] = deque()
         self._unsettled: deque[_Planned] = deque()
 
@@ -170,24 +205,34 @@ class NumpyCacher:
         self._reserve(num_kept)
 
     def _settle(self, planned: _Planned, step: int) -> None:
-        """Gives the slots of a batch their keys, but for rows that were used again since or have left."""
+        """Gives the slots of a batch their keys, but for rows that were used again since or have
+        left.
+        """
         next_uses = self._next_uses[planned.occurrences & (len(self._next_uses) - 1)]
         is_last = next_uses == _NEVER
         self._last_uses[planned.rows[is_last]] = -1
         settled = (next_uses >= step) & (self._rows_of_slots[planned.slots] == planned.rows)
         keys = np.where(is_last, _NEVER - planned.step, next_uses)
         self._keys[planned.slots[settled]] = keys[settled]
-        self._oldest_occurrence = int(planned.occurrences[-1]) + 1 if len(planned.occurrences) else self._oldest_occurrence
+        self._oldest_occurrence = (
+            int(planned.occurrences[-1]) + 1
+            if len(planned.occurrences)
+            else self._oldest_occurrence
+        )
 
     def _free_slots(self, num_missing: int) -> tuple[Int32Array, int, int]:
-        """Slots for the missing rows, never used ones first; how many were never used, and how many are free early."""
+        """Slots for the missing rows, never used ones first; how many were never used, and how many
+        are free early.
+        """
         num_fresh = min(num_missing, self.num_slots - self._num_used)
         fresh = np.arange(self._num_used, self._num_used + num_fresh, dtype=np.int32)
         self._num_used += num_fresh
         num_victims = num_missing - num_fresh
         if num_victims == 0:
             return fresh, num_fresh, num_fresh
-        victims = np.argpartition(self._keys, self.num_slots - num_victims)[-num_victims:].astype(np.int32)
+        victims = np.argpartition(self._keys, self.num_slots - num_victims)[-num_victims:].astype(
+            np.int32
+        )
         is_settled = self._keys[victims] >= 0
         freed = np.concatenate([fresh, victims[is_settled], victims[~is_settled]])
         return freed, num_fresh, num_fresh + int(np.count_nonzero(is_settled))
@@ -211,7 +256,10 @@ class NumpyCacher:
                 fetch_slots=freed[chosen],
                 fence_tick=_latest(evicted_at[chosen]),
             )
-            for part, chosen in ((slice(None, num_early), is_early), (slice(num_early, None), ~is_early))
+            for part, chosen in (
+                (slice(None, num_early), is_early),
+                (slice(num_early, None), ~is_early),
+            )
         )
         return early, late
 

@@ -1,14 +1,17 @@
 """`bagpipe bench oracle`: what it costs to turn ids into plans, without a trainer.
 
-1. De-duplication with gradient schedule, one batch at a time on one thread; the results of the last `window` batches are kept, as
-   in real use, so that every call writes to memory that is cold. In turns with the same written with numpy.
-2. Slot assignment for each lookahead, once the cache is full, in turns with numpy on the same batches: its two stages `Linker.link`
-   and `Cacher.admit` + `plan`, which run in two threads when live, and their sum.
-3. The whole pipeline live, from batches in memory: a pool that de-duplicates, the Cacher in its thread, a consumer that only
-   takes plans; batches a second once the cache is full and while the window is. Then, with `num_trainers`, the same for so many
-   of them: batches so many times as large, the same cache in all, and a plan for each.
-4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead, and how much this process grew while the live
-   pipeline ran, which also counts what the allocator keeps.
+1. De-duplication with gradient schedule, one batch at a time on one thread; the results of the last
+   `window` batches are kept, as in real use, so that every call writes to memory that is cold. In
+   turns with the same written with numpy.
+2. Slot assignment for each lookahead, once the cache is full, in turns with numpy on the same
+   batches: its two stages `Linker.link` and `Cacher.admit` + `plan`, which run in two threads when
+   live, and their sum.
+3. The whole pipeline live, from batches in memory: a pool that de-duplicates, the Cacher in its
+   thread, a consumer that only takes plans; batches a second once the cache is full and while the
+   window is. Then, with `num_trainers`, the same for so many of them: batches so many times as
+   large, the same cache in all, and a plan for each.
+4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead, and how much this
+   process grew while the live pipeline ran, which also counts what the allocator keeps.
 
 Freed memory is kept, as in the oracle's own process; numpy gains by that too.
 """
@@ -57,11 +60,13 @@ class OracleBench:
     window: int = 20
     num_measured: int = 50
     num_warmup: int = 40
-    """Batches planned before measuring; the cache must be full by then, and the result says whether it was at the end."""
+    """Batches planned before measuring; the cache must be full by then, and the result says whether
+    it was at the end."""
     dedup_threads: int | None = None
     """Of the live pipeline; None: as many as in training."""
     num_trainers: int = 1
-    """Whose plans one live pipeline makes, after it has made one trainer's; each has a batch of `batch_size`."""
+    """Whose plans one live pipeline makes, after it has made one trainer's; each has a batch of
+    `batch_size`."""
 
     def __post_init__(self) -> None:
         if self.num_trainers < 1:
@@ -79,14 +84,21 @@ def bench_oracle(sizes: OracleBench, progress: Progress) -> Result:
     group = kaggle_group(max_rows=sizes.max_rows)
     num_slots = int(sizes.cache_share * group.num_rows)
     jagged = _make_ids(sizes, group, 1, progress)
-    live = [_run_live(sizes, group, num_slots, jagged, lookahead, 1, progress) for lookahead in sizes.lookaheads]
+    live = [
+        _run_live(sizes, group, num_slots, jagged, lookahead, 1, progress)
+        for lookahead in sizes.lookaheads
+    ]
     if sizes.num_trainers > 1:
         every = _make_ids(sizes, group, sizes.num_trainers, progress)
         live += [
-            _run_live(sizes, group, num_slots, every, lookahead, sizes.num_trainers, progress) for lookahead in sizes.lookaheads
+            _run_live(sizes, group, num_slots, every, lookahead, sizes.num_trainers, progress)
+            for lookahead in sizes.lookaheads
         ]
     deduped, dedup_times = _time_dedup(sizes, group, jagged, progress)
-    slots = {lookahead: _time_slots(sizes, group, num_slots, deduped, lookahead, progress) for lookahead in sizes.lookaheads}
+    slots = {
+        lookahead: _time_slots(sizes, group, num_slots, deduped, lookahead, progress)
+        for lookahead in sizes.lookaheads
+    }
     values: dict[str, Any] = {
         "sizes": asdict(sizes),
         "num_rows": group.num_rows,
@@ -101,10 +113,18 @@ def bench_oracle(sizes: OracleBench, progress: Progress) -> Result:
     return Result(name="oracle", tables=(_times_table(values), _live_table(values)), values=values)
 
 
-def _make_ids(sizes: OracleBench, group: Group, num_trainers: int, progress: Progress) -> list[Jagged]:
+def _make_ids(
+    sizes: OracleBench, group: Group, num_trainers: int, progress: Progress
+) -> list[Jagged]:
     """All batches' ids, each for so many trainers."""
     batch_size = num_trainers * sizes.batch_size
-    batches = make_batches(group, num_batches=sizes.num_batches, batch_size=batch_size, skew=sizes.skew, progress=progress)
+    batches = make_batches(
+        group,
+        num_batches=sizes.num_batches,
+        batch_size=batch_size,
+        skew=sizes.skew,
+        progress=progress,
+    )
     return [batch.sparse for batch in batches]
 
 
@@ -129,10 +149,17 @@ def _time_dedup(
 
 
 def _time_slots(
-    sizes: OracleBench, group: Group, num_slots: int, batches: list[DedupedGroup], lookahead: int, progress: Progress
+    sizes: OracleBench,
+    group: Group,
+    num_slots: int,
+    batches: list[DedupedGroup],
+    lookahead: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Plans with both arms in turns; times once warmed up."""
-    ours = Cacher(group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH)
+    ours = Cacher(
+        group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH
+    )
     naive = numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=PREFETCH_DEPTH)
     for batch in batches[:lookahead]:
         ours.admit(ours.linker.link(batch))
@@ -196,7 +223,9 @@ def _run_live(
         dedup_threads=sizes.dedup_threads,
         trainers=_trainers(num_trainers, len(batches[0].values)),
     )
-    plans = BackgroundIterator(plan_ranks_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle")
+    plans = BackgroundIterator(
+        plan_ranks_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle"
+    )
     num_steps = sizes.num_warmup + sizes.num_measured
     started = cpu_started = 0.0
     for step in range(num_steps):
@@ -207,7 +236,11 @@ def _run_live(
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     resident_after = resident_bytes()
     plans.close()
-    grown = None if resident_before is None or resident_after is None else resident_after - resident_before
+    grown = (
+        None
+        if resident_before is None or resident_after is None
+        else resident_after - resident_before
+    )
     batch = _deduped(group, batches[0], num_trainers)
     return {
         "lookahead": lookahead,
@@ -218,7 +251,8 @@ def _run_live(
         "lookups_per_s": sizes.num_measured * len(batches[0].values) / seconds,
         "cpu_ms_per_batch": 1e3 * cpu_seconds / sizes.num_measured,
         "state_bytes": planned[0].oracle_bytes,
-        "bytes_per_batch": batch.nbytes + 4 * len(batch.unique_rows),  # and its place among unsettled uses
+        "bytes_per_batch": batch.nbytes
+        + 4 * len(batch.unique_rows),  # and its place among unsettled uses
         "window_bytes": lookahead * batch.nbytes,
         "resident_growth_bytes": grown,
     }
@@ -228,14 +262,20 @@ def _deduped(group: Group, batch: Jagged, num_trainers: int) -> DedupedGroup | M
     """A batch as it stands in the window."""
     if num_trainers == 1:
         return dedup(group, batch)
-    return merge(group, [dedup(group, share_of(batch, rank, num_trainers)) for rank in range(num_trainers)])
+    return merge(
+        group, [dedup(group, share_of(batch, rank, num_trainers)) for rank in range(num_trainers)]
+    )
 
 
 def _trainers(num_trainers: int, max_replicas: int) -> Trainers:
     """Plans for all of so many trainers."""
     if num_trainers == 1:
         return SINGLE_TRAINER
-    return Trainers(num_trainers=num_trainers, ranks=tuple(range(num_trainers)), num_replica_slots=(max_replicas,))
+    return Trainers(
+        num_trainers=num_trainers,
+        ranks=tuple(range(num_trainers)),
+        num_replica_slots=(max_replicas,),
+    )
 
 
 def _bytes_per_item() -> dict[str, float]:
@@ -244,32 +284,61 @@ def _bytes_per_item() -> dict[str, float]:
     settings = {"max_lookahead": 1, "prefetch_depth": PREFETCH_DEPTH}
     base = Cacher(small, num_slots=1_000, **settings).nbytes
     return {
-        "row": (Cacher(large, num_slots=1_000, **settings).nbytes - base) / (large.num_rows - small.num_rows),
+        "row": (Cacher(large, num_slots=1_000, **settings).nbytes - base)
+        / (large.num_rows - small.num_rows),
         "slot": (Cacher(small, num_slots=11_000, **settings).nbytes - base) / 10_000,
     }
 
 
 def _times_table(values: dict[str, Any]) -> Table:
-    table = Table(title=f"Oracle, {values['num_lookups']:,} lookups, {values['num_uniques']:,.0f} distinct rows a batch")
+    table = Table(
+        title=f"Oracle, {values['num_lookups']:,} lookups, {values['num_uniques']:,.0f} distinct "
+        "rows a batch"
+    )
     for heading in ("", "ms a batch", "numpy", "times faster"):
         table.add_column(heading, justify="left" if heading == "" else "right")
     arms = [("de-duplication, one thread", values["dedup"])]
-    arms += [(f"linking and slots, lookahead {lookahead}", timed) for lookahead, timed in values["slots"].items()]
+    arms += [
+        (f"linking and slots, lookahead {lookahead}", timed)
+        for lookahead, timed in values["slots"].items()
+    ]
     for name, timed in arms:
-        table.add_row(name, str(timed["bagpipe"]), str(timed["numpy"]), f"{timed['times_faster']:.1f}")
+        table.add_row(
+            name, str(timed["bagpipe"]), str(timed["numpy"]), f"{timed['times_faster']:.1f}"
+        )
         for stage in ("linking", "assigning"):
             if stage in timed:
                 table.add_row(f"  {stage}", str(timed[stage]))
     for lookahead, timed in values["slots"].items():
-        both = [values["dedup"][arm].median_ms + timed[arm].median_ms for arm in ("bagpipe", "numpy")]
-        table.add_row(f"both, lookahead {lookahead}", f"{both[0]:.2f}", f"{both[1]:.2f}", f"{both[1] / both[0]:.1f}", style="bold")
+        both = [
+            values["dedup"][arm].median_ms + timed[arm].median_ms for arm in ("bagpipe", "numpy")
+        ]
+        table.add_row(
+            f"both, lookahead {lookahead}",
+            f"{both[0]:.2f}",
+            f"{both[1]:.2f}",
+            f"{both[1] / both[0]:.1f}",
+            style="bold",
+        )
     return table
 
 
 def _live_table(values: dict[str, Any]) -> Table:
     each = values["bytes"]
-    table = Table(title="Oracle live, and its memory", caption=f"state: {each['row']:.0f} B a row, {each['slot']:.0f} B a slot")
-    headings = "trainers", "lookahead", "batches/s", "CPU ms a batch", "state MiB", "window MiB", "process grew MiB", "KiB a batch"
+    table = Table(
+        title="Oracle live, and its memory",
+        caption=f"state: {each['row']:.0f} B a row, {each['slot']:.0f} B a slot",
+    )
+    headings = (
+        "trainers",
+        "lookahead",
+        "batches/s",
+        "CPU ms a batch",
+        "state MiB",
+        "window MiB",
+        "process grew MiB",
+        "KiB a batch",
+    )
     for heading in headings:
         table.add_column(heading, justify="right")
     for live in values["live"]:

@@ -45,13 +45,18 @@ _QUICK_CURVE: dict[str, Any] = {
 def oracle_sizes(options: Mapping[str, Any], *, quick: bool) -> OracleBench:
     """Sizes of `bench oracle`; of several batch sizes the first."""
     names = {"batch_sizes": "batch_size", "rounds": "num_measured"}
-    return OracleBench(**(_QUICK_ORACLE if quick else {}) | _renamed(options, names, leave=("arms", "steps")))
+    return OracleBench(
+        **(_QUICK_ORACLE if quick else {}) | _renamed(options, names, leave=("arms", "steps"))
+    )
 
 
 def step_sizes(options: Mapping[str, Any], *, quick: bool) -> StepBench:
     """Sizes of `bench step`; of several lookaheads the first."""
     names = {"lookaheads": "lookahead", "rounds": "num_rounds"}
-    return StepBench(**(_QUICK_STEP if quick else {}) | _renamed(options, names, leave=("steps", "dedup_threads")))
+    return StepBench(
+        **(_QUICK_STEP if quick else {})
+        | _renamed(options, names, leave=("steps", "dedup_threads"))
+    )
 
 
 def curve_sizes(options: Mapping[str, Any], *, quick: bool) -> CurveBench:
@@ -62,21 +67,37 @@ def curve_sizes(options: Mapping[str, Any], *, quick: bool) -> CurveBench:
 
 
 def gpu_sizes(workload: str, options: Mapping[str, Any], *, quick: bool) -> Workload:
-    """The workload of `bench gpu`; of several batch sizes and lookaheads the first. ConfigError: there is no such workload."""
+    """The workload of `bench gpu`; of several batch sizes and lookaheads the first. ConfigError:
+    there is no such workload.
+    """
     names = {"batch_sizes": "batch_size", "lookaheads": "lookahead", "steps": "turn_steps"}
-    return make_workload(workload, _renamed(options, names, leave=("arms", "cache_share")), quick=quick)
+    return make_workload(
+        workload, _renamed(options, names, leave=("arms", "cache_share")), quick=quick
+    )
 
 
 def trainers_sizes(workload: str, options: Mapping[str, Any], *, quick: bool) -> TrainersBench:
-    """The workload of `bench trainers` and its trainers; of several batch sizes and lookaheads the first. ConfigError: as above."""
-    own = {name: options[name] for name in ("arms", "num_trainers", "device", "scaling", "graph") if name in options}
+    """The workload of `bench trainers` and its trainers; of several batch sizes and lookaheads the
+    first. ConfigError: as above.
+    """
+    own = {
+        name: options[name]
+        for name in ("arms", "num_trainers", "device", "scaling", "graph")
+        if name in options
+    }
     names = {"batch_sizes": "batch_size", "lookaheads": "lookahead", "steps": "turn_steps"}
-    made = make_workload(workload, _renamed(options, names, leave=(*own, "cache_share")), quick=quick)
+    made = make_workload(
+        workload, _renamed(options, names, leave=(*own, "cache_share")), quick=quick
+    )
     return TrainersBench(workload=made, **own, **(_QUICK_TRAINERS if quick else {}))
 
 
-def _renamed(options: Mapping[str, Any], names: Mapping[str, str], leave: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Options under a benchmark's own names, those in `leave` left out; where it wants one value of a list, the first."""
+def _renamed(
+    options: Mapping[str, Any], names: Mapping[str, str], leave: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Options under a benchmark's own names, those in `leave` left out; where it wants one value of
+    a list, the first.
+    """
     return {
         names.get(name, name): value[0] if names.get(name) in ("batch_size", "lookahead") else value
         for name, value in options.items()

@@ -1,21 +1,27 @@
-"""`bagpipe bench step`: a whole training step, and its embedding part alone, against whole tables in RAM.
+"""`bagpipe bench step`: a whole training step, and its embedding part alone, against whole tables
+in RAM.
 
-Tables are Criteo-Kaggle's, cut so that all arms (`bagpipe.bench.arms`) fit memory together; every arm starts from the same rows,
-the same dense part (DLRM, SGD) and trains the same batches, all distinct. For each batch size:
+Tables are Criteo-Kaggle's, cut so that all arms (`bagpipe.bench.arms`) fit memory together; every
+arm starts from the same rows, the same dense part (DLRM, SGD) and trains the same batches, all
+distinct. For each batch size:
 
-1. warm-up: whole steps by every arm; the losses of the first ones are compared (not those of `torch_bags`, which has another
-   optimizer). The cache should be full afterwards, and the result says whether it is;
-2. rounds of whole steps, arm after arm: A B C D A B C D ...; a step is timed from asking for the batch to the end of its
-   optimizers, so that waiting for plans, rows and slots counts;
-3. rounds of the embedding part alone: ask for the batch, look up, and send a fixed gradient backward.
+1. warm-up: whole steps by every arm; the losses of the first ones are compared (not those of
+   `torch_bags`, which has another optimizer). The cache should be full afterwards, and the result
+   says whether it is;
+2. rounds of whole steps, arm after arm: A B C D A B C D ...; a step is timed from asking for the
+   batch to the end of its optimizers, so that waiting for plans, rows and slots counts;
+3. rounds of the embedding part alone: ask for the batch, look up, and send a fixed gradient
+   backward.
 
-Bagpipe's background threads work ahead, at most the plans that fit their queues; a pause before another arm's turn lets them finish
-that, so that they disturb no other arm. The queues are full again when Bagpipe's next turn starts; within a round everything
-that planning costs is paid on the same cores as the step itself. `cpu ms` counts all threads of the process.
+Bagpipe's background threads work ahead, at most the plans that fit their queues; a pause before
+another arm's turn lets them finish that, so that they disturb no other arm. The queues are full
+again when Bagpipe's next turn starts; within a round everything that planning costs is paid on the
+same cores as the step itself. `cpu ms` counts all threads of the process.
 
-The floor is what the embedding part must move at least, over the copy bandwidth measured here with all cores:
-lookup reads each distinct row once and writes the pooled output; backward reads its gradient, and reads and writes each distinct
-record. A cache also moves each fetched and written-back record twice (store, staging, slots), read and write each.
+The floor is what the embedding part must move at least, over the copy bandwidth measured here with
+all cores: lookup reads each distinct row once and writes the pooled output; backward reads its
+gradient, and reads and writes each distinct record. A cache also moves each fetched and
+written-back record twice (store, staging, slots), read and write each.
 """
 
 from __future__ import annotations
@@ -84,7 +90,12 @@ class StepBench:
 
     def num_batches(self, batch_size: int) -> int:
         """Distinct batches needed: trained ones, and a full window beyond."""
-        return self.warmup_steps(batch_size) + 2 * self.num_rounds * self.round_steps(batch_size) + self.lookahead + 8
+        return (
+            self.warmup_steps(batch_size)
+            + 2 * self.num_rounds * self.round_steps(batch_size)
+            + self.lookahead
+            + 8
+        )
 
 
 @dataclass(kw_only=True)
@@ -96,14 +107,18 @@ class _Runner:
     optimizer: torch.optim.Optimizer
     batches: Iterator[tuple[TorchBatch, Any]]
     gradient: Tensor  # (B, F * D)
-    times: dict[str, list[float]] = field(default_factory=lambda: {"step": [], "lookup": [], "update": [], "embedding": []})
+    times: dict[str, list[float]] = field(
+        default_factory=lambda: {"step": [], "lookup": [], "update": [], "embedding": []}
+    )
     cpu_s: dict[str, float] = field(default_factory=lambda: {"step": 0.0, "embedding": 0.0})
 
     def step(self) -> float:
         """A whole step; returns the loss."""
         started, cpu_started = time.perf_counter(), time.process_time()
         batch, sparse = next(self.batches)
-        loss: Tensor = nn.functional.binary_cross_entropy_with_logits(self.model(batch.dense, sparse), batch.labels)
+        loss: Tensor = nn.functional.binary_cross_entropy_with_logits(
+            self.model(batch.dense, sparse), batch.labels
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -138,7 +153,10 @@ def bench_step(sizes: StepBench, progress: Progress) -> Result:
     """Runs every batch size, one after the other, each from the initial rows."""
     group = kaggle_group(max_rows=sizes.max_rows, embedding_dim=sizes.embedding_dim)
     bandwidth = copy_bandwidth()
-    by_batch = {size: _bench_batch_size(sizes, group, size, bandwidth, progress) for size in sizes.batch_sizes}
+    by_batch = {
+        size: _bench_batch_size(sizes, group, size, bandwidth, progress)
+        for size in sizes.batch_sizes
+    }
     values: dict[str, Any] = {
         "sizes": asdict(sizes),
         "num_rows": group.num_rows,
@@ -147,14 +165,22 @@ def bench_step(sizes: StepBench, progress: Progress) -> Result:
         "copy_bytes_per_s": bandwidth,
         "by_batch_size": by_batch,
     }
-    notes = ["every arm ran in this process, with one THP_MEM_ALLOC_ENABLE for all (the command sets it to 1 unless it is given)"]
+    notes = [
+        "every arm ran in this process, with one THP_MEM_ALLOC_ENABLE for all (the command sets it "
+        "to 1 unless it is given)"
+    ]
     if any("fbgemm" in result["missing"] for result in by_batch.values()):
-        notes.append("fbgemm-gpu-cpu is not installed, its arm is left out: pip install --no-deps fbgemm-gpu-cpu")
+        notes.append(
+            "fbgemm-gpu-cpu is not installed, its arm is left out: pip install --no-deps "
+            "fbgemm-gpu-cpu"
+        )
     return Result(name="step", tables=render(values), values=values, notes=tuple(notes))
 
 
 def copy_bandwidth(num_bytes: int = 1 << 28) -> float:
-    """Bytes read and written a second by a copy of `num_bytes` on all of torch's threads, the best of five."""
+    """Bytes read and written a second by a copy of `num_bytes` on all of torch's threads, the best
+    of five.
+    """
     source, target = torch.ones(num_bytes // 4), torch.zeros(num_bytes // 4)
     times = []
     for _ in range(5):
@@ -164,9 +190,13 @@ def copy_bandwidth(num_bytes: int = 1 << 28) -> float:
     return 2 * num_bytes / min(times)
 
 
-def _bench_batch_size(sizes: StepBench, group: Group, batch_size: int, bandwidth: float, progress: Progress) -> dict[str, Any]:
+def _bench_batch_size(
+    sizes: StepBench, group: Group, batch_size: int, bandwidth: float, progress: Progress
+) -> dict[str, Any]:
     num_batches = sizes.num_batches(batch_size)
-    made = make_batches(group, num_batches=num_batches, batch_size=batch_size, skew=sizes.skew, progress=progress)
+    made = make_batches(
+        group, num_batches=num_batches, batch_size=batch_size, skew=sizes.skew, progress=progress
+    )
     batches = [TorchBatch.of(batch) for batch in made]
     arms, missing = _make_arms(sizes, group)
     try:
@@ -190,7 +220,9 @@ def _bench_batch_size(sizes: StepBench, group: Group, batch_size: int, bandwidth
 def _make_arms(sizes: StepBench, group: Group) -> tuple[list[Arm], list[str]]:
     """The arms that can run here, and the names of the others."""
     makers: dict[str, Callable[[], Arm]] = {
-        "bagpipe": lambda: BagpipeArm(group, cache_rows=int(sizes.cache_share * group.num_rows), lookahead=sizes.lookahead),
+        "bagpipe": lambda: BagpipeArm(
+            group, cache_rows=int(sizes.cache_share * group.num_rows), lookahead=sizes.lookahead
+        ),
         "fused": lambda: FusedArm(group),
         "fbgemm": lambda: FbgemmArm(group),
         "torch_bags": lambda: TorchBagsArm(group),
@@ -217,10 +249,14 @@ def _load(group: Group, arms: Sequence[Arm], progress: Progress) -> None:
     initial.close()
 
 
-def _make_runner(sizes: StepBench, group: Group, arm: Arm, batches: Sequence[TorchBatch]) -> _Runner:
+def _make_runner(
+    sizes: StepBench, group: Group, arm: Arm, batches: Sequence[TorchBatch]
+) -> _Runner:
     torch.manual_seed(0)
     model = DLRM(arm.embeddings, batches[0].dense.shape[1], bottom=sizes.bottom, top=sizes.top)
-    dense = [parameter for part in (model.dense_arch, model.over_arch) for parameter in part.parameters()]
+    dense = [
+        parameter for part in (model.dense_arch, model.over_arch) for parameter in part.parameters()
+    ]
     shape = (batches[0].batch_size, len(group.features) * group.embedding_dim)
     return _Runner(
         arm=arm,
@@ -231,20 +267,30 @@ def _make_runner(sizes: StepBench, group: Group, arm: Arm, batches: Sequence[Tor
     )
 
 
-def _warm_up(sizes: StepBench, runners: Mapping[str, _Runner], batch_size: int, progress: Progress) -> dict[str, list[float]]:
+def _warm_up(
+    sizes: StepBench, runners: Mapping[str, _Runner], batch_size: int, progress: Progress
+) -> dict[str, list[float]]:
     """Trains each arm's first steps; returns their losses."""
     num_steps = sizes.warmup_steps(batch_size)
     losses: dict[str, list[float]] = {name: [] for name in runners}
     for number, (name, runner) in enumerate(runners.items()):
         for step in range(num_steps):
             losses[name].append(runner.step())
-            progress(f"warming up, batch {batch_size:,}", number * num_steps + step + 1, len(runners) * num_steps)
+            progress(
+                f"warming up, batch {batch_size:,}",
+                number * num_steps + step + 1,
+                len(runners) * num_steps,
+            )
         runner.forget_times()
     return losses
 
 
-def _measure(sizes: StepBench, runners: Mapping[str, _Runner], batch_size: int, progress: Progress) -> dict[str, Any] | None:
-    """Whole steps, then the embedding part, in rounds; what Bagpipe's oracle decided meanwhile, a step."""
+def _measure(
+    sizes: StepBench, runners: Mapping[str, _Runner], batch_size: int, progress: Progress
+) -> dict[str, Any] | None:
+    """Whole steps, then the embedding part, in rounds; what Bagpipe's oracle decided meanwhile, a
+    step.
+    """
     bagpipe = runners["bagpipe"].arm if "bagpipe" in runners else None
     before = _counters(bagpipe)
     for what in ("step", "embedding"):
@@ -258,10 +304,13 @@ def _measure(sizes: StepBench, runners: Mapping[str, _Runner], batch_size: int, 
     if before is None or after is None:
         return None
     num_steps = after["num_steps"] - before["num_steps"]
-    per_step = {name: (after[name] - before[name]) / num_steps for name in after if name != "num_steps"}
+    per_step = {
+        name: (after[name] - before[name]) / num_steps for name in after if name != "num_steps"
+    }
     assert isinstance(bagpipe, BagpipeArm)
     return per_step | {
-        "cache_was_full": bagpipe.stream.report.peak_slots == int(sizes.cache_share * bagpipe.embeddings.groups[0].num_rows),
+        "cache_was_full": bagpipe.stream.report.peak_slots
+        == int(sizes.cache_share * bagpipe.embeddings.groups[0].num_rows),
         "hit_rate": 1.0 - per_step["num_fetched"] / per_step["num_uniques"],
         "mean_lookahead": bagpipe.stream.report.mean_lookahead,
     }
@@ -271,14 +320,26 @@ def _counters(arm: Arm | None) -> dict[str, float] | None:
     if not isinstance(arm, BagpipeArm):
         return None
     report, waits = arm.stream.report, arm.stream.waits
-    names = ("num_steps", "num_uniques", "num_fetched", "num_fetched_late", "num_written_back", "num_waiting_steps")
-    waited = {name.replace("_s", "_wait_ms"): 1e3 * seconds for name, seconds in asdict(waits).items()}
+    names = (
+        "num_steps",
+        "num_uniques",
+        "num_fetched",
+        "num_fetched_late",
+        "num_written_back",
+        "num_waiting_steps",
+    )
+    waited = {
+        name.replace("_s", "_wait_ms"): 1e3 * seconds for name, seconds in asdict(waits).items()
+    }
     return {name: float(getattr(report, name)) for name in names} | waited
 
 
 def _summary(runner: _Runner) -> dict[str, Any]:
     timings: dict[str, Any] = {name: Timing.of(times) for name, times in runner.times.items()}
-    return timings | {f"{name}_cpu_ms": 1e3 * seconds / len(runner.times[name]) for name, seconds in runner.cpu_s.items()}
+    return timings | {
+        f"{name}_cpu_ms": 1e3 * seconds / len(runner.times[name])
+        for name, seconds in runner.cpu_s.items()
+    }
 
 
 def _ratios(runners: Mapping[str, _Runner]) -> dict[str, float]:
@@ -286,7 +347,8 @@ def _ratios(runners: Mapping[str, _Runner]) -> dict[str, float]:
     if "bagpipe" not in runners:
         return {}
     medians = {
-        name: {what: float(np.median(runner.times[what])) for what in ("step", "embedding")} for name, runner in runners.items()
+        name: {what: float(np.median(runner.times[what])) for what in ("step", "embedding")}
+        for name, runner in runners.items()
     }
     return {
         f"{what}_over_{name}": medians["bagpipe"][what] / medians[name][what]
@@ -297,18 +359,25 @@ def _ratios(runners: Mapping[str, _Runner]) -> dict[str, float]:
 
 
 def _loss_differences(losses: Mapping[str, list[float]], num_compared: int) -> dict[str, float]:
-    """The largest relative difference to the first arm's losses over the first steps, for arms that do the same arithmetic."""
+    """The largest relative difference to the first arm's losses over the first steps, for arms that
+    do the same arithmetic.
+    """
     same = [name for name in losses if name in SAME_ARITHMETIC]
     return {
         f"{name} to {same[0]}": max(
-            abs(one - other) / abs(one) for one, other in zip(losses[same[0]][:num_compared], losses[name], strict=False)
+            abs(one - other) / abs(one)
+            for one, other in zip(losses[same[0]][:num_compared], losses[name], strict=False)
         )
         for name in same[1:]
     }
 
 
-def _floors(group: Group, batch_size: int, counted: dict[str, Any] | None, bandwidth: float) -> dict[str, Any] | None:
-    """Bytes that the embedding part must move a step, and the milliseconds that copying as many takes."""
+def _floors(
+    group: Group, batch_size: int, counted: dict[str, Any] | None, bandwidth: float
+) -> dict[str, Any] | None:
+    """Bytes that the embedding part must move a step, and the milliseconds that copying as many
+    takes.
+    """
     if counted is None:
         return None
     output_bytes = 4 * batch_size * len(group.features) * group.embedding_dim

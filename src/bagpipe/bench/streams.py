@@ -1,4 +1,6 @@
-"""What all benchmarks train on: Criteo-Kaggle's tables and a synthetic stream over them, made beforehand and kept in memory."""
+"""What all benchmarks train on: Criteo-Kaggle's tables and a synthetic stream over them, made
+beforehand and kept in memory.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from bagpipe.data.synthetic import SyntheticSource
 from bagpipe.types import Group, RowWiseAdagrad, TableConfig, group_tables
 
 SKEW = 1.01
-"""Zipf exponent with which 16,384 samples of the 26 uncut tables have about 85,000 distinct rows."""
+"""Zipf exponent with which 16,384 samples of the 26 uncut tables have about 85,000 distinct
+rows."""
 EMBEDDING_LR = 0.01
 
 
@@ -29,7 +32,9 @@ def kaggle_group(*, max_rows: int | None = None, embedding_dim: int = 64) -> Gro
     return group_tables(tables, RowWiseAdagrad(lr=EMBEDDING_LR))[0]
 
 
-def make_batches(group: Group, *, num_batches: int, batch_size: int, skew: float = SKEW, progress: Progress) -> list[Batch]:
+def make_batches(
+    group: Group, *, num_batches: int, batch_size: int, skew: float = SKEW, progress: Progress
+) -> list[Batch]:
     """`num_batches` distinct batches, features in the group's order."""
     sizes = [table.num_embeddings for table in group.tables]
     source = SyntheticSource(sizes, split="train", num_samples=num_batches * batch_size, skew=skew)

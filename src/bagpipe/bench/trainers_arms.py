@@ -1,9 +1,11 @@
-"""The arms of `bagpipe bench trainers` that are Bagpipe, and the one without embeddings. Each is one rank's side of it.
+"""The arms of `bagpipe bench trainers` that are Bagpipe, and the one without embeddings. Each is
+one rank's side of it.
 
     lrpp         Bagpipe as it is: reader, oracle, transfers and exchanges live
     no_overlap   the same plans with everything that trainers send each other on the critical path
     one_trainer  Bagpipe on rank 0 alone with one trainer's batch, for what N trainers gain over one
-    dense        no embedding work: the dense part and its averaged gradients, what a step can't be faster than
+    dense        no embedding work: the dense part and its averaged gradients, what a step can't be
+                 faster than
 
 The peers are in `trainers_peers` (`replicated`, `hashed`) and `trainers_torchrec`.
 """
@@ -38,7 +40,11 @@ class Share:
     def of(cls, batch: Batch, rank: int, num_trainers: int, device: torch.device) -> Share:
         """Takes a rank's samples of a global batch."""
         own = batch.share(rank, num_trainers)
-        return cls(dense=torch.tensor(own.dense, device=device), labels=torch.tensor(own.labels, device=device), sparse=own.sparse)
+        return cls(
+            dense=torch.tensor(own.dense, device=device),
+            labels=torch.tensor(own.labels, device=device),
+            sparse=own.sparse,
+        )
 
 
 class Sent:
@@ -52,7 +58,9 @@ class Sent:
         self._bytes[step, moment] += num_bytes
 
     def of_steps(self, first: int, end: int) -> dict[Moment, int]:
-        """Of all steps from `first` to before `end`: what was on the critical path, and what was not."""
+        """Of all steps from `first` to before `end`: what was on the critical path, and what was
+        not.
+        """
         steps = range(first, end)
         return {"now": self._sum(steps, "now"), "later": self._sum(steps, "later")}
 
@@ -74,11 +82,22 @@ class CountingCommunicator(Communicator):
 
     @classmethod
     def of(cls, base: Communicator, name: str) -> CountingCommunicator:
-        """Takes over the process groups of `base`; in the key-value store, which several arms share, its keys begin with `name`."""
+        """Takes over the process groups of `base`; in the key-value store, which several arms
+        share, its keys begin with `name`.
+        """
         settings = {each.name: getattr(base, each.name) for each in fields(base) if each.init}
         return cls(**settings | {"store": dist.PrefixStore(name, base.store)})  # type: ignore[attr-defined]
 
-    def exchange(self, rows: Tensor, received: Tensor, plan: RowExchange, *, moment: Moment, step: int, what: str) -> None:
+    def exchange(
+        self,
+        rows: Tensor,
+        received: Tensor,
+        plan: RowExchange,
+        *,
+        moment: Moment,
+        step: int,
+        what: str,
+    ) -> None:
         """See `Communicator.exchange`."""
         self.sent.add(step, moment, rows.nbytes)  # plans send nothing to the rank itself
         super().exchange(rows, received, plan, moment=moment, step=step, what=what)
@@ -107,5 +126,13 @@ class LrppArm(BagpipeArm):
         overlap: bool = True,
     ) -> None:
         """`batches` are global ones; without a communicator, those of this trainer alone."""
-        super().__init__(workload, group, batches, device=device, name=name, communicator=communicator, overlap=overlap)
+        super().__init__(
+            workload,
+            group,
+            batches,
+            device=device,
+            name=name,
+            communicator=communicator,
+            overlap=overlap,
+        )
         self.sent = Sent() if communicator is None else communicator.sent

@@ -1,13 +1,15 @@
-"""`bagpipe bench trainers`: several trainers on one host, Bagpipe against other ways to share tables, and against one trainer.
+"""`bagpipe bench trainers`: several trainers on one host, Bagpipe against other ways to share
+tables, and against one trainer.
 
-The command starts a process a rank, gloo on CPUs and NCCL on CUDA with a device each, or one that all share. All arms
-(`trainers_arms`, `trainers_peers`, and `trainers_torchrec` where TorchRec is installed) start from the same rows and parameters and
-train the same global batches with the same dense part, whose gradients are averaged, so their losses must agree. They take turns,
-whole rounds of A B C D, beginning with another one each round.
+The command starts a process a rank, gloo on CPUs and NCCL on CUDA with a device each, or one that
+all share. All arms (`trainers_arms`, `trainers_peers`, and `trainers_torchrec` where TorchRec is
+installed) start from the same rows and parameters and train the same global batches with the same
+dense part, whose gradients are averaged, so their losses must agree. They take turns, whole rounds
+of A B C D, beginning with another one each round.
 
-Bagpipe reads prepared files, plans and fetches from a store while it trains; the peers have ids, dense features and labels on their
-devices and all rows resident. A step lasts until the slowest rank has ended it. Ratios are of the mean step of an arm to that of
-`lrpp` in the same round.
+Bagpipe reads prepared files, plans and fetches from a store while it trains; the peers have ids,
+dense features and labels on their devices and all rows resident. A step lasts until the slowest
+rank has ended it. Ratios are of the mean step of an arm to that of `lrpp` in the same round.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ _END_TIMEOUT_S = 60.0
 
 
 def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
-    """Makes the stream, starts the ranks and adds up what they saw. Raises what a rank raised, and BackgroundError if one died."""
+    """Makes the stream, starts the ranks and adds up what they saw. Raises what a rank raised, and
+    BackgroundError if one died.
+    """
     missing = missing_torchrec(bench.arms, bench.device)
     bench = replace(bench, arms=[name for name in bench.arms if name not in missing])
     folder = Path(tempfile.mkdtemp(prefix="bagpipe-bench-"))
@@ -54,9 +58,14 @@ def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
     notes = [f"left out {name}: {why}" for name, why in missing.items()]
     notes += [*seen[0]["notes"], *disagreements(differences, "lrpp")]
     if not disagreements(differences, "lrpp"):
-        lasts = ", ".join(f"{name} {arm['last_loss']:.6f}" for name, arm in values["arms"].items() if "last_loss" in arm)
+        lasts = ", ".join(
+            f"{name} {arm['last_loss']:.6f}"
+            for name, arm in values["arms"].items()
+            if "last_loss" in arm
+        )
         notes.append(
-            f"losses of the first {bench.workload.num_compared} steps agree within {LOSS_TOLERANCE:g} of them; "
+            f"losses of the first {bench.workload.num_compared} steps agree within "
+            f"{LOSS_TOLERANCE:g} of them; "
             f"means of the last turn: {lasts}"
         )
     return Result(name="trainers", tables=render(values), values=values, notes=tuple(notes))
@@ -82,7 +91,9 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
             "counters": seen[0]["arms"][name].get("counters"),
         }
         if name not in ("dense", ALONE):
-            arms[name]["loss_differences"] = relative_differences(losses[name][compared], losses["lrpp"][compared])
+            arms[name]["loss_differences"] = relative_differences(
+                losses[name][compared], losses["lrpp"][compared]
+            )
             arms[name]["last_loss"] = float(np.mean(losses[name][last]))
         if "dense" in means:
             arms[name]["over_dense"] = _quartiles(means[name] / means["dense"])
@@ -96,7 +107,9 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
         "graph": bench.graph,
         "arms": arms,
         # N trainers train N batches while one trains one.
-        "speedup_over_one": _quartiles(bench.num_trainers * means[ALONE] / means["lrpp"]) if ALONE in means else None,
+        "speedup_over_one": _quartiles(bench.num_trainers * means[ALONE] / means["lrpp"])
+        if ALONE in means
+        else None,
     }
 
 
@@ -109,7 +122,9 @@ def _slowest(seen: Sequence[Mapping[str, Any]], name: str) -> Float64Array:
 
 def _mean_losses(seen: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """Of all ranks, step by step."""
-    return [float(loss) for loss in np.mean([rank["arms"][name]["losses"] for rank in seen], axis=0)]
+    return [
+        float(loss) for loss in np.mean([rank["arms"][name]["losses"] for rank in seen], axis=0)
+    ]
 
 
 def _quartiles(ratios: Float64Array) -> dict[str, float]:
@@ -121,7 +136,12 @@ def _write_stream(bench: TrainersBench, folder: Path, progress: Progress) -> Non
     """Global batches in prepared files, and the rows that they touch."""
     workload = replace(bench.workload, batch_size=bench.workload.batch_size * bench.num_trainers)
     stream = make_stream(
-        workload, folder / "data", num_batches=bench.num_batches, num_resident=0, device=torch.device("cpu"), progress=progress
+        workload,
+        folder / "data",
+        num_batches=bench.num_batches,
+        num_resident=0,
+        device=torch.device("cpu"),
+        progress=progress,
     )
     np.save(folder / "touched.npy", stream.touched_rows)
 
@@ -134,7 +154,9 @@ class _Rank:
     reports: Connection
 
 
-def _run_ranks(bench: TrainersBench, folder: Path, progress: Progress) -> Sequence[Mapping[str, Any]]:
+def _run_ranks(
+    bench: TrainersBench, folder: Path, progress: Progress
+) -> Sequence[Mapping[str, Any]]:
     """What the ranks saw. When one fails the others are ended, since they would wait for it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     context = multiprocessing.get_context("spawn")
@@ -142,7 +164,11 @@ def _run_ranks(bench: TrainersBench, folder: Path, progress: Progress) -> Sequen
     try:
         for rank in range(bench.num_trainers):
             reports, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_rank_main, args=(bench, rank, store.port, folder, sender), name=f"rank-{rank}")
+            process = context.Process(
+                target=_rank_main,
+                args=(bench, rank, store.port, folder, sender),
+                name=f"rank-{rank}",
+            )
             process.start()
             sender.close()  # the child's end is the only one then, so that its death is noticed
             ranks.append(_Rank(process=process, reports=reports))
@@ -167,7 +193,9 @@ def _listen(ranks: Sequence[_Rank], progress: Progress) -> Sequence[Mapping[str,
                 rank = left.pop(reports)
                 ranks[rank].process.join(_END_TIMEOUT_S)
                 if ranks[rank].process.exitcode != 0:
-                    raise BackgroundError(f"rank {rank} ended with status {ranks[rank].process.exitcode}") from None
+                    raise BackgroundError(
+                        f"rank {rank} ended with status {ranks[rank].process.exitcode}"
+                    ) from None
                 continue
             match report:
                 case BagpipeError():
@@ -179,7 +207,9 @@ def _listen(ranks: Sequence[_Rank], progress: Progress) -> Sequence[Mapping[str,
     return seen
 
 
-def _rank_main(bench: TrainersBench, rank: int, port: int, folder: Path, sender: Connection) -> None:
+def _rank_main(
+    bench: TrainersBench, rank: int, port: int, folder: Path, sender: Connection
+) -> None:
     """A rank's process. Rank 0 tells how far all are."""
 
     def tell(stage: str, done: int, total: int) -> None:

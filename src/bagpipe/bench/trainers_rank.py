@@ -1,7 +1,8 @@
 """One rank of `bagpipe bench trainers`: its arms, their turns, and what it sees.
 
-All ranks do the same in the same order, and meet before each turn. A step is timed from the end of the one before to its own, by
-the host's clock on a CPU and by events on CUDA, so that nothing falls between two steps.
+All ranks do the same in the same order, and meet before each turn. A step is timed from the end of
+the one before to its own, by the host's clock on a CPU and by events on CUDA, so that nothing falls
+between two steps.
 """
 
 from __future__ import annotations
@@ -24,8 +25,20 @@ from bagpipe.bench.gpu_data import all_batches
 from bagpipe.bench.gpu_dense import SharedDense
 from bagpipe.bench.gpu_workloads import Workload
 from bagpipe.bench.measure import Progress
-from bagpipe.bench.trainers_arms import CountingCommunicator, DenseShareArm, LrppArm, Share, TrainersArm
-from bagpipe.bench.trainers_peers import HashedArm, ReplicatedArm, ReplicatedBatch, replicated_batch, ring_bytes
+from bagpipe.bench.trainers_arms import (
+    CountingCommunicator,
+    DenseShareArm,
+    LrppArm,
+    Share,
+    TrainersArm,
+)
+from bagpipe.bench.trainers_peers import (
+    HashedArm,
+    ReplicatedArm,
+    ReplicatedBatch,
+    replicated_batch,
+    ring_bytes,
+)
 from bagpipe.bench.trainers_torchrec import TORCHREC_ARMS, TorchRecArm
 from bagpipe.cache.communicator import Communicator
 from bagpipe.data.prepared import PreparedSource
@@ -49,7 +62,8 @@ class TrainersBench:
     """`batch_size` is one trainer's, and so is `cache_rows`."""
     num_trainers: int = 2
     device: str = "cpu"
-    """Of "cuda" each rank has one; "cuda:0" all share, and talk by sockets, as over a slow network."""
+    """Of "cuda" each rank has one; "cuda:0" all share, and talk by sockets, as over a slow
+    network."""
     arms: Sequence[str] = ARMS
     scaling: bool = True
     """Whether one trainer runs, too."""
@@ -65,14 +79,21 @@ class TrainersBench:
         if "lrpp" not in self.arms:
             raise ConfigError("arm 'lrpp' is what the others are compared with: add --arm lrpp")
         if self.num_trainers < 2:
-            raise ConfigError(f"--trainers {self.num_trainers}: must be at least 2; one trainer is measured beside them")
+            raise ConfigError(
+                f"--trainers {self.num_trainers}: must be at least 2; one trainer is measured "
+                "beside them"
+            )
         if self.workload.store != "memory":
-            raise ConfigError(f"workload {self.workload.name!r}: trainers share tables in memory, not in a {self.workload.store}")
+            raise ConfigError(
+                f"workload {self.workload.name!r}: trainers share tables in memory, not in a "
+                f"{self.workload.store}"
+            )
         if self.device not in ("cpu", "cuda", "cuda:0"):
             raise ConfigError(f"--device {self.device!r}: must be 'cpu', 'cuda' or 'cuda:0'")
         if self.device != "cpu" and torch.cuda.device_count() < self.num_devices:
             raise ConfigError(
-                f"--device {self.device} and {self.num_trainers} trainers need {self.num_devices} CUDA devices: torch sees "
+                f"--device {self.device} and {self.num_trainers} trainers need {self.num_devices} "
+                "CUDA devices: torch sees "
                 f"{torch.cuda.device_count()}; use cuda:0 to share one, or cpu"
             )
 
@@ -89,11 +110,15 @@ class TrainersBench:
     @property
     def num_steps(self) -> int:
         """Steps of each arm."""
-        return self.workload.warmup_steps + self.workload.rounds * self.workload.turn_and_settle_steps
+        return (
+            self.workload.warmup_steps + self.workload.rounds * self.workload.turn_and_settle_steps
+        )
 
     @property
     def num_batches(self) -> int:
-        """Global batches of the stream: the window must not run out of them while it is measured."""
+        """Global batches of the stream: the window must not run out of them while it is
+        measured.
+        """
         return self.num_steps + self.workload.lookahead + 2
 
 
@@ -108,9 +133,15 @@ class _Run:
     turns: list[list[float]] = field(default_factory=list)  # seconds of each measured step
 
 
-def run_rank(bench: TrainersBench, rank: int, port: int, folder: Path, progress: Progress) -> list[dict[str, Any]] | None:
-    """Meets the other ranks at a key-value store and runs all arms; what each rank saw, on rank 0."""
-    device = torch.device(bench.device, rank) if bench.device == "cuda" else torch.device(bench.device)
+def run_rank(
+    bench: TrainersBench, rank: int, port: int, folder: Path, progress: Progress
+) -> list[dict[str, Any]] | None:
+    """Meets the other ranks at a key-value store and runs all arms; what each rank saw, on rank
+    0.
+    """
+    device = (
+        torch.device(bench.device, rank) if bench.device == "cuda" else torch.device(bench.device)
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if bench.num_devices == 1:
@@ -119,7 +150,9 @@ def run_rank(bench: TrainersBench, rank: int, port: int, folder: Path, progress:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // bench.num_trainers))
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=bench.num_trainers, timeout=_TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=bench.num_trainers, timeout=_TIMEOUT
+    )
     try:
         with ExitStack() as stack:
             seen = _Rank(bench, rank, device, folder, progress, stack).run()
@@ -131,7 +164,9 @@ def run_rank(bench: TrainersBench, rank: int, port: int, folder: Path, progress:
 
 
 def claim_own_host(rank: int) -> None:
-    """Before NCCL starts: it lets ranks share a device if they seem to be on different hosts, and then uses sockets."""
+    """Before NCCL starts: it lets ranks share a device if they seem to be on different hosts, and
+    then uses sockets.
+    """
     os.environ |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 
 
@@ -139,16 +174,34 @@ class _Rank:
     """All arms on one rank; `stack` closes them."""
 
     def __init__(
-        self, bench: TrainersBench, rank: int, device: torch.device, folder: Path, progress: Progress, stack: ExitStack
+        self,
+        bench: TrainersBench,
+        rank: int,
+        device: torch.device,
+        folder: Path,
+        progress: Progress,
+        stack: ExitStack,
     ) -> None:
-        self._bench, self._rank, self._device, self._progress, self._stack = bench, rank, device, progress, stack
+        self._bench, self._rank, self._device, self._progress, self._stack = (
+            bench,
+            rank,
+            device,
+            progress,
+            stack,
+        )
         self._workload, self._group = bench.workload, bench.workload.group
         self._source = PreparedSource(folder / "data", "train", verify=False)
         self._touched = np.load(folder / "touched.npy")
         self._shares, self._replicated = self._read()
         self._notes: list[str] = []
         communicator = Communicator.from_default_group(timeout=_TIMEOUT)
-        self._dense = SharedDense(self._workload, device, graph=bench.graph, communicator=communicator, say=self._notes.append)
+        self._dense = SharedDense(
+            self._workload,
+            device,
+            graph=bench.graph,
+            communicator=communicator,
+            say=self._notes.append,
+        )
         self._runs: dict[str, _Run] = {}
 
     def run(self) -> dict[str, Any]:
@@ -161,7 +214,11 @@ class _Rank:
             if name in self._runs:
                 self._steps(self._runs[name], workload.warmup_steps)
             self._progress("warming up", number + 1, len(names))
-        before = {name: run.arm.counters() for name, run in self._runs.items() if isinstance(run.arm, LrppArm)}
+        before = {
+            name: run.arm.counters()
+            for name, run in self._runs.items()
+            if isinstance(run.arm, LrppArm)
+        }
         for turn in range(workload.rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -175,7 +232,9 @@ class _Rank:
         }
 
     def _read(self) -> tuple[list[Share], list[ReplicatedBatch]]:
-        """The rank's share of every batch, and the schedules of the arm that gets them beforehand."""
+        """The rank's share of every batch, and the schedules of the arm that gets them
+        beforehand.
+        """
         num_trainers, num_steps = self._bench.num_trainers, self._bench.num_steps
         shares, replicated = [], []
         batches = self._source.batches(batch_size=self._workload.batch_size * num_trainers)
@@ -183,12 +242,16 @@ class _Rank:
             shares.append(Share.of(batch, self._rank, num_trainers, self._device))
             if "replicated" in self._bench.arms:
                 every = [share_of(batch.sparse, rank, num_trainers) for rank in range(num_trainers)]
-                replicated.append(replicated_batch(self._group, every, self._rank, self._device, step=step))
+                replicated.append(
+                    replicated_batch(self._group, every, self._rank, self._device, step=step)
+                )
             self._progress("reading batches", step + 1, num_steps)
         return shares, replicated
 
     def _start(self, name: str) -> None:
-        """Makes an arm, gives it the initial rows, and waits until all ranks have; `one_trainer` is on rank 0 alone."""
+        """Makes an arm, gives it the initial rows, and waits until all ranks have; `one_trainer` is
+        on rank 0 alone.
+        """
         if name != ALONE or self._rank == 0:
             arm = self._make(name)
             self._stack.callback(arm.close)
@@ -197,7 +260,11 @@ class _Rank:
         self._meet()
         if name != ALONE or self._rank == 0:
             arm.start()
-            dense = self._dense if name != ALONE else SharedDense(self._workload, self._device, graph=self._bench.graph)
+            dense = (
+                self._dense
+                if name != ALONE
+                else SharedDense(self._workload, self._device, graph=self._bench.graph)
+            )
             self._runs[name] = _Run(arm=arm, dense=dense, parameters=self._dense.save())
 
     def _make(self, name: str) -> TrainersArm:
@@ -208,11 +275,21 @@ class _Rank:
                 batches = self._stream(self._workload.batch_size)
                 return LrppArm(name, self._workload, self._group, batches, device=self._device)
         if name in TORCHREC_ARMS:
-            return TorchRecArm(name, self._workload, self._group, self._shares, self._device, self._bench.num_devices)
-        base = Communicator.from_default_group(timeout=_TIMEOUT)  # an arm's background messages must not meet another's
+            return TorchRecArm(
+                name,
+                self._workload,
+                self._group,
+                self._shares,
+                self._device,
+                self._bench.num_devices,
+            )
+        # an arm's background messages must not meet another's
+        base = Communicator.from_default_group(timeout=_TIMEOUT)
         match name:
             case "replicated":
-                return ReplicatedArm(self._group, self._shares, self._replicated, base, self._device)
+                return ReplicatedArm(
+                    self._group, self._shares, self._replicated, base, self._device
+                )
             case "hashed":
                 return HashedArm(self._group, self._shares, base, self._device)
         return LrppArm(
@@ -230,7 +307,9 @@ class _Rank:
         return all_batches(self._source, batch_size, self._bench.num_batches)
 
     def _initial_rows(self) -> Iterator[tuple[Int64Array, Float32Array]]:
-        """What every arm starts from: the stream's rows and their records (n, record_width), in blocks."""
+        """What every arm starts from: the stream's rows and their records (n, record_width), in
+        blocks.
+        """
         store = MemoryStore(self._group, 0)
         for begin in range(0, len(self._touched), _LOAD_ROWS):
             block = self._touched[begin : begin + _LOAD_ROWS]
@@ -240,7 +319,9 @@ class _Rank:
         store.close()
 
     def _meet(self) -> None:
-        """Waits for the device, for this rank's background threads, as far as a pause does, and for all ranks."""
+        """Waits for the device, for this rank's background threads, as far as a pause does, and for
+        all ranks.
+        """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         time.sleep(self._bench.pause_s)
@@ -270,7 +351,9 @@ class _Rank:
         return clock.seconds()
 
     def _seen(self, run: _Run, before: dict[str, float] | None) -> dict[str, Any]:
-        """What this rank saw of an arm. The last step's later gradients travel with a step that never comes: it is not counted."""
+        """What this rank saw of an arm. The last step's later gradients travel with a step that
+        never comes: it is not counted.
+        """
         first, end = self._workload.warmup_steps, self._bench.num_steps - 1
         sent = run.arm.sent.of_steps(first, end)
         seen: dict[str, Any] = {
@@ -315,4 +398,7 @@ class _CudaClock:
     def seconds(self) -> list[float]:
         """Of each step; waits for the device."""
         torch.cuda.synchronize(self._device)
-        return [begin.elapsed_time(end) / 1e3 for begin, end in zip(self._ends, self._ends[1:], strict=False)]
+        return [
+            begin.elapsed_time(end) / 1e3
+            for begin, end in zip(self._ends, self._ends[1:], strict=False)
+        ]

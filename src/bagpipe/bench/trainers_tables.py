@@ -15,12 +15,25 @@ def render(values: dict[str, Any]) -> tuple[Table, ...]:
 def _arms(values: dict[str, Any]) -> Table:
     workload = values["workload"]
     table = Table(
-        title=f"{workload['name']}: {values['num_trainers']} trainers on {values['device']}, {values['num_rows']:,} rows x "
-        f"{workload['embedding_dim']}, batch {workload['batch_size']:,} each, cache {values['cache_share']:.1%} in all",
-        caption="step: ms, median and quartiles; ratios: the same, over rounds; MB: embedding traffic of a rank in a step",
+        title=f"{workload['name']}: {values['num_trainers']} trainers on {values['device']}, "
+        f"{values['num_rows']:,} rows x "
+        f"{workload['embedding_dim']}, batch {workload['batch_size']:,} each, cache "
+        f"{values['cache_share']:.1%} in all",
+        caption="step: ms, median and quartiles; ratios: the same, over rounds; MB: embedding "
+        "traffic of a rank in a step",
     )
-    for heading in ("arm", "step", "over lrpp", "over dense", "MB sent", "of it critical", "loss differs by"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading == "arm")
+    for heading in (
+        "arm",
+        "step",
+        "over lrpp",
+        "over dense",
+        "MB sent",
+        "of it critical",
+        "loss differs by",
+    ):
+        table.add_column(
+            heading, justify="left" if heading == "arm" else "right", no_wrap=heading == "arm"
+        )
     for name, arm in values["arms"].items():
         difference = f"{max(arm['loss_differences']):.1e}" if arm["loss_differences"] else ""
         dense = _ratio(arm["over_dense"]) if "over_dense" in arm else ""
@@ -39,16 +52,23 @@ def _facts(values: dict[str, Any]) -> Table:
             _ratio(values["speedup_over_one"]),
         )
     table.add_row(
-        "gradients of the dense part, MB sent by a rank in a step, beside those above", f"{values['dense_bytes'] / 1e6:.3f}"
+        "gradients of the dense part, MB sent by a rank in a step, beside those above",
+        f"{values['dense_bytes'] / 1e6:.3f}",
     )
     for name, arm in values["arms"].items():
         counted = arm["counters"]
         if counted is not None:
-            waits = ", ".join(f"{what} {counted[f'{what}_wait_ms']:.2f}" for what in ("plan", "rows", "slots", "replicas"))
+            waits = ", ".join(
+                f"{what} {counted[f'{what}_wait_ms']:.2f}"
+                for what in ("plan", "rows", "slots", "replicas")
+            )
             table.add_row(f"{name}: rank 0 waited for, ms a step", waits)
-            rows = f"{counted['num_uniques']:,.0f}; {counted['num_fetched']:,.0f} ({counted['num_fetched_late']:,.0f})"
+            fetched = f"{counted['num_fetched']:,.0f} ({counted['num_fetched_late']:,.0f})"
+            rows = f"{counted['num_uniques']:,.0f}; {fetched}"
             table.add_row(f"{name}: distinct rows of rank 0; fetched (late) a step", rows)
-            table.add_row(f"{name}: share of the caches ever filled", f"{counted['cache_filled']:.0%}")
+            table.add_row(
+                f"{name}: share of the caches ever filled", f"{counted['cache_filled']:.0%}"
+            )
     return table
 
 

@@ -1,15 +1,20 @@
-"""The TorchRec arms of `bagpipe bench trainers`: all tables sharded by row over ranks, with TorchRec's own messages and kernels.
+"""The TorchRec arms of `bagpipe bench trainers`: all tables sharded by row over ranks, with
+TorchRec's own messages and kernels.
 
     torchrec               shards in the devices' memory
-    torchrec_uvm           shards in host memory, behind a cache of as many rows a rank as Bagpipe's (LRU)
-    torchrec_uvm_prefetch  the same, the next batch's rows fetched into the cache between forward and backward
+    torchrec_uvm           shards in host memory, behind a cache of as many rows a rank as Bagpipe's
+                           (LRU)
+    torchrec_uvm_prefetch  the same, the next batch's rows fetched into the cache between forward
+                           and backward
 
-The steps are those of TorchRec's pipelines, on streams of their own (`torchrec.distributed.train_pipeline`, of which only the part
-that concerns embeddings is left): of `TrainPipelineSparseDist` the next batch's ids travel while this one is computed, of
-`PrefetchTrainPipelineSparseDist` those of the batch after it. Ids and lengths are on the device beforehand. Row-wise Adagrad on
-float32 weights, gradients averaged over ranks as TorchRec does; on CUDA pooled embeddings and their gradients are bfloat16, in
-messages too. What is counted as sent: ids and lengths for other ranks, behind compute; pooled partial sums to the ranks whose
-samples they are (a reduce-scatter), and their gradients back (an all-gather), on the critical path.
+The steps are those of TorchRec's pipelines, on streams of their own
+(`torchrec.distributed.train_pipeline`, of which only the part that concerns embeddings is left): of
+`TrainPipelineSparseDist` the next batch's ids travel while this one is computed, of
+`PrefetchTrainPipelineSparseDist` those of the batch after it. Ids and lengths are on the device
+beforehand. Row-wise Adagrad on float32 weights, gradients averaged over ranks as TorchRec does; on
+CUDA pooled embeddings and their gradients are bfloat16, in messages too. What is counted as sent:
+ids and lengths for other ranks, behind compute; pooled partial sums to the ranks whose samples they
+are (a reduce-scatter), and their gradients back (an all-gather), on the critical path.
 
 TorchRec 1.6 and later, and FBGEMM of the same version.
 """
@@ -60,11 +65,18 @@ def missing_torchrec(names: Sequence[str], device: str) -> dict[str, str]:
     if not wanted:
         return {}
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what FBGEMM would rather have; it works without
+        # of what FBGEMM would rather have; it works without
+        with warnings.catch_warnings(action="ignore"):
             import torchrec  # noqa: F401
     except ImportError as error:
-        return dict.fromkeys(wanted, f"{error}; pip install torchrec, of the version that belongs to this torch")
-    return {name: "host memory behind a cache needs --device cuda" for name in wanted if name != "torchrec" and device == "cpu"}
+        return dict.fromkeys(
+            wanted, f"{error}; pip install torchrec, of the version that belongs to this torch"
+        )
+    return {
+        name: "host memory behind a cache needs --device cuda"
+        for name in wanted
+        if name != "torchrec" and device == "cpu"
+    }
 
 
 @dataclass(kw_only=True)
@@ -81,9 +93,16 @@ class TorchRecArm:
     """One rank's side of one of `TORCHREC_ARMS`."""
 
     def __init__(
-        self, name: str, workload: Workload, group: Group, shares: Sequence[Share], device: torch.device, num_devices: int
+        self,
+        name: str,
+        workload: Workload,
+        group: Group,
+        shares: Sequence[Share],
+        device: torch.device,
+        num_devices: int,
     ) -> None:
-        """Trains `shares` on `device`, one of `num_devices`. The default process group is that of the ranks.
+        """Trains `shares` on `device`, one of `num_devices`. The default process group is that of
+        the ranks.
 
         ImportError where torchrec is not installed.
         """
@@ -101,7 +120,9 @@ class TorchRecArm:
         self._pooled: Tensor | None = None
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `StepArm.load`: the rows of this rank's shards; the optimizer's state starts at zero as TorchRec makes it."""
+        """See `StepArm.load`: the rows of this rank's shards; the optimizer's state starts at zero
+        as TorchRec makes it.
+        """
         shards = self._tables.state_dict()
         weights, firsts = [], []
         for table in self._group.tables:
@@ -140,7 +161,8 @@ class TorchRecArm:
         if self._inputs:
             self._await_sizes(self._inputs[-1])
         self.sent.add(self._step, "later", self._foreign_bytes[self._step])
-        self.sent.add(self._step, "now", 2 * self._pooled.nbytes * (self._num_trainers - 1))  # and their gradients
+        # and their gradients
+        self.sent.add(self._step, "now", 2 * self._pooled.nbytes * (self._num_trainers - 1))
 
     def update(self, grads: Tensor) -> None:
         """See `StepArm.update`."""
@@ -149,7 +171,9 @@ class TorchRecArm:
         self._pooled = None
 
     def close(self) -> None:
-        """See `StepArm.close`. Ids that are on their way are awaited, since the other ranks send them."""
+        """See `StepArm.close`. Ids that are on their way are awaited, since the other ranks send
+        them.
+        """
         for left in self._inputs:
             self._await_sizes(left)
             self._await_ids(left)
@@ -191,9 +215,14 @@ class TorchRecArm:
         """Ids that lie on other ranks, and the lengths of all bags for each of them."""
         lookups, num_foreign = group_lookups(group, sparse), 0
         for feature, table in enumerate(group.feature_tables):
-            first, length = int(lookups.feature_starts[feature]), int(lookups.feature_lengths[feature])
+            first, length = (
+                int(lookups.feature_starts[feature]),
+                int(lookups.feature_lengths[feature]),
+            )
             rows_a_rank = -(-group.tables[table].num_embeddings // self._num_trainers)
-            num_foreign += int(np.count_nonzero(sparse.values[first : first + length] // rows_a_rank != self._rank))
+            num_foreign += int(
+                np.count_nonzero(sparse.values[first : first + length] // rows_a_rank != self._rank)
+            )
         num_lengths = len(group.features) * sparse.batch_size * (self._num_trainers - 1)
         return _ID_BYTES * num_foreign + _LENGTH_BYTES * num_lengths
 
@@ -218,7 +247,11 @@ class _Stream:
 
 
 def _shard(
-    group: Group, settings: TorchRecSettings, cache_rows: int, device: torch.device, num_devices: int
+    group: Group,
+    settings: TorchRecSettings,
+    cache_rows: int,
+    device: torch.device,
+    num_devices: int,
 ) -> Any:  # a ShardedEmbeddingBagCollection
     from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
@@ -245,7 +278,11 @@ def _shard(
         "output_dtype": SparseType.BF16 if device.type == "cuda" else SparseType.FP32,
     }
     if settings.kernel == "fused_uvm_caching":
-        fused |= {"cache_sets": cache_sets(cache_rows), "prefetch_pipeline": settings.prefetch, "uvm_host_mapped": True}
+        fused |= {
+            "cache_sets": cache_sets(cache_rows),
+            "prefetch_pipeline": settings.prefetch,
+            "uvm_host_mapped": True,
+        }
     sharder = EmbeddingBagCollectionSharder(fused_params=fused)
     module = EmbeddingBagCollection(device=torch.device("meta"), tables=tables)
     plan = construct_module_sharding_plan(
@@ -264,7 +301,11 @@ def _keyed_jagged(sparse: Jagged, device: torch.device) -> Any:
     from torchrec import KeyedJaggedTensor
 
     num_bags = len(sparse.keys) * sparse.batch_size
-    lengths = np.ones(num_bags, np.int32) if sparse.offsets is None else np.diff(sparse.offsets).astype(np.int32)
+    lengths = (
+        np.ones(num_bags, np.int32)
+        if sparse.offsets is None
+        else np.diff(sparse.offsets).astype(np.int32)
+    )
     return KeyedJaggedTensor(
         keys=list(sparse.keys),
         values=torch.from_numpy(sparse.values.astype(np.int64)).to(device),

@@ -1,1 +1,3 @@
-"""The data plane: rows on the device, moved and updated as plans say. Torch; never looks at an id while it trains."""
+"""The data plane: rows on the device, moved and updated as plans say. Torch; never looks at an id
+while it trains.
+"""

@@ -1,8 +1,8 @@
 """`EmbeddingBagCollection`: embedding tables that live in stores, used as an ordinary `nn.Module`.
 
-In training it serves only the batches that `bagpipe.lookahead` hands out, since the plan of a step says where its rows are.
-Backward updates the rows: the tables are no parameters, as with TorchRec's fused optimizers. In evaluation (`eval()`) it reads
-the stores, for any batch, and changes nothing.
+In training it serves only the batches that `bagpipe.lookahead` hands out, since the plan of a step
+says where its rows are. Backward updates the rows: the tables are no parameters, as with TorchRec's
+fused optimizers. In evaluation (`eval()`) it reads the stores, for any batch, and changes nothing.
 """
 
 from __future__ import annotations
@@ -27,13 +27,22 @@ from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows, same_ids
 from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Float32Array, Group, Int64Array, Jagged, Optimizer, TableConfig, group_tables
+from bagpipe.types import (
+    Float32Array,
+    Group,
+    Int64Array,
+    Jagged,
+    Optimizer,
+    TableConfig,
+    group_tables,
+)
 
 
 class EmbeddingBagCollection(nn.Module):
     """Pooled embeddings of several tables, with the optimizer fused into backward.
 
-    ``forward`` takes a batch's jagged ids (a KeyedJaggedTensor or `bagpipe.types.Jagged`) and returns `PooledEmbeddings`.
+    ``forward`` takes a batch's jagged ids (a KeyedJaggedTensor or `bagpipe.types.Jagged`) and
+    returns `PooledEmbeddings`.
     """
 
     def __init__(
@@ -46,12 +55,15 @@ class EmbeddingBagCollection(nn.Module):
         store: Callable[[Group, int], EmbeddingStore] | None = None,
         communicator: Communicator | None = None,
     ) -> None:
-        """`store` makes the store of each group from the group and `seed`, from which rows are initialised on first use.
+        """`store` makes the store of each group from the group and `seed`, from which rows are
+        initialised on first use.
 
-        With a `communicator` this is one of several trainers, each of which has its share of every batch. Gradients are averaged
-        over them, and all must call `backward` on a batch, those without samples too, or none. Their stores must hold the same
-        records; the default is memory that all share. On several hosts that goes for the trainers of each: there `tables`, and so
-        state dicts, can't be read but by `save_tables`, and in evaluation all trainers read together (`join_reading`).
+        With a `communicator` this is one of several trainers, each of which has its share of every
+        batch. Gradients are averaged over them, and all must call `backward` on a batch, those
+        without samples too, or none. Their stores must hold the same records; the default is memory
+        that all share. On several hosts that goes for the trainers of each: there `tables`, and so
+        state dicts, can't be read but by `save_tables`, and in evaluation all trainers read
+        together (`join_reading`).
         """
         super().__init__()
         if communicator is not None and communicator.num_trainers == 1:
@@ -70,7 +82,8 @@ class EmbeddingBagCollection(nn.Module):
         self._current_sparse: object = None
         self._was_served = False
         self._to_update: tuple[DevicePlan, ...] = ()
-        # Autograd calls a function's backward only if one of its inputs wants a gradient; the tables are no tensors here.
+        # Autograd calls a function's backward only if one of its inputs wants a gradient; the
+        # tables are no tensors here.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
 
     def set_learning_rate(self, lr: float) -> None:
@@ -82,7 +95,8 @@ class EmbeddingBagCollection(nn.Module):
     def forward(self, sparse: Any) -> PooledEmbeddings:
         """Looks up and pools the ids of one batch.
 
-        In training, `sparse` must be that of the batch which `bagpipe.lookahead` handed out last, and may be passed once.
+        In training, `sparse` must be that of the batch which `bagpipe.lookahead` handed out last,
+        and may be passed once.
         """
         if not self.training:
             return PooledEmbeddings(self._features, self._read(as_jagged(sparse)))
@@ -96,8 +110,15 @@ class EmbeddingBagCollection(nn.Module):
             ],
         )
 
-    def lookup(self, sparse: Any, *, dtype: torch.dtype = torch.float32, out: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """`forward` outside of autograd, for training loops that call `update` themselves: pooled embeddings (B, F, D), by group.
+    def lookup(
+        self,
+        sparse: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """`forward` outside of autograd, for training loops that call `update` themselves: pooled
+        embeddings (B, F, D), by group.
 
         In `dtype`, float32 or bfloat16, or written to `out`, contiguous tensors of either type.
         """
@@ -113,13 +134,23 @@ class EmbeddingBagCollection(nn.Module):
             ]
 
     def update(self, grads: Sequence[Tensor]) -> None:
-        """Updates the rows of the last `lookup` with its result's gradients (B, F, D), float32 or bfloat16; once a step."""
-        if self.executor is None or not self._to_update or self.executor.current is not self._to_update:
+        """Updates the rows of the last `lookup` with its result's gradients (B, F, D), float32 or
+        bfloat16; once a step.
+        """
+        if (
+            self.executor is None
+            or not self._to_update
+            or self.executor.current is not self._to_update
+        ):
             raise UsageError(
-                f"step {self.step}: update was called without a lookup in this step, or twice: call lookup, then update, once each"
+                f"step {self.step}: update was called without a lookup in this step, or twice: "
+                "call lookup, then update, once each"
             )
         if len(grads) != len(self._to_update):
-            raise UsageError(f"update was given {len(grads)} gradients for {len(self._to_update)} groups: pass one for each group")
+            raise UsageError(
+                f"update was given {len(grads)} gradients for {len(self._to_update)} groups: pass "
+                "one for each group"
+            )
         self._check_device("update's gradients", grads)
         with span("update"):
             for index, (plan, grad) in enumerate(zip(self._to_update, grads, strict=True)):
@@ -131,34 +162,56 @@ class EmbeddingBagCollection(nn.Module):
         for index, tensor in enumerate(tensors):
             if tensor.device != self._anchor.device:
                 raise UsageError(
-                    f"step {self.step}: {what} of group {index} lie on {tensor.device}, the embeddings on {self._anchor.device}: "
+                    f"step {self.step}: {what} of group {index} lie on {tensor.device}, the "
+                    f"embeddings on {self._anchor.device}: "
                     "make them there"
                 )
 
     def _autocast_dtype(self) -> torch.dtype:
         """bfloat16 where autocast asks for it, else the rows' own type."""
         kind = self.device.type
-        is_bfloat16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        is_bfloat16 = (
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        )
         return torch.bfloat16 if is_bfloat16 else torch.float32
 
-    def start(self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None) -> Executor:
-        """Gives the tables a cache of `num_slots` for each group and an executor of plans; `stop` ends the one before first.
+    def start(
+        self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None
+    ) -> Executor:
+        """Gives the tables a cache of `num_slots` for each group and an executor of plans; `stop`
+        ends the one before first.
 
-        `num_replica_slots` are for rows that other trainers own, if there are any: for each group those of one step.
+        `num_replica_slots` are for rows that other trainers own, if there are any: for each group
+        those of one step.
         """
         assert self.executor is None
         if len(num_slots) != len(self.groups):
-            raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(self.groups)} groups")
-        replicas = [0] * len(self.groups) if num_replica_slots is None else [2 * slots for slots in num_replica_slots]
+            raise ConfigError(
+                f"num_slots has {len(num_slots)} entries for {len(self.groups)} groups"
+            )
+        replicas = (
+            [0] * len(self.groups)
+            if num_replica_slots is None
+            else [2 * slots for slots in num_replica_slots]
+        )
         caches = [
-            DeviceCache(group=group, num_slots=slots, num_replica_slots=more, device=self.device, lr=self.lr, seed=self.seed)
+            DeviceCache(
+                group=group,
+                num_slots=slots,
+                num_replica_slots=more,
+                device=self.device,
+                lr=self.lr,
+                seed=self.seed,
+            )
             for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)
         ]
         self.executor = Executor(caches, self.stores, self.communicator)
         return self.executor
 
     def begin_step(self, sparse: object) -> None:
-        """Makes the rows of the next submitted plan ready; `sparse` is the batch's sparse part as the user will pass it."""
+        """Makes the rows of the next submitted plan ready; `sparse` is the batch's sparse part as
+        the user will pass it.
+        """
         assert self.executor is not None
         self.executor.begin_step()
         self._current_sparse, self._was_served = sparse, False
@@ -171,7 +224,8 @@ class EmbeddingBagCollection(nn.Module):
         self.step += 1
 
     def flush(self) -> None:
-        """Writes all resident rows to the stores, which then hold the whole truth until the next update.
+        """Writes all resident rows to the stores, which then hold the whole truth until the next
+        update.
 
         Raises UsageError when rows were lost by an earlier failure.
         """
@@ -182,11 +236,14 @@ class EmbeddingBagCollection(nn.Module):
     def _check_nothing_lost(self) -> None:
         if self._failure is not None:
             raise UsageError(
-                f"embedding rows were lost after step {self.step} ({self._failure}): restore a checkpoint into new embeddings"
+                f"embedding rows were lost after step {self.step} ({self._failure}): restore a "
+                "checkpoint into new embeddings"
             ) from self._failure
 
     def stop(self) -> None:
-        """Closes an open step, flushes and gives the cache back; `eval()` and a new `bagpipe.lookahead` go on from here."""
+        """Closes an open step, flushes and gives the cache back; `eval()` and a new
+        `bagpipe.lookahead` go on from here.
+        """
         try:
             if self.executor is not None and self.executor.current is not None:
                 self.end_step()
@@ -197,7 +254,9 @@ class EmbeddingBagCollection(nn.Module):
         self._end_executor()
 
     def fail(self, error: BaseException) -> None:
-        """Gives the cache back without flushing, because moving rows failed; the tables refuse all use from now on."""
+        """Gives the cache back without flushing, because moving rows failed; the tables refuse all
+        use from now on.
+        """
         if self.executor is not None:
             self._failure = error
             self._end_executor()
@@ -209,7 +268,9 @@ class EmbeddingBagCollection(nn.Module):
             self._current_sparse = None
 
     def close(self) -> None:
-        """Stops and closes the stores; nothing can be read afterwards. After a failure, which has been raised, only closes."""
+        """Stops and closes the stores; nothing can be read afterwards. After a failure, which has
+        been raised, only closes.
+        """
         try:
             if self._failure is None:
                 self.stop()
@@ -222,19 +283,23 @@ class EmbeddingBagCollection(nn.Module):
 
         Raises UsageError when rows were lost by an earlier failure.
         """
-        if self._has_hosts:  # where they can't be read, and flushing would wait for ranks that do not ask
+        # where they can't be read, and flushing would wait for ranks that do not ask
+        if self._has_hosts:
             self._check_nothing_lost()
         else:
             self.flush()
         return self._tables(self._make_readable)
 
     def save_tables(self, path: str | Path) -> None:
-        """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in bounded memory.
+        """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in
+        bounded memory.
 
         With several hosts all trainers must call it, and rank 0 writes.
         """
         if not self._has_hosts:
-            save_tables({_weight_key(name): table for name, table in self.tables().items()}, Path(path))
+            save_tables(
+                {_weight_key(name): table for name, table in self.tables().items()}, Path(path)
+            )
             return
         assert self.communicator is not None
         self.flush()
@@ -246,7 +311,9 @@ class EmbeddingBagCollection(nn.Module):
                 table.join_reading()
 
     def join_reading(self) -> None:
-        """With several hosts: helps other ranks to read a batch in evaluation, on a rank that has none for its part."""
+        """With several hosts: helps other ranks to read a batch in evaluation, on a rank that has
+        none for its part.
+        """
         for group, store in zip(self.groups, self.stores, strict=True):
             self._fetch(store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32))
 
@@ -264,20 +331,26 @@ class EmbeddingBagCollection(nn.Module):
     def _make_readable(self) -> None:
         if self._has_hosts:
             raise UsageError(
-                "the tables' rows are divided among several hosts, so one trainer can't read them: call save_tables(path) on all, "
+                "the tables' rows are divided among several hosts, so one trainer can't read them: "
+                "call save_tables(path) on all, "
                 "and read the file that rank 0 writes"
             )
         self.flush()
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(
-            "embedding tables are neither copied nor pickled whole, they may not fit in memory: use save_tables(path), or load "
+            "embedding tables are neither copied nor pickled whole, they may not fit in memory: "
+            "use save_tables(path), or load "
             "state_dict() into another EmbeddingBagCollection"
         )
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
-        destination.update({prefix + _weight_key(name): table for name, table in self.tables().items()})
+        destination.update(
+            {prefix + _weight_key(name): table for name, table in self.tables().items()}
+        )
 
     def _load_from_state_dict(  # the signature is nn.Module's
         self,
@@ -291,29 +364,44 @@ class EmbeddingBagCollection(nn.Module):
     ) -> None:
         """Takes each table's weights from a tensor or a `LazyTable`; optimizer state is kept."""
         if self.executor is not None:
-            raise UsageError("load_state_dict while bagpipe.lookahead is running: load before the training loop, or call stop()")
+            raise UsageError(
+                "load_state_dict while bagpipe.lookahead is running: load before the training "
+                "loop, or call stop()"
+            )
         known = {prefix + _weight_key(name): table for name, table in self.tables().items()}
         for key, table in known.items():
             if key not in state_dict:
                 missing_keys.append(key)
             elif tuple(state_dict[key].shape) != table.shape:
-                error_msgs.append(f"{key}: shape {tuple(state_dict[key].shape)} does not fit the table's {table.shape}")
+                error_msgs.append(
+                    f"{key}: shape {tuple(state_dict[key].shape)} does not fit the table's "
+                    f"{table.shape}"
+                )
             else:
                 table.load(state_dict[key])
-        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+        unexpected_keys.extend(
+            key for key in state_dict if key.startswith(prefix) and key not in known
+        )
 
     def _plans_of(self, sparse: Any) -> tuple[DevicePlan, ...]:
         """The current step's plans, after a look at whether they can be those of `sparse`."""
         if self.executor is None or self.executor.current is None:
             raise UsageError(
-                "no batch is being trained: iterate over bagpipe.lookahead(loader, embeddings) and pass each batch's sparse part, "
+                "no batch is being trained: iterate over bagpipe.lookahead(loader, embeddings) and "
+                "pass each batch's sparse part, "
                 "or call eval() to read rows without training"
             )
         if self._was_served:
-            raise UsageError(f"step {self.step}: forward was called twice for one batch; its rows can be updated only once")
-        if sparse is not self._current_sparse and not same_ids(as_jagged(sparse), as_jagged(self._current_sparse)):
             raise UsageError(
-                f"step {self.step}: forward was given other ids than those of the batch that bagpipe.lookahead handed out last; "
+                f"step {self.step}: forward was called twice for one batch; its rows can be "
+                "updated only once"
+            )
+        if sparse is not self._current_sparse and not same_ids(
+            as_jagged(sparse), as_jagged(self._current_sparse)
+        ):
+            raise UsageError(
+                f"step {self.step}: forward was given other ids than those of the batch that "
+                "bagpipe.lookahead handed out last; "
                 "its plan is for that batch alone"
             )
         self._was_served = torch.is_grad_enabled()
@@ -323,7 +411,10 @@ class EmbeddingBagCollection(nn.Module):
         """Pools rows straight from the stores."""
         check_features(self.groups, batch)
         self.flush()
-        return [self._read_group(group, store, batch) for group, store in zip(self.groups, self.stores, strict=True)]
+        return [
+            self._read_group(group, store, batch)
+            for group, store in zip(self.groups, self.stores, strict=True)
+        ]
 
     def _read_group(self, group: Group, store: EmbeddingStore, batch: Jagged) -> Tensor:
         lookups = group_lookups(group, batch)
@@ -331,10 +422,19 @@ class EmbeddingBagCollection(nn.Module):
         records = np.empty((len(rows), group.record_width), np.float32)
         self._fetch(store, rows, records)
         cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=self.lr)
-        cache.fill(to_device(np.arange(len(rows), dtype=np.int32), self.device), torch.from_numpy(records).to(self.device))
+        cache.fill(
+            to_device(np.arange(len(rows), dtype=np.int32), self.device),
+            torch.from_numpy(records).to(self.device),
+        )
         slots, num_features = inverse.astype(np.int32), len(group.features)
         return cache.lookup(
-            DevicePlan.of_lookups(lookups, slots, batch_size=batch.batch_size, num_features=num_features, device=self.device)
+            DevicePlan.of_lookups(
+                lookups,
+                slots,
+                batch_size=batch.batch_size,
+                num_features=num_features,
+                device=self.device,
+            )
         )
 
     def _fetch(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
@@ -346,10 +446,19 @@ class EmbeddingBagCollection(nn.Module):
 
 
 class _Lookup(torch.autograd.Function):
-    """Lookup of one group; its backward sums the gradients along the plan and applies the optimizer."""
+    """Lookup of one group; its backward sums the gradients along the plan and applies the
+    optimizer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, executor: Executor, group: int, plan: DevicePlan, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        executor: Executor,
+        group: int,
+        plan: DevicePlan,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """`anchor` carries no value; it makes autograd call backward."""
         ctx.executor, ctx.group, ctx.plan, ctx.was_applied = executor, group, plan, False
         return executor.caches[group].lookup(plan, dtype=dtype)
@@ -360,11 +469,15 @@ class _Lookup(torch.autograd.Function):
         """Updates the rows with `grads` (B, F, D)."""
         if not ctx.executor.is_current(ctx.plan):
             raise UsageError(
-                f"step {ctx.plan.step}: backward ran after the next batch was asked for, when its rows may have left the cache: "
+                f"step {ctx.plan.step}: backward ran after the next batch was asked for, when its "
+                "rows may have left the cache: "
                 "call backward on each batch's loss before the next iteration"
             )
         if ctx.was_applied:
-            raise UsageError(f"step {ctx.plan.step}: backward ran twice through the same lookup; its rows are updated only once")
+            raise UsageError(
+                f"step {ctx.plan.step}: backward ran twice through the same lookup; its rows are "
+                "updated only once"
+            )
         ctx.was_applied = True
         ctx.executor.update(ctx.group, ctx.plan, grads)
         return None, None, None, None, None

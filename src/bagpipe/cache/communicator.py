@@ -1,15 +1,18 @@
-"""How one of several trainers talks to the others: `torch.distributed`'s process groups and its key-value store.
+"""How one of several trainers talks to the others: `torch.distributed`'s process groups and its
+key-value store.
 
-One process group is for the critical path and one for what travels behind compute, so that neither waits for the other's messages.
-Rows on GPUs travel by NCCL, rows and numbers on CPUs by gloo.
-All sizes are known from the plan, so a message is the rows and nothing else.
+One process group is for the critical path and one for what travels behind compute, so that neither
+waits for the other's messages. Rows on GPUs travel by NCCL, rows and numbers on CPUs by gloo. All
+sizes are known from the plan, so a message is the rows and nothing else.
 
-A rank that is gone shows as a failed message, or, where one waits for its entry in the key-value store, by its process, which the
-others of its host watch. Every call ends after `timeout`, and says what it waited for.
+A rank that is gone shows as a failed message, or, where one waits for its entry in the key-value
+store, by its process, which the others of its host watch. Every call ends after `timeout`, and says
+what it waited for.
 
-Trainers on several hosts are as many on each, ranks of one host beside each other. Each host has a store of its own, for the rows
-whose home it is (`bagpipe._sharding`): only its ranks fetch them and write them back, so that nothing but rows of the exchange, and
-what an evaluation reads, travels between hosts.
+Trainers on several hosts are as many on each, ranks of one host beside each other. Each host has a
+store of its own, for the rows whose home it is (`bagpipe._sharding`): only its ranks fetch them and
+write them back, so that nothing but rows of the exchange, and what an evaluation reads, travels
+between hosts.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ _numbers = itertools.count(1)
 
 @dataclass(kw_only=True)
 class Communicator:
-    """One rank's connections, for one stream of plans at a time. The process groups hold all ranks in the same order."""
+    """One rank's connections, for one stream of plans at a time. The process groups hold all ranks
+    in the same order.
+    """
 
     rank: int
     num_trainers: int
@@ -66,9 +71,12 @@ class Communicator:
     _is_streaming: bool = field(init=False, default=False)
     _has_failed: bool = field(init=False, default=False)
     _num_texts: int = field(init=False, default=0)
-    _waiting: Any = field(init=False)  # a connection to the store of its own: one that waits can do nothing else
-    _known_written: dict[tuple[TransferKind, int], int] = field(init=False, default_factory=dict)  # by kind and rank the step
-    _processes: dict[int, int] = field(init=False, default_factory=dict)  # by rank a descriptor, readable when it has ended
+    # a connection to the store of its own: one that waits can do nothing else
+    _waiting: Any = field(init=False)
+    # by kind and rank the step
+    _known_written: dict[tuple[TransferKind, int], int] = field(init=False, default_factory=dict)
+    # by rank a descriptor, readable when it has ended
+    _processes: dict[int, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         check_hosts(self.num_trainers, self.num_hosts)
@@ -76,28 +84,40 @@ class Communicator:
         texts = self.gather_texts("the process", f"{os.getpid()} {self.num_hosts} {_machine()}")
         pids, nums_hosts, machines = zip(*(text.split(maxsplit=2) for text in texts), strict=True)
         on_hosts = [
-            {machines[rank] for rank in neighbours_on(host, self.num_trainers, self.num_hosts)} for host in range(self.num_hosts)
+            {machines[rank] for rank in neighbours_on(host, self.num_trainers, self.num_hosts)}
+            for host in range(self.num_hosts)
         ]
         if len(set(nums_hosts)) > 1 or any(len(found) > 1 for found in on_hosts):
             told = ", ".join(sorted({f"num_hosts={number}" for number in nums_hosts}))
-            where = "; ".join(" and ".join(name.split()[0] for name in sorted(found)) for found in on_hosts)
+            where = "; ".join(
+                " and ".join(name.split()[0] for name in sorted(found)) for found in on_hosts
+            )
             raise ConfigError(
-                f"{self.num_trainers} trainers were told {told}, but run, host by host, on {where}: give all the number of hosts, "
-                f"Communicator.from_default_group(num_hosts={len(set(machines))}), and start as many on each, beside each other"
+                f"{self.num_trainers} trainers were told {told}, but run, host by host, on "
+                f"{where}: give all the number of hosts, "
+                f"Communicator.from_default_group(num_hosts={len(set(machines))}), and start as "
+                "many on each, beside each other"
             )
         # Of ranks that are threads of one process, or on another host, only messages tell.
         by_rank = {rank: int(pids[rank]) for rank in self.ranks_of_host}
-        self._processes = {rank: os.pidfd_open(pid) for rank, pid in by_rank.items() if pid != os.getpid()}
+        self._processes = {
+            rank: os.pidfd_open(pid) for rank, pid in by_rank.items() if pid != os.getpid()
+        }
 
     @classmethod
-    def from_default_group(cls, *, num_hosts: int = 1, timeout: timedelta | None = None) -> Communicator:
-        """Of the process group that `torch.distributed.init_process_group` has made; all ranks must call it, in the same order.
+    def from_default_group(
+        cls, *, num_hosts: int = 1, timeout: timedelta | None = None
+    ) -> Communicator:
+        """Of the process group that `torch.distributed.init_process_group` has made; all ranks must
+        call it, in the same order.
 
-        Raises ConfigError when there is none, or the ranks of a host are not neighbours, as many on each of 1, 2, 4 or 8.
+        Raises ConfigError when there is none, or the ranks of a host are not neighbours, as many on
+        each of 1, 2, 4 or 8.
         """
         if not dist.is_available() or not dist.is_initialized():
             raise ConfigError(
-                "torch.distributed is not initialized: call torch.distributed.init_process_group, or start with torchrun"
+                "torch.distributed is not initialized: call torch.distributed.init_process_group, "
+                "or start with torchrun"
             )
         timeout = timeout or timedelta(minutes=5)
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
@@ -129,26 +149,42 @@ class Communicator:
         """Whether this rank makes what those of its host share."""
         return self.rank == self.ranks_of_host[0]
 
-    def exchange(self, rows: Tensor, received: Tensor, plan: RowExchange, *, moment: Moment, step: int, what: str) -> None:
-        """Sends `rows` (num_sent, D), those for rank 0 first, and fills `received` (num_received, D), both contiguous.
+    def exchange(
+        self,
+        rows: Tensor,
+        received: Tensor,
+        plan: RowExchange,
+        *,
+        moment: Moment,
+        step: int,
+        what: str,
+    ) -> None:
+        """Sends `rows` (num_sent, D), those for rank 0 first, and fills `received` (num_received,
+        D), both contiguous.
 
         Raises BackgroundError, naming `what` and the step, when a rank can't be reached.
         """
         with self._naming(f"exchanging {what} of step {step}"):
             group = self.now if moment == "now" else self.later
-            group.alltoall_base(received, rows, plan.receive_counts.tolist(), plan.send_counts.tolist()).wait()
+            group.alltoall_base(
+                received, rows, plan.receive_counts.tolist(), plan.send_counts.tolist()
+            ).wait()
 
     def gather(self, what: str, rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-        """What each rank gives as `rows`, (counts[rank], D) on the CPU, by rank on rank 0; nothing elsewhere. All must ask."""
+        """What each rank gives as `rows`, (counts[rank], D) on the CPU, by rank on rank 0; nothing
+        elsewhere. All must ask.
+        """
         receive_counts = list(counts) if self.rank == 0 else [0] * self.num_trainers
         with self._naming(f"gathering {what}"):
             received = self._swap(rows, [len(rows)] + [0] * (self.num_trainers - 1), receive_counts)
         return torch.split(received, receive_counts) if self.rank == 0 else ()
 
     def fetch_from_homes(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
-        """As `store.fetch`, of rows (n,) of any host. With several hosts all ranks must ask, those without rows too.
+        """As `store.fetch`, of rows (n,) of any host. With several hosts all ranks must ask, those
+        without rows too.
 
-        A rank asks the ranks in its own place on each host, and tells them first how many rows it wants: this is for evaluation.
+        A rank asks the ranks in its own place on each host, and tells them first how many rows it
+        wants: this is for evaluation.
         """
         if self.num_hosts == 1:
             store.fetch(rows, out)
@@ -157,9 +193,12 @@ class Communicator:
         order = np.argsort(homes, kind="stable")
         num_ranks, once = len(self.ranks_of_host), [1] * self.num_trainers
         wanted = torch.zeros(self.num_trainers, dtype=torch.int64)
-        wanted[self.rank % num_ranks :: num_ranks] = torch.from_numpy(np.bincount(homes, minlength=self.num_hosts))
+        wanted[self.rank % num_ranks :: num_ranks] = torch.from_numpy(
+            np.bincount(homes, minlength=self.num_hosts)
+        )
         with self._naming(
-            f"reading rows of {store.group.name} of all hosts, all ranks together (join_reading where one has none),"
+            f"reading rows of {store.group.name} of all hosts, all ranks together (join_reading "
+            "where one has none),"
         ):
             wanted_from, wanted_by = wanted.tolist(), self._swap(wanted, once, once).tolist()
             asked = self._swap(torch.from_numpy(rows[order]), wanted_from, wanted_by).numpy()
@@ -167,14 +206,20 @@ class Communicator:
             store.fetch(asked, found)
             out[order] = self._swap(torch.from_numpy(found), wanted_by, wanted_from).numpy()
 
-    def _swap(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+    def _swap(
+        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Tensor:
         """Sends rows (n, ...) of the CPU, those for rank 0 first; what all send here, by rank."""
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        self.now.alltoall_base(received, rows.contiguous(), list(receive_counts), list(send_counts)).wait()
+        self.now.alltoall_base(
+            received, rows.contiguous(), list(receive_counts), list(send_counts)
+        ).wait()
         return received
 
     def average(self, values: Tensor) -> None:
-        """Replaces `values`, float32 and of one shape on all ranks, by their mean over ranks; on CUDA the current stream does."""
+        """Replaces `values`, float32 and of one shape on all ranks, by their mean over ranks; on
+        CUDA the current stream does.
+        """
         with self._naming("averaging the dense part's gradients"):
             values.div_(self.num_trainers)
             self.now.allreduce([values]).wait()
@@ -192,7 +237,9 @@ class Communicator:
         return self._ask_to_reduce(value, dist.ReduceOp.MAX)
 
     def share_text(self, what: str, text: str | None) -> str:
-        """What the first rank of a host gives as `text`, on every rank of it. All must ask, in the same order."""
+        """What the first rank of a host gives as `text`, on every rank of it. All must ask, in the
+        same order.
+        """
         first = self.ranks_of_host[0]
         self._num_texts += 1
         key = f"bagpipe/{self.number}/text/{self._num_texts}/{first}"
@@ -207,10 +254,15 @@ class Communicator:
 
         As messages: a rank that has gone is seen at once, on another host, too.
         """
-        content, once = torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy()), [1] * self.num_trainers
+        content, once = (
+            torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy()),
+            [1] * self.num_trainers,
+        )
         with self._naming(f"waiting for {what} of all ranks"):
             sizes = self._swap(torch.full((self.num_trainers,), len(content)), once, once).tolist()
-            gathered = self._swap(content.repeat(self.num_trainers), [len(content)] * self.num_trainers, sizes)
+            gathered = self._swap(
+                content.repeat(self.num_trainers), [len(content)] * self.num_trainers, sizes
+            )
         return [part.numpy().tobytes().decode() for part in torch.split(gathered, sizes)]
 
     def shared_store(self, group: Group, seed: int) -> SharedMemoryStore:
@@ -245,18 +297,24 @@ class Communicator:
     def barrier(self, what: str) -> None:
         """Waits for all ranks."""
         with self._naming(what):
-            self.now.allreduce([torch.zeros(1)]).wait()  # a group of two backends would choose the GPU for a barrier
+            # a group of two backends would choose the GPU for a barrier
+            self.now.allreduce([torch.zeros(1)]).wait()
 
     def begin_stream(self) -> None:
-        """Marks made from now on are of another stream of plans; all ranks begin streams in the same order.
+        """Marks made from now on are of another stream of plans; all ranks begin streams in the
+        same order.
 
         Raises UsageError where the stream before has not ended, or has failed.
         """
         if self._has_failed:
-            raise UsageError("an earlier stream of this communicator failed, its messages may be out of order: make another one")
+            raise UsageError(
+                "an earlier stream of this communicator failed, its messages may be out of order: "
+                "make another one"
+            )
         if self._is_streaming:
             raise UsageError(
-                "a communicator serves one stream at a time: end the other bagpipe.lookahead, call stop() on its embeddings, or "
+                "a communicator serves one stream at a time: end the other bagpipe.lookahead, call "
+                "stop() on its embeddings, or "
                 "give each embeddings a communicator of its own"
             )
         self._stream += 1
@@ -269,7 +327,9 @@ class Communicator:
         self._has_failed = self._has_failed or has_failed
 
     def mark_written(self, kind: TransferKind, step: int) -> None:
-        """Tells the others that this rank has written what the early, or the late, transfers up to `step` evict; steps in order."""
+        """Tells the others that this rank has written what the early, or the late, transfers up to
+        `step` evict; steps in order.
+        """
         with self._naming(f"telling that the {kind} transfers of step {step} are written back"):
             self.store.set(self._key(kind, self.rank, step), b"")
             self.store.set(self._key(kind, self.rank, None), str(step))
@@ -277,26 +337,34 @@ class Communicator:
                 self.store.delete_key(self._key(kind, self.rank, step - _KEPT_MARKS))
 
     def wait_written(self, kind: TransferKind, step: int) -> None:
-        """Returns once every other rank of the host has written what its early, or late, transfers up to `step` evict."""
+        """Returns once every other rank of the host has written what its early, or late, transfers
+        up to `step` evict.
+        """
         for rank in self.ranks_of_host:
             if rank == self.rank or self._known_written.get((kind, rank), -1) >= step:
                 continue
             newest = self._key(kind, rank, None)
-            with self._naming(f"waiting for rank {rank} to write back what the {kind} transfers of step {step} evict"):
+            with self._naming(
+                f"waiting for rank {rank} to write back what the {kind} transfers of step {step} "
+                "evict"
+            ):
                 written = int(self._waiting.get(newest)) if self._waiting.check([newest]) else -1
                 if written < step:
                     self._wait_for(self._key(kind, rank, step))
             self._known_written[kind, rank] = max(written, step)
 
     def _key(self, kind: TransferKind, rank: int, step: int | None) -> str:
-        return f"bagpipe/{self.number}/{self._stream}/{kind}/{rank}/{'newest' if step is None else step}"
+        which = "newest" if step is None else step
+        return f"bagpipe/{self.number}/{self._stream}/{kind}/{rank}/{which}"
 
     def _wait_for_text(self, key: str) -> str:
         self._wait_for(key)
         return str(self._waiting.get(key).decode())
 
     def _wait_for(self, key: str) -> None:
-        """Waits until `key` is in the store. RuntimeError or DistError: it does not come, or a rank of this host has ended."""
+        """Waits until `key` is in the store. RuntimeError or DistError: it does not come, or a rank
+        of this host has ended.
+        """
         deadline = time.monotonic() + self.timeout.total_seconds()
         while True:
             started = time.monotonic()
@@ -322,10 +390,12 @@ class Communicator:
             yield
         except (RuntimeError, torch.distributed.DistError) as error:
             raise BackgroundError(
-                f"rank {self.rank}: {what} failed; another of the {self.num_trainers} trainers may be gone: {error}"
+                f"rank {self.rank}: {what} failed; another of the {self.num_trainers} trainers may "
+                f"be gone: {error}"
             ) from error
 
 
 def _machine() -> str:
     """The name of this machine, and what tells it from others of that name."""
-    return f"{socket.gethostname()} {_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ''}".strip()
+    boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    return f"{socket.gethostname()} {boot_id}".strip()

@@ -1,7 +1,9 @@
-"""The loops of `kernels_cpu` over weights of 16 bits: widened as they are read, rounded by chance as they are written.
+"""The loops of `kernels_cpu` over weights of 16 bits: widened as they are read, rounded by chance
+as they are written.
 
-On CPUs 16 bits save memory, not time: each weight costs some ten instructions more, and its random bits about ten again.
-The sums are written out as in `cpu_loops.update`: a function of their own, with its dozen arrays, makes a step a fifth slower.
+On CPUs 16 bits save memory, not time: each weight costs some ten instructions more, and its random
+bits about ten again. The sums are written out as in `cpu_loops.update`: a function of their own,
+with its dozen arrays, makes a step a fifth slower.
 """
 
 from __future__ import annotations
@@ -38,12 +40,18 @@ def lookup(
     num_features: int,
     pooled: Float32Array,
 ) -> None:
-    """Fills the rows of samples [begin, end) of `pooled` (B * F, D). `bag_offsets` is empty where each bag has one id."""
+    """Fills the rows of samples [begin, end) of `pooled` (B * F, D). `bag_offsets` is empty where
+    each bag has one id.
+    """
     dim = pooled.shape[1]
     for sample in range(begin, end):
         for feature in range(num_features):
             out, bag = sample * num_features + feature, feature * batch_size + sample
-            first, last = (bag, bag + 1) if len(bag_offsets) == 0 else (bag_offsets[bag], bag_offsets[bag + 1])
+            first, last = (
+                (bag, bag + 1)
+                if len(bag_offsets) == 0
+                else (bag_offsets[bag], bag_offsets[bag + 1])
+            )
             pooled[out, :] = np.float32(0.0)
             for position in range(first, last):
                 slot = np.uint32(slots[position])
@@ -78,7 +86,11 @@ def update(
     """One optimizer step of the unique rows [begin, end)."""
     dim = grads.shape[1]
     num_uniques = len(unique_slots)
-    total, further, piece_sum = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
+    total, further, piece_sum = (
+        np.empty(dim, np.float32),
+        np.empty(dim, np.float32),
+        np.empty(dim, np.float32),
+    )
     row = np.empty((1, dim), np.float32)
     long = int(np.searchsorted(long_uniques, begin))
     for unique in range(begin, end):
@@ -91,7 +103,15 @@ def update(
         if long < len(long_uniques) and long_uniques[long] == unique:
             further[:] = np.float32(0.0)
             for piece in range(long_offsets[long], long_offsets[long + 1]):
-                sum_piece(num_uniques + piece, grads, bags, piece_offsets, bag_scales, bag_weights, piece_sum)
+                sum_piece(
+                    num_uniques + piece,
+                    grads,
+                    bags,
+                    piece_offsets,
+                    bag_scales,
+                    bag_weights,
+                    piece_sum,
+                )
                 for index in range(dim):
                     further[index] += piece_sum[index]
             for index in range(dim):
@@ -105,11 +125,22 @@ def update(
 
 
 @jit
-def _write_back(weights: UInt16Array, slot: int, row: Float32Array, code: int, seed: np.uint64, counter: np.uint64) -> None:
+def _write_back(
+    weights: UInt16Array,
+    slot: int,
+    row: Float32Array,
+    code: int,
+    seed: np.uint64,
+    counter: np.uint64,
+) -> None:
     """Rounds `row` (1, D) into a slot; `counter` is the lower half of its blocks' counters."""
     dim = row.shape[1]
     for begin in range(0, dim, COLUMNS_A_BLOCK):
-        words = philox(seed, counter, np.uint64(begin // COLUMNS_A_BLOCK) | np.uint64(ROUNDING << 32))
+        words = philox(
+            seed, counter, np.uint64(begin // COLUMNS_A_BLOCK) | np.uint64(ROUNDING << 32)
+        )
         for lane in range(min(COLUMNS_A_BLOCK, dim - begin)):
             chance = np.int64(words[lane // 2] >> np.uint64(16 * (lane % 2))) & 0xFFFF
-            weights[np.uint32(slot), begin + lane] = np.uint16(by_chance(row[0, begin + lane], chance, code))
+            weights[np.uint32(slot), begin + lane] = np.uint16(
+                by_chance(row[0, begin + lane], chance, code)
+            )

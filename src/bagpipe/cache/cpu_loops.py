@@ -16,7 +16,13 @@ ROWS_AHEAD, _GRADS_AHEAD = 4, 6
 
 @jit
 def lookup_one_hot(
-    begin: int, end: int, weights: Float32Array, slots: Int32Array, batch_size: int, num_features: int, pooled: Float32Array
+    begin: int,
+    end: int,
+    weights: Float32Array,
+    slots: Int32Array,
+    batch_size: int,
+    num_features: int,
+    pooled: Float32Array,
 ) -> None:
     """Fills the rows of samples [begin, end) of `pooled` (B * F, D)."""
     dim = weights.shape[1]
@@ -45,7 +51,9 @@ def lookup_jagged(
     num_features: int,
     pooled: Float32Array,
 ) -> None:
-    """As `lookup_one_hot`; `bag_scales` is empty where all features are summed, `lookup_weights` where all are 1."""
+    """As `lookup_one_hot`; `bag_scales` is empty where all features are summed, `lookup_weights`
+    where all are 1.
+    """
     dim = weights.shape[1]
     for sample in range(begin, end):
         for feature in range(num_features):
@@ -86,7 +94,11 @@ def update(
     """One optimizer step of the unique rows [begin, end)."""
     dim = weights.shape[1]
     num_uniques = len(unique_slots)
-    total, further, piece_sum = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
+    total, further, piece_sum = (
+        np.empty(dim, np.float32),
+        np.empty(dim, np.float32),
+        np.empty(dim, np.float32),
+    )
     long = int(np.searchsorted(long_uniques, begin))
     for unique in range(begin, end):
         next_slot = unique_slots[min(unique + ROWS_AHEAD, num_uniques - 1)]
@@ -98,7 +110,15 @@ def update(
         if long < len(long_uniques) and long_uniques[long] == unique:
             further[:] = np.float32(0.0)
             for piece in range(long_offsets[long], long_offsets[long + 1]):
-                sum_piece(num_uniques + piece, grads, bags, piece_offsets, bag_scales, bag_weights, piece_sum)
+                sum_piece(
+                    num_uniques + piece,
+                    grads,
+                    bags,
+                    piece_offsets,
+                    bag_scales,
+                    bag_weights,
+                    piece_sum,
+                )
                 for index in range(dim):
                     further[index] += piece_sum[index]
             for index in range(dim):
@@ -117,7 +137,9 @@ def sum_piece(
     bag_weights: Float32Array,
     total: Float32Array,
 ) -> None:
-    """Puts the sum of a piece's gradients, in order, into `total` (D,). One of `bag_scales` and `bag_weights` at least is empty."""
+    """Puts the sum of a piece's gradients, in order, into `total` (D,). One of `bag_scales` and
+    `bag_weights` at least is empty.
+    """
     dim = len(total)
     for index in range(dim):
         total[index] = np.float32(0.0)
@@ -144,7 +166,9 @@ def _mean_of_squares(grad: Float32Array) -> np.float32:
             lanes[lane] += grad[begin + lane] * grad[begin + lane]
     for index in range(whole, len(grad)):
         lanes[index - whole] += grad[index] * grad[index]
-    total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
+    total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
+        (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
+    )
     return np.float32(total / np.float32(len(grad)))
 
 
@@ -178,14 +202,19 @@ def apply(
     else:
         for index in range(dim):
             first = state[slot, index] + (grad[index] - state[slot, index]) * scalars[2]
-            second = state[slot, dim + index] + (grad[index] * grad[index] - state[slot, dim + index]) * scalars[3]
+            second = (
+                state[slot, dim + index]
+                + (grad[index] * grad[index] - state[slot, dim + index]) * scalars[3]
+            )
             state[slot, index] = first
             state[slot, dim + index] = second
             weights[row, index] -= first / (np.sqrt(second) + scalars[1]) * lr
 
 
 @jit
-def fill(weights: Float32Array, state: Float32Array, slots: Int32Array, records: Float32Array) -> None:
+def fill(
+    weights: Float32Array, state: Float32Array, slots: Int32Array, records: Float32Array
+) -> None:
     """Packed records into slots."""
     dim = weights.shape[1]
     for index in range(len(slots)):
@@ -200,7 +229,9 @@ def fill(weights: Float32Array, state: Float32Array, slots: Int32Array, records:
 
 
 @jit
-def read(weights: Float32Array, state: Float32Array, slots: Int32Array, records: Float32Array) -> None:
+def read(
+    weights: Float32Array, state: Float32Array, slots: Int32Array, records: Float32Array
+) -> None:
     """Slots into packed records."""
     dim = weights.shape[1]
     for index in range(len(slots)):

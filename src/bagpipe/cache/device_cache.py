@@ -1,4 +1,6 @@
-"""One group's cache on the trainer's device: weights and optimizer state of the rows in its slots."""
+"""One group's cache on the trainer's device: weights and optimizer state of the rows in its
+slots.
+"""
 
 from __future__ import annotations
 
@@ -33,44 +35,63 @@ class DeviceCache:
     num_replica_slots: int = 0
     """Slots behind the others that hold weights alone: copies of rows that other trainers own."""
     weights: Tensor = field(init=False)
-    """(num_slots + num_replica_slots, D) of the group's data type, one column more where that is 16 bits and D odd."""
+    """(num_slots + num_replica_slots, D) of the group's data type, one column more where that is 16
+    bits and D odd."""
     state: Tensor = field(init=False)  # (num_slots, S) float32
 
     def __post_init__(self) -> None:
-        self.weights = empty_weights(self.group, self.num_slots + self.num_replica_slots, self.device)
+        self.weights = empty_weights(
+            self.group, self.num_slots + self.num_replica_slots, self.device
+        )
         self.state = torch.empty(self.num_slots, self.group.state_width, device=self.device)
         self._rounding_seed = rounding_seed(self.seed, self.group)
         self._kernels = kernels_of(self.device)
 
-    def lookup(self, plan: DevicePlan, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """Pooled embeddings, sample-major: (B, F, D) in `dtype`, float32 or bfloat16; or in `out`, contiguous, and its type."""
+    def lookup(
+        self, plan: DevicePlan, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+    ) -> Tensor:
+        """Pooled embeddings, sample-major: (B, F, D) in `dtype`, float32 or bfloat16; or in `out`,
+        contiguous, and its type.
+        """
         shape = (plan.batch_size, plan.num_features, self.group.embedding_dim)
         pooled = torch.empty(shape, dtype=dtype, device=self.device) if out is None else out
         assert pooled.shape == shape
         assert pooled.dtype in (torch.float32, torch.bfloat16)
-        self._kernels.lookup(self.weights, plan, pooled.view(plan.num_bags, self.group.embedding_dim))
+        self._kernels.lookup(
+            self.weights, plan, pooled.view(plan.num_bags, self.group.embedding_dim)
+        )
         return pooled
 
     def update(self, plan: DevicePlan, grads: Tensor) -> None:
-        """Applies one optimizer step; `grads` (B, F, D), float32 or bfloat16, is the gradient of `lookup`'s result."""
+        """Applies one optimizer step; `grads` (B, F, D), float32 or bfloat16, is the gradient of
+        `lookup`'s result.
+        """
         self.apply(plan, self._by_bag(plan, grads), lr=self.lr)
 
     def apply(self, plan: DevicePlan, grads: Tensor, *, lr: float) -> None:
         """`update` at the rate `lr` with gradients by bag (num_bags, D)."""
-        self._kernels.update(self.weights, self.state, plan, grads, self.group.optimizer, lr, self._rounding_seed)
+        self._kernels.update(
+            self.weights, self.state, plan, grads, self.group.optimizer, lr, self._rounding_seed
+        )
 
     def sum_by_row(self, plan: DevicePlan, grads: Tensor, *, scale: float, room: int) -> Tensor:
-        """The sums of `grads` (B, F, D) by distinct row, times `scale`, as `update` adds them up: (U + room, D), zeros behind."""
+        """The sums of `grads` (B, F, D) by distinct row, times `scale`, as `update` adds them up:
+        (U + room, D), zeros behind.
+        """
         num_uniques = len(plan.unique_slots)
         sums = torch.zeros(num_uniques + room, self.group.embedding_dim, device=self.device)
-        by_unique = replace(plan, unique_slots=torch.arange(num_uniques, dtype=torch.int32, device=self.device))
+        by_unique = replace(
+            plan, unique_slots=torch.arange(num_uniques, dtype=torch.int32, device=self.device)
+        )
         # Descent from zero at the rate -1 is a sum.
         self._kernels.update(sums, sums[:, :0], by_unique, self._by_bag(plan, grads), _SUM, -scale)
         return sums
 
     @property
     def words(self) -> Tensor:
-        """The weights as float32 words, the same memory: (num_slots + num_replica_slots, weight_words)."""
+        """The weights as float32 words, the same memory: (num_slots + num_replica_slots,
+        weight_words).
+        """
         return words_of(self.weights)
 
     def fill(self, slots: Tensor, records: Tensor) -> None:
@@ -84,8 +105,11 @@ class DeviceCache:
 
     def _by_bag(self, plan: DevicePlan, grads: Tensor) -> Tensor:
         assert grads.dtype in (torch.float32, torch.bfloat16)
-        # Where a check tells that there is nothing to do torch is not called: each call gives up Python's lock.
-        return (grads if grads.is_contiguous() else grads.contiguous()).view(plan.num_bags, self.group.embedding_dim)
+        # Where a check tells that there is nothing to do torch is not called: each call gives up
+        # Python's lock.
+        return (grads if grads.is_contiguous() else grads.contiguous()).view(
+            plan.num_bags, self.group.embedding_dim
+        )
 
 
 def kernels_of(device: torch.device) -> ModuleType:
@@ -95,5 +119,8 @@ def kernels_of(device: torch.device) -> ModuleType:
     try:
         from bagpipe.cache import kernels_triton
     except ImportError as error:
-        raise ConfigError(f"embeddings on {device} need Triton, which torch for CUDA brings along: pip install triton") from error
+        raise ConfigError(
+            f"embeddings on {device} need Triton, which torch for CUDA brings along: pip install "
+            "triton"
+        ) from error
     return kernels_triton

@@ -25,16 +25,19 @@ _MAX_SPREAD = 1.5
 
 
 def to_device(array: MovedArray, device: torch.device) -> Tensor:
-    """A tensor on `device`: the same memory on a CPU, a copy through pinned memory that the host does not wait for on a GPU."""
+    """A tensor on `device`: the same memory on a CPU, a copy through pinned memory that the host
+    does not wait for on a GPU.
+    """
     (tensor,) = all_to_device([array], device)
     return tensor
 
 
 def all_to_device(arrays: Sequence[MovedArray], device: torch.device) -> list[Tensor]:
-    """`to_device` of several arrays by one copy, since each costs its thread a dozen calls: about 40 us where threads compete.
+    """`to_device` of several arrays by one copy, since each costs its thread a dozen calls: about
+    40 us where threads compete.
 
-    Arrays that lie close together in shared memory, as a plan of the oracle process does, are copied from where they are. On a GPU
-    all tensors share one piece of memory.
+    Arrays that lie close together in shared memory, as a plan of the oracle process does, are
+    copied from where they are. On a GPU all tensors share one piece of memory.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
@@ -42,7 +45,11 @@ def all_to_device(arrays: Sequence[MovedArray], device: torch.device) -> list[Te
     begin = min(places)
     end = max(place + array.nbytes for place, array in zip(places, arrays, strict=True))
     shared = _shared_memory(arrays)
-    if shared is not None and end - begin <= _MAX_SPREAD * sum(array.nbytes for array in arrays) + len(arrays) * _ALIGNMENT:
+    if (
+        shared is not None
+        and end - begin
+        <= _MAX_SPREAD * sum(array.nbytes for array in arrays) + len(arrays) * _ALIGNMENT
+    ):
         offset = begin - pa.py_buffer(shared).address
         source = torch.from_numpy(shared[offset : offset + end - begin])
     else:
@@ -55,8 +62,11 @@ def all_to_device(arrays: Sequence[MovedArray], device: torch.device) -> list[Te
 
 
 def _cut(words: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
-    """The words of each span, (offset, length) in bytes: by one call, since one for each takes longer than the copy."""
-    ordered, lengths, end = sorted(set(spans)), list[int](), 0  # an empty one comes before another that begins there
+    """The words of each span, (offset, length) in bytes: by one call, since one for each takes
+    longer than the copy.
+    """
+    # an empty one comes before another that begins there
+    ordered, lengths, end = (sorted(set(spans)), list[int](), 0)
     for offset, length in ordered:
         if offset < end:  # views of a batch's array that overlap
             return {span: words[span[0] // _WORD : sum(span) // _WORD] for span in ordered}
@@ -84,7 +94,9 @@ def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
 
 
 def _shared_memory(arrays: Sequence[MovedArray]) -> UInt8Array | None:
-    """The memory map that all arrays are views of, if there is one: it is pinned (`bagpipe.train.lookahead`)."""
+    """The memory map that all arrays are views of, if there is one: it is pinned
+    (`bagpipe.train.lookahead`).
+    """
     owners = [_owner(array) for array in arrays]
     if isinstance(owners[0], np.ndarray) or any(owner is not owners[0] for owner in owners):
         return None
@@ -100,7 +112,9 @@ def _owner(array: MovedArray) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """What the kernels of one step need; the arrays are those of `GroupPlan` and `GradientSchedule`."""
+    """What the kernels of one step need; the arrays are those of `GroupPlan` and
+    `GradientSchedule`.
+    """
 
     step: int
     batch_size: int
@@ -121,13 +135,23 @@ class DevicePlan:
         return self.batch_size * self.num_features
 
     @classmethod
-    def of(cls, plan: GroupPlan, *, step: int, batch_size: int, num_features: int, device: torch.device) -> DevicePlan:
+    def of(
+        cls, plan: GroupPlan, *, step: int, batch_size: int, num_features: int, device: torch.device
+    ) -> DevicePlan:
         """Moves one group's plan to `device` on the current stream."""
-        return plan_to_device(plan, step=step, batch_size=batch_size, num_features=num_features, device=device).plan
+        return plan_to_device(
+            plan, step=step, batch_size=batch_size, num_features=num_features, device=device
+        ).plan
 
     @classmethod
     def of_lookups(
-        cls, lookups: GroupLookups, slots: Int32Array, *, batch_size: int, num_features: int, device: torch.device
+        cls,
+        lookups: GroupLookups,
+        slots: Int32Array,
+        *,
+        batch_size: int,
+        num_features: int,
+        device: torch.device,
     ) -> DevicePlan:
         """A plan that only reads: `slots` (L,) of a batch's lookups."""
         arrays = {
@@ -142,10 +166,18 @@ class DevicePlan:
 
     @classmethod
     def of_schedule(cls, tensors: Mapping[str, Tensor], *, step: int, num_bags: int) -> DevicePlan:
-        """A plan that only updates: a `GradientSchedule`'s arrays by name, whose bags are `num_bags` gradients."""
+        """A plan that only updates: a `GradientSchedule`'s arrays by name, whose bags are
+        `num_bags` gradients.
+        """
         nothing = tensors["unique_slots"][:0]
         return cls(
-            step=step, batch_size=num_bags, num_features=1, lookup_slots=nothing, bag_offsets=None, bag_scales=None, **tensors
+            step=step,
+            batch_size=num_bags,
+            num_features=1,
+            lookup_slots=nothing,
+            bag_offsets=None,
+            bag_scales=None,
+            **tensors,
         )
 
 
@@ -159,13 +191,17 @@ class DeviceTransfers:
     @classmethod
     def of(cls, transfers: Transfers, device: torch.device) -> DeviceTransfers:
         """Moves late transfers to `device` on the current stream."""
-        evict_slots, fetch_slots = all_to_device([transfers.evict_slots, transfers.fetch_slots], device)
+        evict_slots, fetch_slots = all_to_device(
+            [transfers.evict_slots, transfers.fetch_slots], device
+        )
         return cls(evict_slots=evict_slots, fetch_slots=fetch_slots)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceExchange:
-    """What one group's exchanges with other trainers need on the device: which rows to send, and what to apply."""
+    """What one group's exchanges with other trainers need on the device: which rows to send, and
+    what to apply.
+    """
 
     replicas_later: Tensor  # (num_sent,) int32 own slots
     replicas_now: Tensor
@@ -199,7 +235,9 @@ def plan_to_device(
     device: torch.device,
     along: Sequence[MovedArray] = (),
 ) -> DeviceGroup:
-    """Moves one group's plan, early transfers, exchanges and what goes `along` to `device` on the current stream, by one copy."""
+    """Moves one group's plan, early transfers, exchanges and what goes `along` to `device` on the
+    current stream, by one copy.
+    """
     schedule, exchange = plan.schedule, plan.exchange
     arrays = {
         "inverse": plan.inverse,
@@ -218,18 +256,25 @@ def plan_to_device(
     if exchange is not None:
         arrays |= {name: getattr(exchange, name).send for name in _SENT}
         for apply in _APPLIED:
-            arrays |= {f"{apply}.{name}": getattr(getattr(exchange, apply), name) for name in _SCHEDULE}
+            arrays |= {
+                f"{apply}.{name}": getattr(getattr(exchange, apply), name) for name in _SCHEDULE
+            }
     arrays |= {f"along.{index}": array for index, array in enumerate(along)}
     tensors: dict[str, Any] = _move(arrays, device)
     moved_along = tuple(tensors.pop(f"along.{index}") for index in range(len(along)))
-    tensors["lookup_slots"] = tensors["unique_slots"].index_select(0, tensors.pop("inverse"))  # 5 us here, 0.35 ms in the planner
-    early = DeviceTransfers(evict_slots=tensors.pop("evict_slots"), fetch_slots=tensors.pop("fetch_slots"))
+    # 5 us here, 0.35 ms in the planner
+    tensors["lookup_slots"] = tensors["unique_slots"].index_select(0, tensors.pop("inverse"))
+    early = DeviceTransfers(
+        evict_slots=tensors.pop("evict_slots"), fetch_slots=tensors.pop("fetch_slots")
+    )
     on_device = None
     if exchange is not None:
         num_bags = schedule.num_uniques + exchange.num_room
         applied: dict[str, Any] = {
             apply: DevicePlan.of_schedule(
-                {name: tensors.pop(f"{apply}.{name}") for name in _SCHEDULE}, step=step, num_bags=num_bags
+                {name: tensors.pop(f"{apply}.{name}") for name in _SCHEDULE},
+                step=step,
+                num_bags=num_bags,
             )
             for apply in _APPLIED
         }
@@ -238,7 +283,9 @@ def plan_to_device(
     return DeviceGroup(plan=device_plan, early=early, exchange=on_device, along=moved_along)
 
 
-def _move(arrays: Mapping[str, MovedArray | None], device: torch.device) -> dict[str, Tensor | None]:
+def _move(
+    arrays: Mapping[str, MovedArray | None], device: torch.device
+) -> dict[str, Tensor | None]:
     """By name what is there on `device`, and None for what is not."""
     present = {name: array for name, array in arrays.items() if array is not None}
     moved = dict(zip(present, all_to_device(list(present.values()), device), strict=True))

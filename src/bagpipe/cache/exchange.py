@@ -1,22 +1,27 @@
-"""What one trainer's executor does besides when there are others: replicas, and gradients on their way to the rows' owners.
+"""What one trainer's executor does besides when there are others: replicas, and gradients on their
+way to the rows' owners.
 
 Around the compute of step t, in the order in which all ranks do it:
 
-    behind the compute of t - 1    gradients that step t - 2 deferred -> owners, who apply them        background
-                                   replicas that step t - 1 does not change -> users                   background
-    tick t                         replicas that step t - 1 has changed -> users                       trainer's thread
+    behind the compute of t - 1    gradients that step t - 2 deferred -> owners, who apply them
+    (background)                   replicas that step t - 1 does not change -> users
+    tick t                         replicas that step t - 1 has changed -> users
+    (trainer's thread)
     backward of t                  the trainer sums its own bags by distinct row; gradients of rows
-                                   that step t + 1 uses -> owners, who apply them                      trainer's thread
+    (trainer's thread)             that step t + 1 uses -> owners, who apply them
 
-Gradients are averaged over the trainers, as DistributedDataParallel averages those of the dense part. A row's contributions are
-added in the order of ranks and its optimizer runs once, on its owner. All of it is made of the kernels of a single trainer: sums by
-row are a descent from zero, and applying is an update whose bags are the sums.
+Gradients are averaged over the trainers, as DistributedDataParallel averages those of the dense
+part. A row's contributions are added in the order of ranks and its optimizer runs once, on its
+owner. All of it is made of the kernels of a single trainer: sums by row are a descent from zero,
+and applying is an update whose bags are the sums.
 
-On a CPU a thread does what is in the background. On CUDA the trainer's thread asks for it too, on a stream of its own: it follows
-the compute issued before the tick, and the compute that needs its result follows it, all by events. Nothing there depends on what
-is ready when, so all ranks send the same messages in the same order.
+On a CPU a thread does what is in the background. On CUDA the trainer's thread asks for it too, on a
+stream of its own: it follows the compute issued before the tick, and the compute that needs its
+result follows it, all by events. Nothing there depends on what is ready when, so all ranks send the
+same messages in the same order.
 
-Owned here: for each step that is not over its sums by group, with room behind them for the sums received.
+Owned here: for each step that is not over its sums by group, with room behind them for the sums
+received.
 """
 
 from __future__ import annotations
@@ -40,7 +45,9 @@ from bagpipe.types import GroupExchange, RowExchange, StepPlan
 
 @dataclass(kw_only=True)
 class _Step:
-    """A step from the time that its replicas are asked for to the time that its last gradient is applied."""
+    """A step from the time that its replicas are asked for to the time that its last gradient is
+    applied.
+    """
 
     plan: StepPlan
     on_device: Sequence[DeviceExchange] = ()  # by group, once its early rows are in their slots
@@ -53,15 +60,21 @@ class _Step:
 class Exchange:
     """The exchanges of one `Executor`; its methods are called by the trainer's thread."""
 
-    def __init__(self, communicator: Communicator, caches: Sequence[DeviceCache], streams: Streams | None) -> None:
-        """`streams` are those of a CUDA device. Raises UsageError while the communicator serves another stream of plans."""
+    def __init__(
+        self, communicator: Communicator, caches: Sequence[DeviceCache], streams: Streams | None
+    ) -> None:
+        """`streams` are those of a CUDA device. Raises UsageError while the communicator serves
+        another stream of plans.
+        """
         communicator.begin_stream()
         self.communicator = communicator
         self._caches = tuple(caches)
         self._background = _BackgroundThread() if streams is None else _BackgroundStream(streams)
         self._steps: dict[int, _Step] = {}
 
-    def ask_for_replicas(self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]) -> None:
+    def ask_for_replicas(
+        self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]
+    ) -> None:
         """Hands out a step's later replicas, unless that is done.
 
         They are sent once `filled` returns: it waits for the step's early rows.
@@ -78,12 +91,16 @@ class Exchange:
         self._send_replicas(step, "now")
 
     def update(self, index: int, plan: DevicePlan, grads: Tensor) -> None:
-        """Applies what group `index` can be applied of a step's gradients (B, F, D); the rest waits for `defer`."""
+        """Applies what group `index` can be applied of a step's gradients (B, F, D); the rest waits
+        for `defer`.
+        """
         step, cache = self._steps[plan.step], self._caches[index]
         exchange = _of(step.plan.groups[index].exchange)
         step.lr = cache.lr
         with span("sum"):
-            sums = cache.sum_by_row(plan, grads, scale=1.0 / self.communicator.num_trainers, room=exchange.num_room)
+            sums = cache.sum_by_row(
+                plan, grads, scale=1.0 / self.communicator.num_trainers, room=exchange.num_room
+            )
         step.sums[index] = sums
         self._sync(step, index, "now")
 
@@ -101,23 +118,31 @@ class Exchange:
                 del self._steps[number]
 
     def finish_all(self, open_step: int | None) -> None:
-        """Applies every gradient that has come. Those of `open_step` count once they are there for all groups."""
+        """Applies every gradient that has come. Those of `open_step` count once they are there for
+        all groups.
+        """
         for number, step in self._steps.items():
             if step.sums and (number != open_step or len(step.sums) == len(self._caches)):
                 self.defer(number)
         self.finish_deferred(max(self._steps, default=0))
 
     def close(self, *, wait: bool = True) -> None:
-        """Ends what is in the background; with `wait` what is under way ends first, else the stream has failed."""
+        """Ends what is in the background; with `wait` what is under way ends first, else the stream
+        has failed.
+        """
         self._background.close(wait=wait)
         self.communicator.end_stream(has_failed=not wait)
 
-    def _send_replicas_later(self, step: _Step, filled: Callable[[], Sequence[DeviceExchange]]) -> None:
+    def _send_replicas_later(
+        self, step: _Step, filled: Callable[[], Sequence[DeviceExchange]]
+    ) -> None:
         step.on_device = filled()
         self._send_replicas(step, "later")
 
     def _send_replicas(self, step: _Step, moment: Moment) -> None:
-        for cache, group, on_device in zip(self._caches, step.plan.groups, step.on_device, strict=True):
+        for cache, group, on_device in zip(
+            self._caches, step.plan.groups, step.on_device, strict=True
+        ):
             exchange = _of(group.exchange)
             begin = exchange.first_replica
             if moment == "later":
@@ -127,15 +152,24 @@ class Exchange:
                 begin += exchange.replicas_later.num_received
             with span(f"replicas_{moment}"):
                 into = cache.words[begin : begin + rows.num_received]
-                self._exchange(cache.words, send, into, rows, moment, step, f"replicas of {cache.group.name}")
+                self._exchange(
+                    cache.words, send, into, rows, moment, step, f"replicas of {cache.group.name}"
+                )
 
     def _apply_later(self, step: _Step) -> None:
         for index in sorted(step.sums):  # none where no rank has called backward
             self._sync(step, index, "later")
 
     def _sync(self, step: _Step, index: int, moment: Moment) -> None:
-        """Sends gradients to the rows' owners, receives those of own rows behind the own sums, and applies what is due."""
-        cache, group, on_device, sums = self._caches[index], step.plan.groups[index], step.on_device[index], step.sums[index]
+        """Sends gradients to the rows' owners, receives those of own rows behind the own sums, and
+        applies what is due.
+        """
+        cache, group, on_device, sums = (
+            self._caches[index],
+            step.plan.groups[index],
+            step.on_device[index],
+            step.sums[index],
+        )
         exchange, num_uniques = _of(group.exchange), group.schedule.num_uniques
         if moment == "later":
             rows, send, apply = exchange.sync_later, on_device.sync_later, on_device.apply_later
@@ -147,9 +181,18 @@ class Exchange:
             cache.apply(apply, sums, lr=step.lr)
 
     def _exchange(
-        self, source: Tensor, send: Tensor, into: Tensor, rows: RowExchange, moment: Moment, step: _Step, what: str
+        self,
+        source: Tensor,
+        send: Tensor,
+        into: Tensor,
+        rows: RowExchange,
+        moment: Moment,
+        step: _Step,
+        what: str,
     ) -> None:
-        self.communicator.exchange(source.index_select(0, send), into, rows, moment=moment, step=step.plan.step, what=what)
+        self.communicator.exchange(
+            source.index_select(0, send), into, rows, moment=moment, step=step.plan.step, what=what
+        )
 
 
 class _BackgroundThread:
@@ -167,7 +210,9 @@ class _BackgroundThread:
 
 
 class _BackgroundStream:
-    """Work behind a GPU's compute: after that of the last tick, beside that which is issued next."""
+    """Work behind a GPU's compute: after that of the last tick, beside that which is issued
+    next.
+    """
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams

@@ -1,14 +1,16 @@
 """Executes plans: says at each tick which records move, and when a step's rows are there.
 
-Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At each tick the trainer's thread
-hands out what is due (the late transfers of step t, then the early ones of later steps) and goes on; `bagpipe.cache.transfers`
-moves them, and with other trainers `bagpipe.cache.exchange` what passes between their caches.
+Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At
+each tick the trainer's thread hands out what is due (the late transfers of step t, then the early
+ones of later steps) and goes on; `bagpipe.cache.transfers` moves them, and with other trainers
+`bagpipe.cache.exchange` what passes between their caches.
 
-The only waits of the trainer's thread are for the rows of the step that it is about to compute: for the early ones, asked for
-`prefetch_depth` steps ago ("rows"), for the late ones ("slots"), and for those of other trainers ("replicas").
+The only waits of the trainer's thread are for the rows of the step that it is about to compute: for
+the early ones, asked for `prefetch_depth` steps ago ("rows"), for the late ones ("slots"), and for
+those of other trainers ("replicas").
 
-A failure in a background thread is raised by the next call here, with its cause. On CUDA, forward and backward must run on the
-stream that is current when the next batch is asked for.
+A failure in a background thread is raised by the next call here, with its cause. On CUDA, forward
+and backward must run on the stream that is current when the next batch is asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from torch import Tensor
 
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DeviceExchange, DeviceGroup, DevicePlan, DeviceTransfers, MovedArray, plan_to_device
+from bagpipe.cache.device_plan import (
+    DeviceExchange,
+    DeviceGroup,
+    DevicePlan,
+    DeviceTransfers,
+    MovedArray,
+    plan_to_device,
+)
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.spans import span
 from bagpipe.cache.streams import Streams
@@ -58,10 +67,15 @@ class _Pending:
 
 
 class Executor:
-    """Runs one stream of plans against one cache and one store a group. Owned by one `EmbeddingBagCollection`."""
+    """Runs one stream of plans against one cache and one store a group. Owned by one
+    `EmbeddingBagCollection`.
+    """
 
     def __init__(
-        self, caches: Sequence[DeviceCache], stores: Sequence[EmbeddingStore], communicator: Communicator | None = None
+        self,
+        caches: Sequence[DeviceCache],
+        stores: Sequence[EmbeddingStore],
+        communicator: Communicator | None = None,
     ) -> None:
         """`communicator` says that there are other trainers; plans are then those of its rank."""
         self.caches, self.stores = tuple(caches), tuple(stores)
@@ -69,45 +83,63 @@ class Executor:
         self.current: tuple[DevicePlan, ...] | None = None
         """The plans of the step that is being computed, by group."""
         self.moved_along: tuple[Tensor, ...] = ()
-        """What `submit` was given to move along with the plan of the step that began last, on the device."""
+        """What `submit` was given to move along with the plan of the step that began last, on the
+        device."""
         self._device = caches[0].device
-        self._streams: Streams | None = Streams(self._device) if self._device.type == "cuda" else None
-        self._exchange = None if communicator is None else Exchange(communicator, caches, self._streams)
+        self._streams: Streams | None = (
+            Streams(self._device) if self._device.type == "cuda" else None
+        )
+        self._exchange = (
+            None if communicator is None else Exchange(communicator, caches, self._streams)
+        )
         self._mover = RecordMover(caches, stores, self._streams, communicator)
         self._pending: deque[_Pending] = deque()
         self._ended: deque[_Pending] = deque()  # steps whose plans may still be read
-        self._num_kept = 0 if communicator is None else 1  # ended steps whose gradients are on their way
+        # ended steps whose gradients are on their way
+        self._num_kept = 0 if communicator is None else 1
         self._is_clean = True  # the stores hold everything
         self.at_close: list[Callable[[], None]] = []
-        """Called at the end of `close`, when neither the threads nor the device read a plan any more."""
+        """Called at the end of `close`, when neither the threads nor the device read a plan any
+        more."""
 
-    def submit(self, plan: StepPlan, release: Callable[[], None] | None = None, along: Sequence[MovedArray] = ()) -> None:
-        """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead where possible.
+    def submit(
+        self,
+        plan: StepPlan,
+        release: Callable[[], None] | None = None,
+        along: Sequence[MovedArray] = (),
+    ) -> None:
+        """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead
+        where possible.
 
-        With other trainers all ranks must be as far ahead of a step when it begins: what they exchange depends on it.
-        `release` is called by the trainer's thread once nothing reads the arrays of plan and `along` any more, if that is before
-        `close`. `along` moves to the device with the plan: see `moved_along`.
+        With other trainers all ranks must be as far ahead of a step when it begins: what they
+        exchange depends on it. `release` is called by the trainer's thread once nothing reads the
+        arrays of plan and `along` any more, if that is before `close`. `along` moves to the device
+        with the plan: see `moved_along`.
         """
         self._pending.append(_Pending(plan=plan, release=release, along=along))
 
     def begin_step(self) -> None:
-        """Tick of the oldest submitted step: issues what is due, then waits until that step can be computed."""
+        """Tick of the oldest submitted step: issues what is due, then waits until that step can be
+        computed.
+        """
         pending = self._pending[0]
         tick = pending.plan.step
         with naming_step(tick):
             if self._exchange is not None:
-                self._exchange.finish_deferred(tick - 2)  # before their rows may be evicted, and their plans released
+                # before their rows may be evicted, and their plans released
+                self._exchange.finish_deferred(tick - 2)
             self._note_computed()
             self._release_ended()
-            # A plan that came too late to be issued ahead: its own early transfers still come before its late ones, which may
-            # fill a slot that an early one empties. Early ones of later steps come last: they may fetch what this step's late
-            # ones evict.
+            # A plan that came too late to be issued ahead: its own early transfers still come
+            # before its late ones, which may fill a slot that an early one empties. Early ones of
+            # later steps come last: they may fetch what this step's late ones evict.
             self._issue_early(pending)
             if self._exchange is not None:
                 self._exchange_behind(self._exchange, pending)
             if any(_moves_anything(group.late) for group in pending.plan.groups):
                 self._issue_late(pending)
-            # Before the early ones of later steps: other ranks may wait for it before they do what those wait for.
+            # Before the early ones of later steps: other ranks may wait for it before they do what
+            # those wait for.
             self._mover.mark_written("late", tick)
             for due in self._pending:
                 if due.plan.early_tick <= tick:
@@ -120,7 +152,11 @@ class Executor:
             if self._exchange is not None:
                 self._wait_for_replicas(self._exchange, pending)
             for due in self._pending:
-                if due.early is not None and not due.early.is_filled and due.early.gathered.has_succeeded:
+                if (
+                    due.early is not None
+                    and not due.early.is_filled
+                    and due.early.gathered.has_succeeded
+                ):
                     self._mover.fill(due.early)
         self.current = tuple(group.plan for group in pending.on_device)
         self.moved_along = self._for_compute(pending.on_device[-1].along)
@@ -143,14 +179,18 @@ class Executor:
         self._ended.append(self._pending.popleft())
 
     def release_computed(self) -> None:
-        """Waits for the device, up to the last tick, and lets go of its plans: the next one may wait for their room."""
+        """Waits for the device, up to the last tick, and lets go of its plans: the next one may
+        wait for their room.
+        """
         for ended in self._ended:
             if ended.computed is not None:
                 ended.computed.synchronize()
         self._release_ended()
 
     def flush(self) -> None:
-        """Writes every resident record to its store; rows stay in the cache. What is updated afterwards needs another flush."""
+        """Writes every resident record to its store; rows stay in the cache. What is updated
+        afterwards needs another flush.
+        """
         if self._is_clean:
             return
         for pending in self._pending:
@@ -160,7 +200,8 @@ class Executor:
                         self._mover.fill(transfer)
         self._mover.finish_writes()
         if self._streams is not None:
-            torch.cuda.synchronize(self._device)  # whatever stream is current: what is sent next follows the steps' compute
+            # whatever stream is current: what is sent next follows the steps' compute
+            torch.cuda.synchronize(self._device)
             self._streams.record_compute()
         if self._exchange is not None:
             self._exchange.finish_all(None if self.current is None else self._pending[0].plan.step)
@@ -174,14 +215,16 @@ class Executor:
     def close(self, *, has_failed: bool = False) -> None:
         """Ends the background threads; what is not flushed is lost. Closing twice is allowed.
 
-        After a failure with other trainers nothing is waited for: they may never send what a thread, or the device, waits for.
+        After a failure with other trainers nothing is waited for: they may never send what a
+        thread, or the device, waits for.
         """
         is_stuck = has_failed and self._exchange is not None
         if self._exchange is not None:
             self._exchange.close(wait=not is_stuck)
         self._mover.close(wait=not is_stuck)
         if self._streams is not None and not is_stuck:
-            torch.cuda.synchronize(self._device)  # plans and the caches' memory are in use until then
+            # plans and the caches' memory are in use until then
+            torch.cuda.synchronize(self._device)
         self._pending.clear()
         self._ended.clear()
         self.current, self.moved_along = None, ()
@@ -191,11 +234,15 @@ class Executor:
             self.at_close.pop(0)()
 
     def _issue_early(self, pending: _Pending) -> None:
-        """Hands out a step's early transfers and its plan's way to the device, unless that is done."""
+        """Hands out a step's early transfers and its plan's way to the device, unless that is
+        done.
+        """
         if pending.early is None:
             plan = pending.plan
             transfers = tuple(group.early for group in plan.groups)
-            pending.early = self._mover.issue(plan, transfers, plan.early_tick, partial(self._plan_to_device, pending))
+            pending.early = self._mover.issue(
+                plan, transfers, plan.early_tick, partial(self._plan_to_device, pending)
+            )
             self._mover.mark_written("early", plan.step)
 
     def _issue_late(self, pending: _Pending) -> None:
@@ -216,18 +263,25 @@ class Executor:
                     device=self._device,
                     along=pending.along if index == last else (),  # as they lie in shared memory
                 )
-                for index, (group_plan, cache) in enumerate(zip(plan.groups, self.caches, strict=True))
+                for index, (group_plan, cache) in enumerate(
+                    zip(plan.groups, self.caches, strict=True)
+                )
             )
         return tuple(group.early for group in pending.on_device)
 
     def _for_compute(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Tensors for the user, who may keep them: their memory, made on another stream, must outlive what compute does with it."""
+        """Tensors for the user, who may keep them: their memory, made on another stream, must
+        outlive what compute does with it.
+        """
         if tensors and self._streams is not None:
             tensors[0].record_stream(self._streams.compute)  # of all, which share it
-        return tuple(tensor.data for tensor in tensors)  # or autograd takes a change of one for a change of all
+        # or autograd takes a change of one for a change of all
+        return tuple(tensor.data for tensor in tensors)
 
     def _exchange_behind(self, exchange: Exchange, pending: _Pending) -> None:
-        """Hands out what travels behind the compute of the step that comes now, after its own replicas that could come ahead."""
+        """Hands out what travels behind the compute of the step that comes now, after its own
+        replicas that could come ahead.
+        """
         exchange.ask_for_replicas(pending.plan, partial(self._filled, pending))
         if self._ended:
             exchange.defer(self._ended[-1].plan.step)
@@ -246,14 +300,18 @@ class Executor:
             exchange.ask_for_replicas(following.plan, partial(self._filled, following))
 
     def _filled(self, pending: _Pending) -> list[DeviceExchange]:
-        """Waits until a step's early rows are in their slots, on CUDA on the current stream; what it exchanges, by group."""
+        """Waits until a step's early rows are in their slots, on CUDA on the current stream; what
+        it exchanges, by group.
+        """
         assert pending.early is not None
         self._mover.fill(pending.early)
         self._wait_on_device(pending.early)
         return [group.exchange for group in pending.on_device if group.exchange is not None]
 
     def _wait_for_rows(self, pending: _Pending) -> None:
-        """Fills the rows of the step that comes now, and accounts for the time that they are not gathered yet."""
+        """Fills the rows of the step that comes now, and accounts for the time that they are not
+        gathered yet.
+        """
         assert pending.early is not None
         started = time.perf_counter()
         pending.early.gathered.result()
@@ -272,16 +330,20 @@ class Executor:
             torch.cuda.current_stream(self._device).wait_event(transfer.filled)
 
     def _note_computed(self) -> None:
-        """Lets what is issued from now on follow all compute so far, of which nothing reads the plans any more but the device."""
+        """Lets what is issued from now on follow all compute so far, of which nothing reads the
+        plans any more but the device.
+        """
         computed = None if self._streams is None else self._streams.record_compute()
         for index in range(len(self._ended) - self._num_kept):
             ended = self._ended[index]
             ended.is_over, ended.computed = True, ended.computed or computed
 
     def _release_ended(self) -> None:
-        """Lets go of the plans of steps that are over: on a CPU at once, on CUDA when the device has computed them.
+        """Lets go of the plans of steps that are over: on a CPU at once, on CUDA when the device
+        has computed them.
 
-        Until then they are held, since the memory of a plan on the device belongs to another stream than the one that reads it.
+        Until then they are held, since the memory of a plan on the device belongs to another stream
+        than the one that reads it.
         """
         while self._ended and self._ended[0].is_over:
             computed = self._ended[0].computed
@@ -299,5 +361,7 @@ def _moves_anything(transfers: Transfers) -> bool:
     return len(transfers.evict_rows) > 0 or len(transfers.fetch_rows) > 0
 
 
-def _slots_to_device(transfers: Sequence[Transfers], device: torch.device) -> tuple[DeviceTransfers, ...]:
+def _slots_to_device(
+    transfers: Sequence[Transfers], device: torch.device
+) -> tuple[DeviceTransfers, ...]:
     return tuple(DeviceTransfers.of(group, device) for group in transfers)

@@ -1,11 +1,14 @@
-"""The data plane's operations on a CPU, compiled by numba: the same functions as `kernels_torch`, fused.
+"""The data plane's operations on a CPU, compiled by numba: the same functions as `kernels_torch`,
+fused.
 
-Torch alone would write each intermediate (summed gradients, squares, quotients) to memory and read it back; on two cores that
-made backward and optimizer about twice as slow as the loops here, which keep one row's sum in the CPU's cache (docs/results.md).
-The arithmetic is that of `kernels_torch`, operation for operation, without fused multiply-adds.
+Torch alone would write each intermediate (summed gradients, squares, quotients) to memory and read
+it back; on two cores that made backward and optimizer about twice as slow as the loops here, which
+keep one row's sum in the CPU's cache (docs/results.md). The arithmetic is that of `kernels_torch`,
+operation for operation, without fused multiply-adds.
 
-A call splits its rows or samples into chunks that torch's number of threads work off. A row's or sample's result does not depend
-on the chunk that it falls into, so it does not depend on the number of threads either.
+A call splits its rows or samples into chunks that torch's number of threads work off. A row's or
+sample's result does not depend on the chunk that it falls into, so it does not depend on the number
+of threads either.
 """
 
 from __future__ import annotations
@@ -59,7 +62,9 @@ def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
-    """Fills `out` (B * F, D), float32 or, through a float32 buffer, bfloat16, with the pooled embeddings by output row."""
+    """Fills `out` (B * F, D), float32 or, through a float32 buffer, bfloat16, with the pooled
+    embeddings by output row.
+    """
     if out.dtype != torch.float32:
         buffer = torch.empty(out.shape)
         lookup(weights, plan, buffer)
@@ -71,18 +76,31 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
     offsets = _optional(plan.bag_offsets, np.int32)
     factors = _optional(plan.bag_scales, np.float32), _optional(plan.lookup_weights, np.float32)
     if weights.dtype != torch.float32:
-        work = lambda begin, end: cpu_half.lookup(begin, end, table, code, slots, offsets, *factors, *sizes, pooled)  # noqa: E731
+        work = lambda begin, end: cpu_half.lookup(  # noqa: E731
+            begin, end, table, code, slots, offsets, *factors, *sizes, pooled
+        )
     elif plan.bag_offsets is None and plan.lookup_weights is None:
         work = lambda begin, end: cpu_loops.lookup_one_hot(begin, end, table, slots, *sizes, pooled)  # noqa: E731
     else:
         if plan.bag_offsets is None:
             offsets = np.arange(plan.num_bags + 1, dtype=np.int32)
-        work = lambda begin, end: cpu_loops.lookup_jagged(begin, end, table, slots, offsets, *factors, *sizes, pooled)  # noqa: E731
+        work = lambda begin, end: cpu_loops.lookup_jagged(  # noqa: E731
+            begin, end, table, slots, offsets, *factors, *sizes, pooled
+        )
     _in_chunks(plan.batch_size, work)
 
 
-def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float, seed: int = 0) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result.
+def update(
+    weights: Tensor,
+    state: Tensor,
+    plan: DevicePlan,
+    grads: Tensor,
+    optimizer: Optimizer,
+    lr: float,
+    seed: int = 0,
+) -> None:
+    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
+    `lookup`'s result.
 
     New weights of 16 bits are rounded by chance, which `seed` decides.
     """
@@ -103,10 +121,15 @@ def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, opti
         scalars,
     )
     if weights.dtype == torch.float32:
-        _in_chunks(len(plan.unique_slots), lambda begin, end: cpu_loops.update(begin, end, *arguments))
+        _in_chunks(
+            len(plan.unique_slots), lambda begin, end: cpu_loops.update(begin, end, *arguments)
+        )
     else:
         rounding = code, np.uint64(seed), np.uint64(plan.step)
-        _in_chunks(len(plan.unique_slots), lambda begin, end: cpu_half.update(begin, end, *arguments, *rounding))
+        _in_chunks(
+            len(plan.unique_slots),
+            lambda begin, end: cpu_half.update(begin, end, *arguments, *rounding),
+        )
 
 
 def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None:
@@ -123,10 +146,14 @@ def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
 
 
 def _table(weights: Tensor) -> tuple[npt.NDArray[Any], int]:
-    """The weights for compiled loops, 16 bits as unsigned integers, and how these call their type."""
+    """The weights for compiled loops, 16 bits as unsigned integers, and how these call their
+    type.
+    """
     if weights.dtype == torch.float32:
         return weights.numpy(), CODES["fp32"]
-    return weights.view(torch.int16).numpy().view(np.uint16), CODES["bf16" if weights.dtype == torch.bfloat16 else "fp16"]
+    return weights.view(torch.int16).numpy().view(np.uint16), CODES[
+        "bf16" if weights.dtype == torch.bfloat16 else "fp16"
+    ]
 
 
 def _optional(tensor: Tensor | None, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -134,7 +161,9 @@ def _optional(tensor: Tensor | None, dtype: type[np.generic]) -> npt.NDArray[Any
 
 
 def _constants(optimizer: Optimizer, lr: float, step: int) -> tuple[int, Float32Array]:
-    """What `_apply` needs to know: which optimizer, and its numbers rounded as torch rounds a Python scalar."""
+    """What `_apply` needs to know: which optimizer, and its numbers rounded as torch rounds a
+    Python scalar.
+    """
     match optimizer:
         case SGD():
             return cpu_loops.SGD_KIND, np.array([lr], np.float32)
@@ -145,4 +174,6 @@ def _constants(optimizer: Optimizer, lr: float, step: int) -> tuple[int, Float32
         case Adam():
             beta1, beta2 = optimizer.betas
             step_size = adam_step_size(optimizer, lr, step)
-            return cpu_loops.ADAM_KIND, np.array([step_size, optimizer.eps, 1.0 - beta1, 1.0 - beta2], np.float32)
+            return cpu_loops.ADAM_KIND, np.array(
+                [step_size, optimizer.eps, 1.0 - beta1, 1.0 - beta2], np.float32
+            )

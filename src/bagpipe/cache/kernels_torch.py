@@ -1,14 +1,17 @@
-"""The data plane's operations in plain torch: the reference that the tuned kernels are compared with.
+"""The data plane's operations in plain torch: the reference that the tuned kernels are compared
+with.
 
-Four operations on one group's cache, `weights` (num_slots, D), of the data type, and `state` (num_slots, S) float32:
+Four operations on one group's cache, `weights` (num_slots, D), of the data type, and `state`
+(num_slots, S) float32:
 
     lookup   gather + pool                    -> (B * F, D), float32 or bfloat16
-    update   sum gradients of either type along the plan's schedule, in float32, and apply the optimizer to the records in place
+    update   sum gradients of either type along the plan's schedule, in float32, and apply the
+             optimizer to the records in place
     fill     records (n, D + S) into slots
     read     slots into records (n, D + S)
 
-All sums run in the order that the schedule names and no atomics are used, so results do not depend on timing.
-The optimizers' formulas, with their sources, stand at the classes in `bagpipe.types`.
+All sums run in the order that the schedule names and no atomics are used, so results do not depend
+on timing. The optimizers' formulas, with their sources, stand at the classes in `bagpipe.types`.
 """
 
 from __future__ import annotations
@@ -26,15 +29,19 @@ from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
-    """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed and scaled in float32."""
+    """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed
+    and scaled in float32.
+    """
     dim = out.shape[1]
     weights = weights[:, :dim].float()
     if plan.bag_offsets is None:
-        pooled = _weighted(weights.index_select(0, plan.lookup_slots), plan.lookup_weights)  # (F * B, D)
+        # of shape (F * B, D)
+        pooled = _weighted(weights.index_select(0, plan.lookup_slots), plan.lookup_weights)
     elif len(plan.lookup_slots) == 0:
         pooled = weights.new_zeros(plan.num_bags, dim)
     else:
-        pooled = _sums(weights, plan.lookup_slots, plan.lookup_weights, plan.bag_offsets)  # (F * B, D)
+        # of shape (F * B, D)
+        pooled = _sums(weights, plan.lookup_slots, plan.lookup_weights, plan.bag_offsets)
     by_feature = pooled.view(plan.num_features, plan.batch_size, dim)
     by_sample = by_feature.transpose(0, 1)  # (B, F, D)
     if plan.bag_scales is not None:
@@ -42,8 +49,17 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
     out.view(by_sample.shape).copy_(by_sample)
 
 
-def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float, seed: int = 0) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result.
+def update(
+    weights: Tensor,
+    state: Tensor,
+    plan: DevicePlan,
+    grads: Tensor,
+    optimizer: Optimizer,
+    lr: float,
+    seed: int = 0,
+) -> None:
+    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
+    `lookup`'s result.
 
     New weights of 16 bits are rounded by chance, which `seed` decides.
     """
@@ -52,7 +68,9 @@ def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, opti
     sums = sum_gradients(plan, grads.float())
     slots = plan.unique_slots.long()
     dim = grads.shape[1]
-    new_weights, state[slots] = _apply(weights[slots, :dim].float(), state[slots], sums, optimizer, lr, plan.step)
+    new_weights, state[slots] = _apply(
+        weights[slots, :dim].float(), state[slots], sums, optimizer, lr, plan.step
+    )
     if weights.dtype != torch.float32:
         new_weights = round_by_chance(new_weights, weights.dtype, seed=seed, step=plan.step)
     weights[slots, :dim] = new_weights
@@ -67,7 +85,9 @@ def sum_gradients(plan: DevicePlan, grads: Tensor) -> Tensor:
     sums, further = pieces[:num_uniques], pieces[num_uniques:]
     if len(further):
         order = torch.arange(len(further), dtype=torch.int32, device=grads.device)
-        totals = functional.embedding_bag(order, further, plan.long_offsets, mode="sum", include_last_offset=True)
+        totals = functional.embedding_bag(
+            order, further, plan.long_offsets, mode="sum", include_last_offset=True
+        )
         long_uniques = plan.long_uniques.long()
         sums[long_uniques] = sums[long_uniques] + totals
     return sums
@@ -99,7 +119,9 @@ def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
 
 
 def mean_of_squares(sums: Tensor) -> Tensor:
-    """Mean of squares of each row (U, D) -> (U, 1), added up in eight lanes as the CPU kernel does."""
+    """Mean of squares of each row (U, D) -> (U, 1), added up in eight lanes as the CPU kernel
+    does.
+    """
     squares = functional.pad(sums * sums, (0, -sums.shape[1] % 8)).view(len(sums), -1, 8)
     lanes = torch.zeros_like(squares[:, 0])
     for part in squares.unbind(1):
@@ -115,7 +137,9 @@ def adam_step_size(optimizer: Adam, lr: float, step: int) -> float:
     return lr * math.sqrt(1.0 - beta2 ** (step + 1)) / (1.0 - beta1 ** (step + 1))
 
 
-def _apply(weights: Tensor, state: Tensor, grads: Tensor, optimizer: Optimizer, lr: float, step: int) -> tuple[Tensor, Tensor]:
+def _apply(
+    weights: Tensor, state: Tensor, grads: Tensor, optimizer: Optimizer, lr: float, step: int
+) -> tuple[Tensor, Tensor]:
     """New weights and state of the unique rows; every operand is rounded to float32 as written."""
     match optimizer:
         case SGD():

@@ -1,20 +1,25 @@
-"""The data plane's operations on CUDA, in Triton: the same functions as `kernels_torch`, which tests compare them with.
+"""The data plane's operations on CUDA, in Triton: the same functions as `kernels_torch`, which
+tests compare them with.
 
-All kernels are bound by memory traffic and by the latency of dependent loads (an offset, then an index, then a row). A program
-works on a tile of (rows, D) with 16 bytes a load where D is a multiple of 4, and asks for several rows before it adds the first.
+All kernels are bound by memory traffic and by the latency of dependent loads (an offset, then an
+index, then a row). A program works on a tile of (rows, D) with 16 bytes a load where D is a
+multiple of 4, and asks for several rows before it adds the first.
 
-    lookup   one program a tile of bags, taken feature-major, since slots lie so and rows of one table are asked for again while
-             they are in the L2 cache. A bag is summed in lookup order by one program.
+    lookup   one program a tile of bags, taken feature-major, since slots lie so and rows of one
+             table are asked for again while they are in the L2 cache. A bag is summed in lookup
+             order by one program.
     update   `triton_update`
     fill     staged records into slots.
     read     slots into packed records.
 
-Arithmetic: the order of sums is the schedule's, multiply-adds are not fused, quotients and square roots are rounded correctly, so
-results equal those of `kernels_cpu` to the bit, except with row-wise Adagrad, whose mean of squares is added up in a tree.
-Weights of 16 bits are widened as they are read; `triton_round` rounds them.
-A row's result depends on its own values and pieces alone: not on its slot, its neighbours in a tile or the size of the cache.
+Arithmetic: the order of sums is the schedule's, multiply-adds are not fused, quotients and square
+roots are rounded correctly, so results equal those of `kernels_cpu` to the bit, except with
+row-wise Adagrad, whose mean of squares is added up in a tree. Weights of 16 bits are widened as
+they are read; `triton_round` rounds them. A row's result depends on its own values and pieces
+alone: not on its slot, its neighbours in a tile or the size of the cache.
 
-Dimension, types and optimizer are compiled in. Nothing waits for the device, and grids come from the shapes of the plan's tensors.
+Dimension, types and optimizer are compiled in. Nothing waits for the device, and grids come from
+the shapes of the plan's tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +29,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.cache.triton_launch import Kernel, Tiling, aligned, device_function, on_device_of, sum_rows
+from bagpipe.cache.triton_launch import (
+    Kernel,
+    Tiling,
+    aligned,
+    device_function,
+    on_device_of,
+    sum_rows,
+)
 from bagpipe.cache.triton_update import update
 from bagpipe.cache.weights import words_of
 
@@ -38,7 +50,9 @@ _UNROLL = 8
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
-    """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed and scaled in float32."""
+    """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed
+    and scaled in float32.
+    """
     if plan.num_bags == 0:
         return
     dim, stride = out.shape[1], weights.shape[1]
@@ -54,8 +68,22 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
             tile = _BAGS.of(dim)
             _lookup_jagged.launch(
                 tile.count(plan.num_bags),
-                (weights, plan.lookup_slots, plan.lookup_weights, plan.bag_offsets, plan.bag_scales, into, *sizes),
-                {"DIM": dim, "STRIDE": stride, "ROWS": tile.rows, "COLUMNS": tile.columns, "UNROLL": _UNROLL},
+                (
+                    weights,
+                    plan.lookup_slots,
+                    plan.lookup_weights,
+                    plan.bag_offsets,
+                    plan.bag_scales,
+                    into,
+                    *sizes,
+                ),
+                {
+                    "DIM": dim,
+                    "STRIDE": stride,
+                    "ROWS": tile.rows,
+                    "COLUMNS": tile.columns,
+                    "UNROLL": _UNROLL,
+                },
                 tile.num_warps,
             )
         if into is not out:
@@ -75,7 +103,9 @@ def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
     return records
 
 
-def _move_records(words: Tensor, state: Tensor, slots: Tensor, records: Tensor, *, is_fill: bool) -> None:
+def _move_records(
+    words: Tensor, state: Tensor, slots: Tensor, records: Tensor, *, is_fill: bool
+) -> None:
     if len(slots) == 0:
         return
     dim, state_width = words.shape[1], state.shape[1]
@@ -84,7 +114,13 @@ def _move_records(words: Tensor, state: Tensor, slots: Tensor, records: Tensor, 
         _move.launch(
             tile.count(len(slots)),
             (words, state, slots, records, len(slots)),
-            {"DIM": dim, "STATE_WIDTH": state_width, "IS_FILL": is_fill, "ROWS": tile.rows, "COLUMNS": tile.columns},
+            {
+                "DIM": dim,
+                "STATE_WIDTH": state_width,
+                "IS_FILL": is_fill,
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+            },
             tile.num_warps,
         )
 
@@ -112,13 +148,18 @@ def _lookup_one_hot(
 ) -> None:
     bag = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    inside = (bag < num_bags)[:, None] & (columns < DIM)[None, :]  # (ROWS, COLUMNS), as all that follow
+    # (ROWS, COLUMNS), as all that follow
+    inside = (bag < num_bags)[:, None] & (columns < DIM)[None, :]
     slot = tl.load(slots + bag, mask=bag < num_bags, other=0).to(tl.int64)
-    values = tl.load(weights + slot[:, None] * STRIDE + columns[None, :], mask=inside).to(tl.float32)
+    values = tl.load(weights + slot[:, None] * STRIDE + columns[None, :], mask=inside).to(
+        tl.float32
+    )
     if lookup_weights is not None:
         values *= tl.load(lookup_weights + bag, mask=bag < num_bags, other=0.0)[:, None]
     row = _output_rows(bag, batch_size, num_features).to(tl.int64)
-    tl.store(out + row[:, None] * DIM + columns[None, :], values.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row[:, None] * DIM + columns[None, :], values.to(out.dtype.element_ty), mask=inside
+    )
 
 
 @Kernel
@@ -142,13 +183,17 @@ def _lookup_jagged(
     is_bag = bag < num_bags
     begin = tl.load(bag_offsets + bag, mask=is_bag, other=0)
     end = tl.load(bag_offsets + bag + 1, mask=is_bag, other=0)
-    total = sum_rows(weights, slots, None, lookup_weights, begin, end, DIM, STRIDE, ROWS, COLUMNS, UNROLL)
+    total = sum_rows(
+        weights, slots, None, lookup_weights, begin, end, DIM, STRIDE, ROWS, COLUMNS, UNROLL
+    )
     row = _output_rows(bag, batch_size, num_features).to(tl.int64)
     if bag_scales is not None:
         total *= tl.load(bag_scales + row, mask=is_bag, other=0.0)[:, None]
     columns = tl.arange(0, COLUMNS)
     inside = is_bag[:, None] & (columns < DIM)[None, :]
-    tl.store(out + row[:, None] * DIM + columns[None, :], total.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row[:, None] * DIM + columns[None, :], total.to(out.dtype.element_ty), mask=inside
+    )
 
 
 @Kernel

@@ -11,13 +11,18 @@ from torch import Tensor
 class PooledEmbeddings:
     """Pooled embeddings of one batch by feature, with the methods of TorchRec's KeyedTensor.
 
-    Features are ordered table by table, tables of one dimension together. Tensors are views of one (B, F, D) a group.
+    Features are ordered table by table, tables of one dimension together. Tensors are views of one
+    (B, F, D) a group.
     """
 
     def __init__(self, features: Sequence[tuple[str, ...]], groups: Sequence[Tensor]) -> None:
         """`features` and pooled tensors (B, F, D), by group."""
         self.groups = tuple(groups)
-        self._places = {name: (group, index) for group, names in enumerate(features) for index, name in enumerate(names)}
+        self._places = {
+            name: (group, index)
+            for group, names in enumerate(features)
+            for index, name in enumerate(names)
+        }
 
     def keys(self) -> list[str]:
         """Feature names in the order of `values`."""

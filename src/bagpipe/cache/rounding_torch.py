@@ -1,4 +1,6 @@
-"""Rounding by chance in torch: the reference of the tests, operation for operation what the other kernels do."""
+"""Rounding by chance in torch: the reference of the tests, operation for operation what the other
+kernels do.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ def round_by_chance(weights: Tensor, dtype: torch.dtype, *, seed: int, step: int
 
 
 def _chances(num_uniques: int, dim: int, seed: int, step: int) -> Tensor:
-    """16 random bits for each weight: (num_uniques, dim) int64; see `bagpipe.cache.weights.COLUMNS_A_BLOCK`."""
+    """16 random bits for each weight: (num_uniques, dim) int64; see
+    `bagpipe.cache.weights.COLUMNS_A_BLOCK`.
+    """
     unique = torch.arange(num_uniques)[:, None]
     block = torch.arange(-(-dim // COLUMNS_A_BLOCK))[None, :]
     zero = torch.zeros(num_uniques, block.shape[1], dtype=torch.int64)
-    words = torch.stack(_philox(seed, zero + unique, zero + step, zero + block, zero + ROUNDING), dim=2)
+    words = torch.stack(
+        _philox(seed, zero + unique, zero + step, zero + block, zero + ROUNDING), dim=2
+    )
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=3)  # (num_uniques, blocks, 4, 2)
     return halves.flatten(1)[:, :dim]
 

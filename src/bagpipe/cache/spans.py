@@ -1,7 +1,7 @@
 """Names for the stages of a step in a profile; free unless someone is tracing.
 
-`torch.profiler.record_function` costs microseconds even when nobody looks, and steps are short: so stages are named only while
-`tracing()` is on.
+`torch.profiler.record_function` costs microseconds even when nobody looks, and steps are short: so
+stages are named only while `tracing()` is on.
 """
 
 from __future__ import annotations

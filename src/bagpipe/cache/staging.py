@@ -1,8 +1,10 @@
-"""Host memory that records pass through on their way between a store and a device, used again and again.
+"""Host memory that records pass through on their way between a store and a device, used again and
+again.
 
-A GPU copies behind compute from and to pinned memory alone. Torch's allocator of that asks the driver about events, each time it
-is asked for memory, and the driver's calls take turns: a tenth of a millisecond for each transfer beside a busy trainer's thread
-(docs/results.md). Here nobody asks the driver: who takes a buffer gives it back when the device, too, is done with it.
+A GPU copies behind compute from and to pinned memory alone. Torch's allocator of that asks the
+driver about events, each time it is asked for memory, and the driver's calls take turns: a tenth of
+a millisecond for each transfer beside a busy trainer's thread (docs/results.md). Here nobody asks
+the driver: who takes a buffer gives it back when the device, too, is done with it.
 """
 
 from __future__ import annotations
@@ -39,11 +41,14 @@ class Buffer:
 
 
 class Staging:
-    """Owns buffers by size; any thread may call it. It grows to as many as are under way at a time."""
+    """Owns buffers by size; any thread may call it. It grows to as many as are under way at a
+    time.
+    """
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
-        self._free: dict[int, deque[Tensor]] = defaultdict(deque)  # by size; a deque's operations are atomic
+        # by size; a deque's operations are atomic
+        self._free: dict[int, deque[Tensor]] = defaultdict(deque)
 
     def take(self, num_records: int, record_width: int) -> Buffer:
         """A buffer whose content is undefined, the taker's until it calls `give_back`."""
@@ -56,5 +61,7 @@ class Staging:
         return Buffer(whole=whole, shape=(num_records, record_width))
 
     def give_back(self, buffer: Buffer) -> None:
-        """Says that neither a thread nor the device uses the buffer any more. One that never comes back goes as any tensor does."""
+        """Says that neither a thread nor the device uses the buffer any more. One that never comes
+        back goes as any tensor does.
+        """
         self._free[len(buffer.whole)].append(buffer.whole)

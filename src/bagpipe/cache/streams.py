@@ -6,7 +6,9 @@ import torch
 
 
 class Streams:
-    """The streams of a CUDA device: `compute` is the trainer's own, at `record_compute` the current one."""
+    """The streams of a CUDA device: `compute` is the trainer's own, at `record_compute` the current
+    one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,6 @@
-"""Whole tables without whole tables in memory: read, loaded and saved block by block through their store."""
+"""Whole tables without whole tables in memory: read, loaded and saved block by block through their
+store.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,26 @@ _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 
 
 class LazyTable:
-    """One table's weights, (num_embeddings, embedding_dim) in the table's data type, read from its store when asked for.
+    """One table's weights, (num_embeddings, embedding_dim) in the table's data type, read from its
+    store when asked for.
 
-    Slicing gives tensors: ``table[10:20]``. It is what `state_dict` holds, since the whole table may not fit in memory.
+    Slicing gives tensors: ``table[10:20]``. It is what `state_dict` holds, since the whole table
+    may not fit in memory.
     """
 
-    def __init__(self, store: EmbeddingStore, index: int, flush: Callable[[], None], fetch: Fetch) -> None:
-        """`index` of the table in the store's group; `flush` brings the store up to date before each read, `fetch` reads it."""
+    def __init__(
+        self, store: EmbeddingStore, index: int, flush: Callable[[], None], fetch: Fetch
+    ) -> None:
+        """`index` of the table in the store's group; `flush` brings the store up to date before
+        each read, `fetch` reads it.
+        """
         self._flush, self._fetch = flush, fetch
         group = store.group
         self._store, self._first_row = store, int(group.row_offsets[index])
-        self.shape, self.dtype = (group.tables[index].num_embeddings, group.embedding_dim), TORCH_DTYPES[group.data_type]
+        self.shape, self.dtype = (
+            (group.tables[index].num_embeddings, group.embedding_dim),
+            TORCH_DTYPES[group.data_type],
+        )
         self.name = group.tables[index].name
 
     def __len__(self) -> int:
@@ -43,7 +54,9 @@ class LazyTable:
 
     def __getitem__(self, rows: slice) -> Tensor:
         begin, end, step = rows.indices(len(self))
-        return self._weights(self._records(np.arange(begin, end, step))).clone(memory_format=torch.contiguous_format)
+        return self._weights(self._records(np.arange(begin, end, step))).clone(
+            memory_format=torch.contiguous_format
+        )
 
     def blocks(self, block_rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
         """The table from top to bottom in blocks of at most `block_rows` rows."""
@@ -56,7 +69,8 @@ class LazyTable:
             self._records(np.empty(0, np.int64))
 
     def load(self, weights: Any) -> None:
-        """Overwrites the table with `weights`, anything of its shape whose slices are tensors; optimizer state is kept.
+        """Overwrites the table with `weights`, anything of its shape whose slices are tensors;
+        optimizer state is kept.
 
         Weights of another type are rounded to the nearest.
         """
@@ -77,26 +91,34 @@ class LazyTable:
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(
-            f"table {self.name!r} is not pickled whole, it may not fit in memory: save the tables with "
-            "embeddings.save_tables(path), and in a state dict keep only the entries that are tensors"
+            f"table {self.name!r} is not pickled whole, it may not fit in memory: save the tables "
+            "with "
+            "embeddings.save_tables(path), and in a state dict keep only the entries that are "
+            "tensors"
         )
 
 
 def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
     """Writes the tables to a safetensors file, block by block.
 
-    The format (https://github.com/huggingface/safetensors, "Format") is an 8-byte little-endian header length, a JSON header and
-    the raw data; it is written here because the library's own writer wants every tensor in memory at once.
+    The format (https://github.com/huggingface/safetensors, "Format") is an 8-byte little-endian
+    header length, a JSON header and the raw data; it is written here because the library's own
+    writer wants every tensor in memory at once.
     """
     header: dict[str, Any] = {}
     end = 0
     for key, table in tables.items():
         begin, end = end, end + table.dtype.itemsize * table.shape[0] * table.shape[1]
-        header[key] = {"dtype": _SAFETENSORS_TYPES[table.dtype], "shape": list(table.shape), "data_offsets": [begin, end]}
+        header[key] = {
+            "dtype": _SAFETENSORS_TYPES[table.dtype],
+            "shape": list(table.shape),
+            "data_offsets": [begin, end],
+        }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for table in tables.values():
             for block in table.blocks():
-                file.write(block.view(torch.uint8).numpy().tobytes())  # little-endian, as all machines are that torch runs on
+                # little-endian, as all machines are that torch runs on
+                file.write(block.view(torch.uint8).numpy().tobytes())

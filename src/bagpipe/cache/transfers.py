@@ -1,21 +1,23 @@
-"""Moves records between stores and the device cache, as the trainer's thread asks for it at ticks (`bagpipe.cache.executor`).
+"""Moves records between stores and the device cache, as the trainer's thread asks for it at ticks
+(`bagpipe.cache.executor`).
 
-    evict   evicted slots -> packed buffer -> pinned host buffer   on CUDA the trainer's thread asks the device for it
+    evict   evicted slots -> packed buffer -> pinned host buffer   (on CUDA) the trainer's thread
             -> store                                               write-back threads
     fetch   store -> pinned staging buffer                         gather threads
-            -> fetched slots                                       on CUDA the trainer's thread, once it is there
+            -> fetched slots                                       (on CUDA) the trainer's thread
 
-On a CPU, where copies are work, one gather thread does all but the store's part of an eviction. Before it reads the store, a fetch
-waits for the write-backs that its fence names.
+On a CPU, where copies are work, one gather thread does all but the store's part of an eviction.
+Before it reads the store, a fetch waits for the write-backs that its fence names.
 
-Several threads gather and write back, each the rows of a step of its own: fences order what must be in order. Threads that shared a
-step's rows would have to meet at its end, spinning on a core each.
+Several threads gather and write back, each the rows of a step of its own: fences order what must be
+in order. Threads that shared a step's rows would have to meet at its end, spinning on a core each.
 
-On CUDA both directions have a stream of their own. Evictions follow the compute issued so far, fills follow the evictions before
-them, and compute follows the fills of its own step, all by events, so that the host waits for neither. Device work is asked for
-by one thread, since threads that do so take turns for Python's lock: a thread of its own for the transfers took 1.5 ms a step, most
-of it waiting (docs/results.md). Device buffers come from torch's caching allocator, which reuses one on its own stream; pinned ones
-from `bagpipe.cache.staging`.
+On CUDA both directions have a stream of their own. Evictions follow the compute issued so far,
+fills follow the evictions before them, and compute follows the fills of its own step, all by
+events, so that the host waits for neither. Device work is asked for by one thread, since threads
+that do so take turns for Python's lock: a thread of its own for the transfers took 1.5 ms a step,
+most of it waiting (docs/results.md). Device buffers come from torch's caching allocator, which
+reuses one on its own stream; pinned ones from `bagpipe.cache.staging`.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Float32Array, Int32Array, Int64Array, StepPlan, Transfers
 
 _MAX_PENDING_WRITES = 64
-"""Write-backs that may be waiting, each of one group and step; more would let a slow store fill the memory."""
+"""Write-backs that may be waiting, each of one group and step; more would let a slow store fill the
+memory."""
 _FLUSH_BLOCK_BYTES = 64 << 20
 _NUM_THREADS = max(1, min(2, (os.cpu_count() or 1) // 4))
-"""That write back, and on CUDA as many that gather. Random rows take a core milliseconds a step, most of it waiting for memory; but
-with more threads the trainer's waits longer for Python's lock than for rows with fewer (docs/results.md)."""
+"""That write back, and on CUDA as many that gather. Random rows take a core milliseconds a step,
+most of it waiting for memory; but with more threads the trainer's waits longer for Python's lock
+than for rows with fewer (docs/results.md)."""
 
 
 @dataclass(kw_only=True)
@@ -64,7 +68,9 @@ class IssuedTransfers:
 
 
 class RecordMover:
-    """Owns the threads that gather and write back; its methods are called by the trainer's thread."""
+    """Owns the threads that gather and write back; its methods are called by the trainer's
+    thread.
+    """
 
     def __init__(
         self,
@@ -73,11 +79,19 @@ class RecordMover:
         streams: Streams | None,
         communicator: Communicator | None,
     ) -> None:
-        """`streams` are those of a CUDA device; `communicator` says that there are other trainers."""
-        self._caches, self._stores, self._streams, self._communicator = tuple(caches), tuple(stores), streams, communicator
+        """`streams` are those of a CUDA device; `communicator` says that there are other
+        trainers.
+        """
+        self._caches, self._stores, self._streams, self._communicator = (
+            tuple(caches),
+            tuple(stores),
+            streams,
+            communicator,
+        )
         self._device = caches[0].device
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
-        self._to_note: deque[Sequence[Transfers]] = deque()  # issued and not yet there, in order of issue
+        # issued and not yet there, in order of issue
+        self._to_note: deque[Sequence[Transfers]] = deque()
         self._noting = threading.Lock()
         # On a CPU one thread takes steps in order, as the device does elsewhere.
         self._gather_threads = Workers("bagpipe-gather", 1 if streams is None else _NUM_THREADS)
@@ -93,24 +107,32 @@ class RecordMover:
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
     ) -> IssuedTransfers:
-        """On CUDA evicts and hands out the fetches; on a CPU, where that is work, the gather thread does all of it.
+        """On CUDA evicts and hands out the fetches; on a CPU, where that is work, the gather thread
+        does all of it.
 
-        `to_device` moves the slots, by group, to the device; on a CPU it is called by the gather thread.
+        `to_device` moves the slots, by group, to the device; on a CPU it is called by the gather
+        thread.
         """
         if self._streams is None:
             self._to_note.append(transfers)
-            done = self._gather_threads.submit(self._transfer_on_cpu, plan, transfers, tick, to_device)
+            done = self._gather_threads.submit(
+                self._transfer_on_cpu, plan, transfers, tick, to_device
+            )
             return IssuedTransfers(on_device=(), gathered=done, evicted=None, is_filled=True)
         with torch.cuda.stream(self._streams.out):
             on_device = to_device()
             self._streams.out.wait_event(self._streams.computed)
-            evicted = self._evict_all(transfers, on_device, tick) or self._streams.out.record_event()
+            evicted = (
+                self._evict_all(transfers, on_device, tick) or self._streams.out.record_event()
+            )
         self._to_note.append(transfers)  # nothing that an interrupt could still prevent
         gathered = self._gather_threads.submit(self._gather, plan, transfers)
         return IssuedTransfers(on_device=on_device, gathered=gathered, evicted=evicted)
 
     def fill(self, issued: IssuedTransfers) -> None:
-        """Puts gathered records into their slots, unless they are there; waits until they are gathered."""
+        """Puts gathered records into their slots, unless they are there; waits until they are
+        gathered.
+        """
         if issued.is_filled:
             issued.gathered.result()
             return
@@ -129,7 +151,9 @@ class RecordMover:
             self._staging.give_back(buffer)
 
     def mark_written(self, kind: TransferKind, step: int) -> None:
-        """Tells the other trainers, if there are any, once what has been issued so far is written."""
+        """Tells the other trainers, if there are any, once what has been issued so far is
+        written.
+        """
         if self._communicator is None:
             return
         if self._streams is None:  # the gather thread evicts
@@ -152,7 +176,9 @@ class RecordMover:
 
     def write_all(self) -> None:
         """Writes every resident record to its store; no transfer may be under way."""
-        for cache, store, rows_of_slots in zip(self._caches, self._stores, self._rows_of_slots, strict=True):
+        for cache, store, rows_of_slots in zip(
+            self._caches, self._stores, self._rows_of_slots, strict=True
+        ):
             slots = np.flatnonzero(rows_of_slots >= 0).astype(np.int32)
             block_rows = -(-_FLUSH_BLOCK_BYTES // cache.group.record_bytes)
             for begin in range(0, len(slots), block_rows):
@@ -161,7 +187,9 @@ class RecordMover:
                 store.write(rows_of_slots[block], records.numpy())
 
     def close(self, *, wait: bool = True) -> None:
-        """Ends the threads; without `wait` they end by themselves, once what they wait for has come or failed."""
+        """Ends the threads; without `wait` they end by themselves, once what they wait for has come
+        or failed.
+        """
         self._gather_threads.close(wait=wait)
         self._write_threads.close(wait=wait)
         if self._mark_thread is not None:  # after what it waits for
@@ -175,7 +203,9 @@ class RecordMover:
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
     ) -> list[Buffer]:
-        """Runs on the gather thread. The compute that evictions must follow is over when it is asked for."""
+        """Runs on the gather thread. The compute that evictions must follow is over when it is
+        asked for.
+        """
         on_device = to_device()
         self._evict_all(transfers, on_device, tick)
         stagings = self._gather(plan, transfers)
@@ -195,22 +225,32 @@ class RecordMover:
                     evicted = self._evict(index, moved, slots.evict_slots, tick)
             return evicted
 
-    def _evict(self, index: int, transfers: Transfers, slots: Tensor, tick: int) -> torch.cuda.Event | None:
+    def _evict(
+        self, index: int, transfers: Transfers, slots: Tensor, tick: int
+    ) -> torch.cuda.Event | None:
         """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
         records = self._caches[index].read(slots)
         rows = transfers.evict_rows.copy()  # may be written later than the plan is released
         if self._streams is None:
-            self._hand_out(self._write_threads, tick, self._write_back, index, rows, records.numpy())
+            self._hand_out(
+                self._write_threads, tick, self._write_back, index, rows, records.numpy()
+            )
             return None
         buffer = self._staging.take(*records.shape)
         buffer.tensor.copy_(records, non_blocking=True)
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record(self._streams.out)
-        self._hand_out(self._write_threads, tick, self._write_back_copied, index, rows, buffer, copied)
+        self._hand_out(
+            self._write_threads, tick, self._write_back_copied, index, rows, buffer, copied
+        )
         return copied
 
-    def _hand_out(self, threads: Workers, tick: int, work: Callable[..., None], *arguments: Any) -> None:
-        """Hands out a write-back or mark, once few enough of them wait, and forgets those that have succeeded."""
+    def _hand_out(
+        self, threads: Workers, tick: int, work: Callable[..., None], *arguments: Any
+    ) -> None:
+        """Hands out a write-back or mark, once few enough of them wait, and forgets those that have
+        succeeded.
+        """
         if len(self._writes) >= _MAX_PENDING_WRITES:
             self._writes[0][1].result()
         while self._writes and self._writes[0][1].has_succeeded:
@@ -223,7 +263,9 @@ class RecordMover:
         self._hand_out(self._mark_thread, step, self._mark_written, earlier, kind, step)
 
     def _mark_written(self, earlier: Sequence[Call[None]], kind: TransferKind, step: int) -> None:
-        """Runs on the mark thread: a write-back thread would wait here for the other and leave the next step's rows lying."""
+        """Runs on the mark thread: a write-back thread would wait here for the other and leave the
+        next step's rows lying.
+        """
         for write in earlier:
             write.result()
         assert self._communicator is not None
@@ -234,26 +276,34 @@ class RecordMover:
         with span("write_back"):
             self._stores[index].write(rows, records)
 
-    def _write_back_copied(self, index: int, rows: Int64Array, buffer: Buffer, copied: torch.cuda.Event) -> None:
+    def _write_back_copied(
+        self, index: int, rows: Int64Array, buffer: Buffer, copied: torch.cuda.Event
+    ) -> None:
         copied.synchronize()
         self._write_back(index, rows, buffer.array)
         self._staging.give_back(buffer)
 
     def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:
-        """Runs on a gather thread: after the write-backs of the fence reads each group's rows (n, record_width)."""
+        """Runs on a gather thread: after the write-backs of the fence reads each group's rows (n,
+        record_width).
+        """
         fence = max(moved.fence_tick for moved in transfers)
         if self._communicator is not None and fence >= 0:
-            # What other ranks evict up to the fence and this plan knows of, the early transfers of these steps do. Each waits for
-            # earlier steps' alone, so ranks never wait for each other in a circle.
+            # What other ranks evict up to the fence and this plan knows of, the early transfers of
+            # these steps do. Each waits for earlier steps' alone, so ranks never wait for each
+            # other in a circle.
             depth = plan.step - plan.early_tick
             self._communicator.wait_written("early", min(fence + depth, plan.step - 1))
             self._communicator.wait_written("late", fence)
-        for tick, write in list(self._writes):  # all that was evicted before these transfers is among them
+        # all that was evicted before these transfers is among them
+        for tick, write in list(self._writes):
             if tick <= fence:
                 write.result()
         stagings = []
         for index, moved in enumerate(transfers):
-            staging = self._staging.take(len(moved.fetch_rows), self._caches[index].group.record_width)
+            staging = self._staging.take(
+                len(moved.fetch_rows), self._caches[index].group.record_width
+            )
             if len(moved.fetch_rows):
                 with span("gather"):
                     self._stores[index].fetch(moved.fetch_rows, staging.array)
@@ -262,21 +312,34 @@ class RecordMover:
         return stagings
 
     def _note_moves(self) -> None:
-        """Notes what has been issued so far, unless other threads have, in the order in which slots change hands."""
+        """Notes what has been issued so far, unless other threads have, in the order in which slots
+        change hands.
+        """
         with self._noting:
             while self._to_note:
-                for rows_of_slots, moved in zip(self._rows_of_slots, self._to_note.popleft(), strict=True):
-                    _move_rows(rows_of_slots, moved.evict_slots, moved.fetch_rows, moved.fetch_slots)
+                for rows_of_slots, moved in zip(
+                    self._rows_of_slots, self._to_note.popleft(), strict=True
+                ):
+                    _move_rows(
+                        rows_of_slots, moved.evict_slots, moved.fetch_rows, moved.fetch_slots
+                    )
 
     def _fill_slots(self, on_device: Sequence[DeviceTransfers], stagings: Sequence[Buffer]) -> None:
         with span("fetch"):
             for cache, slots, staging in zip(self._caches, on_device, stagings, strict=True):
                 if len(slots.fetch_slots):
-                    cache.fill(slots.fetch_slots, staging.tensor.to(self._device, non_blocking=True))
+                    cache.fill(
+                        slots.fetch_slots, staging.tensor.to(self._device, non_blocking=True)
+                    )
 
 
 @jit
-def _move_rows(rows_of_slots: Int64Array, evict_slots: Int32Array, fetch_rows: Int64Array, fetch_slots: Int32Array) -> None:
+def _move_rows(
+    rows_of_slots: Int64Array,
+    evict_slots: Int32Array,
+    fetch_rows: Int64Array,
+    fetch_slots: Int32Array,
+) -> None:
     for slot in evict_slots:
         rows_of_slots[slot] = -1
     for index in range(len(fetch_slots)):

@@ -1,8 +1,9 @@
 """How the Triton kernels are launched, and what they have in common.
 
-A call of a `triton.jit` function binds and classifies each argument anew, which took 50 us of the trainer's thread, five times a
-step (docs/results.md). What the kernels' variants depend on is known here, so each is looked up by that and launched directly.
-What varies from step to step (sizes, learning rate, where a plan's arrays begin) is never compiled in.
+A call of a `triton.jit` function binds and classifies each argument anew, which took 50 us of the
+trainer's thread, five times a step (docs/results.md). What the kernels' variants depend on is known
+here, so each is looked up by that and launched directly. What varies from step to step (sizes,
+learning rate, where a plan's arrays begin) is never compiled in.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from triton.runtime.jit import JITFunction
 Argument: TypeAlias = Tensor | int | float | None
 
 _VARYING = (
-    "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records step seed_low seed_high "
-    "slots bag_offsets bag_scales lookup_weights unique_slots bags bag_weights piece_offsets long_uniques long_offsets"
+    "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records step "
+    "seed_low seed_high "
+    "slots bag_offsets bag_scales lookup_weights unique_slots bags bag_weights piece_offsets "
+    "long_uniques long_offsets"
 ).split()
 """Arguments whose value, or for a plan's arrays whose alignment, must not start a compilation."""
 _ALIGNMENT = 16
@@ -45,7 +48,9 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How much one program works on: `elements` of a tile, at least one row, `per_thread` of them a thread."""
+    """How much one program works on: `elements` of a tile, at least one row, `per_thread` of them a
+    thread.
+    """
 
     elements: int
     per_thread: int
@@ -59,7 +64,9 @@ class Tiling:
 def _tile(elements: int, per_thread: int, width: int) -> Tile:
     columns = triton.next_power_of_2(width)  # as Triton wants
     rows = max(1, elements // columns)
-    return Tile(rows=rows, columns=columns, num_warps=min(max(rows * columns // (32 * per_thread), 1), 16))
+    return Tile(
+        rows=rows, columns=columns, num_warps=min(max(rows * columns // (32 * per_thread), 1), 16)
+    )
 
 
 def device_function(function: Callable[..., Any]) -> Any:
@@ -68,19 +75,32 @@ def device_function(function: Callable[..., Any]) -> Any:
 
 
 class Kernel:
-    """A decorator: a kernel whose parameters are first arguments, then constants (`tl.constexpr`)."""
+    """A decorator: a kernel whose parameters are first arguments, then constants
+    (`tl.constexpr`).
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._jit = device_function(function)
         self._is_compiled = isinstance(self._jit, JITFunction)  # else Triton's interpreter runs it
         self._variants: dict[tuple[Any, ...], Any] = {}
 
-    def launch(self, num_programs: int, arguments: tuple[Argument, ...], constants: Mapping[str, object], num_warps: int) -> None:
-        """Runs on the current stream of the current device, where the tensors are; multiply-adds are not fused."""
+    def launch(
+        self,
+        num_programs: int,
+        arguments: tuple[Argument, ...],
+        constants: Mapping[str, object],
+        num_warps: int,
+    ) -> None:
+        """Runs on the current stream of the current device, where the tensors are; multiply-adds
+        are not fused.
+        """
         if not self._is_compiled:
             self._jit[(num_programs,)](*arguments, **constants)
             return
-        kinds = [argument.dtype if isinstance(argument, Tensor) else type(argument) for argument in arguments]
+        kinds = [
+            argument.dtype if isinstance(argument, Tensor) else type(argument)
+            for argument in arguments
+        ]
         key = (torch.cuda.current_device(), num_warps, *constants.values(), *kinds)
         variant = self._variants.get(key)
         if variant is None:
@@ -88,7 +108,10 @@ class Kernel:
             variant = self._jit.warmup(*arguments, **constants, **options, grid=(num_programs,))
             self._variants[key] = variant
         # Addresses, since of a tensor Triton asks the driver whether the device can reach it.
-        passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        passed = [
+            argument.data_ptr() if isinstance(argument, Tensor) else argument
+            for argument in arguments
+        ]
         variant[(num_programs, 1, 1)](*passed, *constants.values())
 
 
@@ -100,7 +123,9 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if it starts at an odd place: the layout of a tile, and so the order of a tree sum, may depend on that."""
+    """`tensor`, copied if it starts at an odd place: the layout of a tile, and so the order of a
+    tree sum, may depend on that.
+    """
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
@@ -132,7 +157,9 @@ def sum_rows(
             is_row = position < end
             index = tl.load(indices + position, mask=is_row, other=0).to(tl.int64)
             inside = is_row[:, None] & (columns < DIM)[None, :]
-            values = tl.load(source + index[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            values = tl.load(
+                source + index[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0
+            ).to(tl.float32)
             if scales is not None:
                 values *= tl.load(scales + index, mask=is_row, other=0.0)[:, None]
             if factors is not None:

@@ -1,4 +1,6 @@
-"""Rounding by chance on CUDA: `bagpipe.store.half.by_chance`, bit for bit, with the random bits of `bagpipe.cache.weights`."""
+"""Rounding by chance on CUDA: `bagpipe.store.half.by_chance`, bit for bit, with the random bits of
+`bagpipe.cache.weights`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def round_by_chance(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """`values` (ROWS, COLUMNS) float32 of the rows `unique` (ROWS,) in 16 bits, which are returned as an unsigned integer."""
+    """`values` (ROWS, COLUMNS) float32 of the rows `unique` (ROWS,) in 16 bits, which are returned
+    as an unsigned integer.
+    """
     chances = _chances(unique, step, seed_low, seed_high, ROWS, COLUMNS)
     bits = values.to(tl.uint32, bitcast=True)
     is_nan = values != values
@@ -53,8 +57,12 @@ def _chances(
     """16 random bits for each weight: (ROWS, COLUMNS) uint32."""
     BLOCKS: tl.constexpr = COLUMNS // _COLUMNS_A_BLOCK
     zero = tl.zeros((ROWS, BLOCKS), tl.int32)
-    seed = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    seed = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | seed_low.to(
+        tl.uint32, bitcast=True
+    ).to(tl.uint64)
     block = tl.arange(0, BLOCKS)[None, :]
-    first, second, third, fourth = tl.philox(seed, zero + unique[:, None], zero + step, zero + block, zero + _ROUNDING, _ROUNDS)
+    first, second, third, fourth = tl.philox(
+        seed, zero + unique[:, None], zero + step, zero + block, zero + _ROUNDING, _ROUNDS
+    )
     words = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (ROWS, BLOCKS * 4))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, COLUMNS))

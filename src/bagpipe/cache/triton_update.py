@@ -1,7 +1,8 @@
 """Backward with the optimizer fused, on CUDA; see `kernels_triton`.
 
-    1. one program a tile of pieces, the further pieces of long rows first, as they take longest. A piece's sum is a row's gradient,
-       with which the optimizer is applied at once, unless the row is long: then it goes to a buffer.
+    1. one program a tile of pieces, the further pieces of long rows first, as they take longest. A
+       piece's sum is a row's gradient, with which the optimizer is applied at once, unless the row
+       is long: then it goes to a buffer.
     2. long rows only: their pieces' sums are added in order, then the optimizer is applied.
 
 So no program adds more than MAX_PIECE_LENGTH rows in stage 1, whatever the skew. No atomics.
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.kernels_torch import adam_step_size
-from bagpipe.cache.triton_launch import Kernel, Tiling, aligned, device_function, on_device_of, sum_rows
+from bagpipe.cache.triton_launch import (
+    Kernel,
+    Tiling,
+    aligned,
+    device_function,
+    on_device_of,
+    sum_rows,
+)
 from bagpipe.cache.triton_round import round_by_chance
 from bagpipe.cache.weights import COLUMNS_A_BLOCK
 from bagpipe.types import MAX_PIECE_LENGTH, SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
@@ -32,12 +40,25 @@ _UNROLL = 4
 """Rows that a program asks for before it adds them up."""
 
 
-def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, optimizer: Optimizer, lr: float, seed: int = 0) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of `lookup`'s result.
+def update(
+    weights: Tensor,
+    state: Tensor,
+    plan: DevicePlan,
+    grads: Tensor,
+    optimizer: Optimizer,
+    lr: float,
+    seed: int = 0,
+) -> None:
+    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
+    `lookup`'s result.
 
     New weights of 16 bits are rounded by chance, which `seed` decides.
     """
-    num_uniques, num_pieces, num_long = plan.unique_slots.shape[0], plan.piece_offsets.shape[0] - 1, plan.long_uniques.shape[0]
+    num_uniques, num_pieces, num_long = (
+        plan.unique_slots.shape[0],
+        plan.piece_offsets.shape[0] - 1,
+        plan.long_uniques.shape[0],
+    )
     if num_uniques == 0:
         return
     dim, num_further = grads.shape[1], num_pieces - num_uniques
@@ -88,20 +109,29 @@ def update(weights: Tensor, state: Tensor, plan: DevicePlan, grads: Tensor, opti
                     *scalars,
                     *rounding,
                 ),
-                constants | {"ROWS": long_tile.rows, "COLUMNS": long_tile.columns, "UNROLL": _UNROLL},
+                constants
+                | {"ROWS": long_tile.rows, "COLUMNS": long_tile.columns, "UNROLL": _UNROLL},
                 long_tile.num_warps,
             )
 
 
-def _rounding(weights: Tensor, step: int, seed: int) -> tuple[int, int, int] | tuple[None, None, None]:
-    """What decides how weights of 16 bits are rounded: the step and the two halves of the seed, all as int32."""
+def _rounding(
+    weights: Tensor, step: int, seed: int
+) -> tuple[int, int, int] | tuple[None, None, None]:
+    """What decides how weights of 16 bits are rounded: the step and the two halves of the seed, all
+    as int32.
+    """
     if weights.dtype == torch.float32:
         return None, None, None
-    step, low, high = ((word & 0xFFFFFFFF ^ 1 << 31) - (1 << 31) for word in (step, seed, seed >> 32))
+    step, low, high = (
+        (word & 0xFFFFFFFF ^ 1 << 31) - (1 << 31) for word in (step, seed, seed >> 32)
+    )
     return step, low, high
 
 
-def _constants(optimizer: Optimizer, lr: float, step: int) -> tuple[int, tuple[float, float, float, float]]:
+def _constants(
+    optimizer: Optimizer, lr: float, step: int
+) -> tuple[int, tuple[float, float, float, float]]:
     """What `_apply` needs to know: which optimizer, and its numbers."""
     match optimizer:
         case SGD():
@@ -112,7 +142,12 @@ def _constants(optimizer: Optimizer, lr: float, step: int) -> tuple[int, tuple[f
             return _ROW_WISE_ADAGRAD.value, (lr, optimizer.eps, 0.0, 0.0)
         case Adam():
             beta1, beta2 = optimizer.betas
-            return _ADAM.value, (adam_step_size(optimizer, lr, step), optimizer.eps, 1.0 - beta1, 1.0 - beta2)
+            return _ADAM.value, (
+                adam_step_size(optimizer, lr, step),
+                optimizer.eps,
+                1.0 - beta1,
+                1.0 - beta2,
+            )
 
 
 @Kernel
@@ -149,15 +184,21 @@ def _update(
     further_tiles = tl.cdiv(num_further, ROWS)
     tile = tl.program_id(0)
     is_further = tile < further_tiles
-    piece = tl.where(is_further, num_uniques + tile * ROWS, (tile - further_tiles) * ROWS) + tl.arange(0, ROWS)
+    piece = tl.where(
+        is_further, num_uniques + tile * ROWS, (tile - further_tiles) * ROWS
+    ) + tl.arange(0, ROWS)
     is_piece = piece < tl.where(is_further, num_pieces, num_uniques)
     begin = tl.load(piece_offsets + piece, mask=is_piece, other=0)
     end = tl.load(piece_offsets + piece + 1, mask=is_piece, other=0)
     is_unique = piece < num_uniques
     slot = tl.load(unique_slots + piece, mask=is_unique, other=0).to(tl.int64)
     # Before the sums, so that these loads are under way meanwhile.
-    weight, first, second = _load_record(weights, state, slot, is_unique, DIM, STRIDE, KIND, COLUMNS)
-    total = sum_rows(grads, bags, bag_scales, bag_weights, begin, end, DIM, DIM, ROWS, COLUMNS, UNROLL)
+    weight, first, second = _load_record(
+        weights, state, slot, is_unique, DIM, STRIDE, KIND, COLUMNS
+    )
+    total = sum_rows(
+        grads, bags, bag_scales, bag_weights, begin, end, DIM, DIM, ROWS, COLUMNS, UNROLL
+    )
     long = tl.full((ROWS,), -1, tl.int32)
     if num_long > 0:
         if (tile >= further_tiles) & (tl.max(end - begin, axis=0) == _MAX_PIECE):
@@ -170,16 +211,38 @@ def _update(
     is_done = is_unique & (long < 0)
     inside = is_done[:, None] & (tl.arange(0, COLUMNS) < DIM)[None, :]
     weight = _apply(
-        state, slot, is_done, inside, weight, first, second, total, lr, eps, first_rate, second_rate, DIM, KIND, COLUMNS
+        state,
+        slot,
+        is_done,
+        inside,
+        weight,
+        first,
+        second,
+        total,
+        lr,
+        eps,
+        first_rate,
+        second_rate,
+        DIM,
+        KIND,
+        COLUMNS,
     )
-    _store_weights(weights, slot, inside, weight, piece, step, seed_low, seed_high, STRIDE, ROWS, COLUMNS)
+    _store_weights(
+        weights, slot, inside, weight, piece, step, seed_low, seed_high, STRIDE, ROWS, COLUMNS
+    )
 
 
 @device_function
 def _find(
-    long_uniques: tl.tensor, num_long: tl.tensor, search_step: tl.tensor, unique: tl.tensor, is_unique: tl.tensor
+    long_uniques: tl.tensor,
+    num_long: tl.tensor,
+    search_step: tl.tensor,
+    unique: tl.tensor,
+    is_unique: tl.tensor,
 ) -> tl.tensor:
-    """Index of each `unique` in the ascending `long_uniques`, -1 if it is none; `search_step` is the top bit of `num_long`."""
+    """Index of each `unique` in the ascending `long_uniques`, -1 if it is none; `search_step` is
+    the top bit of `num_long`.
+    """
     below = tl.zeros_like(unique)  # how many are smaller, bit by bit from the top
     step = search_step
     while step > 0:
@@ -232,13 +295,31 @@ def _update_long(
         for ahead in tl.static_range(UNROLL):
             piece = begin + start + ahead
             inside = (piece < end)[:, None] & (columns < DIM)[None, :]
-            further += tl.load(sums + piece.to(tl.int64)[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
+            further += tl.load(
+                sums + piece.to(tl.int64)[:, None] * DIM + columns[None, :], mask=inside, other=0.0
+            )
     total += further
     inside = is_long[:, None] & (tl.arange(0, COLUMNS) < DIM)[None, :]
     weight = _apply(
-        state, slot, is_long, inside, weight, first, second, total, lr, eps, first_rate, second_rate, DIM, KIND, COLUMNS
+        state,
+        slot,
+        is_long,
+        inside,
+        weight,
+        first,
+        second,
+        total,
+        lr,
+        eps,
+        first_rate,
+        second_rate,
+        DIM,
+        KIND,
+        COLUMNS,
     )
-    _store_weights(weights, slot, inside, weight, unique, step, seed_low, seed_high, STRIDE, ROWS, COLUMNS)
+    _store_weights(
+        weights, slot, inside, weight, unique, step, seed_low, seed_high, STRIDE, ROWS, COLUMNS
+    )
 
 
 @device_function
@@ -252,10 +333,14 @@ def _load_record(
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """Weights (ROWS, COLUMNS) and the optimizer's state in one or two tiles; what an optimizer has not is the weights again."""
+    """Weights (ROWS, COLUMNS) and the optimizer's state in one or two tiles; what an optimizer has
+    not is the weights again.
+    """
     columns = tl.arange(0, COLUMNS)
     inside = is_row[:, None] & (columns < DIM)[None, :]
-    weight = tl.load(weights + slot[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(
+        weights + slot[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
     first = weight
     second = weight
     if KIND == _ADAGRAD:
@@ -263,8 +348,12 @@ def _load_record(
     elif KIND == _ROW_WISE_ADAGRAD:
         first = tl.load(state + slot, mask=is_row, other=0.0)
     elif KIND == _ADAM:
-        first = tl.load(state + slot[:, None] * (2 * DIM) + columns[None, :], mask=inside, other=0.0)
-        second = tl.load(state + slot[:, None] * (2 * DIM) + DIM + columns[None, :], mask=inside, other=0.0)
+        first = tl.load(
+            state + slot[:, None] * (2 * DIM) + columns[None, :], mask=inside, other=0.0
+        )
+        second = tl.load(
+            state + slot[:, None] * (2 * DIM) + DIM + columns[None, :], mask=inside, other=0.0
+        )
     return weight, first, second
 
 
@@ -286,7 +375,9 @@ def _apply(
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """The optimizer's step on the records of a tile: stores their state and returns their weights; see `kernels_torch._apply`."""
+    """The optimizer's step on the records of a tile: stores their state and returns their weights;
+    see `kernels_torch._apply`.
+    """
     columns = tl.arange(0, COLUMNS)
     if KIND == _SGD:
         weight -= grad * lr

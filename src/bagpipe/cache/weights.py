@@ -1,4 +1,6 @@
-"""Weights as torch sees them: tensors of their data type, which records hold in words of 4 bytes."""
+"""Weights as torch sees them: tensors of their data type, which records hold in words of 4
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,22 @@ from torch import Tensor
 
 from bagpipe.types import DataType, Group
 
-TORCH_DTYPES: Final[Mapping[DataType, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES: Final[Mapping[DataType, torch.dtype]] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 ROUNDING: Final = 0x80000000
-"""The last word of a counter of random bits for rounding. Initial weights have their group's index there, which is smaller."""
+"""The last word of a counter of random bits for rounding. Initial weights have their group's index
+there, which is smaller."""
 COLUMNS_A_BLOCK: Final = 8
-"""One Philox block gives 16 bits to so many weights: word k, lower half first, to the columns 2 k and 2 k + 1.
+"""One Philox block gives 16 bits to so many weights: word k, lower half first, to the columns 2 k
+and 2 k + 1.
 
-The counter of weight `column` of unique row `unique` of a step is (unique, step, column // 8, ROUNDING): a row's place among the
-batch's distinct rows is the same whatever the cache, and no step has two rows at one place.
-"""
+The counter of weight `column` of unique row `unique` of a step is (unique, step, column // 8,
+ROUNDING): a row's place among the batch's distinct rows is the same whatever the cache, and no step
+has two rows at one place. """
 
 
 def empty_weights(group: Group, num_rows: int, device: torch.device) -> Tensor:
@@ -34,11 +42,15 @@ def words_of(weights: Tensor) -> Tensor:
 
 
 def weights_in(records: Tensor, group: Group) -> Tensor:
-    """The weights (n, D) that `records` (n, record_width) hold, in their own type and the same memory."""
+    """The weights (n, D) that `records` (n, record_width) hold, in their own type and the same
+    memory.
+    """
     words = records[:, : group.weight_words]
     return words.view(TORCH_DTYPES[group.data_type])[:, : group.embedding_dim]
 
 
 def rounding_seed(seed: int, group: Group) -> int:
-    """The Philox key of a group: 64 bits, other ones for each group of a model, as all get the same seed."""
+    """The Philox key of a group: 64 bits, other ones for each group of a model, as all get the same
+    seed.
+    """
     return int((seed + group.index * 0x9E3779B97F4A7C15) % 2**64)

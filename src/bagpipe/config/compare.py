@@ -39,7 +39,9 @@ class Difference:
 
     def is_within(self, sections: tuple[str, ...]) -> bool:
         """Whether it is one of these keys, or lies in one of these sections."""
-        return any(self.key == section or self.key.startswith(f"{section}.") for section in sections)
+        return any(
+            self.key == section or self.key.startswith(f"{section}.") for section in sections
+        )
 
     def __str__(self) -> str:
         note = " (the last bits of the results may differ)" if self.is_within(_ROUNDING) else ""
@@ -47,11 +49,15 @@ class Difference:
 
 
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Every key in which two configurations, as nested mappings, differ; in the order of their keys."""
+    """Every key in which two configurations, as nested mappings, differ; in the order of their
+    keys.
+    """
     old_keys, new_keys = dict(_flatten(old)), dict(_flatten(new))
     keys = sorted(old_keys.keys() | new_keys.keys())
     return tuple(
-        Difference(key=key, old=old_keys.get(key), new=new_keys.get(key)) for key in keys if old_keys.get(key) != new_keys.get(key)
+        Difference(key=key, old=old_keys.get(key), new=new_keys.get(key))
+        for key in keys
+        if old_keys.get(key) != new_keys.get(key)
     )
 
 

@@ -1,7 +1,8 @@
-"""The data sections: `DataConfig`, what a run reads, and `PrepareConfig`, what `bagpipe data prepare` turns into files.
+"""The data sections: `DataConfig`, what a run reads, and `PrepareConfig`, what `bagpipe data
+prepare` turns into files.
 
-Both are told apart by their `kind`. Only shapes and limits are checked here; whether files exist and columns are there is
-the reader's to say, as a DataError.
+Both are told apart by their `kind`. Only shapes and limits are checked here; whether files exist
+and columns are there is the reader's to say, as a DataError.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class SyntheticData(Section):
     skew: float = Field(default=1.1, ge=0.0, le=8.0)
     """Zipf exponent: 0 draws ids uniformly."""
     multi_hot: dict[str, BagLength | tuple[BagLength, BagLength]] = Field(default_factory=dict)
-    """Feature name -> ids in each of its bags: a number, or [least, most] to draw uniformly. Others have one id."""
+    """Feature name -> ids in each of its bags: a number, or [least, most] to draw uniformly. Others
+    have one id."""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
@@ -42,7 +44,9 @@ class SyntheticData(Section):
             raise ValueError("num_embeddings is an empty list: at least one table is needed")
         for feature, length in self.multi_hot.items():
             if isinstance(length, tuple) and length[0] > length[1]:
-                raise ValueError(f"multi_hot.{feature} is {list(length)}: the least must not be above the most")
+                raise ValueError(
+                    f"multi_hot.{feature} is {list(length)}: the least must not be above the most"
+                )
         return self
 
 
@@ -54,33 +58,44 @@ class PreparedData(Section):
     features: tuple[Name, ...] | None = None
     """Only these, in this order; all of them when left out."""
     shuffle: bool = False
-    """Whether the training split is read in another order each epoch; the validation split never is."""
+    """Whether the training split is read in another order each epoch; the validation split never
+    is."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     verify: bool = True
-    """Whether the checksum of every file is compared before the first batch (reads all of the split once)."""
+    """Whether the checksum of every file is compared before the first batch (reads all of the split
+    once)."""
 
 
 DataConfig: TypeAlias = Annotated[SyntheticData | PreparedData, Field(discriminator="kind")]
 
 
 class CriteoFiles(Section):
-    """Criteo's raw text: label, I1..I13, C1..C26, tabs between, no header; plain or gzip (by the name's `.gz`)."""
+    """Criteo's raw text: label, I1..I13, C1..C26, tabs between, no header; plain or gzip (by the
+    name's `.gz`).
+    """
 
     kind: Literal["criteo"]
     files: tuple[Name, ...] = Field(min_length=1)
     """Paths or glob patterns, read in this order; the files of one pattern are sorted by name."""
-    num_embeddings: Literal["kaggle", "terabyte"] | NumEmbeddings | tuple[NumEmbeddings, ...] | None = None
+    num_embeddings: (
+        Literal["kaggle", "terabyte"] | NumEmbeddings | tuple[NumEmbeddings, ...] | None
+    ) = None
     """Rows a table: a data set's own counts, one number for all tables, or 26 of them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if isinstance(self.num_embeddings, tuple) and len(self.num_embeddings) != NUM_CRITEO_TABLES:
-            raise ValueError(f"num_embeddings lists {len(self.num_embeddings)} tables, Criteo has {NUM_CRITEO_TABLES}")
+            raise ValueError(
+                f"num_embeddings lists {len(self.num_embeddings)} tables, Criteo has "
+                f"{NUM_CRITEO_TABLES}"
+            )
         return self
 
 
 class LabelColumn(Section):
-    """The column that holds the label, a number in [0, 1], or any number when there is a threshold."""
+    """The column that holds the label, a number in [0, 1], or any number when there is a
+    threshold.
+    """
 
     column: Name
     at_least: float | None = None
@@ -88,7 +103,9 @@ class LabelColumn(Section):
 
 
 class SparseColumn(Section):
-    """One categorical feature: integers, strings or booleans, lists of them, or strings to be split."""
+    """One categorical feature: integers, strings or booleans, lists of them, or strings to be
+    split.
+    """
 
     column: Name
     name: Name | None = None
@@ -119,20 +136,25 @@ class ParquetFiles(Section):
     dense: tuple[Name, ...] = ()
     sparse: tuple[SparseColumn, ...] = Field(min_length=1)
     time: Name | None = None
-    """Integers, floats, dates or timestamps; what a split by time goes by. Row order when left out."""
+    """Integers, floats, dates or timestamps; what a split by time goes by. Row order when left
+    out."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         names = [column.feature for column in self.sparse]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"feature {name!r} is given more than once: set `name` to tell them apart")
+                raise ValueError(
+                    f"feature {name!r} is given more than once: set `name` to tell them apart"
+                )
         sizes: dict[str, int | None] = {}
         for column in self.sparse:
             if sizes.setdefault(column.table_name, column.num_embeddings) != column.num_embeddings:
                 raise ValueError(
-                    f"table {column.table_name!r} has num_embeddings {sizes[column.table_name]} for one feature "
-                    f"and {column.num_embeddings} for {column.feature!r}: give the same number to both"
+                    f"table {column.table_name!r} has num_embeddings {sizes[column.table_name]} "
+                    "for one feature "
+                    f"and {column.num_embeddings} for {column.feature!r}: give the same number to "
+                    "both"
                 )
         return self
 
@@ -144,7 +166,8 @@ class HashConfig(Section):
 
 
 class DictionaryConfig(Section):
-    """Ids from 1 by falling frequency in the training split; id 0 is every value that is rarer than the cut, or new.
+    """Ids from 1 by falling frequency in the training split; id 0 is every value that is rarer than
+    the cut, or new.
 
     num_embeddings, where it is given, keeps only that many of the most frequent.
     """
@@ -157,7 +180,8 @@ class SplitConfig(Section):
     """Which rows are held out for validation."""
 
     by: Literal["time", "share"] = "time"
-    """time: the last rows (by the time column, else in order of reading); share: a hash of the row's number."""
+    """time: the last rows (by the time column, else in order of reading); share: a hash of the
+    row's number."""
     validation_share: Share = 0.1
     seed: int = Field(default=0, ge=0, lt=2**63)
 
@@ -167,7 +191,9 @@ class PrepareConfig(Section):
 
     output: Path
     source: Annotated[CriteoFiles | ParquetFiles, Field(discriminator="kind")]
-    vocabulary: Annotated[HashConfig | DictionaryConfig, Field(discriminator="kind")] = HashConfig(kind="hash")
+    vocabulary: Annotated[HashConfig | DictionaryConfig, Field(discriminator="kind")] = HashConfig(
+        kind="hash"
+    )
     dense_transform: Literal["log", "none"] = "log"
     """log: log(max(x, 0) + 1), as the DLRM reference does. Missing values are 0 either way."""
     split: SplitConfig = SplitConfig()
@@ -183,9 +209,15 @@ class PrepareConfig(Section):
             return self
         if self.source.kind == "criteo":
             if self.source.num_embeddings is None:
-                raise ValueError("source.num_embeddings is needed with vocabulary.kind = 'hash', e.g. 'kaggle' or a number")
+                raise ValueError(
+                    "source.num_embeddings is needed with vocabulary.kind = 'hash', e.g. 'kaggle' "
+                    "or a number"
+                )
             return self
         for column in self.source.sparse:
             if column.num_embeddings is None:
-                raise ValueError(f"sparse feature {column.feature!r} needs num_embeddings with vocabulary.kind = 'hash'")
+                raise ValueError(
+                    f"sparse feature {column.feature!r} needs num_embeddings with vocabulary.kind "
+                    "= 'hash'"
+                )
         return self

@@ -1,7 +1,9 @@
-"""From TOML and `--set` to a checked section, with every mistake told at once in the file's own terms.
+"""From TOML and `--set` to a checked section, with every mistake told at once in the file's own
+terms.
 
-pydantic finds the mistakes; this module words them: the key as it stands in the file, its value, what it must be, and for an
-unknown key the nearest right one. Values are checked strictly: 1 is no string, "1" no number.
+pydantic finds the mistakes; this module words them: the key as it stands in the file, its value,
+what it must be, and for an unknown key the nearest right one. Values are checked strictly: 1 is no
+string, "1" no number.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ S = TypeVar("S", bound=Section)
 _BARE_WORD = re.compile(r"[A-Za-z0-9_./:~*-]+")
 
 
-def load_config(model: type[S], path: Path, overrides: Sequence[str] = (), *, only: Sequence[str] | None = None) -> S:
+def load_config(
+    model: type[S], path: Path, overrides: Sequence[str] = (), *, only: Sequence[str] | None = None
+) -> S:
     """Reads a TOML file, applies `section.key=value` overrides and checks the whole.
 
     Args:
@@ -57,7 +61,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def check_config(model: type[S], settings: dict[str, Any], *, source: str) -> S:
-    """The section that `settings` describe. ConfigError: lists every mistake; `source` says where they come from."""
+    """The section that `settings` describe. ConfigError: lists every mistake; `source` says where
+    they come from.
+    """
     try:
         return model.model_validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as error:
@@ -70,12 +76,16 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not all([*sections, name]):
-        raise ConfigError(f"--set {override}: must be section.key=value, e.g. train.batch_size=4096")
+        raise ConfigError(
+            f"--set {override}: must be section.key=value, e.g. train.batch_size=4096"
+        )
     table = settings
     for depth, section in enumerate(sections):
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+            raise ConfigError(
+                f"--set {override}: {'.'.join(sections[: depth + 1])} is a value, not a section"
+            )
     table[name] = _parse_value(override, text.strip())
 
 
@@ -85,10 +95,14 @@ def _parse_value(override: str, text: str) -> object:
     except tomllib.TOMLDecodeError as error:
         if _BARE_WORD.fullmatch(text):
             return text
-        raise ConfigError(f"--set {override}: the value is neither TOML nor one word: {error}") from error
+        raise ConfigError(
+            f"--set {override}: the value is neither TOML nor one word: {error}"
+        ) from error
 
 
-def _mistakes(model: type[Section], settings: dict[str, Any], errors: Sequence[ErrorDetails]) -> Iterator[str]:
+def _mistakes(
+    model: type[Section], settings: dict[str, Any], errors: Sequence[ErrorDetails]
+) -> Iterator[str]:
     by_path: dict[str, list[str]] = {}
     for error in errors:
         path, value = _locate(settings, error["loc"], missing=error["type"] == "missing")
@@ -107,8 +121,12 @@ def _mistakes(model: type[Section], settings: dict[str, Any], errors: Sequence[E
         yield f"{where}: {', or '.join(dict.fromkeys(reasons))}"
 
 
-def _locate(settings: dict[str, Any], location: tuple[int | str, ...], *, missing: bool) -> tuple[str, object]:
-    """The key as it stands in the file, and its value: pydantic's location without the union members that it names."""
+def _locate(
+    settings: dict[str, Any], location: tuple[int | str, ...], *, missing: bool
+) -> tuple[str, object]:
+    """The key as it stands in the file, and its value: pydantic's location without the union
+    members that it names.
+    """
     path = ""
     value: Any = settings
     for part in location:
@@ -124,24 +142,41 @@ def _unknown_key(model: type[Section], location: tuple[int | str, ...], path: st
     nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     section = path.rpartition(".")[0]
     remedy = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(known)}"
-    return f"{path}: unknown key in [{section}]; {remedy}" if section else f"[{path}]: unknown section; {remedy}"
+    return (
+        f"{path}: unknown key in [{section}]; {remedy}"
+        if section
+        else f"[{path}]: unknown section; {remedy}"
+    )
 
 
 def _unknown_kind(path: str, context: dict[str, Any]) -> str:
-    """What a section with a `kind` that no member of its union has is told; pydantic lists the known ones as one text."""
+    """What a section with a `kind` that no member of its union has is told; pydantic lists the
+    known ones as one text.
+    """
     kind, known = context["tag"], context["expected_tags"]
     nearest = difflib.get_close_matches(kind, re.findall(r"'(\w+)'", known), n=1, cutoff=0.5)
-    return f'{path}.kind = "{kind}": unknown; {f"did you mean {nearest[0]!r}?" if nearest else f"there are {known}"}'
+    remedy = f"did you mean {nearest[0]!r}?" if nearest else f"there are {known}"
+    return f'{path}.kind = "{kind}": unknown; {remedy}'
 
 
 def _known_keys(model: type[Section], location: tuple[int | str, ...]) -> list[str]:
-    """Keys of the section at pydantic's location, which names a key, a list's index or the `kind` of a union member."""
+    """Keys of the section at pydantic's location, which names a key, a list's index or the `kind`
+    of a union member.
+    """
     sections = [model]
     for part in location:
         keyed = [section for section in sections if part in section.model_fields]
-        tagged = [section for section in sections if "kind" in section.model_fields and part in _kinds(section)]
+        tagged = [
+            section
+            for section in sections
+            if "kind" in section.model_fields and part in _kinds(section)
+        ]
         if keyed:
-            sections = [inner for section in keyed for inner in _sections_in(section.model_fields[str(part)].annotation)]
+            sections = [
+                inner
+                for section in keyed
+                for inner in _sections_in(section.model_fields[str(part)].annotation)
+            ]
         elif tagged:
             sections = tagged
     return list(dict.fromkeys(key for section in sections for key in section.model_fields))

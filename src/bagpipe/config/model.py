@@ -1,6 +1,7 @@
 """The model sections, told apart by their `kind`; a section without one is a DLRM's.
 
-A section's keys are the arguments of the model in `bagpipe.models` that it stands for, where their meaning is written.
+A section's keys are the arguments of the model in `bagpipe.models` that it stands for, where their
+meaning is written.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ LayerSizes: TypeAlias = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 class _Model(Section):
     top: LayerSizes
-    """Layers over what the model makes of its features; the last one must have size 1, the logit."""
+    """Layers over what the model makes of its features; the last one must have size 1, the
+    logit."""
 
     def check(self, embedding_dim: int) -> None:
         """ValueError: the sizes do not fit together, or not the embedding dimension."""
         if self.top[-1] != 1:
-            raise ValueError(f"model.top ends with {self.top[-1]}: its last layer is the logit, so it must be 1")
+            raise ValueError(
+                f"model.top ends with {self.top[-1]}: its last layer is the logit, so it must be 1"
+            )
 
 
 class DLRMConfig(_Model):
@@ -36,7 +40,8 @@ class DLRMConfig(_Model):
         """ValueError: the sizes do not fit together, or not the embedding dimension."""
         if self.bottom[-1] != embedding_dim:
             raise ValueError(
-                f"model.bottom ends with {self.bottom[-1]} but embeddings.embedding_dim is {embedding_dim}: "
+                f"model.bottom ends with {self.bottom[-1]} but embeddings.embedding_dim is "
+                f"{embedding_dim}: "
                 "the interaction combines vectors of both, so make them equal"
             )
         super().check(embedding_dim)
@@ -61,7 +66,8 @@ class WideDeepConfig(_Model):
         """ValueError: the sizes do not fit together, or not the embedding dimension."""
         if embedding_dim < 2:
             raise ValueError(
-                f"embeddings.embedding_dim is {embedding_dim} but model.kind = {self.kind!r} keeps linear weights in the last "
+                f"embeddings.embedding_dim is {embedding_dim} but model.kind = {self.kind!r} keeps "
+                "linear weights in the last "
                 "column, so it must be at least 2"
             )
         super().check(embedding_dim)
@@ -76,7 +82,11 @@ class DeepFMConfig(WideDeepConfig):
 
 def model_kind(section: object) -> object:
     """Which model a section is for: its `kind`, or DLRM where it has none."""
-    return section.get("kind", "dlrm") if isinstance(section, dict) else getattr(section, "kind", "dlrm")
+    return (
+        section.get("kind", "dlrm")
+        if isinstance(section, dict)
+        else getattr(section, "kind", "dlrm")
+    )
 
 
 ModelConfig: TypeAlias = Annotated[

@@ -1,7 +1,7 @@
 """The configuration of a run: one section for each part, checked one by one and then together.
 
-Sections translate themselves into the values of `bagpipe.types` (`build`), so that nothing but this package knows how a
-file spells them.
+Sections translate themselves into the values of `bagpipe.types` (`build`), so that nothing but this
+package knows how a file spells them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from bagpipe.config.base import Section
 from bagpipe.config.data import DataConfig, PrepareConfig
 from bagpipe.config.model import DLRMConfig, ModelConfig
-from bagpipe.types import SGD, Adagrad, Adam, DataType, Initializer, Normal, Optimizer, Pooling, RowWiseAdagrad, Uniform
+from bagpipe.types import (
+    SGD,
+    Adagrad,
+    Adam,
+    DataType,
+    Initializer,
+    Normal,
+    Optimizer,
+    Pooling,
+    RowWiseAdagrad,
+    Uniform,
+)
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 MemorySize: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(B|KiB|MiB|GiB|TiB)$")]
@@ -51,7 +62,9 @@ class EmbeddingAdagrad(Section):
 
     def build(self) -> Optimizer:
         """The optimizer that this section describes."""
-        return Adagrad(lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value)
+        return Adagrad(
+            lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value
+        )
 
 
 class EmbeddingRowWiseAdagrad(Section):
@@ -64,7 +77,9 @@ class EmbeddingRowWiseAdagrad(Section):
 
     def build(self) -> Optimizer:
         """The optimizer that this section describes."""
-        return RowWiseAdagrad(lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value)
+        return RowWiseAdagrad(
+            lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value
+        )
 
 
 class EmbeddingAdam(Section):
@@ -81,7 +96,8 @@ class EmbeddingAdam(Section):
 
 
 EmbeddingOptimizerConfig: TypeAlias = Annotated[
-    EmbeddingSGD | EmbeddingAdagrad | EmbeddingRowWiseAdagrad | EmbeddingAdam, Field(discriminator="kind")
+    EmbeddingSGD | EmbeddingAdagrad | EmbeddingRowWiseAdagrad | EmbeddingAdam,
+    Field(discriminator="kind"),
 ]
 
 
@@ -156,8 +172,8 @@ class CacheConfig(Section):
     threads: PositiveInt | None = None
     """Threads that read and de-duplicate; the library's choice when left out."""
     oracle: Literal["auto", "thread", "process"] = "auto"
-    """Where batches are read and planned: in threads of the trainer, or in a process of its own, one for all trainers of a host.
-    "auto" means the process on a GPU and with several trainers."""
+    """Where batches are read and planned: in threads of the trainer, or in a process of its own,
+    one for all trainers of a host. "auto" means the process on a GPU and with several trainers."""
     check: bool = False
     """Whether every plan is checked against its invariants while running (slow)."""
 
@@ -182,11 +198,11 @@ class TrainConfig(Section):
     """Whether the smaller batch at the end of an epoch is left out."""
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of the dense part: "tf32" rounds what its matrix products read (on a GPU), "bf16" is autocast, with pooled embeddings of that
-    type. Records stay float32."""
+    """Of the dense part: "tf32" rounds what its matrix products read (on a GPU), "bf16" is
+    autocast, with pooled embeddings of that type. Records stay float32."""
     dense: Literal["auto", "eager", "graph", "compile"] = "auto"
-    """How the dense part runs: as written, replayed as a CUDA graph ("auto" on a GPU, with several trainers where `batch_size` is a
-    multiple of their number), or so after torch.compile."""
+    """How the dense part runs: as written, replayed as a CUDA graph ("auto" on a GPU, with several
+    trainers where `batch_size` is a multiple of their number), or so after torch.compile."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every_steps: PositiveInt | None = None
@@ -196,7 +212,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError(f"epochs = {self.epochs} and steps = {self.steps} are both given: give the one that ends the run")
+            raise ValueError(
+                f"epochs = {self.epochs} and steps = {self.steps} are both given: give the one "
+                "that ends the run"
+            )
         return self
 
 

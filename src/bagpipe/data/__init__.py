@@ -16,7 +16,9 @@ __all__ = ["open_source"]
 
 
 def open_source(config: DataConfig, split: Split) -> BatchSource:
-    """The split of the data that the configuration names. DataError: prepared files are missing or damaged."""
+    """The split of the data that the configuration names. DataError: prepared files are missing or
+    damaged.
+    """
     if config.kind == "synthetic":
         return _open_synthetic(config, split)
     return PreparedSource(
@@ -30,9 +32,16 @@ def open_source(config: DataConfig, split: Split) -> BatchSource:
 
 
 def _open_synthetic(config: SyntheticData, split: Split) -> SyntheticSource:
-    sizes = CARDINALITIES[config.num_embeddings] if isinstance(config.num_embeddings, str) else config.num_embeddings
+    sizes = (
+        CARDINALITIES[config.num_embeddings]
+        if isinstance(config.num_embeddings, str)
+        else config.num_embeddings
+    )
     limit = config.max_num_embeddings
-    lengths = {name: (length, length) if isinstance(length, int) else length for name, length in config.multi_hot.items()}
+    lengths = {
+        name: (length, length) if isinstance(length, int) else length
+        for name, length in config.multi_hot.items()
+    }
     return SyntheticSource(
         [size if limit is None else min(size, limit) for size in sizes],
         split=split,

@@ -16,19 +16,27 @@ from bagpipe.types import Int64Array
 
 def is_list(kind: Any) -> bool:
     """Whether an Arrow type holds several values a row."""
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def single_keys(column: Any, where: str) -> Keys:
-    """One key a row of an Arrow array of integers, strings, binaries or booleans; null is MISSING_KEY."""
+    """One key a row of an Arrow array of integers, strings, binaries or booleans; null is
+    MISSING_KEY.
+    """
     return Keys(values=_keys(column, where), offsets=None)
 
 
 def list_keys(column: Any, where: str) -> Keys:
-    """The keys of each row of a list array. A null or empty list is an empty bag; null items and "" are left out."""
+    """The keys of each row of a list array. A null or empty list is an empty bag; null items and ""
+    are left out.
+    """
     lists = column.cast(pa.large_list(column.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(lists), 0)
-    offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False))]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False))]).astype(
+        np.int64
+    )
     items = pc.list_flatten(lists)
     kept = items.is_valid()
     if _is_text(items.type):
@@ -44,7 +52,9 @@ def split_keys(column: Any, separator: str, where: str) -> Keys:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if not _is_text(column.type):
-        raise DataError(f"{where} is of type {column.type}, must be a string to be split by {separator!r}")
+        raise DataError(
+            f"{where} is of type {column.type}, must be a string to be split by {separator!r}"
+        )
     return list_keys(pc.split_pattern(column, separator), where)
 
 
@@ -59,9 +69,13 @@ def _keys(column: Any, where: str) -> Int64Array:
     if pa.types.is_boolean(kind):
         column = column.cast(pa.int64())
     elif not pa.types.is_integer(kind):
-        raise DataError(f"{where} is of type {kind}; a categorical feature must hold integers, strings or booleans: cast it first")
+        raise DataError(
+            f"{where} is of type {kind}; a categorical feature must hold integers, strings or "
+            "booleans: cast it first"
+        )
     present = column.is_valid().to_numpy(zero_copy_only=False)
-    values: Int64Array = pc.fill_null(column, 0).to_numpy(zero_copy_only=False).astype(np.int64)  # uint64 wraps, one to one
+    # uint64 wraps, one to one
+    values: Int64Array = pc.fill_null(column, 0).to_numpy(zero_copy_only=False).astype(np.int64)
     keys: Int64Array = np.where(present, values, MISSING_KEY)
     return keys
 
@@ -77,5 +91,8 @@ def _string_keys(column: Any) -> Int64Array:
 
 def _is_text(kind: Any) -> bool:
     return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
     )

@@ -1,4 +1,6 @@
-"""What a reader yields: batches of numpy arrays, in an order that depends on nothing but the data and the configuration."""
+"""What a reader yields: batches of numpy arrays, in an order that depends on nothing but the data
+and the configuration.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Batch:
         return len(self.labels)
 
     def without_ids(self) -> Batch:
-        """The batch with no features: for training loops, which need no ids once they are planned."""
+        """The batch with no features: for training loops, which need no ids once they are
+        planned.
+        """
         return replace(self, sparse=Jagged(keys=(), values=_NO_IDS, batch_size=self.batch_size))
 
     def share(self, rank: int, num_trainers: int) -> Batch:
@@ -64,11 +68,19 @@ class BatchSource(Protocol):
     def num_samples(self) -> int:
         """Samples in one epoch."""
 
-    def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
-        """Yields the batches of one epoch from batch number `start` on; the last one may be smaller unless dropped."""
+    def batches(
+        self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[Batch]:
+        """Yields the batches of one epoch from batch number `start` on; the last one may be smaller
+        unless dropped.
+        """
 
-    def reads(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Callable[[], Batch]]:
-        """The batches of `batches`, not read yet: calls that may run in any thread, beside each other and in any order."""
+    def reads(
+        self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[Callable[[], Batch]]:
+        """The batches of `batches`, not read yet: calls that may run in any thread, beside each
+        other and in any order.
+        """
 
 
 def count_batches(num_samples: int, batch_size: int, *, drop_last: bool = False) -> int:

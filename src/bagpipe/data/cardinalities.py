@@ -1,4 +1,6 @@
-"""Distinct values in the 26 categorical columns of Criteo's two public data sets, as the DLRM reference counts them."""
+"""Distinct values in the 26 categorical columns of Criteo's two public data sets, as the DLRM
+reference counts them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Refuses a batch that would train on nonsense: numbers not finite, ids outside their table, offsets that don't fit."""
+"""Refuses a batch that would train on nonsense: numbers not finite, ids outside their table,
+offsets that don't fit.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,15 @@ _EXPONENT = np.int32(0x7F800000)
 """All its bits are set in float32 infinities and NaNs, and in nothing else."""
 
 
-def check_batch(batch: Batch, features: Sequence[FeatureSpec], *, where: str, dense_names: Sequence[str] = ()) -> None:
-    """Raises DataError for the first fault of `batch`; `where` says which batch of what, e.g. ``"batch 7 of train"``.
+def check_batch(
+    batch: Batch, features: Sequence[FeatureSpec], *, where: str, dense_names: Sequence[str] = ()
+) -> None:
+    """Raises DataError for the first fault of `batch`; `where` says which batch of what, e.g.
+    ``"batch 7 of train"``.
 
-    Checked are: labels and dense features are finite; every key has a table in `features`; ``0 <= id < num_embeddings``;
-    offsets start at 0, never fall and end at the number of ids. Costs one pass over the batch.
+    Checked are: labels and dense features are finite; every key has a table in `features`; ``0 <=
+    id < num_embeddings``; offsets start at 0, never fall and end at the number of ids. Costs one
+    pass over the batch.
     """
     _check_finite(batch, where, dense_names)
     check_jagged(batch.sparse, features, where=where)
@@ -34,23 +40,36 @@ def check_jagged(sparse: Jagged, features: Sequence[FeatureSpec], *, where: str)
     for index, key in enumerate(sparse.keys):
         spec = by_name.get(key)
         if spec is None:
-            raise DataError(f"{where}: feature {key!r} has no table; tables exist for {', '.join(by_name) or 'no feature'}")
+            raise DataError(
+                f"{where}: feature {key!r} has no table; tables exist for "
+                f"{', '.join(by_name) or 'no feature'}"
+            )
         sizes[index] = spec.num_embeddings
-    # One compiled call, and no look at the ids here: batches are read by threads that would take turns for the GIL.
+    # One compiled call, and no look at the ids here: batches are read by threads that would take
+    # turns for the GIL.
     bad = _first_bad_feature(sparse.values, offsets, sizes)
     if bad >= 0:
-        _refuse_id(sparse, bad, by_name[sparse.keys[bad]], sparse.values[offsets[bad] : offsets[bad + 1]], where)
+        _refuse_id(
+            sparse,
+            bad,
+            by_name[sparse.keys[bad]],
+            sparse.values[offsets[bad] : offsets[bad + 1]],
+            where,
+        )
 
 
 def _check_finite(batch: Batch, where: str, dense_names: Sequence[str]) -> None:
     if not _are_finite(batch.labels):
         sample = int(np.argmin(np.isfinite(batch.labels)))
-        raise DataError(f"{where}: the label of sample {sample} is {batch.labels[sample]}, must be finite")
+        raise DataError(
+            f"{where}: the label of sample {sample} is {batch.labels[sample]}, must be finite"
+        )
     if not _are_finite(batch.dense.reshape(-1)):
         sample, column = (int(part) for part in np.argwhere(~np.isfinite(batch.dense))[0])
         name = repr(dense_names[column]) if column < len(dense_names) else str(column)
         raise DataError(
-            f"{where}: dense feature {name} of sample {sample} is {batch.dense[sample, column]}, must be finite: "
+            f"{where}: dense feature {name} of sample {sample} is {batch.dense[sample, column]}, "
+            "must be finite: "
             "replace or drop such values before training"
         )
 
@@ -65,7 +84,9 @@ def _are_finite(numbers: Float32Array) -> bool:
 
 
 @jit
-def _first_bad_feature(ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], sizes: Int64Array) -> int:
+def _first_bad_feature(
+    ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], sizes: Int64Array
+) -> int:
     """The first feature of which an id is negative or not below its size; -1: there is none."""
     for feature in range(len(sizes)):
         part = ids[offsets[feature] : offsets[feature + 1]]
@@ -84,25 +105,38 @@ def _feature_offsets(sparse: Jagged, where: str) -> npt.NDArray[np.integer]:
     if sparse.offsets is None:
         if len(sparse.values) != num_bags:
             raise DataError(
-                f"{where}: {len(sparse.values)} ids for {len(sparse.keys)} features of {sparse.batch_size} samples, "
+                f"{where}: {len(sparse.values)} ids for {len(sparse.keys)} features of "
+                f"{sparse.batch_size} samples, "
                 f"must be {num_bags} when there are no offsets"
             )
         return np.arange(len(sparse.keys) + 1) * sparse.batch_size
     offsets = sparse.offsets
     if len(offsets) != num_bags + 1:
-        raise DataError(f"{where}: {len(offsets)} offsets, must be {num_bags + 1} (features x samples + 1)")
+        raise DataError(
+            f"{where}: {len(offsets)} offsets, must be {num_bags + 1} (features x samples + 1)"
+        )
     if offsets[0] != 0 or offsets[-1] != len(sparse.values) or (np.diff(offsets) < 0).any():
-        raise DataError(f"{where}: offsets must start at 0, never fall and end at {len(sparse.values)}, the number of ids")
-    return offsets[:: sparse.batch_size] if sparse.batch_size else np.zeros(len(sparse.keys) + 1, np.int64)
+        raise DataError(
+            f"{where}: offsets must start at 0, never fall and end at {len(sparse.values)}, the "
+            "number of ids"
+        )
+    return (
+        offsets[:: sparse.batch_size]
+        if sparse.batch_size
+        else np.zeros(len(sparse.keys) + 1, np.int64)
+    )
 
 
-def _refuse_id(sparse: Jagged, index: int, spec: FeatureSpec, ids: npt.NDArray[np.integer], where: str) -> None:
+def _refuse_id(
+    sparse: Jagged, index: int, spec: FeatureSpec, ids: npt.NDArray[np.integer], where: str
+) -> None:
     position = int(np.argmax((ids < 0) | (ids >= spec.num_embeddings)))
     sample = position
     if sparse.offsets is not None:
         bags = sparse.offsets[index * sparse.batch_size : (index + 1) * sparse.batch_size + 1]
         sample = int(np.searchsorted(bags - bags[0], position, side="right")) - 1
     raise DataError(
-        f"{where}: feature {spec.name!r} of sample {sample} has id {int(ids[position])}, but table {spec.table!r} holds ids "
+        f"{where}: feature {spec.name!r} of sample {sample} has id {int(ids[position])}, but table "
+        f"{spec.table!r} holds ids "
         f"0 to {spec.num_embeddings - 1}: raise its num_embeddings or map the ids into it"
     )

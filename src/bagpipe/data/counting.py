@@ -1,4 +1,6 @@
-"""Exact counts of 64-bit keys. Memory is 16 bytes a distinct key, three times that while merging."""
+"""Exact counts of 64-bit keys. Memory is 16 bytes a distinct key, three times that while
+merging.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _LEAST_PENDING: Final = 1 << 20
 
 
 class KeyCounter:
-    """Counts keys. New ones wait until as many have come as are known, so each key is merged a logarithmic number of times."""
+    """Counts keys. New ones wait until as many have come as are known, so each key is merged a
+    logarithmic number of times.
+    """
 
     def __init__(self) -> None:
         self._keys = np.empty(0, np.int64)

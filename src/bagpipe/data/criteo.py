@@ -1,7 +1,8 @@
 """Criteo's raw text files, plain or gzip, read in blocks of a few MiB.
 
-A block ends at its last newline; what follows is carried to the next. Memory is the block and its arrays, about three
-times BLOCK_BYTES. A line longer than MAX_LINE_BYTES is refused: the file is not Criteo text.
+A block ends at its last newline; what follows is carried to the next. Memory is the block and its
+arrays, about three times BLOCK_BYTES. A line longer than MAX_LINE_BYTES is refused: the file is not
+Criteo text.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _REASONS: Final = {
 
 
 class CriteoSource:
-    """Criteo files in the given order, as a `RawSource`. `num_embeddings`: rows of each of the 26 tables, or None."""
+    """Criteo files in the given order, as a `RawSource`. `num_embeddings`: rows of each of the 26
+    tables, or None.
+    """
 
     def __init__(self, files: Sequence[Path], num_embeddings: Sequence[int | None]) -> None:
         self._files = tuple(files)
@@ -60,7 +63,9 @@ class CriteoSource:
         """Criteo has no time column; its lines are in order of time."""
         raise AssertionError("has_time is False")
 
-    def blocks(self, problems: Problems, progress: Callable[[Progress], None], stage: str) -> Iterator[RawBlock]:
+    def blocks(
+        self, problems: Problems, progress: Callable[[Progress], None], stage: str
+    ) -> Iterator[RawBlock]:
         """All well-formed lines; the others go to `problems` with file and line."""
         total = sum(file.stat().st_size for file in self._files)
         before, row = 0, 0
@@ -87,7 +92,10 @@ def _whole_lines(file: Path) -> Iterator[tuple[UInt8Array, int]]:
                 yield np.frombuffer(carried + block[:cut], np.uint8), raw.tell()
                 carried = block[cut:]
             if len(carried) > MAX_LINE_BYTES:
-                raise DataError(f"{file} has a line longer than {MAX_LINE_BYTES:,} bytes: is it tab-separated Criteo text?")
+                raise DataError(
+                    f"{file} has a line longer than {MAX_LINE_BYTES:,} bytes: is it tab-separated "
+                    "Criteo text?"
+                )
         if carried:
             yield np.frombuffer(carried + b"\n", np.uint8), raw.tell()
     if not seen:
@@ -113,8 +121,12 @@ def _translated(file: Path) -> Iterator[None]:
         raise DataError(f"{file} is not whole gzip data ({error}): fetch it again") from error
 
 
-def _parse(text: UInt8Array, row: int, file: Path, line: int, problems: Problems) -> tuple[RawBlock, int]:
-    """The block that begins at row number `row` and line number `line`, and how many lines it has."""
+def _parse(
+    text: UInt8Array, row: int, file: Path, line: int, problems: Problems
+) -> tuple[RawBlock, int]:
+    """The block that begins at row number `row` and line number `line`, and how many lines it
+    has.
+    """
     ends = np.flatnonzero(text == _NEWLINE)
     n = len(ends)
     labels = np.empty(n, np.float32)
@@ -134,24 +146,39 @@ def _parse(text: UInt8Array, row: int, file: Path, line: int, problems: Problems
     return block, n
 
 
-def _report(text: UInt8Array, ends: Int64Array, faults: Int64Array, file: Path, line: int, problems: Problems) -> None:
+def _report(
+    text: UInt8Array,
+    ends: Int64Array,
+    faults: Int64Array,
+    file: Path,
+    line: int,
+    problems: Problems,
+) -> None:
     codes = faults[:, 0]
     order = np.unique(codes[codes != criteo_lines.OK], return_index=True)
-    for code in order[0][np.argsort(order[1])]:  # by first appearance, so that the earliest line is the one raised
+    # by first appearance, so that the earliest line is the one raised
+    for code in order[0][np.argsort(order[1])]:
         index = int(np.argmax(codes == code))
         begin = 0 if index == 0 else int(ends[index - 1]) + 1
         content = text[begin : int(ends[index])].tobytes().decode("utf-8", "replace").rstrip("\r")
         what = _describe(int(code), int(faults[index, 1]), content)
-        problems.add(_REASONS[int(code)], int(np.count_nonzero(codes == code)), f"{file}, line {line + index}: {what}")
+        problems.add(
+            _REASONS[int(code)],
+            int(np.count_nonzero(codes == code)),
+            f"{file}, line {line + index}: {what}",
+        )
 
 
 def _describe(code: int, column: int, content: str) -> str:
     if code == criteo_lines.WRONG_COLUMN_COUNT:
-        return f"{column} columns, must be {NUM_COLUMNS} (label, I1 to I13, C1 to C26), separated by tabs"
+        must_be = f"{NUM_COLUMNS} (label, I1 to I13, C1 to C26)"
+        return f"{column} columns, must be {must_be}, separated by tabs"
     value = content.split("\t")[column][:_SHOWN_CHARACTERS]
     must = {
         criteo_lines.BAD_LABEL: "0 or 1",
         criteo_lines.BAD_DENSE: "an integer or empty",
-        criteo_lines.BAD_CATEGORY: f"1 to {criteo_lines.MAX_HEX_DIGITS} hexadecimal digits or empty",
+        criteo_lines.BAD_CATEGORY: (
+            f"1 to {criteo_lines.MAX_HEX_DIGITS} hexadecimal digits or empty"
+        ),
     }[code]
     return f"column {_COLUMNS[column]} is {value!r}, must be {must}"

@@ -1,7 +1,8 @@
-"""The compiled parser of Criteo's lines: ``label \\t I1..I13 \\t C1..C26``, decimal integers and hexadecimal, empty = missing.
+"""The compiled parser of Criteo's lines: ``label \\t I1..I13 \\t C1..C26``, decimal integers and
+hexadecimal, empty = missing.
 
-One pass that writes straight into arrays and gives, for each line that is not well-formed, what is wrong and in which
-column, so that nothing has to be read a second time to name the fault.
+One pass that writes straight into arrays and gives, for each line that is not well-formed, what is
+wrong and in which column, so that nothing has to be read a second time to name the fault.
 """
 
 from __future__ import annotations
@@ -36,11 +37,18 @@ _ZERO: Final = 48
 
 @jit
 def parse_lines(
-    text: UInt8Array, ends: Int64Array, labels: Float32Array, dense: Float32Array, keys: Int64Array, faults: Int64Array
+    text: UInt8Array,
+    ends: Int64Array,
+    labels: Float32Array,
+    dense: Float32Array,
+    keys: Int64Array,
+    faults: Int64Array,
 ) -> None:
-    """Parses line i = text[ends[i - 1] + 1 : ends[i]] into labels (n,), dense (n, 13), keys (26, n), faults (n, 2).
+    """Parses line i = text[ends[i - 1] + 1 : ends[i]] into labels (n,), dense (n, 13), keys (26,
+    n), faults (n, 2).
 
-    A fault is (code, column from 0), (OK, 0) for a good line; a faulty line leaves its other outputs undefined.
+    A fault is (code, column from 0), (OK, 0) for a good line; a faulty line leaves its other
+    outputs undefined.
     """
     begin = 0
     for line in range(len(ends)):
@@ -56,7 +64,13 @@ def parse_lines(
 
 @jit
 def _parse_line(
-    text: UInt8Array, begin: int, end: int, line: int, labels: Float32Array, dense: Float32Array, keys: Int64Array
+    text: UInt8Array,
+    begin: int,
+    end: int,
+    line: int,
+    labels: Float32Array,
+    dense: Float32Array,
+    keys: Int64Array,
 ) -> tuple[int, int]:
     num_columns = 1
     for position in range(begin, end):

@@ -13,7 +13,9 @@ _CHUNK_BYTES: Final = 4 << 20
 
 
 class HashingFile:
-    """A binary file open for writing that knows its size and xxh3_128; it is on disk once closed without an error."""
+    """A binary file open for writing that knows its size and xxh3_128; it is on disk once closed
+    without an error.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.num_bytes = path, 0
@@ -55,7 +57,12 @@ class HashingFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -72,7 +79,9 @@ def checksum_file(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content` such that a reader, or a crash, sees all of it or nothing of it."""
+    """Replaces `path` by `content` such that a reader, or a crash, sees all of it or nothing of
+    it.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with HashingFile(temporary) as file:
         file.write(content)

@@ -1,7 +1,8 @@
 """Counter-based randomness and hashing of ids: one 64-bit mixer, the finaliser of SplitMix64.
 
-Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014), with David Stafford's
-constants (variant 13). The mixer is a bijection of 64-bit numbers, so distinct keys collide only in the modulo.
+Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014), with
+David Stafford's constants (variant 13). The mixer is a bijection of 64-bit numbers, so distinct
+keys collide only in the modulo.
 """
 
 from __future__ import annotations

@@ -35,10 +35,17 @@ class TableStats:
     num_lookups: int
     num_bags: int
     num_seen_once: int  # ids that came once
-    top_seen_share: float  # of lookups, that go to the most frequent 1 % of the ids seen (at least one id)
-    top_rows_share: float  # of lookups, that go to as many of the most frequent ids as 1 % of num_embeddings is (at least one)
-    curve: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] = field(repr=False, compare=False)
-    # (points,) most frequent rows as a share of num_embeddings, and (points,) the share of lookups that they take
+    top_seen_share: (
+        float  # of lookups, that go to the most frequent 1 % of the ids seen (at least one id)
+    )
+    # of lookups, that go to as many of the most frequent ids as 1 % of num_embeddings is (at
+    # least one)
+    top_rows_share: float
+    curve: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] = field(
+        repr=False, compare=False
+    )
+    # (points,) most frequent rows as a share of num_embeddings, and (points,) the share of lookups
+    # that they take
 
     @property
     def mean_bag_length(self) -> float:
@@ -46,7 +53,9 @@ class TableStats:
         return self.num_lookups / self.num_bags if self.num_bags else 0.0
 
 
-def inspect_source(source: BatchSource, max_batches: int | None = None, batch_size: int = 16_384) -> list[TableStats]:
+def inspect_source(
+    source: BatchSource, max_batches: int | None = None, batch_size: int = 16_384
+) -> list[TableStats]:
     """Statistics of each table over the first `max_batches` batches, in the order of the features.
 
     Where there are several tables, a last entry named ALL_TABLES pools them.
@@ -74,7 +83,15 @@ def render_table(stats: Sequence[TableStats]) -> Table:
     """The statistics as a rich table."""
     table = Table(title="Embedding tables")
     table.add_column("table", no_wrap=True)
-    for heading in ("rows", "ids seen", "seen once", "lookups", "ids a bag", "top 1 % of seen", "top 1 % of rows"):
+    for heading in (
+        "rows",
+        "ids seen",
+        "seen once",
+        "lookups",
+        "ids a bag",
+        "top 1 % of seen",
+        "top 1 % of rows",
+    ):
         table.add_column(heading, justify="right")
     for entry in stats:
         table.add_row(
@@ -92,12 +109,15 @@ def render_table(stats: Sequence[TableStats]) -> Table:
 
 
 def save_plot(stats: Sequence[TableStats], path: Path) -> None:
-    """Draws the share of lookups against the share of rows that takes them, one line a table, and saves it in the format of
-    the path's ending. ConfigError: matplotlib is not installed."""
+    """Draws the share of lookups against the share of rows that takes them, one line a table, and
+    saves it in the format of the path's ending. ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out") from error
+        raise ConfigError(
+            "a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out"
+        ) from error
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for entry in stats:
@@ -105,7 +125,12 @@ def save_plot(stats: Sequence[TableStats], path: Path) -> None:
         line = {"color": "black", "linewidth": 2.5} if pooled else {"linewidth": 0.8, "alpha": 0.7}
         axes.plot(*entry.curve, label=entry.table, **line)
     axes.axvline(_TOP_SHARE, color="grey", linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="most frequent rows, share of num_embeddings", ylabel="share of lookups", ylim=(0, 1.02))
+    axes.set(
+        xscale="log",
+        xlabel="most frequent rows, share of num_embeddings",
+        ylabel="share of lookups",
+        ylim=(0, 1.02),
+    )
     axes.legend(fontsize="x-small", ncols=3)
     figure.savefig(path, dpi=150)
 
@@ -128,11 +153,17 @@ def _stats(table: str, num_embeddings: int, num_bags: int, counts: Int64Array) -
 
 
 def _share(taken: Int64Array, num_rows: float) -> float:
-    """The share of lookups that go to the `num_rows` most frequent ids; `taken` (m,) are running sums, most frequent first."""
-    return float(taken[min(max(int(num_rows), 1), len(taken)) - 1] / taken[-1]) if len(taken) else 0.0
+    """The share of lookups that go to the `num_rows` most frequent ids; `taken` (m,) are running
+    sums, most frequent first.
+    """
+    return (
+        float(taken[min(max(int(num_rows), 1), len(taken)) - 1] / taken[-1]) if len(taken) else 0.0
+    )
 
 
-def _curve(taken: Int64Array, num_embeddings: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _curve(
+    taken: Int64Array, num_embeddings: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     if len(taken) == 0:
         return np.empty(0), np.empty(0)
     rows = np.unique(np.geomspace(1, len(taken), _NUM_CURVE_POINTS).astype(np.int64))

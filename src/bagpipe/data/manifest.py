@@ -1,6 +1,8 @@
-"""`manifest.json`: what a folder of prepared data holds. It is written last, so a folder without one is not finished.
+"""`manifest.json`: what a folder of prepared data holds. It is written last, so a folder without
+one is not finished.
 
-It carries a checksum of itself, so that an edited or damaged manifest is refused like an altered data file.
+It carries a checksum of itself, so that an edited or damaged manifest is refused like an altered
+data file.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class SourceEntry(_Entry):
 
 
 class PreparedManifest(_Entry):
-    """The whole of `manifest.json`. Every data file's record batches have `rows_per_batch` rows, but for its last one."""
+    """The whole of `manifest.json`. Every data file's record batches have `rows_per_batch` rows,
+    but for its last one.
+    """
 
     format_version: Literal[1] = 1
     label: str
@@ -80,7 +84,9 @@ class PreparedManifest(_Entry):
     def _check(self) -> Self:
         for feature in self.features:
             if feature.table not in self.num_embeddings:
-                raise ValueError(f"table {feature.table!r} of feature {feature.name!r} has no num_embeddings")
+                raise ValueError(
+                    f"table {feature.table!r} of feature {feature.name!r} has no num_embeddings"
+                )
         return self
 
     @property
@@ -103,17 +109,22 @@ class PreparedManifest(_Entry):
     def save(self, folder: Path) -> None:
         """Writes it into `folder`, all or nothing."""
         content = self.model_dump(mode="json")
-        write_atomically(folder / MANIFEST_NAME, _encode({**content, "manifest_checksum": _checksum(content)}))
+        write_atomically(
+            folder / MANIFEST_NAME, _encode({**content, "manifest_checksum": _checksum(content)})
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Reads the manifest of `folder`. DataError: there is none, it was altered, or another version wrote it."""
+        """Reads the manifest of `folder`. DataError: there is none, it was altered, or another
+        version wrote it.
+        """
         path = folder / MANIFEST_NAME
         try:
             content = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(
-                f"{folder} holds no {MANIFEST_NAME}, so it is not prepared data, or preparing was interrupted: "
+                f"{folder} holds no {MANIFEST_NAME}, so it is not prepared data, or preparing was "
+                "interrupted: "
                 "run `bagpipe data prepare` again"
             ) from error
         except ValueError as error:
@@ -122,7 +133,8 @@ class PreparedManifest(_Entry):
             raise _altered(path)
         if (version := content.get("format_version")) != FORMAT_VERSION:
             raise DataError(
-                f"{path} has format version {version}, this version of Bagpipe reads {FORMAT_VERSION}: prepare it again"
+                f"{path} has format version {version}, this version of Bagpipe reads "
+                f"{FORMAT_VERSION}: prepare it again"
             )
         if content.pop("manifest_checksum", None) != _checksum(content):
             raise _altered(path)
@@ -133,19 +145,27 @@ class PreparedManifest(_Entry):
 
 
 def check_file(folder: Path, entry: FileEntry, *, verify: bool) -> Path:
-    """The path of a file of the folder. DataError: it is missing or of another size, or with `verify` of another checksum."""
+    """The path of a file of the folder. DataError: it is missing or of another size, or with
+    `verify` of another checksum.
+    """
     path = folder / entry.name
     try:
         num_bytes = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path} is missing, though the manifest lists it: prepare the data again") from error
+        raise DataError(
+            f"{path} is missing, though the manifest lists it: prepare the data again"
+        ) from error
     if num_bytes != entry.num_bytes:
         raise DataError(
-            f"{path} has {num_bytes:,} bytes, but {entry.num_bytes:,} were written: it is truncated or altered, "
+            f"{path} has {num_bytes:,} bytes, but {entry.num_bytes:,} were written: it is "
+            "truncated or altered, "
             "so prepare the data again"
         )
     if verify and (checksum := checksum_file(path)) != entry.checksum:
-        raise DataError(f"{path} has checksum {checksum}, but {entry.checksum} was written: it is altered, prepare it again")
+        raise DataError(
+            f"{path} has checksum {checksum}, but {entry.checksum} was written: it is altered, "
+            "prepare it again"
+        )
     return path
 
 

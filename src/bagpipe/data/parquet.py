@@ -1,6 +1,8 @@
-"""Any Parquet files as a raw source, by a mapping of their columns; only the mapped columns are read.
+"""Any Parquet files as a raw source, by a mapping of their columns; only the mapped columns are
+read.
 
-Row groups are read in blocks of BLOCK_ROWS. Row positions in messages count from 0 within a file, as data frames do.
+Row groups are read in blocks of BLOCK_ROWS. Row positions in messages count from 0 within a file,
+as data frames do.
 """
 
 from __future__ import annotations
@@ -30,13 +32,17 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 class ParquetSource:
-    """Parquet files in the given order, as a `RawSource`. DataError: a mapped column is missing, or a file can't be read."""
+    """Parquet files in the given order, as a `RawSource`. DataError: a mapped column is missing, or
+    a file can't be read.
+    """
 
     def __init__(self, files: Sequence[Path], config: ParquetFiles) -> None:
         self._files, self._config = tuple(files), config
         self._columns = _mapped_columns(config)
         schema = self._check_schemas()
-        self.features = tuple(_raw_feature(column, schema.field(column.column).type) for column in config.sparse)
+        self.features = tuple(
+            _raw_feature(column, schema.field(column.column).type) for column in config.sparse
+        )
         self.dense_names = config.dense
         self.has_time = config.time is not None
 
@@ -52,7 +58,9 @@ class ParquetSource:
                 values, good = _time_keys(batch.column(0), f"{file}, column {name!r}")
                 yield values[good]
 
-    def blocks(self, problems: Problems, progress: Callable[[Progress], None], stage: str) -> Iterator[RawBlock]:
+    def blocks(
+        self, problems: Problems, progress: Callable[[Progress], None], stage: str
+    ) -> Iterator[RawBlock]:
         """All rows that can be read; the others go to `problems` with file and row."""
         total, row = self.num_rows(), 0
         for file in self._files:
@@ -68,11 +76,14 @@ class ParquetSource:
             schema = _open(file).schema_arrow
             for name in self._columns:
                 if name not in schema.names:
-                    raise DataError(f"{file} has no column {name!r}; its columns are {', '.join(schema.names)}")
+                    raise DataError(
+                        f"{file} has no column {name!r}; its columns are {', '.join(schema.names)}"
+                    )
                 if schema.field(name).type != first.field(name).type:
                     raise DataError(
                         f"{file}: column {name!r} is of type {schema.field(name).type}, "
-                        f"but {first.field(name).type} in {self._files[0]}: write both with one type"
+                        f"but {first.field(name).type} in {self._files[0]}: write both with one "
+                        "type"
                     )
         if self.num_rows() == 0:
             raise DataError(f"{', '.join(map(str, self._files))}: no rows")
@@ -81,16 +92,39 @@ class ParquetSource:
     def _block(self, batch: Any, row: int, place: _Place) -> RawBlock:
         config = self._config
         good = np.ones(len(batch), np.bool_)
-        labels = _labels(batch.column(config.label.column), config.label.column, config.label.at_least, good, place)
+        labels = _labels(
+            batch.column(config.label.column),
+            config.label.column,
+            config.label.at_least,
+            good,
+            place,
+        )
         dense = np.empty((len(batch), len(config.dense)), np.float32)
         for index, name in enumerate(config.dense):
             dense[:, index] = _dense(batch.column(name), name, good, place)
         times = None
         if config.time is not None:
-            times, timed = _time_keys(batch.column(config.time), f"{place.file}, column {config.time!r}")
-            place.refuse(~timed, good, "time is missing", f"column {config.time!r} is missing or not finite", None)
-        keys = tuple(_feature_keys(batch.column(column.column), column, place.file) for column in config.sparse)
-        block = RawBlock(rows=np.arange(row, row + len(batch)), labels=labels, dense=dense, keys=keys, times=times)
+            times, timed = _time_keys(
+                batch.column(config.time), f"{place.file}, column {config.time!r}"
+            )
+            place.refuse(
+                ~timed,
+                good,
+                "time is missing",
+                f"column {config.time!r} is missing or not finite",
+                None,
+            )
+        keys = tuple(
+            _feature_keys(batch.column(column.column), column, place.file)
+            for column in config.sparse
+        )
+        block = RawBlock(
+            rows=np.arange(row, row + len(batch)),
+            labels=labels,
+            dense=dense,
+            keys=keys,
+            times=times,
+        )
         return block if good.all() else block.take(np.flatnonzero(good))
 
 
@@ -100,7 +134,14 @@ class _Place:
     def __init__(self, file: Path, first_row: int, problems: Problems) -> None:
         self.file, self._first_row, self._problems = file, first_row, problems
 
-    def refuse(self, bad: BoolArray, good: BoolArray, reason: str, what: str, values: npt.NDArray[Any] | None) -> None:
+    def refuse(
+        self,
+        bad: BoolArray,
+        good: BoolArray,
+        reason: str,
+        what: str,
+        values: npt.NDArray[Any] | None,
+    ) -> None:
         """Reports the rows of `bad` that were good so far, and marks them."""
         bad = bad & good
         if not bad.any():
@@ -108,7 +149,9 @@ class _Place:
         index = int(np.argmax(bad))
         shown = "" if values is None else f" is {values[index]}"
         where = f"{self.file}, row {self._first_row + index} (from 0)"
-        self._problems.add(reason, int(np.count_nonzero(bad)), f"{where}: {what.replace('{}', shown)}")
+        self._problems.add(
+            reason, int(np.count_nonzero(bad)), f"{where}: {what.replace('{}', shown)}"
+        )
         good &= ~bad
 
 
@@ -133,14 +176,28 @@ def _feature_keys(array: Any, column: SparseColumn, file: Path) -> Keys:
     return list_keys(array, where) if is_list(array.type) else single_keys(array, where)
 
 
-def _labels(array: Any, name: str, at_least: float | None, good: BoolArray, place: _Place) -> Float32Array:
+def _labels(
+    array: Any, name: str, at_least: float | None, good: BoolArray, place: _Place
+) -> Float32Array:
     values, present = _numbers(array, name, place.file)
     place.refuse(~present, good, "label is missing", f"label column {name!r} is missing", None)
-    place.refuse(~np.isfinite(values), good, "label is not finite", f"label column {name!r}{{}}, must be finite", values)
+    place.refuse(
+        ~np.isfinite(values),
+        good,
+        "label is not finite",
+        f"label column {name!r}{{}}, must be finite",
+        values,
+    )
     if at_least is not None:
         return (values >= at_least).astype(np.float32)
     must = "must be in [0, 1]; set source.label.at_least to turn it into 0 and 1"
-    place.refuse((values < 0) | (values > 1), good, "label is outside [0, 1]", f"label column {name!r}{{}}, {must}", values)
+    place.refuse(
+        (values < 0) | (values > 1),
+        good,
+        "label is outside [0, 1]",
+        f"label column {name!r}{{}}, {must}",
+        values,
+    )
     return values.astype(np.float32)
 
 
@@ -156,8 +213,15 @@ def _dense(array: Any, name: str, good: BoolArray, place: _Place) -> Float32Arra
 def _numbers(array: Any, name: str, file: Path) -> tuple[npt.NDArray[np.float64], BoolArray]:
     """Values as float64 (0 where missing), and where they are present."""
     kind = array.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)):
-        raise DataError(f"{file}, column {name!r} is of type {kind}, must be a number: cast it first")
+    if not (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+    ):
+        raise DataError(
+            f"{file}, column {name!r} is of type {kind}, must be a number: cast it first"
+        )
     present: BoolArray = array.is_valid().to_numpy(zero_copy_only=False)
     values = pc.fill_null(array.cast(pa.float64(), safe=False), 0.0).to_numpy(zero_copy_only=False)
     return values, present
@@ -177,7 +241,9 @@ def _time_keys(array: Any, where: str) -> tuple[Int64Array, BoolArray]:
     elif pa.types.is_temporal(kind):
         array = array.cast(pa.int64())
     elif not pa.types.is_integer(kind):
-        raise DataError(f"{where} is of type {kind}; a time must be an integer, a float, a date or a timestamp")
+        raise DataError(
+            f"{where} is of type {kind}; a time must be an integer, a float, a date or a timestamp"
+        )
     values: Int64Array = pc.fill_null(array, 0).to_numpy(zero_copy_only=False).astype(np.int64)
     return values, present
 

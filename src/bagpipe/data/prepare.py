@@ -3,8 +3,8 @@
 Passes over the input, each in bounded memory (a block, a record batch a split, the dictionaries):
 1. only for a split by time: the time column, or a count of the rows;
 2. only for a dictionary: the keys of the training rows are counted;
-3. rows are turned into ids and written, split by split.
-`manifest.json` comes last, so that an interrupted preparation leaves nothing that a reader would take for whole data.
+3. rows are turned into ids and written, split by split. `manifest.json` comes last, so that an
+   interrupted preparation leaves nothing that a reader would take for whole data.
 """
 
 from __future__ import annotations
@@ -44,20 +44,28 @@ ProgressCallback = Callable[[Progress], None]
 COUNT_STAGE: Final = "counting values"
 WRITE_STAGE: Final = "writing"
 _SPLITS: Final[tuple[Split, Split]] = ("train", "validation")
-_OWN_FILES: Final = ("train-*.arrow", "validation-*.arrow", "dictionary-*.arrow", MANIFEST_NAME + ".tmp")
+_OWN_FILES: Final = (
+    "train-*.arrow",
+    "validation-*.arrow",
+    "dictionary-*.arrow",
+    MANIFEST_NAME + ".tmp",
+)
 
 
 def prepare(config: PrepareConfig, progress: ProgressCallback = lambda _: None) -> PreparedManifest:
-    """Writes the folder `config.output` and returns its manifest; `progress` is called after every block.
+    """Writes the folder `config.output` and returns its manifest; `progress` is called after every
+    block.
 
-    DataError: a file is missing, empty or damaged; a column is missing or of a type that can't be used; a row can't be read and
-    `on_error` is "raise"; no row is left to train on; the folder holds prepared data and `overwrite` is not set, or can't
-    be written.
+    DataError: a file is missing, empty or damaged; a column is missing or of a type that can't be
+    used; a row can't be read and `on_error` is "raise"; no row is left to train on; the folder
+    holds prepared data and `overwrite` is not set, or can't be written.
     """
     try:
         return _prepare(config, progress)
     except OSError as error:
-        raise DataError(f"preparing into {config.output} failed: {error}; there is no manifest, so start again") from error
+        raise DataError(
+            f"preparing into {config.output} failed: {error}; there is no manifest, so start again"
+        ) from error
 
 
 def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManifest:
@@ -69,7 +77,9 @@ def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManif
     splits, problems = _write_splits(config, source, splitter, vocabularies, progress)
     manifest = _describe(config, source, vocabularies, dictionaries, splits, problems)
     if not manifest.num_rows("train"):
-        raise DataError(f"no training rows are left of {manifest.source.num_rows_read:,}: {_why_none(manifest)}")
+        raise DataError(
+            f"no training rows are left of {manifest.source.num_rows_read:,}: {_why_none(manifest)}"
+        )
     sync_folder(config.output)
     manifest.save(config.output)
     return manifest
@@ -96,10 +106,14 @@ def _clear_folder(config: PrepareConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"output {folder} is, or lies under, a file; it must be a folder") from error
+        raise DataError(
+            f"output {folder} is, or lies under, a file; it must be a folder"
+        ) from error
     manifest = folder / MANIFEST_NAME
     if manifest.exists() and not config.overwrite:
-        raise DataError(f"{folder} already holds prepared data: choose another output, or set overwrite = true")
+        raise DataError(
+            f"{folder} already holds prepared data: choose another output, or set overwrite = true"
+        )
     manifest.unlink(missing_ok=True)
     sync_folder(folder)
     for pattern in _OWN_FILES:
@@ -121,7 +135,9 @@ def _make_vocabularies(
             counters[feature.table].add(keys.values)
     min_count = config.vocabulary.min_count
     return {
-        table: DictionaryVocabulary(*counters.pop(table).counts(), min_count=min_count, max_embeddings=size)
+        table: DictionaryVocabulary(
+            *counters.pop(table).counts(), min_count=min_count, max_embeddings=size
+        )
         for table, size in sizes.items()
     }
 
@@ -157,7 +173,9 @@ def _write_splits(
     schema = prepared_schema(_feature_entries(source), len(source.dense_names))
     by_feature = [vocabularies[feature.table] for feature in source.features]
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(_split_writer(config, split, schema)) for split in _SPLITS}
+        writers = {
+            split: stack.enter_context(_split_writer(config, split, schema)) for split in _SPLITS
+        }
         for block in source.blocks(problems, progress, WRITE_STAGE):
             held_out = splitter.is_validation(block)
             for split, chosen in zip(_SPLITS, (~held_out, held_out), strict=True):
@@ -179,7 +197,10 @@ def _split_writer(config: PrepareConfig, split: Split, schema: Any) -> SplitWrit
 
 def _encode(block: RawBlock, schema: Any, by_feature: list[Vocabulary], transform: str) -> Any:
     ids = [
-        (vocabulary.ids(keys.values), None if keys.offsets is None else keys.offsets.astype(np.int32))
+        (
+            vocabulary.ids(keys.values),
+            None if keys.offsets is None else keys.offsets.astype(np.int32),
+        )
         for vocabulary, keys in zip(by_feature, block.keys, strict=True)
     ]
     dense = log_transform(block.dense) if transform == "log" else block.dense
@@ -187,13 +208,18 @@ def _encode(block: RawBlock, schema: Any, by_feature: list[Vocabulary], transfor
 
 
 def log_transform(dense: Float32Array) -> Float32Array:
-    """``log(max(x, 0) + 1)`` as the DLRM reference does (facebookresearch/dlrm, data_utils.py), in float32."""
+    """``log(max(x, 0) + 1)`` as the DLRM reference does (facebookresearch/dlrm, data_utils.py), in
+    float32.
+    """
     transformed: Float32Array = np.log(np.maximum(dense, np.float32(0)) + np.float32(1))
     return transformed
 
 
 def _feature_entries(source: RawSource) -> tuple[FeatureEntry, ...]:
-    return tuple(FeatureEntry(name=feature.name, table=feature.table, multi_hot=feature.multi_hot) for feature in source.features)
+    return tuple(
+        FeatureEntry(name=feature.name, table=feature.table, multi_hot=feature.multi_hot)
+        for feature in source.features
+    )
 
 
 def _describe(
@@ -204,14 +230,19 @@ def _describe(
     splits: dict[Split, tuple[FileEntry, ...]],
     problems: Problems,
 ) -> PreparedManifest:
-    skipped = {reason: SkippedEntry(count=rows.count, first=rows.first) for reason, rows in problems.skipped.items()}
+    skipped = {
+        reason: SkippedEntry(count=rows.count, first=rows.first)
+        for reason, rows in problems.skipped.items()
+    }
     num_kept = sum(file.num_rows for files in splits.values() for file in files)
     return PreparedManifest(
         label=config.source.label.column if config.source.kind == "parquet" else "label",
         dense_names=source.dense_names,
         dense_transform=config.dense_transform,
         features=_feature_entries(source),
-        num_embeddings={table: vocabulary.num_embeddings for table, vocabulary in vocabularies.items()},
+        num_embeddings={
+            table: vocabulary.num_embeddings for table, vocabulary in vocabularies.items()
+        },
         vocabulary=config.vocabulary.kind,
         dictionaries=dictionaries,
         rows_per_batch=config.rows_per_batch,
@@ -227,6 +258,12 @@ def _describe(
 
 def _why_none(manifest: PreparedManifest) -> str:
     if manifest.num_rows("validation"):
-        return "all that can be read went to validation, so lower split.validation_share or split by share"
-    reasons = [f"{entry.count:,} because of {reason}, first {entry.first}" for reason, entry in manifest.source.skipped.items()]
+        return (
+            "all that can be read went to validation, so lower split.validation_share or "
+            "split by share"
+        )
+    reasons = [
+        f"{entry.count:,} because of {reason}, first {entry.first}"
+        for reason, entry in manifest.source.skipped.items()
+    ]
     return "all were skipped: " + "; ".join(reasons)

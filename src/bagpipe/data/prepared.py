@@ -1,8 +1,9 @@
-"""Reads prepared data: Arrow IPC files, memory-mapped, in batches of any size across record batches and files.
+"""Reads prepared data: Arrow IPC files, memory-mapped, in batches of any size across record batches
+and files.
 
-A batch is copied out of the mapped columns once, feature-major, so it stays good when the source is closed. With only
-single-hot features there are no offsets; with any multi-hot one there are offsets for all. Ids and numbers of every
-batch are checked as they are read (`bagpipe.data.check`).
+A batch is copied out of the mapped columns once, feature-major, so it stays good when the source is
+closed. With only single-hot features there are no offsets; with any multi-hot one there are offsets
+for all. Ids and numbers of every batch are checked as they are read (`bagpipe.data.check`).
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ class _View:
 class PreparedSource:
     """One split of a folder of prepared data, as a `BatchSource`.
 
-    `features` chooses some, in that order. `shuffle` reads in another order each epoch, by `seed`. `verify` compares
-    the checksums of the split's files first; sizes are compared either way. DataError: a file is missing, truncated or
-    altered, or the split is empty. ConfigError: a chosen feature does not exist.
+    `features` chooses some, in that order. `shuffle` reads in another order each epoch, by `seed`.
+    `verify` compares the checksums of the split's files first; sizes are compared either way.
+    DataError: a file is missing, truncated or altered, or the split is empty. ConfigError: a chosen
+    feature does not exist.
     """
 
     def __init__(
@@ -63,18 +65,32 @@ class PreparedSource:
         self.manifest = PreparedManifest.load(folder)
         self._split, self._shuffle, self._seed = split, shuffle, seed
         self._columns = _chosen_columns(self.manifest, features)
-        self.features: tuple[FeatureSpec, ...] = tuple(self.manifest.feature_specs[column] for column in self._columns)
+        self.features: tuple[FeatureSpec, ...] = tuple(
+            self.manifest.feature_specs[column] for column in self._columns
+        )
         self._keys = tuple(feature.name for feature in self.features)
         entries = self.manifest.splits.get(split, ())
         if not entries:
-            raise DataError(f"{folder} has no {split} rows: prepare it with split.validation_share above 0")
+            raise DataError(
+                f"{folder} has no {split} rows: prepare it with split.validation_share above 0"
+            )
         opened = [_open(check_file(folder, entry, verify=verify)) for entry in entries]
         self._readers = [reader for reader, _ in opened]
         self._words = [words for _, words in opened]
-        self._where, self._starts = _record_batches(self._readers, [entry.num_rows for entry in entries], self.manifest, folder)
+        self._where, self._starts = _record_batches(
+            self._readers, [entry.num_rows for entry in entries], self.manifest, folder
+        )
         self._views: OrderedDict[int, _View] = OrderedDict()
         self._views_lock = threading.Lock()
-        self._reopen = partial(PreparedSource, folder, split, features=features, shuffle=shuffle, seed=seed, verify=False)
+        self._reopen = partial(
+            PreparedSource,
+            folder,
+            split,
+            features=features,
+            shuffle=shuffle,
+            seed=seed,
+            verify=False,
+        )
 
     def __reduce__(self) -> tuple[Callable[[], PreparedSource], tuple[()]]:
         """Another process opens the files anew; their checksums have been compared here."""
@@ -90,15 +106,29 @@ class PreparedSource:
         """Samples in one epoch."""
         return int(self._starts[-1])
 
-    def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
-        """Yields an epoch's batches from number `start` on. DataError: a number is not finite, an id not of its table."""
-        for read in self.reads(batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last):
+    def batches(
+        self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[Batch]:
+        """Yields an epoch's batches from number `start` on. DataError: a number is not finite, an
+        id not of its table.
+        """
+        for read in self.reads(
+            batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last
+        ):
             yield read()
 
-    def reads(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Callable[[], Batch]]:
+    def reads(
+        self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[Callable[[], Batch]]:
         """See `BatchSource.reads`; the calls raise DataError as `batches` does."""
-        order = Shuffled(self._starts, seed=self._seed, epoch=epoch) if self._shuffle else FrontToBack(self._starts)
-        for number in range(start, count_batches(self.num_samples, batch_size, drop_last=drop_last)):
+        order = (
+            Shuffled(self._starts, seed=self._seed, epoch=epoch)
+            if self._shuffle
+            else FrontToBack(self._starts)
+        )
+        for number in range(
+            start, count_batches(self.num_samples, batch_size, drop_last=drop_last)
+        ):
             begin = number * batch_size
             size = min(batch_size, self.num_samples - begin)
             where = f"batch {number} of {self._split}, epoch {epoch}"
@@ -113,13 +143,20 @@ class PreparedSource:
         labels = np.empty(size, np.float32)
         dense = np.empty((size, self.num_dense), np.float32)
         views = [self._view(piece.record_batch) for piece in pieces]
-        places = [(_numbers(piece.rows), _numbers(piece.positions), isinstance(piece.rows, slice)) for piece in pieces]
+        places = [
+            (_numbers(piece.rows), _numbers(piece.positions), isinstance(piece.rows, slice))
+            for piece in pieces
+        ]
         for (rows, positions, is_run), view in zip(places, views, strict=True):
             _gather_numbers(view.labels, view.dense, rows, positions, is_run, labels, dense)
         return Batch(dense=dense, sparse=self._gather_ids(places, views, size), labels=labels)
 
-    def _gather_ids(self, places: list[tuple[Int64Array, Int64Array, bool]], views: list[_View], size: int) -> Jagged:
-        """Three compiled calls a piece at most: with one a feature its threads would mostly wait for the GIL."""
+    def _gather_ids(
+        self, places: list[tuple[Int64Array, Int64Array, bool]], views: list[_View], size: int
+    ) -> Jagged:
+        """Three compiled calls a piece at most: with one a feature its threads would mostly wait
+        for the GIL.
+        """
         num_bags = len(self._columns) * size
         offsets: Int32Array | None = None
         if any(feature.multi_hot for feature in self.features):
@@ -132,7 +169,17 @@ class PreparedSource:
             if offsets is None:
                 _gather_single(view.words, view.first_ids, rows, positions, is_run, size, values)
             else:
-                _gather_bags(view.words, view.first_ids, view.first_offsets, rows, positions, is_run, size, offsets, values)
+                _gather_bags(
+                    view.words,
+                    view.first_ids,
+                    view.first_offsets,
+                    rows,
+                    positions,
+                    is_run,
+                    size,
+                    offsets,
+                    values,
+                )
         return Jagged(keys=self._keys, values=values, batch_size=size, offsets=offsets)
 
     def _view(self, index: int) -> _View:
@@ -186,7 +233,13 @@ def _gather_numbers(
 
 @jit
 def _gather_single(
-    words: Int32Array, first_ids: Int64Array, rows: Int64Array, positions: Int64Array, is_run: bool, size: int, values: Int32Array
+    words: Int32Array,
+    first_ids: Int64Array,
+    rows: Int64Array,
+    positions: Int64Array,
+    is_run: bool,
+    size: int,
+    values: Int32Array,
 ) -> None:
     for feature in range(len(first_ids)):
         ids = words[first_ids[feature] :]
@@ -200,7 +253,12 @@ def _gather_single(
 
 @jit
 def _gather_lengths(
-    words: Int32Array, first_offsets: Int64Array, rows: Int64Array, positions: Int64Array, size: int, lengths: Int32Array
+    words: Int32Array,
+    first_offsets: Int64Array,
+    rows: Int64Array,
+    positions: Int64Array,
+    size: int,
+    lengths: Int32Array,
 ) -> None:
     """Writes the length of each multi-hot bag to its place in `lengths` (F * size + 1,), one on."""
     for feature in range(len(first_offsets)):
@@ -254,7 +312,9 @@ def _gather_bags(
 
 
 def _place(column: Any, words: Int32Array) -> int:
-    """Where in the file's words the numbers of an int32 column begin; an empty one begins anywhere."""
+    """Where in the file's words the numbers of an int32 column begin; an empty one begins
+    anywhere.
+    """
     if len(column) == 0:
         return 0
     place: int = (column.buffers()[1].address + 4 * column.offset - words.ctypes.data) // 4
@@ -269,10 +329,14 @@ def _chosen_columns(manifest: PreparedManifest, features: Sequence[str] | None) 
     names = [feature.name for feature in manifest.features]
     for name in features or ():
         if name not in names:
-            raise ConfigError(f"feature {name!r} is not in the prepared data, which has {', '.join(names)}")
+            raise ConfigError(
+                f"feature {name!r} is not in the prepared data, which has {', '.join(names)}"
+            )
         if (features or ()).count(name) > 1:
             raise ConfigError(f"feature {name!r} is chosen more than once")
-    return tuple(range(len(names)) if features is None else (names.index(name) for name in features))
+    return tuple(
+        range(len(names)) if features is None else (names.index(name) for name in features)
+    )
 
 
 def _open(path: Path) -> tuple[Any, Int32Array]:
@@ -287,13 +351,19 @@ def _open(path: Path) -> tuple[Any, Int32Array]:
 def _record_batches(
     readers: list[Any], num_rows: list[int], manifest: PreparedManifest, folder: Path
 ) -> tuple[list[tuple[int, int]], Int64Array]:
-    """For each record batch of the split its (reader, number), and the first row of each, then the number of rows."""
+    """For each record batch of the split its (reader, number), and the first row of each, then the
+    number of rows.
+    """
     where: list[tuple[int, int]] = []
     starts = [0]
     for index, (reader, rows) in enumerate(zip(readers, num_rows, strict=True)):
         for number in range(reader.num_record_batches):
             where.append((index, number))
-            starts.append(starts[-1] + min(manifest.rows_per_batch, rows - number * manifest.rows_per_batch))
+            starts.append(
+                starts[-1] + min(manifest.rows_per_batch, rows - number * manifest.rows_per_batch)
+            )
     if starts[-1] != sum(num_rows) or sorted(starts) != starts:
-        raise DataError(f"{folder}: the files hold other rows than the manifest says: prepare the data again")
+        raise DataError(
+            f"{folder}: the files hold other rows than the manifest says: prepare the data again"
+        )
     return where, np.array(starts, np.int64)

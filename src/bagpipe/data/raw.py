@@ -1,10 +1,12 @@
-"""What every raw source turns into before it is prepared: blocks of labels, dense numbers and 64-bit keys.
+"""What every raw source turns into before it is prepared: blocks of labels, dense numbers and
+64-bit keys.
 
-A *key* stands for a categorical value: an integer is its own key, a string's is its xxh3_64, a missing value's is
-MISSING_KEY, a value like any other. Ids come from keys by a vocabulary (`bagpipe.data.vocabulary`).
+A *key* stands for a categorical value: an integer is its own key, a string's is its xxh3_64, a
+missing value's is MISSING_KEY, a value like any other. Ids come from keys by a vocabulary
+(`bagpipe.data.vocabulary`).
 
-A *row number* counts all rows of the input in reading order, from 0, rows that can't be read included, so that a split by
-row number stays the same whether bad rows are skipped or repaired.
+A *row number* counts all rows of the input in reading order, from 0, rows that can't be read
+included, so that a split by row number stays the same whether bad rows are skipped or repaired.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ MISSING_KEY: Final = -(2**63)
 
 @dataclass(frozen=True, kw_only=True)
 class RawFeature:
-    """A categorical feature of a raw source; `num_embeddings` None leaves the size to a dictionary."""
+    """A categorical feature of a raw source; `num_embeddings` None leaves the size to a
+    dictionary.
+    """
 
     name: str
     table: str
@@ -91,15 +95,22 @@ class Skipped:
 
 @dataclass(kw_only=True)
 class Problems:
-    """What becomes of rows that can't be read: the first one is raised, or all are counted by reason."""
+    """What becomes of rows that can't be read: the first one is raised, or all are counted by
+    reason.
+    """
 
     on_error: Literal["raise", "skip"] = "raise"
     skipped: dict[str, Skipped] = field(default_factory=dict)
 
     def add(self, reason: str, count: int, first: str) -> None:
-        """Notes `count` rows; `first` says where the first is and what is wrong. DataError where on_error is "raise"."""
+        """Notes `count` rows; `first` says where the first is and what is wrong. DataError where
+        on_error is "raise".
+        """
         if self.on_error == "raise":
-            raise DataError(f"{first}; repair the row, or set on_error = 'skip' to leave such rows out and count them")
+            raise DataError(
+                f"{first}; repair the row, or set on_error = 'skip' to leave such rows out and "
+                "count them"
+            )
         self.skipped.setdefault(reason, Skipped(count=0, first=first)).count += count
 
 
@@ -119,20 +130,30 @@ class RawSource(Protocol):
         """Whether there is a time column."""
 
     def num_rows(self) -> int:
-        """Rows of all files, those that can't be read included. DataError: a file is missing, damaged or empty."""
+        """Rows of all files, those that can't be read included. DataError: a file is missing,
+        damaged or empty.
+        """
 
     def times(self) -> Iterator[Int64Array]:
         """The time column alone, in blocks; only where there is one."""
 
-    def blocks(self, problems: Problems, progress: Callable[[Progress], None], stage: str) -> Iterator[RawBlock]:
+    def blocks(
+        self, problems: Problems, progress: Callable[[Progress], None], stage: str
+    ) -> Iterator[RawBlock]:
         """All rows that can be read; the others go to `problems`."""
 
 
 def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
-    """The files of paths and glob patterns. DataError: one of them stands for no file, or for an empty one."""
+    """The files of paths and glob patterns. DataError: one of them stands for no file, or for an
+    empty one.
+    """
     files: list[Path] = []
     for pattern in patterns:
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [Path(pattern)]
+        found = (
+            sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+            if glob.has_magic(pattern)
+            else [Path(pattern)]
+        )
         found = [path for path in found if path.is_file()]
         if not found:
             raise DataError(f"no file at {pattern!r}, seen from {Path.cwd()}")

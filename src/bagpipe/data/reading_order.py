@@ -1,8 +1,10 @@
-"""In which order the rows of a split are read: front to back, or shuffled within bounds that keep reading local.
+"""In which order the rows of a split are read: front to back, or shuffled within bounds that keep
+reading local.
 
-Shuffled, the record batches are put in a random order, and the rows of every WINDOW_BATCHES that follow each other are
-mixed. A split of at most one window is so mixed wholly; a larger one comes close to it, while each moment reads from
-one window only. All of it is a pure function of (seed, epoch), and any position is found without what comes before it.
+Shuffled, the record batches are put in a random order, and the rows of every WINDOW_BATCHES that
+follow each other are mixed. A split of at most one window is so mixed wholly; a larger one comes
+close to it, while each moment reads from one window only. All of it is a pure function of (seed,
+epoch), and any position is found without what comes before it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class Piece:
 
 
 class FrontToBack:
-    """The order of the files. `starts` (R + 1,) is the first row of each of the R record batches, then the number of rows."""
+    """The order of the files. `starts` (R + 1,) is the first row of each of the R record batches,
+    then the number of rows.
+    """
 
     def __init__(self, starts: Int64Array) -> None:
         self._starts = starts
@@ -55,7 +59,9 @@ class Shuffled:
     def __init__(self, starts: Int64Array, *, seed: int, epoch: int) -> None:
         self._key = (seed, epoch)
         self._order = np.random.default_rng([*self._key, 0]).permutation(len(starts) - 1)
-        self._starts = np.concatenate([[0], np.cumsum(np.diff(starts)[self._order])]).astype(np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(np.diff(starts)[self._order])]).astype(
+            np.int64
+        )
         self._window_starts = self._starts[list(range(0, len(self._order), WINDOW_BATCHES))]
         self._window = -1
         self._mixed = np.empty(0, np.int64)
@@ -73,7 +79,9 @@ class Shuffled:
             position = stop
 
     def _pieces_of(self, rows: Int64Array, base: int) -> Iterator[Piece]:
-        """`rows` (n,) are positions in the order of record batches; the first goes to `base`. Each piece's rows ascend."""
+        """`rows` (n,) are positions in the order of record batches; the first goes to `base`. Each
+        piece's rows ascend.
+        """
         order = np.argsort(rows)
         rows = rows[order]
         cuts = np.searchsorted(rows, self._starts)

@@ -1,7 +1,9 @@
-"""Which rows are held out for validation: the last ones by time, or a share by a hash of the row number.
+"""Which rows are held out for validation: the last ones by time, or a share by a hash of the row
+number.
 
-Every rule is a pure function of a row's number and time. The cut by a time column is exact and takes bounded memory:
-four passes over that column, each counting 16 more bits of the wanted rank's value (a radix selection).
+Every rule is a pure function of a row's number and time. The cut by a time column is exact and
+takes bounded memory: four passes over that column, each counting 16 more bits of the wanted rank's
+value (a radix selection).
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ class ByTime:
 
 
 def make_splitter(config: SplitConfig, source: RawSource) -> Splitter:
-    """The splitter that the configuration asks for; by time it reads the source's time column or counts its rows."""
+    """The splitter that the configuration asks for; by time it reads the source's time column or
+    counts its rows.
+    """
     if config.by == "share" or config.validation_share == 0.0:
         return ByShare(config.validation_share, config.seed)
     if not source.has_time:
@@ -80,14 +84,18 @@ def make_splitter(config: SplitConfig, source: RawSource) -> Splitter:
 
 
 def nth_smallest(blocks: Callable[[], Iterable[Int64Array]], rank: int) -> int:
-    """The value with exactly `rank` values before it in ascending order; `blocks()` is iterated four times."""
+    """The value with exactly `rank` values before it in ascending order; `blocks()` is iterated
+    four times.
+    """
     prefix = 0
     for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
         counts = np.zeros(1 << _DIGIT_BITS, np.int64)
         for block in blocks():
             unsigned = block.view(np.uint64) ^ _SIGN  # sorts as the signed numbers do
             above = unsigned >> np.uint64(shift)
-            digits = above[(above >> np.uint64(_DIGIT_BITS)) == np.uint64(prefix)] & np.uint64((1 << _DIGIT_BITS) - 1)
+            digits = above[(above >> np.uint64(_DIGIT_BITS)) == np.uint64(prefix)] & np.uint64(
+                (1 << _DIGIT_BITS) - 1
+            )
             counts += np.bincount(digits.astype(np.int64), minlength=1 << _DIGIT_BITS)
         below = np.cumsum(counts)
         digit = int(np.searchsorted(below, rank, side="right"))

@@ -1,16 +1,20 @@
 """A Criteo-shaped stream made on the fly, from nothing but a seed and a sample's number.
 
-Every value of sample n comes from a counter-based generator keyed by (seed, what, n): batches of any size, from any
-position, on any thread, hold the same samples. Epochs repeat them in the same order. Training samples are numbered from
-0, validation ones from 2**40, so the two never overlap and a longer training split changes no validation sample.
+Every value of sample n comes from a counter-based generator keyed by (seed, what, n): batches of
+any size, from any position, on any thread, hold the same samples. Epochs repeat them in the same
+order. Training samples are numbered from 0, validation ones from 2**40, so the two never overlap
+and a longer training split changes no validation sample.
 
-- ids: the rank is Zipf (`bagpipe.data.zipf`), and ``rank * a + b mod n`` with `a` coprime to n spreads the frequent ranks over
-  the table, as real ids are;
-- bags: one id, or for the features of `bag_lengths` a number of ids drawn uniformly from [least, most], 0 and repeats included;
-- dense: the sum of two uniform numbers in [0, 1), small and not negative as Criteo's are after the log transform;
-- labels: 1 with the probability of a planted logistic model: a hidden effect for each id, products of two hidden factors
-  for some pairs of features, and a line in the dense features. It is scaled once, on samples numbered from 2**41, to a click
-  rate of 0.25 and a spread for which the model itself, the best there can be, reaches an AUC of about 0.80.
+- ids: the rank is Zipf (`bagpipe.data.zipf`), and ``rank * a + b mod n`` with `a` coprime to n
+  spreads the frequent ranks over the table, as real ids are;
+- bags: one id, or for the features of `bag_lengths` a number of ids drawn uniformly from [least,
+  most], 0 and repeats included;
+- dense: the sum of two uniform numbers in [0, 1), small and not negative as Criteo's are after the
+  log transform;
+- labels: 1 with the probability of a planted logistic model: a hidden effect for each id, products
+  of two hidden factors for some pairs of features, and a line in the dense features. It is scaled
+  once, on samples numbered from 2**41, to a click rate of 0.25 and a spread for which the model
+  itself, the best there can be, reaches an AUC of about 0.80.
 
 Memory: a batch. Time: about 16 ms for 16,384 samples of 26 ids on one core.
 """
@@ -43,7 +47,8 @@ _NUM_CALIBRATION_SAMPLES: Final = 8_192
 _ROOT_3: Final = sqrt(3.0)
 _WORD: Final = np.uint64(32)
 _LOW: Final = np.uint64(0xFFFFFFFF)
-_NEXT_ID: Final = np.uint64(0xD1342543DE82EF95)  # from one id of a bag to the next; odd, and not the step between trials
+# from one id of a bag to the next; odd, and not the step between trials
+_NEXT_ID: Final = np.uint64(0xD1342543DE82EF95)
 
 Float64Array = npt.NDArray[np.float64]
 UInt64Array = npt.NDArray[np.uint64]
@@ -61,14 +66,16 @@ class _Features:
     least: Int64Array  # (F,) bag lengths
     most: Int64Array  # (F,)
     weights: Float64Array  # (F,) of the effects
-    factor_places: Int64Array  # (F,) place among the factors; 2k and 2k + 1 are a pair; -1: in no pair
+    factor_places: (
+        Int64Array  # (F,) place among the factors; 2k and 2k + 1 are a pair; -1: in no pair
+    )
 
 
 class SyntheticSource:
     """The stream as a `BatchSource`, features C1, C2, ... each with a table of its own name.
 
-    `num_embeddings` gives the tables' sizes, `skew` the Zipf exponent, `bag_lengths` the (least, most) ids in a bag
-    of a feature.
+    `num_embeddings` gives the tables' sizes, `skew` the Zipf exponent, `bag_lengths` the (least,
+    most) ids in a bag of a feature.
     """
 
     def __init__(
@@ -86,9 +93,16 @@ class SyntheticSource:
         names = tuple(f"C{i}" for i in range(1, len(num_embeddings) + 1))
         for name in bag_lengths:
             if name not in names:
-                raise ConfigError(f"multi_hot names feature {name!r}; the features are {names[0]} to {names[-1]}")
+                raise ConfigError(
+                    f"multi_hot names feature {name!r}; the features are {names[0]} to {names[-1]}"
+                )
         self.features: tuple[FeatureSpec, ...] = tuple(
-            FeatureSpec(name=name, table=name, num_embeddings=size, multi_hot=bag_lengths.get(name, (1, 1)) != (1, 1))
+            FeatureSpec(
+                name=name,
+                table=name,
+                num_embeddings=size,
+                multi_hot=bag_lengths.get(name, (1, 1)) != (1, 1),
+            )
             for name, size in zip(names, num_embeddings, strict=True)
         )
         self.num_dense, self.num_samples = num_dense, num_samples
@@ -98,19 +112,31 @@ class SyntheticSource:
         self._dense_weights = np.random.default_rng([seed, 2]).normal(0.0, 1.0, num_dense)
         self._scale, self._intercept = self._calibrate()
 
-    def batches(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Batch]:
+    def batches(
+        self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[Batch]:
         """Yields the batches from number `start` on; every epoch has the same ones."""
-        for read in self.reads(batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last):
+        for read in self.reads(
+            batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last
+        ):
             yield read()
 
-    def reads(self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False) -> Iterator[Callable[[], Batch]]:
+    def reads(
+        self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[Callable[[], Batch]]:
         """See `BatchSource.reads`."""
-        for number in range(start, count_batches(self.num_samples, batch_size, drop_last=drop_last)):
+        for number in range(
+            start, count_batches(self.num_samples, batch_size, drop_last=drop_last)
+        ):
             first = number * batch_size
-            yield partial(self._read, self._first + first, min(batch_size, self.num_samples - first))
+            yield partial(
+                self._read, self._first + first, min(batch_size, self.num_samples - first)
+            )
 
     def probabilities(self, first: int, count: int) -> Float64Array:
-        """What a perfect model predicts for `count` samples from number `first`: the planted probability of a click, (count,)."""
+        """What a perfect model predicts for `count` samples from number `first`: the planted
+        probability of a click, (count,).
+        """
         return self._make(self._first + first, count)[1]
 
     def _read(self, first: int, count: int) -> Batch:
@@ -119,7 +145,9 @@ class SyntheticSource:
     def _make(self, first: int, count: int) -> tuple[Batch, Float64Array]:
         sparse, dense, scores = self._draw(first, count)
         probabilities, labels = np.empty(count), np.empty(count, np.float32)
-        _draw_labels(self._label_base, first, self._scale, self._intercept, scores, probabilities, labels)
+        _draw_labels(
+            self._label_base, first, self._scale, self._intercept, scores, probabilities, labels
+        )
         return Batch(dense=dense, sparse=sparse, labels=labels), probabilities
 
     def _draw(self, first: int, count: int) -> tuple[Jagged, Float32Array, Float64Array]:
@@ -150,11 +178,15 @@ class SyntheticSource:
             scores += one * other
         _draw_dense(self._dense_base, first, self._dense_weights, dense, scores)
         ragged = any(feature.multi_hot for feature in self.features)
-        sparse = Jagged(keys=self._keys, values=values, batch_size=count, offsets=offsets if ragged else None)
+        sparse = Jagged(
+            keys=self._keys, values=values, batch_size=count, offsets=offsets if ragged else None
+        )
         return sparse, dense, scores
 
     def _calibrate(self) -> tuple[float, float]:
-        """Scale and intercept of the logits: spread LOGIT_SPREAD, mean probability CLICK_RATE, the latter by bisection."""
+        """Scale and intercept of the logits: spread LOGIT_SPREAD, mean probability CLICK_RATE, the
+        latter by bisection.
+        """
         scores = self._draw(_FIRST_CALIBRATION_SAMPLE, _NUM_CALIBRATION_SAMPLES)[2]
         scale = LOGIT_SPREAD / max(float(scores.std()), 1e-9)
         low, high = -50.0 - scale * float(scores.max()), 50.0 - scale * float(scores.min())
@@ -172,7 +204,10 @@ def _key(seed: int, number: int) -> np.uint64:
 
 
 def _feature_parameters(
-    features: Sequence[FeatureSpec], skew: float, bag_lengths: Mapping[str, tuple[int, int]], seed: int
+    features: Sequence[FeatureSpec],
+    skew: float,
+    bag_lengths: Mapping[str, tuple[int, int]],
+    seed: int,
 ) -> _Features:
     sizes = [feature.num_embeddings for feature in features]
     lengths = [bag_lengths.get(feature.name, (1, 1)) for feature in features]
@@ -185,7 +220,9 @@ def _feature_parameters(
         bases=np.array(bases, np.uint64),
         sizes=np.array(sizes, np.int64),
         ranks=tuple(Zipf.make(size, skew) for size in sizes),
-        steps=np.array([_coprime(size, base) for size, base in zip(sizes, bases, strict=True)], np.int64),
+        steps=np.array(
+            [_coprime(size, base) for size, base in zip(sizes, bases, strict=True)], np.int64
+        ),
         shifts=np.array([base % size for size, base in zip(sizes, bases, strict=True)], np.int64),
         least=np.array([least for least, _ in lengths], np.int64),
         most=np.array([most for _, most in lengths], np.int64),
@@ -195,7 +232,9 @@ def _feature_parameters(
 
 
 def _coprime(size: int, base: int) -> int:
-    """A multiplier that makes ``rank * step mod size`` a bijection, somewhere past a third of the size."""
+    """A multiplier that makes ``rank * step mod size`` a bijection, somewhere past a third of the
+    size.
+    """
     step = size // 3 + 1 + (base >> 32) % max(size // 3, 1)
     while gcd(step, size) != 1:
         step += 1
@@ -203,7 +242,14 @@ def _coprime(size: int, base: int) -> int:
 
 
 @jit
-def _draw_lengths(bases: UInt64Array, least: Int64Array, most: Int64Array, first: int, count: int, offsets: Int32Array) -> None:
+def _draw_lengths(
+    bases: UInt64Array,
+    least: Int64Array,
+    most: Int64Array,
+    first: int,
+    count: int,
+    offsets: Int32Array,
+) -> None:
     """Fills offsets (F * count + 1,)."""
     offsets[0] = 0
     for f in range(len(bases)):
@@ -230,7 +276,9 @@ def _draw_ids(
     scores: Float64Array,
     factors: Float64Array,
 ) -> None:
-    """One feature: ids into values at offsets (B + 1,), mean effects onto scores (B,), mean factors to factors (B,) or (0,)."""
+    """One feature: ids into values at offsets (B + 1,), mean effects onto scores (B,), mean factors
+    to factors (B,) or (0,).
+    """
     size, step, shift = np.uint64(bijection[0]), np.uint64(bijection[1]), np.uint64(bijection[2])
     hidden_base = base ^ GOLDEN
     for b in range(len(scores)):
@@ -257,7 +305,9 @@ def _standard(word: np.uint64) -> float:
 
 
 @jit
-def _draw_dense(base: np.uint64, first: int, weights: Float64Array, dense: Float32Array, scores: Float64Array) -> None:
+def _draw_dense(
+    base: np.uint64, first: int, weights: Float64Array, dense: Float32Array, scores: Float64Array
+) -> None:
     """Fills dense (B, D) and adds its part to scores (B,)."""
     for b in range(dense.shape[0]):
         sample = stream(base, np.uint64(first + b))

@@ -1,11 +1,13 @@
 """From 64-bit keys to ids within a table: by hash, or by a dictionary with a frequency cut.
 
-- hash: ``mix64(key) % num_embeddings``. No pass over the data, no memory; different values may share an id.
-- dictionary: ids from 1 by falling frequency in the training split (equal counts by ascending key); id 0 stands for every
-  value rarer than `min_count`, beyond the table's size, or first met in validation. Costs a pass, and 16 bytes a distinct
-  value while it is built, 12 afterwards.
+- hash: ``mix64(key) % num_embeddings``. No pass over the data, no memory; different values may
+  share an id.
+- dictionary: ids from 1 by falling frequency in the training split (equal counts by ascending key);
+  id 0 stands for every value rarer than `min_count`, beyond the table's size, or first met in
+  validation. Costs a pass, and 16 bytes a distinct value while it is built, 12 afterwards.
 
-A missing value of a single-valued feature is a value like any other. All features of a table share its ids.
+A missing value of a single-valued feature is a value like any other. All features of a table share
+its ids.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class HashVocabulary:
 class DictionaryVocabulary:
     """Ids by frequency; see the module. `keys`, ascending, and `counts` are (m,)."""
 
-    def __init__(self, keys: Int64Array, counts: Int64Array, *, min_count: int, max_embeddings: int | None) -> None:
+    def __init__(
+        self, keys: Int64Array, counts: Int64Array, *, min_count: int, max_embeddings: int | None
+    ) -> None:
         kept = np.flatnonzero(counts >= min_count)
         ranked = kept[np.lexsort((keys[kept], -counts[kept]))]
         if max_embeddings is not None:
@@ -65,7 +69,9 @@ class DictionaryVocabulary:
         return np.where(self._sorted_keys[places] == keys, self._sorted_ids[places], np.int32(0))
 
     def save(self, path: Path) -> HashingFile:
-        """Writes ids 1 and up as an Arrow file: key int64, count int64; row i holds id i + 1. Returns the closed file."""
+        """Writes ids 1 and up as an Arrow file: key int64, count int64; row i holds id i + 1.
+        Returns the closed file.
+        """
         table = pa.table({"key": self._by_rank_keys, "count": self._by_rank_counts})
         with HashingFile(path) as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)

@@ -1,7 +1,8 @@
-"""Writes one split as Arrow IPC files: column 0 the label, column 1 the dense features, then the categorical features.
+"""Writes one split as Arrow IPC files: column 0 the label, column 1 the dense features, then the
+categorical features.
 
-Every record batch holds exactly `rows_per_batch` rows but for a file's last one, so that a reader finds any row by a
-division. At most one record batch and one block are held.
+Every record batch holds exactly `rows_per_batch` rows but for a file's last one, so that a reader
+finds any row by a division. At most one record batch and one block are held.
 """
 
 from __future__ import annotations
@@ -23,28 +24,46 @@ def prepared_schema(features: Sequence[FeatureEntry], num_dense: int) -> Any:
     """The Arrow schema of the files of a split."""
     fields = [pa.field("label", pa.float32()), pa.field("dense", pa.list_(pa.float32(), num_dense))]
     kinds = {True: pa.list_(pa.int32()), False: pa.int32()}
-    return pa.schema(fields + [pa.field(feature.name, kinds[feature.multi_hot]) for feature in features])
+    return pa.schema(
+        fields + [pa.field(feature.name, kinds[feature.multi_hot]) for feature in features]
+    )
 
 
 def record_batch(
-    schema: Any, labels: Float32Array, dense: Float32Array, ids: Sequence[tuple[Int32Array, Int32Array | None]]
+    schema: Any,
+    labels: Float32Array,
+    dense: Float32Array,
+    ids: Sequence[tuple[Int32Array, Int32Array | None]],
 ) -> Any:
-    """A record batch of labels (n,), dense (n, D) and for each feature its ids and, where multi-hot, offsets (n + 1,)."""
-    # from_buffers, because FixedSizeListArray.from_arrays divides by the list size, which is 0 without dense features.
+    """A record batch of labels (n,), dense (n, D) and for each feature its ids and, where
+    multi-hot, offsets (n + 1,).
+    """
+    # from_buffers, because FixedSizeListArray.from_arrays divides by the list size, which is 0
+    # without dense features.
     numbers = pa.array(dense.reshape(-1))
-    columns = [pa.array(labels), pa.Array.from_buffers(schema.field(1).type, len(labels), [None], children=[numbers])]
+    columns = [
+        pa.array(labels),
+        pa.Array.from_buffers(schema.field(1).type, len(labels), [None], children=[numbers]),
+    ]
     for values, offsets in ids:
         column = pa.array(values)
-        columns.append(column if offsets is None else pa.ListArray.from_arrays(pa.array(offsets), column))
+        columns.append(
+            column if offsets is None else pa.ListArray.from_arrays(pa.array(offsets), column)
+        )
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 class SplitWriter:
     """A context manager that cuts what it is given into record batches and files of equal sizes."""
 
-    def __init__(self, folder: Path, split: Split, schema: Any, *, rows_per_batch: int, batches_per_file: int) -> None:
+    def __init__(
+        self, folder: Path, split: Split, schema: Any, *, rows_per_batch: int, batches_per_file: int
+    ) -> None:
         self._folder, self._split, self._schema = folder, split, schema
-        self._rows_per_batch, self._rows_per_file = rows_per_batch, rows_per_batch * batches_per_file
+        self._rows_per_batch, self._rows_per_file = (
+            rows_per_batch,
+            rows_per_batch * batches_per_file,
+        )
         self._pending: list[Any] = []
         self._num_pending = 0
         self._file: HashingFile | None = None
@@ -65,7 +84,12 @@ class SplitWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self._flush()
             self._end_file()
@@ -102,4 +126,8 @@ class SplitWriter:
 
 def _whole(batches: list[Any]) -> Any:
     """One record batch of several."""
-    return batches[0] if len(batches) == 1 else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+    return (
+        batches[0]
+        if len(batches) == 1
+        else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+    )

@@ -1,11 +1,13 @@
-"""Draws from the finite Zipf distribution, P(rank k) ~ k**-s for k = 1..n, in constant time whatever n is.
+"""Draws from the finite Zipf distribution, P(rank k) ~ k**-s for k = 1..n, in constant time
+whatever n is.
 
-The HEAD_RANKS most frequent ranks, and all others as one outcome, are drawn from an alias table (M. D. Vose, "A linear
-algorithm for generating random numbers with a given distribution", IEEE TSE 17, 1991), which holds probabilities to
-2**-32. The others are then drawn by rejection-inversion (W. Hörmann, G. Derflinger, "Rejection-inversion to generate
-variates from monotone discrete distributions", ACM TOMACS 6, 1996): the integral of x**-s is inverted and the result
-rounded; few draws are rejected. The tail's mass is that integral, with a relative error below s (s + 1) / HEAD_RANKS**2.
-s = 0 is the uniform distribution.
+The HEAD_RANKS most frequent ranks, and all others as one outcome, are drawn from an alias table (M.
+D. Vose, "A linear algorithm for generating random numbers with a given distribution", IEEE TSE 17,
+1991), which holds probabilities to 2**-32. The others are then drawn by rejection-inversion (W.
+Hörmann, G. Derflinger, "Rejection-inversion to generate variates from monotone discrete
+distributions", ACM TOMACS 6, 1996): the integral of x**-s is inverted and the result rounded; few
+draws are rejected. The tail's mass is that integral, with a relative error below s (s + 1) /
+HEAD_RANKS**2. s = 0 is the uniform distribution.
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ UInt32Array = npt.NDArray[np.uint32]
 class Zipf:
     """The tables of one distribution, for `draw_rank`; h = min(num_ranks, HEAD_RANKS)."""
 
-    thresholds: UInt32Array  # (h,) or (h + 1,) with a tail: below it the column's own rank, else its alias
+    thresholds: (
+        UInt32Array  # (h,) or (h + 1,) with a tail: below it the column's own rank, else its alias
+    )
     aliases: Int32Array  # as many
-    tail: Float64Array  # (5,) num_ranks, exponent, both ends of the integral, distance within which a draw is accepted at once
+    # (5,) num_ranks, exponent, both ends of the integral, distance within which a draw is
+    # accepted at once
+    tail: Float64Array
 
     @classmethod
     def make(cls, num_ranks: int, exponent: float) -> Zipf:
@@ -47,11 +53,17 @@ class Zipf:
             tail_mass = _integral(num_ranks + 0.5, exponent) - _integral(head + 0.5, exponent)
             masses = np.append(masses, tail_mass)
         thresholds, aliases = _alias_table(masses / masses.sum())
-        return cls(thresholds=thresholds, aliases=aliases, tail=np.array(_tail(num_ranks, float(exponent), head)))
+        return cls(
+            thresholds=thresholds,
+            aliases=aliases,
+            tail=np.array(_tail(num_ranks, float(exponent), head)),
+        )
 
 
 @jit
-def draw_rank(state: np.uint64, thresholds: UInt32Array, aliases: Int32Array, tail: Float64Array) -> int:
+def draw_rank(
+    state: np.uint64, thresholds: UInt32Array, aliases: Int32Array, tail: Float64Array
+) -> int:
     """A rank from 0 (the most frequent) that depends on `state` only."""
     bits = mix64(state)
     column = np.int64(((bits >> _WORD) * np.uint64(len(thresholds))) >> _WORD)
@@ -75,7 +87,11 @@ def _draw_tail(state: np.uint64, tail: Float64Array) -> int:
 def _tail(num_ranks: int, exponent: float, head: int) -> tuple[float, float, float, float, float]:
     first = _integral(head + 1.5, exponent) - (head + 1.0) ** -exponent
     last = _integral(num_ranks + 0.5, exponent)
-    at_once = head + 2.0 - _inverse_integral(_integral(head + 2.5, exponent) - (head + 2.0) ** -exponent, exponent)
+    at_once = (
+        head
+        + 2.0
+        - _inverse_integral(_integral(head + 2.5, exponent) - (head + 2.0) ** -exponent, exponent)
+    )
     return float(num_ranks), exponent, first, last, at_once
 
 

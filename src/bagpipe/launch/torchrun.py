@@ -1,4 +1,6 @@
-"""Trainers started by torchrun: `torchrun --nproc-per-node=N -m bagpipe train run.toml`, with `--nnodes` on several hosts."""
+"""Trainers started by torchrun: `torchrun --nproc-per-node=N -m bagpipe train run.toml`, with
+`--nnodes` on several hosts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from bagpipe.cache.communicator import Communicator
 from bagpipe.errors import ConfigError
 
 _TIMEOUT = timedelta(minutes=30)
-"""Longer than a checkpoint or the scoring of an evaluation, for which other ranks wait; a rank that dies is noticed at once."""
+"""Longer than a checkpoint or the scoring of an evaluation, for which other ranks wait; a rank that
+dies is noticed at once."""
 
 _EXIT_SECONDS = 10
 """In which a rank that failed must have ended, before it is killed."""
@@ -36,7 +39,8 @@ def joined_trainers() -> Iterator[Communicator | None]:
     num_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_trainers))
     if num_on_host * num_hosts != num_trainers:  # seen on every host, before one waits for another
         raise ConfigError(
-            f"{num_on_host} of {num_trainers} trainers run on this one of {num_hosts} hosts: start torchrun with the same "
+            f"{num_on_host} of {num_trainers} trainers run on this one of {num_hosts} hosts: start "
+            "torchrun with the same "
             "--nproc-per-node on all"
         )
     check_hosts(num_trainers, num_hosts)
@@ -48,7 +52,8 @@ def joined_trainers() -> Iterator[Communicator | None]:
     try:
         yield Communicator.from_default_group(num_hosts=num_hosts, timeout=_TIMEOUT)
     except BaseException:
-        # A thread may wait for messages that never come, and the interpreter for it. Once this process is gone the others see it.
+        # A thread may wait for messages that never come, and the interpreter for it. Once this
+        # process is gone the others see it.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_EXIT_SECONDS)
         raise

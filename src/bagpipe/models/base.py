@@ -1,7 +1,8 @@
 """What every model is: embeddings, and a dense part over their pooled values.
 
-The two are apart so that a training loop can run the embedding stages around the dense part, which sees floats only and can be
-captured as a CUDA graph. `forward` is both in one, for evaluation and for loops with autograd.
+The two are apart so that a training loop can run the embedding stages around the dense part, which
+sees floats only and can be captured as a CUDA graph. `forward` is both in one, for evaluation and
+for loops with autograd.
 """
 
 from __future__ import annotations
@@ -20,28 +21,43 @@ class RankingModel(nn.Module, ABC):
     """A model that gives each sample one logit.
 
     Args:
-        embeddings: maps the sparse features of a batch to pooled embeddings: `bagpipe.EmbeddingBagCollection`, or tables in memory.
-        num_features: sparse features a sample; by default those of `embeddings.groups`.
-        embedding_dim: D, which all tables must have; by default that of `embeddings.groups`.
+        embeddings: maps the sparse features of a batch to pooled embeddings:
+        `bagpipe.EmbeddingBagCollection`, or tables in memory. num_features: sparse features a
+        sample; by default those of `embeddings.groups`. embedding_dim: D, which all tables must
+        have; by default that of `embeddings.groups`.
 
     Raises:
-        ConfigError: the tables have several dimensions, or another one than `embedding_dim`; sizes are unknown.
+        ConfigError: the tables have several dimensions, or another one than `embedding_dim`; sizes
+        are unknown.
     """
 
-    def __init__(self, embeddings: nn.Module, *, num_features: int | None = None, embedding_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        embeddings: nn.Module,
+        *,
+        num_features: int | None = None,
+        embedding_dim: int | None = None,
+    ) -> None:
         super().__init__()
         groups: Sequence[Any] = getattr(embeddings, "groups", ())
         if not groups and (num_features is None or embedding_dim is None):
-            raise ConfigError(f"{type(self).__name__}: its embeddings have no `groups` to tell sizes: give them as arguments")
+            raise ConfigError(
+                f"{type(self).__name__}: its embeddings have no `groups` to tell sizes: give them "
+                "as arguments"
+            )
         if embedding_dim is None:
             embedding_dim = groups[0].embedding_dim
         for group in groups:
             if group.embedding_dim != embedding_dim:
                 raise ConfigError(
-                    f"{type(self).__name__}: table {group.tables[0].name!r} has embedding_dim {group.embedding_dim}, where "
-                    f"{embedding_dim} is expected: give all tables one dimension, and the last layer of bottom, where there is one"
+                    f"{type(self).__name__}: table {group.tables[0].name!r} has embedding_dim "
+                    f"{group.embedding_dim}, where "
+                    f"{embedding_dim} is expected: give all tables one dimension, and the last "
+                    "layer of bottom, where there is one"
                 )
-        self.num_features: int = sum(len(group.features) for group in groups) if num_features is None else num_features
+        self.num_features: int = (
+            sum(len(group.features) for group in groups) if num_features is None else num_features
+        )
         self.embedding_dim: int = embedding_dim
         self.embeddings = embeddings
 
@@ -52,7 +68,9 @@ class RankingModel(nn.Module, ABC):
 
     @abstractmethod
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but the lookup."""
+        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
+        the lookup.
+        """
 
     def _vectors(self, pooled: Tensor) -> Tensor:
         return pooled.view(-1, self.num_features, self.embedding_dim)  # (B, F, D)
@@ -61,12 +79,19 @@ class RankingModel(nn.Module, ABC):
 def check_top(model: str, top: Sequence[int]) -> None:
     """ConfigError: the last layer is not the logit's."""
     if not top or top[-1] != 1:
-        raise ConfigError(f"{model}(top={list(top)}): the last layer makes the logit, so its size must be 1")
+        raise ConfigError(
+            f"{model}(top={list(top)}): the last layer makes the logit, so its size must be 1"
+        )
 
 
 def check_bottom(model: str, bottom: Sequence[int], num_dense: int) -> None:
     """ConfigError: there is no layer, or nothing that goes into it."""
     if not bottom:
-        raise ConfigError(f"{model}(bottom=[]): needs at least one layer, of the embedding dimension")
+        raise ConfigError(
+            f"{model}(bottom=[]): needs at least one layer, of the embedding dimension"
+        )
     if num_dense < 1:
-        raise ConfigError(f"{model}: the data have no dense features, which its bottom layers need: use WideDeep or DeepFM")
+        raise ConfigError(
+            f"{model}: the data have no dense features, which its bottom layers need: use WideDeep "
+            "or DeepFM"
+        )

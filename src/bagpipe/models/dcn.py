@@ -1,11 +1,14 @@
-"""DLRM with a cross network in place of the dot products: DCN-v2 (Wang et al., arXiv 2008.13535), as MLPerf trains it.
+"""DLRM with a cross network in place of the dot products: DCN-v2 (Wang et al., arXiv 2008.13535),
+as MLPerf trains it.
 
     dense (B, num_dense) -> dense_arch -> (B, D)     ┐
-    sparse               -> embeddings -> (B, F * D) ┴-> inter_arch -> (B, (F + 1) * D) -> over_arch -> logits (B,)
+    sparse               -> embeddings -> (B, F * D) ┴-> inter_arch -> (B, (F + 1) * D)
+                                                         -> over_arch -> logits (B,)
 
-The cross network keeps the width of its input, so forward costs 2 * num_cross_layers * cross_rank * (F + 1) * D multiplications a
-sample, and backward twice that: 10.6 million with 26 features of 128. Submodules bear the names of TorchRec's DLRM_DCN; the sizes
-by default are those of MLPerf's DLRM-DCNv2, but for the embedding dimension, which is 128 there.
+The cross network keeps the width of its input, so forward costs 2 * num_cross_layers * cross_rank *
+(F + 1) * D multiplications a sample, and backward twice that: 10.6 million with 26 features of 128.
+Submodules bear the names of TorchRec's DLRM_DCN; the sizes by default are those of MLPerf's
+DLRM-DCNv2, but for the embedding dimension, which is 128 there.
 """
 
 from __future__ import annotations
@@ -23,16 +26,17 @@ class DLRM_DCN(RankingModel):
     """DLRM with a low-rank cross network (DCN-v2).
 
     Args:
-        embeddings: maps sparse features to pooled embeddings of `num_features` features, all of `embedding_dim`.
-        num_dense: dense features a sample.
-        num_features: sparse features a sample; by default those of `embeddings.groups`.
-        bottom: layer sizes of the MLP over dense features; the last one must be the embedding dimension.
-        top: layer sizes of the MLP over the crossed features; the last one must be 1.
-        num_cross_layers: layers of the cross network, each of which raises the degree of the crosses by one.
-        cross_rank: rank of each cross layer's matrix.
+        embeddings: maps sparse features to pooled embeddings of `num_features` features, all of
+        `embedding_dim`. num_dense: dense features a sample. num_features: sparse features a sample;
+        by default those of `embeddings.groups`. bottom: layer sizes of the MLP over dense features;
+        the last one must be the embedding dimension. top: layer sizes of the MLP over the crossed
+        features; the last one must be 1. num_cross_layers: layers of the cross network, each of
+        which raises the degree of the crosses by one. cross_rank: rank of each cross layer's
+        matrix.
 
     Raises:
-        ConfigError: the last size of `bottom` or `top` is not what it must be, or tables have several dimensions.
+        ConfigError: the last size of `bottom` or `top` is not what it must be, or tables have
+        several dimensions.
     """
 
     def __init__(
@@ -55,8 +59,11 @@ class DLRM_DCN(RankingModel):
         self.over_arch = MLP(width, top, last_activation=False)
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but the lookup."""
+        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
+        the lookup.
+        """
         embedded_dense = self.dense_arch(dense)  # (B, D)
-        concatenated = torch.cat([embedded_dense, pooled.to(embedded_dense.dtype)], dim=1)  # (B, (F + 1) * D)
+        # of shape (B, (F + 1) * D)
+        concatenated = torch.cat([embedded_dense, pooled.to(embedded_dense.dtype)], dim=1)
         logits: Tensor = self.over_arch(self.inter_arch(concatenated))
         return logits.squeeze(1)

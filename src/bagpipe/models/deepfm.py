@@ -1,12 +1,14 @@
-"""DeepFM: a factorization machine and an MLP over the same embeddings, added up (Guo et al., arXiv 1703.04247).
+"""DeepFM: a factorization machine and an MLP over the same embeddings, added up (Guo et al., arXiv
+1703.04247).
 
     sparse -> embeddings -> (B, F, D) -> first-order weights (B, F), vectors (B, F, D - 1)
     dense, weights -> wide                          -> (B,) ┐
     dense, vectors -> factorization_machine         -> (B,) ┼-> sum: logits (B,)
     dense, vectors -> cat -> over_arch              -> (B,) ┘
 
-It is `WideDeep`, whose last column of each table holds the first-order weights, plus the second-order terms. A dense feature has
-a vector of its own, a parameter, by which it takes part in them scaled by its value: the paper's way for continuous fields.
+It is `WideDeep`, whose last column of each table holds the first-order weights, plus the
+second-order terms. A dense feature has a vector of its own, a parameter, by which it takes part in
+them scaled by its value: the paper's way for continuous fields.
 """
 
 from __future__ import annotations
@@ -32,15 +34,23 @@ class DeepFM(WideDeep):
         embedding_dim: int | None = None,
         top: Sequence[int] = (400, 400, 400, 1),
     ) -> None:
-        super().__init__(embeddings, num_dense, num_features=num_features, embedding_dim=embedding_dim, top=top)
+        super().__init__(
+            embeddings, num_dense, num_features=num_features, embedding_dim=embedding_dim, top=top
+        )
         self.factorization_machine = FactorizationMachine()
         num_factors = self.embedding_dim - 1
-        self.dense_vectors = nn.Parameter(torch.randn(num_dense, num_factors) / num_factors**0.5 * 0.1)
+        self.dense_vectors = nn.Parameter(
+            torch.randn(num_dense, num_factors) / num_factors**0.5 * 0.1
+        )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but the lookup."""
+        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
+        the lookup.
+        """
         vectors, first_order = self._split(pooled)
         of_dense = dense.unsqueeze(2) * self.dense_vectors  # (B, num_dense, D - 1)
-        second_order: Tensor = self.factorization_machine(torch.cat([of_dense, vectors.to(of_dense.dtype)], dim=1))
+        second_order: Tensor = self.factorization_machine(
+            torch.cat([of_dense, vectors.to(of_dense.dtype)], dim=1)
+        )
         wide: Tensor = self.wide(dense, first_order)
         return wide + second_order + self._deep(dense, vectors)

@@ -1,10 +1,12 @@
-"""DLRM: dense and sparse features, pairwise dot products, one logit (Naumov et al., arXiv 1906.00091).
+"""DLRM: dense and sparse features, pairwise dot products, one logit (Naumov et al., arXiv
+1906.00091).
 
     dense (B, num_dense) -> dense_arch ->  (B, D)    ┐
-    sparse               -> embeddings ->  (B, F, D) ┴-> inter_arch -> (B, D + pairs) -> over_arch -> logits (B,)
+    sparse               -> embeddings ->  (B, F, D) ┴-> inter_arch -> (B, D + pairs)
+                                                         -> over_arch -> logits (B,)
 
-Submodules bear the names of TorchRec's DLRM. The embeddings are any module that maps the sparse features of a batch to
-pooled embeddings: `bagpipe.EmbeddingBagCollection`, or tables in memory.
+Submodules bear the names of TorchRec's DLRM. The embeddings are any module that maps the sparse
+features of a batch to pooled embeddings: `bagpipe.EmbeddingBagCollection`, or tables in memory.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ class DLRM(RankingModel):
     """Deep Learning Recommendation Model.
 
     Args:
-        embeddings: maps sparse features to pooled embeddings of `num_features` features, all of `embedding_dim`.
-        num_dense: dense features a sample.
-        num_features: sparse features a sample; by default those of `embeddings.groups`.
-        bottom: layer sizes of the MLP over dense features; the last one must be the embedding dimension.
-        top: layer sizes of the MLP over the interactions; the last one must be 1.
+        embeddings: maps sparse features to pooled embeddings of `num_features` features, all of
+        `embedding_dim`. num_dense: dense features a sample. num_features: sparse features a sample;
+        by default those of `embeddings.groups`. bottom: layer sizes of the MLP over dense features;
+        the last one must be the embedding dimension. top: layer sizes of the MLP over the
+        interactions; the last one must be 1.
 
     Raises:
-        ConfigError: the last size of `bottom` or `top` is not what it must be, or tables have several dimensions.
+        ConfigError: the last size of `bottom` or `top` is not what it must be, or tables have
+        several dimensions.
     """
 
     def __init__(
@@ -46,13 +49,20 @@ class DLRM(RankingModel):
         super().__init__(embeddings, num_features=num_features, embedding_dim=bottom[-1])
         self.dense_arch = MLP(num_dense, bottom)
         self.inter_arch = PairwiseDot(self.num_features + 1)
-        self.over_arch = MLP(self.embedding_dim + self.inter_arch.num_pairs, top, last_activation=False)
+        self.over_arch = MLP(
+            self.embedding_dim + self.inter_arch.num_pairs, top, last_activation=False
+        )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but the lookup."""
+        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
+        the lookup.
+        """
         embedded_sparse = self._vectors(pooled)
         embedded_dense = self.dense_arch(dense)  # (B, D)
-        vectors = torch.cat([embedded_dense.unsqueeze(1), embedded_sparse.to(embedded_dense.dtype)], dim=1)  # (B, F + 1, D)
+        # of shape (B, F + 1, D)
+        vectors = torch.cat(
+            [embedded_dense.unsqueeze(1), embedded_sparse.to(embedded_dense.dtype)], dim=1
+        )
         concatenated = torch.cat([embedded_dense, self.inter_arch(vectors)], dim=1)
         logits: Tensor = self.over_arch(concatenated)
         return logits.squeeze(1)

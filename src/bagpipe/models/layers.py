@@ -1,15 +1,15 @@
-"""Layers that recommendation models share: a multi-layer perceptron, and what combines the features of a sample.
+"""Layers that recommendation models share: a multi-layer perceptron, and what combines the features
+of a sample.
 
-| layer | combines | after |
-|---|---|---|
-| PairwiseDot | vectors, by all dot products | DLRM (Naumov et al., arXiv 1906.00091) |
-| LowRankCrossNet | columns, by explicit crosses of bounded degree | DCN-v2 (Wang et al., arXiv 2008.13535) |
-| FirstOrder | features, by a weighted sum | Wide & Deep (Cheng et al., arXiv 1606.07792) |
-| FactorizationMachine | vectors, by the sum of all dot products | Rendle, "Factorization Machines" (ICDM 2010) |
+| layer | combines | after | |---|---|---| | PairwiseDot | vectors, by all dot products | DLRM
+(Naumov et al., arXiv 1906.00091) | | LowRankCrossNet | columns, by explicit crosses of bounded
+degree | DCN-v2 (Wang et al., arXiv 2008.13535) | | FirstOrder | features, by a weighted sum | Wide
+& Deep (Cheng et al., arXiv 1606.07792) | | FactorizationMachine | vectors, by the sum of all dot
+products | Rendle, "Factorization Machines" (ICDM 2010) |
 
-The pairwise dot has a backward of its own: the gradient of the products is put back as one symmetric matrix and multiplied once,
-where autograd would scatter it and multiply twice; that is two to three times as fast on a CPU and has no atomics on a GPU, so it
-is the same from run to run.
+The pairwise dot has a backward of its own: the gradient of the products is put back as one
+symmetric matrix and multiplied once, where autograd would scatter it and multiply twice; that is
+two to three times as fast on a CPU and has no atomics on a GPU, so it is the same from run to run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from torch.autograd.function import once_differentiable
 
 
 class Pooled(Protocol):
-    """What an embeddings module returns: TorchRec's KeyedTensor, in the parts that a model reads."""
+    """What an embeddings module returns: TorchRec's KeyedTensor, in the parts that a model
+    reads.
+    """
 
     def keys(self) -> Sequence[str]:
         """Feature names in the order of `values`."""
@@ -39,7 +41,8 @@ class Pooled(Protocol):
 class MLP(nn.Sequential):
     """Linear layers with a ReLU after each, the last one too unless `last_activation` is False.
 
-    Weights start as the DLRM reference's do: normal with variance 2 / (fan in + fan out), biases with 1 / fan out.
+    Weights start as the DLRM reference's do: normal with variance 2 / (fan in + fan out), biases
+    with 1 / fan out.
 
     Args:
         in_features: columns of the input, (B, in_features) float32.
@@ -50,10 +53,15 @@ class MLP(nn.Sequential):
         ValueError: a size is below 1, or `layer_sizes` is empty.
     """
 
-    def __init__(self, in_features: int, layer_sizes: Sequence[int], *, last_activation: bool = True) -> None:
+    def __init__(
+        self, in_features: int, layer_sizes: Sequence[int], *, last_activation: bool = True
+    ) -> None:
         sizes = [in_features, *layer_sizes]
         if len(sizes) < 2 or min(sizes) < 1:
-            raise ValueError(f"MLP({in_features}, {list(layer_sizes)}): needs at least one layer, and every size at least 1")
+            raise ValueError(
+                f"MLP({in_features}, {list(layer_sizes)}): needs at least one layer, and every "
+                "size at least 1"
+            )
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
             linear = nn.Linear(fan_in, fan_out)
@@ -64,9 +72,11 @@ class MLP(nn.Sequential):
 
 
 class PairwiseDot(nn.Module):
-    """Dot products of all pairs of `num_vectors` vectors a sample, without a vector's product with itself.
+    """Dot products of all pairs of `num_vectors` vectors a sample, without a vector's product with
+    itself.
 
-    Maps (B, num_vectors, D) to (B, num_vectors * (num_vectors - 1) / 2), pairs (i, j) with j < i, ordered by i and then j.
+    Maps (B, num_vectors, D) to (B, num_vectors * (num_vectors - 1) / 2), pairs (i, j) with j < i,
+    ordered by i and then j.
     """
 
     lower: Tensor
@@ -76,12 +86,15 @@ class PairwiseDot(nn.Module):
         super().__init__()
         self.num_vectors = num_vectors
         rows, columns = torch.tril_indices(num_vectors, num_vectors, offset=-1)
-        self.register_buffer("lower", rows * num_vectors + columns, persistent=False)  # (num_pairs,)
+        # of shape (num_pairs,)
+        self.register_buffer("lower", rows * num_vectors + columns, persistent=False)
         pairs = torch.arange(len(rows))
-        symmetric = torch.full((num_vectors, num_vectors), len(rows))  # the diagonal reads the zero behind the last pair
+        # the diagonal reads the zero behind the last pair
+        symmetric = torch.full((num_vectors, num_vectors), len(rows))
         symmetric[rows, columns] = pairs
         symmetric[columns, rows] = pairs
-        self.register_buffer("symmetric", symmetric.view(-1), persistent=False)  # (num_vectors ** 2,)
+        # of shape (num_vectors ** 2,)
+        self.register_buffer("symmetric", symmetric.view(-1), persistent=False)
 
     @property
     def num_pairs(self) -> int:
@@ -96,23 +109,30 @@ class PairwiseDot(nn.Module):
 
 class _PairwiseDotFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, vectors: Tensor, lower: Tensor, symmetric: Tensor) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, vectors: Tensor, lower: Tensor, symmetric: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(vectors, symmetric)
         products = torch.bmm(vectors, vectors.transpose(1, 2))  # (B, V, V)
         return products.flatten(1).index_select(1, lower)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor
+    ) -> tuple[Tensor, None, None]:
         vectors, symmetric = ctx.saved_tensors  # type: ignore[attr-defined]
         (by_pair,) = gradients  # (B, num_pairs)
         by_pair = torch.nn.functional.pad(by_pair, (0, 1))  # (B, num_pairs + 1), zero last
-        matrix = by_pair.index_select(1, symmetric).view(len(vectors), vectors.shape[1], vectors.shape[1])
+        matrix = by_pair.index_select(1, symmetric).view(
+            len(vectors), vectors.shape[1], vectors.shape[1]
+        )
         return torch.bmm(matrix, vectors), None, None
 
 
 class LowRankCrossNet(nn.Module):
-    """``x[l + 1] = x[0] * (W[l] (V[l] x[l]) + b[l]) + x[l]`` for each layer l: DCN-v2's cross network, matrices W V of low rank.
+    """``x[l + 1] = x[0] * (W[l] (V[l] x[l]) + b[l]) + x[l]`` for each layer l: DCN-v2's cross
+    network, matrices W V of low rank.
 
     Matrices start as TorchRec's LowRankCrossNet's do: Xavier normal, biases with zero.
 
@@ -128,7 +148,10 @@ class LowRankCrossNet(nn.Module):
     def __init__(self, in_features: int, *, num_layers: int, rank: int) -> None:
         super().__init__()
         if min(in_features, num_layers, rank) < 1:
-            raise ValueError(f"LowRankCrossNet({in_features}, num_layers={num_layers}, rank={rank}): all must be at least 1")
+            raise ValueError(
+                f"LowRankCrossNet({in_features}, num_layers={num_layers}, rank={rank}): all must "
+                "be at least 1"
+            )
         downs = [nn.Linear(in_features, rank, bias=False) for _ in range(num_layers)]
         ups = [nn.Linear(rank, in_features) for _ in range(num_layers)]
         for linear in downs + ups:
@@ -146,21 +169,29 @@ class LowRankCrossNet(nn.Module):
 
 
 class FirstOrder(nn.Module):
-    """The linear part of a model: dense features by weights of its own, which start as zero, plus the weights of sparse ones."""
+    """The linear part of a model: dense features by weights of its own, which start as zero, plus
+    the weights of sparse ones.
+    """
 
     def __init__(self, num_dense: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_dense))
 
     def forward(self, dense: Tensor, weights: Tensor) -> Tensor:
-        """(B,) float32 of dense features (B, num_dense) float32 and the sparse features' weights (B, F), which are added up."""
+        """(B,) float32 of dense features (B, num_dense) float32 and the sparse features' weights
+        (B, F), which are added up.
+        """
         return (dense * self.weight).sum(1) + weights.float().sum(1)
 
 
 class FactorizationMachine(nn.Module):
-    """Second-order terms: the sum of the dot products of all pairs of a sample's vectors, as ((sum v)^2 - sum v^2) / 2."""
+    """Second-order terms: the sum of the dot products of all pairs of a sample's vectors, as ((sum
+    v)^2 - sum v^2) / 2.
+    """
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B,) float32 of (B, V, D); in float32, since the difference of two large sums is small."""
+        """(B,) float32 of (B, V, D); in float32, since the difference of two large sums is
+        small.
+        """
         vectors = vectors.float()
         return 0.5 * (vectors.sum(1).square() - vectors.square().sum(1)).sum(1)

@@ -1,15 +1,19 @@
-"""Wide & Deep: a linear model and an MLP over the same features, added up (Cheng et al., arXiv 1606.07792).
+"""Wide & Deep: a linear model and an MLP over the same features, added up (Cheng et al., arXiv
+1606.07792).
 
     sparse -> embeddings -> (B, F, D) -> first-order weights (B, F), vectors (B, F, D - 1)
     dense, weights -> wide                 -> (B,) ┐
     dense, vectors -> cat -> over_arch     -> (B,) ┴-> sum: logits (B,)
 
-**Where the linear weights live.** Each table's last column is its rows' first-order weights, the other D - 1 are the vectors that
-the MLP sees: one lookup, one group, one cache and one plan serve both, since a feature belongs to one table, and a record moves as
-a whole anyway. Tables of dimension 1 beside those of D would have every row planned, fetched and written back twice. The price:
-both share the embeddings' optimizer (with row-wise Adagrad even its one number a row), where the paper has FTRL for the wide part.
+**Where the linear weights live.** Each table's last column is its rows' first-order weights, the
+other D - 1 are the vectors that the MLP sees: one lookup, one group, one cache and one plan serve
+both, since a feature belongs to one table, and a record moves as a whole anyway. Tables of
+dimension 1 beside those of D would have every row planned, fetched and written back twice. The
+price: both share the embeddings' optimizer (with row-wise Adagrad even its one number a row), where
+the paper has FTRL for the wide part.
 
-Crossed features are the data's to make: a cross is a sparse feature like any other. Data without dense features will do.
+Crossed features are the data's to make: a cross is a sparse feature like any other. Data without
+dense features will do.
 """
 
 from __future__ import annotations
@@ -28,11 +32,11 @@ class WideDeep(RankingModel):
     """Wide & Deep, with the linear weights as the last column of each table.
 
     Args:
-        embeddings: maps sparse features to pooled embeddings of `num_features` features, all of `embedding_dim`, at least 2.
-        num_dense: dense features a sample.
-        num_features: sparse features a sample; by default those of `embeddings.groups`.
-        embedding_dim: D, with the column of linear weights; by default that of `embeddings.groups`.
-        top: layer sizes of the MLP over dense features and vectors; the last one must be 1.
+        embeddings: maps sparse features to pooled embeddings of `num_features` features, all of
+        `embedding_dim`, at least 2. num_dense: dense features a sample. num_features: sparse
+        features a sample; by default those of `embeddings.groups`. embedding_dim: D, with the
+        column of linear weights; by default that of `embeddings.groups`. top: layer sizes of the
+        MLP over dense features and vectors; the last one must be 1.
 
     Raises:
         ConfigError: the last size of `top` is not 1, tables have several dimensions or one below 2.
@@ -52,13 +56,18 @@ class WideDeep(RankingModel):
         super().__init__(embeddings, num_features=num_features, embedding_dim=embedding_dim)
         if self.embedding_dim < 2:
             raise ConfigError(
-                f"{name}: embedding_dim is {self.embedding_dim}, must be at least 2: a column of first-order weights, and vectors"
+                f"{name}: embedding_dim is {self.embedding_dim}, must be at least 2: a column of "
+                "first-order weights, and vectors"
             )
         self.wide = FirstOrder(num_dense)
-        self.over_arch = MLP(num_dense + self.num_features * (self.embedding_dim - 1), top, last_activation=False)
+        self.over_arch = MLP(
+            num_dense + self.num_features * (self.embedding_dim - 1), top, last_activation=False
+        )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but the lookup."""
+        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
+        the lookup.
+        """
         vectors, first_order = self._split(pooled)
         wide: Tensor = self.wide(dense, first_order)
         return wide + self._deep(dense, vectors)
@@ -69,5 +78,7 @@ class WideDeep(RankingModel):
         return columns[:, :, :-1], columns[:, :, -1]
 
     def _deep(self, dense: Tensor, vectors: Tensor) -> Tensor:
-        logits: Tensor = self.over_arch(torch.cat([dense, vectors.flatten(1).to(dense.dtype)], dim=1))
+        logits: Tensor = self.over_arch(
+            torch.cat([dense, vectors.flatten(1).to(dense.dtype)], dim=1)
+        )
         return logits.squeeze(1)

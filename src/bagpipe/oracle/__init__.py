@@ -6,4 +6,13 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.window import DedupedBatch, Oracle
 
-__all__ = ["Cacher", "DedupedBatch", "DedupedGroup", "Oracle", "OracleReport", "PlanChecker", "checked", "dedup"]
+__all__ = [
+    "Cacher",
+    "DedupedBatch",
+    "DedupedGroup",
+    "Oracle",
+    "OracleReport",
+    "PlanChecker",
+    "checked",
+    "dedup",
+]

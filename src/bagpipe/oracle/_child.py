@@ -1,7 +1,8 @@
 """What runs in the oracle process: it plans, and hands each trainer its own part of every step.
 
-A step is sent once all trainers have a place for it, so the slowest one holds all back, and either all get it or none. Once a
-trainer wants no more, or is gone, the others are told so behind what they were sent before, and the process ends.
+A step is sent once all trainers have a place for it, so the slowest one holds all back, and either
+all get it or none. Once a trainer wants no more, or is gone, the others are told so behind what
+they were sent before, and the process ends.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _PLANS_AHEAD = 2
 """Finished plans that wait here."""
 _END_TIMEOUT_S = 5.0
 _SWITCH_INTERVAL_S = 2e-4
-"""How long the stages' threads may keep each other waiting for the GIL; Python's own 5 ms are two steps."""
+"""How long the stages' threads may keep each other waiting for the GIL; Python's own 5 ms are two
+steps."""
 
 
 def run_child(
@@ -50,7 +52,9 @@ def run_child(
     adapter: BatchAdapter,
     num_places: int,
 ) -> None:
-    """The process's main function. `first` leads to the host's first rank, the others come through `door`."""
+    """The process's main function. `first` leads to the host's first rank, the others come through
+    `door`.
+    """
     keep_freed_memory()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     for number in IGNORED_SIGNALS:
@@ -64,7 +68,9 @@ def run_child(
             lines.end(failure)
             return
     threading.Thread(target=_end_by_force, args=(lines,), daemon=True).start()
-    plans = BackgroundIterator(plan_ranks_stream(batches, options, adapter), ahead=_PLANS_AHEAD, name="planner")
+    plans = BackgroundIterator(
+        plan_ranks_stream(batches, options, adapter), ahead=_PLANS_AHEAD, name="planner"
+    )
     try:
         lines.end(_send_all(plans, lines))
         lines.wait_for_departure()
@@ -92,11 +98,14 @@ def _admit_others(door: Door, lines: _Lines, options: StreamOptions) -> Failure 
             events.register(door.listener, select.POLLIN)
             for connection in lines.connections:
                 events.register(connection, select.POLLIN)
-            ready = [number for number, _ in events.poll(max(0.0, 1e3 * (deadline - time.monotonic())))]
+            ready = [
+                number for number, _ in events.poll(max(0.0, 1e3 * (deadline - time.monotonic())))
+            ]
             if not ready:
                 return Failure(
                     error=LostError(
-                        f"rank {missing[0]} has not come to the oracle process within {door.timeout_s:.0f} s; that trainer may "
+                        f"rank {missing[0]} has not come to the oracle process within "
+                        f"{door.timeout_s:.0f} s; that trainer may "
                         "have ended, or failed before"
                     )
                 )
@@ -115,7 +124,9 @@ def _admit(door: Door, lines: _Lines) -> None:
 
 
 def _end_by_force(lines: _Lines) -> None:
-    """Ends the process once a trainer is gone even if the reader never returns; until then this thread sleeps."""
+    """Ends the process once a trainer is gone even if the reader never returns; until then this
+    thread sleeps.
+    """
     events = select.poll()
     for connection in lines.connections:
         events.register(connection, 0)  # only when it hangs up
@@ -146,11 +157,15 @@ class _Lines:
     def add(self, line: _Line) -> None:
         """Lines lie in the order of ranks, as plans do."""
         number = line.connection.fileno()
-        self._lines = dict(sorted([*self._lines.items(), (number, line)], key=lambda item: item[1].rank))
+        self._lines = dict(
+            sorted([*self._lines.items(), (number, line)], key=lambda item: item[1].rank)
+        )
         self._messages.register(number, select.POLLIN)
 
     def send(self, step: Sequence[Planned[Any]]) -> Failure | None:
-        """Waits for the place that each trainer's item needs; what the others shall hear when one wants no more."""
+        """Waits for the place that each trainer's item needs; what the others shall hear when one
+        wants no more.
+        """
         lines = self._lines.values()
         items = [line.pack(planned) for line, planned in zip(lines, step, strict=True)]
         while ready := self._messages.poll(None if any(line.is_full for line in lines) else 0):
@@ -176,13 +191,22 @@ class _Lines:
             line.num_released += 1
             return None
         line.has_departed = True
-        return Failure(error=LostError(f"rank {line.rank} has ended its stream of batches, so no more steps are planned"))
+        return Failure(
+            error=LostError(
+                f"rank {line.rank} has ended its stream of batches, so no more steps are planned"
+            )
+        )
 
     def departure(self, number: int) -> Failure:
         """What the others shall hear of a trainer that is gone."""
         line = self._lines[number]
         line.has_departed = True
-        return Failure(error=LostError(f"rank {line.rank}'s connection to the oracle process closed: that trainer has ended"))
+        return Failure(
+            error=LostError(
+                f"rank {line.rank}'s connection to the oracle process closed: that trainer has "
+                "ended"
+            )
+        )
 
     def end(self, failure: Failure) -> None:
         """Tells all trainers that nothing comes any more, and why; only the first call does."""
@@ -237,12 +261,16 @@ class _Line:
     def _grow(self, num_bytes: int) -> None:
         """Cuts new places; the old ones stay for the items that lie there."""
         place_bytes = -(-2 * num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        region = replace(self._region, begin=self._region.begin + self._region.num_bytes, place_bytes=place_bytes)
+        region = replace(
+            self._region, begin=self._region.begin + self._region.num_bytes, place_bytes=place_bytes
+        )
         try:
-            os.posix_fallocate(self._file, region.begin, region.num_bytes)  # or a full memory would kill the process later
+            # or a full memory would kill the process later
+            os.posix_fallocate(self._file, region.begin, region.num_bytes)
         except OSError as error:
             raise BackgroundError(
-                f"the oracle process can't get {region.num_bytes:,} bytes of shared memory for {region.num_places} plans "
+                f"the oracle process can't get {region.num_bytes:,} bytes of shared memory for "
+                f"{region.num_places} plans "
                 f"({error}): use a smaller batch, or more memory"
             ) from error
         self._region, self._memory = region, map_region(self._file, region)
@@ -251,8 +279,16 @@ class _Line:
 def _describe(error: BaseException) -> Failure:
     trace = "".join(traceback.format_exception(error))
     if not isinstance(error, BagpipeError):
-        return Failure(error=BackgroundError(f"the oracle process failed: {error!r}"), cause=_sendable(error), trace=trace)
-    return Failure(error=error, cause=None if error.__cause__ is None else _sendable(error.__cause__), trace=trace)
+        return Failure(
+            error=BackgroundError(f"the oracle process failed: {error!r}"),
+            cause=_sendable(error),
+            trace=trace,
+        )
+    return Failure(
+        error=error,
+        cause=None if error.__cause__ is None else _sendable(error.__cause__),
+        trace=trace,
+    )
 
 
 def _sendable(error: BaseException) -> BaseException:

@@ -1,7 +1,8 @@
-"""Where the trainers of a host meet the oracle process that the first of them has started: an abstract Unix socket.
+"""Where the trainers of a host meet the oracle process that the first of them has started: an
+abstract Unix socket.
 
-That one listens before the process runs, which inherits the socket, so that nobody comes too early. A trainer says the key and its
-rank in one message, and hands over its shared memory with it.
+That one listens before the process runs, which inherits the socket, so that nobody comes too early.
+A trainer says the key and its rank in one message, and hands over its shared memory with it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Door:
 
 
 def connect(address: str, rank: int, file: int) -> Connection:
-    """A trainer's way to the process behind a `Door`. Raises BackgroundError when there is none, or none any more."""
+    """A trainer's way to the process behind a `Door`. Raises BackgroundError when there is none, or
+    none any more.
+    """
     name, key = address.split()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -80,7 +83,8 @@ def connect(address: str, rank: int, file: int) -> Connection:
     except OSError as error:
         connection.close()
         raise BackgroundError(
-            f"rank {rank} can't reach the oracle process that its host's first rank has started ({error}): it has ended, or runs "
+            f"rank {rank} can't reach the oracle process that its host's first rank has started "
+            f"({error}): it has ended, or runs "
             "on another host, and the communicator was not told of several"
         ) from error
     return Connection(connection.detach())

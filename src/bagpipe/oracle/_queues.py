@@ -1,7 +1,8 @@
 """The Cacher's eviction queues, compiled: slots of settled rows in the order in which they may go.
 
-Each shard of a cache (see `bagpipe.oracle.shards`) has its own, and functions are given the arrays of one. They take many slots
-at once: a call from compiled code costs a reference count of every array that it passes, so one a slot took five times as long.
+Each shard of a cache (see `bagpipe.oracle.shards`) has its own, and functions are given the arrays
+of one. They take many slots at once: a call from compiled code costs a reference count of every
+array that it passes, so one a slot took five times as long.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ _NO_CHUNK = -1
 class UnknownQueue(NamedTuple):
     """Slots of rows without a known next use, the longest unused first.
 
-    `places` says where a slot stands, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting its place, and an entry whose
-    slot says otherwise is stale and passed over. Stale entries are dropped when the ring is full.
+    `places` says where a slot stands, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting
+    its place, and an entry whose slot says otherwise is stale and passed over. Stale entries are
+    dropped when the ring is full.
     """
 
     slots: Int32Array  # (a power of two, at least twice the shard's slots,) a ring
@@ -36,20 +38,27 @@ class UnknownQueue(NamedTuple):
 
 
 class DueQueues(NamedTuple):
-    """One queue for each step of the window: the settled rows that it needs, their slots and their indices in the step's batch.
+    """One queue for each step of the window: the settled rows that it needs, their slots and their
+    indices in the step's batch.
 
-    Queues are chains of chunks of `CHUNK` entries, so that filling and emptying them runs through memory in order. An entry leaves
-    from the front, when its row is evicted, or with all others when its step comes. A slot stands in one queue at a time, and only
-    a queue's first and last chunk are not full, so as many chunks as the shard's slots fill and two more for each queue suffice.
+    Queues are chains of chunks of `CHUNK` entries, so that filling and emptying them runs through
+    memory in order. An entry leaves from the front, when its row is evicted, or with all others
+    when its step comes. A slot stands in one queue at a time, and only a queue's first and last
+    chunk are not full, so as many chunks as the shard's slots fill and two more for each queue
+    suffice.
     """
 
     chunks: Int32Array  # (num_chunks, CHUNK, 2) entries: SLOT, INDEX
     chains: Int32Array  # (num_chunks,) the next chunk of a chain
-    queues: Int32Array  # (num_queues + 1, 4) FIRST and LAST chunk, and where in them it BEGINs and ENDs; last the free chunks
+    # (num_queues + 1, 4) FIRST and LAST chunk, and where in them it BEGINs and ENDs; last the
+    # free chunks
+    queues: Int32Array
 
 
 def make_unknown_queues(num_shards: int, shard_slots: int, num_slots: int) -> UnknownQueue:
-    """Empty queues of shards with up to `shard_slots`; but for `places` each array has one for each shard."""
+    """Empty queues of shards with up to `shard_slots`; but for `places` each array has one for each
+    shard.
+    """
     size = 1 << (2 * shard_slots - 1).bit_length()
     return UnknownQueue(
         np.empty((num_shards, size), np.int32),
@@ -65,7 +74,11 @@ def make_due_queues(num_shards: int, shard_slots: int, num_queues: int) -> DueQu
     chains[-1] = _NO_CHUNK
     queues = np.full((num_shards, num_queues + 1, 4), _NO_CHUNK, np.int32)
     queues[:, num_queues, FIRST] = 0
-    return DueQueues(np.empty((num_shards, num_chunks, CHUNK, 2), np.int32), np.tile(chains, (num_shards, 1)), queues)
+    return DueQueues(
+        np.empty((num_shards, num_chunks, CHUNK, 2), np.int32),
+        np.tile(chains, (num_shards, 1)),
+        queues,
+    )
 
 
 @jit
@@ -127,7 +140,9 @@ def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
 
 @jit
 def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array) -> None:
-    """Puts each row (n,) at the end of the queue of the step (n,) that needs it. Step s has queue s modulo their number."""
+    """Puts each row (n,) at the end of the queue of the step (n,) that needs it. Step s has queue s
+    modulo their number.
+    """
     chunks, chains, queues = due.chunks, due.chains, due.queues
     free = len(queues) - 1
     # One division for all: the steps lie within one turn of the queues.
@@ -159,7 +174,9 @@ def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int3
 
 @jit
 def pop_due(due: DueQueues, step: int, freed: Int32Array) -> int:
-    """Moves slots from the front of a step's queue to `freed` until it is full; returns how many."""
+    """Moves slots from the front of a step's queue to `freed` until it is full; returns how
+    many.
+    """
     chunks, chains, queues = due.chunks, due.chains, due.queues
     queue = step % (len(queues) - 1)
     num_freed = 0
@@ -189,7 +206,8 @@ def take_due(due: DueQueues, step: int, slots: Int32Array) -> None:
             slots[np.uint32(entries[entry, INDEX])] = entries[entry, SLOT]
         begin, chunk = 0, chains[chunk]
     if first != _NO_CHUNK:
-        chains[last], queues[free, FIRST] = queues[free, FIRST], first  # the whole chain is free now
+        # the whole chain is free now
+        chains[last], queues[free, FIRST] = (queues[free, FIRST], first)
         queues[queue, FIRST], queues[queue, BEGIN] = _NO_CHUNK, 0
 
 

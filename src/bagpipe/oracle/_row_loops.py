@@ -1,7 +1,8 @@
-"""The Cacher's loops over one shard of a batch, compiled; `bagpipe.oracle._loops` runs them for all shards side by side.
+"""The Cacher's loops over one shard of a batch, compiled; `bagpipe.oracle._loops` runs them for all
+shards side by side.
 
-Each first gathers what is far away into a small buffer without branching on it, so that many cache misses are under way at a time,
-and then decides.
+Each first gathers what is far away into a small buffer without branching on it, so that many cache
+misses are under way at a time, and then decides.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ def find_resident(
     slots: Int32Array,
     first_index: int,
 ) -> int:
-    """Puts those of rows (n,) that are settled and have a slot into `slots`, and where they stand in their batch into `indices`.
+    """Puts those of rows (n,) that are settled and have a slot into `slots`, and where they stand
+    in their batch into `indices`.
 
     Returns how many these are. The first of the rows stands at `first_index`.
     """
     num_settled = 0
     for index in range(len(rows)):
         indices[num_settled] = index
-        is_settled = (previous[index] < 0) | (((previous[index] - oldest_unsettled) & OCCURRENCES) >= _RECENT)
+        is_settled = (previous[index] < 0) | (
+            ((previous[index] - oldest_unsettled) & OCCURRENCES) >= _RECENT
+        )
         num_settled += is_settled
     num_resident = 0
     for place in range(num_settled):
@@ -57,10 +61,14 @@ def find_unsettled(
     slots: Int32Array,
     missing: Int32Array,
 ) -> int:
-    """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns how many these are."""
+    """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns
+    how many these are.
+    """
     mask = len(slots_of_uses) - 1
     for index in range(len(previous)):
-        is_unsettled = (previous[index] >= 0) & (((previous[index] - oldest_unsettled) & OCCURRENCES) < _RECENT)
+        is_unsettled = (previous[index] >= 0) & (
+            ((previous[index] - oldest_unsettled) & OCCURRENCES) < _RECENT
+        )
         slot = slots_of_uses[previous[index] & mask]
         slots[index] = slot if is_unsettled else slots[index]
     num_missing = 0
@@ -82,10 +90,11 @@ def sort_out(
     indices: Int32Array,
     slots: Int32Array,
 ) -> tuple[int, int]:
-    """Sorts out a batch's occurrences, n between two bounds, that are to settle and that no step up to `step` uses again.
+    """Sorts out a batch's occurrences, n between two bounds, that are to settle and that no step up
+    to `step` uses again.
 
-    Fills `unknown` with the slots of those without a known next use, the others, (n,) each, with what is known of the next use of
-    the rest. Returns how many there are of both kinds.
+    Fills `unknown` with the slots of those without a known next use, the others, (n,) each, with
+    what is known of the next use of the rest. Returns how many there are of both kinds.
     """
     mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
     num_unknown = num_due = 0
@@ -112,12 +121,16 @@ def evict(
     early_tick: int,
     late_tick: int,
 ) -> None:
-    """Takes slots (n,) from their rows, which it tells: the first `num_early` at `early_tick`, the others at `late_tick`."""
+    """Takes slots (n,) from their rows, which it tells: the first `num_early` at `early_tick`, the
+    others at `late_tick`.
+    """
     for index in range(len(slots)):
         rows[index] = rows_of_slots[np.uint32(slots[index])]
     for index in range(len(slots)):
         prefetch(slots_of_rows, rows[min(index + _AHEAD, len(slots) - 1)], 0)
-        slots_of_rows[np.uint64(rows[index]), 0] = -2 - (early_tick if index < num_early else late_tick)
+        slots_of_rows[np.uint64(rows[index]), 0] = -2 - (
+            early_tick if index < num_early else late_tick
+        )
 
 
 @jit
@@ -131,7 +144,9 @@ def take_slots(
     missing_rows: Int64Array,
     evicted_at: Int32Array,
 ) -> None:
-    """Gives the i-th freed slot to the i-th missing row; tells which row that is and when it was evicted, -1 for never."""
+    """Gives the i-th freed slot to the i-th missing row; tells which row that is and when it was
+    evicted, -1 for never.
+    """
     for index in range(len(missing)):
         prefetch(slots_of_rows, rows[missing[min(index + _AHEAD, len(missing) - 1)]], 0)
         row, slot = rows[np.uint32(missing[index])], freed[index]
@@ -150,7 +165,8 @@ def free_unsettled(
     slots_of_uses: Int32Array,
     freed: Int32Array,
 ) -> int:
-    """Moves the slots of a recent batch's occurrences, between two bounds, to `freed` unless a step up to `step` uses them again.
+    """Moves the slots of a recent batch's occurrences, between two bounds, to `freed` unless a step
+    up to `step` uses them again.
 
     Returns how many these are.
     """
@@ -178,7 +194,8 @@ def early_first(
     fetch_rows: Int64Array,
     fetch_slots: Int32Array,
 ) -> tuple[int, int, int]:
-    """Puts the fetches that may be early before the others: to a settled slot, of a row not evicted later.
+    """Puts the fetches that may be early before the others: to a settled slot, of a row not evicted
+    later.
 
     Returns how many are early, the latest eviction among the early rows and among the late ones.
     """

@@ -1,8 +1,10 @@
-"""How an item crosses from one process to another: its arrays through shared memory, all else in one message.
+"""How an item crosses from one process to another: its arrays through shared memory, all else in
+one message.
 
-The message is a header, (offset, length) of each array in the item's place, and the pickles of the item's parts, one after the
-other (pickle protocol 5). Every step is packed and unpacked while other threads wait for the GIL, so arrays are described by type
-and shape alone, in half the time that numpy's own way takes.
+The message is a header, (offset, length) of each array in the item's place, and the pickles of the
+item's parts, one after the other (pickle protocol 5). Every step is packed and unpacked while other
+threads wait for the GIL, so arrays are described by type and shape alone, in half the time that
+numpy's own way takes.
 """
 
 from __future__ import annotations
@@ -86,7 +88,12 @@ class Packed:
         for buffer in buffers:
             spans += [end, buffer.nbytes]
             end += -(-buffer.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return cls(pickles=file.getvalue(), buffers=buffers, num_first=num_first, spans=np.array(spans, np.int64).reshape(-1, 2))
+        return cls(
+            pickles=file.getvalue(),
+            buffers=buffers,
+            num_first=num_first,
+            spans=np.array(spans, np.int64).reshape(-1, 2),
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -97,12 +104,24 @@ class Packed:
         """Copies the arrays into the item's place. ValueError: it is too small."""
         if self.num_bytes > len(place):
             raise ValueError(f"an item of {self.num_bytes:,} bytes for a place of {len(place):,}")
-        sources = [pa.py_buffer(buffer).address for buffer in self.buffers]  # numpy takes six times as long to tell an address
-        copy_all(np.array(sources, np.int64), pa.py_buffer(place).address + self.spans[:, 0], self.spans[:, 1])
+        # numpy takes six times as long to tell an address
+        sources = [pa.py_buffer(buffer).address for buffer in self.buffers]
+        copy_all(
+            np.array(sources, np.int64),
+            pa.py_buffer(place).address + self.spans[:, 0],
+            self.spans[:, 1],
+        )
 
     def message(self, number: int, region: Region) -> bytes:
         """What `Received.of` reads."""
-        header = _HEADER.pack(number, region.begin, region.place_bytes, region.num_places, self.num_first, len(self.spans))
+        header = _HEADER.pack(
+            number,
+            region.begin,
+            region.place_bytes,
+            region.num_places,
+            self.num_first,
+            len(self.spans),
+        )
         return header + self.spans.tobytes() + self.pickles
 
 
@@ -130,8 +149,12 @@ class Received:
         )
 
     def load(self, place: UInt8Array, *, copy_second: bool) -> tuple[Any, Any]:
-        """Both parts. Their arrays are views of the item's place; those of the second are copied out if so asked."""
-        unpickler = pickle.Unpickler(io.BytesIO(self.pickles), buffers=self._arrays(place, copy_second))
+        """Both parts. Their arrays are views of the item's place; those of the second are copied
+        out if so asked.
+        """
+        unpickler = pickle.Unpickler(
+            io.BytesIO(self.pickles), buffers=self._arrays(place, copy_second)
+        )
         return unpickler.load(), unpickler.load()
 
     def _arrays(self, place: UInt8Array, copy_second: bool) -> Iterator[UInt8Array]:
@@ -141,7 +164,9 @@ class Received:
 
 
 def _describe_array(array: npt.NDArray[Any]) -> tuple[Any, ...]:
-    """How to make an array again; by numpy's own way what has more to it than a type and a shape."""
+    """How to make an array again; by numpy's own way what has more to it than a type and a
+    shape.
+    """
     dtype = array.dtype
     if dtype.kind not in "biufc" or not dtype.isnative or not array.flags.c_contiguous:
         return array.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[return-value]

@@ -1,24 +1,30 @@
-"""The Oracle Cacher of one group: turns de-duplicated batches into slots, fetches and evictions. Sequential and pure.
+"""The Oracle Cacher of one group: turns de-duplicated batches into slots, fetches and evictions.
+Sequential and pure.
 
-A batch, linked by `bagpipe.oracle.linker`, is first *admitted* to the window, so that its rows' next use is known; later it is
-*planned*, which gives each of its rows a slot. Between the two lie `lookahead` batches. A row is *settled* once `prefetch_depth`
-steps have passed since its last use, so that its slot can be filled ahead.
+A batch, linked by `bagpipe.oracle.linker`, is first *admitted* to the window, so that its rows'
+next use is known; later it is *planned*, which gives each of its rows a slot. Between the two lie
+`lookahead` batches. A row is *settled* once `prefetch_depth` steps have passed since its last use,
+so that its slot can be filled ahead.
 
-Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). In this order, and no further than needed, go
+Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). In this order, and no
+further than needed, go
 
 1. settled rows with no known next use, the longest unused first (in one batch: in its order),
-2. settled rows by their next use, the farthest first (of one next use: the one of which that has been known longest, and what
-   became known at once in the order of the batch that made it known),
-3. rows that are not settled and that this step does not need, the longest unused first: the step has to wait for their slots.
+2. settled rows by their next use, the farthest first (of one next use: the one of which that has
+   been known longest, and what became known at once in the order of the batch that made it known),
+3. rows that are not settled and that this step does not need, the longest unused first: the step
+   has to wait for their slots.
 
-In a large cache, and where several hosts share one, that is the order within each of its shards (see `bagpipe.oracle.shards`).
+In a large cache, and where several hosts share one, that is the order within each of its shards
+(see `bagpipe.oracle.shards`).
 
-Where a planned batch finds a row's slot depends on the row's last use: in a small ring when that is not settled yet, as for most
-rows; in the queue of settled rows that wait for this step; and nowhere when the row must be fetched.
+Where a planned batch finds a row's slot depends on the row's last use: in a small ring when that is
+not settled yet, as for most rows; in the queue of settled rows that wait for this step; and nowhere
+when the row must be fetched.
 
-State, all flat arrays so that one step is a few loops without a hash table (`_loops`, `_queues`): per row 4 bytes, its slot or when
-it was evicted; per slot 28 to 36 bytes, its row and its place in the eviction queues; per unsettled use 4 bytes. The linker's is
-besides.
+State, all flat arrays so that one step is a few loops without a hash table (`_loops`, `_queues`):
+per row 4 bytes, its slot or when it was evicted; per slot 28 to 36 bytes, its row and its place in
+the eviction queues; per unsettled use 4 bytes. The linker's is besides.
 """
 
 from __future__ import annotations
@@ -57,7 +63,9 @@ class _Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """A step of the cache of one group, or of the caches of all trainers: slot s is then slot s // n of rank s % n of n."""
+    """A step of the cache of one group, or of the caches of all trainers: slot s is then slot s //
+    n of rank s % n of n.
+    """
 
     linked: LinkedGroup
     unique_slots: Int32Array  # (U,)
@@ -96,7 +104,9 @@ class CachePlan:
 
 
 class Cacher:
-    """Plans one group's cache step by step. `admit` batches in order, then `plan` them in the same order."""
+    """Plans one group's cache step by step. `admit` batches in order, then `plan` them in the same
+    order.
+    """
 
     def __init__(
         self,
@@ -109,13 +119,16 @@ class Cacher:
         num_trainers: int = 1,
         num_hosts: int = 1,
     ) -> None:
-        """`max_lookahead` bounds how many batches are ever admitted ahead; `first_step` is the number of the first batch.
+        """`max_lookahead` bounds how many batches are ever admitted ahead; `first_step` is the
+        number of the first batch.
 
-        Of several trainers, as many on each host, it plans all caches as one of `num_slots`, and batches are `MergedGroup`s.
+        Of several trainers, as many on each host, it plans all caches as one of `num_slots`, and
+        batches are `MergedGroup`s.
         """
         self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
         self._ranks = _loops.Ranks(num_trainers=num_trainers, num_hosts=num_hosts)
-        # Of several trainers a row's update may end one step later (see GroupExchange): so long it is not settled.
+        # Of several trainers a row's update may end one step later (see GroupExchange): so long it
+        # is not settled.
         self._num_kept_unsettled = prefetch_depth + (num_trainers > 1)
         bounds = slot_bounds(num_slots, group.num_rows, num_hosts)
         num_shards, shard_slots = len(bounds) - 1, int(np.diff(bounds).max())
@@ -130,13 +143,16 @@ class Cacher:
             unknown=_queues.make_unknown_queues(num_shards, shard_slots, num_slots),
             due=_queues.make_due_queues(num_shards, shard_slots, max_lookahead + 2),
         )
-        self._nothing = _Planned(step=-1, first_occurrence=0, bounds=np.zeros(num_shards + 1, np.int64))
+        self._nothing = _Planned(
+            step=-1, first_occurrence=0, bounds=np.zeros(num_shards + 1, np.int64)
+        )
         self._slots_of_uses = np.empty(1 << 16, np.int32)  # see _loops
         self._num_unsettled = 0  # occurrences
         self._admitted: deque[LinkedGroup] = deque()
         self._unsettled: deque[_Planned] = deque()
         self.evicted_blindly = False
-        """Whether the last plan evicted a row whose next use nobody knows: a longer window might have chosen better."""
+        """Whether the last plan evicted a row whose next use nobody knows: a longer window might
+        have chosen better."""
 
     @property
     def num_used_slots(self) -> int:
@@ -150,7 +166,9 @@ class Cacher:
         return self.linker.nbytes + sum(array.nbytes for array in arrays)
 
     def check_fits(self, linked: LinkedGroup) -> None:
-        """Raises CacheTooSmallError when the batch to be admitted next alone needs more slots than there are."""
+        """Raises CacheTooSmallError when the batch to be admitted next alone needs more slots than
+        there are.
+        """
         if (np.diff(linked.bounds) > np.diff(self._state.slot_bounds)).any():
             rows = linked.batch.unique_rows
             raise CacheTooSmallError(
@@ -163,7 +181,9 @@ class Cacher:
             )
 
     def admit(self, linked: LinkedGroup) -> None:
-        """Lets the window see one more batch, which must fit; the next plan takes it into account."""
+        """Lets the window see one more batch, which must fit; the next plan takes it into
+        account.
+        """
         self.check_fits(linked)
         self._admitted.append(linked)
         self._next_admitted += 1
@@ -182,7 +202,11 @@ class Cacher:
         self._next_step += 1
         self._reserve(linked)
         before = self._unsettled[-1] if self._unsettled else self._nothing
-        settled = self._unsettled.popleft() if len(self._unsettled) > self._num_kept_unsettled else self._nothing
+        settled = (
+            self._unsettled.popleft()
+            if len(self._unsettled) > self._num_kept_unsettled
+            else self._nothing
+        )
         slots, evicted, fetched, counts = _loops.plan(
             self._state,
             newest,
@@ -197,7 +221,9 @@ class Cacher:
             self.linker.settled = settled.step
         num_evicted_early, num_early = counts[_loops.EVICTED_EARLY], counts[_loops.FETCHED_EARLY]
         self.evicted_blindly = bool(counts[_loops.EVICTED_BLINDLY])
-        self._unsettled.append(_Planned(step=step, first_occurrence=linked.first_occurrence, bounds=linked.bounds))
+        self._unsettled.append(
+            _Planned(step=step, first_occurrence=linked.first_occurrence, bounds=linked.bounds)
+        )
         self._num_unsettled += len(slots)
         return CachePlan(
             linked=linked,
@@ -221,19 +247,27 @@ class Cacher:
         )
 
     def _take_new(self, oldest_unsettled: int) -> _loops.Batch:
-        """The last batch that is new since the last plan, without rows if none is, once those before it are taken in."""
+        """The last batch that is new since the last plan, without rows if none is, once those
+        before it are taken in.
+        """
         newest: LinkedGroup | None = None
         for linked in islice(self._admitted, self._next_taken - self._next_step, None):
             if newest is not None:
                 _loops.admit(self._state, _as_batch(newest), oldest_unsettled, self._next_taken - 1)
             newest = linked
             self._next_taken += 1
-        return _loops.Batch(_NO_ROWS, _NO_USES, _NO_USERS, self._nothing.bounds, 0) if newest is None else _as_batch(newest)
+        return (
+            _loops.Batch(_NO_ROWS, _NO_USES, _NO_USERS, self._nothing.bounds, 0)
+            if newest is None
+            else _as_batch(newest)
+        )
 
     def _reserve(self, linked: LinkedGroup) -> None:
         """Makes room for a batch in the ring of unsettled uses."""
         oldest = linked.first_occurrence - self._num_unsettled
-        self._slots_of_uses = roomy_ring(self._slots_of_uses, oldest, self._num_unsettled, len(linked.previous))
+        self._slots_of_uses = roomy_ring(
+            self._slots_of_uses, oldest, self._num_unsettled, len(linked.previous)
+        )
 
 
 def _as_batch(linked: LinkedGroup) -> _loops.Batch:
@@ -252,14 +286,17 @@ def _are_among(uses: Int32Array, first_occurrence: int, num_uniques: int) -> Boo
     """Whether each of `uses` (n,) is one of so many occurrences."""
     found = np.empty(len(uses), np.bool_)
     for index in range(len(uses)):
-        found[index] = (uses[index] >= 0) & (((uses[index] - first_occurrence) & OCCURRENCES) < num_uniques)
+        found[index] = (uses[index] >= 0) & (
+            ((uses[index] - first_occurrence) & OCCURRENCES) < num_uniques
+        )
     return found
 
 
 @jit
 def _come_again(previous: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
     """Whether each of so many occurrences (num_uniques,) is among `previous` (n,)."""
-    found = np.zeros(num_uniques + 1, np.bool_)  # the last one for uses before: a branch could not be foreseen
+    # the last one for uses before: a branch could not be foreseen
+    found = np.zeros(num_uniques + 1, np.bool_)
     for use in previous:
         index = (use - first_occurrence) & OCCURRENCES
         found[np.uint32(index if (use >= 0) & (index < num_uniques) else num_uniques)] = True

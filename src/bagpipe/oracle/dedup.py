@@ -1,14 +1,17 @@
-"""De-duplication: from the ids of one batch to its distinct rows and the order of its backward sums.
+"""De-duplication: from the ids of one batch to its distinct rows and the order of its backward
+sums.
 
-Stateless, so that any number of batches run at a time on any number of threads (the kernels release the GIL), and pure:
-the same ids give the same arrays on any machine. One pass over the lookups finds the distinct rows, which are then put shard by
-shard (see `bagpipe.oracle.shards`), and a second one groups the bags by row (a counting sort); nothing is sorted by comparison.
+Stateless, so that any number of batches run at a time on any number of threads (the kernels release
+the GIL), and pure: the same ids give the same arrays on any machine. One pass over the lookups
+finds the distinct rows, which are then put shard by shard (see `bagpipe.oracle.shards`), and a
+second one groups the bags by row (a counting sort); nothing is sorted by comparison.
 
-Tables are taken one after the other, so that the hash table in use holds one table's ids and stays in the CPU's cache. A table
-whose ids fit the hash table is addressed directly. Cost: about 5 ms for 425,984 lookups on one core (docs/results.md).
+Tables are taken one after the other, so that the hash table in use holds one table's ids and stays
+in the CPU's cache. A table whose ids fit the hash table is addressed directly. Cost: about 5 ms for
+425,984 lookups on one core (docs/results.md).
 
-A `DedupedGroup` keeps 12 bytes a lookup (8 where all bags hold one id) and about 16 a distinct row while its batch is in
-the window; a running call needs 4 to 8 bytes a lookup more.
+A `DedupedGroup` keeps 12 bytes a lookup (8 where all bags hold one id) and about 16 a distinct row
+while its batch is in the window; a running call needs 4 to 8 bytes a lookup more.
 """
 
 from __future__ import annotations
@@ -23,7 +26,16 @@ from bagpipe._prefetch import prefetch
 from bagpipe.errors import DataError
 from bagpipe.jagged import group_lookups, id_outside_table
 from bagpipe.oracle.shards import order_by_shard
-from bagpipe.types import MAX_PIECE_LENGTH, Float32Array, GradientSchedule, Group, Int32Array, Int64Array, Jagged, UInt32Array
+from bagpipe.types import (
+    MAX_PIECE_LENGTH,
+    Float32Array,
+    GradientSchedule,
+    Group,
+    Int32Array,
+    Int64Array,
+    Jagged,
+    UInt32Array,
+)
 
 _MAX_LOOKUPS = 2**31 - 1
 _MULTIPLIER = np.uint32(0x9E3779B1)  # 2**32 over the golden ratio, made prime
@@ -33,7 +45,9 @@ _BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class DedupedGroup:
-    """What one batch asks of one group, before slots are known. The schedule's arrays are those of `GradientSchedule`."""
+    """What one batch asks of one group, before slots are known. The schedule's arrays are those of
+    `GradientSchedule`.
+    """
 
     unique_rows: Int64Array  # (U,) shard by shard, in each in first-use order
     inverse: Int32Array  # (L,) for each lookup the index of its row in unique_rows
@@ -66,12 +80,16 @@ class DedupedGroup:
 def dedup(group: Group, batch: Jagged) -> DedupedGroup:
     """Finds the distinct rows of `batch` in `group` and its gradient schedule.
 
-    Raises DataError when a feature of the group is missing, an id lies outside its table, or the offsets are inconsistent.
+    Raises DataError when a feature of the group is missing, an id lies outside its table, or the
+    offsets are inconsistent.
     """
     lookups = group_lookups(group, batch)
     num_lookups = lookups.num_lookups
     if num_lookups > _MAX_LOOKUPS:
-        raise DataError(f"{group.name}: a batch has {num_lookups:,} lookups, the limit is {_MAX_LOOKUPS:,}: use smaller batches")
+        raise DataError(
+            f"{group.name}: a batch has {num_lookups:,} lookups, the limit is {_MAX_LOOKUPS:,}: "
+            "use smaller batches"
+        )
     inverse = np.empty(num_lookups, np.int32)
     bags = np.empty(num_lookups, np.int32)
     weights = np.empty(0, np.float32) if lookups.weights is None else lookups.weights
@@ -119,9 +137,11 @@ def _dedup(
     bags: Int32Array,
     bag_weights: Float32Array,
 ) -> tuple[Int64Array, Int32Array, Int32Array, Int32Array, int, int]:
-    """All of it in one call, since each waits for the GIL when it returns. Fills `inverse`, `bags` and `bag_weights`.
+    """All of it in one call, since each waits for the GIL when it returns. Fills `inverse`, `bags`
+    and `bag_weights`.
 
-    Returns (unique_rows, piece_offsets, long_uniques, long_offsets, and what `number_rows` says of bad ids).
+    Returns (unique_rows, piece_offsets, long_uniques, long_offsets, and what `number_rows` says of
+    bad ids).
     """
     table_lookups = np.zeros(len(row_offsets) - 1, np.int64)
     for feature in range(len(feature_tables)):
@@ -131,13 +151,34 @@ def _dedup(
     counts = np.empty(max_uniques, np.int32)
     first_rows, sizes = row_offsets[:-1], np.diff(row_offsets)
     num_uniques, bad_feature, bad_lookup = number_rows(
-        values, feature_starts, feature_lengths, feature_tables, first_rows, sizes, inverse, unique_rows, counts
+        values,
+        feature_starts,
+        feature_lengths,
+        feature_tables,
+        first_rows,
+        sizes,
+        inverse,
+        unique_rows,
+        counts,
     )
-    ordered_rows, ordered_counts, places = order_by_shard(unique_rows[:num_uniques], counts[:num_uniques])
-    piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(ordered_counts, MAX_PIECE_LENGTH)
+    ordered_rows, ordered_counts, places = order_by_shard(
+        unique_rows[:num_uniques], counts[:num_uniques]
+    )
+    piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(
+        ordered_counts, MAX_PIECE_LENGTH
+    )
     if bad_feature < 0:
         _renumber(inverse, places)
-        _group_bags(inverse, bag_offsets, batch_size, len(feature_tables), weights, cursors, bags, bag_weights)
+        _group_bags(
+            inverse,
+            bag_offsets,
+            batch_size,
+            len(feature_tables),
+            weights,
+            cursors,
+            bags,
+            bag_weights,
+        )
     return ordered_rows, piece_offsets, long_uniques, long_offsets, bad_feature, bad_lookup
 
 
@@ -155,9 +196,10 @@ def number_rows(
 ) -> tuple[int, int, int]:
     """Numbers the distinct rows in first-use order; fills `inverse`, `unique_rows` and `counts`.
 
-    Features of one table follow each other; `first_rows` and `sizes` are each table's first row and number of ids. Returns (number
-    of distinct rows, feature and lookup of the first id outside its table or -1, -1).
-    Open addressing with linear probing over at most half-full power-of-two tables, multiplicative hashing (Knuth 6.4).
+    Features of one table follow each other; `first_rows` and `sizes` are each table's first row and
+    number of ids. Returns (number of distinct rows, feature and lookup of the first id outside its
+    table or -1, -1). Open addressing with linear probing over at most half-full power-of-two
+    tables, multiplicative hashing (Knuth 6.4).
     """
     num_features = len(feature_starts)
     num_uniques = 0
@@ -178,7 +220,10 @@ def number_rows(
         shift = np.uint32(0 if sizes[table] <= (1 << bits) else 32 - bits)
         heads = np.full((1 << bits, 1), -1, np.int32)
         for current in range(feature, last):
-            start, stop = feature_starts[current], feature_starts[current] + feature_lengths[current]
+            start, stop = (
+                feature_starts[current],
+                feature_starts[current] + feature_lengths[current],
+            )
             for begin in range(start, stop, _BLOCK):
                 block = values[begin : min(begin + _BLOCK, stop)]
                 if _place_block(block, sizes[table], shift, heads, places):
@@ -187,7 +232,15 @@ def number_rows(
                         bad += 1
                     return num_uniques, current, begin + bad - start
                 num_uniques = _number_block(
-                    block, places, first_rows[table], shift, heads, unique_rows, counts, num_uniques, inverse[position:]
+                    block,
+                    places,
+                    first_rows[table],
+                    shift,
+                    heads,
+                    unique_rows,
+                    counts,
+                    num_uniques,
+                    inverse[position:],
                 )
                 position += len(block)
         feature = last
@@ -195,10 +248,18 @@ def number_rows(
 
 
 @jit
-def _place_block(values: npt.NDArray[np.integer], size: int, shift: np.uint32, heads: Int32Array, places: UInt32Array) -> bool:
-    """Writes where in the hash table each id stands at first, and asks for it; says whether an id is out of range.
+def _place_block(
+    values: npt.NDArray[np.integer],
+    size: int,
+    shift: np.uint32,
+    heads: Int32Array,
+    places: UInt32Array,
+) -> bool:
+    """Writes where in the hash table each id stands at first, and asks for it; says whether an id
+    is out of range.
 
-    By blocks, since these loops run over vectors, and the next one finds its places in the CPU's cache.
+    By blocks, since these loops run over vectors, and the next one finds its places in the CPU's
+    cache.
     """
     is_bad = False
     if shift == 0:
@@ -250,11 +311,14 @@ def _number_block(
 
 
 @jit
-def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
-    """Lays out the pieces of all rows: (piece_offsets, long_uniques, long_offsets) of `GradientSchedule`, and `cursors`.
+def _cut_pieces(
+    counts: Int32Array, max_length: int
+) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
+    """Lays out the pieces of all rows: (piece_offsets, long_uniques, long_offsets) of
+    `GradientSchedule`, and `cursors`.
 
-    `cursors` (U, 3) holds for each row where its first piece begins, and of long ones where that ends, else -1, and where further
-    ones begin.
+    `cursors` (U, 3) holds for each row where its first piece begins, and of long ones where that
+    ends, else -1, and where further ones begin.
     """
     num_uniques = len(counts)
     num_long = 0
@@ -294,7 +358,9 @@ def _cut_pieces(counts: Int32Array, max_length: int) -> tuple[Int32Array, Int32A
 
 @jit
 def _renumber(inverse: Int32Array, places: Int32Array) -> None:
-    """Puts `places[u]` for each u of `inverse`: nearly free in a loop of its own, a third of `_group_bags` within that."""
+    """Puts `places[u]` for each u of `inverse`: nearly free in a loop of its own, a third of
+    `_group_bags` within that.
+    """
     for lookup in range(len(inverse)):
         inverse[lookup] = places[np.uint32(inverse[lookup])]
 
@@ -310,7 +376,9 @@ def _group_bags(
     bags: Int32Array,
     bag_weights: Float32Array,
 ) -> None:
-    """Fills `bags` (L,): the output rows grouped by distinct row, in lookup order within a row; and so `bag_weights`, if any."""
+    """Fills `bags` (L,): the output rows grouped by distinct row, in lookup order within a row; and
+    so `bag_weights`, if any.
+    """
     lookup = 0
     for feature in range(num_features):
         bag = feature
@@ -325,8 +393,9 @@ def _group_bags(
                 if len(weights) > 0:
                     bag_weights[np.uint32(place)] = weights[lookup]
                 place += 1
-                # Past its first piece a row goes on with its further ones, which lie in one run. So rare a branch is foreseen,
-                # where a choice without one would have each lookup of a row wait for the one before.
+                # Past its first piece a row goes on with its further ones, which lie in one run. So
+                # rare a branch is foreseen, where a choice without one would have each lookup of a
+                # row wait for the one before.
                 if place == cursors[unique, 1]:
                     place = cursors[unique, 2]
                 cursors[unique, 0] = place

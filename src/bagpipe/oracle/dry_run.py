@@ -1,24 +1,31 @@
-"""The dry run: what a cache of each size would fetch with each lookahead, from the ids alone. No rows, no model, no device.
+"""The dry run: what a cache of each size would fetch with each lookahead, from the ids alone. No
+rows, no model, no device.
 
-Slots, fetches and evictions depend only on the distinct rows of each batch. So batches are read and de-duplicated once, on a
-thread pool, and only their distinct rows are kept (a `Trace`); the oracle that trains then replays the trace for each point
-of a grid of cache sizes and lookaheads, several points at a time.
+Slots, fetches and evictions depend only on the distinct rows of each batch. So batches are read and
+de-duplicated once, on a thread pool, and only their distinct rows are kept (a `Trace`); the oracle
+that trains then replays the trace for each point of a grid of cache sizes and lookaheads, several
+points at a time.
 
-Counting. The first `warmup_steps` fill the cache and are left out; the others are counted, the same ones for every point. A
-trace longer than the counted steps is only looked ahead into, so that the last of them are planned with a full window.
+Counting. The first `warmup_steps` fill the cache and are left out; the others are counted, the same
+ones for every point. A trace longer than the counted steps is only looked ahead into, so that the
+last of them are planned with a full window.
 
-A step *waits* when some of its transfers are late: a row's slot, or the row itself, is not free `prefetch_depth` steps ahead,
-so that its fetch stands on the critical path. A cache *never stalls* when no counted step waits. Whether the store then
-delivers in time depends on its speed and the step's length: compare them with the bytes a step. The smallest such cache is
-looked for between the smallest never-stalling size of the grid and the next smaller size that stalls or is too small for a
-batch, by bisection to within `RESOLUTION`. A size below it stalls, or was not tried because a larger one does.
+A step *waits* when some of its transfers are late: a row's slot, or the row itself, is not free
+`prefetch_depth` steps ahead, so that its fetch stands on the critical path. A cache *never stalls*
+when no counted step waits. Whether the store then delivers in time depends on its speed and the
+step's length: compare them with the bytes a step. The smallest such cache is looked for between the
+smallest never-stalling size of the grid and the next smaller size that stalls or is too small for a
+batch, by bisection to within `RESOLUTION`. A size below it stalls, or was not tried because a
+larger one does.
 
-Several trainers. A batch of the stream is then a global one, split among them (`bagpipe.jagged.share_of`); cache sizes are of each
-trainer; and what they send each other is counted too (`bagpipe.oracle.traffic`).
+Several trainers. A batch of the stream is then a global one, split among them
+(`bagpipe.jagged.share_of`); cache sizes are of each trainer; and what they send each other is
+counted too (`bagpipe.oracle.traffic`).
 
-Memory: 8 bytes a distinct row and batch for the trace, of several trainers 8 more and 4 a trainer that uses it; for each point
-under way what a `Cacher` takes (8 bytes a row of the tables, 36 a slot, 8 a distinct row and 8 KiB a batch of lookahead). No more
-points are under way than `CACHERS_BYTES` has room for.
+Memory: 8 bytes a distinct row and batch for the trace, of several trainers 8 more and 4 a trainer
+that uses it; for each point under way what a `Cacher` takes (8 bytes a row of the tables, 36 a
+slot, 8 a distinct row and 8 KiB a batch of lookahead). No more points are under way than
+`CACHERS_BYTES` has room for.
 """
 
 from __future__ import annotations
@@ -48,7 +55,8 @@ from bagpipe.oracle.window import DedupedBatch, Oracle, Trainers
 from bagpipe.types import Group, Int64Array, Jagged
 
 RESOLUTION = 0.01
-"""How near to the border between stalling and never stalling the bisection goes, as a share of the cache."""
+"""How near to the border between stalling and never stalling the bisection goes, as a share of the
+cache."""
 CACHERS_BYTES = 4 << 30
 """Memory that points under way may take together; one always may."""
 
@@ -83,36 +91,60 @@ class Trace:
 
     @property
     def smallest_cache(self) -> int:
-        """The fewest rows over all groups, of each trainer, from which on no batch alone needs more slots than its group gets."""
+        """The fewest rows over all groups, of each trainer, from which on no batch alone needs more
+        slots than its group gets.
+        """
         needs = np.max([self._slots_needed(batch) for batch in self.batches], axis=0)
         sizes = range(len(self.groups), sum(group.num_rows for group in self.groups))
-        fits = bisect_left(sizes, True, key=lambda rows: bool((self.num_trainers * np.array(self.slots(rows)) >= needs).all()))
+        fits = bisect_left(
+            sizes,
+            True,
+            key=lambda rows: bool((self.num_trainers * np.array(self.slots(rows)) >= needs).all()),
+        )
         return len(self.groups) + fits
 
     def slots(self, cache_rows: int) -> list[int]:
-        """Slots of each trainer for each group; those of a host together have no more than a group has rows, but for rounding."""
+        """Slots of each trainer for each group; those of a host together have no more than a group
+        has rows, but for rounding.
+        """
         slots, num_on_host = slots_of(cache_rows, self.groups), self.num_trainers // self.num_hosts
-        return [min(count, -(-group.num_rows // num_on_host)) for count, group in zip(slots, self.groups, strict=True)]
+        return [
+            min(count, -(-group.num_rows // num_on_host))
+            for count, group in zip(slots, self.groups, strict=True)
+        ]
 
     def trainers(self, ranks: Sequence[int]) -> Trainers:
         """Plans for these ranks, with room for all replicas that a share can need."""
         num_replicas = [
-            max(len(places) for group in groups if isinstance(group, MergedGroup) for places in group.places)
+            max(
+                len(places)
+                for group in groups
+                if isinstance(group, MergedGroup)
+                for places in group.places
+            )
             for groups in zip(*(batch.groups for batch in self.batches), strict=True)
             if self.num_trainers > 1
         ]
         return Trainers(
-            num_trainers=self.num_trainers, num_hosts=self.num_hosts, ranks=tuple(ranks), num_replica_slots=tuple(num_replicas)
+            num_trainers=self.num_trainers,
+            num_hosts=self.num_hosts,
+            ranks=tuple(ranks),
+            num_replica_slots=tuple(num_replicas),
         )
 
     def _slots_needed(self, batch: DedupedBatch[None]) -> list[int]:
         pairs = zip(self.groups, batch.groups, strict=True)
-        return [num_slots_needed(rows.unique_rows, group.num_rows, self.num_hosts) for group, rows in pairs]
+        return [
+            num_slots_needed(rows.unique_rows, group.num_rows, self.num_hosts)
+            for group, rows in pairs
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What to replay: each cache size (rows over all groups, of each trainer) with each lookahead."""
+    """What to replay: each cache size (rows over all groups, of each trainer) with each
+    lookahead.
+    """
 
     cache_rows: Sequence[int]
     lookaheads: Sequence[int]
@@ -125,7 +157,10 @@ class Grid:
         if not self.cache_rows or not self.lookaheads:
             raise ConfigError("a dry run needs at least one cache size and one lookahead")
         if self.num_steps < 1 or not 0 <= self.num_warmup_steps < self.num_steps:
-            raise ConfigError(f"a dry run of {self.num_steps} steps, {self.num_warmup_steps} of them to warm up, counts no step")
+            raise ConfigError(
+                f"a dry run of {self.num_steps} steps, {self.num_warmup_steps} of them to warm up, "
+                "counts no step"
+            )
 
     @property
     def num_warmup_steps(self) -> int:
@@ -140,16 +175,19 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One cache size with one lookahead. `report` counts the steps after the warm-up; None when a batch alone needs more slots.
+    """One cache size with one lookahead. `report` counts the steps after the warm-up; None when a
+    batch alone needs more slots.
 
-    Of several trainers the size is that of each; `report` adds up what all of them fetch and write back, `traffic` what they send
-    each other.
+    Of several trainers the size is that of each; `report` adds up what all of them fetch and write
+    back, `traffic` what they send each other.
     """
 
     cache_rows: int
     lookahead: int
     report: OracleReport | None
-    num_needed: int = 0  # slots that the batch needs for which the cache is too small, of each trainer
+    num_needed: int = (
+        0  # slots that the batch needs for which the cache is too small, of each trainer
+    )
     traffic: Traffic | None = None
 
     @property
@@ -160,7 +198,9 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """The points by lookahead and then cache size; for each lookahead the smallest cache that never stalls."""
+    """The points by lookahead and then cache size; for each lookahead the smallest cache that never
+    stalls.
+    """
 
     groups: tuple[Group, ...]
     grid: Grid
@@ -174,7 +214,9 @@ class DryRun:
     def cache_bytes(self, cache_rows: int) -> int:
         """Bytes of records in a cache of `cache_rows` rows over all groups, of each trainer."""
         slots = slots_of(cache_rows, self.groups)
-        return sum(count * group.record_bytes for count, group in zip(slots, self.groups, strict=True))
+        return sum(
+            count * group.record_bytes for count, group in zip(slots, self.groups, strict=True)
+        )
 
 
 def read_trace(
@@ -189,14 +231,23 @@ def read_trace(
 ) -> Trace:
     """De-duplicates up to `max_batches` batches, of several trainers global ones.
 
-    Raises DataError: there is none, or what `batches` and `dedup` raise; ConfigError: too many trainers, or uneven hosts.
+    Raises DataError: there is none, or what `batches` and `dedup` raise; ConfigError: too many
+    trainers, or uneven hosts.
     """
-    Trainers(num_trainers=num_trainers, num_hosts=num_hosts, ranks=(0,), num_replica_slots=(0,) * len(groups)).check(groups)
+    Trainers(
+        num_trainers=num_trainers,
+        num_hosts=num_hosts,
+        ranks=(0,),
+        num_replica_slots=(0,) * len(groups),
+    ).check(groups)
     num_threads = threads or os.cpu_count() or 1
     kept = []
     with Workers("bagpipe-dedup", num_threads) as workers:
         found = ordered_map(
-            partial(_distinct_rows, groups, num_trainers), islice(batches, max_batches), workers, ahead=2 * num_threads
+            partial(_distinct_rows, groups, num_trainers),
+            islice(batches, max_batches),
+            workers,
+            ahead=2 * num_threads,
         )
         for batch in found:
             kept.append(batch)
@@ -204,27 +255,50 @@ def read_trace(
                 progress("reading batches", len(kept), max_batches)
     if not kept:
         raise DataError("a dry run needs at least one batch, the data have none")
-    return Trace(groups=tuple(groups), batches=tuple(kept), num_trainers=num_trainers, num_hosts=num_hosts)
+    return Trace(
+        groups=tuple(groups), batches=tuple(kept), num_trainers=num_trainers, num_hosts=num_hosts
+    )
 
 
 def dry_run(
-    trace: Trace, grid: Grid, *, find_smallest: bool = True, threads: int | None = None, progress: Progress | None = None
+    trace: Trace,
+    grid: Grid,
+    *,
+    find_smallest: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> DryRun:
-    """Replays `trace` for every point of `grid`. ConfigError: the trace ends before the first counted step, or a bad lookahead."""
+    """Replays `trace` for every point of `grid`. ConfigError: the trace ends before the first
+    counted step, or a bad lookahead.
+    """
     num_steps = min(grid.num_steps, len(trace.batches))
     if num_steps <= grid.num_warmup_steps:
         raise ConfigError(
-            f"the data have {len(trace.batches):,} batches, of which the first {grid.num_warmup_steps:,} only warm up: "
+            f"the data have {len(trace.batches):,} batches, of which the first "
+            f"{grid.num_warmup_steps:,} only warm up: "
             "ask for fewer steps, or make the batches smaller"
         )
     cache_rows, lookaheads = sorted(set(grid.cache_rows)), sorted(set(grid.lookaheads))
     todo = [(rows, lookahead) for lookahead in lookaheads for rows in cache_rows]
-    with ThreadPoolExecutor(_num_threads(trace, grid, threads), thread_name_prefix="bagpipe-replay") as pool:
-        points = tuple(_told(pool.map(lambda point: replay(trace, grid, *point), todo), "replaying", len(todo), progress))
+    with ThreadPoolExecutor(
+        _num_threads(trace, grid, threads), thread_name_prefix="bagpipe-replay"
+    ) as pool:
+        points = tuple(
+            _told(
+                pool.map(lambda point: replay(trace, grid, *point), todo),
+                "replaying",
+                len(todo),
+                progress,
+            )
+        )
     smallest: dict[int, int] = {}
-    for lookahead in _told(lookaheads if find_smallest else (), "finding the smallest cache", len(lookaheads), progress):
+    for lookahead in _told(
+        lookaheads if find_smallest else (), "finding the smallest cache", len(lookaheads), progress
+    ):
         guess = next(reversed(smallest.values()), None)
-        smallest[lookahead] = _find_smallest(trace, grid, [point for point in points if point.lookahead == lookahead], guess)
+        smallest[lookahead] = _find_smallest(
+            trace, grid, [point for point in points if point.lookahead == lookahead], guess
+        )
     return DryRun(
         groups=trace.groups,
         grid=grid,
@@ -237,10 +311,15 @@ def dry_run(
     )
 
 
-def replay(trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_it_waits: bool = False) -> Point:
-    """Replays one point; with `until_it_waits` no further than the first counted step that waits."""
+def replay(
+    trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_it_waits: bool = False
+) -> Point:
+    """Replays one point; with `until_it_waits` no further than the first counted step that
+    waits.
+    """
     num_trainers = trace.num_trainers
-    trainers = trace.trainers(range(1 if until_it_waits else num_trainers))  # one rank's plan tells whether any waits
+    # one rank's plan tells whether any waits
+    trainers = trace.trainers(range(1 if until_it_waits else num_trainers))
     oracle = Oracle(
         trace.groups,
         num_slots=trace.slots(cache_rows),
@@ -250,11 +329,19 @@ def replay(trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_i
     )
     report = OracleReport.for_groups(trace.groups)
     counts_traffic = num_trainers > 1 and not until_it_waits
-    traffic = Traffic(num_trainers=num_trainers, num_hosts=trace.num_hosts, groups=trace.groups) if counts_traffic else None
+    traffic = (
+        Traffic(num_trainers=num_trainers, num_hosts=trace.num_hosts, groups=trace.groups)
+        if counts_traffic
+        else None
+    )
     try:
         for plans, batch in islice(oracle.plan_ranks(oracle.link(trace.batches)), grid.num_steps):
             if plans[0].step >= grid.num_warmup_steps:
-                report.add_ranks(plans, _num_uniques(batch), [-(-peak // num_trainers) for peak in oracle.peak_slots])
+                report.add_ranks(
+                    plans,
+                    _num_uniques(batch),
+                    [-(-peak // num_trainers) for peak in oracle.peak_slots],
+                )
                 if traffic is not None:
                     traffic.add(plans, batch.groups)
             if until_it_waits and report.num_waiting_steps:
@@ -266,9 +353,11 @@ def replay(trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_i
 
 
 def _find_smallest(trace: Trace, grid: Grid, points: Sequence[Point], guess: int | None) -> int:
-    """The module's bisection among the points of one lookahead. A cache that holds all rows never stalls.
+    """The module's bisection among the points of one lookahead. A cache that holds all rows never
+    stalls.
 
-    `guess`, the result for a shorter lookahead, is tried first: the border hardly depends on the lookahead.
+    `guess`, the result for a shorter lookahead, is tried first: the border hardly depends on the
+    lookahead.
     """
     low, high = trace.smallest_cache - 1, sum(group.num_rows for group in trace.groups)
     for point in reversed(points):  # the largest cache first
@@ -292,7 +381,9 @@ def _resolution(cache_rows: int) -> int:
     return max(1, int(RESOLUTION * cache_rows))
 
 
-def _told(items: Iterable[Item], stage: str, total: int, progress: Progress | None) -> Iterator[Item]:
+def _told(
+    items: Iterable[Item], stage: str, total: int, progress: Progress | None
+) -> Iterator[Item]:
     """Passes `items` on and tells of each once the next one is asked for."""
     for done, item in enumerate(items, start=1):
         yield item
@@ -305,7 +396,9 @@ def _num_uniques(batch: DedupedBatch[None]) -> int:
 
 
 def _distinct_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) -> DedupedBatch[None]:
-    """De-duplicates one batch and drops all but its distinct rows; a Cacher looks at nothing else."""
+    """De-duplicates one batch and drops all but its distinct rows; a Cacher looks at nothing
+    else.
+    """
     if num_trainers == 1:
         rows = tuple(_rows_only(dedup(group, batch).unique_rows) for group in groups)
         return DedupedBatch(payload=None, batch_size=batch.batch_size, groups=rows)
@@ -313,13 +406,17 @@ def _distinct_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) ->
     return DedupedBatch(
         payload=None,
         batch_size=batch.batch_size,
-        groups=tuple(_merged_rows_only(group, [dedup(group, share) for share in shares]) for group in groups),
+        groups=tuple(
+            _merged_rows_only(group, [dedup(group, share) for share in shares]) for group in groups
+        ),
         share_sizes=tuple(share.batch_size for share in shares),
     )
 
 
 def _merged_rows_only(group: Group, shares: Sequence[DedupedGroup]) -> MergedGroup:
-    """The shares' rows are the merged ones at `places`, from which the ranks' plans are made: they need not be kept twice."""
+    """The shares' rows are the merged ones at `places`, from which the ranks' plans are made: they
+    need not be kept twice.
+    """
     merged = merge(group, [_rows_only(share.unique_rows) for share in shares])
     return replace(merged, shares=(_rows_only(_NO_ROWS),) * len(shares))
 
@@ -341,5 +438,9 @@ def _num_threads(trace: Trace, grid: Grid, threads: int | None) -> int:
     num_rows = sum(group.num_rows for group in trace.groups)
     # Rings are powers of two, hence twice what is in use at most.
     num_slots = min(trace.num_trainers * max(grid.cache_rows), num_rows)
-    cacher_bytes = 8 * num_rows + 36 * num_slots + (8 * int(trace.uniques_per_step) + 8192) * max(grid.lookaheads)
+    cacher_bytes = (
+        8 * num_rows
+        + 36 * num_slots
+        + (8 * int(trace.uniques_per_step) + 8192) * max(grid.lookaheads)
+    )
     return max(1, min(threads or os.cpu_count() or 1, CACHERS_BYTES // cacher_bytes))

@@ -14,15 +14,34 @@ from bagpipe.oracle.dry_run import DryRun, Point
 
 def render_points(result: DryRun) -> Table:
     """One line a point: a rich table."""
-    note = "" if result.num_trainers == 1 else f"; cache, memory, peak: of each of {result.num_trainers} trainers, others: of all"
+    note = (
+        ""
+        if result.num_trainers == 1
+        else f"; cache, memory, peak: of each of {result.num_trainers} trainers, others: of all"
+    )
     table = Table(
-        title=f"Oracle replayed: {result.num_counted_steps:,} steps of {result.uniques_per_step:,.0f} distinct rows on average",
-        caption=f"in, out: fetched and written back a step; late: rows a step on the critical path; waits: steps with any{note}",
+        title=f"Oracle replayed: {result.num_counted_steps:,} steps of "
+        f"{result.uniques_per_step:,.0f} distinct rows on average",
+        caption="in, out: fetched and written back a step; late: rows a step on the critical "
+        f"path; waits: steps with any{note}",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
     )
-    headings = ("ahead", "cache", "of all", "memory", "hits", "rows in", "in", "rows out", "out", "late", "waits", "peak")
+    headings = (
+        "ahead",
+        "cache",
+        "of all",
+        "memory",
+        "hits",
+        "rows in",
+        "in",
+        "rows out",
+        "out",
+        "late",
+        "waits",
+        "peak",
+    )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
@@ -30,13 +49,18 @@ def render_points(result: DryRun) -> Table:
         if last is not None and point.lookahead != last:
             table.add_section()
         last = point.lookahead
-        table.add_row(str(point.lookahead), *_size_cells(result, point.cache_rows), *_point_cells(point))
+        table.add_row(
+            str(point.lookahead), *_size_cells(result, point.cache_rows), *_point_cells(point)
+        )
     return table
 
 
 def render_smallest(result: DryRun) -> Table:
     """For each lookahead the smallest cache that never stalls: a rich table."""
-    table = Table(title=f"Smallest cache that never stalls{'' if result.num_trainers == 1 else ', of each trainer'}")
+    table = Table(
+        title="Smallest cache that never "
+        f"stalls{'' if result.num_trainers == 1 else ', of each trainer'}"
+    )
     for heading in ("lookahead", "cache rows", "of all", "memory"):
         table.add_column(heading, justify="right")
     for lookahead, rows in result.smallest.items():
@@ -45,7 +69,9 @@ def render_smallest(result: DryRun) -> Table:
 
 
 def as_dict(result: DryRun) -> dict[str, Any]:
-    """All of a dry run as JSON values; those of several trainers say so, and what they send each other."""
+    """All of a dry run as JSON values; those of several trainers say so, and what they send each
+    other.
+    """
     several = {"num_trainers": result.num_trainers, "num_hosts": result.num_hosts}
     return ({} if result.num_trainers == 1 else several) | {
         "num_counted_steps": result.num_counted_steps,
@@ -62,23 +88,34 @@ def as_dict(result: DryRun) -> dict[str, Any]:
 
 
 def save_plot(result: DryRun, path: Path) -> None:
-    """Draws rows fetched a step over cache size, one curve a lookahead, and saves it in the format of the path's ending.
+    """Draws rows fetched a step over cache size, one curve a lookahead, and saves it in the format
+    of the path's ending.
 
     ConfigError: matplotlib is not installed, or can't write there.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out") from error
+        raise ConfigError(
+            "a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out"
+        ) from error
     num_rows = sum(group.num_rows for group in result.groups)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for lookahead in sorted({point.lookahead for point in result.points}):
-        points = [point for point in result.points if point.lookahead == lookahead and point.report is not None]
+        points = [
+            point
+            for point in result.points
+            if point.lookahead == lookahead and point.report is not None
+        ]
         shares = [100 * point.cache_rows / num_rows for point in points]
-        fetched = [point.report.fetched_rows_per_step for point in points if point.report is not None]
+        fetched = [
+            point.report.fetched_rows_per_step for point in points if point.report is not None
+        ]
         axes.plot(shares, fetched, marker="o", markersize=3, label=f"lookahead {lookahead}")
-    cache = "cache" if result.num_trainers == 1 else f"cache of each of {result.num_trainers} trainers"
+    cache = (
+        "cache" if result.num_trainers == 1 else f"cache of each of {result.num_trainers} trainers"
+    )
     axes.set(xscale="log", xlabel=f"{cache}, % of the rows", ylabel="rows fetched a step")
     axes.set_ylim(bottom=0)
     axes.grid(visible=True, alpha=0.3)
@@ -109,7 +146,11 @@ def format_bytes(size: float) -> str:
 
 def _size_cells(result: DryRun, cache_rows: int) -> tuple[str, str, str]:
     num_rows = sum(group.num_rows for group in result.groups)
-    return format_count(cache_rows), f"{cache_rows / num_rows:.2%}", format_bytes(result.cache_bytes(cache_rows))
+    return (
+        format_count(cache_rows),
+        f"{cache_rows / num_rows:.2%}",
+        format_bytes(result.cache_bytes(cache_rows)),
+    )
 
 
 def _point_cells(point: Point) -> tuple[str, ...]:
@@ -130,7 +171,11 @@ def _point_cells(point: Point) -> tuple[str, ...]:
 
 
 def _point_dict(result: DryRun, point: Point) -> dict[str, Any]:
-    size = {"cache_rows": point.cache_rows, "cache_bytes": result.cache_bytes(point.cache_rows), "lookahead": point.lookahead}
+    size = {
+        "cache_rows": point.cache_rows,
+        "cache_bytes": result.cache_bytes(point.cache_rows),
+        "lookahead": point.lookahead,
+    }
     report = point.report
     if report is None:
         return size | {"too_small_for_batch_of": point.num_needed}

@@ -1,14 +1,18 @@
-"""The first sequential stage of planning: tells each use of a row when and where the row comes next. Pure; knows no slots.
+"""The first sequential stage of planning: tells each use of a row when and where the row comes
+next. Pure; knows no slots.
 
-Distinct rows of batches are *occurrences*, numbered on and on. Linking a batch finds each row's previous occurrence and writes
-there the batch's step and the row's index in it. The Cacher reads that later, when it settles the earlier batch, and ignores
-what lies beyond its window; so the linker may run any number of batches ahead, in a thread of its own, and plans stay the same.
+Distinct rows of batches are *occurrences*, numbered on and on. Linking a batch finds each row's
+previous occurrence and writes there the batch's step and the row's index in it. The Cacher reads
+that later, when it settles the earlier batch, and ignores what lies beyond its window; so the
+linker may run any number of batches ahead, in a thread of its own, and plans stay the same.
 
-State: per row 4 bytes, its latest occurrence; per occurrence that the Cacher has not settled 8 bytes in a ring. An occurrence's
-low bits are its place in the ring. Numbers wrap round at 2**31, so before one could be taken for a later one a slow sweep over all
-rows, a few of them with each batch, forgets it.
+State: per row 4 bytes, its latest occurrence; per occurrence that the Cacher has not settled 8
+bytes in a ring. An occurrence's low bits are its place in the ring. Numbers wrap round at 2**31, so
+before one could be taken for a later one a slow sweep over all rows, a few of them with each batch,
+forgets it.
 
-Cost: one random read and write of the rows' array an occurrence, which is what bounds it (docs/results.md).
+Cost: one random read and write of the rows' array an occurrence, which is what bounds it
+(docs/results.md).
 """
 
 from __future__ import annotations
@@ -19,7 +23,15 @@ from functools import partial
 
 import numpy as np
 
-from bagpipe._jit import NUM_PARTS, NUM_STAGE_THREADS, jit, parallel_jit, part_bounds, prange, threaded
+from bagpipe._jit import (
+    NUM_PARTS,
+    NUM_STAGE_THREADS,
+    jit,
+    parallel_jit,
+    part_bounds,
+    prange,
+    threaded,
+)
 from bagpipe._prefetch import prefetch
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import MergedGroup
@@ -27,10 +39,12 @@ from bagpipe.oracle.shards import shard_bounds
 from bagpipe.types import Group, Int32Array, Int64Array
 
 OCCURRENCES = (1 << 31) - 1
-"""Mask of occurrence numbers; rings are powers of two, so a number's low bits stay its place when numbers wrap round."""
+"""Mask of occurrence numbers; rings are powers of two, so a number's low bits stay its place when
+numbers wrap round."""
 STEP, INDEX = 0, 1
 _FORGOTTEN_AGE, _SWEEP = 1 << 29, 1 << 28
-"""Occurrences after which one is forgotten, at the latest when the sweep comes by; a sweep takes so many."""
+"""Occurrences after which one is forgotten, at the latest when the sweep comes by; a sweep takes so
+many."""
 _AHEAD = 16
 """Rows ahead for which a row's state is asked for."""
 
@@ -41,8 +55,12 @@ class LinkedGroup:
 
     batch: DedupedGroup | MergedGroup
     first_occurrence: int
-    bounds: Int64Array  # (num_shards + 1,) where in its rows each shard of the cache begins, found here as it runs ahead
-    previous: Int32Array  # (U,) each row's previous occurrence, -1 for none; one settled long ago may be told or not
+    # (num_shards + 1,) where in its rows each shard of the cache begins, found here as it
+    # runs ahead
+    bounds: Int64Array
+    # (U,) each row's previous occurrence, -1 for none; one settled long ago may be told or
+    # not
+    previous: Int32Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +77,8 @@ class Linker:
     def __init__(self, group: Group, *, num_shards: int = 1, first_step: int = 0) -> None:
         """For a cache of so many shards; `first_step` is the number of the first batch."""
         self.next_uses = np.empty((1 << 16, 2), np.int32)
-        """By occurrence the `STEP` (-1: none known) and the `INDEX` of the row's next use; replaced when it must grow."""
+        """By occurrence the `STEP` (-1: none known) and the `INDEX` of the row's next use; replaced
+        when it must grow."""
         self.settled = first_step - 1
         """The last step whose occurrences nobody reads any more."""
         self._last_uses = np.full((group.num_rows, 1), -1, np.int32)
@@ -79,9 +98,13 @@ class Linker:
         rows, first, step = batch.unique_rows, self._next_occurrence, self._next_step
         while self._kept and self._kept[0].step <= self.settled:
             self._num_kept -= self._kept.popleft().num_uniques
-        self.next_uses = roomy_ring(self.next_uses, first - self._num_kept, self._num_kept, len(rows))
+        self.next_uses = roomy_ring(
+            self.next_uses, first - self._num_kept, self._num_kept, len(rows)
+        )
         self._sweep(len(rows))
-        previous, bounds = _link(rows, step, first, self._num_kept, self._last_uses, self.next_uses, self._num_shards)
+        previous, bounds = _link(
+            rows, step, first, self._num_kept, self._last_uses, self.next_uses, self._num_shards
+        )
         self._kept.append(_Kept(step=step, num_uniques=len(rows)))
         self._num_kept += len(rows)
         self._next_occurrence = (first + len(rows)) & OCCURRENCES
@@ -98,7 +121,9 @@ class Linker:
 
 
 def roomy_ring(ring: Int32Array, first_occurrence: int, num_kept: int, num_more: int) -> Int32Array:
-    """`ring`, or where it has no room for `num_more` occurrences after `num_kept`, a copy that has."""
+    """`ring`, or where it has no room for `num_more` occurrences after `num_kept`, a copy that
+    has.
+    """
     size = len(ring)
     while size < num_kept + num_more:
         size *= 2
@@ -124,7 +149,16 @@ def _link(
     previous = np.empty(len(rows), np.int32)
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
-        _link_part(rows[begin:end], step, first_occurrence, begin, num_kept, last_uses, next_uses, previous[begin:end])
+        _link_part(
+            rows[begin:end],
+            step,
+            first_occurrence,
+            begin,
+            num_kept,
+            last_uses,
+            next_uses,
+            previous[begin:end],
+        )
     return previous, shard_bounds(rows, num_shards)
 
 
@@ -139,7 +173,9 @@ def _link_part(
     next_uses: Int32Array,
     previous: Int32Array,
 ) -> None:
-    """Gathers first and decides then: with a branch in the gathering loop each wrong guess waits for memory, thrice as long."""
+    """Gathers first and decides then: with a branch in the gathering loop each wrong guess waits
+    for memory, thrice as long.
+    """
     mask = len(next_uses) - 1
     first = first_occurrence + first_index
     for index in range(len(rows)):
@@ -148,9 +184,12 @@ def _link_part(
         previous[index] = last_uses[row, 0]
         last_uses[row, 0] = (first + index) & OCCURRENCES
     for index in range(len(rows)):
-        # What has no place in the ring any more is written to the row's own place, which is cleared afterwards.
+        # What has no place in the ring any more is written to the row's own place, which is cleared
+        # afterwards.
         age = (first_occurrence - previous[index]) & OCCURRENCES
-        occurrence = previous[index] if (previous[index] >= 0) & (age <= num_kept) else first + index
+        occurrence = (
+            previous[index] if (previous[index] >= 0) & (age <= num_kept) else first + index
+        )
         next_uses[occurrence & mask, INDEX] = first_index + index
         next_uses[occurrence & mask, STEP] = step
     for occurrence in range(first, first + len(rows)):
@@ -165,7 +204,9 @@ def _forget(last_uses: Int32Array, next_occurrence: int) -> None:
 
 
 @jit
-def _copy_ring(ring: Int32Array, larger: Int32Array, first_occurrence: int, num_occurrences: int) -> None:
+def _copy_ring(
+    ring: Int32Array, larger: Int32Array, first_occurrence: int, num_occurrences: int
+) -> None:
     """Copies the entries of consecutive occurrences to their places in a larger ring."""
     mask, larger_mask = len(ring) - 1, len(larger) - 1
     for occurrence in range(first_occurrence, first_occurrence + num_occurrences):

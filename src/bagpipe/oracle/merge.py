@@ -1,4 +1,6 @@
-"""One global batch of several trainers: which distinct rows they use together, and who uses which. Stateless."""
+"""One global batch of several trainers: which distinct rows they use together, and who uses which.
+Stateless.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,24 @@ MAX_TRAINERS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class MergedGroup:
-    """What a global batch asks of one group: the distinct rows of all its shares, one share a trainer."""
+    """What a global batch asks of one group: the distinct rows of all its shares, one share a
+    trainer.
+    """
 
     unique_rows: Int64Array  # (U,) shard by shard, in each in first-use order, rank by rank
     users: UInt64Array  # (U,) bit r: rank r uses the row
     shares: tuple[DedupedGroup, ...]  # by rank
-    places: tuple[Int32Array, ...]  # by rank, (U_r,): where in unique_rows each of the share's distinct rows is
+    # by rank, (U_r,): where in unique_rows each of the share's distinct rows is
+    places: tuple[Int32Array, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes that this value holds."""
-        own = self.unique_rows.nbytes + self.users.nbytes + sum(places.nbytes for places in self.places)
+        own = (
+            self.unique_rows.nbytes
+            + self.users.nbytes
+            + sum(places.nbytes for places in self.places)
+        )
         return own + sum(share.nbytes for share in self.shares)
 
 
@@ -39,14 +48,26 @@ def merge(group: Group, shares: Sequence[DedupedGroup]) -> MergedGroup:
     ends = np.cumsum([len(share.unique_rows) for share in shares])
     places = np.empty(len(rows), np.int32)
     unique_rows, users = _merge(rows, ends, group.num_rows, places)
-    return MergedGroup(unique_rows=unique_rows, users=users, shares=tuple(shares), places=tuple(np.split(places, ends[:-1])))
+    return MergedGroup(
+        unique_rows=unique_rows,
+        users=users,
+        shares=tuple(shares),
+        places=tuple(np.split(places, ends[:-1])),
+    )
 
 
 @jit
-def _merge(rows: Int64Array, ends: Int64Array, num_rows: int, places: Int32Array) -> tuple[Int64Array, UInt64Array]:
-    """Fills `places`; numbers the rows of a shard as ids of one table, so that its hash table stays in the CPU's cache."""
+def _merge(
+    rows: Int64Array, ends: Int64Array, num_rows: int, places: Int32Array
+) -> tuple[Int64Array, UInt64Array]:
+    """Fills `places`; numbers the rows of a shard as ids of one table, so that its hash table stays
+    in the CPU's cache.
+    """
     num_trainers = len(ends)
-    begins, lengths = np.empty((NUM_SHARDS, num_trainers), np.int64), np.empty((NUM_SHARDS, num_trainers), np.int64)
+    begins, lengths = (
+        np.empty((NUM_SHARDS, num_trainers), np.int64),
+        np.empty((NUM_SHARDS, num_trainers), np.int64),
+    )
     begin = 0
     for rank in range(num_trainers):
         bounds = begin + shard_bounds(rows[begin : ends[rank]], NUM_SHARDS)
@@ -70,7 +91,11 @@ def _merge(rows: Int64Array, ends: Int64Array, num_rows: int, places: Int32Array
     first = 0
     for shard in range(NUM_SHARDS):
         for rank in range(num_trainers):
-            begin, length, bit = begins[shard, rank], lengths[shard, rank], np.uint64(1) << np.uint64(rank)
+            begin, length, bit = (
+                begins[shard, rank],
+                lengths[shard, rank],
+                np.uint64(1) << np.uint64(rank),
+            )
             for index in range(length):
                 number = numbers[first + index]
                 places[begin + index] = number

@@ -1,9 +1,10 @@
 """Which trainer owns a row, from the time that it is fetched to the time that it is evicted.
 
-A slot of the joint cache belongs to the rank that its number says (see `bagpipe.oracle.cacher.CachePlan`), so ranks own equally
-many rows once the cache is full, and rows are evicted as from one cache, by Belady's rule. What is left to choose is which missing
-row gets which of the freed slots: a row that one rank alone uses goes to that rank where it can, and never travels while that
-stays so; of several users the one with most slots left gets it.
+A slot of the joint cache belongs to the rank that its number says (see
+`bagpipe.oracle.cacher.CachePlan`), so ranks own equally many rows once the cache is full, and rows
+are evicted as from one cache, by Belady's rule. What is left to choose is which missing row gets
+which of the freed slots: a row that one rank alone uses goes to that rank where it can, and never
+travels while that stays so; of several users the one with most slots left gets it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from bagpipe.types import Int32Array, Int64Array, UInt64Array
 
 
 @jit
-def choose_owners(missing: Int32Array, users: UInt64Array, freed: Int32Array, num_trainers: int) -> Int32Array:
-    """Orders the missing rows (n,), indices of `users` (U,), so that the i-th gets the i-th freed slot (n,)."""
+def choose_owners(
+    missing: Int32Array, users: UInt64Array, freed: Int32Array, num_trainers: int
+) -> Int32Array:
+    """Orders the missing rows (n,), indices of `users` (U,), so that the i-th gets the i-th freed
+    slot (n,).
+    """
     left, ends, positions = _by_rank(freed, num_trainers)
     chosen = np.empty(len(missing), np.int32)
     rest, num_rest = np.empty(len(missing), np.int32), 0
@@ -47,7 +52,9 @@ def choose_owners(missing: Int32Array, users: UInt64Array, freed: Int32Array, nu
 
 @jit
 def _by_rank(slots: Int32Array, num_trainers: int) -> tuple[Int64Array, Int64Array, Int32Array]:
-    """How many slots each rank has, where in `positions` its own end, and the positions of all by rank."""
+    """How many slots each rank has, where in `positions` its own end, and the positions of all by
+    rank.
+    """
     counts = np.zeros(num_trainers, np.int64)
     for slot in slots:
         counts[slot % num_trainers] += 1
@@ -72,6 +79,10 @@ def _best_user(users: np.uint64, left: Int64Array) -> int:
     """Of a row's users the rank with most slots left; -1 where none has any."""
     best = -1
     for rank in range(len(left)):
-        if (users >> np.uint64(rank)) & np.uint64(1) and left[rank] > 0 and (best < 0 or left[rank] > left[best]):
+        if (
+            (users >> np.uint64(rank)) & np.uint64(1)
+            and left[rank] > 0
+            and (best < 0 or left[rank] > left[best])
+        ):
             best = rank
     return best

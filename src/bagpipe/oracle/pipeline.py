@@ -1,6 +1,7 @@
 """Stages that run beside each other in threads, in order and with bounded queues between them.
 
-Threads suffice for loops that release the GIL. Back-pressure: when a queue is full nothing upstream of it moves.
+Threads suffice for loops that release the GIL. Back-pressure: when a queue is full nothing upstream
+of it moves.
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ Result = TypeVar("Result")
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: Workers, ahead: int, *, urgent: bool = False
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: Workers,
+    ahead: int,
+    *,
+    urgent: bool = False,
 ) -> Iterator[Result]:
-    """`map` on `workers`, with at most `ahead` calls under way or waiting; results in the order of `items`.
+    """`map` on `workers`, with at most `ahead` calls under way or waiting; results in the order of
+    `items`.
 
-    `urgent` calls go before the workers' others. What `items` raises is raised after the results of all items before it.
+    `urgent` calls go before the workers' others. What `items` raises is raised after the results of
+    all items before it.
     """
     submit = workers.submit_urgent if urgent else workers.submit
     calls: deque[Call[Result]] = deque()
@@ -40,7 +48,8 @@ def ordered_map(
         calls.append(submit(function, item))
         while len(calls) >= ahead or calls[0].is_over:
             yield calls.popleft().result()
-            # A slow consumer finds all calls over: were they all yielded first, workers would idle, and then have all at once.
+            # A slow consumer finds all calls over: were they all yielded first, workers would idle,
+            # and then have all at once.
             if len(calls) <= ahead // 2:
                 break
     while calls:
@@ -52,14 +61,16 @@ def ordered_map(
 class BackgroundIterator(Generic[Item]):
     """Iterates `items` in a thread of its own, at most `ahead` items ahead of the consumer.
 
-    What `items` raises is raised by `next` in its place in the order: a BagpipeError as it is, since its message says all, anything
-    else as the cause of a BackgroundError. `close` ends the thread; it is also called at the end of the iteration.
+    What `items` raises is raised by `next` in its place in the order: a BagpipeError as it is,
+    since its message says all, anything else as the cause of a BackgroundError. `close` ends the
+    thread; it is also called at the end of the iteration.
     """
 
     _END = object()
 
     def __init__(self, items: Iterable[Item], *, ahead: int, name: str) -> None:
-        # Two of these are one bounded queue, at a tenth of the price of `queue.Queue`, which takes Python code and a condition.
+        # Two of these are one bounded queue, at a tenth of the price of `queue.Queue`, which takes
+        # Python code and a condition.
         self._items, self._room = SimpleQueue[object](), SimpleQueue[None]()
         for _ in range(max(1, ahead)):
             self._room.put(None)
@@ -67,7 +78,9 @@ class BackgroundIterator(Generic[Item]):
         self._name = name
         self._failure: BaseException | None = None
         self._has_ended = False
-        self._thread = threading.Thread(target=self._run, args=(items,), name=f"bagpipe-{name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(items,), name=f"bagpipe-{name}", daemon=True
+        )
         self._thread.start()
 
     def __iter__(self) -> Iterator[Item]:
@@ -79,7 +92,9 @@ class BackgroundIterator(Generic[Item]):
         return self._deliver(self._END if self._has_ended else self._take())
 
     def next_if_ready(self) -> Item | None:
-        """The next item if there is one without waiting, else None; the end, or a failure, is left for `next`."""
+        """The next item if there is one without waiting, else None; the end, or a failure, is left
+        for `next`.
+        """
         return None if self._items.empty() else self.next_or_none()
 
     def next_or_none(self) -> Item | None:
@@ -109,7 +124,9 @@ class BackgroundIterator(Generic[Item]):
             raise StopIteration
         if isinstance(self._failure, BagpipeError):
             raise self._failure
-        raise BackgroundError(f"the {self._name} thread failed: {self._failure!r}") from self._failure
+        raise BackgroundError(
+            f"the {self._name} thread failed: {self._failure!r}"
+        ) from self._failure
 
     def _run(self, items: Iterable[Item]) -> None:
         iterator = iter(items)
@@ -126,7 +143,9 @@ class BackgroundIterator(Generic[Item]):
             self._put(self._END)
 
     def _put(self, item: object) -> bool:
-        """Waits for room; False when the consumer has gone. `close` makes room after it has said so."""
+        """Waits for room; False when the consumer has gone. `close` makes room after it has said
+        so.
+        """
         if not self._closed.is_set():
             self._room.get()
         if self._closed.is_set():

@@ -1,20 +1,24 @@
-"""The oracle in a process of its own, so that reading and planning never wait for the trainer's GIL, nor it for theirs.
+"""The oracle in a process of its own, so that reading and planning never wait for the trainer's
+GIL, nor it for theirs.
 
-The child runs `plan_ranks_stream`; arrays of plans and batches come to the trainer in shared memory (`_wire`). Plans are used where
-they lie, batches are copied out, since the user may keep them.
+The child runs `plan_ranks_stream`; arrays of plans and batches come to the trainer in shared memory
+(`_wire`). Plans are used where they lie, batches are copied out, since the user may keep them.
 
-Shared memory is a file without a name (memfd), so that nothing is left behind whatever dies. It is cut into `num_places` places;
-item k lies in place k modulo their number and stays until it is released, in order: that bounds how far the child runs ahead. When
-an item does not fit, new places are cut behind the old ones, twice as large as it needs.
+Shared memory is a file without a name (memfd), so that nothing is left behind whatever dies. It is
+cut into `num_places` places; item k lies in place k modulo their number and stays until it is
+released, in order: that bounds how far the child runs ahead. When an item does not fit, new places
+are cut behind the old ones, twice as large as it needs.
 
     child -> trainer   messages of items, then the end or an error             over one
     trainer -> child   one message for each item released, or the wish to stop   socket
 
-Several trainers of one host share the child that the first of them starts: each has a socket and shared memory of its own, and gets
-its own plans and its own share of the batches (`_child`). The others come to an address that the first tells them (`_meeting`).
+Several trainers of one host share the child that the first of them starts: each has a socket and
+shared memory of its own, and gets its own plans and its own share of the batches (`_child`). The
+others come to an address that the first tells them (`_meeting`).
 
-If the child dies, all trainers raise LostError at the next step; if one of them dies or ends its stream, the others raise it once
-they have used what they were sent, and the child ends itself. Needs Linux.
+If the child dies, all trainers raise LostError at the next step; if one of them dies or ends its
+stream, the others raise it once they have used what they were sent, and the child ends itself.
+Needs Linux.
 """
 
 from __future__ import annotations
@@ -47,20 +51,34 @@ _STOP_TIMEOUT_S = 5.0
 
 
 class SharedOracle(Generic[BatchT]):
-    """One trainer's end of an oracle process; `items` yields what is planned there, from a thread of the caller's."""
+    """One trainer's end of an oracle process; `items` yields what is planned there, from a thread
+    of the caller's.
+    """
 
     def __init__(
-        self, connection: Connection, file: int, process: SpawnProcess | None, on_region: Callable[[UInt8Array], None]
+        self,
+        connection: Connection,
+        file: int,
+        process: SpawnProcess | None,
+        on_region: Callable[[UInt8Array], None],
     ) -> None:
         """Takes all that it is given; `process` is for the trainer that starts it."""
-        self._connection, self._file, self._process, self._on_region = connection, file, process, on_region
+        self._connection, self._file, self._process, self._on_region = (
+            connection,
+            file,
+            process,
+            on_region,
+        )
         self._mapped: tuple[Region, UInt8Array] | None = None
         self._stop = weakref.finalize(self, _stop, connection, process)
-        # When the program ends multiprocessing waits for its processes, before finalizers run but after what is registered later.
+        # When the program ends multiprocessing waits for its processes, before finalizers run but
+        # after what is registered later.
         atexit.register(self._stop)
 
     @classmethod
-    def join(cls, address: str, rank: int, *, on_region: Callable[[UInt8Array], None] = lambda _: None) -> SharedOracle[Any]:
+    def join(
+        cls, address: str, rank: int, *, on_region: Callable[[UInt8Array], None] = lambda _: None
+    ) -> SharedOracle[Any]:
         """The end of a trainer other than its host's first; see `OracleProcess`.
 
         Raises BackgroundError when nobody is at the address any more.
@@ -81,7 +99,9 @@ class SharedOracle(Generic[BatchT]):
         while True:
             message = self._receive()
             if isinstance(message, Received):
-                planned, (batch, sparse) = message.load(self._place(message), copy_second=copy_batches)
+                planned, (batch, sparse) = message.load(
+                    self._place(message), copy_second=copy_batches
+                )
                 yield replace(planned, batch=batch, sparse=sparse, release=self._release)
             elif message.error is None:
                 return
@@ -118,7 +138,9 @@ class SharedOracle(Generic[BatchT]):
         if self._process is None:
             return ", which the host's first rank started, ended by itself"
         self._process.join(_STOP_TIMEOUT_S)
-        return f" ended by itself (exit code {self._process.exitcode}; -9: killed, perhaps for memory)"
+        return (
+            f" ended by itself (exit code {self._process.exitcode}; -9: killed, perhaps for memory)"
+        )
 
     def _release(self) -> None:
         with contextlib.suppress(OSError):  # the child has ended
@@ -132,7 +154,9 @@ class SharedOracle(Generic[BatchT]):
 
 
 class OracleProcess(SharedOracle[BatchT]):
-    """The end of the trainer that starts the process, which it owns: the only one, or its host's first."""
+    """The end of the trainer that starts the process, which it owns: the only one, or its host's
+    first.
+    """
 
     def __init__(
         self,
@@ -144,11 +168,14 @@ class OracleProcess(SharedOracle[BatchT]):
         on_region: Callable[[UInt8Array], None] = lambda _: None,
         join_timeout_s: float = 300.0,
     ) -> None:
-        """Starts the child. `num_places` bounds the items not yet released; `on_region` is shown all shared memory before its use.
+        """Starts the child. `num_places` bounds the items not yet released; `on_region` is shown
+        all shared memory before its use.
 
-        With several trainers it plans for all of this host, who `join` at `address` within `join_timeout_s`.
+        With several trainers it plans for all of this host, who `join` at `address` within
+        `join_timeout_s`.
 
-        Raises ConfigError when `batches` or `adapter` can't be sent to another process, or the system is not Linux.
+        Raises ConfigError when `batches` or `adapter` can't be sent to another process, or the
+        system is not Linux.
         """
         file, door = _shared_memory(), None
         self.address = ""
@@ -159,7 +186,9 @@ class OracleProcess(SharedOracle[BatchT]):
             options = replace(options, trainers=replace(options.trainers, ranks=ranks))
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
-            target=run_child, args=(theirs, door, batches, options, adapter, num_places), name="bagpipe-oracle"
+            target=run_child,
+            args=(theirs, door, batches, options, adapter, num_places),
+            name="bagpipe-oracle",
         )
         super().__init__(ours, file, process, on_region)
         try:
@@ -169,7 +198,8 @@ class OracleProcess(SharedOracle[BatchT]):
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             self.close()
             raise ConfigError(
-                f"oracle = 'process': the batches can't be sent to another process ({error}): give an iterable that can be "
+                f"oracle = 'process': the batches can't be sent to another process ({error}): give "
+                "an iterable that can be "
                 "pickled, or use oracle = 'thread'"
             ) from error
         finally:
@@ -178,18 +208,25 @@ class OracleProcess(SharedOracle[BatchT]):
                 door.listener.close()
 
 
-_WHAT_TO_DO = "its own messages, if any, are above; lower lookahead_memory, or resume from the last checkpoint"
+_WHAT_TO_DO = (
+    "its own messages, if any, are above; lower lookahead_memory, or resume from the last "
+    "checkpoint"
+)
 
 
 def _shared_memory() -> int:
     if not hasattr(os, "memfd_create"):
-        raise ConfigError(f"oracle = 'process' needs Linux, this is {sys.platform}: use oracle = 'thread'")
+        raise ConfigError(
+            f"oracle = 'process' needs Linux, this is {sys.platform}: use oracle = 'thread'"
+        )
     return os.memfd_create("bagpipe-plans")
 
 
 @contextlib.contextmanager
 def _signals_put_off() -> Iterator[None]:
-    """A process started inside gets no signal before `run_child` ignores them: torchrun and Ctrl-C send them to whole groups."""
+    """A process started inside gets no signal before `run_child` ignores them: torchrun and Ctrl-C
+    send them to whole groups.
+    """
     resource_tracker.ensure_running()  # or `start` does it, and takes the signals back
     before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:

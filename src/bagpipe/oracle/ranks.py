@@ -1,8 +1,10 @@
-"""From one step of the joint cache to the plan of each trainer: own slots, replicas, and what travels when. Stateless.
+"""From one step of the joint cache to the plan of each trainer: own slots, replicas, and what
+travels when. Stateless.
 
-Logically replicated, physically partitioned (LRPP; Agarwal et al., BagPipe, SOSP 2023, section 3.4): each cached row has one owner,
-and a rank that uses another's row gets a replica for that step and sends back its gradient, which the owner adds to the others'
-in the order of ranks. Only what the step before has changed, or the step after needs, is exchanged on the critical path.
+Logically replicated, physically partitioned (LRPP; Agarwal et al., BagPipe, SOSP 2023, section
+3.4): each cached row has one owner, and a rank that uses another's row gets a replica for that step
+and sends back its gradient, which the owner adds to the others' in the order of ranks. Only what
+the step before has changed, or the step after needs, is exchanged on the critical path.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from bagpipe.errors import ConfigError
 from bagpipe.oracle._rank_loops import plan_exchanges, sort_by_rank
 from bagpipe.oracle.cacher import CachePlan
 from bagpipe.oracle.merge import MergedGroup
-from bagpipe.types import GradientSchedule, Group, GroupExchange, GroupPlan, Int64Array, RowExchange, Transfers
+from bagpipe.types import (
+    GradientSchedule,
+    Group,
+    GroupExchange,
+    GroupPlan,
+    Int64Array,
+    RowExchange,
+    Transfers,
+)
 
 LATER, NOW = 0, 1
 
@@ -26,13 +36,22 @@ class TrainerCache:
 
     num_slots: int
     num_replica_slots: int
-    """Replicas that one step may need; there are twice as many slots, for those of the next step arrive while one is computed."""
+    """Replicas that one step may need; there are twice as many slots, for those of the next step
+    arrive while one is computed."""
 
 
 class RankPlanner:
     """Plans one step of one group for any of its trainers."""
 
-    def __init__(self, group: Group, planned: CachePlan, cache: TrainerCache, *, step: int, overlap: bool = True) -> None:
+    def __init__(
+        self,
+        group: Group,
+        planned: CachePlan,
+        cache: TrainerCache,
+        *,
+        step: int,
+        overlap: bool = True,
+    ) -> None:
         """Without `overlap` all that travels does so now.
 
         Raises ConfigError when a rank needs more replicas than it has slots for.
@@ -55,14 +74,19 @@ class RankPlanner:
             self._ends,
             self._first_replica,
         )
-        for rank, counts in enumerate(self._all.replica_counts):  # of all, so that every rank refuses the step
+        # of all, so that every rank refuses the step
+        for rank, counts in enumerate(self._all.replica_counts):
             if counts.sum() > cache.num_replica_slots:
                 raise ConfigError(
-                    f"step {step}: rank {rank} needs {counts.sum():,} rows of {group.name} that other ranks own, but has "
-                    f"room for {cache.num_replica_slots:,} replicas: allow more replicas or train with smaller batches"
+                    f"step {step}: rank {rank} needs {counts.sum():,} rows of {group.name} that "
+                    "other ranks own, but has "
+                    f"room for {cache.num_replica_slots:,} replicas: allow more replicas or train "
+                    "with smaller batches"
                 )
         num_trainers = len(merged.shares)
-        self._early, self._late = (_split(transfers, num_trainers) for transfers in (planned.early, planned.late))
+        self._early, self._late = (
+            _split(transfers, num_trainers) for transfers in (planned.early, planned.late)
+        )
 
     def plan(self, rank: int) -> GroupPlan:
         """One rank's plan."""
@@ -72,7 +96,11 @@ class RankPlanner:
             bag_offsets=share.bag_offsets,
             bag_scales=share.bag_scales,
             lookup_weights=share.lookup_weights,
-            schedule=share.schedule(every.unique_slots[self._ends[rank] - len(self._merged.places[rank]) : self._ends[rank]]),
+            schedule=share.schedule(
+                every.unique_slots[
+                    self._ends[rank] - len(self._merged.places[rank]) : self._ends[rank]
+                ]
+            ),
             early=self._early[rank],
             late=self._late[rank],
             exchange=GroupExchange(
@@ -103,7 +131,9 @@ class RankPlanner:
         )
 
     def _apply(self, rank: int, moment: int) -> GradientSchedule:
-        """What the rank applies to its own rows, its own contributions among those that it receives, in the order of ranks."""
+        """What the rank applies to its own rows, its own contributions among those that it
+        receives, in the order of ranks.
+        """
         rows = _span(self._all.row_counts, rank, moment)
         number = 2 * rank + moment
         return GradientSchedule(
@@ -122,9 +152,15 @@ def _span(counts: Int64Array, rank: int, moment: int) -> slice:
 
 
 def _split(transfers: Transfers, num_trainers: int) -> list[Transfers]:
-    """By rank those in its own slots. The fence is that of all ranks: a row may come back to another one."""
-    evict_counts, evict_rows, evict_slots = sort_by_rank(transfers.evict_rows, transfers.evict_slots, num_trainers)
-    fetch_counts, fetch_rows, fetch_slots = sort_by_rank(transfers.fetch_rows, transfers.fetch_slots, num_trainers)
+    """By rank those in its own slots. The fence is that of all ranks: a row may come back to
+    another one.
+    """
+    evict_counts, evict_rows, evict_slots = sort_by_rank(
+        transfers.evict_rows, transfers.evict_slots, num_trainers
+    )
+    fetch_counts, fetch_rows, fetch_slots = sort_by_rank(
+        transfers.fetch_rows, transfers.fetch_slots, num_trainers
+    )
     evict_ends, fetch_ends = np.cumsum(evict_counts), np.cumsum(fetch_counts)
     parts = []
     for rank in range(num_trainers):

@@ -1,4 +1,6 @@
-"""What the oracle saw and decided, added up from the plans alone: hit rate, rows and bytes each way, slots, lookahead."""
+"""What the oracle saw and decided, added up from the plans alone: hit rate, rows and bytes each
+way, slots, lookahead.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from bagpipe.types import Group, StepPlan
 
 @dataclass(kw_only=True)
 class OracleReport:
-    """Totals over the steps planned so far, over all groups. Rows are records moved; bytes are records' bytes."""
+    """Totals over the steps planned so far, over all groups. Rows are records moved; bytes are
+    records' bytes.
+    """
 
     num_steps: int = 0
     num_lookups: int = 0
@@ -46,15 +50,23 @@ class OracleReport:
 
     @property
     def mean_lookahead(self) -> float:
-        """Batches that the oracle had seen beyond the one it planned, on average: the effective lookahead."""
+        """Batches that the oracle had seen beyond the one it planned, on average: the effective
+        lookahead.
+        """
         return self.total_lookahead / max(1, self.num_steps)
 
     def add(self, plan: StepPlan, peak_slots: Sequence[int]) -> None:
         """Counts one step's plan; `peak_slots` for each group."""
-        self.add_ranks((plan,), sum(group.schedule.num_uniques for group in plan.groups), peak_slots)
+        self.add_ranks(
+            (plan,), sum(group.schedule.num_uniques for group in plan.groups), peak_slots
+        )
 
-    def add_ranks(self, plans: Sequence[StepPlan], num_uniques: int, peak_slots: Sequence[int]) -> None:
-        """Counts one step's plans, one a trainer. `num_uniques`: the global batch's distinct rows; `peak_slots` for each group."""
+    def add_ranks(
+        self, plans: Sequence[StepPlan], num_uniques: int, peak_slots: Sequence[int]
+    ) -> None:
+        """Counts one step's plans, one a trainer. `num_uniques`: the global batch's distinct rows;
+        `peak_slots` for each group.
+        """
         first = plans[0]
         self.num_steps += 1
         self.num_uniques += num_uniques

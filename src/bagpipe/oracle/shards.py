@@ -1,14 +1,18 @@
-"""Shards: the parts into which the Cacher's work is cut, so that threads plan side by side in one compiled call.
+"""Shards: the parts into which the Cacher's work is cut, so that threads plan side by side in one
+compiled call.
 
-A row belongs to one of `NUM_SHARDS` shards by a hash of its number (`bagpipe._sharding`). Each shard has its own slots and
-eviction queues and plans its rows as a small cache would; shards never meet, so plans are the same for any number of threads. Rows
-are spread evenly, so the shards of a cache together fetch what one would (docs/results.md). A small cache is one shard: several
-would be uneven, and there is little to share.
+A row belongs to one of `NUM_SHARDS` shards by a hash of its number (`bagpipe._sharding`). Each
+shard has its own slots and eviction queues and plans its rows as a small cache would; shards never
+meet, so plans are the same for any number of threads. Rows are spread evenly, so the shards of a
+cache together fetch what one would (docs/results.md). A small cache is one shard: several would be
+uneven, and there is little to share.
 
-On several hosts a row's record lives on one of them, its home, and only trainers of that host may own the row: the shards are dealt
-out to the hosts, and their slots with them. A small cache is then one shard for each host, which has all of that host's shards.
+On several hosts a row's record lives on one of them, its home, and only trainers of that host may
+own the row: the shards are dealt out to the hosts, and their slots with them. A small cache is then
+one shard for each host, which has all of that host's shards.
 
-The distinct rows of a batch stand shard by shard, whatever the cache's size, so that a shard's part of an array by row is a slice.
+The distinct rows of a batch stand shard by shard, whatever the cache's size, so that a shard's part
+of an array by row is a slice.
 """
 
 from __future__ import annotations
@@ -27,8 +31,12 @@ MIN_SLOTS = 1 << 15
 
 
 @jit
-def order_by_shard(rows: Int64Array, counts: Int32Array) -> tuple[Int64Array, Int32Array, Int32Array]:
-    """Rows (U,) and their counts shard by shard, else in the order given; and where each of the given ones now stands (U,)."""
+def order_by_shard(
+    rows: Int64Array, counts: Int32Array
+) -> tuple[Int64Array, Int32Array, Int32Array]:
+    """Rows (U,) and their counts shard by shard, else in the order given; and where each of the
+    given ones now stands (U,).
+    """
     nexts = np.zeros(NUM_SHARDS + 1, np.int64)
     for row in rows:
         nexts[shard_of(row) + 1] += 1
@@ -47,7 +55,9 @@ def order_by_shard(rows: Int64Array, counts: Int32Array) -> tuple[Int64Array, In
 
 @jit
 def shard_bounds(rows: Int64Array, num_shards: int) -> Int64Array:
-    """Where in rows (U,), which stand shard by shard, each of so many shards begins (num_shards + 1,); fewer have several each."""
+    """Where in rows (U,), which stand shard by shard, each of so many shards begins (num_shards +
+    1,); fewer have several each.
+    """
     bounds = np.zeros(num_shards + 1, np.int64)
     bounds[num_shards] = len(rows)
     for shard in range(1, num_shards):
@@ -63,15 +73,22 @@ def shard_bounds(rows: Int64Array, num_shards: int) -> Int64Array:
 
 
 def slot_bounds(num_slots: int, num_rows: int, num_hosts: int = 1) -> Int64Array:
-    """Which slots each shard of a cache has, from one bound to the next: as many as its share of its host's rows.
+    """Which slots each shard of a cache has, from one bound to the next: as many as its share of
+    its host's rows.
 
-    Slots are counted host by host, of which each has as many; which ones of the joint cache they are says `slot_at`.
+    Slots are counted host by host, of which each has as many; which ones of the joint cache they
+    are says `slot_at`.
     """
-    num_shards, host_slots = num_hosts if num_slots < MIN_SLOTS else NUM_SHARDS, num_slots // num_hosts
+    num_shards, host_slots = (
+        num_hosts if num_slots < MIN_SLOTS else NUM_SHARDS,
+        num_slots // num_hosts,
+    )
     counts = _num_rows_by_shard(num_rows, num_shards)
     bounds = [0]
     for host in range(num_hosts):
-        *ends, num_host_rows = accumulate(counts[shard] for shard in neighbours_on(host, num_shards, num_hosts))
+        *ends, num_host_rows = accumulate(
+            counts[shard] for shard in neighbours_on(host, num_shards, num_hosts)
+        )
         bounds += [host * host_slots + end * host_slots // max(1, num_host_rows) for end in ends]
         bounds.append((host + 1) * host_slots)
     return np.array(bounds, np.int64)
@@ -89,18 +106,29 @@ def slot_at(place: int, host_slots: int, num_trainers: int, num_hosts: int) -> i
 
 
 def num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int = 1) -> int:
-    """Any cache of at least so many slots holds rows (U,), which stand shard by shard, of a group's `num_rows`."""
+    """Any cache of at least so many slots holds rows (U,), which stand shard by shard, of a group's
+    `num_rows`.
+    """
     in_shards = _num_slots_needed(rows, num_rows, num_hosts, NUM_SHARDS)
-    return _num_slots_needed(rows, num_rows, num_hosts, num_hosts) if in_shards < MIN_SLOTS else in_shards
+    return (
+        _num_slots_needed(rows, num_rows, num_hosts, num_hosts)
+        if in_shards < MIN_SLOTS
+        else in_shards
+    )
 
 
 def _num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int, num_shards: int) -> int:
-    used, all_rows = np.diff(shard_bounds(rows, num_shards)).tolist(), _num_rows_by_shard(num_rows, num_shards)
+    used, all_rows = (
+        np.diff(shard_bounds(rows, num_shards)).tolist(),
+        _num_rows_by_shard(num_rows, num_shards),
+    )
     needed = [0]
     for host in range(num_hosts):
         own = neighbours_on(host, num_shards, num_hosts)
         num_host_rows = sum(all_rows[shard] for shard in own)
-        needed += [-(-used[shard] * num_host_rows // all_rows[shard]) for shard in own if used[shard]]
+        needed += [
+            -(-used[shard] * num_host_rows // all_rows[shard]) for shard in own if used[shard]
+        ]
     return num_hosts * max(needed)
 
 

@@ -1,11 +1,12 @@
 """From an iterable of batches to plans, all stages running beside each other.
 
-    reader --> de-duplication (pool) --in order--> linker --bounded queue--> Cacher --> (plan, batch)
-    '------------------- one thread -------------------'                '- the caller's thread -'
+    reader -> de-duplication (pool) -in order-> linker -bounded queue-> Cacher -> (plan, batch)
+    '------------------ one thread -----------------'               '- the caller's thread -'
 
-What must be in order has a thread of its own; between reading and linking, de-duplication of several batches runs at a time on a
-pool. A `Deferred` batch is read there too. `plan_stream` never loads torch, and all that it takes can be pickled, so that it also
-runs in a process of its own (`bagpipe.oracle.process`).
+What must be in order has a thread of its own; between reading and linking, de-duplication of
+several batches runs at a time on a pool. A `Deferred` batch is read there too. `plan_stream` never
+loads torch, and all that it takes can be pickled, so that it also runs in a process of its own
+(`bagpipe.oracle.process`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
 from bagpipe.oracle.rank_checks import checked_ranks
-from bagpipe.oracle.window import DEFAULT_LOOKAHEAD_BYTES, SINGLE_TRAINER, DedupedBatch, Oracle, Trainers, check_window
+from bagpipe.oracle.window import (
+    DEFAULT_LOOKAHEAD_BYTES,
+    SINGLE_TRAINER,
+    DedupedBatch,
+    Oracle,
+    Trainers,
+    check_window,
+)
 from bagpipe.types import Group, Jagged, StepPlan
 
 BatchT = TypeVar("BatchT")
@@ -58,7 +66,8 @@ class StreamOptions:
     dedup_threads: int | None = None  # None: see `num_dedup_threads`
     check: bool = False
     trainers: Trainers = SINGLE_TRAINER
-    """Of several, batches are those of all of them together, and plans and what is handed out the shares of `ranks`."""
+    """Of several, batches are those of all of them together, and plans and what is handed out the
+    shares of `ranks`."""
 
     def __post_init__(self) -> None:
         self.trainers.check(self.groups)
@@ -72,14 +81,19 @@ class StreamOptions:
 
     @property
     def num_dedup_threads(self) -> int:
-        """By default a quarter of the cores; with several trainers, whose batches are merged and plans parted there, three eighths.
+        """By default a quarter of the cores; with several trainers, whose batches are merged and
+        plans parted there, three eighths.
 
         No more than keep up: on shared memory they slow the sequential stages, which set the pace.
         """
-        return self.dedup_threads or max(1, (2 + (self.trainers.num_trainers > 1)) * (os.cpu_count() or 1) // 8)
+        return self.dedup_threads or max(
+            1, (2 + (self.trainers.num_trainers > 1)) * (os.cpu_count() or 1) // 8
+        )
 
     def make_oracle(self) -> Oracle:
-        """The oracle that these options describe; where plans are checked it makes those of all ranks."""
+        """The oracle that these options describe; where plans are checked it makes those of all
+        ranks.
+        """
         trainers = self.trainers
         if self.check:
             trainers = replace(trainers, ranks=tuple(range(trainers.num_trainers)))
@@ -96,10 +110,11 @@ class StreamOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchAdapter:
-    """How batches of the user's type are read; all of it runs where they are planned, and is sent there.
+    """How batches of the user's type are read; all of it runs where they are planned, and is sent
+    there.
 
-    `sparse` finds a batch's jagged ids, `share(batch, rank, num_trainers)` takes a trainer's samples, and `hand_out` makes of those
-    what the trainer is given, ids and all by default.
+    `sparse` finds a batch's jagged ids, `share(batch, rank, num_trainers)` takes a trainer's
+    samples, and `hand_out` makes of those what the trainer is given, ids and all by default.
     """
 
     sparse: Callable[[Any], Any] = find_sparse
@@ -135,18 +150,24 @@ class Planned(Generic[BatchT]):
     peak_slots: tuple[int, ...]
     oracle_bytes: int  # of the oracle's own state
     ids_hash: str | None = None
-    """Of several trainers: what the ids of the whole first batch hash to, and on several hosts, of which each reads for itself,
-    those of every batch, so that they can see whether they read the same."""
+    """Of several trainers: what the ids of the whole first batch hash to, and on several hosts, of
+    which each reads for itself, those of every batch, so that they can see whether they read the
+    same."""
     release: Callable[[], None] | None = None
-    """To be called once nothing reads the plan's arrays any more, steps in order; None where they live by themselves."""
+    """To be called once nothing reads the plan's arrays any more, steps in order; None where they
+    live by themselves."""
 
 
 def plan_stream(
-    batches: Iterable[BatchT | Deferred[BatchT]], options: StreamOptions, adapter: BatchAdapter = DEFAULT_ADAPTER
+    batches: Iterable[BatchT | Deferred[BatchT]],
+    options: StreamOptions,
+    adapter: BatchAdapter = DEFAULT_ADAPTER,
 ) -> Iterator[Planned[BatchT]]:
-    """Yields each batch with its plan, in order; of several trainers what is the first of `ranks`' share.
+    """Yields each batch with its plan, in order; of several trainers what is the first of `ranks`'
+    share.
 
-    Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a BackgroundError) after all batches before it.
+    Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a
+    BackgroundError) after all batches before it.
     """
     with closing(plan_ranks_stream(batches, options, adapter)) as steps:
         for step in steps:
@@ -154,14 +175,18 @@ def plan_stream(
 
 
 def plan_ranks_stream(
-    batches: Iterable[BatchT | Deferred[BatchT]], options: StreamOptions, adapter: BatchAdapter = DEFAULT_ADAPTER
+    batches: Iterable[BatchT | Deferred[BatchT]],
+    options: StreamOptions,
+    adapter: BatchAdapter = DEFAULT_ADAPTER,
 ) -> Generator[tuple[Planned[BatchT], ...]]:
     """`plan_stream` for all of `ranks`: yields for each batch what each of them gets."""
     oracle = options.make_oracle()
     num_threads = options.num_dedup_threads
     with Workers("bagpipe-dedup", num_threads) as workers:
         numbered = enumerate(batches, options.first_step)
-        deduped = ordered_map(partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads)
+        deduped = ordered_map(
+            partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads
+        )
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
         planned = oracle.plan_ranks(linked, workers)
         if options.check:
@@ -191,9 +216,13 @@ def _checked(
     """Takes the plans of all ranks, and passes on those of `ranks`."""
     if options.trainers.num_trainers == 1:
         firsts = ((plans[0], batch) for plans, batch in planned)
-        return (((plan,), batch) for plan, batch in checked(options.groups, options.num_slots, firsts))
+        return (
+            ((plan,), batch) for plan, batch in checked(options.groups, options.num_slots, firsts)
+        )
     every = checked_ranks(options.groups, options.num_slots, options.trainers, planned)
-    return ((tuple(plans[rank] for rank in options.trainers.ranks), batch) for plans, batch in every)
+    return (
+        (tuple(plans[rank] for rank in options.trainers.ranks), batch) for plans, batch in every
+    )
 
 
 def _dedup(
@@ -215,14 +244,26 @@ def _dedup(
             check_ids(jagged)
             ranks = options.trainers.ranks
             own = {rank: _share_of(batch, jagged, rank, num_trainers, adapter) for rank in ranks}
-            shares = [own[rank][2] if rank in own else share_of(jagged, rank, num_trainers) for rank in range(num_trainers)]
-            deduped = tuple(merge(group, [dedup(group, each) for each in shares]) for group in options.groups)
+            shares = [
+                own[rank][2] if rank in own else share_of(jagged, rank, num_trainers)
+                for rank in range(num_trainers)
+            ]
+            deduped = tuple(
+                merge(group, [dedup(group, each) for each in shares]) for group in options.groups
+            )
             parts = [adapter.handed_out(*own[rank][:2]) for rank in ranks]
     except DataError as error:
         raise DataError(f"step {step}: {error}") from error
-    # Of several trainers all ids, whatever is handed out: hosts must grow their windows alike, and each hands out to its own ranks.
-    handed_out = [jagged] if adapter.hand_out is None or num_trainers > 1 else [as_jagged(sparse) for _, sparse in parts]
-    must_compare = num_trainers > 1 and (step == options.first_step or options.trainers.num_hosts > 1)
+    # Of several trainers all ids, whatever is handed out: hosts must grow their windows alike, and
+    # each hands out to its own ranks.
+    handed_out = (
+        [jagged]
+        if adapter.hand_out is None or num_trainers > 1
+        else [as_jagged(sparse) for _, sparse in parts]
+    )
+    must_compare = num_trainers > 1 and (
+        step == options.first_step or options.trainers.num_hosts > 1
+    )
     return DedupedBatch(
         payload=(parts, hash_ids(jagged) if must_compare else None),
         payload_bytes=sum(_num_bytes(ids) for ids in handed_out),
@@ -232,19 +273,26 @@ def _dedup(
     )
 
 
-def _share_of(batch: Any, jagged: Jagged, rank: int, num_trainers: int, adapter: BatchAdapter) -> tuple[Any, Any, Jagged]:
-    """A rank's samples of a batch of ids `jagged`, and their ids in both forms. DataError: they are others than the rank's."""
+def _share_of(
+    batch: Any, jagged: Jagged, rank: int, num_trainers: int, adapter: BatchAdapter
+) -> tuple[Any, Any, Jagged]:
+    """A rank's samples of a batch of ids `jagged`, and their ids in both forms. DataError: they are
+    others than the rank's.
+    """
     part = adapter.share(batch, rank, num_trainers)
     sparse = adapter.sparse(part)
     ids = as_jagged(sparse)
     if not is_share(ids, jagged, rank, num_trainers):
         begin, end = share_bounds(jagged.batch_size, rank, num_trainers)
         raise DataError(
-            f"share(batch, {rank}, {num_trainers}) has other ids than samples {begin:,} to {end:,} of the batch, which are planned "
+            f"share(batch, {rank}, {num_trainers}) has other ids than samples {begin:,} to {end:,} "
+            "of the batch, which are planned "
             "for that rank"
         )
     return part, sparse, ids
 
 
 def _num_bytes(ids: Jagged) -> int:
-    return sum(array.nbytes for array in (ids.values, ids.offsets, ids.weights) if array is not None)
+    return sum(
+        array.nbytes for array in (ids.values, ids.offsets, ids.weights) if array is not None
+    )

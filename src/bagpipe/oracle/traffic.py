@@ -1,16 +1,19 @@
-"""What travels between trainers, counted from their plans, and what two other ways would send, counted from the same ids.
+"""What travels between trainers, counted from their plans, and what two other ways would send,
+counted from the same ids.
 
-The plans' way is LRPP (logically replicated, physically partitioned; Agarwal et al., BagPipe, SOSP 2023, section 3.4): one owner
-for each cached row; another rank that uses the row gets a *replica* for that step and sends a *gradient* back. A row-send is one
-row, as replica or gradient, from one rank to one other. What goes *now* is on the critical path, *later* goes behind compute.
+The plans' way is LRPP (logically replicated, physically partitioned; Agarwal et al., BagPipe, SOSP
+2023, section 3.4): one owner for each cached row; another rank that uses the row gets a *replica*
+for that step and sends a *gradient* back. A row-send is one row, as replica or gradient, from one
+rank to one other. What goes *now* is on the critical path, *later* goes behind compute.
 
 Compared with, on the same batches of N trainers:
 
-- *copies* (a replicated cache): every trainer keeps a copy of each cached row, and gradients are all-reduced. Each distinct row of
-  the global batch must reach the N - 1 other trainers: (N - 1) row-sends a distinct row, of a gradient. A ring all-reduce sends
-  twice as many (Patarasuk and Yuan, JPDC 69(2), 2009), so the count favours this way.
-- *hashed* owners without lookahead: each row lives on rank hash(row) % N for ever. A use by another rank costs one row sent for the
-  lookup and one gradient sent back, both on the critical path.
+- *copies* (a replicated cache): every trainer keeps a copy of each cached row, and gradients are
+  all-reduced. Each distinct row of the global batch must reach the N - 1 other trainers: (N - 1)
+  row-sends a distinct row, of a gradient. A ring all-reduce sends twice as many (Patarasuk and
+  Yuan, JPDC 69(2), 2009), so the count favours this way.
+- *hashed* owners without lookahead: each row lives on rank hash(row) % N for ever. A use by another
+  rank costs one row sent for the lookup and one gradient sent back, both on the critical path.
 
 Only what trainers send each other is counted: no ids, no sizes, and no traffic with the store.
 """
@@ -39,12 +42,16 @@ def replica_bytes(group: Group) -> int:
 
 
 def gradient_bytes(group: Group) -> int:
-    """Bytes of one row's gradient: `embedding_dim` float32 values, whatever the table's data type is."""
+    """Bytes of one row's gradient: `embedding_dim` float32 values, whatever the table's data type
+    is.
+    """
     return group.embedding_dim * 4
 
 
 def sent_rows(plans: Sequence[GroupPlan]) -> Int64Array:
-    """Rows that ranks send each other in one step of one group: (2 what, 2 when, N senders, N receivers), from all ranks' plans."""
+    """Rows that ranks send each other in one step of one group: (2 what, 2 when, N senders, N
+    receivers), from all ranks' plans.
+    """
     sent = np.zeros((2, 2, len(plans), len(plans)), np.int64)
     for rank, plan in enumerate(plans):
         exchange = plan.exchange
@@ -57,18 +64,31 @@ def sent_rows(plans: Sequence[GroupPlan]) -> Int64Array:
 
 
 def owned_rows(plans: Sequence[GroupPlan]) -> Int64Array:
-    """How many of the distinct rows of a global batch each rank owns: (N,). An owner applies each of them once, now or later."""
+    """How many of the distinct rows of a global batch each rank owns: (N,). An owner applies each
+    of them once, now or later.
+    """
     exchanges = [plan.exchange for plan in plans]
-    return np.array([sum(len(s.unique_slots) for s in (e.apply_now, e.apply_later)) for e in exchanges if e is not None], np.int64)
+    return np.array(
+        [
+            sum(len(s.unique_slots) for s in (e.apply_now, e.apply_later))
+            for e in exchanges
+            if e is not None
+        ],
+        np.int64,
+    )
 
 
 def fetched_rows(plans: Sequence[GroupPlan]) -> Int64Array:
     """Rows that each rank fetches from the store: (N,)."""
-    return np.array([len(plan.early.fetch_rows) + len(plan.late.fetch_rows) for plan in plans], np.int64)
+    return np.array(
+        [len(plan.early.fetch_rows) + len(plan.late.fetch_rows) for plan in plans], np.int64
+    )
 
 
 def hashed_owners(rows: Int64Array, num_trainers: int) -> UInt64Array:
-    """hash(row) % N for each row (n,); the hash is SplitMix64's (Steele, Lea and Flood, OOPSLA 2014), which leaves no pattern."""
+    """hash(row) % N for each row (n,); the hash is SplitMix64's (Steele, Lea and Flood, OOPSLA
+    2014), which leaves no pattern.
+    """
     bits = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -76,19 +96,27 @@ def hashed_owners(rows: Int64Array, num_trainers: int) -> UInt64Array:
 
 
 def hashed_remote_uses(batch: MergedGroup, num_trainers: int) -> int:
-    """(rank, row) uses of a global batch by others than the row's hashed owner: as many rows travel, and as many gradients."""
-    is_used_by_owner = (batch.users >> hashed_owners(batch.unique_rows, num_trainers)) & np.uint64(1)
+    """(rank, row) uses of a global batch by others than the row's hashed owner: as many rows
+    travel, and as many gradients.
+    """
+    is_used_by_owner = (batch.users >> hashed_owners(batch.unique_rows, num_trainers)) & np.uint64(
+        1
+    )
     return num_uses(batch) - int(is_used_by_owner.sum())
 
 
 def num_uses(batch: MergedGroup) -> int:
-    """(rank, row) uses of a global batch: the distinct rows of each share, summed over the shares."""
+    """(rank, row) uses of a global batch: the distinct rows of each share, summed over the
+    shares.
+    """
     return int(np.bitwise_count(batch.users).sum(dtype=np.int64))
 
 
 @dataclass(kw_only=True)
 class Balance:
-    """How evenly ranks share something; the slowest rank sets a step's pace, so that steps are compared one by one."""
+    """How evenly ranks share something; the slowest rank sets a step's pace, so that steps are
+    compared one by one.
+    """
 
     total: int = 0
     total_of_largest: int = 0
@@ -99,7 +127,9 @@ class Balance:
         self.total_of_largest += int(by_rank.max())
 
     def ratio(self, num_trainers: int) -> float:
-        """The largest rank's over the mean of ranks, both summed over steps; 1 is even, and what nothing at all gives."""
+        """The largest rank's over the mean of ranks, both summed over steps; 1 is even, and what
+        nothing at all gives.
+        """
         return num_trainers * self.total_of_largest / self.total if self.total else 1.0
 
 
@@ -113,8 +143,10 @@ class Traffic:
     num_steps: int = 0
     num_uniques: int = 0  # distinct rows of global batches
     num_uses: int = 0  # (rank, row)
-    rows: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))  # (2 what, 2 when) row-sends
-    sent_bytes: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))  # (2 what, 2 when)
+    # (2 what, 2 when) row-sends
+    rows: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))
+    # (2 what, 2 when)
+    sent_bytes: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))
     between_hosts_bytes: int = 0
     copies_bytes: int = 0
     hashed_rows: int = 0
@@ -154,7 +186,9 @@ class Traffic:
         return _ratio(self.sent_bytes.sum(), self.hashed_bytes)
 
     def add(self, plans: Sequence[StepPlan], batch: Sequence[DedupedGroup | MergedGroup]) -> None:
-        """Counts one step: the plans of all ranks, in their order, and the global batch by group."""
+        """Counts one step: the plans of all ranks, in their order, and the global batch by
+        group.
+        """
         by_rank = np.zeros((3, self.num_trainers), np.int64)  # owned, fetched, sent
         for index, (group, merged) in enumerate(zip(self.groups, batch, strict=True)):
             assert isinstance(merged, MergedGroup)
@@ -165,7 +199,10 @@ class Traffic:
 
     def as_dict(self) -> dict[str, float]:
         """All that was counted, by name; rows and bytes are a step's, of all trainers together."""
-        whats, moments = (("replicas", REPLICA), ("gradients", GRADIENT)), (("now", NOW), ("later", LATER))
+        whats, moments = (
+            (("replicas", REPLICA), ("gradients", GRADIENT)),
+            (("now", NOW), ("later", LATER)),
+        )
         kinds = [(f"{what}_{when}", (i, j)) for what, i in whats for when, j in moments]
         totals: dict[str, float] = {
             "distinct_rows": self.num_uniques,
@@ -179,7 +216,9 @@ class Traffic:
             "hashed_rows": self.hashed_rows,
             "hashed_bytes": self.hashed_bytes,
         }
-        return {f"{name}_per_step": total / max(1, self.num_steps) for name, total in totals.items()} | {
+        return {
+            f"{name}_per_step": total / max(1, self.num_steps) for name, total in totals.items()
+        } | {
             "critical_share_of_bytes": self.critical_share,
             "between_hosts_share_of_bytes": self.between_hosts_share,
             "local_share_of_uses": self.local_share,
@@ -190,21 +229,29 @@ class Traffic:
             "sent_bytes_over_hashed": self.bytes_over_hashed,
         }
 
-    def _add_group(self, group: Group, plans: Sequence[GroupPlan], batch: MergedGroup) -> Int64Array:
+    def _add_group(
+        self, group: Group, plans: Sequence[GroupPlan], batch: MergedGroup
+    ) -> Int64Array:
         """Counts one group of a step; rows owned, fetched and sent by each rank (3, N)."""
         sent = sent_rows(plans)
         rows = sent.sum(axis=(2, 3))  # (2, 2)
         row_bytes = np.array([replica_bytes(group), gradient_bytes(group)])
         self.rows += rows
         self.sent_bytes += rows * row_bytes[:, None]
-        hosts = np.array([host_of(rank, self.num_trainers, self.num_hosts) for rank in range(self.num_trainers)])
-        self.between_hosts_bytes += int(sent[:, :, hosts[:, None] != hosts].sum(axis=(1, 2)) @ row_bytes)
+        hosts = np.array(
+            [host_of(rank, self.num_trainers, self.num_hosts) for rank in range(self.num_trainers)]
+        )
+        self.between_hosts_bytes += int(
+            sent[:, :, hosts[:, None] != hosts].sum(axis=(1, 2)) @ row_bytes
+        )
         remote_uses = hashed_remote_uses(batch, self.num_trainers)
         self.hashed_rows += 2 * remote_uses
         self.hashed_bytes += remote_uses * (replica_bytes(group) + gradient_bytes(group))
         self.num_uses += num_uses(batch)
         self.num_uniques += len(batch.unique_rows)
-        self.copies_bytes += (self.num_trainers - 1) * len(batch.unique_rows) * gradient_bytes(group)
+        self.copies_bytes += (
+            (self.num_trainers - 1) * len(batch.unique_rows) * gradient_bytes(group)
+        )
         return np.stack([owned_rows(plans), fetched_rows(plans), sent.sum(axis=(0, 1, 3))])
 
 

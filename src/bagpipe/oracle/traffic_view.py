@@ -10,7 +10,16 @@ from bagpipe.oracle.dry_run_view import format_bytes, format_count
 from bagpipe.oracle.traffic import LATER, NOW, Traffic
 
 _HEADINGS = (
-    *("ahead", "cache", "rows\nnow", "\nnow", "rows\nlater", "\nlater", "of it\nnow", "uses\nlocal"),
+    *(
+        "ahead",
+        "cache",
+        "rows\nnow",
+        "\nnow",
+        "rows\nlater",
+        "\nlater",
+        "of it\nnow",
+        "uses\nlocal",
+    ),
     *("most\nown", "most\nfetch", "most\nsend", "rows/\ncopies"),
 )
 
@@ -18,12 +27,17 @@ _HEADINGS = (
 def render_traffic(result: DryRun) -> Table:
     """One line for each point that has room for its batches: a rich table."""
     on_hosts = f" on {result.num_hosts} hosts" if result.num_hosts > 1 else ""
-    last_column = "off host: share of the bytes that leaves one" if on_hosts else "hashed: fixed owners, no lookahead"
+    last_column = (
+        "off host: share of the bytes that leaves one"
+        if on_hosts
+        else "hashed: fixed owners, no lookahead"
+    )
     table = Table(
         title=f"Sent between {result.num_trainers} trainers{on_hosts} a step",
-        caption="rows: replicas and gradients; now: on the critical path, later: behind compute; uses local: share of the "
-        "ranks' distinct rows that they own; most: of one rank over the mean; copies: all-reduce of copies on every trainer; "
-        + last_column,
+        caption="rows: replicas and gradients; now: on the critical path, later: behind compute; "
+        "uses local: share of the "
+        "ranks' distinct rows that they own; most: of one rank over the mean; copies: all-reduce "
+        "of copies on every trainer; " + last_column,
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -42,7 +56,11 @@ def render_traffic(result: DryRun) -> Table:
 
 
 def _cells(point: Point, traffic: Traffic) -> tuple[str, ...]:
-    rows, sent_bytes = traffic.rows.sum(axis=0) / traffic.num_steps, traffic.sent_bytes.sum(axis=0) / traffic.num_steps  # (2 when,)
+    # (2 when,)
+    rows, sent_bytes = (
+        traffic.rows.sum(axis=0) / traffic.num_steps,
+        traffic.sent_bytes.sum(axis=0) / traffic.num_steps,
+    )
     balances = (traffic.owned, traffic.fetched, traffic.sent)
     return (
         str(point.lookahead),
@@ -55,5 +73,7 @@ def _cells(point: Point, traffic: Traffic) -> tuple[str, ...]:
         f"{traffic.local_share:.1%}",
         *(f"{balance.ratio(traffic.num_trainers):.2f}" for balance in balances),
         f"{traffic.rows_over_copies:.3f}",
-        f"{traffic.between_hosts_share:.1%}" if traffic.num_hosts > 1 else f"{traffic.bytes_over_hashed:.3f}",
+        f"{traffic.between_hosts_share:.1%}"
+        if traffic.num_hosts > 1
+        else f"{traffic.bytes_over_hashed:.3f}",
     )

@@ -1,12 +1,15 @@
 """The lookahead window: which batches the Cacher has seen when it plans a step. Pure and lazy.
 
-Two sequential stages, which may run in two threads: `link` (what comes next where) and `plan_linked` (which slots).
+Two sequential stages, which may run in two threads: `link` (what comes next where) and
+`plan_linked` (which slots).
 
-`Oracle.plan` pulls batches only as it needs them, so that whoever consumes the plans sets the pace (back-pressure), and it
-plans step t once the window holds `lookahead` batches beyond it or the data end.
+`Oracle.plan` pulls batches only as it needs them, so that whoever consumes the plans sets the pace
+(back-pressure), and it plans step t once the window holds `lookahead` batches beyond it or the data
+end.
 
-With `lookahead="auto"` the window starts small and grows by one batch a step while that can still save a fetch, that is while
-rows leave the cache whose next use nobody knows, and while the window's own memory stays within its budget.
+With `lookahead="auto"` the window starts small and grows by one batch a step while that can still
+save a fetch, that is while rows leave the cache whose next use nobody knows, and while the window's
+own memory stays within its budget.
 """
 
 from __future__ import annotations
@@ -76,16 +79,20 @@ class _PlannedStep(Generic[Payload]):
 
 @dataclass(frozen=True, kw_only=True)
 class Trainers:
-    """How many trainers share the batches and the caches, on how many hosts, and for which of them plans are made."""
+    """How many trainers share the batches and the caches, on how many hosts, and for which of them
+    plans are made.
+    """
 
     num_trainers: int
     ranks: tuple[int, ...]
     num_hosts: int = 1
-    """As many trainers on each, whose ranks are neighbours; a row is owned on the host that has its record."""
+    """As many trainers on each, whose ranks are neighbours; a row is owned on the host that has its
+    record."""
     num_replica_slots: tuple[int, ...] = ()
     """For each group how many replicas one trainer can hold for one step."""
     overlap: bool = True
-    """False: all that travels between trainers is on the critical path, to measure what overlapping saves."""
+    """False: all that travels between trainers is on the critical path, to measure what overlapping
+    saves."""
 
     @property
     def ranks_of_host(self) -> tuple[int, ...]:
@@ -101,7 +108,10 @@ class Trainers:
         if not self.ranks or not all(0 <= rank < self.num_trainers for rank in self.ranks):
             raise ConfigError(f"ranks {self.ranks}, must be some of 0 to {self.num_trainers - 1}")
         if self.num_trainers > 1 and len(self.num_replica_slots) != len(groups):
-            raise ConfigError(f"num_replica_slots has {len(self.num_replica_slots)} entries for {len(groups)} groups")
+            raise ConfigError(
+                f"num_replica_slots has {len(self.num_replica_slots)} entries for {len(groups)} "
+                "groups"
+            )
 
 
 SINGLE_TRAINER = Trainers(num_trainers=1, ranks=(0,))
@@ -117,15 +127,21 @@ def check_window(
 ) -> None:
     """Raises ConfigError for values out of range."""
     if lookahead != "auto" and not 1 <= lookahead <= MAX_LOOKAHEAD:
-        raise ConfigError(f"lookahead is {lookahead}, must be 'auto' or from 1 to {MAX_LOOKAHEAD:,} batches")
+        raise ConfigError(
+            f"lookahead is {lookahead}, must be 'auto' or from 1 to {MAX_LOOKAHEAD:,} batches"
+        )
     if not 0 <= prefetch_depth <= MAX_LOOKAHEAD:
-        raise ConfigError(f"prefetch_depth is {prefetch_depth}, must be from 0 to {MAX_LOOKAHEAD:,} steps")
+        raise ConfigError(
+            f"prefetch_depth is {prefetch_depth}, must be from 0 to {MAX_LOOKAHEAD:,} steps"
+        )
     if len(num_slots) != len(groups):
         raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(groups)} groups")
     max_slots = (2**31 - 1) // num_trainers  # all trainers' are numbered together
     for group, slots in zip(groups, num_slots, strict=True):
         if not 1 <= slots <= max_slots:
-            raise ConfigError(f"{group.name}: a cache of {slots:,} slots, must be from 1 to {max_slots:,}")
+            raise ConfigError(
+                f"{group.name}: a cache of {slots:,} slots, must be from 1 to {max_slots:,}"
+            )
 
 
 class Oracle:
@@ -142,10 +158,16 @@ class Oracle:
         first_step: int = 0,
         trainers: Trainers = SINGLE_TRAINER,
     ) -> None:
-        """`num_slots` for each group, and of each trainer. Raises ConfigError for values out of range."""
+        """`num_slots` for each group, and of each trainer. Raises ConfigError for values out of
+        range.
+        """
         trainers.check(groups)
         check_window(
-            groups, num_slots=num_slots, lookahead=lookahead, prefetch_depth=prefetch_depth, num_trainers=trainers.num_trainers
+            groups,
+            num_slots=num_slots,
+            lookahead=lookahead,
+            prefetch_depth=prefetch_depth,
+            num_trainers=trainers.num_trainers,
         )
         self._groups, self._num_slots, self._trainers = tuple(groups), tuple(num_slots), trainers
         self._is_auto = lookahead == "auto"
@@ -176,43 +198,59 @@ class Oracle:
         """Bytes of the cachers' own state; the window's batches not included."""
         return sum(cacher.nbytes for cacher in self._cachers)
 
-    def plan(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
+    def plan(
+        self, batches: Iterable[DedupedBatch[Payload]]
+    ) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
         """Both stages, one after the other: yields each batch with its plan, in order.
 
-        Raises CacheTooSmallError, and whatever `batches` raises, after the plans of all batches before it.
+        Raises CacheTooSmallError, and whatever `batches` raises, after the plans of all batches
+        before it.
         """
         return self.plan_linked(self.link(batches))
 
     def link(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[LinkedBatch[Payload]]:
         """The first stage. May be any number of batches ahead of the second."""
         for batch in batches:
-            linked = (cacher.linker.link(group) for cacher, group in zip(self._cachers, batch.groups, strict=True))
+            linked = (
+                cacher.linker.link(group)
+                for cacher, group in zip(self._cachers, batch.groups, strict=True)
+            )
             yield LinkedBatch(batch=batch, groups=tuple(linked))
 
     def plan_linked(
         self, batches: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
     ) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
-        """The second stage, for the first of the ranks that are planned for; raises as `plan` does."""
+        """The second stage, for the first of the ranks that are planned for; raises as `plan`
+        does.
+        """
         for plans, batch in self.plan_ranks(batches, workers):
             yield plans[0], batch
 
     def plan_ranks(
         self, batches: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
     ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
-        """The second stage, for all ranks that are planned for; raises as `plan` does, and ConfigError for too many replicas.
+        """The second stage, for all ranks that are planned for; raises as `plan` does, and
+        ConfigError for too many replicas.
 
-        What of it depends on one step alone, the way from the joint cache to several trainers, runs on `workers`, if any.
+        What of it depends on one step alone, the way from the joint cache to several trainers, runs
+        on `workers`, if any.
         """
         steps = self._plan_caches(batches)
         if workers is None or self._trainers.num_trainers == 1:
-            planned: Iterator[tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]] = map(self._plan_trainers, steps)
+            planned: Iterator[tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]] = map(
+                self._plan_trainers, steps
+            )
         else:
-            planned = ordered_map(self._plan_trainers, steps, workers, ahead=_STEPS_AHEAD, urgent=True)
+            planned = ordered_map(
+                self._plan_trainers, steps, workers, ahead=_STEPS_AHEAD, urgent=True
+            )
         for step, plans in planned:
             self._peak_slots = step.peak_slots
             yield plans, step.batch
 
-    def _plan_caches(self, batches: Iterable[LinkedBatch[Payload]]) -> Iterator[_PlannedStep[Payload]]:
+    def _plan_caches(
+        self, batches: Iterable[LinkedBatch[Payload]]
+    ) -> Iterator[_PlannedStep[Payload]]:
         """The sequential part of the second stage."""
         source = iter(batches)
         window: deque[DedupedBatch[Payload]] = deque()
@@ -238,7 +276,9 @@ class Oracle:
             window_bytes -= batch.nbytes
             planned = tuple(cacher.plan_cache() for cacher in self._cachers)
             peak_slots = tuple(cacher.num_used_slots for cacher in self._cachers)
-            yield _PlannedStep(step=step, batch=batch, groups=planned, num_ahead=len(window), peak_slots=peak_slots)
+            yield _PlannedStep(
+                step=step, batch=batch, groups=planned, num_ahead=len(window), peak_slots=peak_slots
+            )
             self._adapt(window_bytes, batch.nbytes)
             step += 1
         if failure is not None:
@@ -251,17 +291,31 @@ class Oracle:
         for cacher, group in zip(self._cachers, linked.groups, strict=True):
             cacher.admit(group)
 
-    def _plan_trainers(self, planned: _PlannedStep[Payload]) -> tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]:
-        """The plans of all ranks that are planned for. Changes nothing here, so that several steps may be planned at a time."""
+    def _plan_trainers(
+        self, planned: _PlannedStep[Payload]
+    ) -> tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]:
+        """The plans of all ranks that are planned for. Changes nothing here, so that several steps
+        may be planned at a time.
+        """
         step, batch = planned.step, planned.batch
         early_tick = max(self._first_step, step - self._prefetch_depth)
         if self._trainers.num_trainers == 1:
             groups = tuple(group.of_single_trainer() for group in planned.groups)
             plan = StepPlan(
-                step=step, early_tick=early_tick, batch_size=batch.batch_size, groups=groups, lookahead=planned.num_ahead
+                step=step,
+                early_tick=early_tick,
+                batch_size=batch.batch_size,
+                groups=groups,
+                lookahead=planned.num_ahead,
             )
             return planned, (plan,)
-        caches = zip(self._groups, planned.groups, self._num_slots, self._trainers.num_replica_slots, strict=True)
+        caches = zip(
+            self._groups,
+            planned.groups,
+            self._num_slots,
+            self._trainers.num_replica_slots,
+            strict=True,
+        )
         planners = [
             RankPlanner(
                 group,
@@ -272,7 +326,11 @@ class Oracle:
             )
             for group, cache_plan, slots, num_replicas in caches
         ]
-        has_late = any(len(moved) > 0 for group in planned.groups for moved in (group.late.evict_slots, group.late.fetch_slots))
+        has_late = any(
+            len(moved) > 0
+            for group in planned.groups
+            for moved in (group.late.evict_slots, group.late.fetch_slots)
+        )
         plans = tuple(
             StepPlan(
                 step=step,
@@ -287,7 +345,9 @@ class Oracle:
         return planned, plans
 
     def _adapt(self, window_bytes: int, batch_bytes: int) -> None:
-        """Lets an automatic window grow by one batch where that can save a fetch and fits the budget."""
+        """Lets an automatic window grow by one batch where that can save a fetch and fits the
+        budget.
+        """
         if not self._is_auto or self._lookahead >= MAX_LOOKAHEAD:
             return
         if window_bytes + 2 * batch_bytes > self._lookahead_bytes:

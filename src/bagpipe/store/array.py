@@ -1,16 +1,19 @@
-"""What the memory and the file store share: records in one array, of which only touched rows are ever materialised.
+"""What the memory and the file store share: records in one array, of which only touched rows are
+ever materialised.
 
-Owned here: the two arrays, records (num_rows, record_width) float32 and touched (num_rows,) uint8, and the number of touched rows.
-On one of several hosts records has only the rows whose home it is, so that their memory is divided among the hosts. A subclass
-makes the records array, erases it, and may reserve room before a write. The caller's arrays are only borrowed.
+Owned here: the two arrays, records (num_rows, record_width) float32 and touched (num_rows,) uint8,
+and the number of touched rows. On one of several hosts records has only the rows whose home it is,
+so that their memory is divided among the hosts. A subclass makes the records array, erases it, and
+may reserve room before a write. The caller's arrays are only borrowed.
 
-A call takes both arrays at once, as one pair, and keeps them alive while it runs: the loops do not check bounds, so a `close` from
-another thread must not change an array under them.
+A call takes both arrays at once, as one pair, and keeps them alive while it runs: the loops do not
+check bounds, so a `close` from another thread must not change an array under them.
 
-Cost: `record_bytes` a touched row in whole pages, and one byte of memory a row (a byte, not a bit, so that threads that write
-neighbouring rows need no atomics). Reading an untouched row computes its initial record and changes nothing. Gather and scatter are
-loops without the GIL, bound by memory latency, and initial records by arithmetic (0.1 us each at dimension 64): threads share a
-call's rows where they are many.
+Cost: `record_bytes` a touched row in whole pages, and one byte of memory a row (a byte, not a bit,
+so that threads that write neighbouring rows need no atomics). Reading an untouched row computes its
+initial record and changes nothing. Gather and scatter are loops without the GIL, bound by memory
+latency, and initial records by arithmetic (0.1 us each at dimension 64): threads share a call's
+rows where they are many.
 """
 
 from __future__ import annotations
@@ -41,8 +44,9 @@ from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, UInt8Arra
 _SCAN_ROWS = 1 << 20
 """Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
 _SHARED_BYTES = 64 << 20
-"""From there on threads share a call, as when a cache fills or is flushed. Smaller ones, of which several are under way at a time,
-take the caller's alone: threads that meet at the end of each call spin there."""
+"""From there on threads share a call, as when a cache fills or is flushed. Smaller ones, of which
+several are under way at a time, take the caller's alone: threads that meet at the end of each call
+spin there."""
 _shared = partial(threaded, num_threads=NUM_MANY_THREADS)
 
 
@@ -59,7 +63,8 @@ class ArrayStore(ABC):
     ) -> None:
         """`touched` says which rows the records hold already; None: none.
 
-        `lines` says where in records each line of rows is, see `bagpipe._sharding.home_lines`; None: all are in their order.
+        `lines` says where in records each line of rows is, see `bagpipe._sharding.home_lines`;
+        None: all are in their order.
         """
         self.group, self._lines = group, lines
         self._initializer = RowInitializer(group, seed)
@@ -80,7 +85,10 @@ class ArrayStore(ABC):
         """See `EmbeddingStore.fetch`."""
         records, touched = self._checked(rows, out, "out")
         if not out.flags.writeable:
-            raise StoreError(f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an array of your own")
+            raise StoreError(
+                f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an "
+                "array of your own"
+            )
         gather = _gather_shared if out.nbytes >= _SHARED_BYTES else _gather
         gather(records, touched, rows, self._places(rows), self._initializer.parameters, out)
 
@@ -98,13 +106,17 @@ class ArrayStore(ABC):
         """See `EmbeddingStore.snapshot`."""
         self._open_arrays()
         if block_rows < 1:
-            raise StoreError(f"block_rows of a snapshot of {self.group.name} is {block_rows}, must be at least 1")
+            raise StoreError(
+                f"block_rows of a snapshot of {self.group.name} is {block_rows}, must be at least 1"
+            )
         return self._snapshot(block_rows)
 
     def clear(self) -> None:
         """See `EmbeddingStore.clear`."""
         self._open_arrays()
-        self._arrays = None  # old memory goes before new is asked for; and a store that can't be cleared is closed
+        # old memory goes before new is asked for; and a store that can't be cleared is
+        # closed
+        self._arrays = None
         self._arrays = self._erased_records(), self._erased_touched()
         self._num_touched = 0
 
@@ -114,7 +126,9 @@ class ArrayStore(ABC):
 
     @abstractmethod
     def _erased_records(self) -> Float32Array:
-        """The records array, all zero again, its memory given back. Raises StoreError when that can't be done."""
+        """The records array, all zero again, its memory given back. Raises StoreError when that
+        can't be done.
+        """
 
     def _erased_touched(self) -> UInt8Array:
         """Flags that say that no row is touched."""
@@ -122,7 +136,9 @@ class ArrayStore(ABC):
 
     @abstractmethod
     def _make_room(self, rows: Int64Array) -> None:
-        """Called before rows are written; a store whose medium can be full reserves their place here."""
+        """Called before rows are written; a store whose medium can be full reserves their place
+        here.
+        """
 
     def _snapshot(self, block_rows: int) -> Iterator[tuple[Int64Array, Float32Array]]:
         for rows in self._touched_blocks(block_rows):
@@ -144,37 +160,57 @@ class ArrayStore(ABC):
             yield pending
 
     def _places(self, rows: Int64Array) -> Int64Array:
-        """Where in the records rows (n,) are. Raises StoreError for one whose home is another host."""
+        """Where in the records rows (n,) are. Raises StoreError for one whose home is another
+        host.
+        """
         if self._lines is None:
             return rows
         places, bad = _find_places(rows, self._lines)
         if bad >= 0:
             raise StoreError(
-                f"row {rows[bad]:,} of {self.group.name} lives on another host, whose trainers alone read and write it"
+                f"row {rows[bad]:,} of {self.group.name} lives on another host, whose trainers "
+                "alone read and write it"
             )
         return places
 
     def _open_arrays(self) -> tuple[Float32Array, UInt8Array]:
         arrays = self._arrays  # read once: another thread may close
         if arrays is None:
-            raise StoreError(f"the store of {self.group.name} is closed: make a new one, and restore it from a checkpoint")
+            raise StoreError(
+                f"the store of {self.group.name} is closed: make a new one, and restore it from a "
+                "checkpoint"
+            )
         return arrays
 
-    def _checked(self, rows: Int64Array, records: Float32Array, what: str) -> tuple[Float32Array, UInt8Array]:
-        """Refuses arguments that do not fit before anything is read or written; returns the open arrays."""
+    def _checked(
+        self, rows: Int64Array, records: Float32Array, what: str
+    ) -> tuple[Float32Array, UInt8Array]:
+        """Refuses arguments that do not fit before anything is read or written; returns the open
+        arrays.
+        """
         arrays = self._open_arrays()
         if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1:
-            raise StoreError(f"rows for {self.group.name} must be a 1-D int64 array, are {_describe(rows)}")
+            raise StoreError(
+                f"rows for {self.group.name} must be a 1-D int64 array, are {_describe(rows)}"
+            )
         wanted = (len(rows), self.group.record_width)
-        fits = isinstance(records, np.ndarray) and records.dtype == np.float32 and records.shape == wanted
+        fits = (
+            isinstance(records, np.ndarray)
+            and records.dtype == np.float32
+            and records.shape == wanted
+        )
         if not fits or not records.flags.c_contiguous:
             raise StoreError(
-                f"{what} for {len(rows):,} rows of {self.group.name} must be C-contiguous float32 of shape {wanted}, "
+                f"{what} for {len(rows):,} rows of {self.group.name} must be C-contiguous float32 "
+                f"of shape {wanted}, "
                 f"is {_describe(records)}"
             )
         bad = _first_outside(rows, self.group.num_rows)
         if bad >= 0:
-            raise StoreError(f"row {rows[bad]:,} lies outside {self.group.name}, whose rows are 0 to {self.group.num_rows - 1:,}")
+            raise StoreError(
+                f"row {rows[bad]:,} lies outside {self.group.name}, whose rows are 0 to "
+                f"{self.group.num_rows - 1:,}"
+            )
         return arrays
 
 
@@ -184,7 +220,8 @@ def _no_row_touched(group: Group) -> UInt8Array:
         return np.zeros(group.num_rows, np.uint8)
     except MemoryError as error:
         raise StoreError(
-            f"can't get {group.num_rows:,} bytes of memory, one for each row of {group.name}: use fewer rows or more memory"
+            f"can't get {group.num_rows:,} bytes of memory, one for each row of {group.name}: use "
+            "fewer rows or more memory"
         ) from error
 
 
@@ -220,7 +257,12 @@ def _find_places(rows: Int64Array, lines: Int32Array) -> tuple[Int64Array, int]:
 @_shared
 @parallel_jit
 def _gather_shared(
-    records: Float32Array, touched: UInt8Array, rows: Int64Array, places: Int64Array, initial: Parameters, out: Float32Array
+    records: Float32Array,
+    touched: UInt8Array,
+    rows: Int64Array,
+    places: Int64Array,
+    initial: Parameters,
+    out: Float32Array,
 ) -> None:
     """Copies touched rows to `out` from their `places` and computes the others."""
     for part in prange(NUM_PARTS):
@@ -230,7 +272,12 @@ def _gather_shared(
 
 @jit
 def _gather(
-    records: Float32Array, touched: UInt8Array, rows: Int64Array, places: Int64Array, initial: Parameters, out: Float32Array
+    records: Float32Array,
+    touched: UInt8Array,
+    rows: Int64Array,
+    places: Int64Array,
+    initial: Parameters,
+    out: Float32Array,
 ) -> None:
     untouched = np.empty(len(rows), np.bool_)
     any_untouched = False
@@ -249,8 +296,16 @@ def _gather(
 
 @_shared
 @parallel_jit
-def _scatter_shared(records: Float32Array, touched: UInt8Array, rows: Int64Array, places: Int64Array, values: Float32Array) -> int:
-    """Copies `values` to `records[places]` and marks rows touched; returns how many were not so before."""
+def _scatter_shared(
+    records: Float32Array,
+    touched: UInt8Array,
+    rows: Int64Array,
+    places: Int64Array,
+    values: Float32Array,
+) -> int:
+    """Copies `values` to `records[places]` and marks rows touched; returns how many were not so
+    before.
+    """
     num_new = 0
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
@@ -259,7 +314,13 @@ def _scatter_shared(records: Float32Array, touched: UInt8Array, rows: Int64Array
 
 
 @jit
-def _scatter(records: Float32Array, touched: UInt8Array, rows: Int64Array, places: Int64Array, values: Float32Array) -> int:
+def _scatter(
+    records: Float32Array,
+    touched: UInt8Array,
+    rows: Int64Array,
+    places: Int64Array,
+    values: Float32Array,
+) -> int:
     num_new = 0
     for index in range(len(rows)):
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)

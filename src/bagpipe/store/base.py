@@ -3,12 +3,14 @@
 Ordering, which every store promises and `tests/store_contract.py` holds:
 
 - a `fetch` that starts after a `write` has returned sees what it wrote;
-- any number of `fetch` and `write` may run at the same time in different threads as long as the rows of a `write` are disjoint from
-  the others' (the plan's fences see to that); both release the GIL during the copying;
-- a row never written reads as its initial record, the same in every store (`bagpipe.store.init`), and reading it does not
-  make it touched;
+- any number of `fetch` and `write` may run at the same time in different threads as long as the
+  rows of a `write` are disjoint from the others' (the plan's fences see to that); both release the
+  GIL during the copying;
+- a row never written reads as its initial record, the same in every store (`bagpipe.store.init`),
+  and reading it does not make it touched;
 - `snapshot` and `clear` run alone: no fetch or write at the same time;
-- a fetch or write that is under way when another thread calls `close` either ends well or raises StoreError.
+- a fetch or write that is under way when another thread calls `close` either ends well or raises
+  StoreError.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from bagpipe.types import Float32Array, Group, Int64Array
 
 
 class EmbeddingStore(Protocol):
-    """All records of one group: `num_rows` x `record_width` float32, weights first and then optimizer state.
+    """All records of one group: `num_rows` x `record_width` float32, weights first and then
+    optimizer state.
 
-    Two weights of 16 bits share the bits of a float32 (`Group.weight_words`): records are copied, never computed with.
+    Two weights of 16 bits share the bits of a float32 (`Group.weight_words`): records are copied,
+    never computed with.
     """
 
     @property
@@ -36,18 +40,21 @@ class EmbeddingStore(Protocol):
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         """Reads `rows` (n,) into `out` (n, record_width), C-contiguous.
 
-        Raises StoreError when a row is out of range, an array does not fit (nothing is read then) or the medium failed.
-        Both arrays are the caller's again when this returns; a row may be given twice.
+        Raises StoreError when a row is out of range, an array does not fit (nothing is read then)
+        or the medium failed. Both arrays are the caller's again when this returns; a row may be
+        given twice.
         """
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
-        """Writes `records` (n, record_width) to `rows` (n,), all distinct. StoreError as for `fetch`; nothing is written then.
+        """Writes `records` (n, record_width) to `rows` (n,), all distinct. StoreError as for
+        `fetch`; nothing is written then.
 
         Both arrays are the caller's again when this returns.
         """
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
-        """Yields every touched row once, ascending, in blocks of at most `block_rows`: rows (n,), records (n, record_width).
+        """Yields every touched row once, ascending, in blocks of at most `block_rows`: rows (n,),
+        records (n, record_width).
 
         Raises StoreError, at the call, when `block_rows` is below 1 or the store is closed.
         """

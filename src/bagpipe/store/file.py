@@ -1,22 +1,28 @@
-"""All records of a group in a memory-mapped file, for tables beyond RAM; the plan hides the disk's latency.
+"""All records of a group in a memory-mapped file, for tables beyond RAM; the plan hides the disk's
+latency.
 
-A folder holds `records.f32` (num_rows x record_width float32, sparse) and `header.json`, which says what it is. They are working
-state, not a checkpoint: a store starts empty, and a run restores it from its checkpoint. Which rows are touched is kept in memory,
-one byte a row: looking at a hole of a mapped file may itself need a block (on tmpfs), and a full disk then kills the process.
+A folder holds `records.f32` (num_rows x record_width float32, sparse) and `header.json`, which says
+what it is. They are working state, not a checkpoint: a store starts empty, and a run restores it
+from its checkpoint. Which rows are touched is kept in memory, one byte a row: looking at a hole of
+a mapped file may itself need a block (on tmpfs), and a full disk then kills the process.
 
-Why a map and not system calls: rows that the page cache holds, most of a skewed stream's, are then plain memory. Measured on one
-core and a virtual disk, 20,000 random records of 260 bytes in cache: 5 ms through the map, 110 ms by one `pwrite` or `preadv` each.
-A map reports a full disk by killing the process, so blocks are reserved first (`bagpipe.store.sparse_file`), at 20 us a MiB, once.
+Why a map and not system calls: rows that the page cache holds, most of a skewed stream's, are then
+plain memory. Measured on one core and a virtual disk, 20,000 random records of 260 bytes in cache:
+5 ms through the map, 110 ms by one `pwrite` or `preadv` each. A map reports a full disk by killing
+the process, so blocks are reserved first (`bagpipe.store.sparse_file`), at 20 us a MiB, once.
 
-Beyond RAM the page cache keeps the pages used last, and it gets what the process's own memory leaves. A row out of cache costs one
-read of the disk (120 us a row here; with 16 threads 26 us), since fetches read no pages
-around the row: with random rows those would push others out of the cache. A snapshot reads ahead instead (7.6 us a row without,
-1.1 with). Dirty pages go to disk behind the run, whole pages for single rows, and soon long before memory is short: past the
-kernel's limits, by default 10 and 20 % of memory, writes wait for the disk. Where the file fits the page cache, raise them:
-`sysctl -w vm.dirty_background_ratio=85 vm.dirty_ratio=90` took a step of 7.3 ms to 2.3 (docs/results.md).
+Beyond RAM the page cache keeps the pages used last, and it gets what the process's own memory
+leaves. A row out of cache costs one read of the disk (120 us a row here; with 16 threads 26 us),
+since fetches read no pages around the row: with random rows those would push others out of the
+cache. A snapshot reads ahead instead (7.6 us a row without, 1.1 with). Dirty pages go to disk
+behind the run, whole pages for single rows, and soon long before memory is short: past the kernel's
+limits, by default 10 and 20 % of memory, writes wait for the disk. Where the file fits the page
+cache, raise them: `sysctl -w vm.dirty_background_ratio=85 vm.dirty_ratio=90` took a step of 7.3 ms
+to 2.3 (docs/results.md).
 
-Not for tables that fit RAM: the memory store takes no disk and needs no write-out. Not on network file systems, nor on those that
-copy on write (btrfs, ZFS): there, overwriting a reserved block needs a new one, and a full disk kills the process all the same.
+Not for tables that fit RAM: the memory store takes no disk and needs no write-out. Not on network
+file systems, nor on those that copy on write (btrfs, ZFS): there, overwriting a reserved block
+needs a new one, and a full disk kills the process all the same.
 """
 
 from __future__ import annotations
@@ -39,9 +45,11 @@ _HEADER, _RECORDS = "header.json", "records.f32"
 
 
 class FileStore(ArrayStore):
-    """An `EmbeddingStore` in one folder: `record_bytes` of disk and one byte of memory a row at most, and page cache as there is.
+    """An `EmbeddingStore` in one folder: `record_bytes` of disk and one byte of memory a row at
+    most, and page cache as there is.
 
-    Starts empty, whatever the folder held for these tables before. A folder that holds other tables' files is refused.
+    Starts empty, whatever the folder held for these tables before. A folder that holds other
+    tables' files is refused.
 
     Raises:
         StoreError: the folder is another store's, or its disk is full or can't be written.
@@ -75,7 +83,10 @@ class FileStore(ArrayStore):
         try:
             self._file.erase()
         except OSError as error:
-            raise StoreError(f"can't clear {self._file.path}: {_reason(error)}; the store is closed: make a new one") from error
+            raise StoreError(
+                f"can't clear {self._file.path}: {_reason(error)}; the store is closed: make a new "
+                "one"
+            ) from error
         return self._mapped_records(self.group)
 
     def _make_room(self, rows: Int64Array) -> None:
@@ -83,8 +94,10 @@ class FileStore(ArrayStore):
             self._file.reserve(rows)
         except OSError as error:
             raise StoreError(
-                f"can't write {len(rows):,} rows to {self._file.path}: {_reason(error)}; nothing was written: "
-                f"free space on its disk, up to {self._file.map.size():,} bytes in all, or choose another store folder"
+                f"can't write {len(rows):,} rows to {self._file.path}: {_reason(error)}; nothing "
+                "was written: "
+                f"free space on its disk, up to {self._file.map.size():,} bytes in all, or choose "
+                "another store folder"
             ) from error
 
     def _snapshot(self, block_rows: int) -> Iterator[tuple[Int64Array, Float32Array]]:
@@ -104,7 +117,8 @@ def _header(group: Group, seed: int) -> dict[str, Any]:
         "embedding_dim": group.embedding_dim,
         "data_type": group.data_type,
         "optimizer": type(group.optimizer).__name__,
-        "tables": [[table.name, table.num_embeddings] for table in group.tables],  # in order, which numbers the rows
+        # in order, which numbers the rows
+        "tables": [[table.name, table.num_embeddings] for table in group.tables],
         "seed": seed,
     }
 
@@ -123,16 +137,21 @@ def _check_folder(folder: Path, header: dict[str, Any]) -> None:
         found = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         if (folder / _RECORDS).exists():
-            raise StoreError(f"{folder} holds {_RECORDS} but no {_HEADER}, so it is no file store's: {remedy}") from None
+            raise StoreError(
+                f"{folder} holds {_RECORDS} but no {_HEADER}, so it is no file store's: {remedy}"
+            ) from None
         return
     except (OSError, ValueError) as error:
-        raise StoreError(f"can't read {folder / _HEADER} as a file store's header ({error}): {remedy}") from error
+        raise StoreError(
+            f"can't read {folder / _HEADER} as a file store's header ({error}): {remedy}"
+        ) from error
     if not isinstance(found, dict):
         raise StoreError(f"{folder / _HEADER} is not a file store's header: {remedy}")
     differing = [key for key in header if found.get(key) != header[key]]
     if differing:
         key = differing[0]
         raise StoreError(
-            f"{folder} holds the file store of another run or other tables: {key} is {found.get(key)!r} there and "
+            f"{folder} holds the file store of another run or other tables: {key} is "
+            f"{found.get(key)!r} there and "
             f"{header[key]!r} here; {remedy}"
         )

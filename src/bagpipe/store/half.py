@@ -1,8 +1,9 @@
 """Weights of 16 bits: from and to float32, in integers, so that every machine gives the same bits.
 
-A number is a `np.uint32` whose lower half counts. To round "by chance" is to add random bits below the last place that is kept,
-so that a value a third of the way between two neighbours becomes the upper one in a third of all cases. There are 16 such bits, 13
-with fp16's normal numbers; what a value has below them is lost. What is too large for fp16 becomes infinite.
+A number is a `np.uint32` whose lower half counts. To round "by chance" is to add random bits below
+the last place that is kept, so that a value a third of the way between two neighbours becomes the
+upper one in a third of all cases. There are 16 such bits, 13 with fp16's normal numbers; what a
+value has below them is lost. What is too large for fp16 becomes infinite.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def by_chance(value: np.float32, chance: np.int64, code: int) -> np.uint32:
     if bits & 0x7FFFFFFF < _SMALLEST_NORMAL:
         steps = _in_smallest_steps(value)
         whole = np.int64(steps)
-        return np.uint32(bits >> 16 & 0x8000 | whole + (np.float32(chance) / np.float32(65536.0) < steps - np.float32(whole)))
+        return np.uint32(
+            bits >> 16 & 0x8000
+            | whole + (np.float32(chance) / np.float32(65536.0) < steps - np.float32(whole))
+        )
     return _cut(bits, chance >> 3, code)
 
 
@@ -69,7 +73,9 @@ def _in_smallest_steps(value: np.float32) -> np.float32:
 
 @jit
 def _cut(bits: np.int64, addend: np.int64 | int, code: int) -> np.uint32:
-    """A float32's `bits` without those that 16 bits have no place for, after `addend` is added to these."""
+    """A float32's `bits` without those that 16 bits have no place for, after `addend` is added to
+    these.
+    """
     size = bits & 0x7FFFFFFF
     is_nan = size > _INFINITY
     if code == BF16:

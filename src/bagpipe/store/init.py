@@ -1,13 +1,16 @@
-"""Initial records from a counter-based generator: (seed, group, row) decides them, no order of events.
+"""Initial records from a counter-based generator: (seed, group, row) decides them, no order of
+events.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the seed as its key and
-(row, group and block) as its counter gives four 32-bit numbers a block, one for each weight. The group's index is part of it since
-all groups of a model get the same seed: row 7 of two groups must not start alike. Nothing is stored: an untouched row is computed
-when it is read, so creating a table of any size costs nothing.
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+with the seed as its key and (row, group and block) as its counter gives four 32-bit numbers a
+block, one for each weight. The group's index is part of it since all groups of a model get the same
+seed: row 7 of two groups must not start alike. Nothing is stored: an untouched row is computed when
+it is read, so creating a table of any size costs nothing.
 
-Cost, on one core: 1.4 ns a Uniform weight of float32, 19 ns a Normal one. Uniform weights are the same on every machine; Normal
-ones go through the C library's log, sin and cos in float64, whose last bit may differ between machines and then, rarely, the
-float32's. Weights of 16 bits are these, rounded to the nearest: a Uniform's may lie half a place outside of [low, high).
+Cost, on one core: 1.4 ns a Uniform weight of float32, 19 ns a Normal one. Uniform weights are the
+same on every machine; Normal ones go through the C library's log, sin and cos in float64, whose
+last bit may differ between machines and then, rarely, the float32's. Weights of 16 bits are these,
+rounded to the nearest: a Uniform's may lie half a place outside of [low, high).
 """
 
 from __future__ import annotations
@@ -55,12 +58,18 @@ class Parameters(NamedTuple):
 
 
 class RowInitializer:
-    """Computes the initial records of one group's rows: weights by its table's distribution, then the optimizer's initial state."""
+    """Computes the initial records of one group's rows: weights by its table's distribution, then
+    the optimizer's initial state.
+    """
 
     def __init__(self, group: Group, seed: int) -> None:
         initializers = [table.initializer for table in group.tables]
         optimizer = group.optimizer
-        state = optimizer.initial_accumulator_value if isinstance(optimizer, Adagrad | RowWiseAdagrad) else 0.0
+        state = (
+            optimizer.initial_accumulator_value
+            if isinstance(optimizer, Adagrad | RowWiseAdagrad)
+            else 0.0
+        )
         self.parameters = Parameters(
             group.row_offsets,
             np.array([isinstance(initializer, Normal) for initializer in initializers], np.bool_),
@@ -75,7 +84,9 @@ class RowInitializer:
         )
 
     def fill(self, rows: Int64Array, out: Float32Array) -> None:
-        """Writes the initial records of `rows` (n,), which must be in range, to `out` (n, record_width)."""
+        """Writes the initial records of `rows` (n,), which must be in range, to `out` (n,
+        record_width).
+        """
         fill_part(rows, np.ones(len(rows), np.bool_), self.parameters, out)
 
 
@@ -87,7 +98,8 @@ def _affine(initializer: Initializer) -> tuple[float, float]:
 
 
 def _limits(initializer: Initializer) -> tuple[np.float32, np.float32]:
-    """Least and greatest float32 that the distribution may give: rounding must not leave [low, high).
+    """Least and greatest float32 that the distribution may give: rounding must not leave [low,
+    high).
 
     Where [low, high) holds no float32, the one nearest to low.
     """
@@ -98,12 +110,20 @@ def _limits(initializer: Initializer) -> tuple[np.float32, np.float32]:
         least = np.nextafter(least, np.float32(np.inf))
     if float(beyond) >= initializer.high:
         beyond = np.nextafter(beyond, np.float32(-np.inf))
-    return (least, beyond) if least <= beyond else (np.float32(initializer.low), np.float32(initializer.low))
+    return (
+        (least, beyond)
+        if least <= beyond
+        else (np.float32(initializer.low), np.float32(initializer.low))
+    )
 
 
 @inline_jit
-def philox(key: np.uint64, low: np.uint64, high: np.uint64) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
-    """Philox4x32-10 of the 128-bit counter (low, high) under a 64-bit key: four numbers below 2**32."""
+def philox(
+    key: np.uint64, low: np.uint64, high: np.uint64
+) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    """Philox4x32-10 of the 128-bit counter (low, high) under a 64-bit key: four numbers below
+    2**32.
+    """
     mask = np.uint64(0xFFFFFFFF)
     half = np.uint64(32)
     c0, c1, c2, c3 = low & mask, low >> half, high & mask, high >> half
@@ -111,19 +131,34 @@ def philox(key: np.uint64, low: np.uint64, high: np.uint64) -> tuple[np.uint64, 
     for _ in range(10):
         product0 = np.uint64(0xD2511F53) * c0
         product1 = np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (product1 >> half) ^ c1 ^ k0, product1 & mask, (product0 >> half) ^ c3 ^ k1, product0 & mask
+        c0, c1, c2, c3 = (
+            (product1 >> half) ^ c1 ^ k0,
+            product1 & mask,
+            (product0 >> half) ^ c3 ^ k1,
+            product0 & mask,
+        )
         k0 = (k0 + np.uint64(0x9E3779B9)) & mask
         k1 = (k1 + np.uint64(0xBB67AE85)) & mask
     return c0, c1, c2, c3
 
 
 @jit
-def fill_part(rows: Int64Array, wanted: BoolArray, parameters: Parameters, out: Float32Array) -> None:
-    """Writes the initial records of those rows (n,) where `wanted` (n,) holds to `out` (n, record_width)."""
+def fill_part(
+    rows: Int64Array, wanted: BoolArray, parameters: Parameters, out: Float32Array
+) -> None:
+    """Writes the initial records of those rows (n,) where `wanted` (n,) holds to `out` (n,
+    record_width).
+    """
     num_blocks = -(-parameters.dim // 4)
     indices = np.empty(max(1, _TILE_BLOCKS // num_blocks), np.int64)
-    lows, highs = np.empty(len(indices) * num_blocks, np.uint64), np.empty(len(indices) * num_blocks, np.uint64)
-    lanes, numbers = np.empty((4, len(lows)), np.uint32), np.empty((len(indices), 4 * num_blocks), np.uint32)
+    lows, highs = (
+        np.empty(len(indices) * num_blocks, np.uint64),
+        np.empty(len(indices) * num_blocks, np.uint64),
+    )
+    lanes, numbers = (
+        np.empty((4, len(lows)), np.uint32),
+        np.empty((len(indices), 4 * num_blocks), np.uint32),
+    )
     num_rows = 0
     for index in range(len(rows)):
         if wanted[index]:
@@ -139,8 +174,12 @@ def fill_part(rows: Int64Array, wanted: BoolArray, parameters: Parameters, out: 
 
 
 @jit
-def _draw(seed: np.uint64, lows: UInt64Array, highs: UInt64Array, lanes: UInt32Array, numbers: UInt32Array) -> None:
-    """Writes the four numbers of each counter (n,); by way of `lanes` (4, n), so that vector instructions draw them."""
+def _draw(
+    seed: np.uint64, lows: UInt64Array, highs: UInt64Array, lanes: UInt32Array, numbers: UInt32Array
+) -> None:
+    """Writes the four numbers of each counter (n,); by way of `lanes` (4, n), so that vector
+    instructions draw them.
+    """
     first, second, third, fourth = lanes[0], lanes[1], lanes[2], lanes[3]
     for place in range(len(lows)):
         drawn = philox(seed, lows[place], highs[place])
@@ -152,28 +191,55 @@ def _draw(seed: np.uint64, lows: UInt64Array, highs: UInt64Array, lanes: UInt32A
 
 
 @jit
-def _fill_tile(rows: Int64Array, indices: Int64Array, parameters: Parameters, numbers: UInt32Array, out: Float32Array) -> None:
-    """Writes the records of rows[indices], each from one row of `numbers`, as many as it has weights or a few more."""
-    dim, data_type, weight_words, state = parameters.dim, parameters.data_type, parameters.weight_words, parameters.state
-    offsets, is_normal = parameters.row_offsets, parameters.is_normal  # a tuple's arrays cost a reference each time in a loop
+def _fill_tile(
+    rows: Int64Array,
+    indices: Int64Array,
+    parameters: Parameters,
+    numbers: UInt32Array,
+    out: Float32Array,
+) -> None:
+    """Writes the records of rows[indices], each from one row of `numbers`, as many as it has
+    weights or a few more.
+    """
+    dim, data_type, weight_words, state = (
+        parameters.dim,
+        parameters.data_type,
+        parameters.weight_words,
+        parameters.state,
+    )
+    # a tuple's arrays cost a reference each time in a loop
+    offsets, is_normal = (parameters.row_offsets, parameters.is_normal)
     affine, limits = parameters.affine, parameters.limits
     for place in range(len(indices)):
         index = indices[place]
         table = np.searchsorted(offsets, rows[index], side="right") - 1
-        shift, scale, least, greatest = affine[table, 0], affine[table, 1], limits[table, 0], limits[table, 1]
+        shift, scale, least, greatest = (
+            affine[table, 0],
+            affine[table, 1],
+            limits[table, 0],
+            limits[table, 1],
+        )
         if data_type == FP32 and not is_normal[table]:
             for column in range(dim):
-                out[index, column] = _weight(_unit(numbers[place, column]), shift, scale, least, greatest)
+                out[index, column] = _weight(
+                    _unit(numbers[place, column]), shift, scale, least, greatest
+                )
         else:
             draws = _normal(numbers[place]) if is_normal[table] else _units(numbers[place])
-            _fill_weights(draws[:dim], (shift, scale), (least, greatest), data_type, out[index, :weight_words])
+            _fill_weights(
+                draws[:dim], (shift, scale), (least, greatest), data_type, out[index, :weight_words]
+            )
         for column in range(weight_words, out.shape[1]):
             out[index, column] = state
 
 
 @jit
 def _fill_weights(
-    draws: Float64Array, affine: tuple[float, float], limits: tuple[np.float32, np.float32], data_type: int, weights: Float32Array
+    draws: Float64Array,
+    affine: tuple[float, float],
+    limits: tuple[np.float32, np.float32],
+    data_type: int,
+    weights: Float32Array,
 ) -> None:
     if data_type == FP32:
         for column in range(len(draws)):
@@ -187,13 +253,17 @@ def _fill_weights(
 
 
 @inline_jit
-def _weight(draw: float, shift: float, scale: float, least: np.float32, greatest: np.float32) -> np.float32:
+def _weight(
+    draw: float, shift: float, scale: float, least: np.float32, greatest: np.float32
+) -> np.float32:
     return min(max(np.float32(shift + scale * draw), least), greatest)
 
 
 @inline_jit
 def _unit(number: np.uint32) -> float:
-    """A number of [0, 1) from the upper 24 bits, which is all that a float32 holds; signed ones have vector instructions."""
+    """A number of [0, 1) from the upper 24 bits, which is all that a float32 holds; signed ones
+    have vector instructions.
+    """
     return np.float64(np.int32(number >> np.uint32(8))) / 16777216.0
 
 

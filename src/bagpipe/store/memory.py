@@ -1,12 +1,14 @@
 """All records of a group in this process's memory.
 
-The array is an anonymous map that takes memory page by page as rows are written, so a store of any size is created in microseconds,
-even one larger than RAM: the kernel is asked not to count the map against its limit (MAP_NORESERVE, without which it refuses what
-could never fit at once). Rows touched beyond RAM get the process killed: for such tables use the file store.
+The array is an anonymous map that takes memory page by page as rows are written, so a store of any
+size is created in microseconds, even one larger than RAM: the kernel is asked not to count the map
+against its limit (MAP_NORESERVE, without which it refuses what could never fit at once). Rows
+touched beyond RAM get the process killed: for such tables use the file store.
 
-Pages are huge (2 MB) when the whole table takes at most half of RAM: a gather of 20,000 random records then took 4.4 ms instead of
-6.8 (4.2 GB table, two busy cores, fewer TLB misses). The first row touched in a page pays for clearing all of it, so the first
-steps are slow (a virtual machine took 0.2 s a GB for it, and 3 s where its host had to find the memory first), and memory is soon
+Pages are huge (2 MB) when the whole table takes at most half of RAM: a gather of 20,000 random
+records then took 4.4 ms instead of 6.8 (4.2 GB table, two busy cores, fewer TLB misses). The first
+row touched in a page pays for clearing all of it, so the first steps are slow (a virtual machine
+took 0.2 s a GB for it, and 3 s where its host had to find the memory first), and memory is soon
 that of the whole table. Larger tables keep 4 KB pages, and their memory follows the rows touched.
 """
 
@@ -30,7 +32,9 @@ _HUGE_PAGES_MAX_SHARE = 0.5
 
 
 class MemoryStore(ArrayStore):
-    """An `EmbeddingStore` in host RAM: at most `record_bytes` + 1 bytes a row. Raises StoreError when it can't be mapped."""
+    """An `EmbeddingStore` in host RAM: at most `record_bytes` + 1 bytes a row. Raises StoreError
+    when it can't be mapped.
+    """
 
     def __init__(self, group: Group, seed: int) -> None:
         super().__init__(group, seed, _allocate(group))
@@ -46,13 +50,17 @@ def _allocate(group: Group) -> Float32Array:
     """Records (num_rows, record_width), zero and not yet backed by memory."""
     size_bytes = group.num_rows * group.record_bytes
     try:
-        records = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        records = mmap.mmap(
+            -1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        )
     except (OSError, OverflowError) as error:
         raise StoreError(
-            f"can't map {size_bytes:,} bytes of memory for the {group.num_rows:,} rows of {group.name} ({error}): "
+            f"can't map {size_bytes:,} bytes of memory for the {group.num_rows:,} rows of "
+            f"{group.name} ({error}): "
             "use the file store"
         ) from error
     if size_bytes <= _HUGE_PAGES_MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
-        with contextlib.suppress(OSError):  # a kernel without transparent huge pages; small ones give the same results
+        # a kernel without transparent huge pages; small ones give the same results
+        with contextlib.suppress(OSError):
             records.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(records, np.float32).reshape(group.num_rows, group.record_width)

@@ -1,10 +1,13 @@
-"""All records of a group in memory that the trainers of one host share: one copy of the tables, not one a trainer.
+"""All records of a group in memory that the trainers of one host share: one copy of the tables, not
+one a trainer.
 
-The first trainer makes two memory files without a name (memfd) and the others open them through its `/proc` entry, so nothing is
-left behind when the processes end, however they end. Pages are taken as rows are written, as in the memory store, but small ones.
-On one of several hosts it has the records of the rows whose home that host is, and refuses others.
+The first trainer makes two memory files without a name (memfd) and the others open them through its
+`/proc` entry, so nothing is left behind when the processes end, however they end. Pages are taken
+as rows are written, as in the memory store, but small ones. On one of several hosts it has the
+records of the rows whose home that host is, and refuses others.
 
-A row is written by one trainer at a time, its owner, and read by another only once that has said so (`bagpipe.cache.communicator`).
+A row is written by one trainer at a time, its owner, and read by another only once that has said so
+(`bagpipe.cache.communicator`).
 """
 
 from __future__ import annotations
@@ -23,20 +26,34 @@ from bagpipe.types import Float32Array, Group, UInt8Array
 
 @dataclass(frozen=True, kw_only=True)
 class SharedFiles:
-    """Where other processes of the host find a store's two files while the one that made them lives."""
+    """Where other processes of the host find a store's two files while the one that made them
+    lives.
+    """
 
     records: str
     touched: str
 
 
 class SharedMemoryStore(ArrayStore):
-    """An `EmbeddingStore` that several processes have open: at most `record_bytes` + 1 bytes a row in all.
+    """An `EmbeddingStore` that several processes have open: at most `record_bytes` + 1 bytes a row
+    in all.
 
-    Of several hosts each has 1 byte a row, `record_bytes` for each row of its own, and each process a quarter of a byte a row.
+    Of several hosts each has 1 byte a row, `record_bytes` for each row of its own, and each process
+    a quarter of a byte a row.
     """
 
-    def __init__(self, group: Group, seed: int, files: SharedFiles | None = None, *, host: int = 0, num_hosts: int = 1) -> None:
-        """Makes the store, empty, or with `files` opens the one of another process of this host. StoreError: it can't be mapped."""
+    def __init__(
+        self,
+        group: Group,
+        seed: int,
+        files: SharedFiles | None = None,
+        *,
+        host: int = 0,
+        num_hosts: int = 1,
+    ) -> None:
+        """Makes the store, empty, or with `files` opens the one of another process of this host.
+        StoreError: it can't be mapped.
+        """
         lines, num_places = None, group.num_rows
         if num_hosts > 1:
             lines, num_lines = home_lines(group.num_rows, host, num_hosts)
@@ -55,15 +72,22 @@ class SharedMemoryStore(ArrayStore):
                 maps[name] = mmap.mmap(descriptor, size_bytes)
         except (OSError, OverflowError, ValueError) as error:
             self._close_files()
-            raise StoreError(f"can't share {sum(sizes_bytes.values()):,} bytes of memory for {group.name}: {error}") from error
-        self._records: Float32Array = np.frombuffer(maps["records"], np.float32).reshape(num_places, group.record_width)
+            raise StoreError(
+                f"can't share {sum(sizes_bytes.values()):,} bytes of memory for {group.name}: "
+                f"{error}"
+            ) from error
+        self._records: Float32Array = np.frombuffer(maps["records"], np.float32).reshape(
+            num_places, group.record_width
+        )
         self._touched: UInt8Array = np.frombuffer(maps["touched"], np.uint8)
         super().__init__(group, seed, self._records, self._touched, lines)
 
     @property
     def files(self) -> SharedFiles:
         """For the other processes."""
-        records, touched = (f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in self._descriptors)
+        records, touched = (
+            f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in self._descriptors
+        )
         return SharedFiles(records=records, touched=touched)
 
     @property

@@ -1,9 +1,12 @@
-"""A file of zeros of fixed size, mapped into memory, whose items are reserved on disk before they are first written.
+"""A file of zeros of fixed size, mapped into memory, whose items are reserved on disk before they
+are first written.
 
-Writing through a map into a hole of a sparse file has no way to fail but SIGBUS, which kills the process when the disk is full.
-So `reserve` asks the file system for the blocks first (`posix_fallocate`), a stretch at a time: a full disk is an OSError before
-anything is written. Items that were not reserved must not be read, either: on tmpfs, looking at a hole fills it. What is left is a
-disk that breaks, or a file that someone else cuts, under a map: both still kill the process.
+Writing through a map into a hole of a sparse file has no way to fail but SIGBUS, which kills the
+process when the disk is full. So `reserve` asks the file system for the blocks first
+(`posix_fallocate`), a stretch at a time: a full disk is an OSError before anything is written.
+Items that were not reserved must not be read, either: on tmpfs, looking at a hole fills it. What is
+left is a disk that breaks, or a file that someone else cuts, under a map: both still kill the
+process.
 """
 
 from __future__ import annotations
@@ -23,34 +26,41 @@ from bagpipe._jit import jit
 from bagpipe.types import BoolArray, Int64Array
 
 STRETCH_BYTES = 1 << 20
-"""Reserved at a time, or one item where that is longer: so that reserving is rare. Random rows soon reserve the whole file, as they
-would fill it."""
+"""Reserved at a time, or one item where that is longer: so that reserving is rare. Random rows soon
+reserve the whole file, as they would fill it."""
 
 
 class SparseFile:
-    """A new file of `num_items` x `item_bytes` zeros at `path`, replacing one of that name; `map` is its memory. Raises OSError.
+    """A new file of `num_items` x `item_bytes` zeros at `path`, replacing one of that name; `map`
+    is its memory. Raises OSError.
 
-    A process that still has the replaced file mapped keeps it, without a name, so that neither sees the other's rows.
+    A process that still has the replaced file mapped keeps it, without a name, so that neither sees
+    the other's rows.
     """
 
     def __init__(self, path: Path, num_items: int, item_bytes: int) -> None:
         self.path = path
         self._item_bytes = item_bytes
         self._size_bytes = size_bytes = num_items * item_bytes
-        self._stretch_bytes = max(STRETCH_BYTES, item_bytes)  # so that the ends of an item tell all stretches that it lies in
+        # so that the ends of an item tell all stretches that it lies in
+        self._stretch_bytes = max(STRETCH_BYTES, item_bytes)
         path.unlink(missing_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self._close_file = weakref.finalize(self, os.close, self._file)  # of a store that nobody closed, too
+        # of a store that nobody closed, too
+        self._close_file = weakref.finalize(self, os.close, self._file)
         os.ftruncate(self._file, size_bytes)
         self.map = mmap.mmap(self._file, size_bytes)
         self.map.madvise(mmap.MADV_RANDOM)  # a fault reads one page, not the pages around it
         self._reserved = np.zeros(-(-size_bytes // self._stretch_bytes), np.bool_)
-        # Where posix_fallocate is emulated by writing zeros, a second one of the same stretch could undo another thread's write.
-        # And a file closed by another thread must not be reserved in: its number may be another file's by then.
+        # Where posix_fallocate is emulated by writing zeros, a second one of the same stretch could
+        # undo another thread's write. And a file closed by another thread must not be reserved in:
+        # its number may be another file's by then.
         self._lock = threading.Lock()
 
     def reserve(self, items: Int64Array) -> None:
-        """Gives disk blocks to the stretches of `items` (n,). Raises OSError when the disk is full or the file closed."""
+        """Gives disk blocks to the stretches of `items` (n,). Raises OSError when the disk is full
+        or the file closed.
+        """
         if _are_reserved(self._reserved, items, self._item_bytes, self._stretch_bytes):
             return
         begin = items * self._item_bytes
@@ -60,7 +70,11 @@ class SparseFile:
                 raise OSError(errno.EBADF, "the file was closed meanwhile")
             for stretch in np.unique(stretches[~self._reserved[stretches]]).tolist():
                 begin_bytes = stretch * self._stretch_bytes
-                os.posix_fallocate(self._file, begin_bytes, min(self._stretch_bytes, self._size_bytes - begin_bytes))
+                os.posix_fallocate(
+                    self._file,
+                    begin_bytes,
+                    min(self._stretch_bytes, self._size_bytes - begin_bytes),
+                )
                 self._reserved[stretch] = True
 
     @contextlib.contextmanager
@@ -73,22 +87,30 @@ class SparseFile:
             self.map.madvise(mmap.MADV_RANDOM)
 
     def erase(self) -> None:
-        """Makes every byte zero and gives the blocks back; the map stays, and must not be used if this raises OSError."""
+        """Makes every byte zero and gives the blocks back; the map stays, and must not be used if
+        this raises OSError.
+        """
         os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self._size_bytes)
         self._reserved[:] = False
 
     def close(self) -> None:
-        """Closes the file. The map lives until no array is over it; the file stays on disk. Closing twice is allowed."""
+        """Closes the file. The map lives until no array is over it; the file stays on disk. Closing
+        twice is allowed.
+        """
         with self._lock:
             self._close_file()
 
 
 @jit
-def _are_reserved(reserved: BoolArray, items: Int64Array, item_bytes: int, stretch_bytes: int) -> bool:
+def _are_reserved(
+    reserved: BoolArray, items: Int64Array, item_bytes: int, stretch_bytes: int
+) -> bool:
     """Whether all stretches that the items lie in are reserved."""
     for item in items:
         begin = item * item_bytes
-        if not (reserved[begin // stretch_bytes] and reserved[(begin + item_bytes - 1) // stretch_bytes]):
+        if not (
+            reserved[begin // stretch_bytes] and reserved[(begin + item_bytes - 1) // stretch_bytes]
+        ):
             return False
     return True

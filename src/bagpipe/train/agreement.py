@@ -1,4 +1,6 @@
-"""What several trainers must agree on before they train: their plans fit together only if all make them of the same things."""
+"""What several trainers must agree on before they train: their plans fit together only if all make
+them of the same things.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,19 @@ _OF_A_HOST = ("log.folder", "data.folder", "prepare", "embeddings.store", "cache
 
 
 def check_same_run(communicator: Communicator, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError on every rank where one has another configuration, as nested mappings; all must call it."""
-    first, *others = (json.loads(text) for text in communicator.gather_texts("the run's settings", json.dumps(settings)))
+    """Raises ConfigError on every rank where one has another configuration, as nested mappings; all
+    must call it.
+    """
+    first, *others = (
+        json.loads(text)
+        for text in communicator.gather_texts("the run's settings", json.dumps(settings))
+    )
     for rank, other in enumerate(others, 1):
         for difference in compare_configs(first, other):
             if not difference.is_within(_OF_A_HOST):
                 raise ConfigError(
-                    f"ranks train with other settings: {difference.key} is {difference.old!r} on rank 0 and {difference.new!r} on "
+                    f"ranks train with other settings: {difference.key} is {difference.old!r} on "
+                    f"rank 0 and {difference.new!r} on "
                     f"rank {rank}; start all with the same file and options"
                 )
 
@@ -39,23 +47,30 @@ def check_same_settings(communicator: Communicator, options: StreamOptions, *, s
         "step": options.first_step,
         "seed": seed,
     }
-    first, *others = (json.loads(text) for text in communicator.gather_texts("the settings", json.dumps(own)))
+    first, *others = (
+        json.loads(text) for text in communicator.gather_texts("the settings", json.dumps(own))
+    )
     for rank, other in enumerate(others, 1):
         for name, value in first.items():
             if other[name] != value:
                 raise ConfigError(
-                    f"ranks plan with other settings: {name} is {value} on rank 0 and {other[name]} on rank {rank}; "
+                    f"ranks plan with other settings: {name} is {value} on rank 0 and "
+                    f"{other[name]} on rank {rank}; "
                     "give all the same"
                 )
 
 
 def check_same_batches(communicator: Communicator, ids_hash: str, which: str) -> None:
-    """Raises DataError on every rank where one has read other ids in the batches that `which` names; all must call it."""
+    """Raises DataError on every rank where one has read other ids in the batches that `which`
+    names; all must call it.
+    """
     first, *others = communicator.gather_texts(which, ids_hash)
     for rank, other in enumerate(others, 1):
         if other != first:
             raise DataError(
-                f"ranks read other batches: the ids of {which} on rank {rank} are not those on rank 0. Every rank's loader yields "
-                "the batches of all trainers together, in the same order (no DistributedSampler, the same seed for shuffling); "
+                f"ranks read other batches: the ids of {which} on rank {rank} are not those on "
+                "rank 0. Every rank's loader yields "
+                "the batches of all trainers together, in the same order (no DistributedSampler, "
+                "the same seed for shuffling); "
                 "each rank is then handed its share"
             )

@@ -1,8 +1,9 @@
 """The dense part's gradients of several trainers, averaged by one message.
 
-DistributedDataParallel does that while backward runs, in messages of some layers each, but a CUDA graph that holds its messages
-would hold the process group too. So where the dense part is captured its gradients end up in one tensor, which is averaged between
-the graph that computes them and the graph of the optimizer.
+DistributedDataParallel does that while backward runs, in messages of some layers each, but a CUDA
+graph that holds its messages would hold the process group too. So where the dense part is captured
+its gradients end up in one tensor, which is averaged between the graph that computes them and the
+graph of the optimizer.
 """
 
 from __future__ import annotations
@@ -21,14 +22,24 @@ class AveragedGradients:
 
     def __init__(self, parameters: Iterable[Tensor], average: Callable[[Tensor], None]) -> None:
         self._parameters, self._average = list(parameters), average
-        self._all = torch.cat([torch.zeros_like(parameter, requires_grad=False).flatten() for parameter in self._parameters])
+        self._all = torch.cat(
+            [
+                torch.zeros_like(parameter, requires_grad=False).flatten()
+                for parameter in self._parameters
+            ]
+        )
         parts = torch.split(self._all, [parameter.numel() for parameter in self._parameters])
-        self._parts = [part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
+        self._parts = [
+            part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)
+        ]
 
     def collect(self) -> None:
-        """Copies what backward has left; until `zero_grad` the parameters' gradients are parts of the one tensor then."""
+        """Copies what backward has left; until `zero_grad` the parameters' gradients are parts of
+        the one tensor then.
+        """
         for parameter, part in zip(self._parameters, self._parts, strict=True):
-            if parameter.grad is None:  # of no use to this batch on this trainer, but perhaps on another
+            # of no use to this batch on this trainer, but perhaps on another
+            if parameter.grad is None:
                 part.zero_()
             else:
                 part.copy_(parameter.grad)

@@ -23,12 +23,20 @@ class TorchBatch:
     @classmethod
     def of(cls, batch: Batch) -> TorchBatch:
         """Shares the arrays' memory."""
-        return cls(dense=torch.from_numpy(batch.dense), sparse=batch.sparse, labels=torch.from_numpy(batch.labels))
+        return cls(
+            dense=torch.from_numpy(batch.dense),
+            sparse=batch.sparse,
+            labels=torch.from_numpy(batch.labels),
+        )
 
     @classmethod
-    def moved(cls, batch: Batch) -> tuple[Sequence[Float32Array], Callable[[Sequence[Tensor]], TorchBatch]]:
+    def moved(
+        cls, batch: Batch
+    ) -> tuple[Sequence[Float32Array], Callable[[Sequence[Tensor]], TorchBatch]]:
         """For `bagpipe.lookahead(move=...)`: dense features and labels go to the device."""
-        return (batch.dense, batch.labels), lambda tensors: cls(dense=tensors[0], sparse=batch.sparse, labels=tensors[1])
+        return (batch.dense, batch.labels), lambda tensors: cls(
+            dense=tensors[0], sparse=batch.sparse, labels=tensors[1]
+        )
 
     @property
     def batch_size(self) -> int:

@@ -1,4 +1,6 @@
-"""From a configuration to the parts of a run: everything that the loop only uses is made, and refused, here."""
+"""From a configuration to the parts of a run: everything that the loop only uses is made, and
+refused, here.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Run:
     """The parts of a run."""
 
     config: RunConfig
-    settings: Mapping[str, Any]  # what a checkpoint remembers: the configuration and the identity of the data, as JSON values
+    # what a checkpoint remembers: the configuration and the identity of the data, as JSON
+    # values
+    settings: Mapping[str, Any]
     device: torch.device
     source: BatchSource
     validation: BatchSource | None
@@ -67,7 +71,10 @@ class Run:
 
 @contextmanager
 def build_run(
-    config: RunConfig, *, communicator: Communicator | None = None, say: Callable[[str], None] = lambda text: None
+    config: RunConfig,
+    *,
+    communicator: Communicator | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Run]:
     """Opens the data, makes the model and its tables, and closes them at the end.
 
@@ -91,7 +98,9 @@ def build_run(
         optimizer=config.embeddings.optimizer.build(),
         device=device,
         seed=config.train.seed,
-        store=_store_maker(config.embeddings) if communicator is None else _shared_store_maker(config.embeddings, communicator),
+        store=_store_maker(config.embeddings)
+        if communicator is None
+        else _shared_store_maker(config.embeddings, communicator),
         communicator=communicator,
     )
     try:
@@ -119,23 +128,38 @@ def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
     num_batches = count_batches(num_samples, config.batch_size, drop_last=config.drop_last)
     if num_batches == 0:
         raise ConfigError(
-            f"train.batch_size = {config.batch_size:,} with drop_last leaves no batch of the {num_samples:,} training samples: "
+            f"train.batch_size = {config.batch_size:,} with drop_last leaves no batch of the "
+            f"{num_samples:,} training samples: "
             "set drop_last = false or a smaller batch_size"
         )
     num_steps = config.steps if config.steps is not None else (config.epochs or 1) * num_batches
-    return Schedule(batch_size=config.batch_size, drop_last=config.drop_last, num_batches=num_batches, num_steps=num_steps)
+    return Schedule(
+        batch_size=config.batch_size,
+        drop_last=config.drop_last,
+        num_batches=num_batches,
+        num_steps=num_steps,
+    )
 
 
 def make_model(config: ModelConfig, embeddings: torch.nn.Module, num_dense: int) -> RankingModel:
-    """The model that a section describes: its keys are the model's arguments. ConfigError: the data do not fit it."""
+    """The model that a section describes: its keys are the model's arguments. ConfigError: the data
+    do not fit it.
+    """
     return _MODELS[config.kind](embeddings, num_dense, **config.model_dump(exclude={"kind"}))
 
 
-def make_dense_optimizer(model: torch.nn.Module, config: DenseOptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_dense_optimizer(
+    model: torch.nn.Module, config: DenseOptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
     """The torch optimizer of the dense part; embeddings have no parameters that it could see."""
-    # Adam counts its steps on the device then, which a CUDA graph needs; the others have nothing to count there.
-    capturable = {"capturable": True} if device.type == "cuda" and config.kind in ("adam", "adamw") else {}
-    return _DENSE_OPTIMIZERS[config.kind](model.parameters(), lr=config.lr, weight_decay=config.weight_decay, **capturable)
+    # Adam counts its steps on the device then, which a CUDA graph needs; the others have nothing to
+    # count there.
+    capturable = (
+        {"capturable": True} if device.type == "cuda" and config.kind in ("adam", "adamw") else {}
+    )
+    return _DENSE_OPTIMIZERS[config.kind](
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, **capturable
+    )
 
 
 def make_dense_step(
@@ -146,15 +170,21 @@ def make_dense_step(
     device: torch.device,
     say: Callable[[str], None],
 ) -> DenseStep:
-    """The dense part in the form that a configuration asks for. ConfigError: the device or the batch does not allow it."""
+    """The dense part in the form that a configuration asks for. ConfigError: the device or the
+    batch does not allow it.
+    """
     if device.type == "cpu" and config.dense in ("graph", "compile"):
-        raise ConfigError(f"train.dense = {config.dense!r} needs a CUDA device: use 'eager' or 'auto' on a CPU")
+        raise ConfigError(
+            f"train.dense = {config.dense!r} needs a CUDA device: use 'eager' or 'auto' on a CPU"
+        )
     communicator = embeddings.communicator
     num_trainers = 1 if communicator is None else communicator.num_trainers
     if config.dense in ("graph", "compile") and config.batch_size % num_trainers:
         raise ConfigError(
-            f"train.dense = {config.dense!r} wants shares of one size, and train.batch_size = {config.batch_size:,} is no multiple "
-            f"of {num_trainers} trainers: use {max(1, config.batch_size // num_trainers) * num_trainers:,}, or 'eager'"
+            f"train.dense = {config.dense!r} wants shares of one size, and train.batch_size = "
+            f"{config.batch_size:,} is no multiple "
+            f"of {num_trainers} trainers: use "
+            f"{max(1, config.batch_size // num_trainers) * num_trainers:,}, or 'eager'"
         )
     graph = has_graph(config, device, num_trainers)
     return DenseStep(
@@ -172,7 +202,9 @@ def make_dense_step(
 
 
 def has_graph(config: TrainConfig, device: torch.device, num_trainers: int) -> bool:
-    """Whether the dense part is to be a CUDA graph: where "auto" says so, on a GPU with shares of one size, or where asked for."""
+    """Whether the dense part is to be a CUDA graph: where "auto" says so, on a GPU with shares of
+    one size, or where asked for.
+    """
     if config.dense == "auto":
         return device.type == "cuda" and config.batch_size % num_trainers == 0
     return config.dense in ("graph", "compile")
@@ -185,7 +217,9 @@ def _matrix_products(precision: Precision, device: torch.device) -> Iterator[Non
         yield
         return
     if device.type == "cpu":
-        raise ConfigError("train.precision = 'tf32' needs a CUDA device: use 'fp32' or 'bf16' on a CPU")
+        raise ConfigError(
+            "train.precision = 'tf32' needs a CUDA device: use 'fp32' or 'bf16' on a CPU"
+        )
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -195,25 +229,37 @@ def _matrix_products(precision: Precision, device: torch.device) -> Iterator[Non
 
 
 def describe_run(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON values, and for prepared data what tells its training split from another one."""
+    """The configuration as JSON values, and for prepared data what tells its training split from
+    another one.
+    """
     settings = config.model_dump(mode="json")
     if config.data.kind == "prepared":
         files = PreparedManifest.load(config.data.folder).splits.get("train", ())
-        settings["data"]["content"] = xxhash.xxh3_128("".join(file.checksum for file in files).encode()).hexdigest()
+        settings["data"]["content"] = xxhash.xxh3_128(
+            "".join(file.checksum for file in files).encode()
+        ).hexdigest()
     return settings
 
 
 def _has_validation(config: DataConfig) -> bool:
-    return config.kind != "prepared" or PreparedManifest.load(config.folder).num_rows("validation") > 0
+    return (
+        config.kind != "prepared" or PreparedManifest.load(config.folder).num_rows("validation") > 0
+    )
 
 
 def choose_device(name: str, communicator: Communicator | None) -> torch.device:
-    """The device that a configuration names; what computes there is told to be deterministic. ConfigError: there is none."""
-    num_devices, num_needed = torch.cuda.device_count(), 1 if communicator is None else len(communicator.ranks_of_host)
+    """The device that a configuration names; what computes there is told to be deterministic.
+    ConfigError: there is none.
+    """
+    num_devices, num_needed = (
+        torch.cuda.device_count(),
+        1 if communicator is None else len(communicator.ranks_of_host),
+    )
     has_cuda = num_devices >= num_needed
     if name == "cuda" and not has_cuda:
         raise ConfigError(
-            f"train.device = 'cuda': torch sees {num_devices} CUDA devices for the {num_needed} trainers of this host: use 'cpu' "
+            f"train.device = 'cuda': torch sees {num_devices} CUDA devices for the {num_needed} "
+            "trainers of this host: use 'cpu' "
             "or 'auto'"
         )
     if name == "cpu" or not has_cuda:
@@ -225,7 +271,9 @@ def choose_device(name: str, communicator: Communicator | None) -> torch.device:
 
 
 def averaging_part(model: RankingModel) -> DensePart:
-    """A model's dense part, whose backward averages gradients over the trainers; the parameters are the model's own."""
+    """A model's dense part, whose backward averages gradients over the trainers; the parameters are
+    the model's own.
+    """
     return DistributedDataParallel(_DensePartModule(model))
 
 
@@ -240,10 +288,13 @@ class _DensePartModule(torch.nn.Module):
         return self.model.dense_part(dense, pooled)
 
 
-def _shared_store_maker(config: EmbeddingsConfig, communicator: Communicator) -> Callable[[Group, int], EmbeddingStore]:
+def _shared_store_maker(
+    config: EmbeddingsConfig, communicator: Communicator
+) -> Callable[[Group, int], EmbeddingStore]:
     if config.store.kind != "memory":
         raise ConfigError(
-            f"embeddings.store.kind = {config.store.kind!r} with {communicator.num_trainers} trainers: they share tables in "
+            f"embeddings.store.kind = {config.store.kind!r} with {communicator.num_trainers} "
+            "trainers: they share tables in "
             "memory only so far: use 'memory'"
         )
 

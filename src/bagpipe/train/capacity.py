@@ -14,20 +14,28 @@ from bagpipe.oracle.sizes import parse_rows, slots_of
 from bagpipe.types import Group
 
 AUTO_SHARE = 0.5
-"""Share of the device's free memory that `cache="auto"` takes: the model and its activations need the rest."""
+"""Share of the device's free memory that `cache="auto"` takes: the model and its activations need
+the rest."""
 
 
 def slots_for(
-    cache: int | str | Sequence[int], groups: Sequence[Group], device: torch.device, communicator: Communicator | None = None
+    cache: int | str | Sequence[int],
+    groups: Sequence[Group],
+    device: torch.device,
+    communicator: Communicator | None = None,
 ) -> list[int]:
     """Slots for each group; none gets more than it has rows.
 
-    `cache` is a number of rows over all groups, a share of them ("2%"), memory for records ("4GiB"), "auto", or a number of
-    rows for each group. Raises ConfigError for anything else. With a `communicator` it is each trainer's, and "auto" is the same
-    for all: what the one with the least free memory can have, on CPUs of memory that those of a host share.
+    `cache` is a number of rows over all groups, a share of them ("2%"), memory for records
+    ("4GiB"), "auto", or a number of rows for each group. Raises ConfigError for anything else. With
+    a `communicator` it is each trainer's, and "auto" is the same for all: what the one with the
+    least free memory can have, on CPUs of memory that those of a host share.
     """
     if isinstance(cache, bool) or not isinstance(cache, Integral | str | Sequence):
-        raise ConfigError(f"cache is {cache!r}, must be rows, a size such as '4GiB' or '2%', 'auto', or a list of rows by group")
+        raise ConfigError(
+            f"cache is {cache!r}, must be rows, a size such as '4GiB' or '2%', 'auto', or a list "
+            "of rows by group"
+        )
     if isinstance(cache, Sequence) and not isinstance(cache, str):
         if len(cache) != len(groups):
             raise ConfigError(f"cache has {len(cache)} entries for {len(groups)} groups")

@@ -1,14 +1,16 @@
 """What a checkpoint holds: one consistent cut of a run after a step.
 
-The cut is taken between two steps: the cache is flushed, so that the stores hold every record as of that step, and then
-nothing moves while dense state, records and the reader's position are written. Dense state and embeddings therefore always
-belong to the same step, and a run that resumes from it continues as if nothing had happened, bit for bit.
+The cut is taken between two steps: the cache is flushed, so that the stores hold every record as of
+that step, and then nothing moves while dense state, records and the reader's position are written.
+Dense state and embeddings therefore always belong to the same step, and a run that resumes from it
+continues as if nothing had happened, bit for bit.
 
-Rows that were never written are not stored: their initial record follows from the seed. The cost is that of all rows
-touched since the run began.
+Rows that were never written are not stored: their initial record follows from the seed. The cost is
+that of all rows touched since the run began.
 
-Of several trainers rank 0 writes it, and of several hosts the first rank of each the records that this host has, into a folder that
-all of them see. Any number of hosts can resume from it: each reads all records, and keeps those whose home it is.
+Of several trainers rank 0 writes it, and of several hosts the first rank of each the records that
+this host has, into a folder that all of them see. Any number of hosts can resume from it: each
+reads all records, and keeps those whose home it is.
 """
 
 from __future__ import annotations
@@ -87,9 +89,16 @@ class SavedRun:
 
 
 def save_checkpoint(
-    folder: Path, *, state: State, position: Position, config: Mapping[str, Any], keep: int, trainers: Trainers = _ALONE
+    folder: Path,
+    *,
+    state: State,
+    position: Position,
+    config: Mapping[str, Any],
+    keep: int,
+    trainers: Trainers = _ALONE,
 ) -> Path:
-    """Writes the checkpoint of the step that `state` is at, and removes all but the last `keep`. All `trainers` must call it.
+    """Writes the checkpoint of the step that `state` is at, and removes all but the last `keep`.
+    All `trainers` must call it.
 
     Args:
         folder: where the run's checkpoints are.
@@ -100,7 +109,8 @@ def save_checkpoint(
         trainers: those of the run; rank 0 writes, and the first rank of each host its records.
 
     Raises:
-        CheckpointError: the disk is full or the folder can't be written, by any of them; earlier checkpoints and the run itself
+        CheckpointError: the disk is full or the folder can't be written, by any of them; earlier
+        checkpoints and the run itself
             are as before.
         StoreError: a store can't be read.
     """
@@ -115,11 +125,15 @@ def save_checkpoint(
         def write(temporary: str) -> dict[str, Any] | None:
             if not trainers.is_first_of_host:
                 return None
-            files = writer if trainers.is_first else CheckpointFiles.join(Path(temporary), writer.path)
+            files = (
+                writer if trainers.is_first else CheckpointFiles.join(Path(temporary), writer.path)
+            )
             if trainers.is_first:
                 files.write_bytes(_DENSE, _dense_state(state))
             nums_records = [
-                files.write_records(_records_name(group, trainers.host), store.snapshot(), group.record_width)
+                files.write_records(
+                    _records_name(group, trainers.host), store.snapshot(), group.record_width
+                )
                 for group, store in zip(groups, state.embeddings.stores, strict=True)
             ]
             return {"files": files.files, "nums_records": nums_records}
@@ -127,7 +141,10 @@ def save_checkpoint(
         def put_in_place(parts: Sequence[Mapping[str, Any]]) -> None:
             if not trainers.is_first:
                 return
-            nums_records = [sum(of_group) for of_group in zip(*(part["nums_records"] for part in parts), strict=True)]
+            nums_records = [
+                sum(of_group)
+                for of_group in zip(*(part["nums_records"] for part in parts), strict=True)
+            ]
             content = {
                 "step": step,
                 "position": asdict(position),
@@ -135,7 +152,8 @@ def save_checkpoint(
                 "environment": environment(),
                 "num_hosts": trainers.num_hosts,
                 "groups": [
-                    _describe(group) | {"num_records": num_records} for group, num_records in zip(groups, nums_records, strict=True)
+                    _describe(group) | {"num_records": num_records}
+                    for group, num_records in zip(groups, nums_records, strict=True)
                 ],
             }
             writer.files += [file for part in parts[1:] for file in part["files"]]
@@ -145,12 +163,18 @@ def save_checkpoint(
 
         temporary = trainers.all_do("a checkpoint's folder", begin)[0]
         written = trainers.all_do("a checkpoint's files", lambda: write(temporary))
-        trainers.all_do("a checkpoint to be put in place", lambda: put_in_place([part for part in written if part is not None]))
+        trainers.all_do(
+            "a checkpoint to be put in place",
+            lambda: put_in_place([part for part in written if part is not None]),
+        )
     return writer.path
 
 
-def find_checkpoint(folder: Path, *, on_damaged: Callable[[CheckpointError], None]) -> SavedRun | None:
-    """The newest valid checkpoint in `folder`, every checksum compared; None when there is no checkpoint at all.
+def find_checkpoint(
+    folder: Path, *, on_damaged: Callable[[CheckpointError], None]
+) -> SavedRun | None:
+    """The newest valid checkpoint in `folder`, every checksum compared; None when there is no
+    checkpoint at all.
 
     Args:
         folder: where the run's checkpoints are.
@@ -167,19 +191,25 @@ def find_checkpoint(folder: Path, *, on_damaged: Callable[[CheckpointError], Non
             damages.append(error)
             on_damaged(error)
     if damages:
-        raise CheckpointError(f"{folder}: none of its {len(damages)} checkpoints is valid; the newest: {damages[0]}")
+        raise CheckpointError(
+            f"{folder}: none of its {len(damages)} checkpoints is valid; the newest: {damages[0]}"
+        )
     return None
 
 
 def open_checkpoint(path: Path) -> SavedRun:
-    """Reads a checkpoint's manifest and compares every file's checksum. CheckpointError: names the file that is damaged."""
+    """Reads a checkpoint's manifest and compares every file's checksum. CheckpointError: names the
+    file that is damaged.
+    """
     saved = read_checkpoint(path)
     verify_files(path, saved.files)
     return saved
 
 
 def read_checkpoint(path: Path) -> SavedRun:
-    """As `open_checkpoint`, for a checkpoint whose files have been compared. CheckpointError: the manifest is damaged."""
+    """As `open_checkpoint`, for a checkpoint whose files have been compared. CheckpointError: the
+    manifest is damaged.
+    """
     manifest = read_manifest(path)
     return SavedRun(
         path=path,
@@ -194,7 +224,8 @@ def read_checkpoint(path: Path) -> SavedRun:
 
 
 def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """The differences between a checkpoint's configuration and `config` that leave the numbers alone.
+    """The differences between a checkpoint's configuration and `config` that leave the numbers
+    alone.
 
     CheckpointError: others exist; lists every difference and which of them matter.
     """
@@ -202,26 +233,39 @@ def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> tuple[Differe
     mattering = [difference for difference in differences if difference.matters]
     free = tuple(difference for difference in differences if not difference.matters)
     if mattering:
-        lines = [f"{saved.path}: belongs to a run with another configuration, its numbers would be those of neither run"]
+        lines = [
+            f"{saved.path}: belongs to a run with another configuration, its numbers would be "
+            "those of neither run"
+        ]
         lines += [f"  {difference}" for difference in mattering]
         lines += [f"  {difference} (this one would not matter)" for difference in free]
-        raise CheckpointError("\n".join([*lines, "Set these as they were, or start a new run in another log.folder"]))
+        raise CheckpointError(
+            "\n".join([*lines, "Set these as they were, or start a new run in another log.folder"])
+        )
     return free
 
 
 def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) -> None:
-    """Puts a verified checkpoint's content into a freshly built state; of several `trainers` a host's first loads its records.
+    """Puts a verified checkpoint's content into a freshly built state; of several `trainers` a
+    host's first loads its records.
 
     Raises:
         CheckpointError: the state was built for other tables or another model.
         StoreError: a store can't be written.
     """
     expected = [_describe(group) for group in state.embeddings.groups]
-    found = [{key: value for key, value in group.items() if key != "num_records"} for group in saved.groups]
+    found = [
+        {key: value for key, value in group.items() if key != "num_records"}
+        for group in saved.groups
+    ]
     if found != expected:
-        raise CheckpointError(f"{saved.path}: holds other tables than this run has:\n  {found}\n  {expected}")
+        raise CheckpointError(
+            f"{saved.path}: holds other tables than this run has:\n  {found}\n  {expected}"
+        )
     _load_dense_state(saved.path / _DENSE, state)
-    for group, store, entry in zip(state.embeddings.groups, state.embeddings.stores, saved.groups, strict=True):
+    for group, store, entry in zip(
+        state.embeddings.groups, state.embeddings.stores, saved.groups, strict=True
+    ):
         if trainers.is_first_of_host:
             _load_records(saved, group, store, entry["num_records"], trainers)
     state.embeddings.step = saved.step
@@ -248,7 +292,11 @@ def _describe(group: Group) -> dict[str, Any]:
 def _dense_state(state: State) -> memoryview:
     buffer = io.BytesIO()
     content = {
-        "model": {name: value for name, value in state.model.state_dict().items() if isinstance(value, Tensor)},
+        "model": {
+            name: value
+            for name, value in state.model.state_dict().items()
+            if isinstance(value, Tensor)
+        },
         "optimizer": state.optimizer.state_dict(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -259,11 +307,17 @@ def _dense_state(state: State) -> memoryview:
 
 def _load_dense_state(path: Path, state: State) -> None:
     content = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {name for name, value in state.model.state_dict().items() if isinstance(value, Tensor)}
+    expected = {
+        name for name, value in state.model.state_dict().items() if isinstance(value, Tensor)
+    }
     if expected != content["model"].keys():
-        raise CheckpointError(f"{path}: holds another model: {sorted(expected ^ content['model'].keys())} are in only one of them")
+        raise CheckpointError(
+            f"{path}: holds another model: {sorted(expected ^ content['model'].keys())} are in "
+            "only one of them"
+        )
     try:
-        state.model.load_state_dict(content["model"], strict=False)  # embeddings are loaded from their records
+        # embeddings are loaded from their records
+        state.model.load_state_dict(content["model"], strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: holds another model: {error}") from error
     load_optimizer(state.optimizer, content["optimizer"])
@@ -273,7 +327,9 @@ def _load_dense_state(path: Path, state: State) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads a state that may have been saved on another kind of device: where Adam counts its steps is this run's to say."""
+    """Loads a state that may have been saved on another kind of device: where Adam counts its steps
+    is this run's to say.
+    """
     capturable = [group.get("capturable") for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, is_capturable in zip(optimizer.param_groups, capturable, strict=True):
@@ -286,15 +342,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
                 values["step"] = values["step"].to(parameter.device if is_capturable else "cpu")
 
 
-def _load_records(saved: SavedRun, group: Group, store: EmbeddingStore, num_records: int, trainers: Trainers) -> None:
+def _load_records(
+    saved: SavedRun, group: Group, store: EmbeddingStore, num_records: int, trainers: Trainers
+) -> None:
     store.clear()
     num_read = 0
     for host in range(saved.num_hosts):
-        for rows, records in read_records(saved.path / _records_name(group, host), group.record_width):
+        for rows, records in read_records(
+            saved.path / _records_name(group, host), group.record_width
+        ):
             num_read += len(rows)
             if trainers.num_hosts > 1:
                 is_own = home_hosts(rows, trainers.num_hosts) == trainers.host
                 rows, records = rows[is_own], records[is_own]
             store.write(rows, records)
     if num_read != num_records:
-        raise CheckpointError(f"{saved.path}: holds {num_read:,} records of {group.name}, its manifest says {num_records:,}")
+        raise CheckpointError(
+            f"{saved.path}: holds {num_read:,} records of {group.name}, its manifest says "
+            f"{num_records:,}"
+        )

@@ -2,16 +2,20 @@
 
     checkpoints/
       step-0000001000/
-        dense.pt            model, dense optimizer and random state, as torch.save writes them; read with weights_only=True
-        group-0.arrow       every touched record of one group: Arrow IPC, rows int64 and records fixed_size_list<float32>;
-                            of several hosts those of the first, the others' in group-0.host-1.arrow and so on
-        manifest.json       step, position, configuration, sizes and xxh3_128 checksums of the files; written last
+        dense.pt            model, dense optimizer and random state, as torch.save writes them; read
+                            with weights_only=True
+        group-0.arrow       every touched record of one group: Arrow IPC, rows int64 and records
+                            fixed_size_list<float32>; of several hosts those of the first, the
+                            others' in group-0.host-1.arrow and so on
+        manifest.json       step, position, configuration, sizes and xxh3_128 checksums of the
+                            files; written last
       step-0000001500.tmp-4711/     being written, or left behind by a process that was killed
 
-A checkpoint is written under its temporary name, each file flushed to the disk, the manifest last, then the folder is
-renamed and its parent flushed. A kill at any moment leaves the older checkpoints as they were and at most one temporary
-folder, which the next run removes. Removal renames first for the same reason. Records pass through in blocks, so memory
-is bounded by one block whatever the size of the tables.
+A checkpoint is written under its temporary name, each file flushed to the disk, the manifest last,
+then the folder is renamed and its parent flushed. A kill at any moment leaves the older checkpoints
+as they were and at most one temporary folder, which the next run removes. Removal renames first for
+the same reason. Records pass through in blocks, so memory is bounded by one block whatever the size
+of the tables.
 
 Nothing here knows what is in a checkpoint; `bagpipe.train.checkpoint` does.
 """
@@ -49,7 +53,9 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first, whether valid or not; none when there is no such folder."""
+    """The checkpoints in `folder`, oldest first, whether valid or not; none when there is no such
+    folder.
+    """
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
@@ -59,20 +65,29 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name. CheckpointError: it is no checkpoint's name."""
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
-        raise CheckpointError(f"{checkpoint}: is not a checkpoint: its name must be like {checkpoint_name(1000)}")
+        raise CheckpointError(
+            f"{checkpoint}: is not a checkpoint: its name must be like {checkpoint_name(1000)}"
+        )
     return int(match[1])
 
 
 def remove_temporary(folder: Path) -> list[Path]:
-    """Removes what killed processes left behind; returns what it removed. Only the run that owns the folder may call it."""
-    stale = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
+    """Removes what killed processes left behind; returns what it removed. Only the run that owns
+    the folder may call it.
+    """
+    stale = (
+        [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+        if folder.is_dir()
+        else []
+    )
     for path in stale:
         shutil.rmtree(path)
     return stale
 
 
 def prune(folder: Path, *, newest: int, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints up to step `newest`; later ones belong to a run that was given up.
+    """Removes all but the last `keep` checkpoints up to step `newest`; later ones belong to a run
+    that was given up.
 
     CheckpointError: one can't be removed.
     """
@@ -81,14 +96,17 @@ def prune(folder: Path, *, newest: int, keep: int) -> None:
         try:
             _remove(path)
         except OSError as error:
-            raise CheckpointError(f"{path}: is no longer needed, but can't be removed: {error.strerror}") from error
+            raise CheckpointError(
+                f"{path}: is no longer needed, but can't be removed: {error.strerror}"
+            ) from error
 
 
 class CheckpointFiles:
     """Writes files of a checkpoint into its temporary folder.
 
     Raises:
-        CheckpointError: the disk is full, the folder can't be written, or another failure of the operating system.
+        CheckpointError: the disk is full, the folder can't be written, or another failure of the
+        operating system.
     """
 
     def __init__(self, folder: Path, path: Path) -> None:
@@ -99,10 +117,13 @@ class CheckpointFiles:
 
     @classmethod
     def join(cls, folder: Path, path: Path) -> CheckpointFiles:
-        """On another host than the one that has made the folder. CheckpointError: this one can't see it."""
+        """On another host than the one that has made the folder. CheckpointError: this one can't
+        see it.
+        """
         if not folder.is_dir():
             raise CheckpointError(
-                f"{path}: rank 0 has made its folder, but this host can't see it: give a log.folder on a file system that all "
+                f"{path}: rank 0 has made its folder, but this host can't see it: give a "
+                "log.folder on a file system that all "
                 "hosts share"
             )
         return cls(folder, path)
@@ -112,13 +133,19 @@ class CheckpointFiles:
         with self._open(name) as file:
             file.write(content)
 
-    def write_records(self, name: str, blocks: Iterable[tuple[Int64Array, Float32Array]], record_width: int) -> int:
-        """Adds a file of records, block by block: rows (n,), records (n, record_width). Returns how many."""
+    def write_records(
+        self, name: str, blocks: Iterable[tuple[Int64Array, Float32Array]], record_width: int
+    ) -> int:
+        """Adds a file of records, block by block: rows (n,), records (n, record_width). Returns how
+        many.
+        """
         num_records = 0
         schema = _record_schema(record_width)
         with self._open(name) as file, pa.ipc.new_file(pa.PythonFile(file, "w"), schema) as writer:
             for rows, records in blocks:
-                values = pa.FixedSizeListArray.from_arrays(pa.array(records.reshape(-1)), record_width)
+                values = pa.FixedSizeListArray.from_arrays(
+                    pa.array(records.reshape(-1)), record_width
+                )
                 writer.write_batch(pa.record_batch([pa.array(rows), values], schema=schema))
                 num_records += len(rows)
         return num_records
@@ -130,7 +157,9 @@ class CheckpointFiles:
             yield file
             raw.flush()
             os.fsync(raw.fileno())
-        self.files.append({"name": name, "size_bytes": file.size, "xxh3_128": file.hash.hexdigest()})
+        self.files.append(
+            {"name": name, "size_bytes": file.size, "xxh3_128": file.hash.hexdigest()}
+        )
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
@@ -140,21 +169,26 @@ class CheckpointFiles:
             raise
         except OSError as error:
             raise CheckpointError(
-                f"{self.path}: can't be written: {error.strerror or error}; earlier checkpoints are as they were. "
+                f"{self.path}: can't be written: {error.strerror or error}; earlier checkpoints "
+                "are as they were. "
                 "Make room or give another log.folder"
             ) from error
 
 
 class CheckpointWriter(CheckpointFiles):
-    """Writes one checkpoint; as a context manager it puts it in place at the end, or removes it when the body fails.
+    """Writes one checkpoint; as a context manager it puts it in place at the end, or removes it
+    when the body fails.
 
     Raises:
-        CheckpointError: as `CheckpointFiles`. What was written is removed and older checkpoints are as they were.
+        CheckpointError: as `CheckpointFiles`. What was written is removed and older checkpoints are
+        as they were.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         """`folder` is that of all checkpoints."""
-        super().__init__(folder / f"{checkpoint_name(step)}.tmp-{os.getpid()}", folder / checkpoint_name(step))
+        super().__init__(
+            folder / f"{checkpoint_name(step)}.tmp-{os.getpid()}", folder / checkpoint_name(step)
+        )
         self._content: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -162,7 +196,12 @@ class CheckpointWriter(CheckpointFiles):
             self.folder.mkdir(parents=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
             if kind is None:
                 with self._failures_named():
@@ -171,7 +210,9 @@ class CheckpointWriter(CheckpointFiles):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def write_manifest(self, content: Mapping[str, Any]) -> None:
-        """Says what the manifest holds beside the list of files; it is written when the writer leaves its context."""
+        """Says what the manifest holds beside the list of files; it is written when the writer
+        leaves its context.
+        """
         self._content = dict(content)
 
     def _put_in_place(self) -> None:
@@ -187,44 +228,69 @@ class CheckpointWriter(CheckpointFiles):
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, compared with its own checksum. CheckpointError: it is missing, altered or too new."""
+    """The manifest of a checkpoint, compared with its own checksum. CheckpointError: it is missing,
+    altered or too new.
+    """
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror}; this is not a complete checkpoint") from error
+        raise CheckpointError(
+            f"{path}: can't be read: {error.strerror}; this is not a complete checkpoint"
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.pop("xxh3_128", None) != _checksum(manifest):
-        raise CheckpointError(f"{path}: is damaged: its content does not have the checksum that it was written with")
+        raise CheckpointError(
+            f"{path}: is damaged: its content does not have the checksum that it was written with"
+        )
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{path}: has format {manifest['format']}, this version reads format {FORMAT}"
+        )
     return manifest
 
 
 def verify_files(checkpoint: Path, files: Iterable[Mapping[str, Any]]) -> None:
-    """Compares files with what a manifest says of them. CheckpointError: names the first that is missing, truncated or altered."""
+    """Compares files with what a manifest says of them. CheckpointError: names the first that is
+    missing, truncated or altered.
+    """
     for entry in files:
         path = checkpoint / entry["name"]
         try:
             size_bytes = path.stat().st_size
             if size_bytes != entry["size_bytes"]:
-                raise CheckpointError(f"{path}: is damaged: has {size_bytes:,} bytes, was written with {entry['size_bytes']:,}")
+                raise CheckpointError(
+                    f"{path}: is damaged: has {size_bytes:,} bytes, was written with "
+                    f"{entry['size_bytes']:,}"
+                )
             if _hash_file(path) != entry["xxh3_128"]:
-                raise CheckpointError(f"{path}: is damaged: its content does not have the checksum that it was written with")
+                raise CheckpointError(
+                    f"{path}: is damaged: its content does not have the checksum that it was "
+                    "written with"
+                )
         except OSError as error:
             raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
 
 
 def read_records(path: Path, record_width: int) -> Iterator[tuple[Int64Array, Float32Array]]:
-    """The blocks that `CheckpointWriter.write_records` wrote, memory-mapped. CheckpointError: not a file of such records."""
+    """The blocks that `CheckpointWriter.write_records` wrote, memory-mapped. CheckpointError: not a
+    file of such records.
+    """
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
             if not reader.schema.equals(_record_schema(record_width)):
-                raise CheckpointError(f"{path}: holds other columns than rows and records of {record_width} floats")
+                raise CheckpointError(
+                    f"{path}: holds other columns than rows and records of {record_width} floats"
+                )
             for index in range(reader.num_record_batches):
                 batch = reader.get_batch(index)
-                records = batch.column(1).flatten().to_numpy(zero_copy_only=True).reshape(-1, record_width)
+                records = (
+                    batch.column(1)
+                    .flatten()
+                    .to_numpy(zero_copy_only=True)
+                    .reshape(-1, record_width)
+                )
                 yield batch.column(0).to_numpy(zero_copy_only=True), records
     except (OSError, pa.ArrowInvalid) as error:
         raise CheckpointError(f"{path}: can't be read: {error}") from error
@@ -255,7 +321,9 @@ class _HashingFile(io.RawIOBase):
 
 def _record_schema(record_width: int) -> pa.Schema:
     item = pa.field("item", pa.float32())
-    return pa.schema([pa.field("row", pa.int64()), pa.field("record", pa.list_(item, record_width))])
+    return pa.schema(
+        [pa.field("row", pa.int64()), pa.field("record", pa.list_(item, record_width))]
+    )
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

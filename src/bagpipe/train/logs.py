@@ -1,7 +1,9 @@
-"""A run's records as files: one JSON object a line in log.jsonl, and the same numbers for TensorBoard.
+"""A run's records as files: one JSON object a line in log.jsonl, and the same numbers for
+TensorBoard.
 
-Every record has a `kind` ("start", "train", "evaluation", "checkpoint", "end") and a `step`. A resumed run first drops the
-records of steps that it will train again, so that the log reads as that of an undisturbed run.
+Every record has a `kind` ("start", "train", "evaluation", "checkpoint", "end") and a `step`. A
+resumed run first drops the records of steps that it will train again, so that the log reads as that
+of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -22,25 +24,39 @@ class RunLog:
     """Writes records; a context manager, which closes its files.
 
     Args:
-        folder: the run's folder, which exists.
-        step: the step that the run resumes from: records of later steps are dropped. None: a fresh run, all are.
-        tensorboard: whether to write for TensorBoard too, into `folder`/tensorboard.
-        on_failure: told once when a record can't be written, as on a full disk; the run is worth more than its log.
+        folder: the run's folder, which exists. step: the step that the run resumes from: records of
+        later steps are dropped. None: a fresh run, all are. tensorboard: whether to write for
+        TensorBoard too, into `folder`/tensorboard. on_failure: told once when a record can't be
+        written, as on a full disk; the run is worth more than its log.
     """
 
     def __init__(
-        self, folder: Path, *, step: int | None, tensorboard: bool, on_failure: Callable[[str], None] = lambda _: None
+        self,
+        folder: Path,
+        *,
+        step: int | None,
+        tensorboard: bool,
+        on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
         path = folder / LOG_NAME
         self._on_failure: Callable[[str], None] | None = on_failure
         _drop_records_after(path, -1 if step is None else step)
         self._file = path.open("a", buffering=1, encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1) if tensorboard else None
+        self._board = (
+            SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1)
+            if tensorboard
+            else None
+        )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         with self._failures_told(), self._file:
             if self._board is not None:
                 self._board.close()
@@ -49,7 +65,9 @@ class RunLog:
         """Adds a record; its numbers become TensorBoard scalars named `kind`/name."""
         with self._failures_told():
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            numbers = {
+                name: value for name, value in values.items() if isinstance(value, int | float)
+            }
             for name, value in numbers.items():
                 if self._board is not None:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -60,7 +78,10 @@ class RunLog:
             yield
         except OSError as error:
             if self._on_failure is not None:
-                self._on_failure(f"{self._file.name}: can't be written: {error.strerror}; the run goes on without some of its log")
+                self._on_failure(
+                    f"{self._file.name}: can't be written: {error.strerror}; the run goes on "
+                    "without some of its log"
+                )
                 self._on_failure = None
 
 
@@ -70,7 +91,12 @@ class NoLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Does nothing."""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -80,7 +106,9 @@ class NoLog:
 def _drop_records_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    kept = [
+        line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step
+    ]
     replacement = path.with_suffix(".jsonl.tmp")
     replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     replacement.replace(path)

@@ -1,4 +1,5 @@
-"""`bagpipe.lookahead`: wraps an iterable of batches so that each one's embedding rows are in the cache when it is handed out.
+"""`bagpipe.lookahead`: wraps an iterable of batches so that each one's embedding rows are in the
+cache when it is handed out.
 
     with bagpipe.lookahead(loader, embeddings, cache="4GiB") as batches:
         for batch in batches:
@@ -6,8 +7,9 @@
             loss.backward()            # embeddings are updated here
             optimizer.step(); optimizer.zero_grad()
 
-Batches pass through unchanged and in order. Handing out batch t closes step t - 1: between two batches the trainer's thread
-only passes plans on, and waits if the next step's plan or rows are not there (`waits` says for how long).
+Batches pass through unchanged and in order. Handing out batch t closes step t - 1: between two
+batches the trainer's thread only passes plans on, and waits if the next step's plan or rows are not
+there (`waits` says for how long).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
 Move: TypeAlias = Callable[[Any], tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]]
-"""Takes a batch apart: arrays that go to the device, and what makes of their tensors the batch to hand out."""
+"""Takes a batch apart: arrays that go to the device, and what makes of their tensors the batch to
+hand out."""
 
 _PLANS_AHEAD = 2
 """Finished plans that wait for the trainer beyond those already being executed."""
@@ -66,50 +69,61 @@ def lookahead(
     share: Callable[[BatchT, int, int], BatchT] = share_batch,
     overlap: bool = True,
 ) -> Lookahead[Any]:
-    """Iterates `batches` with `embeddings` prepared for each; see `Lookahead` for what else the iterator tells.
+    """Iterates `batches` with `embeddings` prepared for each; see `Lookahead` for what else the
+    iterator tells.
 
-    `batches` may be any iterable, a torch DataLoader too; it is read in a thread of its own, `lookahead` batches ahead.
-    `cache` is the device cache over all tables: rows, a share of them ("2%"), memory ("4GiB"), rows for each group of tables of one
-    dimension, or "auto" (half of the free memory).
-    `lookahead="auto"` grows the window while more of it saves fetches and it fits `lookahead_memory`.
-    `prefetch_depth` is how many steps before its use a row may be fetched.
+    `batches` may be any iterable, a torch DataLoader too; it is read in a thread of its own,
+    `lookahead` batches ahead. `cache` is the device cache over all tables: rows, a share of them
+    ("2%"), memory ("4GiB"), rows for each group of tables of one dimension, or "auto" (half of the
+    free memory). `lookahead="auto"` grows the window while more of it saves fetches and it fits
+    `lookahead_memory`. `prefetch_depth` is how many steps before its use a row may be fetched.
     `dedup_threads` defaults to a quarter of the cores, with several trainers to three eighths.
-    `check` replays every plan against the invariants before it is used.
-    `sparse` finds a batch's jagged ids; by default the batch itself or its `sparse` or `sparse_features` attribute or key.
-    `oracle` says where batches are read and planned: in threads of this process, or in a process of its own (Linux), which keeps
-    steps of a few milliseconds free of it. `batches` and `sparse` must be picklable then, and as with a DataLoader's workers a
-    script needs ``if __name__ == "__main__":``. Several trainers of one host share such a process: the first of them starts it,
-    and it reads `batches` once for all. In threads each rank reads and plans the global batches for itself.
-    `hand_out` makes of each batch, where it is read and planned, what goes on from there: the place to leave out what training does
-    not need, above all the ids, which would be copied to this process (`bagpipe.data.base.Batch.without_ids`). What `sparse` finds
-    in the result is then what the embeddings are called with.
-    `move` says what of a batch goes to the device of `embeddings` ahead, along with the plan. It is called with the batch, or what
-    `hand_out` made of it, and returns numpy arrays, C-contiguous and of float32 or int32, and a function that makes of their
-    tensors what the iteration yields::
+    `check` replays every plan against the invariants before it is used. `sparse` finds a batch's
+    jagged ids; by default the batch itself or its `sparse` or `sparse_features` attribute or key.
+    `oracle` says where batches are read and planned: in threads of this process, or in a process of
+    its own (Linux), which keeps steps of a few milliseconds free of it. `batches` and `sparse` must
+    be picklable then, and as with a DataLoader's workers a script needs ``if __name__ ==
+    "__main__":``. Several trainers of one host share such a process: the first of them starts it,
+    and it reads `batches` once for all. In threads each rank reads and plans the global batches for
+    itself. `hand_out` makes of each batch, where it is read and planned, what goes on from there:
+    the place to leave out what training does not need, above all the ids, which would be copied to
+    this process (`bagpipe.data.base.Batch.without_ids`). What `sparse` finds in the result is then
+    what the embeddings are called with. `move` says what of a batch goes to the device of
+    `embeddings` ahead, along with the plan. It is called with the batch, or what `hand_out` made of
+    it, and returns numpy arrays, C-contiguous and of float32 or int32, and a function that makes of
+    their tensors what the iteration yields::
 
-        move=lambda batch: ([batch.dense, batch.labels], lambda tensors: (tensors[0], batch.sparse, tensors[1]))
+        move=lambda batch: ([batch.dense, batch.labels], lambda tensors: (tensors[0], batch.sparse,
+        tensors[1]))
 
-    It runs in the training loop's thread, up to `prefetch_depth` steps ahead, so conversions belong into `hand_out`; an error in it
-    ends the iteration at once. All arrays of a step share one piece of the device's memory: keep a `clone()` of what shall outlive
-    the step. With an oracle process a batch's other arrays, and without a GPU the tensors too, which share the arrays' memory,
-    are good until the step after the batch's.
+    It runs in the training loop's thread, up to `prefetch_depth` steps ahead, so conversions belong
+    into `hand_out`; an error in it ends the iteration at once. All arrays of a step share one piece
+    of the device's memory: keep a `clone()` of what shall outlive the step. With an oracle process
+    a batch's other arrays, and without a GPU the tensors too, which share the arrays' memory, are
+    good until the step after the batch's.
 
-    Where the embeddings have a communicator, `batches` are those of all trainers together, the same on every rank, and each rank is
-    handed its `share(batch, rank, num_trainers)`. `replicas` is how many rows of other ranks one step may need, or so many for each
-    group; by default half the cache's rows, and at least 4,096. Without `overlap` all that travels between trainers is on the
-    critical path, with the same result: `bagpipe bench trainers` measures what overlapping saves. On several hosts each reads for
-    itself; that all have read the same is seen at each `flush`, and hosts whose batches end at another step end in an error.
+    Where the embeddings have a communicator, `batches` are those of all trainers together, the same
+    on every rank, and each rank is handed its `share(batch, rank, num_trainers)`. `replicas` is how
+    many rows of other ranks one step may need, or so many for each group; by default half the
+    cache's rows, and at least 4,096. Without `overlap` all that travels between trainers is on the
+    critical path, with the same result: `bagpipe bench trainers` measures what overlapping saves.
+    On several hosts each reads for itself; that all have read the same is seen at each `flush`, and
+    hosts whose batches end at another step end in an error.
 
-    Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the loss's gradient before it does.
+    Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the
+    loss's gradient before it does.
 
-    Raises ConfigError for values out of range. Iterating raises CacheTooSmallError, DataError and what the loader raised (as the
-    cause of a BackgroundError) after all batches before the bad one were handed out.
+    Raises ConfigError for values out of range. Iterating raises CacheTooSmallError, DataError and
+    what the loader raised (as the cause of a BackgroundError) after all batches before the bad one
+    were handed out.
     """
     if dedup_threads is not None and dedup_threads < 1:
         raise ConfigError(f"dedup_threads is {dedup_threads}, must be at least 1")
     if oracle not in ("thread", "process"):
         raise ConfigError(f"oracle is {oracle!r}, must be 'thread' or 'process'")
-    embeddings.stop()  # an earlier stream's cache must be free before this one is sized, and its last step closed
+    # an earlier stream's cache must be free before this one is sized, and its last step
+    # closed
+    embeddings.stop()
     communicator = embeddings.communicator
     num_slots = slots_for(cache, embeddings.groups, embeddings.device, communicator)
     options = StreamOptions(
@@ -130,7 +144,10 @@ def lookahead(
 
 
 def _trainers(
-    embeddings: EmbeddingBagCollection, num_slots: Sequence[int], replicas: int | Sequence[int] | None, overlap: bool
+    embeddings: EmbeddingBagCollection,
+    num_slots: Sequence[int],
+    replicas: int | Sequence[int] | None,
+    overlap: bool,
 ) -> Trainers:
     communicator = embeddings.communicator
     if communicator is None:
@@ -151,7 +168,8 @@ def _trainers(
 class Lookahead(Generic[BatchT]):
     """The iterator that `lookahead` returns, and a context manager that ends it.
 
-    `report` adds up what the oracle decided for the batches handed out so far, `waits` what the training loop waited for.
+    `report` adds up what the oracle decided for the batches handed out so far, `waits` what the
+    training loop waited for.
     """
 
     def __init__(
@@ -169,12 +187,17 @@ class Lookahead(Generic[BatchT]):
         """Bytes of the oracle's own state, without the batches in its window."""
         self._embeddings, self._prefetch_depth = embeddings, options.prefetch_depth
         self._move = move
-        self._submitted: deque[tuple[Planned[Any], Callable[[Sequence[Tensor]], BatchT]]] = deque()  # and what makes the batch
+        # and what makes the batch
+        self._submitted: deque[tuple[Planned[Any], Callable[[Sequence[Tensor]], BatchT]]] = deque()
         self._in_step = False
         self._is_first_compared = False
-        self._ids_hash = self._compared_hash = ""  # of all batches handed out whose ids were hashed, now and at the last flush
+        self._ids_hash = self._compared_hash = (
+            ""  # of all batches handed out whose ids were hashed, now and at the last flush
+        )
         self._communicator = embeddings.communicator
-        self._executor = embeddings.start(options.num_slots, options.trainers.num_replica_slots or None)
+        self._executor = embeddings.start(
+            options.num_slots, options.trainers.num_replica_slots or None
+        )
         self._process: SharedOracle[Any] | None = None
         if in_process:
             self._process = self._start_process(batches, options, adapter)
@@ -199,7 +222,10 @@ class Lookahead(Generic[BatchT]):
             raise StopIteration
         if not self._owns_embeddings:
             self.close()
-            raise UsageError("these embeddings were stopped, or given to another bagpipe.lookahead; this one can't go on")
+            raise UsageError(
+                "these embeddings were stopped, or given to another bagpipe.lookahead; this one "
+                "can't go on"
+            )
         try:
             self._end_step()
             submitted = self._submitted.popleft() if self._submit_ahead() else None
@@ -214,7 +240,9 @@ class Lookahead(Generic[BatchT]):
             self.close()
             raise StopIteration
         if planned.ids_hash is not None:
-            self._ids_hash = xxhash.xxh3_128((self._ids_hash + planned.ids_hash).encode()).hexdigest()
+            self._ids_hash = xxhash.xxh3_128(
+                (self._ids_hash + planned.ids_hash).encode()
+            ).hexdigest()
         self.report.add(planned.plan, planned.peak_slots)
         self.oracle_bytes = planned.oracle_bytes
         return batch
@@ -231,9 +259,10 @@ class Lookahead(Generic[BatchT]):
     def close(self) -> None:
         """Closes the step, writes everything back and ends the threads. Closing twice is allowed.
 
-        With other trainers all must call it. The rows of a single one are written back after an error in the loop, the loader or
-        the data too: the cache is as good as before it. With others, which may wait for this one's next message, they are not:
-        go on from a checkpoint then.
+        With other trainers all must call it. The rows of a single one are written back after an
+        error in the loop, the loader or the data too: the cache is as good as before it. With
+        others, which may wait for this one's next message, they are not: go on from a checkpoint
+        then.
         """
         if not self._is_open:
             return
@@ -243,22 +272,31 @@ class Lookahead(Generic[BatchT]):
             self._embeddings.stop()
 
     def __del__(self) -> None:
-        # A loop left by `break` drops the iterator: its threads must not outlive it. The rows stay in the embeddings' cache.
+        # A loop left by `break` drops the iterator: its threads must not outlive it. The rows stay
+        # in the embeddings' cache.
         if getattr(self, "_plans", None) is not None and self._is_open:
             self._end_threads()
             if self._owns_embeddings:
                 self._end_step()
 
     def flush(self) -> None:
-        """Closes the step and writes all resident rows to the stores, as before a checkpoint; the iteration goes on.
+        """Closes the step and writes all resident rows to the stores, as before a checkpoint; the
+        iteration goes on.
 
-        On several hosts, of which each reads for itself, it raises DataError on all where one has read other batches by now.
+        On several hosts, of which each reads for itself, it raises DataError on all where one has
+        read other batches by now.
         """
         self._end_step()
         self._embeddings.flush()
         communicator, ids_hash = self._communicator, self._ids_hash
-        if communicator is not None and communicator.num_hosts > 1 and ids_hash != self._compared_hash:
-            check_same_batches(communicator, ids_hash, f"the batches before step {self._embeddings.step}")
+        if (
+            communicator is not None
+            and communicator.num_hosts > 1
+            and ids_hash != self._compared_hash
+        ):
+            check_same_batches(
+                communicator, ids_hash, f"the batches before step {self._embeddings.step}"
+            )
             self._compared_hash = ids_hash
 
     def _give_up(self, error: BaseException) -> None:
@@ -294,7 +332,8 @@ class Lookahead(Generic[BatchT]):
         options: StreamOptions,
         adapter: BatchAdapter,
     ) -> SharedOracle[Any]:
-        # Nothing that outlives this object may hold it, or it would never end the threads of a loop left by `break`.
+        # Nothing that outlives this object may hold it, or it would never end the threads of a loop
+        # left by `break`.
         pinned = _PinnedMemory()
         try:
             process = start_oracle(
@@ -302,14 +341,18 @@ class Lookahead(Generic[BatchT]):
                 options,
                 adapter,
                 self._embeddings.communicator,
-                # Of several trainers a step's plan is held until the next one's gradients are under way.
-                num_places=options.prefetch_depth + 2 * _PLANS_AHEAD + int(self._communicator is not None),
+                # Of several trainers a step's plan is held until the next one's gradients are under
+                # way.
+                num_places=options.prefetch_depth
+                + 2 * _PLANS_AHEAD
+                + int(self._communicator is not None),
                 on_region=pinned.pin if self._embeddings.device.type == "cuda" else lambda _: None,
             )
         except BaseException:
             self._embeddings.stop()
             raise
-        # The device reads plans where the process put them: that memory goes when the executor has ended.
+        # The device reads plans where the process put them: that memory goes when the executor has
+        # ended.
         self._executor.at_close.append(pinned.unpin)
         self._executor.at_close.append(process.close)
         return process
@@ -320,7 +363,9 @@ class Lookahead(Generic[BatchT]):
             self._in_step = False
 
     def _submit_ahead(self) -> bool:
-        """Passes plans on to the executor, up to the prefetch depth; waits only for the next step's. False at the end."""
+        """Passes plans on to the executor, up to the prefetch depth; waits only for the next
+        step's. False at the end.
+        """
         if not self._submitted:
             planned = self._wait_for_plan(partial(next, self._plans, None))
             if planned is None:
@@ -329,7 +374,11 @@ class Lookahead(Generic[BatchT]):
         # All ranks must be as far ahead: which messages they send depends on it.
         others = self._communicator is not None
         while len(self._submitted) <= max(self._prefetch_depth, 1 if others else 0):
-            planned = self._wait_for_plan(self._plans.next_or_none) if others else self._plans.next_if_ready()
+            planned = (
+                self._wait_for_plan(self._plans.next_or_none)
+                if others
+                else self._plans.next_if_ready()
+            )
             if planned is None:
                 break
             self._submit(planned)
@@ -355,19 +404,40 @@ class Lookahead(Generic[BatchT]):
         self._submitted.append((planned, make_batch))
 
 
-def _take_apart(batch: Any, move: Move | None, step: int) -> tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]:
-    """What moves and what makes the batch of it; refuses what would arrive as something else, since the device copies words."""
+def _take_apart(
+    batch: Any, move: Move | None, step: int
+) -> tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]:
+    """What moves and what makes the batch of it; refuses what would arrive as something else, since
+    the device copies words.
+    """
     if move is None:
         return (), lambda tensors: batch
     moved: object = move(batch)
-    if not (isinstance(moved, tuple) and len(moved) == 2 and isinstance(moved[0], Sequence) and callable(moved[1])):
-        raise UsageError(f"step {step}: move returned a {type(moved).__name__}, must return (arrays, a function of their tensors)")
+    if not (
+        isinstance(moved, tuple)
+        and len(moved) == 2
+        and isinstance(moved[0], Sequence)
+        and callable(moved[1])
+    ):
+        raise UsageError(
+            f"step {step}: move returned a {type(moved).__name__}, must return (arrays, a function "
+            "of their tensors)"
+        )
     for index, array in enumerate(moved[0]):
         is_array = isinstance(array, np.ndarray)
-        if not is_array or array.dtype not in (np.int32, np.float32) or not array.flags.c_contiguous:
-            found = f"{array.dtype} with strides {array.strides}" if is_array else f"a {type(array).__name__}"
+        if (
+            not is_array
+            or array.dtype not in (np.int32, np.float32)
+            or not array.flags.c_contiguous
+        ):
+            found = (
+                f"{array.dtype} with strides {array.strides}"
+                if is_array
+                else f"a {type(array).__name__}"
+            )
             raise UsageError(
-                f"step {step}: array {index} of move is {found}, must be a C-contiguous numpy array of float32 or int32: "
+                f"step {step}: array {index} of move is {found}, must be a C-contiguous numpy "
+                "array of float32 or int32: "
                 "convert it in hand_out, as by np.ascontiguousarray(x, np.float32)"
             )
     return moved
@@ -380,7 +450,9 @@ class _PinnedMemory:
         self._regions: list[UInt8Array] = []
 
     def pin(self, memory: UInt8Array) -> None:
-        """Pins a region; where the system refuses, plans go through pinned memory of torch's, one copy more."""
+        """Pins a region; where the system refuses, plans go through pinned memory of torch's, one
+        copy more.
+        """
         error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
         if int(error) == 0:
             self._regions.append(memory)

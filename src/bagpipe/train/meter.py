@@ -36,7 +36,9 @@ class _Totals:
 
 
 class Meter:
-    """Adds up steps until someone looks. `restart` begins a window, `take` ends one and begins the next."""
+    """Adds up steps until someone looks. `restart` begins a window, `take` ends one and begins the
+    next.
+    """
 
     def __init__(self) -> None:
         self._losses = LossWindow()

@@ -1,7 +1,9 @@
-"""Metrics of click prediction: AUC, log-loss and normalized entropy, and the training loss with its guard.
+"""Metrics of click prediction: AUC, log-loss and normalized entropy, and the training loss with its
+guard.
 
-Normalized entropy is the log-loss divided by that of always predicting the average label (He et al., "Practical Lessons from
-Predicting Clicks on Ads at Facebook", ADKDD 2014): below 1 is better than knowing nothing but the average.
+Normalized entropy is the log-loss divided by that of always predicting the average label (He et
+al., "Practical Lessons from Predicting Clicks on Ads at Facebook", ADKDD 2014): below 1 is better
+than knowing nothing but the average.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from bagpipe.errors import LossError
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How well logits predict labels. `auc` and `normalized_entropy` are None where all labels are the same."""
+    """How well logits predict labels. `auc` and `normalized_entropy` are None where all labels are
+    the same.
+    """
 
     num_samples: int
     log_loss: float
@@ -30,7 +34,8 @@ class BinaryScores:
     """Sums predictions up batch by batch. Keeps 12 bytes a sample for the AUC, which is exact."""
 
     def __init__(self) -> None:
-        from torchmetrics.classification import BinaryAUROC  # loads matplotlib, a second for which no start of a run should wait
+        # loads matplotlib, a second for which no start of a run should wait
+        from torchmetrics.classification import BinaryAUROC
 
         self._auroc = BinaryAUROC(thresholds=None, sync_on_compute=False)  # rank 0 alone scores
         self._num_samples = 0
@@ -39,13 +44,17 @@ class BinaryScores:
         self._label_sum = 0.0
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch: logits (B,) float32, labels (B,) float32 in [0, 1]; for the AUC a label from 0.5 up is a click."""
+        """Adds a batch: logits (B,) float32, labels (B,) float32 in [0, 1]; for the AUC a label
+        from 0.5 up is a click.
+        """
         logits, labels = logits.detach().cpu(), labels.cpu()
         positive = labels >= 0.5
         self._auroc.update(torch.sigmoid(logits), positive.long())
         self._num_samples += len(labels)
         self._num_positive += int(positive.sum())
-        self._loss_sum += float(binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="sum"))
+        self._loss_sum += float(
+            binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="sum")
+        )
         self._label_sum += float(labels.double().sum())
 
     def compute(self) -> Scores:
@@ -62,7 +71,9 @@ class BinaryScores:
 
 
 class LossWindow:
-    """The losses of the steps since the last look, left on their device, so that no step waits for its loss."""
+    """The losses of the steps since the last look, left on their device, so that no step waits for
+    its loss.
+    """
 
     def __init__(self) -> None:
         self._first_step = 0
@@ -75,7 +86,9 @@ class LossWindow:
         self._losses.append(loss.detach())
 
     def take(self) -> float | None:
-        """The mean of the losses since the last call, None when there are none. LossError: one is not finite."""
+        """The mean of the losses since the last call, None when there are none. LossError: one is
+        not finite.
+        """
         if not self._losses:
             return None
         losses = torch.stack(self._losses).double().cpu()
@@ -84,8 +97,10 @@ class LossWindow:
         if not bool(finite.all()):
             first = int(torch.nonzero(~finite)[0])
             raise LossError(
-                f"step {self._first_step + first}: the loss is {losses[first].item()}: training has diverged, and nothing was "
-                "saved since. Start again with smaller learning rates (train.optimizer.lr, embeddings.optimizer.lr)"
+                f"step {self._first_step + first}: the loss is {losses[first].item()}: training "
+                "has diverged, and nothing was "
+                "saved since. Start again with smaller learning rates (train.optimizer.lr, "
+                "embeddings.optimizer.lr)"
             )
         return float(losses.mean())
 

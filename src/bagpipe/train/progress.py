@@ -1,4 +1,6 @@
-"""A run's progress on a terminal: one live line under the sentences that scroll past, and a second one during an evaluation."""
+"""A run's progress on a terminal: one live line under the sentences that scroll past, and a second
+one during an evaluation.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,15 @@ from rich.console import Console
 from bagpipe.train.report import Progress
 
 _NUMBERS = "{speed}/s loss {loss} hit {hit_rate} wait plan {plan} rows {rows} slots {slots} ms"
-_NOTHING_YET = _NUMBERS.format(**dict.fromkeys(("loss", "speed", "hit_rate", "plan", "rows", "slots"), "-"))
+_NOTHING_YET = _NUMBERS.format(
+    **dict.fromkeys(("loss", "speed", "hit_rate", "plan", "rows", "slots"), "-")
+)
 
 
 class ConsoleReporter:
-    """Draws progress lines on a rich console; a context manager, which leaves the last line standing."""
+    """Draws progress lines on a rich console; a context manager, which leaves the last line
+    standing.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -32,7 +38,12 @@ class ConsoleReporter:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._bar.stop()
 
     def start(self, step: int, num_steps: int) -> None:

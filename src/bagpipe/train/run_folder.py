@@ -16,7 +16,8 @@ from bagpipe.train.trainers import Trainers
 
 @contextmanager
 def claim_run_folder(folder: Path) -> Iterator[Path]:
-    """Makes the folder and holds it for this process; yields its folder of checkpoints, cleared of unfinished ones.
+    """Makes the folder and holds it for this process; yields its folder of checkpoints, cleared of
+    unfinished ones.
 
     The operating system lets go of it when the process ends, however it ends.
 
@@ -28,34 +29,45 @@ def claim_run_folder(folder: Path) -> Iterator[Path]:
         checkpoints.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
-        raise ConfigError(f"log.folder = {str(folder)!r}: can't be written: {error.strerror}: give another one") from error
+        raise ConfigError(
+            f"log.folder = {str(folder)!r}: can't be written: {error.strerror}: give another one"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"log.folder = {str(folder)!r}: another process trains in it: give another one") from error
+            raise ConfigError(
+                f"log.folder = {str(folder)!r}: another process trains in it: give another one"
+            ) from error
         try:
             remove_temporary(checkpoints)
         except OSError as error:
-            raise ConfigError(f"log.folder = {str(folder)!r}: {error.filename}: {error.strerror}") from error
+            raise ConfigError(
+                f"log.folder = {str(folder)!r}: {error.filename}: {error.strerror}"
+            ) from error
         yield checkpoints
 
 
 def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
-    """Raises ConfigError on all ranks unless each host sees in its `folder` what rank 0 puts there."""
+    """Raises ConfigError on all ranks unless each host sees in its `folder` what rank 0 puts
+    there.
+    """
     if trainers.num_hosts == 1:
         return
     with ExitStack() as stack:
 
         def put() -> str | None:
             return (
-                Path(stack.enter_context(NamedTemporaryFile(dir=folder, prefix=".seen-")).name).name if trainers.is_first else None
+                Path(stack.enter_context(NamedTemporaryFile(dir=folder, prefix=".seen-")).name).name
+                if trainers.is_first
+                else None
             )
 
         def look() -> None:
             if not (folder / name).exists():
                 raise ConfigError(
-                    f"log.folder = {str(folder)!r}: this host does not see what rank 0 writes there: give one on a file system "
+                    f"log.folder = {str(folder)!r}: this host does not see what rank 0 writes "
+                    "there: give one on a file system "
                     "that all hosts share"
                 )
 
@@ -66,12 +78,14 @@ def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
 def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:
     """Makes sure that a new run mixes with no older one.
 
-    ConfigError: an earlier run left checkpoints, and `overwrite` is not set; with it they are removed.
+    ConfigError: an earlier run left checkpoints, and `overwrite` is not set; with it they are
+    removed.
     """
     left = list_checkpoints(checkpoints)
     if left and not overwrite:
         raise ConfigError(
-            f"log.folder = {str(checkpoints.parent)!r}: holds checkpoints of an earlier run, up to step {step_of(left[-1]):,}: "
+            f"log.folder = {str(checkpoints.parent)!r}: holds checkpoints of an earlier run, up to "
+            f"step {step_of(left[-1]):,}: "
             "go on with it (--resume), remove them (--overwrite), or give another folder"
         )
     for path in left:

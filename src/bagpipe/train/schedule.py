@@ -31,7 +31,9 @@ class Schedule:
     num_steps: int
 
     def batch_size_of(self, step: int, num_samples: int) -> int:
-        """Samples of the batch of step `step`, from 0, of an epoch of `num_samples`: the last one may be smaller."""
+        """Samples of the batch of step `step`, from 0, of an epoch of `num_samples`: the last one
+        may be smaller.
+        """
         return min(self.batch_size, num_samples - step % self.num_batches * self.batch_size)
 
     def position_after(self, step: int) -> Position:
@@ -42,7 +44,9 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class RemainingBatches:
-    """The batches of a run from `start` to its end, to be read where they are de-duplicated. Can be sent to another process."""
+    """The batches of a run from `start` to its end, to be read where they are de-duplicated. Can be
+    sent to another process.
+    """
 
     source: BatchSource
     schedule: Schedule
@@ -52,7 +56,12 @@ class RemainingBatches:
         schedule, epoch, first = self.schedule, self.start.epoch, self.start.batch
         left = schedule.num_steps - (epoch * schedule.num_batches + first)
         while left > 0:
-            reads = self.source.reads(batch_size=schedule.batch_size, epoch=epoch, start=first, drop_last=schedule.drop_last)
+            reads = self.source.reads(
+                batch_size=schedule.batch_size,
+                epoch=epoch,
+                start=first,
+                drop_last=schedule.drop_last,
+            )
             for read in islice(reads, left):
                 yield Deferred(read)
             left -= schedule.num_batches - first

@@ -1,4 +1,6 @@
-"""Ending a run by a signal: the first one asks, and the loop ends after the step that is running; the second one kills."""
+"""Ending a run by a signal: the first one asks, and the loop ends after the step that is running;
+the second one kills.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM has come since the context was entered. Off the main thread it listens to nothing."""
+    """Whether SIGINT or SIGTERM has come since the context was entered. Off the main thread it
+    listens to nothing.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -23,7 +27,12 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

@@ -1,7 +1,9 @@
-"""A profile of some steps of a run, as a file that Perfetto and chrome://tracing open: every stage by name, in every thread.
+"""A profile of some steps of a run, as a file that Perfetto and chrome://tracing open: every stage
+by name, in every thread.
 
-By default ten steps, twenty after the run's start or resumption: late enough to be steady, few enough for a viewer. A run too short
-for that is traced from its middle on. Steps are a little slower while traced, the first of them most.
+By default ten steps, twenty after the run's start or resumption: late enough to be steady, few
+enough for a viewer. A run too short for that is traced from its middle on. Steps are a little
+slower while traced, the first of them most.
 """
 
 from __future__ import annotations
@@ -29,14 +31,21 @@ class TraceOptions:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.after < 0:
-            raise ConfigError(f"a trace of {self.num_steps} steps after {self.after}: must be at least 1 step after at least 0")
+            raise ConfigError(
+                f"a trace of {self.num_steps} steps after {self.after}: must be at least 1 step "
+                "after at least 0"
+            )
 
 
 class Trace:
-    """A context manager around the loop, told of each step's end. Writes the file after the last traced step, or at the end."""
+    """A context manager around the loop, told of each step's end. Writes the file after the last
+    traced step, or at the end.
+    """
 
     def __init__(self, options: TraceOptions | None, device: torch.device, num_steps: int) -> None:
-        """Does nothing without `options`. `num_steps` are still to come. ConfigError: the file can't be written."""
+        """Does nothing without `options`. `num_steps` are still to come. ConfigError: the file
+        can't be written.
+        """
         self._options, self._device = options, device
         self._steps_done = 0
         self._stack = ExitStack()
@@ -54,23 +63,35 @@ class Trace:
         """Starts or ends tracing where it is time to."""
         self._steps_done += 1
         self._start_where_due()
-        if self._options is not None and self._steps_done == self._first_step + self._options.num_steps:
+        if (
+            self._options is not None
+            and self._steps_done == self._first_step + self._options.num_steps
+        ):
             self._end()
 
     def __enter__(self) -> Self:
         self._start_where_due()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._end()
 
     def _start_where_due(self) -> None:
         if self._options is None or self._steps_done != self._first_step:
             return
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (
+            self._device.type == "cuda"
+        )
         all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
         self._stack.enter_context(tracing())
-        self._profile = self._stack.enter_context(profile(activities=activities, experimental_config=all_threads))
+        self._profile = self._stack.enter_context(
+            profile(activities=activities, experimental_config=all_threads)
+        )
 
     def _end(self) -> None:
         if self._profile is None or self._options is None:

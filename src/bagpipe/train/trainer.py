@@ -1,11 +1,13 @@
 """A run from a configuration: restore, loop, evaluate, save.
 
-Everything that the loop uses is built before it. One step is: forward, loss, backward (in which embeddings are updated),
-dense optimizer. Between two steps, and only there, the run logs, evaluates, saves and ends.
+Everything that the loop uses is built before it. One step is: forward, loss, backward (in which
+embeddings are updated), dense optimizer. Between two steps, and only there, the run logs,
+evaluates, saves and ends.
 
-A checkpoint that can't be written, because the disk is full or the folder became read-only, does not end the run: it goes on,
-says so, and tries again at the next interval; the checkpoints before it stay good. Only if the last one, at the end or on a
-signal, can't be written, the run fails with its error. A loss that is not finite ends the run before it can be saved.
+A checkpoint that can't be written, because the disk is full or the folder became read-only, does
+not end the run: it goes on, says so, and tries again at the next interval; the checkpoints before
+it stay good. Only if the last one, at the end or on a signal, can't be written, the run fails with
+its error. A loss that is not finite ends the run before it can be saved.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Result:
     """How a run ended."""
 
     step: int
-    scores: Scores | None  # on the validation split at the last step; None: there is none, or a signal ended the run
+    # on the validation split at the last step; None: there is none, or a signal ended the run
+    scores: Scores | None
     checkpoint: Path | None  # the newest one
     stopped_by: signal.Signals | None
 
@@ -68,26 +71,28 @@ def train(
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
 
     Args:
-        config: the run.
-        reporter: told about progress.
-        resume: whether to go on from the newest valid checkpoint in the run's folder; where there is none, the run starts
+        config: the run. reporter: told about progress. resume: whether to go on from the newest
+        valid checkpoint in the run's folder; where there is none, the run starts
             afresh and says so.
-        overwrite: whether a fresh run may remove the checkpoints of an earlier one.
-        trace: which steps to profile, and where to write that.
-        communicator: with the other trainers, if there are any. Rank 0 logs and traces, and saves, of several hosts with the first
-            rank of each; each batch is shared by all, so that their number changes no more than the order of sums, and so are the
-            batches of an evaluation.
+        overwrite: whether a fresh run may remove the checkpoints of an earlier one. trace: which
+        steps to profile, and where to write that. communicator: with the other trainers, if there
+        are any. Rank 0 logs and traces, and saves, of several hosts with the first
+            rank of each; each batch is shared by all, so that their number changes no more than the
+            order of sums, and so are the batches of an evaluation.
 
     Raises:
-        ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor `overwrite` is set.
-        DataError: the data are wrong.
-        CheckpointError: none can be resumed from, or the last one can't be written.
-        LossError: the loss is not finite.
+        ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor
+        `overwrite` is set. DataError: the data are wrong. CheckpointError: none can be resumed
+        from, or the last one can't be written. LossError: the loss is not finite.
     """
     trainers = Trainers(communicator)
     with ExitStack() as stack:
         folder = config.log.folder
-        checkpoints = stack.enter_context(claim_run_folder(folder)) if trainers.is_first else folder / "checkpoints"
+        checkpoints = (
+            stack.enter_context(claim_run_folder(folder))
+            if trainers.is_first
+            else folder / "checkpoints"
+        )
         trainers.wait("rank 0 to claim the run's folder")
         check_seen_by_all(folder, trainers)
         if communicator is not None:
@@ -100,20 +105,30 @@ def train(
             start_afresh(checkpoints, overwrite=overwrite)
         step = None if saved is None else saved.step
         log_files = (
-            RunLog(folder, step=step, tensorboard=config.log.tensorboard, on_failure=reporter.say) if trainers.is_first else NoLog()
+            RunLog(folder, step=step, tensorboard=config.log.tensorboard, on_failure=reporter.say)
+            if trainers.is_first
+            else NoLog()
         )
         with log_files as log, StopRequest() as stop:
-            with Trace(trace if trainers.is_first else None, run.device, run.schedule.num_steps - run.embeddings.step) as traced:
+            with Trace(
+                trace if trainers.is_first else None,
+                run.device,
+                run.schedule.num_steps - run.embeddings.step,
+            ) as traced:
                 loop = _Loop(run, checkpoints, log, reporter, stop, traced, trainers)
                 return loop.run(saved)
 
 
 def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers) -> SavedRun | None:
     def find() -> str | None:
-        found = find_checkpoint(checkpoints, on_damaged=lambda error: reporter.say(f"skipped a checkpoint: {error}"))
+        found = find_checkpoint(
+            checkpoints, on_damaged=lambda error: reporter.say(f"skipped a checkpoint: {error}")
+        )
         return None if found is None else found.path.name
 
-    name = trainers.all_do("a checkpoint to resume from", lambda: find() if trainers.is_first else None)[0]
+    name = trainers.all_do(
+        "a checkpoint to resume from", lambda: find() if trainers.is_first else None
+    )[0]
     if name is None:
         reporter.say(f"{checkpoints} holds no checkpoint to resume from: starting afresh")
         return None
@@ -122,7 +137,10 @@ def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers)
         reporter.say(f"resuming with another {difference}")
     for name, value in environment().items():
         if (before := saved.environment.get(name)) != value:
-            reporter.say(f"resuming with another {name}: {before!r} -> {value!r} (the last bits of the results may differ)")
+            reporter.say(
+                f"resuming with another {name}: {before!r} -> {value!r} (the last bits of the "
+                "results may differ)"
+            )
     load_checkpoint(saved, run.state, trainers)
     trainers.wait("all records to be loaded")
     reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
@@ -155,7 +173,13 @@ class _Loop:
         run, config = self._run, self._run.config
         if saved is not None:
             self._newest, self._saved_step = saved.path, saved.step
-        self._log.write("start", self._step, config=run.settings, environment=environment(), device=str(run.device))
+        self._log.write(
+            "start",
+            self._step,
+            config=run.settings,
+            environment=environment(),
+            device=str(run.device),
+        )
         self._reporter.start(self._step, run.schedule.num_steps)
         started = time.perf_counter()
         with self._open_stream() as stream:
@@ -176,14 +200,25 @@ class _Loop:
             self._write_progress(stream)
             stream.flush()
             scores = self._finish()
-            self._log.write("end", self._step, elapsed_s=time.perf_counter() - started, **stream.report.as_dict())
+            self._log.write(
+                "end",
+                self._step,
+                elapsed_s=time.perf_counter() - started,
+                **stream.report.as_dict(),
+            )
             # By a signal a rank ends as one that failed, and then torchrun ends the others.
             self._trainers.wait("rank 0 to save and score")
-        return Result(step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stopped_by)
+        return Result(
+            step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stopped_by
+        )
 
     def _is_due(self, every_steps: int | None) -> bool:
         """The last step has its own evaluation and checkpoint, so nothing is due there."""
-        return every_steps is not None and self._step % every_steps == 0 and self._step < self._run.schedule.num_steps
+        return (
+            every_steps is not None
+            and self._step % every_steps == 0
+            and self._step < self._run.schedule.num_steps
+        )
 
     def _open_stream(self) -> Lookahead[TorchBatch]:
         run, cache = self._run, self._run.config.cache
@@ -207,7 +242,9 @@ class _Loop:
     def _train_step(self, batch: TorchBatch) -> None:
         run = self._run
         run.embeddings.lookup(batch.sparse, out=run.dense_step.pooled(batch.batch_size))
-        weight = self._trainers.weight(batch.batch_size, run.schedule.batch_size_of(self._step, run.source.num_samples))
+        weight = self._trainers.weight(
+            batch.batch_size, run.schedule.batch_size_of(self._step, run.source.num_samples)
+        )
         with self._trainers.averaging(self._step):
             loss, grads = run.dense_step(batch.dense, batch.labels, weight)
         run.embeddings.update(grads)
@@ -222,7 +259,9 @@ class _Loop:
             self._reporter.show(progress)
 
     def _pause(self, stream: Lookahead[TorchBatch], work: Callable[[], object]) -> None:
-        """Does something between two steps that needs the whole truth in the stores and whose time is not the training's."""
+        """Does something between two steps that needs the whole truth in the stores and whose time
+        is not the training's.
+        """
         self._write_progress(stream)
         stream.flush()
         work()
@@ -253,7 +292,9 @@ class _Loop:
             self._save()
         except CheckpointError as error:
             self._log.write("checkpoint_failed", self._step, reason=str(error))
-            self._reporter.say(f"step {self._step:,}: no checkpoint, the run goes on without it: {error}")
+            self._reporter.say(
+                f"step {self._step:,}: no checkpoint, the run goes on without it: {error}"
+            )
 
     def _save(self) -> None:
         run, step = self._run, self._step
@@ -270,7 +311,9 @@ class _Loop:
             trainers=self._trainers,
         )
         self._saved_step = step
-        self._log.write("checkpoint", step, path=str(self._newest), elapsed_s=time.perf_counter() - started)
+        self._log.write(
+            "checkpoint", step, path=str(self._newest), elapsed_s=time.perf_counter() - started
+        )
 
     def _finish(self) -> Scores | None:
         """The last checkpoint, then the last evaluation; a signal leaves out the evaluation."""

@@ -15,7 +15,9 @@ from bagpipe.train.report import Progress
 
 
 class Trainers:
-    """The trainers of a run, as one of them sees them. What asks all ranks must be called by all, in the same order."""
+    """The trainers of a run, as one of them sees them. What asks all ranks must be called by all,
+    in the same order.
+    """
 
     def __init__(self, communicator: Communicator | None) -> None:
         self._communicator = communicator
@@ -34,24 +36,34 @@ class Trainers:
 
     @contextmanager
     def averaging(self, step: int) -> Iterator[None]:
-        """For a backward that averages over trainers: says that one may be gone, which gloo's own error does not.
+        """For a backward that averages over trainers: says that one may be gone, which gloo's own
+        error does not.
 
         Raises BackgroundError.
         """
         try:
             yield
         except RuntimeError as error:
-            if self._communicator is None or isinstance(error, BackgroundError) or "gloo" not in str(error):
+            if (
+                self._communicator is None
+                or isinstance(error, BackgroundError)
+                or "gloo" not in str(error)
+            ):
                 raise
             raise BackgroundError(
-                f"rank {self._communicator.rank}: averaging the dense part's gradients of step {step} failed; another of the "
+                f"rank {self._communicator.rank}: averaging the dense part's gradients of step "
+                f"{step} failed; another of the "
                 f"{self._communicator.num_trainers} trainers may be gone: {error}"
             ) from error
 
-    def all_do(self, what: str, work: Callable[[], Any], failure_is: type[BagpipeError] = CheckpointError) -> list[Any]:
-        """What `work` returns on each rank, JSON values, by rank, once all have done it; None from those that have nothing to do.
+    def all_do(
+        self, what: str, work: Callable[[], Any], failure_is: type[BagpipeError] = CheckpointError
+    ) -> list[Any]:
+        """What `work` returns on each rank, JSON values, by rank, once all have done it; None from
+        those that have nothing to do.
 
-        Where one raises a BagpipeError of any kind the others raise `failure_is`, and all do where one raises an OSError.
+        Where one raises a BagpipeError of any kind the others raise `failure_is`, and all do where
+        one raises an OSError.
         """
         if self._communicator is None:
             return [work()]
@@ -70,13 +82,16 @@ class Trainers:
         return [answer["result"] for answer in answers]
 
     def weight(self, num_samples: int, batch_size: int) -> float:
-        """By what a rank's mean loss over its samples of a batch is multiplied, so that the mean over ranks is the batch's."""
+        """By what a rank's mean loss over its samples of a batch is multiplied, so that the mean
+        over ranks is the batch's.
+        """
         if self._communicator is None:
             return 1.0
         return num_samples * self._communicator.num_trainers / batch_size
 
     def agree_on(self, received: signal.Signals | None) -> signal.Signals | None:
-        """The signal that any rank had received at the call before, so that all end after the same step and none waits for others.
+        """The signal that any rank had received at the call before, so that all end after the same
+        step and none waits for others.
 
         A single trainer's is the one that it has received by now.
         """
@@ -92,4 +107,8 @@ class Trainers:
             return progress
         num_trainers = self._communicator.num_trainers
         loss = self._communicator.mean(progress.loss)
-        return replace(progress, loss=loss, examples_per_s=num_trainers * self._communicator.mean(progress.examples_per_s))
+        return replace(
+            progress,
+            loss=loss,
+            examples_per_s=num_trainers * self._communicator.mean(progress.examples_per_s),
+        )
