@@ -205,6 +205,23 @@ def test_an_edited_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
             PreparedManifest.load(copy)
 
 
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "a/b", "..", ".", "", "a\0"])
+@pytest.mark.parametrize("kind", ["splits", "dictionaries"])
+def test_a_manifest_names_files_of_its_own_folder_only(
+    folder: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    copy = copy_of(folder, tmp_path / "copy")
+    (copy / "train-00000.arrow").rename(tmp_path / "outside.arrow")
+    manifest = PreparedManifest.load(copy)
+    entry = manifest.splits["train"][0].model_copy(update={"name": name})
+    splits = {"train": (entry, *manifest.splits["train"][1:])}
+    manifest.model_copy(update={kind: splits if kind == "splits" else {"row": entry}}).save(copy)
+    with pytest.raises(DataError, match="must be a file in its own folder") as raised:
+        PreparedManifest.load(copy)
+    assert repr(name) in str(raised.value)
+    assert str(copy / MANIFEST_NAME) in str(raised.value)
+
+
 def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no validation rows"):
         PreparedSource(folder, "validation")

@@ -78,6 +78,13 @@ def checksum_file(path: Path) -> str:
     return state.hexdigest()
 
 
+def is_file_name(name: object) -> bool:
+    """Whether `name`, which a manifest gives and anybody may have written, is that of a file in the
+    manifest's own folder: not a path, and none of the folder's names for itself and its parent.
+    """
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces `path` by `content` such that a reader, or a crash, sees all of it or nothing of
     it.

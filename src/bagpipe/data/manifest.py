@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Final, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from bagpipe.data.base import FeatureSpec, Split
-from bagpipe.data.files import checksum_file, write_atomically
+from bagpipe.data.files import checksum_file, is_file_name, write_atomically
 from bagpipe.errors import DataError
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -33,6 +33,13 @@ class FileEntry(_Entry):
     num_bytes: int
     checksum: str  # xxh3_128
     num_rows: int
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not is_file_name(name):
+            raise ValueError(f"it names {name!r}, must be a file in its own folder")
+        return name
 
 
 class FeatureEntry(_Entry):
