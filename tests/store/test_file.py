@@ -272,8 +272,7 @@ def write_until_full(parts):
         raise AssertionError("the disk never got full")
     for rows in written:
         np.testing.assert_array_equal(fetch(store, rows), records_of(rows, width=65))
-    fetch(store, np.arange(0, 10_000_000, 4_096))  # looking at rows that were never written needs
-                                                   no space, either
+    fetch(store, np.arange(0, 10_000_000, 4_096))  # needs no space, either
     assert store.num_touched == sum(map(len, written))
     return len(written)
 
