@@ -1,8 +1,13 @@
-"""Test-wide rules: GPU tests are skipped where there is no GPU."""
+"""Test-wide rules: GPU tests are skipped where there is no GPU, and no example has a deadline."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# An example that compiles a loop, or runs beside other work, takes long once and is right.
+settings.register_profile("bagpipe", deadline=None)
+settings.load_profile("bagpipe")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -153,7 +153,6 @@ def test_caches_cut_into_shards(extra_slots: int, monkeypatch: pytest.MonkeyPatc
 )
 @settings(
     max_examples=20,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 def test_any_trace(

@@ -275,7 +275,6 @@ def exact_trace(data: st.DataObject) -> tuple[list[TableConfig], list[Jagged]]:
 )
 @settings(
     max_examples=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 def test_any_trace_equals_one_trainer(
