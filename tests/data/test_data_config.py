@@ -45,6 +45,21 @@ def test_kind_decides() -> None:
             },
             "table 't' has num_embeddings 3 for one feature and 4 for 'd'",
         ),
+        (
+            {"source": {**PARQUET, "sparse": [{"column": "c"}], "dense": ["x", "z", "x"]}},
+            "dense column 'x' is given more than once",
+        ),
+        *(
+            (
+                {"source": {**PARQUET, "sparse": [{"column": "c"}], **twice}},
+                "column 'y' is the label, so it can't be a feature or the time too",
+            )
+            for twice in (
+                {"dense": ["x", "y"]},
+                {"sparse": [{"column": "c"}, {"column": "y"}]},
+                {"time": "y"},
+            )
+        ),
         ({"source": CRITEO, "split": {"validation_share": 1.0}}, "less than 1"),
         ({"source": CRITEO, "vocabulary": {"kind": "dictionary", "min_cuont": 1}}, "min_cuont"),
     ],

@@ -207,6 +207,103 @@ def test_not_parquet_no_rows_and_other_types(tmp_path: Path) -> None:
         ParquetSource([tmp_path / "a.parquet", tmp_path / "b.parquet"], config)
 
 
+DAYS = [
+    (pa.array(["a", None]).dictionary_encode(), [key("a"), MISSING_KEY]),
+    (pa.DictionaryArray.from_arrays(pa.array([1, 0], pa.int8()), ["b", "a"]), [key("a"), key("b")]),
+    (pa.DictionaryArray.from_arrays(pa.array([0, 0], pa.int16()), ["b"]), [key("b"), key("b")]),
+    (pa.array(["b", "a"], pa.large_string()), [key("b"), key("a")]),
+    (pa.nulls(2), [MISSING_KEY, MISSING_KEY]),
+    (pa.array(["b", "a"], pa.string_view()), [key("b"), key("a")]),
+    (pa.array([b"b", b"a"]), [key("b"), key("a")]),
+]
+
+
+@pytest.mark.parametrize("first", range(len(DAYS)))
+def test_days_may_encode_a_column_differently(tmp_path: Path, first: int) -> None:
+    days = DAYS[first:] + DAYS[:first]
+    labels = [pa.array([0, 1]).cast(kind) for kind in (pa.int8(), pa.float64(), pa.bool_())]
+    for number, (column, _) in enumerate(days):
+        make(
+            tmp_path,
+            {"label": labels[number % 3], "x": labels[number % 2], "c": column},
+            SPARSE,
+            name=f"{number}.parquet",
+        )
+    files = [tmp_path / f"{number}.parquet" for number in range(len(days))]
+    config = {"kind": "parquet", "files": ["x"], "label": {"column": "label"}, "dense": ["x"]}
+    source = ParquetSource(files, ParquetFiles.model_validate({**config, "sparse": SPARSE}))
+    blocks = list(source.blocks(Problems(), lambda _: None, "test"))
+    assert [block.keys[0].values.tolist() for block in blocks] == [keys for _, keys in days]
+    assert all(block.labels.tolist() == block.dense[:, 0].tolist() == [0, 1] for block in blocks)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_days_of_lists_and_one_without_a_value(tmp_path: Path, first: int) -> None:
+    lists = [
+        pa.array([["a"], None]),
+        pa.nulls(2),
+        pa.array([["b", "a"], []], pa.large_list(pa.string())),
+    ]
+    lists = lists[first:] + lists[:first]
+    for number, column in enumerate(lists):
+        make(tmp_path, {"label": [0, 1], "c": column}, SPARSE, name=f"{number}.parquet")
+    files = [tmp_path / f"{number}.parquet" for number in range(3)]
+    config = {"kind": "parquet", "files": ["x"], "label": {"column": "label"}, "sparse": SPARSE}
+    source = ParquetSource(files, ParquetFiles.model_validate(config))
+    assert source.features[0].multi_hot
+    read = [block.keys[0] for block in source.blocks(Problems(), lambda _: None, "test")]
+    for keys, column in zip(read, lists, strict=True):
+        assert keys.offsets is not None
+        values = [value for bag in column.to_pylist() for value in bag or ()]
+        assert keys.values.tolist() == [key(value) for value in values]
+        lengths = [len(bag or ()) for bag in column.to_pylist()]
+        assert np.diff(keys.offsets).tolist() == lengths
+
+
+@pytest.mark.parametrize(
+    ("column", "other"),
+    [
+        (pa.array([1, 2]), pa.array(["1", "2"])),
+        (pa.array([1, 2]), pa.array([[1], [2]])),
+        (pa.array([["a"], ["b"]]), pa.array([[1], [2]])),
+        (pa.array(["a", "b"]).dictionary_encode(), pa.array([1, 2])),
+    ],
+)
+def test_days_whose_keys_would_differ_are_refused(tmp_path: Path, column: Any, other: Any) -> None:
+    for name, values in (("a", column), ("b", other)):
+        make(tmp_path, {"label": [0, 1], "c": values}, SPARSE, name=f"{name}.parquet")
+    config = {"kind": "parquet", "files": ["x"], "label": {"column": "label"}, "sparse": SPARSE}
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    with pytest.raises(DataError, match=r"b\.parquet: column 'c' is of type .*, but .* in .*a\.pa"):
+        ParquetSource(files, ParquetFiles.model_validate(config))
+
+
+def test_a_page_that_is_not_as_its_checksum_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"label": [0, 1] * 500, "c": np.arange(1000) + 7_000_000}
+    options = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table(columns), path, **options)
+    config = {"kind": "parquet", "files": ["x"], "label": {"column": "label"}, "sparse": SPARSE}
+    source = ParquetSource([path], ParquetFiles.model_validate(config))
+    assert read(source).keys[0].values.tolist() == columns["c"].tolist()  # type: ignore[attr-defined]
+    data = path.read_bytes()
+    place = data.index(np.int64(7_000_500).tobytes())
+    path.write_bytes(data[:place] + b"\1" + data[place + 1 :])
+    with pytest.raises(DataError, match=r"a\.parquet can't be read to its end, it is damaged.*CRC"):
+        read(source)
+
+
+def test_a_file_that_holds_a_mapped_column_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table([pa.array([0, 1])] * 4, names=["label", "c", "x", "x"])
+    pq.write_table(table, path)
+    config = {"kind": "parquet", "files": ["x"], "label": {"column": "label"}, "sparse": SPARSE}
+    assert ParquetSource([path], ParquetFiles.model_validate(config)).num_rows() == 2
+    for doubled in ({"dense": ["x"]}, {"sparse": [{"column": "x"}]}, {"label": {"column": "x"}}):
+        with pytest.raises(DataError, match=r"a\.parquet has 2 columns named 'x'"):
+            ParquetSource([path], ParquetFiles.model_validate({**config, **doubled}))
+
+
 @pytest.mark.parametrize(
     "times",
     [

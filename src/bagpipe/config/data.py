@@ -76,7 +76,8 @@ class CriteoFiles(Section):
 
     kind: Literal["criteo"]
     files: tuple[Name, ...] = Field(min_length=1)
-    """Paths or glob patterns, read in this order; the files of one pattern are sorted by name."""
+    """Paths or glob patterns, read in this order; the files of one pattern are sorted by name. What
+    exists by the very name given is meant by it."""
     num_embeddings: (
         Literal["kaggle", "terabyte"] | NumEmbeddings | tuple[NumEmbeddings, ...] | None
     ) = None
@@ -147,6 +148,14 @@ class ParquetFiles(Section):
                 raise ValueError(
                     f"feature {name!r} is given more than once: set `name` to tell them apart"
                 )
+        for name in self.dense:
+            if self.dense.count(name) > 1:
+                raise ValueError(f"dense column {name!r} is given more than once")
+        if self.label.column in (*self.dense, *(c.column for c in self.sparse), self.time):
+            raise ValueError(
+                f"column {self.label.column!r} is the label, so it can't be a feature or the time "
+                "too"
+            )
         sizes: dict[str, int | None] = {}
         for column in self.sparse:
             if sizes.setdefault(column.table_name, column.num_embeddings) != column.num_embeddings:

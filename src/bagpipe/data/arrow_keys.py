@@ -1,8 +1,13 @@
-"""Arrow columns to 64-bit keys, one a row or a list of them a row."""
+"""Arrow columns to 64-bit keys, one a row or a list of them a row.
+
+A value has one key, however Arrow encodes it: an integer of any width, or a boolean, is its own key
+(`bagpipe.data.raw` says which two are not), a string or binary of any layout has the hash of its
+bytes. Dictionaries, views and extension types are taken for the values that they stand for.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -13,31 +18,53 @@ from bagpipe.data.raw import MISSING_KEY, Keys
 from bagpipe.errors import DataError
 from bagpipe.types import Int64Array
 
+KeyKind: TypeAlias = Literal["integer", "text", "nothing", "other"]
+_LEAST: Final = -(2**63)
+
 
 def is_list(kind: Any) -> bool:
     """Whether an Arrow type holds several values a row."""
     return bool(
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+        or pa.types.is_fixed_size_list(kind)
     )
+
+
+def key_kind(kind: Any) -> KeyKind:
+    """What the values of an Arrow type, or those in its lists, are as keys: two types of one kind
+    give a value the same key. "nothing" holds nulls only, "other" can't be keys.
+    """
+    if isinstance(kind, pa.BaseExtensionType):
+        return key_kind(kind.storage_type)
+    if pa.types.is_dictionary(kind) or is_list(kind):
+        return key_kind(kind.value_type)
+    if pa.types.is_null(kind):
+        return "nothing"
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return "integer"
+    return "text" if _is_text(kind) else "other"
 
 
 def single_keys(column: Any, where: str) -> Keys:
     """One key a row of an Arrow array of integers, strings, binaries or booleans; null is
     MISSING_KEY.
     """
-    return Keys(values=_keys(column, where), offsets=None)
+    return Keys(values=_keys(_plain(column), where), offsets=None)
 
 
 def list_keys(column: Any, where: str) -> Keys:
     """The keys of each row of a list array. A null or empty list is an empty bag; null items and ""
     are left out.
     """
-    lists = column.cast(pa.large_list(column.type.value_type))
-    lengths = pc.fill_null(pc.list_value_length(lists), 0)
+    # Never by a cast to another type of list: pyarrow 26 loses rows of a sliced list_view in it.
+    lengths = pc.fill_null(pc.list_value_length(column), 0)
     offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False))]).astype(
         np.int64
     )
-    items = pc.list_flatten(lists)
+    items = _plain(pc.list_flatten(column))
     kept = items.is_valid()
     if _is_text(items.type):
         kept = pc.and_(kept, pc.fill_null(pc.not_equal(pc.binary_length(items), 0), False))
@@ -49,18 +76,30 @@ def list_keys(column: Any, where: str) -> Keys:
 
 def split_keys(column: Any, separator: str, where: str) -> Keys:
     """The keys of a string column whose values hold several, e.g. ``"Drama|War"``."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    kind, column = column.type, _plain(column)
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.string())
     if not _is_text(column.type):
-        raise DataError(
-            f"{where} is of type {column.type}, must be a string to be split by {separator!r}"
-        )
+        raise DataError(f"{where} is of type {kind}, must be a string to be split by {separator!r}")
     return list_keys(pc.split_pattern(column, separator), where)
 
 
+def _plain(column: Any) -> Any:
+    """The array's values without an encoding, strings and binaries in a layout that has kernels."""
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(column.storage)
+    if pa.types.is_dictionary(kind):
+        return _plain(column.dictionary).take(column.indices)
+    if pa.types.is_string_view(kind):
+        return column.cast(pa.large_string())
+    if pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
+        return column.cast(pa.large_binary())
+    return column
+
+
 def _keys(column: Any, where: str) -> Int64Array:
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    """The keys of a plain array (n,)."""
     kind = column.type
     if pa.types.is_null(kind):
         return np.full(len(column), MISSING_KEY, np.int64)
@@ -76,8 +115,14 @@ def _keys(column: Any, where: str) -> Int64Array:
     present = column.is_valid().to_numpy(zero_copy_only=False)
     # uint64 wraps, one to one
     values: Int64Array = pc.fill_null(column, 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    taken = _LEAST if pa.types.is_signed_integer(kind) else -_LEAST
+    values = np.where(values == MISSING_KEY, _text_key(str(taken).encode()), values)
     keys: Int64Array = np.where(present, values, MISSING_KEY)
     return keys
+
+
+def _text_key(text: Any) -> np.int64:
+    return np.uint64(xxhash.xxh3_64_intdigest(text)).astype(np.int64)
 
 
 def _string_keys(column: Any) -> Int64Array:
@@ -95,4 +140,7 @@ def _is_text(kind: Any) -> bool:
         or pa.types.is_large_string(kind)
         or pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
     )

@@ -1,8 +1,11 @@
 """Any Parquet files as a raw source, by a mapping of their columns; only the mapped columns are
 read.
 
-Row groups are read in blocks of BLOCK_ROWS. Row positions in messages count from 0 within a file,
-as data frames do.
+Row groups are read in blocks of BLOCK_ROWS; page checksums, where a file has them, are compared.
+Row positions in messages count from 0 within a file, as data frames do.
+
+A column may be of one type in one file and of another in the next where both give a value the same
+meaning, e.g. pandas' categories with an index of 8 bits on one day and of 16 on the other.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bagpipe.data.arrow_keys import is_list, list_keys, single_keys, split_keys
+from bagpipe.data.arrow_keys import is_list, key_kind, list_keys, single_keys, split_keys
 from bagpipe.data.raw import Keys, Problems, Progress, RawBlock, RawFeature
 from bagpipe.errors import DataError
 from bagpipe.types import Float32Array, Int64Array
@@ -39,10 +42,8 @@ class ParquetSource:
     def __init__(self, files: Sequence[Path], config: ParquetFiles) -> None:
         self._files, self._config = tuple(files), config
         self._columns = _mapped_columns(config)
-        schema = self._check_schemas()
-        self.features = tuple(
-            _raw_feature(column, schema.field(column.column).type) for column in config.sparse
-        )
+        lists = self._check_schemas()
+        self.features = tuple(_raw_feature(column, lists) for column in config.sparse)
         self.dense_names = config.dense
         self.has_time = config.time is not None
 
@@ -70,24 +71,41 @@ class ParquetSource:
                 row += len(batch)
                 progress(Progress(stage=stage, done=row, total=total, unit="rows"))
 
-    def _check_schemas(self) -> Any:
-        first = _open(self._files[0]).schema_arrow
+    def _check_schemas(self) -> set[str]:
+        """The mapped columns that are lists."""
+        first: dict[str, tuple[Any, Path]] = {}
         for file in self._files:
             schema = _open(file).schema_arrow
             for name in self._columns:
-                if name not in schema.names:
+                if (count := schema.names.count(name)) != 1:
+                    has = f"has {count} columns named" if count else "has no column"
                     raise DataError(
-                        f"{file} has no column {name!r}; its columns are {', '.join(schema.names)}"
+                        f"{file} {has} {name!r}; its columns are {', '.join(schema.names)}"
                     )
-                if schema.field(name).type != first.field(name).type:
+                kind = schema.field(name).type
+                if pa.types.is_null(kind) and name != self._config.time:
+                    continue  # a column without a value goes with any other
+                earlier, where = first.setdefault(name, (kind, file))
+                if self._meaning(name, kind) != self._meaning(name, earlier):
                     raise DataError(
-                        f"{file}: column {name!r} is of type {schema.field(name).type}, "
-                        f"but {first.field(name).type} in {self._files[0]}: write both with one "
-                        "type"
+                        f"{file}: column {name!r} is of type {kind}, "
+                        f"but {earlier} in {where}: write both with one type"
                     )
         if self.num_rows() == 0:
             raise DataError(f"{', '.join(map(str, self._files))}: no rows")
-        return first
+        return {name for name, (kind, _) in first.items() if is_list(kind)}
+
+    def _meaning(self, name: str, kind: Any) -> list[object]:
+        """What of a column's type must be the same in all files, for each use of the column."""
+        config = self._config
+        uses: list[object] = [str(kind)] if name == config.time else []
+        if name in (config.label.column, *config.dense):
+            uses.append(_is_number(kind) or str(kind))
+        for column in config.sparse:
+            if column.column == name:
+                key = key_kind(kind)
+                uses.append((is_list(kind), str(kind) if key == "other" else key))
+        return uses
 
     def _block(self, batch: Any, row: int, place: _Place) -> RawBlock:
         config = self._config
@@ -115,8 +133,8 @@ class ParquetSource:
                 None,
             )
         keys = tuple(
-            _feature_keys(batch.column(column.column), column, place.file)
-            for column in config.sparse
+            _feature_keys(batch.column(column.column), column, feature.multi_hot, place.file)
+            for column, feature in zip(config.sparse, self.features, strict=True)
         )
         block = RawBlock(
             rows=np.arange(row, row + len(batch)),
@@ -160,20 +178,24 @@ def _mapped_columns(config: ParquetFiles) -> list[str]:
     return list(dict.fromkeys(names + ([config.time] if config.time else [])))
 
 
-def _raw_feature(column: SparseColumn, kind: Any) -> RawFeature:
+def _raw_feature(column: SparseColumn, lists: set[str]) -> RawFeature:
     return RawFeature(
         name=column.feature,
         table=column.table_name,
         num_embeddings=column.num_embeddings,
-        multi_hot=is_list(kind) or column.separator is not None,
+        multi_hot=column.column in lists or column.separator is not None,
     )
 
 
-def _feature_keys(array: Any, column: SparseColumn, file: Path) -> Keys:
+def _feature_keys(array: Any, column: SparseColumn, multi_hot: bool, file: Path) -> Keys:
     where = f"{file}, column {column.column!r}"
     if column.separator is not None:
         return split_keys(array, column.separator, where)
-    return list_keys(array, where) if is_list(array.type) else single_keys(array, where)
+    if not multi_hot:
+        return single_keys(array, where)
+    return list_keys(
+        array.cast(pa.list_(pa.null())) if pa.types.is_null(array.type) else array, where
+    )
 
 
 def _labels(
@@ -213,18 +235,23 @@ def _dense(array: Any, name: str, good: BoolArray, place: _Place) -> Float32Arra
 def _numbers(array: Any, name: str, file: Path) -> tuple[npt.NDArray[np.float64], BoolArray]:
     """Values as float64 (0 where missing), and where they are present."""
     kind = array.type
-    if not (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_decimal(kind)
-    ):
+    if not _is_number(kind):
         raise DataError(
             f"{file}, column {name!r} is of type {kind}, must be a number: cast it first"
         )
     present: BoolArray = array.is_valid().to_numpy(zero_copy_only=False)
     values = pc.fill_null(array.cast(pa.float64(), safe=False), 0.0).to_numpy(zero_copy_only=False)
     return values, present
+
+
+def _is_number(kind: Any) -> bool:
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_null(kind)
+    )
 
 
 def _time_keys(array: Any, where: str) -> tuple[Int64Array, BoolArray]:
@@ -250,7 +277,7 @@ def _time_keys(array: Any, where: str) -> tuple[Int64Array, BoolArray]:
 
 def _open(file: Path) -> Any:
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} can't be read as Parquet: {error}") from error
 
@@ -259,4 +286,6 @@ def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
     try:
         yield from _open(file).iter_batches(batch_size=BLOCK_ROWS, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} can't be read to its end: {error}") from error
+        raise DataError(
+            f"{file} can't be read to its end, it is damaged or on a bad disk: {error}"
+        ) from error

@@ -1,9 +1,10 @@
 """What every raw source turns into before it is prepared: blocks of labels, dense numbers and
 64-bit keys.
 
-A *key* stands for a categorical value: an integer is its own key, a string's is its xxh3_64, a
-missing value's is MISSING_KEY, a value like any other. Ids come from keys by a vocabulary
-(`bagpipe.data.vocabulary`).
+A *key* stands for a categorical value: an integer is its own key (from 2**63 on less 2**64), a
+string's is its xxh3_64, a missing value's is MISSING_KEY, a value like any other. The two integers
+whose key would be that, -2**63 and 2**63, have the keys of their decimal digits. Ids come from keys
+by a vocabulary (`bagpipe.data.vocabulary`).
 
 A *row number* counts all rows of the input in reading order, from 0, rows that can't be read
 included, so that a split by row number stays the same whether bad rows are skipped or repaired.
@@ -145,20 +146,35 @@ class RawSource(Protocol):
 
 def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
     """The files of paths and glob patterns. DataError: one of them stands for no file, or for an
-    empty one.
+    empty one, or two for the same.
+
+    What exists by the very name that is given is meant by it, whatever brackets or stars the name
+    has.
     """
     files: list[Path] = []
     for pattern in patterns:
-        found = (
-            sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-            if glob.has_magic(pattern)
-            else [Path(pattern)]
-        )
-        found = [path for path in found if path.is_file()]
+        base, rest = _literal_part(Path(pattern))
+        found = sorted(base / name for name in glob.glob(rest, root_dir=base, recursive=True))
+        found = [path for path in found if path.is_file()] if rest else [base]
         if not found:
             raise DataError(f"no file at {pattern!r}, seen from {Path.cwd()}")
         files += found
+    seen: set[Path] = set()
     for path in files:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
+        if (one := path.resolve()) in seen:
+            raise DataError(f"{path} is given more than once: its rows would be read twice")
+        seen.add(one)
     return tuple(files)
+
+
+def _literal_part(path: Path) -> tuple[Path, str]:
+    """The longest beginning of `path` that exists (a folder, unless all of it does), and the rest,
+    empty where nothing is left.
+    """
+    if path.is_file():
+        return path, ""
+    parents = [parent for parent in path.parents if parent.is_dir()]
+    base = parents[0] if parents else Path()
+    return base, str(path.relative_to(base))
