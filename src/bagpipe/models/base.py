@@ -22,13 +22,13 @@ class RankingModel(nn.Module, ABC):
 
     Args:
         embeddings: maps the sparse features of a batch to pooled embeddings:
-        `bagpipe.EmbeddingBagCollection`, or tables in memory. num_features: sparse features a
-        sample; by default those of `embeddings.groups`. embedding_dim: D, which all tables must
-        have; by default that of `embeddings.groups`.
+            `bagpipe.EmbeddingBagCollection`, or tables in memory.
+        num_features: sparse features a sample; by default those of `embeddings.groups`.
+        embedding_dim: D, which all tables must have; by default that of `embeddings.groups`.
 
     Raises:
         ConfigError: the tables have several dimensions, or another one than `embedding_dim`; sizes
-        are unknown.
+            are unknown.
     """
 
     def __init__(

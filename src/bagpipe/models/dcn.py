@@ -27,16 +27,19 @@ class DLRM_DCN(RankingModel):
 
     Args:
         embeddings: maps sparse features to pooled embeddings of `num_features` features, all of
-        `embedding_dim`. num_dense: dense features a sample. num_features: sparse features a sample;
-        by default those of `embeddings.groups`. bottom: layer sizes of the MLP over dense features;
-        the last one must be the embedding dimension. top: layer sizes of the MLP over the crossed
-        features; the last one must be 1. num_cross_layers: layers of the cross network, each of
-        which raises the degree of the crosses by one. cross_rank: rank of each cross layer's
-        matrix.
+            `embedding_dim`.
+        num_dense: dense features a sample.
+        num_features: sparse features a sample; by default those of `embeddings.groups`.
+        bottom: layer sizes of the MLP over dense features; the last one must be the embedding
+            dimension.
+        top: layer sizes of the MLP over the crossed features; the last one must be 1.
+        num_cross_layers: layers of the cross network, each of which raises the degree of the
+            crosses by one.
+        cross_rank: rank of each cross layer's matrix.
 
     Raises:
         ConfigError: the last size of `bottom` or `top` is not what it must be, or tables have
-        several dimensions.
+            several dimensions.
     """
 
     def __init__(

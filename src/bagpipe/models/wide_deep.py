@@ -33,10 +33,11 @@ class WideDeep(RankingModel):
 
     Args:
         embeddings: maps sparse features to pooled embeddings of `num_features` features, all of
-        `embedding_dim`, at least 2. num_dense: dense features a sample. num_features: sparse
-        features a sample; by default those of `embeddings.groups`. embedding_dim: D, with the
-        column of linear weights; by default that of `embeddings.groups`. top: layer sizes of the
-        MLP over dense features and vectors; the last one must be 1.
+            `embedding_dim`, at least 2.
+        num_dense: dense features a sample.
+        num_features: sparse features a sample; by default those of `embeddings.groups`.
+        embedding_dim: D, with the column of linear weights; by default that of `embeddings.groups`.
+        top: layer sizes of the MLP over dense features and vectors; the last one must be 1.
 
     Raises:
         ConfigError: the last size of `top` is not 1, tables have several dimensions or one below 2.

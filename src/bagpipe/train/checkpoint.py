@@ -110,8 +110,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the disk is full or the folder can't be written, by any of them; earlier
-        checkpoints and the run itself
-            are as before.
+            checkpoints and the run itself are as before.
         StoreError: a store can't be read.
     """
     state.embeddings.flush()

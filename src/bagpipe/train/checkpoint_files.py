@@ -106,7 +106,7 @@ class CheckpointFiles:
 
     Raises:
         CheckpointError: the disk is full, the folder can't be written, or another failure of the
-        operating system.
+            operating system.
     """
 
     def __init__(self, folder: Path, path: Path) -> None:
@@ -181,7 +181,7 @@ class CheckpointWriter(CheckpointFiles):
 
     Raises:
         CheckpointError: as `CheckpointFiles`. What was written is removed and older checkpoints are
-        as they were.
+            as they were.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

@@ -24,10 +24,12 @@ class RunLog:
     """Writes records; a context manager, which closes its files.
 
     Args:
-        folder: the run's folder, which exists. step: the step that the run resumes from: records of
-        later steps are dropped. None: a fresh run, all are. tensorboard: whether to write for
-        TensorBoard too, into `folder`/tensorboard. on_failure: told once when a record can't be
-        written, as on a full disk; the run is worth more than its log.
+        folder: the run's folder, which exists.
+        step: the step that the run resumes from: records of later steps are dropped. None: a fresh
+            run, all are.
+        tensorboard: whether to write for TensorBoard too, into `folder`/tensorboard.
+        on_failure: told once when a record can't be written, as on a full disk; the run is worth
+            more than its log.
     """
 
     def __init__(

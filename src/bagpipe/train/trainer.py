@@ -71,19 +71,22 @@ def train(
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
 
     Args:
-        config: the run. reporter: told about progress. resume: whether to go on from the newest
-        valid checkpoint in the run's folder; where there is none, the run starts
-            afresh and says so.
-        overwrite: whether a fresh run may remove the checkpoints of an earlier one. trace: which
-        steps to profile, and where to write that. communicator: with the other trainers, if there
-        are any. Rank 0 logs and traces, and saves, of several hosts with the first
-            rank of each; each batch is shared by all, so that their number changes no more than the
-            order of sums, and so are the batches of an evaluation.
+        config: the run.
+        reporter: told about progress.
+        resume: whether to go on from the newest valid checkpoint in the run's folder; where there
+            is none, the run starts afresh and says so.
+        overwrite: whether a fresh run may remove the checkpoints of an earlier one.
+        trace: which steps to profile, and where to write that.
+        communicator: with the other trainers, if there are any. Rank 0 logs and traces, and saves,
+            of several hosts with the first rank of each; each batch is shared by all, so that their
+            number changes no more than the order of sums, and so are the batches of an evaluation.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor
-        `overwrite` is set. DataError: the data are wrong. CheckpointError: none can be resumed
-        from, or the last one can't be written. LossError: the loss is not finite.
+            `overwrite` is set.
+        DataError: the data are wrong.
+        CheckpointError: none can be resumed from, or the last one can't be written.
+        LossError: the loss is not finite.
     """
     trainers = Trainers(communicator)
     with ExitStack() as stack:
