@@ -26,8 +26,11 @@ fix: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)
-	$(BIN)/bagpipe bench
+bench: $(INSTALLED)  ## all benchmarks but for that of a GPU
+	$(BIN)/python -m benchmarks step
+	$(BIN)/python -m benchmarks curve
+	$(BIN)/python -m benchmarks trainers
+	$(BIN)/python -m benchmarks oracle
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -43,9 +43,8 @@ ALLOWED = {
     "models": {"errors"},
     "train": BASE | {"config", "oracle", "store", "data", "cache", "models"},
     "launch": BASE | {"cache", "train"},
-    "bench": BASE | {"config", "oracle", "store", "data", "cache", "models", "train"},
 }
-MAY_IMPORT_TORCH = {"cache", "models", "train", "launch", "bench"}
+MAY_IMPORT_TORCH = {"cache", "models", "train", "launch"}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
@@ -82,6 +81,12 @@ def test_every_part_imports_only_what_it_may(part: str, path: Path) -> None:
         if root == "bagpipe":
             imported = rest.split(".")[0]
             assert imported == part or imported in ALLOWED[part], f"{path} imports bagpipe.{rest}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_the_package_needs_nothing_that_is_not_in_the_wheel(path: Path) -> None:
+    for module in imports(ast.parse(path.read_text())):
+        assert module.partition(".")[0] not in ("benchmarks", "tests"), f"{path} imports {module}"
 
 
 def test_the_control_plane_loads_without_torch() -> None:

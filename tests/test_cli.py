@@ -48,12 +48,12 @@ def invoke(*arguments: object) -> Result:
 
 def test_the_package_is_a_program() -> None:
     told = subprocess.run(
-        [sys.executable, "-m", "bagpipe", "bench", "--help"],
+        [sys.executable, "-m", "bagpipe", "train", "--help"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert "--workload" in told
+    assert "--resume" in told
 
 
 def test_version() -> None:

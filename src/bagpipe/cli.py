@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from bagpipe.cli_bench import bench
 from bagpipe.cli_common import File, Overrides, mistakes_told, prepare_environment
 from bagpipe.cli_plan import plan
 
@@ -31,7 +30,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data and look at them.")
 app.add_typer(data_app, name="data")
 app.command()(plan)
-app.command()(bench)
 
 
 @app.callback(invoke_without_command=True)

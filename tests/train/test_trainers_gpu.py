@@ -27,12 +27,12 @@ from tests.train.test_trainers import (
 )
 
 import bagpipe
-from bagpipe.bench.trainers_rank import claim_own_host
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DenseStep
 from bagpipe.types import Group, Optimizer, group_tables
+from benchmarks.trainers.rank import claim_own_host
 
 pytestmark = [
     pytest.mark.gpu,

@@ -106,7 +106,7 @@ def lookahead(
     on every rank, and each rank is handed its `share(batch, rank, num_trainers)`. `replicas` is how
     many rows of other ranks one step may need, or so many for each group; by default half the
     cache's rows, and at least 4,096. Without `overlap` all that travels between trainers is on the
-    critical path, with the same result: `bagpipe bench trainers` measures what overlapping saves.
+    critical path, with the same result: the benchmark `trainers` measures what overlapping saves.
     On several hosts each reads for itself; that all have read the same is seen at each `flush`, and
     hosts whose batches end at another step end in an error.
 

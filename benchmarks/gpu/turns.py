@@ -1,0 +1,314 @@
+"""The turns of `gpu`.
+
+Bagpipe runs live: it reads prepared files, plans, copies and trains, in turns with one other arm
+after another, so that every ratio comes from neighbouring minutes. The others hold their tables
+only while they run, which bounds the memory.
+
+A turn is measured between two events on the GPU's own clock (on a CPU, which only tests use, the
+host's), after some steps that use up what Bagpipe's queues hold from the time when others ran. The
+host waits for the device after a turn, never within.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bagpipe.data.prepared import PreparedSource
+from bagpipe.store import FileStore
+from bagpipe.types import Group
+from benchmarks.clocks import seconds_a_call, timed_event
+from benchmarks.dense import SharedDense
+from benchmarks.gpu.arms import BagpipeArm, DenseArm, GpuArm, TorchCpuArm
+from benchmarks.gpu.fbgemm import FbgemmArm
+from benchmarks.gpu.floor import embedding_floor, measure_bandwidths
+from benchmarks.losses import relative_differences
+from benchmarks.measure import Progress, Timing
+from benchmarks.prepared_stream import Stream, all_batches, make_stream
+from benchmarks.streams import initial_records
+from benchmarks.workloads import Workload
+
+_KERNEL_REPEATS = 30
+_HEAD_START_CYCLES = 20_000_000
+"""Ten milliseconds or so that the device sleeps before repeated kernels, so that they do not wait
+for the host's launches."""
+_NUM_SHOWN = 16
+"""Batches that the arm without embeddings goes through."""
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """An arm and what was seen of it."""
+
+    arm: GpuArm
+    parameters: list[Tensor]  # its dense part's
+    device_bytes: int
+    losses: list[float]
+    turns_s: list[float] = field(default_factory=list)  # a step's mean over each turn
+    kernels_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Turns:
+    """One workload on one device."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        names: Sequence[str],
+        device: torch.device,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._workload, self._names, self._device, self._progress = (
+            workload,
+            names,
+            device,
+            progress,
+        )
+        self._group: Group = workload.group
+        self._folder = folder
+        self._reference: list[float] = []  # Bagpipe's first losses
+        self.failures: dict[str, str] = {}
+        """Arms that failed, and with what."""
+        num_turns = max(1, len(names)) * workload.rounds
+        self._stream: Stream = make_stream(
+            workload,
+            folder / "data",
+            # The window must not run out of batches while it is measured, or there would be less to
+            # plan.
+            num_batches=workload.warmup_steps
+            + (num_turns + 1) * workload.turn_and_settle_steps
+            + workload.lookahead
+            + 2,
+            num_resident=workload.warmup_steps
+            + workload.rounds * workload.turn_and_settle_steps
+            + 2,
+            device=device,
+            progress=progress,
+        )
+        self._dense = SharedDense(workload, device)
+        self._initial = self._dense.save()
+
+    def run(self) -> dict[str, Any]:
+        """All arms, and what they add up to."""
+        bandwidths = measure_bandwidths(self._device)
+        sets: list[tuple[str, ...]] = [(name,) for name in self._names] or [()]
+        with ExitStack() as stack:
+            runs = {name: self._start(name, stack) for name in ("bagpipe", "dense")}
+            bagpipe = runs["bagpipe"].arm
+            assert isinstance(bagpipe, BagpipeArm)
+            before = bagpipe.counters()
+            for number, names in enumerate(sets):
+                runs |= self._measure_beside(
+                    runs, names, number * self._workload.rounds, len(sets) * self._workload.rounds
+                )
+                self._forget()
+            counted = bagpipe.counters_since(before)
+            self._time_kernels(runs["bagpipe"])
+            counted["device_idle_ms"] = self._time_idle(runs["bagpipe"])
+            return self._values(runs, counted, bandwidths, bagpipe.lookahead.oracle_bytes)
+
+    def _measure_beside(
+        self, always: Mapping[str, _Run], names: Sequence[str], num_done: int, num_turns: int
+    ) -> dict[str, _Run]:
+        """Turns of the arms that always run and of those of `names`; one of these that fails is
+        left out and noted.
+        """
+        with ExitStack() as beside:
+            runs: dict[str, _Run] = {}
+            for name in names:
+                with self._noting_failure(name):
+                    runs[name] = self._start(name, beside)
+            for turn in range(self._workload.rounds):
+                for name in ("dense", "bagpipe"):
+                    self._turn(always[name])
+                for name, run in runs.items():
+                    if name not in self.failures:
+                        with self._noting_failure(name):
+                            self._turn(run)
+                self._progress("measuring", num_done + turn + 1, num_turns)
+            for name, run in runs.items():
+                if name not in self.failures:
+                    with self._noting_failure(name):
+                        self._time_kernels(run)
+            return {name: run for name, run in runs.items() if name not in self.failures}
+
+    @contextmanager
+    def _noting_failure(self, name: str) -> Iterator[None]:
+        """What one arm can't do, say for want of memory, must not cost the others their numbers."""
+        try:
+            yield
+        except Exception as error:
+            self.failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+    def _make(self, name: str) -> GpuArm:
+        match name:
+            case "bagpipe":
+                source = PreparedSource(self._stream.folder, "train", verify=False)
+                in_file = self._workload.store == "file"
+                return BagpipeArm(
+                    self._workload,
+                    self._group,
+                    all_batches(source, self._workload.batch_size, self._stream.num_batches),
+                    device=self._device,
+                    store=(lambda group, seed: FileStore(group, seed, self._folder / "store"))
+                    if in_file
+                    else None,
+                )
+            case "dense":
+                return DenseArm(self._stream.resident[:_NUM_SHOWN])
+            case "torch_cpu":
+                return TorchCpuArm(self._group, self._stream)
+        return FbgemmArm(
+            name,
+            self._group,
+            self._stream,
+            cache_rows=self._workload.cache_rows,
+            device=self._device,
+        )
+
+    def _start(self, name: str, stack: ExitStack) -> _Run:
+        """Makes an arm, which `stack` closes, gives it the initial rows, and trains its first
+        steps.
+        """
+        before = self._allocated()
+        arm = self._make(name)
+        stack.callback(arm.close)
+        touched = self._stream.touched_rows if name == "bagpipe" else self._stream.resident_rows
+        for rows, records in initial_records(self._group, touched):
+            arm.load(rows, records)
+        arm.start()
+        self._dense.load(self._initial)
+        num_steps = (
+            self._workload.num_compared
+            if isinstance(arm, TorchCpuArm)
+            else self._workload.warmup_steps
+        )
+        losses = []
+        for step in range(num_steps):
+            losses.append(self._step(arm))
+            if step % 50 == 0:
+                self._progress(f"warming up {name}", step, num_steps)
+        run = _Run(
+            arm=arm,
+            parameters=self._dense.save(),
+            device_bytes=self._peak() - before,
+            losses=[float(loss) for loss in losses[: self._workload.num_compared]],
+        )
+        if name == "bagpipe":
+            self._reference = run.losses
+        return run
+
+    def _step(self, arm: GpuArm) -> Tensor:
+        dense, labels = arm.next_batch()
+        arm.lookup(self._dense.pooled)
+        loss, grads = self._dense.step(dense, labels)
+        arm.update(grads[0])
+        return loss
+
+    def _turn(self, run: _Run) -> None:
+        """Some steps of an arm, and how long one took."""
+        workload = self._workload
+        is_slow = isinstance(run.arm, TorchCpuArm)
+        self._dense.load(run.parameters)
+        for _ in range(1 if is_slow else workload.settle_steps):
+            self._step(run.arm)
+        num_steps = workload.slow_steps if is_slow else workload.turn_steps
+        seconds = seconds_a_call(self._device, lambda: self._step(run.arm), num_steps)
+        run.turns_s.append(seconds)
+        run.parameters = self._dense.save()
+
+    def _time_kernels(self, run: _Run) -> None:
+        """The embedding work alone on one batch, again and again."""
+        run.arm.next_batch()
+        run.arm.lookup(self._dense.pooled)
+        grads = torch.randn_like(self._dense.pooled) * 1e-6
+        for name, kernel in run.arm.kernels(self._dense.pooled, grads).items():
+            kernel()
+            if self._device.type == "cuda":
+                torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+            run.kernels_ms[name] = 1e3 * seconds_a_call(self._device, kernel, _KERNEL_REPEATS)
+
+    def _time_idle(self, run: _Run) -> float:
+        """Milliseconds between a step's update and the next one's lookup in which the device waits
+        for rows or for the host.
+
+        One more turn. What lies between them is that wait and the lookup, whose time alone is
+        known.
+        """
+        if self._device.type == "cpu":
+            return 0.0
+        self._dense.load(run.parameters)
+        updated, looked_up = list[torch.cuda.Event](), list[torch.cuda.Event]()
+        for step in range(self._workload.turn_and_settle_steps):
+            dense, labels = run.arm.next_batch()
+            run.arm.lookup(self._dense.pooled)
+            if updated:
+                looked_up.append(timed_event())
+            run.arm.update(self._dense.step(dense, labels)[1][0])
+            if step >= self._workload.settle_steps:
+                updated.append(timed_event())
+        torch.cuda.synchronize(self._device)
+        between = [begin.elapsed_time(end) for begin, end in zip(updated, looked_up, strict=False)]
+        return max(0.0, float(sum(between)) / len(between) - run.kernels_ms["lookup"])
+
+    def _allocated(self) -> int:
+        if self._device.type == "cpu":
+            return 0
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return torch.cuda.memory_allocated(self._device)
+
+    def _peak(self) -> int:
+        return 0 if self._device.type == "cpu" else torch.cuda.max_memory_allocated(self._device)
+
+    def _forget(self) -> None:
+        """Gives memory back to the system, since the next arm allocates beside torch."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _values(
+        self,
+        runs: Mapping[str, _Run],
+        counted: dict[str, float],
+        bandwidths: dict[str, float],
+        oracle_bytes: int,
+    ) -> dict[str, Any]:
+        workload, group = self._workload, self._group
+        steps = {name: Timing.of(run.turns_s) for name, run in runs.items()}
+        num_lookups = workload.batch_size * sum(workload.lengths)
+        return {
+            "workload": asdict(workload),
+            "device": torch.cuda.get_device_name(self._device)
+            if self._device.type == "cuda"
+            else "cpu",
+            "num_rows": group.num_rows,
+            "table_bytes": group.num_rows * group.record_bytes,
+            "cache_share": workload.cache_rows / group.num_rows,
+            "cache_bytes": workload.cache_rows * group.record_bytes,
+            "arms": {
+                name: {
+                    "step": steps[name],
+                    "over_dense": steps[name].median_ms / steps["dense"].median_ms,
+                    "over_bagpipe": steps[name].median_ms / steps["bagpipe"].median_ms,
+                    "kernels_ms": run.kernels_ms,
+                    "device_bytes": run.device_bytes,
+                    "loss_differences": relative_differences(run.losses, self._reference)
+                    if name != "dense"
+                    else [],
+                }
+                for name, run in runs.items()
+            },
+            "bagpipe": counted
+            | {"idle_share": counted["device_idle_ms"] / steps["bagpipe"].median_ms},
+            "bandwidths": bandwidths,
+            "floor": embedding_floor(workload, group, num_lookups, counted, bandwidths),
+            "oracle_bytes": oracle_bytes,
+        }

@@ -1,0 +1,138 @@
+"""Timings with their spread, what a benchmark returns, and on what it ran."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+_PACKAGES = ("bagpipe", "torch", "numpy", "numba", "fbgemm-gpu-cpu")
+
+Progress = Callable[[str, int, int], None]
+"""Is told of a stage's name, how much of it is done, and how much there is."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A `Progress` that tells nobody."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The distribution of repeated measurements, in milliseconds."""
+
+    median_ms: float
+    low_ms: float  # first quartile
+    high_ms: float  # third quartile
+    min_ms: float
+    max_ms: float
+    count: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """From at least one measurement."""
+        least, low, median, high, most = (
+            float(value) * 1e3 for value in np.percentile(seconds, [0, 25, 50, 75, 100])
+        )
+        return cls(
+            median_ms=median,
+            low_ms=low,
+            high_ms=high,
+            min_ms=least,
+            max_ms=most,
+            count=len(seconds),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.2f} [{self.low_ms:.2f}, {self.high_ms:.2f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one benchmark found."""
+
+    name: str
+    tables: tuple[Table, ...]
+    values: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+
+def as_json(value: Any) -> Any:
+    """Timings inside nested values as dictionaries."""
+    if isinstance(value, Timing):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    return value
+
+
+def describe_environment() -> dict[str, Any]:
+    """The command, the hardware, the library versions and the commit, as JSON values; None for what
+    can't be found out.
+    """
+    return {
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM now; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, with "+" where it was changed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -1,0 +1,92 @@
+"""Options of the benchmarks, each with one meaning wherever it stands.
+
+A subcommand declares those that it uses, and typer refuses the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bagpipe.errors import ConfigError
+
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help="Tiny sizes, to see that it works; the numbers mean nothing."),
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Samples in a batch, of each trainer.")
+]
+BatchSizes = Annotated[
+    list[int] | None,
+    typer.Option("--batch", min=1, help="Samples in a batch; may be repeated."),
+]
+MaxRows = Annotated[
+    int | None, typer.Option("--max-rows", min=1, help="Cut each table to so many rows.")
+]
+Arms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arm",
+        help="An arm to run; may be repeated. All by default. Those that the others are compared "
+        "with always run: bagpipe, and dense where there is one.",
+    ),
+]
+Lookahead = Annotated[
+    int | None, typer.Option("--lookahead", min=1, help="Batches that the oracle sees ahead.")
+]
+Lookaheads = Annotated[
+    list[int] | None,
+    typer.Option("--lookahead", min=1, help="Batches that the oracle sees ahead; may be repeated."),
+]
+CacheShare = Annotated[
+    float | None,
+    typer.Option("--cache", min=0.0, max=1.0, help="Share of the rows that the cache holds."),
+]
+Rounds = Annotated[int | None, typer.Option("--rounds", min=1, help="Turns of each arm.")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, help="Steps measured, in each turn where arms take turns."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="Threads that read and de-duplicate; by default as in training.",
+    ),
+]
+WorkloadName = Annotated[
+    str,
+    typer.Option(
+        "--workload",
+        help="Tables, stream, model and cache: W1, W2, W3, W4, W4-file or small.",
+    ),
+]
+NumTrainers = Annotated[int | None, typer.Option("--trainers", help="How many trainers.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Save the plot here (.png, .svg, .pdf).")]
+
+
+def sizes_of(defaults: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """`defaults`, replaced by the `options` that were given."""
+    return dict(defaults) | {name: value for name, value in options.items() if value is not None}
+
+
+def chosen_arms(
+    asked: Sequence[str] | None, known: Sequence[str], always: Sequence[str]
+) -> tuple[str, ...]:
+    """Of the `known` arms those `asked` for, all if None, and those that run `always`; in order.
+
+    Raises:
+        ConfigError: an arm that was asked for is unknown.
+    """
+    for name in asked or ():
+        if name not in known:
+            raise ConfigError(
+                f"--arm {name}: is unknown; there are {', '.join(known)}, of which "
+                f"{' and '.join(always)} always run{'s' if len(always) == 1 else ''}"
+            )
+    return tuple(name for name in known if not asked or name in asked or name in always)

@@ -1,0 +1,364 @@
+"""What it costs to turn ids into plans, without a trainer.
+
+1. De-duplication with gradient schedule, one batch at a time on one thread; the results of the last
+   `window` batches are kept, as in real use, so that every call writes to memory that is cold. In
+   turns with the same written with numpy.
+2. Slot assignment for each lookahead, once the cache is full, in turns with numpy on the same
+   batches: its two stages `Linker.link` and `Cacher.admit` + `plan`, which run in two threads when
+   live, and their sum.
+3. The whole pipeline live, from batches in memory: a pool that de-duplicates, the Cacher in its
+   thread, a consumer that only takes plans; batches a second once the cache is full and while the
+   window is. Then, with `num_trainers`, the same for so many of them: batches so many times as
+   large, the same cache in all, and a plan for each.
+4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead, and how much this
+   process grew while the live pipeline ran, which also counts what the allocator keeps.
+
+Freed memory is kept, as in the oracle's own process; numpy gains by that too.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from bagpipe._malloc import keep_freed_memory
+from bagpipe.errors import ConfigError
+from bagpipe.jagged import share_of
+from bagpipe.oracle.cacher import Cacher
+from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.merge import MergedGroup, merge
+from bagpipe.oracle.pipeline import BackgroundIterator
+from bagpipe.oracle.stream import StreamOptions, plan_ranks_stream
+from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
+from bagpipe.types import Group, GroupPlan, Jagged
+from benchmarks import numpy_oracle
+from benchmarks.measure import Progress, Result, Timing, resident_bytes
+from benchmarks.streams import SKEW, kaggle_group, make_batches
+
+PREFETCH_DEPTH = 2
+QUICK: dict[str, Any] = {
+    "batch_size": 64,
+    "max_rows": 300,
+    "cache_share": 0.5,
+    "lookaheads": (1, 4),
+    "num_warmup": 8,
+    "num_measured": 3,
+}
+_PLANS_AHEAD = 2
+_READ_AHEAD = 16
+"""Batches that the live pipeline may have read beyond the window."""
+_MiB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleBench:
+    """Sizes of the benchmark."""
+
+    batch_size: int = 16_384
+    max_rows: int | None = None
+    skew: float = SKEW
+    cache_share: float = 0.02
+    lookaheads: Sequence[int] = (20, 100)
+    window: int = 20
+    num_measured: int = 50
+    num_warmup: int = 40
+    """Batches planned before measuring; the cache must be full by then, and the result says whether
+    it was at the end."""
+    dedup_threads: int | None = None
+    """Of the live pipeline; None: as many as in training."""
+    num_trainers: int = 1
+    """Whose plans one live pipeline makes, after it has made one trainer's; each has a batch of
+    `batch_size`."""
+
+    def __post_init__(self) -> None:
+        if self.num_trainers < 1:
+            raise ConfigError(f"--trainers {self.num_trainers}: must be at least 1")
+
+    @property
+    def num_batches(self) -> int:
+        """Distinct batches needed."""
+        return self.num_warmup + self.num_measured + max(self.lookaheads) + _READ_AHEAD
+
+
+def bench_oracle(sizes: OracleBench, progress: Progress) -> Result:
+    """Runs all four parts. What it asks of the memory allocator stays so."""
+    keep_freed_memory()
+    group = kaggle_group(max_rows=sizes.max_rows)
+    num_slots = int(sizes.cache_share * group.num_rows)
+    jagged = _make_ids(sizes, group, 1, progress)
+    live = [
+        _run_live(sizes, group, num_slots, jagged, lookahead, 1, progress)
+        for lookahead in sizes.lookaheads
+    ]
+    if sizes.num_trainers > 1:
+        every = _make_ids(sizes, group, sizes.num_trainers, progress)
+        live += [
+            _run_live(sizes, group, num_slots, every, lookahead, sizes.num_trainers, progress)
+            for lookahead in sizes.lookaheads
+        ]
+    deduped, dedup_times = _time_dedup(sizes, group, jagged, progress)
+    slots = {
+        lookahead: _time_slots(sizes, group, num_slots, deduped, lookahead, progress)
+        for lookahead in sizes.lookaheads
+    }
+    values: dict[str, Any] = {
+        "sizes": asdict(sizes),
+        "num_rows": group.num_rows,
+        "num_slots": num_slots,
+        "num_lookups": len(jagged[0].values),
+        "num_uniques": sum(len(batch.unique_rows) for batch in deduped) / len(deduped),
+        "bytes": _bytes_per_item(),
+        "dedup": dedup_times,
+        "slots": slots,
+        "live": live,
+    }
+    return Result(name="oracle", tables=(_times_table(values), _live_table(values)), values=values)
+
+
+def _make_ids(
+    sizes: OracleBench, group: Group, num_trainers: int, progress: Progress
+) -> list[Jagged]:
+    """All batches' ids, each for so many trainers."""
+    batch_size = num_trainers * sizes.batch_size
+    batches = make_batches(
+        group,
+        num_batches=sizes.num_batches,
+        batch_size=batch_size,
+        skew=sizes.skew,
+        progress=progress,
+    )
+    return [batch.sparse for batch in batches]
+
+
+def _time_dedup(
+    sizes: OracleBench, group: Group, batches: list[Jagged], progress: Progress
+) -> tuple[list[DedupedGroup], dict[str, Any]]:
+    """All batches de-duplicated, and the times of the last `num_measured` of both arms."""
+    first = len(batches) - sizes.num_measured
+    deduped = []
+    kept: deque[DedupedGroup] = deque(maxlen=sizes.window)
+    ours, naive = [], []
+    for index, batch in enumerate(batches):
+        started = time.perf_counter()
+        deduped.append(dedup(group, batch))
+        ours_done = time.perf_counter()
+        if index >= first:
+            kept.append(numpy_oracle.dedup(group, batch))
+            naive.append(time.perf_counter() - ours_done)
+            ours.append(ours_done - started)
+        progress("de-duplicating", index + 1, len(batches))
+    return deduped, _compared(ours, naive)
+
+
+def _time_slots(
+    sizes: OracleBench,
+    group: Group,
+    num_slots: int,
+    batches: list[DedupedGroup],
+    lookahead: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Plans with both arms in turns; times once warmed up."""
+    ours = Cacher(
+        group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH
+    )
+    naive = numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=PREFETCH_DEPTH)
+    for batch in batches[:lookahead]:
+        ours.admit(ours.linker.link(batch))
+        naive.admit(batch)
+    linking, assigning, both, numpy = [], [], [], []
+    num_fetched = num_numpy_fetched = 0
+    num_steps = sizes.num_warmup + sizes.num_measured
+    for step in range(num_steps):
+        batch = batches[step + lookahead]
+        started = time.perf_counter()
+        linked = ours.linker.link(batch)
+        linked_at = time.perf_counter()
+        ours.admit(linked)
+        plan = ours.plan()
+        planned_at = time.perf_counter()
+        naive.admit(batch)
+        numpy_plan = naive.plan()
+        if step >= sizes.num_warmup:
+            numpy.append(time.perf_counter() - planned_at)
+            linking.append(linked_at - started)
+            assigning.append(planned_at - linked_at)
+            both.append(planned_at - started)
+            num_fetched += _num_fetched(plan)
+            num_numpy_fetched += _num_fetched(numpy_plan)
+        progress(f"assigning slots, lookahead {lookahead}", step + 1, num_steps)
+    return _compared(both, numpy) | {
+        "linking": Timing.of(linking),
+        "assigning": Timing.of(assigning),
+        "cache_was_full": ours.num_used_slots == num_slots,
+        "fetched_rows_per_step": num_fetched / sizes.num_measured,
+        "numpy_fetched_rows_per_step": num_numpy_fetched / sizes.num_measured,
+    }
+
+
+def _num_fetched(plan: GroupPlan) -> int:
+    return len(plan.early.fetch_rows) + len(plan.late.fetch_rows)
+
+
+def _compared(ours: list[float], naive: list[float]) -> dict[str, Any]:
+    one, other = Timing.of(ours), Timing.of(naive)
+    return {"bagpipe": one, "numpy": other, "times_faster": other.median_ms / one.median_ms}
+
+
+def _run_live(
+    sizes: OracleBench,
+    group: Group,
+    num_slots: int,
+    batches: list[Jagged],
+    lookahead: int,
+    num_trainers: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The pipeline as `bagpipe.lookahead` builds it, with a consumer that does nothing."""
+    gc.collect()
+    resident_before = resident_bytes()
+    options = StreamOptions(
+        groups=(group,),
+        num_slots=(-(-num_slots // num_trainers),),
+        lookahead=lookahead,
+        prefetch_depth=PREFETCH_DEPTH,
+        dedup_threads=sizes.dedup_threads,
+        trainers=_trainers(num_trainers, len(batches[0].values)),
+    )
+    plans = BackgroundIterator(
+        plan_ranks_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle"
+    )
+    num_steps = sizes.num_warmup + sizes.num_measured
+    started = cpu_started = 0.0
+    for step in range(num_steps):
+        if step == sizes.num_warmup:
+            started, cpu_started = time.perf_counter(), time.process_time()
+        planned = next(plans)
+        progress(f"live, {num_trainers} trainers, lookahead {lookahead}", step + 1, num_steps)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    resident_after = resident_bytes()
+    plans.close()
+    grown = (
+        None
+        if resident_before is None or resident_after is None
+        else resident_after - resident_before
+    )
+    batch = _deduped(group, batches[0], num_trainers)
+    return {
+        "lookahead": lookahead,
+        "num_trainers": num_trainers,
+        "dedup_threads": options.num_dedup_threads,
+        "cache_was_full": planned[0].peak_slots[0] == num_trainers * options.num_slots[0],
+        "batches_per_s": sizes.num_measured / seconds,
+        "lookups_per_s": sizes.num_measured * len(batches[0].values) / seconds,
+        "cpu_ms_per_batch": 1e3 * cpu_seconds / sizes.num_measured,
+        "state_bytes": planned[0].oracle_bytes,
+        "bytes_per_batch": batch.nbytes
+        + 4 * len(batch.unique_rows),  # and its place among unsettled uses
+        "window_bytes": lookahead * batch.nbytes,
+        "resident_growth_bytes": grown,
+    }
+
+
+def _deduped(group: Group, batch: Jagged, num_trainers: int) -> DedupedGroup | MergedGroup:
+    """A batch as it stands in the window."""
+    if num_trainers == 1:
+        return dedup(group, batch)
+    return merge(
+        group, [dedup(group, share_of(batch, rank, num_trainers)) for rank in range(num_trainers)]
+    )
+
+
+def _trainers(num_trainers: int, max_replicas: int) -> Trainers:
+    """Plans for all of so many trainers."""
+    if num_trainers == 1:
+        return SINGLE_TRAINER
+    return Trainers(
+        num_trainers=num_trainers,
+        ranks=tuple(range(num_trainers)),
+        num_replica_slots=(max_replicas,),
+    )
+
+
+def _bytes_per_item() -> dict[str, float]:
+    """What a Cacher's arrays take for each row and each slot, found by making it larger."""
+    small, large = kaggle_group(max_rows=1_000), kaggle_group(max_rows=100_000)
+    settings = {"max_lookahead": 1, "prefetch_depth": PREFETCH_DEPTH}
+    base = Cacher(small, num_slots=1_000, **settings).nbytes
+    return {
+        "row": (Cacher(large, num_slots=1_000, **settings).nbytes - base)
+        / (large.num_rows - small.num_rows),
+        "slot": (Cacher(small, num_slots=11_000, **settings).nbytes - base) / 10_000,
+    }
+
+
+def _times_table(values: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"Oracle, {values['num_lookups']:,} lookups, {values['num_uniques']:,.0f} distinct "
+        "rows a batch"
+    )
+    for heading in ("", "ms a batch", "numpy", "times faster"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    arms = [("de-duplication, one thread", values["dedup"])]
+    arms += [
+        (f"linking and slots, lookahead {lookahead}", timed)
+        for lookahead, timed in values["slots"].items()
+    ]
+    for name, timed in arms:
+        table.add_row(
+            name, str(timed["bagpipe"]), str(timed["numpy"]), f"{timed['times_faster']:.1f}"
+        )
+        for stage in ("linking", "assigning"):
+            if stage in timed:
+                table.add_row(f"  {stage}", str(timed[stage]))
+    for lookahead, timed in values["slots"].items():
+        both = [
+            values["dedup"][arm].median_ms + timed[arm].median_ms for arm in ("bagpipe", "numpy")
+        ]
+        table.add_row(
+            f"both, lookahead {lookahead}",
+            f"{both[0]:.2f}",
+            f"{both[1]:.2f}",
+            f"{both[1] / both[0]:.1f}",
+            style="bold",
+        )
+    return table
+
+
+def _live_table(values: dict[str, Any]) -> Table:
+    each = values["bytes"]
+    table = Table(
+        title="Oracle live, and its memory",
+        caption=f"state: {each['row']:.0f} B a row, {each['slot']:.0f} B a slot",
+    )
+    headings = (
+        "trainers",
+        "lookahead",
+        "batches/s",
+        "CPU ms a batch",
+        "state MiB",
+        "window MiB",
+        "process grew MiB",
+        "KiB a batch",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for live in values["live"]:
+        grown = live["resident_growth_bytes"]
+        table.add_row(
+            str(live["num_trainers"]),
+            str(live["lookahead"]),
+            f"{live['batches_per_s']:.1f}",
+            f"{live['cpu_ms_per_batch']:.1f}",
+            f"{live['state_bytes'] / _MiB:.0f}",
+            f"{live['window_bytes'] / _MiB:.0f}",
+            "-" if grown is None else f"{grown / _MiB:.0f}",
+            f"{live['bytes_per_batch'] / 1024:,.0f}",
+        )
+    return table

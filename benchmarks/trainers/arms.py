@@ -1,0 +1,138 @@
+"""The arms of `trainers` that are Bagpipe, and the one without embeddings. Each is one rank's side
+of it.
+
+    bagpipe      Bagpipe as it is: reader, oracle, transfers and exchanges live
+    no_overlap   the same plans with everything that trainers send each other on the critical path
+    one_trainer  Bagpipe on rank 0 alone with one trainer's batch, for what N trainers gain over one
+    dense        no embedding work: the dense part and its averaged gradients, what a step can't be
+                 faster than
+
+The peers are in `peers` (`replicated`, `hashed`) and `torchrec`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bagpipe.cache.communicator import Communicator, Moment
+from bagpipe.data.base import Batch
+from bagpipe.types import Group, Jagged, RowExchange
+from benchmarks.gpu.arms import BagpipeArm, DenseArm, StepArm
+from benchmarks.workloads import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One rank's samples of a global batch, there before the arms start."""
+
+    dense: Tensor  # (B, num_dense) float32 on the device
+    labels: Tensor  # (B,) float32 on the device
+    sparse: Jagged  # on the host
+
+    @classmethod
+    def of(cls, batch: Batch, rank: int, num_trainers: int, device: torch.device) -> Share:
+        """Takes a rank's samples of a global batch."""
+        own = batch.share(rank, num_trainers)
+        return cls(
+            dense=torch.tensor(own.dense, device=device),
+            labels=torch.tensor(own.labels, device=device),
+            sparse=own.sparse,
+        )
+
+
+class Sent:
+    """Bytes that a rank has sent to others, by step."""
+
+    def __init__(self) -> None:
+        self._bytes: defaultdict[tuple[int, Moment], int] = defaultdict(int)
+
+    def add(self, step: int, moment: Moment, num_bytes: int) -> None:
+        """Counts a message. One thread a moment."""
+        self._bytes[step, moment] += num_bytes
+
+    def of_steps(self, first: int, end: int) -> dict[Moment, int]:
+        """Of all steps from `first` to before `end`: what was on the critical path, and what was
+        not.
+        """
+        steps = range(first, end)
+        return {"now": self._sum(steps, "now"), "later": self._sum(steps, "later")}
+
+    def _sum(self, steps: Iterable[int], moment: Moment) -> int:
+        return sum(self._bytes[step, moment] for step in steps)
+
+
+class TrainersArm(StepArm, Protocol):
+    """One rank's side of an arm, which counts what it sends."""
+
+    sent: Sent
+
+
+@dataclass(kw_only=True)
+class CountingCommunicator(Communicator):
+    """A `Communicator` that counts what it sends to other ranks."""
+
+    sent: Sent = field(default_factory=Sent)
+
+    @classmethod
+    def of(cls, base: Communicator, name: str) -> CountingCommunicator:
+        """Takes over the process groups of `base`; in the key-value store, which several arms
+        share, its keys begin with `name`.
+        """
+        settings = {each.name: getattr(base, each.name) for each in fields(base) if each.init}
+        return cls(**settings | {"store": dist.PrefixStore(name, base.store)})  # type: ignore[attr-defined]
+
+    def exchange(
+        self,
+        rows: Tensor,
+        received: Tensor,
+        plan: RowExchange,
+        *,
+        moment: Moment,
+        step: int,
+        what: str,
+    ) -> None:
+        """See `Communicator.exchange`."""
+        self.sent.add(step, moment, rows.nbytes)  # plans send nothing to the rank itself
+        super().exchange(rows, received, plan, moment=moment, step=step, what=what)
+
+
+class DenseShareArm(DenseArm):
+    """The dense part alone, on a rank's shares."""
+
+    def __init__(self, shares: Sequence[Share]) -> None:
+        super().__init__(shares)
+        self.sent = Sent()
+
+
+class BagpipeShareArm(BagpipeArm):
+    """Bagpipe, as one rank of several or alone."""
+
+    def __init__(
+        self,
+        name: str,
+        workload: Workload,
+        group: Group,
+        batches: Iterable[Any],
+        *,
+        device: torch.device,
+        communicator: CountingCommunicator | None = None,
+        overlap: bool = True,
+    ) -> None:
+        """`batches` are global ones; without a communicator, those of this trainer alone."""
+        super().__init__(
+            workload,
+            group,
+            batches,
+            device=device,
+            name=name,
+            communicator=communicator,
+            overlap=overlap,
+        )
+        self.sent = Sent() if communicator is None else communicator.sent

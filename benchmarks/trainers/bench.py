@@ -1,0 +1,227 @@
+"""Several trainers on one host: Bagpipe against other ways to share tables and against one trainer.
+
+The command starts a process a rank, gloo on CPUs and NCCL on CUDA with a device each, or one that
+all share. All arms (`arms`, `peers`, and `torchrec` where TorchRec is installed) start from the
+same rows and parameters and train the same global batches with the same dense part, whose gradients
+are averaged, so their losses must agree. They take turns, whole rounds of A B C D, beginning with
+another one each round.
+
+Bagpipe reads prepared files, plans and fetches from a store while it trains; the peers have ids,
+dense features and labels on their devices and all rows resident. A step lasts until the slowest
+rank has ended it. Ratios are of the mean step of an arm to that of `bagpipe` in the same round.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from bagpipe.errors import BackgroundError, BagpipeError
+from benchmarks.losses import LOSS_TOLERANCE, disagreements, relative_differences
+from benchmarks.measure import Progress, Result, Timing
+from benchmarks.prepared_stream import make_stream
+from benchmarks.trainers.rank import run_rank
+from benchmarks.trainers.settings import ALONE, TrainersBench
+from benchmarks.trainers.tables import render
+from benchmarks.trainers.torchrec import missing_torchrec
+
+Float64Array = npt.NDArray[np.float64]
+_END_TIMEOUT_S = 60.0
+
+
+def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
+    """Makes the stream, starts the ranks and adds up what they saw. Raises what a rank raised, and
+    BackgroundError if one died.
+    """
+    missing = missing_torchrec(bench.arms, bench.device)
+    bench = replace(bench, arms=[name for name in bench.arms if name not in missing])
+    folder = Path(tempfile.mkdtemp(prefix="bagpipe-bench-"))
+    try:
+        _write_stream(bench, folder, progress)
+        seen = _run_ranks(bench, folder, progress)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    values = summarize(bench, seen)
+    differences = {name: arm["loss_differences"] for name, arm in values["arms"].items()}
+    notes = [f"left out {name}: {why}" for name, why in missing.items()]
+    wrong = disagreements(differences)
+    notes += [*seen[0]["notes"], *wrong]
+    if not wrong:
+        lasts = ", ".join(
+            f"{name} {arm['last_loss']:.6f}"
+            for name, arm in values["arms"].items()
+            if "last_loss" in arm
+        )
+        notes.append(
+            f"losses of the first {bench.workload.num_compared} steps agree within "
+            f"{LOSS_TOLERANCE:g} of them; "
+            f"means of the last turn: {lasts}"
+        )
+    return Result(name="trainers", tables=render(values), values=values, notes=tuple(notes))
+
+
+def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all ranks saw, as JSON values but for `Timing`s."""
+    workload, group = bench.workload, bench.workload.group
+    steps = {name: _slowest(seen, name) for name in seen[0]["arms"]}  # (rounds, steps) seconds
+    means = {name: times.mean(1) for name, times in steps.items()}
+    losses = {name: _mean_losses(seen, name) for name in steps if name != ALONE}
+    compared, last = slice(workload.num_compared), slice(-workload.turn_steps, None)
+    arms: dict[str, Any] = {}
+    for name, times in steps.items():
+        sent = [rank["arms"][name]["sent_bytes"] for rank in seen if name in rank["arms"]]
+        arms[name] = {
+            "step": Timing.of(times.ravel().tolist()),
+            "over_bagpipe": _quartiles(means[name] / means["bagpipe"]),
+            "over_dense": _quartiles(means[name] / means["dense"]),
+            "sent_bytes": float(np.mean([sum(each.values()) for each in sent])),
+            "critical_bytes": float(np.mean([each["now"] for each in sent])),
+            "most_sent_bytes": max(sum(each.values()) for each in sent),
+            "loss_differences": [],
+            "counters": seen[0]["arms"][name].get("counters"),
+        }
+        if name not in ("dense", ALONE):
+            arms[name]["loss_differences"] = relative_differences(
+                losses[name][compared], losses["bagpipe"][compared]
+            )
+            arms[name]["last_loss"] = float(np.mean(losses[name][last]))
+    return {
+        "workload": asdict(workload),
+        "num_trainers": bench.num_trainers,
+        "device": torch.cuda.get_device_name() if bench.device != "cpu" else "cpu",
+        "num_rows": group.num_rows,
+        "cache_share": bench.num_trainers * workload.cache_rows / group.num_rows,
+        "dense_bytes": seen[0]["dense_bytes"],
+        "graph": bench.graph,
+        "arms": arms,
+        # N trainers train N batches while one trains one.
+        "speedup_over_one": _quartiles(bench.num_trainers * means[ALONE] / means["bagpipe"])
+        if ALONE in means
+        else None,
+    }
+
+
+def _slowest(seen: Sequence[Mapping[str, Any]], name: str) -> Float64Array:
+    """Each measured step of an arm, as long as on its slowest rank: (rounds, steps) seconds."""
+    by_rank = [rank["arms"][name]["turns_s"] for rank in seen if name in rank["arms"]]
+    slowest: Float64Array = np.array(by_rank, np.float64).max(0)
+    return slowest
+
+
+def _mean_losses(seen: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Of all ranks, step by step."""
+    return [
+        float(loss) for loss in np.mean([rank["arms"][name]["losses"] for rank in seen], axis=0)
+    ]
+
+
+def _quartiles(ratios: Float64Array) -> dict[str, float]:
+    low, median, high = np.percentile(ratios, [25, 50, 75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def _write_stream(bench: TrainersBench, folder: Path, progress: Progress) -> None:
+    """Global batches in prepared files, and the rows that they touch."""
+    workload = replace(bench.workload, batch_size=bench.workload.batch_size * bench.num_trainers)
+    stream = make_stream(
+        workload,
+        folder / "data",
+        num_batches=bench.num_batches,
+        num_resident=0,
+        device=torch.device("cpu"),
+        progress=progress,
+    )
+    np.save(folder / "touched.npy", stream.touched_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rank:
+    """A rank's process and the connection over which it reports."""
+
+    process: SpawnProcess
+    reports: Connection
+
+
+def _run_ranks(
+    bench: TrainersBench, folder: Path, progress: Progress
+) -> Sequence[Mapping[str, Any]]:
+    """What the ranks saw. When one fails the others are ended, since they would wait for it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    context = multiprocessing.get_context("spawn")
+    ranks = []
+    try:
+        for rank in range(bench.num_trainers):
+            reports, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(bench, rank, store.port, folder, sender),
+                name=f"rank-{rank}",
+            )
+            process.start()
+            sender.close()  # the child's end is the only one then, so that its death is noticed
+            ranks.append(_Rank(process=process, reports=reports))
+        return _listen(ranks, progress)
+    finally:
+        for each in ranks:
+            each.process.terminate()
+            each.process.join()
+            each.reports.close()
+
+
+def _listen(ranks: Sequence[_Rank], progress: Progress) -> Sequence[Mapping[str, Any]]:
+    """Passes progress on until the ranks are done."""
+    seen: Sequence[Mapping[str, Any]] = ()
+    left = {each.reports: rank for rank, each in enumerate(ranks)}
+    while left:
+        for reports in wait(list(left)):
+            assert isinstance(reports, Connection)
+            try:
+                report = reports.recv()
+            except EOFError:
+                rank = left.pop(reports)
+                ranks[rank].process.join(_END_TIMEOUT_S)
+                if ranks[rank].process.exitcode != 0:
+                    raise BackgroundError(
+                        f"rank {rank} ended with status {ranks[rank].process.exitcode}"
+                    ) from None
+                continue
+            match report:
+                case BagpipeError():
+                    raise report
+                case tuple():
+                    progress(*report)
+                case list():
+                    seen = report
+    return seen
+
+
+def _rank_main(
+    bench: TrainersBench, rank: int, port: int, folder: Path, sender: Connection
+) -> None:
+    """A rank's process. Rank 0 tells how far all are."""
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if rank == 0:
+            sender.send((stage, done, total))
+
+    try:
+        seen = run_rank(bench, rank, port, folder, tell)
+    except BagpipeError as error:
+        sender.send(error)
+        if isinstance(error, BackgroundError):
+            raise  # its cause does not travel: it is printed here
+    if seen is not None:
+        sender.send(seen)
+    sender.close()

@@ -1,0 +1,357 @@
+"""The peers of `trainers`: two other ways to train one set of tables on several trainers, in their
+strongest form.
+
+    replicated   the way of the BagPipe authors' released code, made correct: every rank has all
+                 rows of the global batch, the gradients of all rows that the batch touches (U, D)
+                 are all-reduced, and every rank applies all of them. All rows stay on each rank's
+                 device, so nothing is fetched, and the schedules are made before the arms start,
+                 for nothing.
+    hashed       the way of TorchRec's row-wise sharding: row r lives on rank r % N for ever. In the
+                 step ranks de-duplicate their ids, exchange how many they will ask of whom, the ids
+                 and the rows; after backward each sends its gradients, summed by row, to the
+                 owners, which apply them. All rows stay on their owners' devices: nothing is
+                 fetched.
+
+Both use the kernels of the cache and average gradients over ranks as Bagpipe does. All that they
+send is on the critical path. An all-reduce is counted as what a ring sends: 2 (N - 1) / N of the
+buffer a rank (Patarasuk and Yuan, JPDC 69(2), 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagpipe.cache.communicator import Communicator
+from bagpipe.cache.device_cache import DeviceCache, kernels_of
+from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.jagged import group_lookups, group_rows
+from bagpipe.oracle.dedup import dedup
+from bagpipe.oracle.merge import merge
+from bagpipe.types import Float32Array, Group, Int64Array, Jagged
+from benchmarks.trainers.arms import Sent, Share
+from benchmarks.trainers.distinct import distinct, distinct_on_cpu, output_rows_of, plan_of
+
+T = TypeVar("T")
+
+
+def ring_bytes(num_bytes: int, num_trainers: int) -> int:
+    """What each rank sends when a ring all-reduces `num_bytes`."""
+    return 2 * (num_trainers - 1) * num_bytes // num_trainers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicatedBatch:
+    """A rank's schedule of one global batch, on the device."""
+
+    own: DevicePlan  # of the rank's share; lookup_slots are rows
+    places: Tensor  # (U_r,) int64: where in the global batch's distinct rows each of the share's is
+    # its unique_slots are the global batch's distinct rows (U,), the u-th with the u-th
+    # gradient
+    all_rows: DevicePlan
+
+
+def replicated_batch(
+    group: Group, shares: Sequence[Jagged], rank: int, device: torch.device, *, step: int
+) -> ReplicatedBatch:
+    """What `ReplicatedArm` reads of a global batch, given as its shares by rank."""
+    merged = merge(group, [dedup(group, share) for share in shares])
+    own, share = merged.shares[rank], shares[rank]
+    rows = own.unique_rows[own.inverse].astype(np.int32)
+    plan = plan_of(
+        own, rows, step=step, batch_size=share.batch_size, num_features=len(group.features)
+    )
+    return ReplicatedBatch(
+        own=_to(plan, device),
+        places=torch.from_numpy(merged.places[rank].astype(np.int64)).to(device),
+        all_rows=_one_bag_each(
+            torch.from_numpy(merged.unique_rows.astype(np.int32)).to(device), step=step
+        ),
+    )
+
+
+class ReplicatedArm:
+    """See the module."""
+
+    name = "replicated"
+
+    def __init__(
+        self,
+        group: Group,
+        shares: Sequence[Share],
+        batches: Sequence[ReplicatedBatch],
+        communicator: Communicator,
+        device: torch.device,
+    ) -> None:
+        self.sent = Sent()
+        self.cache = DeviceCache(
+            group=group, num_slots=group.num_rows, device=device, lr=group.optimizer.lr
+        )
+        self._batches = iter(zip(shares, batches, strict=True))
+        self._communicator = communicator
+        self._batch: ReplicatedBatch | None = None
+
+    def load(self, rows: Int64Array, records: Float32Array) -> None:
+        """See `StepArm.load`."""
+        _fill(self.cache, rows, records)
+
+    def start(self) -> None:
+        """See `StepArm.start`."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """See `StepArm.next_batch`."""
+        share, self._batch = next(self._batches)
+        return share.dense, share.labels
+
+    def lookup(self, pooled: Tensor) -> None:
+        """See `StepArm.lookup`."""
+        self.cache.lookup(_given(self._batch).own, out=pooled)
+
+    def update(self, grads: Tensor) -> None:
+        """See `StepArm.update`."""
+        batch, num_trainers = _given(self._batch), self._communicator.num_trainers
+        own = self.cache.sum_by_row(batch.own, grads, scale=1.0 / num_trainers, room=0)
+        sums = own.new_zeros(len(batch.all_rows.unique_slots), own.shape[1])
+        sums.index_copy_(0, batch.places, own)
+        self._communicator.now.allreduce([sums]).wait()
+        self.sent.add(batch.own.step, "now", ring_bytes(sums.nbytes, num_trainers))
+        self.cache.update(batch.all_rows, sums)
+
+    def close(self) -> None:
+        """See `StepArm.close`."""
+        del self.cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A share's distinct rows by owner, and what other ranks ask of this one."""
+
+    plan: DevicePlan  # lookup_slots are places among the distinct rows by owner
+    # (U,) from the plan's distinct rows to those by owner; None: the plan's are by owner
+    order: Tensor | None
+    counts: list[int]  # distinct rows by owner
+    asked_counts: list[int]  # what others ask, by rank
+    asked_slots: Tensor  # (num_asked,) int32 own slots, by rank
+
+
+class HashedArm:
+    """See the module. Row r is slot r // N of rank r % N."""
+
+    name = "hashed"
+
+    def __init__(
+        self,
+        group: Group,
+        shares: Sequence[Share],
+        communicator: Communicator,
+        device: torch.device,
+    ) -> None:
+        self._shares = iter(shares)
+        self._communicator, self._num_trainers = communicator, communicator.num_trainers
+        num_slots = -(-group.num_rows // self._num_trainers)
+        self.sent = Sent()
+        self.cache = DeviceCache(
+            group=group, num_slots=num_slots, device=device, lr=group.optimizer.lr
+        )
+        self._finder: _OnCpu | _OnDevice
+        if device.type == "cpu":
+            self._finder = _OnCpu(group, shares, self._num_trainers, num_slots)
+        else:
+            self._finder = _OnDevice(group, shares, self._num_trainers, num_slots, device)
+        self._kernels = kernels_of(device)
+        self._step = -1
+        self._asked: _Asked | None = None
+
+    def load(self, rows: Int64Array, records: Float32Array) -> None:
+        """See `StepArm.load`; keeps the rank's own."""
+        is_own = rows % self._num_trainers == self._communicator.rank
+        _fill(self.cache, rows[is_own] // self._num_trainers, records[is_own])
+
+    def start(self) -> None:
+        """See `StepArm.start`."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """See `StepArm.next_batch`."""
+        share = next(self._shares)
+        self._step += 1
+        return share.dense, share.labels
+
+    def lookup(self, pooled: Tensor) -> None:
+        """See `StepArm.lookup`."""
+        plan, order, slots, counts = self._finder.find(self._step)
+        asked_counts = self._exchange(counts, None, None)
+        # on CUDA the host waits for the device here
+        sent, received = torch.stack([counts, asked_counts]).tolist()
+        asked_slots = self._exchange(slots, received, sent)
+        self._asked = _Asked(
+            plan=plan, order=order, counts=sent, asked_counts=received, asked_slots=asked_slots
+        )
+        # (U, D) by owner
+        rows = self._exchange(self.cache.weights.index_select(0, asked_slots), sent, received)
+        self._kernels.lookup(rows, plan, pooled.view(plan.num_bags, -1))
+
+    def update(self, grads: Tensor) -> None:
+        """See `StepArm.update`."""
+        asked = _given(self._asked)
+        sums = self.cache.sum_by_row(asked.plan, grads, scale=1.0 / self._num_trainers, room=0)
+        by_owner = sums if asked.order is None else sums.index_select(0, asked.order)
+        # by rank, and so each row's are added
+        received = self._exchange(by_owner, asked.asked_counts, asked.counts)
+        self.cache.update(self._finder.distinct_slots(asked.asked_slots, self._step), received)
+
+    def close(self) -> None:
+        """See `StepArm.close`."""
+        del self.cache
+
+    def _exchange(
+        self, sent: Tensor, receive_counts: list[int] | None, send_counts: list[int] | None
+    ) -> Tensor:
+        """What the ranks send each other, by rank; without counts each sends one item to each."""
+        ones = [1] * self._num_trainers
+        receive_counts, send_counts = receive_counts or ones, send_counts or ones
+        received = sent.new_empty((sum(receive_counts), *sent.shape[1:]))
+        self._communicator.now.alltoall_base(received, sent, receive_counts, send_counts).wait()
+        num_sent = sum(send_counts) - send_counts[self._communicator.rank]
+        self.sent.add(self._step, "now", num_sent * sent[:1].nbytes)
+        return received
+
+
+_Found = tuple[DevicePlan, Tensor | None, Tensor, Tensor]
+"""The plan, the order and `slots` (U,) int32 by owner, and how many each owner has (N,) int64; see
+`_Asked`."""
+
+
+class _OnCpu:
+    """Finds distinct rows with the oracle's loops."""
+
+    def __init__(
+        self, group: Group, shares: Sequence[Share], num_trainers: int, num_slots: int
+    ) -> None:
+        self._group, self._shares = group, shares
+        self._num_trainers, self._num_slots = num_trainers, num_slots
+
+    def find(self, step: int) -> _Found:
+        """Of the share of a step."""
+        sparse = self._shares[step].sparse
+        deduped = dedup(self._group, sparse)
+        owners = (deduped.unique_rows % self._num_trainers).astype(np.uint8)
+        order = np.argsort(owners, kind="stable")  # a radix sort, for bytes
+        places = np.empty(len(order), np.int32)
+        places[order] = np.arange(len(order), dtype=np.int32)
+        sizes = {"batch_size": sparse.batch_size, "num_features": len(self._group.features)}
+        plan = plan_of(deduped, places[deduped.inverse], step=step, **sizes)
+        slots = (deduped.unique_rows[order] // self._num_trainers).astype(np.int32)
+        counts = np.bincount(owners, minlength=self._num_trainers)
+        return plan, torch.from_numpy(order), torch.from_numpy(slots), torch.from_numpy(counts)
+
+    def distinct_slots(self, slots: Tensor, step: int) -> DevicePlan:
+        """Of what all ranks ask."""
+        return distinct_on_cpu(slots, self._num_slots, step=step)
+
+
+class _OnDevice:
+    """Finds distinct rows with torch operations; row r is called r % N * num_slots + r // N, so
+    that a sort is by owner.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        shares: Sequence[Share],
+        num_trainers: int,
+        num_slots: int,
+        device: torch.device,
+    ) -> None:
+        self._num_trainers, self._num_slots, self._num_features = (
+            num_trainers,
+            num_slots,
+            len(group.features),
+        )
+        self._batches = [self._to_device(group, share.sparse, device) for share in shares]
+        self._bounds = torch.arange(num_trainers + 1, dtype=torch.int32, device=device) * num_slots
+
+    def find(self, step: int) -> _Found:
+        """Of the share of a step."""
+        rows, output_rows, bag_offsets, batch_size = self._batches[step]
+        plan = distinct(
+            rows,
+            output_rows,
+            step=step,
+            batch_size=batch_size,
+            num_features=self._num_features,
+            bag_offsets=bag_offsets,
+        )
+        counts = torch.searchsorted(plan.unique_slots, self._bounds).diff()
+        return plan, None, plan.unique_slots % self._num_slots, counts
+
+    def distinct_slots(self, slots: Tensor, step: int) -> DevicePlan:
+        """Of what all ranks ask."""
+        places = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
+        return distinct(slots, places, step=step, batch_size=len(slots), num_features=1)
+
+    def _to_device(
+        self, group: Group, sparse: Jagged, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        lookups = group_lookups(group, sparse)
+        rows = group_rows(group, sparse, lookups)
+        called = (rows % self._num_trainers * self._num_slots + rows // self._num_trainers).astype(
+            np.int32
+        )
+        offsets = (
+            None
+            if lookups.bag_offsets is None
+            else torch.from_numpy(lookups.bag_offsets).to(device)
+        )
+        output_rows = output_rows_of(sparse.batch_size, self._num_features, lookups.bag_offsets)
+        return (
+            torch.from_numpy(called).to(device),
+            torch.from_numpy(output_rows).to(device),
+            offsets,
+            sparse.batch_size,
+        )
+
+
+def _one_bag_each(rows: Tensor, *, step: int) -> DevicePlan:
+    """Updates each of `rows` (U,) int32 with the gradient at its own place."""
+    bounds = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
+    nothing = bounds[:0]
+    return DevicePlan(
+        step=step,
+        batch_size=len(rows),
+        num_features=1,
+        lookup_slots=nothing,
+        bag_offsets=None,
+        bag_scales=None,
+        unique_slots=rows,
+        bags=bounds[:-1],
+        piece_offsets=bounds,
+        long_uniques=nothing,
+        long_offsets=bounds[:1],
+    )
+
+
+def _to(plan: DevicePlan, device: torch.device) -> DevicePlan:
+    moved: dict[str, Any] = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in vars(plan).items()
+    }
+    return DevicePlan(**moved)
+
+
+def _fill(cache: DeviceCache, slots: Int64Array, records: Float32Array) -> None:
+    """Puts `records` (n, record_width) into `slots` (n,)."""
+    device = cache.device
+    cache.fill(
+        torch.from_numpy(slots.astype(np.int32)).to(device),
+        torch.from_numpy(np.ascontiguousarray(records)).to(device),
+    )
+
+
+def _given(value: T | None) -> T:
+    assert value is not None
+    return value

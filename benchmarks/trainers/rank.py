@@ -1,0 +1,283 @@
+"""One rank of `trainers`: its arms, their turns, and what it sees.
+
+All ranks do the same in the same order, and meet before each turn. A step is timed from the end of
+the one before to its own, by the host's clock on a CPU and by events on CUDA, so that nothing falls
+between two steps.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bagpipe.cache.communicator import Communicator
+from bagpipe.data.prepared import PreparedSource
+from bagpipe.jagged import share_of
+from bagpipe.train.schedule import RemainingBatches
+from benchmarks.clocks import clock_of
+from benchmarks.dense import SharedDense
+from benchmarks.measure import Progress
+from benchmarks.prepared_stream import all_batches
+from benchmarks.streams import initial_records
+from benchmarks.trainers.arms import (
+    BagpipeShareArm,
+    CountingCommunicator,
+    DenseShareArm,
+    Share,
+    TrainersArm,
+)
+from benchmarks.trainers.peers import (
+    HashedArm,
+    ReplicatedArm,
+    ReplicatedBatch,
+    replicated_batch,
+    ring_bytes,
+)
+from benchmarks.trainers.settings import ALONE, TrainersBench
+from benchmarks.trainers.torchrec import TORCHREC_ARMS, TorchRecArm
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """An arm and what was seen of it."""
+
+    arm: TrainersArm
+    dense: SharedDense
+    parameters: list[Tensor]
+    losses: list[Tensor] = field(default_factory=list)
+    turns: list[list[float]] = field(default_factory=list)  # seconds of each measured step
+
+
+def run_rank(
+    bench: TrainersBench, rank: int, port: int, folder: Path, progress: Progress
+) -> list[dict[str, Any]] | None:
+    """Meets the other ranks at a key-value store and runs all arms; what each rank saw, on rank
+    0.
+    """
+    device = (
+        torch.device(bench.device, rank) if bench.device == "cuda" else torch.device(bench.device)
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if bench.num_devices == 1:
+            claim_own_host(rank)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // bench.num_trainers))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=bench.num_trainers, timeout=_TIMEOUT
+    )
+    try:
+        with ExitStack() as stack:
+            seen = _Rank(bench, rank, device, folder, progress, stack).run()
+        every = [None] * bench.num_trainers if rank == 0 else None
+        dist.gather_object(seen, every)
+        return every  # type: ignore[return-value]
+    finally:
+        dist.destroy_process_group()
+
+
+def claim_own_host(rank: int) -> None:
+    """Before NCCL starts: it lets ranks share a device if they seem to be on different hosts, and
+    then uses sockets.
+    """
+    os.environ |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+class _Rank:
+    """All arms on one rank; `stack` closes them."""
+
+    def __init__(
+        self,
+        bench: TrainersBench,
+        rank: int,
+        device: torch.device,
+        folder: Path,
+        progress: Progress,
+        stack: ExitStack,
+    ) -> None:
+        self._bench, self._rank, self._device, self._progress, self._stack = (
+            bench,
+            rank,
+            device,
+            progress,
+            stack,
+        )
+        self._workload, self._group = bench.workload, bench.workload.group
+        self._source = PreparedSource(folder / "data", "train", verify=False)
+        self._touched = np.load(folder / "touched.npy")
+        self._shares, self._replicated = self._read()
+        self._notes: list[str] = []
+        communicator = Communicator.from_default_group(timeout=_TIMEOUT)
+        self._dense = SharedDense(
+            self._workload,
+            device,
+            graph=bench.graph,
+            communicator=communicator,
+            say=self._notes.append,
+        )
+        self._runs: dict[str, _Run] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Starts all arms, then lets them take turns."""
+        workload, names = self._workload, list(self._bench.arms)
+        for name in names:
+            self._start(name)
+        for number, name in enumerate(names):
+            self._meet()
+            if name in self._runs:
+                self._steps(self._runs[name], workload.warmup_steps)
+            self._progress("warming up", number + 1, len(names))
+        before = {
+            name: run.arm.counters()
+            for name, run in self._runs.items()
+            if isinstance(run.arm, BagpipeShareArm)
+        }
+        for turn in range(workload.rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                self._turn(name)
+            self._progress("measuring", turn + 1, workload.rounds)
+        self._meet()
+        return {
+            "notes": self._notes,
+            "arms": {name: self._seen(run, before.get(name)) for name, run in self._runs.items()},
+            "dense_bytes": ring_bytes(4 * self._dense.num_parameters, self._bench.num_trainers),
+        }
+
+    def _read(self) -> tuple[list[Share], list[ReplicatedBatch]]:
+        """The rank's share of every batch, and the schedules of the arm that gets them
+        beforehand.
+        """
+        num_trainers, num_steps = self._bench.num_trainers, self._bench.num_steps
+        shares, replicated = [], []
+        batches = self._source.batches(batch_size=self._workload.batch_size * num_trainers)
+        for step, batch in zip(range(num_steps), batches, strict=False):
+            shares.append(Share.of(batch, self._rank, num_trainers, self._device))
+            if "replicated" in self._bench.arms:
+                every = [share_of(batch.sparse, rank, num_trainers) for rank in range(num_trainers)]
+                replicated.append(
+                    replicated_batch(self._group, every, self._rank, self._device, step=step)
+                )
+            self._progress("reading batches", step + 1, num_steps)
+        return shares, replicated
+
+    def _start(self, name: str) -> None:
+        """Makes an arm, gives it the initial rows, and waits until all ranks have; `one_trainer` is
+        on rank 0 alone.
+        """
+        if name != ALONE or self._rank == 0:
+            arm = self._make(name)
+            self._stack.callback(arm.close)
+            for rows, records in initial_records(self._group, self._touched):
+                arm.load(rows, records)
+        self._meet()
+        if name != ALONE or self._rank == 0:
+            arm.start()
+            dense = (
+                self._dense
+                if name != ALONE
+                else SharedDense(self._workload, self._device, graph=self._bench.graph)
+            )
+            self._runs[name] = _Run(arm=arm, dense=dense, parameters=self._dense.save())
+
+    def _make(self, name: str) -> TrainersArm:
+        match name:
+            case "dense":
+                return DenseShareArm(self._shares)
+            case "one_trainer":
+                batches = self._stream(self._workload.batch_size)
+                return BagpipeShareArm(
+                    name, self._workload, self._group, batches, device=self._device
+                )
+        if name in TORCHREC_ARMS:
+            return TorchRecArm(
+                name,
+                self._workload,
+                self._group,
+                self._shares,
+                self._device,
+                self._bench.num_devices,
+            )
+        # an arm's background messages must not meet another's
+        base = Communicator.from_default_group(timeout=_TIMEOUT)
+        match name:
+            case "replicated":
+                return ReplicatedArm(
+                    self._group, self._shares, self._replicated, base, self._device
+                )
+            case "hashed":
+                return HashedArm(self._group, self._shares, base, self._device)
+        return BagpipeShareArm(
+            name,
+            self._workload,
+            self._group,
+            self._stream(self._workload.batch_size * self._bench.num_trainers),
+            device=self._device,
+            communicator=CountingCommunicator.of(base, name),
+            overlap=name == "bagpipe",
+        )
+
+    def _stream(self, batch_size: int) -> RemainingBatches:
+        """As many batches of `batch_size` as there are global ones."""
+        return all_batches(self._source, batch_size, self._bench.num_batches)
+
+    def _meet(self) -> None:
+        """Waits for the device, for this rank's background threads, as far as a pause does, and for
+        all ranks.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        time.sleep(self._bench.pause_s)
+        dist.all_reduce(torch.zeros(1))  # a barrier of two backends would be the GPU's
+
+    def _turn(self, name: str) -> None:
+        """Some steps of an arm, each of them timed but for the first."""
+        self._meet()
+        run = self._runs.get(name)
+        if run is None:
+            return
+        self._steps(run, self._workload.settle_steps)
+        run.turns.append(self._steps(run, self._workload.turn_steps))
+
+    def _steps(self, run: _Run, num_steps: int) -> list[float]:
+        """Seconds that each of `num_steps` took."""
+        run.dense.load(run.parameters)
+        clock = clock_of(self._device)
+        for _ in range(num_steps):
+            dense, labels = run.arm.next_batch()
+            run.arm.lookup(run.dense.pooled)
+            loss, grads = run.dense.step(dense, labels)
+            run.arm.update(grads[0])
+            run.losses.append(loss)
+            clock.tick()
+        run.parameters = run.dense.save()
+        return clock.seconds()
+
+    def _seen(self, run: _Run, before: dict[str, float] | None) -> dict[str, Any]:
+        """What this rank saw of an arm. The last step's later gradients travel with a step that
+        never comes: it is not counted.
+        """
+        first, end = self._workload.warmup_steps, self._bench.num_steps - 1
+        sent = run.arm.sent.of_steps(first, end)
+        seen: dict[str, Any] = {
+            "turns_s": run.turns,
+            "losses": [float(loss) for loss in run.losses],
+            "sent_bytes": {moment: num_bytes / (end - first) for moment, num_bytes in sent.items()},
+        }
+        if isinstance(run.arm, BagpipeShareArm) and before is not None:
+            seen["counters"] = run.arm.counters_since(before)
+        return seen
