@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from bagpipe.config.run import EmbeddingsConfig, TrainConfig
+from bagpipe.config.run import RunConfig, TrainConfig
 from bagpipe.data.base import Batch, FeatureSpec, count_batches
 from bagpipe.errors import ConfigError
 from bagpipe.train.batches import TorchBatch
@@ -98,7 +98,13 @@ def test_features_of_one_table_share_it() -> None:
         FeatureSpec(name=name, table=table, num_embeddings=9)
         for name, table in (("a", "x"), ("b", "y"), ("c", "x"))
     ]
-    tables = make_tables(features, EmbeddingsConfig(embedding_dim=8))
+    settings = {
+        "data": {"kind": "synthetic"},
+        "log": {"folder": "runs/x"},
+        "embeddings": {"embedding_dim": 8},
+        "model": {"kind": "wide_deep"},
+    }
+    tables = make_tables(features, RunConfig.model_validate(settings))
     assert [(table.name, table.feature_names) for table in tables] == [
         ("x", ("a", "c")),
         ("y", ("b",)),

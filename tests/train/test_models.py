@@ -16,6 +16,7 @@ from tests.train.runs import NUM_STEPS, newest_files, small_config
 import bagpipe
 from bagpipe.config.run import RunConfig
 from bagpipe.errors import CheckpointError
+from bagpipe.models import DeepFM
 from bagpipe.store import MemoryStore
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.build import Run, build_run
@@ -111,3 +112,17 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
         train(
             small_config(tmp_path, model=SECTIONS["deepfm"]), reporter=SilentReporter(), resume=True
         )
+
+
+def test_small_tables_do_not_drown_the_rest_of_deepfm(tmp_path: Path) -> None:
+    data = {"num_embeddings": [4] * 26, "num_dense": 0}
+    config = small_config(
+        tmp_path, data=data, model=SECTIONS["deepfm"], embeddings={"embedding_dim": 16}
+    )
+    with build_run(config) as run, torch.no_grad():
+        model = run.model.eval()
+        assert isinstance(model, DeepFM)
+        batch = TorchBatch.of(next(iter(run.source.batches(batch_size=400))))
+        vectors, _ = model._split(model.embeddings(batch.sparse).values())
+        second_order = model.factorization_machine(vectors)
+    assert second_order.abs().max() < 0.1  # the MLP's part of a logit is about 1

@@ -155,7 +155,8 @@ class EmbeddingsConfig(Section):
     pooling: Pooling = "sum"
     optimizer: EmbeddingOptimizerConfig = EmbeddingRowWiseAdagrad(kind="rowwise_adagrad", lr=0.02)
     init: Annotated[UniformInit | NormalInit, Field(discriminator="kind")] | None = None
-    """Left out: uniform in +-1/sqrt(rows of the table), as TorchRec and the DLRM reference do."""
+    """Left out: uniform in +-1/sqrt(rows of the table), as TorchRec and the DLRM reference do; of
+    DeepFM in +-0.0173."""
     store: StoreConfig = MemoryStoreConfig()
 
 
@@ -196,7 +197,8 @@ class TrainConfig(Section):
     """Steps to train, over as many epochs as it takes."""
     drop_last: bool = False
     """Whether the smaller batch at the end of an epoch is left out."""
-    optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    optimizer: DenseOptimizerConfig | None = None
+    """Of the dense part. Left out: Adagrad at 0.02, of DCN at 0.005."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Of the dense part: "tf32" rounds what its matrix products read (on a GPU), "bf16" is
     autocast, with pooled embeddings of that type. Records stay float32."""
@@ -253,6 +255,19 @@ class RunConfig(Section):
     def _check(self) -> Self:
         self.model.check(self.embeddings.embedding_dim)
         return self
+
+    @property
+    def table_init(self) -> UniformInit | NormalInit | None:
+        """How tables start: as the file says, else as suits the model; None: by `TableConfig`."""
+        bound = self.model.table_bound
+        if self.embeddings.init is not None or bound is None:
+            return self.embeddings.init
+        return UniformInit(kind="uniform", low=-bound, high=bound)
+
+    @property
+    def dense_optimizer(self) -> DenseOptimizerConfig:
+        """As the file says, else as suits the model."""
+        return self.train.optimizer or DenseOptimizerConfig(lr=self.model.dense_lr)
 
 
 class DataFile(Section):

@@ -1,30 +1,31 @@
-"""From the features of a data set and the [embeddings] section to tables. Loads no torch."""
+"""From the features of a data set and a run's configuration to tables. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bagpipe.config.run import EmbeddingsConfig
+from bagpipe.config.run import RunConfig
 from bagpipe.types import TableConfig
 
 if TYPE_CHECKING:
     from bagpipe.data.base import FeatureSpec
 
 
-def make_tables(features: Sequence[FeatureSpec], config: EmbeddingsConfig) -> list[TableConfig]:
+def make_tables(features: Sequence[FeatureSpec], config: RunConfig) -> list[TableConfig]:
     """One table for each that the features name, in order of first appearance."""
     names = list(dict.fromkeys(feature.table for feature in features))
     sizes = {feature.table: feature.num_embeddings for feature in features}
+    init = config.table_init
     return [
         TableConfig(
             name=name,
             num_embeddings=sizes[name],
-            embedding_dim=config.embedding_dim,
+            embedding_dim=config.embeddings.embedding_dim,
             feature_names=[feature.name for feature in features if feature.table == name],
-            pooling=config.pooling,
-            data_type=config.data_type,
-            init=config.init.build() if config.init is not None else None,
+            pooling=config.embeddings.pooling,
+            data_type=config.embeddings.data_type,
+            init=init.build() if init is not None else None,
         )
         for name in names
     ]

@@ -94,7 +94,7 @@ def build_run(
     schedule = make_schedule(config.train, source.num_samples)
     torch.manual_seed(config.train.seed)
     embeddings = EmbeddingBagCollection(
-        make_tables(source.features, config.embeddings),
+        make_tables(source.features, config),
         optimizer=config.embeddings.optimizer.build(),
         device=device,
         seed=config.train.seed,
@@ -105,7 +105,7 @@ def build_run(
     )
     try:
         model = make_model(config.model, embeddings, source.num_dense).to(device)
-        optimizer = make_dense_optimizer(model, config.train.optimizer, device)
+        optimizer = make_dense_optimizer(model, config.dense_optimizer, device)
         with _matrix_products(config.train.precision, device):
             yield Run(
                 config=config,
@@ -229,10 +229,13 @@ def _matrix_products(precision: Precision, device: torch.device) -> Iterator[Non
 
 
 def describe_run(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON values, and for prepared data what tells its training split from
-    another one.
+    """The configuration as JSON values, with what it leaves to the model, and for prepared data
+    what tells its training split from another one.
     """
     settings = config.model_dump(mode="json")
+    if (init := config.table_init) is not None:
+        settings["embeddings"]["init"] = init.model_dump(mode="json")
+    settings["train"]["optimizer"] = config.dense_optimizer.model_dump(mode="json")
     if config.data.kind == "prepared":
         files = PreparedManifest.load(config.data.folder).splits.get("train", ())
         settings["data"]["content"] = xxhash.xxh3_128(
