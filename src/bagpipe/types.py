@@ -12,6 +12,7 @@ TorchRec's KeyedJaggedTensor (bag ``f * B + b``); pooled output and its gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -199,6 +200,11 @@ class Adam:
     def state_width(self, embedding_dim: int) -> int:
         """Floats of optimizer state a row: the first moments, then the second."""
         return 2 * embedding_dim
+
+    def step_size(self, lr: float, step: int) -> float:
+        """The learning rate with both bias corrections at `step`, counted from 0."""
+        beta1, beta2 = self.betas
+        return lr * math.sqrt(1.0 - beta2 ** (step + 1)) / (1.0 - beta1 ** (step + 1))
 
 
 Optimizer: TypeAlias = SGD | Adagrad | RowWiseAdagrad | Adam

@@ -9,9 +9,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from tests.cache import kernels_torch
 from torch import Tensor
 
-from bagpipe.cache import kernels_cpu, kernels_torch
+from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
 from bagpipe.types import (

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from tests.cache import kernels_torch
+from tests.cache.rounding_torch import round_by_chance
 from tests.cache.test_kernels import make_case
 from tests.train.test_equality import (
     TABLES,
@@ -24,10 +26,9 @@ from tests.train.test_equality import (
 )
 from torch import Tensor
 
-from bagpipe.cache import kernels_cpu, kernels_torch
+from bagpipe.cache import kernels_cpu
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.cache.rounding_torch import round_by_chance
 from bagpipe.cache.weights import TORCH_DTYPES, empty_weights
 from bagpipe.errors import ConfigError
 from bagpipe.store import FileStore, MemoryStore

@@ -182,7 +182,7 @@ def apply(
     kind: int,
     scalars: Float32Array,
 ) -> None:
-    """One row's optimizer step in place: `kernels_torch._apply`, element by element."""
+    """One row's optimizer step in place: the formula of its class in `bagpipe.types`."""
     row, slot = np.uint32(weight_row), np.uint32(state_row)
     dim = len(grad)
     lr = scalars[0]

@@ -1,10 +1,18 @@
-"""The data plane's operations on a CPU, compiled by numba: the same functions as `kernels_torch`,
-fused.
+"""The data plane's operations on a CPU, compiled by numba.
+
+Four operations on one group's cache, `weights` (num_slots, D), of the data type, and `state`
+(num_slots, S) float32:
+
+    lookup   gather + pool                    -> (B * F, D), float32 or bfloat16
+    update   sum gradients of either type along the plan's schedule, in float32, and apply the
+             optimizer to the records in place
+    fill     records (n, D + S) into slots
+    read     slots into records (n, D + S)
 
 Torch alone would write each intermediate (summed gradients, squares, quotients) to memory and read
 it back; on two cores that made backward and optimizer about twice as slow as the loops here, which
-keep one row's sum in the CPU's cache (docs/results.md). The arithmetic is that of `kernels_torch`,
-operation for operation, without fused multiply-adds.
+keep one row's sum in the CPU's cache (docs/results.md). The arithmetic is that of the optimizers'
+formulas in `bagpipe.types`, operation for operation, without fused multiply-adds.
 
 A call splits its rows or samples into chunks that torch's number of threads work off. A row's or
 sample's result does not depend on the chunk that it falls into, so it does not depend on the number
@@ -26,7 +34,6 @@ from torch import Tensor
 from bagpipe._workers import Workers
 from bagpipe.cache import cpu_half, cpu_loops
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.cache.kernels_torch import adam_step_size
 from bagpipe.cache.weights import words_of
 from bagpipe.store.half import CODES
 from bagpipe.types import SGD, Adagrad, Adam, Float32Array, Optimizer, RowWiseAdagrad
@@ -173,7 +180,7 @@ def _constants(optimizer: Optimizer, lr: float, step: int) -> tuple[int, Float32
             return cpu_loops.ROW_WISE_ADAGRAD_KIND, np.array([lr, optimizer.eps], np.float32)
         case Adam():
             beta1, beta2 = optimizer.betas
-            step_size = adam_step_size(optimizer, lr, step)
+            step_size = optimizer.step_size(lr, step)
             return cpu_loops.ADAM_KIND, np.array(
                 [step_size, optimizer.eps, 1.0 - beta1, 1.0 - beta2], np.float32
             )

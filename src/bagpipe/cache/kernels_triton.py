@@ -1,5 +1,4 @@
-"""The data plane's operations on CUDA, in Triton: the same functions as `kernels_torch`, which
-tests compare them with.
+"""The data plane's operations on CUDA, in Triton: the same functions as `kernels_cpu`.
 
 All kernels are bound by memory traffic and by the latency of dependent loads (an offset, then an
 index, then a row). A program works on a tile of (rows, D) with 16 bytes a load where D is a

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.cache.kernels_torch import adam_step_size
 from bagpipe.cache.triton_launch import (
     Kernel,
     Tiling,
@@ -143,7 +142,7 @@ def _constants(
         case Adam():
             beta1, beta2 = optimizer.betas
             return _ADAM.value, (
-                adam_step_size(optimizer, lr, step),
+                optimizer.step_size(lr, step),
                 optimizer.eps,
                 1.0 - beta1,
                 1.0 - beta2,
@@ -376,7 +375,8 @@ def _apply(
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
     """The optimizer's step on the records of a tile: stores their state and returns their weights;
-    see `kernels_torch._apply`.
+    see the formulas in
+    `bagpipe.types`.
     """
     columns = tl.arange(0, COLUMNS)
     if KIND == _SGD:

@@ -1,5 +1,5 @@
-"""The data plane's operations in plain torch: the reference that the tuned kernels are compared
-with.
+"""The data plane's operations in plain torch: the reference that the kernels of `bagpipe.cache` are
+compared with.
 
 Four operations on one group's cache, `weights` (num_slots, D), of the data type, and `state`
 (num_slots, S) float32:
@@ -16,14 +16,12 @@ on timing. The optimizers' formulas, with their sources, stand at the classes in
 
 from __future__ import annotations
 
-import math
-
 import torch
+from tests.cache.rounding_torch import round_by_chance
 from torch import Tensor
 from torch.nn import functional
 
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.cache.rounding_torch import round_by_chance
 from bagpipe.cache.weights import words_of
 from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
@@ -131,12 +129,6 @@ def mean_of_squares(sums: Tensor) -> Tensor:
     return (lanes[:, 0:1] + lanes[:, 1:2]) / sums.shape[1]
 
 
-def adam_step_size(optimizer: Adam, lr: float, step: int) -> float:
-    """Adam's learning rate with both bias corrections at `step`, counted from 0."""
-    beta1, beta2 = optimizer.betas
-    return lr * math.sqrt(1.0 - beta2 ** (step + 1)) / (1.0 - beta1 ** (step + 1))
-
-
 def _apply(
     weights: Tensor, state: Tensor, grads: Tensor, optimizer: Optimizer, lr: float, step: int
 ) -> tuple[Tensor, Tensor]:
@@ -155,5 +147,5 @@ def _apply(
             first, second = state.chunk(2, dim=1)
             first = first + (grads - first) * (1.0 - beta1)
             second = second + (grads * grads - second) * (1.0 - beta2)
-            update = (first / (second.sqrt() + optimizer.eps)) * adam_step_size(optimizer, lr, step)
+            update = (first / (second.sqrt() + optimizer.eps)) * optimizer.step_size(lr, step)
             return weights - update, torch.cat([first, second], dim=1)

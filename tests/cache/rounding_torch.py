@@ -1,6 +1,4 @@
-"""Rounding by chance in torch: the reference of the tests, operation for operation what the other
-kernels do.
-"""
+"""Rounding by chance in plain torch, operation for operation what the kernels do."""
 
 from __future__ import annotations
 
