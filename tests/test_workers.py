@@ -113,3 +113,50 @@ def test_the_threads_end_with_their_owner() -> None:
     gc.collect()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_threads_that_could_start_end_where_others_could_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, num_started = threading.Thread.start, 0
+
+    def start_two(thread: threading.Thread) -> None:
+        nonlocal num_started
+        if num_started == 2:
+            raise RuntimeError("can't start new thread")
+        num_started += 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(RuntimeError, match="can't start new thread") as caught:
+        Workers("bagpipe-some", 4)
+    for thread in threading.enumerate():
+        if thread.name.startswith("bagpipe-some"):
+            thread.join(5)
+            assert not thread.is_alive()
+    assert caught.tb is not None  # which holds the object: ending must not wait for its end
+
+
+def test_a_call_whose_submission_was_interrupted_holds_up_neither_others_nor_the_end() -> None:
+    class Interrupted:
+        """A queue of tokens in which the signal comes before the token is put."""
+
+        def put(self, token: bool) -> None:
+            raise KeyboardInterrupt
+
+    workers, seen = Workers("w", 2), list[int]()
+    tokens, workers._tokens = workers._tokens, Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        workers.submit(seen.append, 1)
+    workers._tokens = tokens
+    workers.submit(seen.append, 2).result()
+    assert seen == [1, 2]
+    workers._tokens = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        workers.submit(seen.append, 3)
+    workers._tokens = tokens
+    closing = threading.Thread(target=workers.close, daemon=True)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
+    assert seen == [1, 2]

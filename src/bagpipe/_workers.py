@@ -82,8 +82,8 @@ class Workers:
         """
         self._name = name
         self._urgent, self._others = deque[Call[Any]](), deque[Call[Any]]()
-        # one for each call, put once it is queued, and one for each thread's end
-        self._tokens = SimpleQueue[None]()
+        # False, put once a call is queued, wakes a thread; True ends one
+        self._tokens = SimpleQueue[bool]()
         self._closed = threading.Event()
         # a call that is queued behind the end would never run, nor fail
         self._is_closing = threading.Lock()
@@ -96,9 +96,13 @@ class Workers:
             )
             for index in range(num_threads)
         ]
-        for thread in self._threads:
-            thread.start()
-        weakref.finalize(self, _end, self._tokens, num_threads)
+        end = weakref.finalize(self, _end, self._tokens, num_threads)
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # the system starts no more threads: those that run must end
+            end()
+            raise
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
         """Queues a call."""
@@ -113,7 +117,8 @@ class Workers:
             if self._closed.is_set():
                 raise RuntimeError(f"{self._name} is closed")
             queue.append(call)
-            self._tokens.put(None)
+            # An interrupt before this leaves a call that the next token's thread finds, too.
+            self._tokens.put(False)
         return call
 
     def close(self, *, wait: bool = True) -> None:
@@ -136,27 +141,27 @@ class Workers:
         self.close()
 
 
-def _end(tokens: SimpleQueue[None], num_threads: int) -> None:
+def _end(tokens: SimpleQueue[bool], num_threads: int) -> None:
     for _ in range(num_threads):
-        tokens.put(None)
+        tokens.put(True)
 
 
 def _run(
-    tokens: SimpleQueue[None],
+    tokens: SimpleQueue[bool],
     urgent: deque[Call[Any]],
     others: deque[Call[Any]],
     closed: threading.Event,
 ) -> None:
-    while True:
-        tokens.get()
-        call = _pop(urgent) or _pop(others)
-        if call is None:
-            break
-        if closed.is_set():
-            call.drop()
-        else:
-            call.run()
-        del call  # or its outcome would live until the next call
+    is_end = False
+    while not is_end:
+        is_end = tokens.get()
+        # all that is queued, whatever the number of tokens: an interrupt may come before one is put
+        while call := _pop(urgent) or _pop(others):
+            if closed.is_set():
+                call.drop()
+            else:
+                call.run()
+            del call  # or its outcome would live until the next call
 
 
 def _pop(queue: deque[Call[Any]]) -> Call[Any] | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from bagpipe._workers import Workers
-from bagpipe.oracle.pipeline import ordered_map
+from bagpipe.errors import BackgroundError
+from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
 
 
 @pytest.mark.parametrize("urgent", [False, True])
@@ -49,3 +52,43 @@ def test_a_slow_consumer_leaves_half_of_the_calls_handed_out() -> None:
                 for _ in range(8):
                     num_over.acquire()
             assert num_taken - result - 1 >= 4 or num_taken == 40
+
+
+def thread_of(name: str) -> threading.Thread:
+    (thread,) = (each for each in threading.enumerate() if each.name == f"bagpipe-{name}")
+    return thread
+
+
+def test_the_thread_of_items_that_nobody_takes_ends_with_them() -> None:
+    items = BackgroundIterator(itertools.count(), ahead=2, name="dropped")
+    thread = thread_of("dropped")
+    del items
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_closing_says_when_the_items_do_not_come_back_and_ends_who_waits_for_them() -> None:
+    may_go_on = threading.Event()
+
+    def items() -> Iterator[int]:
+        may_go_on.wait()
+        yield 1
+
+    waiting = BackgroundIterator(items(), ahead=2, name="waiting")
+    thread, taken = thread_of("waiting"), list[int]()
+    consumer = threading.Thread(target=lambda: taken.extend(waiting), daemon=True)
+    consumer.start()
+    assert not waiting.close(timeout_s=0.05)
+    consumer.join(0.05)  # it closes, too, and waits
+    may_go_on.set()
+    for each in (thread, consumer):
+        each.join(5)
+        assert not each.is_alive()
+    assert waiting.close(timeout_s=0.05)
+    assert taken == []
+
+
+def test_items_that_are_none_are_an_error_for_the_consumer() -> None:
+    with pytest.raises(BackgroundError, match="the bad thread failed: TypeError"):
+        next(BackgroundIterator(7, ahead=2, name="bad"))  # type: ignore[arg-type]

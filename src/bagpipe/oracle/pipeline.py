@@ -7,6 +7,7 @@ of it moves.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
@@ -63,23 +64,15 @@ class BackgroundIterator(Generic[Item]):
 
     What `items` raises is raised by `next` in its place in the order: a BagpipeError as it is,
     since its message says all, anything else as the cause of a BackgroundError. `close` ends the
-    thread; it is also called at the end of the iteration.
+    thread; so does the end of the iteration, and of this object.
     """
 
-    _END = object()
-
     def __init__(self, items: Iterable[Item], *, ahead: int, name: str) -> None:
-        # Two of these are one bounded queue, at a tenth of the price of `queue.Queue`, which takes
-        # Python code and a condition.
-        self._items, self._room = SimpleQueue[object](), SimpleQueue[None]()
-        for _ in range(max(1, ahead)):
-            self._room.put(None)
-        self._closed = threading.Event()
-        self._name = name
-        self._failure: BaseException | None = None
+        self._line, self._name = _Line(max(1, ahead)), name
         self._has_ended = False
+        weakref.finalize(self, self._line.close)
         self._thread = threading.Thread(
-            target=self._run, args=(items,), name=f"bagpipe-{name}", daemon=True
+            target=_run, args=(items, self._line), name=f"bagpipe-{name}", daemon=True
         )
         self._thread.start()
 
@@ -87,73 +80,108 @@ class BackgroundIterator(Generic[Item]):
         return self
 
     def __next__(self) -> Item:
-        if self._closed.is_set():
+        if self._line.is_closed:
             raise StopIteration
-        return self._deliver(self._END if self._has_ended else self._take())
+        return self._deliver(_END if self._has_ended else self._line.take())
 
     def next_if_ready(self) -> Item | None:
         """The next item if there is one without waiting, else None; the end, or a failure, is left
         for `next`.
         """
-        return None if self._items.empty() else self.next_or_none()
+        return None if self._line.is_empty else self.next_or_none()
 
     def next_or_none(self) -> Item | None:
         """Waits for the next item; None at the end, or a failure, which is left for `next`."""
-        if self._closed.is_set() or self._has_ended:
+        if self._line.is_closed or self._has_ended:
             return None
-        item = self._take()
-        if item is self._END:
+        item = self._line.take()
+        if item is _END:
             self._has_ended = True
             return None
         return item  # type: ignore[return-value]
 
-    def close(self) -> None:
-        """Ends the thread and drops what it had ready. Closing twice is allowed."""
-        self._closed.set()
-        self._room.put(None)  # for the thread, should it wait for some
-        while not self._items.empty():
-            self._items.get_nowait()
+    def close(self, *, timeout_s: float | None = None) -> bool:
+        """Ends the thread and drops what it had ready. Closing twice is allowed.
+
+        False: the thread has not come back from `items` within `timeout_s`. It ends when it does,
+        or with the program.
+        """
+        self._line.close()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _deliver(self, item: object) -> Item:
-        if item is not self._END:
+        if item is not _END:
             return item  # type: ignore[return-value]
         self.close()
-        if self._failure is None:
+        failure = self._line.failure
+        if failure is None:
             raise StopIteration
-        if isinstance(self._failure, BagpipeError):
-            raise self._failure
-        raise BackgroundError(
-            f"the {self._name} thread failed: {self._failure!r}"
-        ) from self._failure
+        if isinstance(failure, BagpipeError):
+            raise failure
+        raise BackgroundError(f"the {self._name} thread failed: {failure!r}") from failure
 
-    def _run(self, items: Iterable[Item]) -> None:
-        iterator = iter(items)
-        try:
-            for item in iterator:
-                if not self._put(item):
-                    break
-        except BaseException as error:  # whatever it is, it must reach the training loop
-            self._failure = error
-        finally:
-            close = getattr(iterator, "close", None)
-            if close is not None:
-                close()
-            self._put(self._END)
 
-    def _put(self, item: object) -> bool:
+_END = object()
+
+
+class _Line:
+    """The way from the thread to the consumer. The thread holds nothing else, or a consumer that is
+    dropped would never end it.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        # Two of these are one bounded queue, at a tenth of the price of `queue.Queue`, which takes
+        # Python code and a condition.
+        self._items, self._room = SimpleQueue[object](), SimpleQueue[None]()
+        for _ in range(ahead):
+            self._room.put(None)
+        self.is_closed = False
+        self.failure: BaseException | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self._items.empty()
+
+    def put(self, item: object) -> bool:
         """Waits for room; False when the consumer has gone. `close` makes room after it has said
         so.
         """
-        if not self._closed.is_set():
+        if not self.is_closed:
             self._room.get()
-        if self._closed.is_set():
+        if self.is_closed:
             return False
         self._items.put(item)
         return True
 
-    def _take(self) -> object:
+    def take(self) -> object:
+        """Waits for an item."""
         item = self._items.get()
         self._room.put(None)
         return item
+
+    def close(self) -> None:
+        """Says that the consumer has gone; allowed twice."""
+        self.is_closed = True
+        self._room.put(None)  # for the thread, should it wait for some
+        while not self._items.empty():
+            self._items.get_nowait()
+        self._items.put(_END)  # for the consumer, should another thread close
+
+
+def _run(items: Iterable[Item], line: _Line) -> None:
+    iterator: Iterator[Item] | None = None
+    try:
+        iterator = iter(items)
+        for item in iterator:
+            if not line.put(item):
+                break
+            del item  # or it would live until there is another one
+    except BaseException as error:  # whatever it is, it must reach the training loop
+        line.failure = error
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
+        line.put(_END)
