@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from bagpipe._jit import jit
 from bagpipe.cache import kernels_cpu
+from bagpipe.cache.device_cache import update_rate
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.pooled import PooledEmbeddings
 from bagpipe.jagged import group_lookups, group_rows
@@ -74,12 +75,12 @@ class FusedTables(nn.Module):
         """Sums `grads` (B, F, D) by row and applies the optimizer."""
         num_samples, num_features = batch.sparse.batch_size, len(self.group.features)
         flat = grads.reshape(num_samples * num_features, -1).contiguous()
-        lr = self.group.optimizer.lr
+        rate = update_rate(self.group.optimizer, self.group.optimizer.lr, self.step + 1)
         for part in self._pool.map(
             lambda part: part.dedup(batch.sparse, num_features), self._parts
         ):
             plan = _plan(self.step, num_samples, num_features, batch.rows, part)
-            kernels_cpu.update(self.weights, self.state, plan, flat, self.group.optimizer, lr)
+            kernels_cpu.update(self.weights, self.state, plan, flat, self.group.optimizer, rate)
         self.step += 1
 
     def close(self) -> None:

@@ -182,7 +182,8 @@ class RowWiseAdagrad:
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Lazy Adam: a row's moments move only when it is touched; bias correction by the global step.
+    """Lazy Adam: a row's moments move only when it is touched; bias correction by the number of
+    updates, each group of tables counting its own. A batch without backward is none.
 
     Equals ``torch.optim.SparseAdam``.
     """
@@ -201,10 +202,10 @@ class Adam:
         """Floats of optimizer state a row: the first moments, then the second."""
         return 2 * embedding_dim
 
-    def step_size(self, lr: float, step: int) -> float:
-        """The learning rate with both bias corrections at `step`, counted from 0."""
+    def step_size(self, lr: float, number: int) -> float:
+        """The learning rate with both bias corrections of the `number`th update, from 1."""
         beta1, beta2 = self.betas
-        return lr * math.sqrt(1.0 - beta2 ** (step + 1)) / (1.0 - beta1 ** (step + 1))
+        return lr * math.sqrt(1.0 - beta2**number) / (1.0 - beta1**number)
 
 
 Optimizer: TypeAlias = SGD | Adagrad | RowWiseAdagrad | Adam

@@ -53,13 +53,14 @@ def update(
     plan: DevicePlan,
     grads: Tensor,
     optimizer: Optimizer,
-    lr: float,
+    rate: float,
     seed: int = 0,
 ) -> None:
     """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
     `lookup`'s result.
 
-    New weights of 16 bits are rounded by chance, which `seed` decides.
+    `rate` is the learning rate, with Adam's bias corrections in it. New weights of 16 bits are
+    rounded by chance, which `seed` decides.
     """
     if len(plan.unique_slots) == 0:
         return
@@ -67,7 +68,7 @@ def update(
     slots = plan.unique_slots.long()
     dim = grads.shape[1]
     new_weights, state[slots] = _apply(
-        weights[slots, :dim].float(), state[slots], sums, optimizer, lr, plan.step
+        weights[slots, :dim].float(), state[slots], sums, optimizer, rate
     )
     if weights.dtype != torch.float32:
         new_weights = round_by_chance(new_weights, weights.dtype, seed=seed, step=plan.step)
@@ -130,22 +131,22 @@ def mean_of_squares(sums: Tensor) -> Tensor:
 
 
 def _apply(
-    weights: Tensor, state: Tensor, grads: Tensor, optimizer: Optimizer, lr: float, step: int
+    weights: Tensor, state: Tensor, grads: Tensor, optimizer: Optimizer, rate: float
 ) -> tuple[Tensor, Tensor]:
     """New weights and state of the unique rows; every operand is rounded to float32 as written."""
     match optimizer:
         case SGD():
-            return weights - grads * lr, state
+            return weights - grads * rate, state
         case Adagrad():
             state = state + grads * grads
-            return weights - (grads / (state.sqrt() + optimizer.eps)) * lr, state
+            return weights - (grads / (state.sqrt() + optimizer.eps)) * rate, state
         case RowWiseAdagrad():
             state = state + mean_of_squares(grads)
-            return weights - (grads / (state.sqrt() + optimizer.eps)) * lr, state
+            return weights - (grads / (state.sqrt() + optimizer.eps)) * rate, state
         case Adam():
             beta1, beta2 = optimizer.betas
             first, second = state.chunk(2, dim=1)
             first = first + (grads - first) * (1.0 - beta1)
             second = second + (grads * grads - second) * (1.0 - beta2)
-            update = (first / (second.sqrt() + optimizer.eps)) * optimizer.step_size(lr, step)
+            update = (first / (second.sqrt() + optimizer.eps)) * rate
             return weights - update, torch.cat([first, second], dim=1)

@@ -58,6 +58,7 @@ class StoredEmbeddings:
         self.groups = group_tables(tables, Adagrad(lr=0.1))
         self.stores = tuple(DictStore(group) for group in self.groups)
         self.step = 0
+        self.num_skipped = [0] * len(self.groups)
         self.num_flushes = 0
 
     def flush(self) -> None:

@@ -19,6 +19,7 @@ from bagpipe.train.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from bagpipe.train.checkpoint_files import CheckpointWriter, read_manifest
 from bagpipe.train.schedule import Position
 
 CONFIG: dict[str, Any] = {"train": {"batch_size": 8, "seed": 0}, "cache": {"size": "auto"}}
@@ -42,7 +43,7 @@ def trained_state(step: int = 3) -> State:
         state.model(torch.randn(5, 3)).sum().backward()
         state.optimizer.step()
     state.embeddings.touch(5, 1, 99)
-    state.embeddings.step = step
+    state.embeddings.step, state.embeddings.num_skipped = step, [0, 2]
     return state
 
 
@@ -62,6 +63,7 @@ def test_all_that_training_changes_comes_back(tmp_path: Path) -> None:
     load_checkpoint(saved, fresh)
 
     assert (saved.step, saved.position, fresh.embeddings.step) == (3, Position(epoch=1, batch=2), 3)
+    assert fresh.embeddings.num_skipped == [0, 2]
     torch.testing.assert_close(fresh.model.state_dict(), state.model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(
         fresh.optimizer.state_dict(), state.optimizer.state_dict(), rtol=0, atol=0
@@ -69,6 +71,21 @@ def test_all_that_training_changes_comes_back(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected_noise)
     for store, original in zip(fresh.embeddings.stores, state.embeddings.stores, strict=True):
         np.testing.assert_equal(list(store.snapshot()), list(original.snapshot()))
+
+
+def test_a_checkpoint_that_does_not_count_skipped_steps_has_none(tmp_path: Path) -> None:
+    saved = open_checkpoint(save(tmp_path, trained_state()))
+    manifest = read_manifest(saved.path)
+    del manifest["num_skipped"]
+    content = {key: value for key, value in manifest.items() if key not in ("format", "files")}
+    with CheckpointWriter(tmp_path / "older", saved.step) as writer:
+        for entry in manifest["files"]:
+            writer.write_bytes(entry["name"], memoryview((saved.path / entry["name"]).read_bytes()))
+        writer.write_manifest(content)
+    fresh = make_state(2, 4)
+    fresh.embeddings.num_skipped = [4, 4]
+    load_checkpoint(open_checkpoint(writer.path), fresh)
+    assert fresh.embeddings.num_skipped == [0, 0]
 
 
 def test_the_cache_is_flushed_first(tmp_path: Path) -> None:

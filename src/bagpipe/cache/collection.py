@@ -76,6 +76,8 @@ class EmbeddingBagCollection(nn.Module):
         self.lr, self.seed, self.communicator = optimizer.lr, seed, communicator
         self.step = 0
         """Steps trained so far; the number that the next one gets."""
+        self.num_skipped = [0] * len(self.groups)
+        """How many of these steps did not update each group's tables, for want of a backward."""
         self.executor: Executor | None = None
         self._features = [group.features for group in self.groups]
         self._failure: BaseException | None = None
@@ -205,7 +207,7 @@ class EmbeddingBagCollection(nn.Module):
             )
             for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)
         ]
-        self.executor = Executor(caches, self.stores, self.communicator)
+        self.executor = Executor(caches, self.stores, self.communicator, self.num_skipped)
         return self.executor
 
     def begin_step(self, sparse: object) -> None:

@@ -14,7 +14,7 @@ from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import empty_weights, rounding_seed, words_of
 from bagpipe.errors import ConfigError
-from bagpipe.types import SGD, Group
+from bagpipe.types import SGD, Adam, Group, Optimizer
 
 _SUM = SGD(lr=1.0)
 
@@ -62,16 +62,23 @@ class DeviceCache:
         )
         return pooled
 
-    def update(self, plan: DevicePlan, grads: Tensor) -> None:
+    def update(self, plan: DevicePlan, grads: Tensor, *, number: int | None = None) -> None:
         """Applies one optimizer step; `grads` (B, F, D), float32 or bfloat16, is the gradient of
         `lookup`'s result.
-        """
-        self.apply(plan, self._by_bag(plan, grads), lr=self.lr)
 
-    def apply(self, plan: DevicePlan, grads: Tensor, *, lr: float) -> None:
-        """`update` at the rate `lr` with gradients by bag (num_bags, D)."""
+        It is the `number`th of these tables, from 1; by default every step before was one, too.
+        """
+        number = plan.step + 1 if number is None else number
+        self.apply(plan, self._by_bag(plan, grads), rate=self.rate_of(number))
+
+    def rate_of(self, number: int) -> float:
+        """The rate that `apply` needs for the tables' `number`th update."""
+        return update_rate(self.group.optimizer, self.lr, number)
+
+    def apply(self, plan: DevicePlan, grads: Tensor, *, rate: float) -> None:
+        """`update` with gradients by bag (num_bags, D)."""
         self._kernels.update(
-            self.weights, self.state, plan, grads, self.group.optimizer, lr, self._rounding_seed
+            self.weights, self.state, plan, grads, self.group.optimizer, rate, self._rounding_seed
         )
 
     def sum_by_row(self, plan: DevicePlan, grads: Tensor, *, scale: float, room: int) -> Tensor:
@@ -110,6 +117,11 @@ class DeviceCache:
         return (grads if grads.is_contiguous() else grads.contiguous()).view(
             plan.num_bags, self.group.embedding_dim
         )
+
+
+def update_rate(optimizer: Optimizer, lr: float, number: int) -> float:
+    """The rate of the `number`th update, from 1, with Adam's bias corrections in it."""
+    return optimizer.step_size(lr, number) if isinstance(optimizer, Adam) else lr
 
 
 def kernels_of(device: torch.device) -> ModuleType:

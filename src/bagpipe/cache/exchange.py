@@ -54,7 +54,8 @@ class _Step:
     finish_replicas: Callable[[], object] | None = None
     finish_deferred: Callable[[], object] | None = None
     sums: dict[int, Tensor] = field(default_factory=dict)  # by group (U + room, D)
-    lr: float = 0.0  # the rate that was set when its gradients came
+    # by group: the rate of the update when its gradients came
+    rates: dict[int, float] = field(default_factory=dict)
 
 
 class Exchange:
@@ -90,13 +91,13 @@ class Exchange:
         step.finish_replicas()
         self._send_replicas(step, "now")
 
-    def update(self, index: int, plan: DevicePlan, grads: Tensor) -> None:
+    def update(self, index: int, plan: DevicePlan, grads: Tensor, *, number: int) -> None:
         """Applies what group `index` can be applied of a step's gradients (B, F, D); the rest waits
-        for `defer`.
+        for `defer`. It is the group's `number`th update, from 1.
         """
         step, cache = self._steps[plan.step], self._caches[index]
         exchange = _of(step.plan.groups[index].exchange)
-        step.lr = cache.lr
+        step.rates[index] = cache.rate_of(number)
         with span("sum"):
             sums = cache.sum_by_row(
                 plan, grads, scale=1.0 / self.communicator.num_trainers, room=exchange.num_room
@@ -178,7 +179,7 @@ class Exchange:
         with span(f"sync_{moment}"):
             into = sums[num_uniques : num_uniques + rows.num_received]
             self._exchange(sums, send, into, rows, moment, step, f"gradients of {cache.group.name}")
-            cache.apply(apply, sums, lr=step.lr)
+            cache.apply(apply, sums, rate=step.rates[index])
 
     def _exchange(
         self,

@@ -76,8 +76,14 @@ class Executor:
         caches: Sequence[DeviceCache],
         stores: Sequence[EmbeddingStore],
         communicator: Communicator | None = None,
+        num_skipped: list[int] | None = None,
     ) -> None:
-        """`communicator` says that there are other trainers; plans are then those of its rank."""
+        """`communicator` says that there are other trainers; plans are then those of its rank.
+
+        `num_skipped` counts by group the steps without an update, and is kept up to date.
+        """
+        self._num_skipped = [0] * len(caches) if num_skipped is None else num_skipped
+        self._updated: set[int] = set()  # groups, in the step that is being computed
         self.caches, self.stores = tuple(caches), tuple(stores)
         self.waits = Waits()
         self.current: tuple[DevicePlan, ...] | None = None
@@ -168,14 +174,19 @@ class Executor:
 
     def update(self, index: int, plan: DevicePlan, grads: Tensor) -> None:
         """Applies one optimizer step of group `index` with the gradient (B, F, D) of its lookup."""
+        number = plan.step + 1 - self._num_skipped[index]
         if self._exchange is None:
-            self.caches[index].update(plan, grads)
+            self.caches[index].update(plan, grads, number=number)
         else:
-            self._exchange.update(index, plan, grads)
+            self._exchange.update(index, plan, grads, number=number)
+        self._updated.add(index)
 
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
         self.current = None
+        for index in range(len(self.caches)):
+            self._num_skipped[index] += index not in self._updated
+        self._updated.clear()
         self._ended.append(self._pending.popleft())
 
     def release_computed(self) -> None:

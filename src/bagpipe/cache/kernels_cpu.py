@@ -103,15 +103,16 @@ def update(
     plan: DevicePlan,
     grads: Tensor,
     optimizer: Optimizer,
-    lr: float,
+    rate: float,
     seed: int = 0,
 ) -> None:
     """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
     `lookup`'s result.
 
-    New weights of 16 bits are rounded by chance, which `seed` decides.
+    `rate` is the learning rate, with Adam's bias corrections in it. New weights of 16 bits are
+    rounded by chance, which `seed` decides.
     """
-    kind, scalars = _constants(optimizer, lr, plan.step)
+    kind, scalars = _constants(optimizer, rate)
     table, code = _table(weights)
     arguments = (
         table,
@@ -167,20 +168,19 @@ def _optional(tensor: Tensor | None, dtype: type[np.generic]) -> npt.NDArray[Any
     return np.empty(0, dtype) if tensor is None else tensor.numpy()
 
 
-def _constants(optimizer: Optimizer, lr: float, step: int) -> tuple[int, Float32Array]:
+def _constants(optimizer: Optimizer, rate: float) -> tuple[int, Float32Array]:
     """What `_apply` needs to know: which optimizer, and its numbers rounded as torch rounds a
     Python scalar.
     """
     match optimizer:
         case SGD():
-            return cpu_loops.SGD_KIND, np.array([lr], np.float32)
+            return cpu_loops.SGD_KIND, np.array([rate], np.float32)
         case Adagrad():
-            return cpu_loops.ADAGRAD_KIND, np.array([lr, optimizer.eps], np.float32)
+            return cpu_loops.ADAGRAD_KIND, np.array([rate, optimizer.eps], np.float32)
         case RowWiseAdagrad():
-            return cpu_loops.ROW_WISE_ADAGRAD_KIND, np.array([lr, optimizer.eps], np.float32)
+            return cpu_loops.ROW_WISE_ADAGRAD_KIND, np.array([rate, optimizer.eps], np.float32)
         case Adam():
             beta1, beta2 = optimizer.betas
-            step_size = optimizer.step_size(lr, step)
             return cpu_loops.ADAM_KIND, np.array(
-                [step_size, optimizer.eps, 1.0 - beta1, 1.0 - beta2], np.float32
+                [rate, optimizer.eps, 1.0 - beta1, 1.0 - beta2], np.float32
             )

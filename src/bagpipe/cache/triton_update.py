@@ -45,13 +45,14 @@ def update(
     plan: DevicePlan,
     grads: Tensor,
     optimizer: Optimizer,
-    lr: float,
+    rate: float,
     seed: int = 0,
 ) -> None:
     """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
     `lookup`'s result.
 
-    New weights of 16 bits are rounded by chance, which `seed` decides.
+    `rate` is the learning rate, with Adam's bias corrections in it. New weights of 16 bits are
+    rounded by chance, which `seed` decides.
     """
     num_uniques, num_pieces, num_long = (
         plan.unique_slots.shape[0],
@@ -61,7 +62,7 @@ def update(
     if num_uniques == 0:
         return
     dim, num_further = grads.shape[1], num_pieces - num_uniques
-    kind, scalars = _constants(optimizer, lr, plan.step)
+    kind, scalars = _constants(optimizer, rate)
     rounding = _rounding(weights, plan.step, seed)
     width = dim if weights.dtype == torch.float32 else max(dim, COLUMNS_A_BLOCK)
     tile, long_tile = _PIECES.of(width), _LONG_ROWS.of(width)
@@ -128,25 +129,18 @@ def _rounding(
     return step, low, high
 
 
-def _constants(
-    optimizer: Optimizer, lr: float, step: int
-) -> tuple[int, tuple[float, float, float, float]]:
+def _constants(optimizer: Optimizer, rate: float) -> tuple[int, tuple[float, float, float, float]]:
     """What `_apply` needs to know: which optimizer, and its numbers."""
     match optimizer:
         case SGD():
-            return _SGD.value, (lr, 0.0, 0.0, 0.0)
+            return _SGD.value, (rate, 0.0, 0.0, 0.0)
         case Adagrad():
-            return _ADAGRAD.value, (lr, optimizer.eps, 0.0, 0.0)
+            return _ADAGRAD.value, (rate, optimizer.eps, 0.0, 0.0)
         case RowWiseAdagrad():
-            return _ROW_WISE_ADAGRAD.value, (lr, optimizer.eps, 0.0, 0.0)
+            return _ROW_WISE_ADAGRAD.value, (rate, optimizer.eps, 0.0, 0.0)
         case Adam():
             beta1, beta2 = optimizer.betas
-            return _ADAM.value, (
-                optimizer.step_size(lr, step),
-                optimizer.eps,
-                1.0 - beta1,
-                1.0 - beta2,
-            )
+            return _ADAM.value, (rate, optimizer.eps, 1.0 - beta1, 1.0 - beta2)
 
 
 @Kernel

@@ -50,6 +50,7 @@ class Embeddings(Protocol):
     """What a checkpoint needs of an embedding collection."""
 
     step: int
+    num_skipped: list[int]
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -78,6 +79,8 @@ class SavedRun:
 
     path: Path
     step: int
+    num_skipped: Sequence[int]
+    """By group the steps without an update."""
     position: Position
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
@@ -146,6 +149,7 @@ def save_checkpoint(
             ]
             content = {
                 "step": step,
+                "num_skipped": list(state.embeddings.num_skipped),
                 "position": asdict(position),
                 "config": config,
                 "environment": environment(),
@@ -213,6 +217,8 @@ def read_checkpoint(path: Path) -> SavedRun:
     return SavedRun(
         path=path,
         step=manifest["step"],
+        # which older ones did not count
+        num_skipped=manifest.get("num_skipped", [0] * len(manifest["groups"])),
         position=Position(**manifest["position"]),
         config=manifest["config"],
         environment=manifest["environment"],
@@ -268,6 +274,7 @@ def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) 
         if trainers.is_first_of_host:
             _load_records(saved, group, store, entry["num_records"], trainers)
     state.embeddings.step = saved.step
+    state.embeddings.num_skipped[:] = saved.num_skipped
 
 
 def environment() -> dict[str, Any]:
