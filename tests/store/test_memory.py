@@ -6,7 +6,14 @@ import mmap
 
 import numpy as np
 import pytest
-from tests.store_contract import StoreContract, StoreFactory, fetch, make_group, records_of
+from tests.store_contract import (
+    StoreContract,
+    StoreFactory,
+    fetch,
+    make_group,
+    records_of,
+    touched_rows,
+)
 
 from bagpipe.errors import StoreError
 from bagpipe.store import MemoryStore, array
@@ -61,7 +68,7 @@ def test_no_memory_for_flags_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_kernel_without_huge_pages_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)  # refused by any kernel
-    assert MemoryStore(make_group(), 0).num_touched == 0
+    assert touched_rows(MemoryStore(make_group(), 0)) == []
 
 
 def test_threads_share_a_call_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +85,6 @@ def test_threads_share_a_call_and_change_nothing(monkeypatch: pytest.MonkeyPatch
             store.write(rows, records + 1)
         whole = np.empty((5000, group.record_width), np.float32)
         store.fetch(np.arange(5000), whole)
-        found.append((whole, store.num_touched))
+        found.append((whole, touched_rows(store)))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]

@@ -16,10 +16,6 @@ class DictStore:
         self.group = group
         self.records: dict[int, Float32Array] = {}
 
-    @property
-    def num_touched(self) -> int:
-        return len(self.records)
-
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         for index, row in enumerate(rows.tolist()):
             out[index] = self.records.get(row, 0.0)

@@ -1,8 +1,8 @@
 """What the memory and the file store share: records in one array, of which only touched rows are
 ever materialised.
 
-Owned here: the two arrays, records (num_rows, record_width) float32 and touched (num_rows,) uint8,
-and the number of touched rows. On one of several hosts records has only the rows whose home it is,
+Owned here: the two arrays, records (num_rows, record_width) float32 and touched (num_rows,) uint8.
+On one of several hosts records has only the rows whose home it is,
 so that their memory is divided among the hosts. A subclass makes the records array, erases it, and
 may reserve room before a write. The caller's arrays are only borrowed.
 
@@ -18,7 +18,6 @@ rows where they are many.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
@@ -72,14 +71,6 @@ class ArrayStore(ABC):
             records,
             _no_row_touched(group) if touched is None else touched,
         )
-        self._num_touched = 0
-        self._count_lock = threading.Lock()
-
-    @property
-    def num_touched(self) -> int:
-        """Rows written at least once; counted as they are written, so that asking costs nothing."""
-        self._open_arrays()
-        return self._num_touched
 
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         """See `EmbeddingStore.fetch`."""
@@ -98,9 +89,7 @@ class ArrayStore(ABC):
         places = self._places(rows)
         self._make_room(rows)
         scatter = _scatter_shared if records.nbytes >= _SHARED_BYTES else _scatter
-        num_new = scatter(own, touched, rows, places, records)
-        with self._count_lock:
-            self._num_touched += num_new
+        scatter(own, touched, rows, places, records)
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
         """See `EmbeddingStore.snapshot`."""
@@ -118,7 +107,6 @@ class ArrayStore(ABC):
         # closed
         self._arrays = None
         self._arrays = self._erased_records(), self._erased_touched()
-        self._num_touched = 0
 
     def close(self) -> None:
         """See `EmbeddingStore.close`."""
@@ -302,15 +290,11 @@ def _scatter_shared(
     rows: Int64Array,
     places: Int64Array,
     values: Float32Array,
-) -> int:
-    """Copies `values` to `records[places]` and marks rows touched; returns how many were not so
-    before.
-    """
-    num_new = 0
+) -> None:
+    """Copies `values` to `records[places]` and marks rows touched."""
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
-        num_new += _scatter(records, touched, rows[begin:end], places[begin:end], values[begin:end])
-    return num_new
+        _scatter(records, touched, rows[begin:end], places[begin:end], values[begin:end])
 
 
 @jit
@@ -320,13 +304,10 @@ def _scatter(
     rows: Int64Array,
     places: Int64Array,
     values: Float32Array,
-) -> int:
-    num_new = 0
+) -> None:
     for index in range(len(rows)):
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)
         prefetch_record(records, places[ahead])
         row = np.uint64(rows[index])
         copy_run(values[index], records[np.uint64(places[index])])
-        num_new += 1 - touched[row]
         touched[row] = 1
-    return num_new

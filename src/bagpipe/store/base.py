@@ -33,10 +33,6 @@ class EmbeddingStore(Protocol):
     def group(self) -> Group:
         """The group whose records these are."""
 
-    @property
-    def num_touched(self) -> int:
-        """Rows written at least once."""
-
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         """Reads `rows` (n,) into `out` (n, record_width), C-contiguous.
 

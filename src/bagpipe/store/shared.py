@@ -90,12 +90,6 @@ class SharedMemoryStore(ArrayStore):
         )
         return SharedFiles(records=records, touched=touched)
 
-    @property
-    def num_touched(self) -> int:
-        """Rows written at least once by any process; counted when asked."""
-        _, touched = self._open_arrays()
-        return int(np.count_nonzero(touched))
-
     def close(self) -> None:
         """See `EmbeddingStore.close`. The memory goes with the last process that has it open."""
         super().close()

@@ -21,18 +21,14 @@ def check_same_run(communicator: Communicator, settings: Mapping[str, Any]) -> N
     """Raises ConfigError on every rank where one has another configuration, as nested mappings; all
     must call it.
     """
-    first, *others = (
-        json.loads(text)
-        for text in communicator.gather_texts("the run's settings", json.dumps(settings))
+    _check_same(
+        communicator,
+        "the run's settings",
+        settings,
+        otherwise="train",
+        remedy="start all with the same file and options",
+        but_for=_OF_A_HOST,
     )
-    for rank, other in enumerate(others, 1):
-        for difference in compare_configs(first, other):
-            if not difference.is_within(_OF_A_HOST):
-                raise ConfigError(
-                    f"ranks train with other settings: {difference.key} is {difference.old!r} on "
-                    f"rank 0 and {difference.new!r} on "
-                    f"rank {rank}; start all with the same file and options"
-                )
 
 
 def check_same_settings(communicator: Communicator, options: StreamOptions, *, seed: int) -> None:
@@ -47,16 +43,28 @@ def check_same_settings(communicator: Communicator, options: StreamOptions, *, s
         "step": options.first_step,
         "seed": seed,
     }
+    _check_same(communicator, "the settings", own, otherwise="plan", remedy="give all the same")
+
+
+def _check_same(
+    communicator: Communicator,
+    what: str,
+    settings: Mapping[str, Any],
+    *,
+    otherwise: str,
+    remedy: str,
+    but_for: tuple[str, ...] = (),
+) -> None:
+    """Raises ConfigError on every rank where a key differs that is not within `but_for`."""
     first, *others = (
-        json.loads(text) for text in communicator.gather_texts("the settings", json.dumps(own))
+        json.loads(text) for text in communicator.gather_texts(what, json.dumps(settings))
     )
     for rank, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other[name] != value:
+        for difference in compare_configs(first, other):
+            if not difference.is_within(but_for):
                 raise ConfigError(
-                    f"ranks plan with other settings: {name} is {value} on rank 0 and "
-                    f"{other[name]} on rank {rank}; "
-                    "give all the same"
+                    f"ranks {otherwise} with other settings: {difference.key} is "
+                    f"{difference.old!r} on rank 0 and {difference.new!r} on rank {rank}; {remedy}"
                 )
 
 
