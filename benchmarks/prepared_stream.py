@@ -89,7 +89,7 @@ def make_stream(
     with (
         Workers("stream", num_threads) as workers,
         SplitWriter(
-            folder,
+            folder.joinpath,
             "train",
             schema,
             rows_per_batch=_ROWS_PER_RECORD_BATCH,

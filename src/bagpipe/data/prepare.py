@@ -5,13 +5,15 @@ Passes over the input, each in bounded memory (a block, a record batch a split, 
 2. only for a dictionary: the keys of the training rows are counted;
 3. rows are turned into ids and written, split by split. `manifest.json` comes last, so that an
    interrupted preparation leaves nothing that a reader would take for whole data.
+
+One process at a time prepares into a folder, and it removes only what a preparation has made there
+(`bagpipe.data.output_folder`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -20,15 +22,14 @@ from bagpipe.data.base import Split
 from bagpipe.data.cardinalities import CARDINALITIES
 from bagpipe.data.counting import KeyCounter
 from bagpipe.data.criteo import SPARSE_NAMES, CriteoSource
-from bagpipe.data.files import sync_folder
 from bagpipe.data.manifest import (
-    MANIFEST_NAME,
     FeatureEntry,
     FileEntry,
     PreparedManifest,
     SkippedEntry,
     SourceEntry,
 )
+from bagpipe.data.output_folder import OutputFolder
 from bagpipe.data.parquet import ParquetSource
 from bagpipe.data.raw import Problems, Progress, RawBlock, RawSource, find_files
 from bagpipe.data.splitting import Splitter, make_splitter
@@ -44,12 +45,6 @@ ProgressCallback = Callable[[Progress], None]
 COUNT_STAGE: Final = "counting values"
 WRITE_STAGE: Final = "writing"
 _SPLITS: Final[tuple[Split, Split]] = ("train", "validation")
-_OWN_FILES: Final = (
-    "train-*.arrow",
-    "validation-*.arrow",
-    "dictionary-*.arrow",
-    MANIFEST_NAME + ".tmp",
-)
 
 
 def prepare(config: PrepareConfig, progress: ProgressCallback = lambda _: None) -> PreparedManifest:
@@ -58,7 +53,8 @@ def prepare(config: PrepareConfig, progress: ProgressCallback = lambda _: None) 
 
     DataError: a file is missing, empty or damaged; a column is missing or of a type that can't be
     used; a row can't be read and `on_error` is "raise"; no row is left to train on; the folder
-    holds prepared data and `overwrite` is not set, or can't be written.
+    holds prepared data and `overwrite` is not set, or files of somebody else with the names of
+    prepared ones; another process prepares into it, or it can't be written.
     """
     try:
         return _prepare(config, progress)
@@ -70,18 +66,18 @@ def prepare(config: PrepareConfig, progress: ProgressCallback = lambda _: None) 
 
 def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManifest:
     source = open_raw(config)
-    _clear_folder(config)
-    splitter = make_splitter(config.split, source)
-    vocabularies = _make_vocabularies(config, source, splitter, progress)
-    dictionaries = _save_dictionaries(config.output, vocabularies)
-    splits, problems = _write_splits(config, source, splitter, vocabularies, progress)
-    manifest = _describe(config, source, vocabularies, dictionaries, splits, problems)
-    if not manifest.num_rows("train"):
-        raise DataError(
-            f"no training rows are left of {manifest.source.num_rows_read:,}: {_why_none(manifest)}"
-        )
-    sync_folder(config.output)
-    manifest.save(config.output)
+    with OutputFolder(config.output, overwrite=config.overwrite) as folder:
+        splitter = make_splitter(config.split, source)
+        vocabularies = _make_vocabularies(config, source, splitter, progress)
+        dictionaries = _save_dictionaries(folder, vocabularies)
+        splits, problems = _write_splits(config, folder, source, splitter, vocabularies, progress)
+        manifest = _describe(config, source, vocabularies, dictionaries, splits, problems)
+        if not manifest.num_rows("train"):
+            raise DataError(
+                f"no training rows are left of {manifest.source.num_rows_read:,}: "
+                f"{_why_none(manifest)}"
+            )
+        folder.save(manifest)
     return manifest
 
 
@@ -98,27 +94,6 @@ def _criteo_sizes(source: CriteoFiles) -> tuple[int | None, ...]:
     if isinstance(sizes, str):
         return CARDINALITIES[sizes]
     return sizes if isinstance(sizes, tuple) else (sizes,) * len(SPARSE_NAMES)
-
-
-def _clear_folder(config: PrepareConfig) -> None:
-    """Makes the folder, and removes what an earlier preparation left in it: the manifest first."""
-    folder = config.output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(
-            f"output {folder} is, or lies under, a file; it must be a folder"
-        ) from error
-    manifest = folder / MANIFEST_NAME
-    if manifest.exists() and not config.overwrite:
-        raise DataError(
-            f"{folder} already holds prepared data: choose another output, or set overwrite = true"
-        )
-    manifest.unlink(missing_ok=True)
-    sync_folder(folder)
-    for pattern in _OWN_FILES:
-        for path in folder.glob(pattern):
-            path.unlink()
 
 
 def _make_vocabularies(
@@ -148,11 +123,13 @@ def _required(size: int | None, table: str) -> int:
     return size
 
 
-def _save_dictionaries(folder: Path, vocabularies: dict[str, Vocabulary]) -> dict[str, FileEntry]:
+def _save_dictionaries(
+    folder: OutputFolder, vocabularies: dict[str, Vocabulary]
+) -> dict[str, FileEntry]:
     entries = {}
     for number, (table, vocabulary) in enumerate(vocabularies.items()):
         if isinstance(vocabulary, DictionaryVocabulary):
-            file = vocabulary.save(folder / f"dictionary-{number:05d}.arrow")
+            file = vocabulary.save(folder.claim(f"dictionary-{number:05d}.arrow"))
             entries[table] = FileEntry(
                 name=file.path.name,
                 num_bytes=file.num_bytes,
@@ -164,6 +141,7 @@ def _save_dictionaries(folder: Path, vocabularies: dict[str, Vocabulary]) -> dic
 
 def _write_splits(
     config: PrepareConfig,
+    folder: OutputFolder,
     source: RawSource,
     splitter: Splitter,
     vocabularies: dict[str, Vocabulary],
@@ -174,7 +152,8 @@ def _write_splits(
     by_feature = [vocabularies[feature.table] for feature in source.features]
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(_split_writer(config, split, schema)) for split in _SPLITS
+            split: stack.enter_context(_split_writer(config, folder, split, schema))
+            for split in _SPLITS
         }
         for block in source.blocks(problems, progress, WRITE_STAGE):
             held_out = splitter.is_validation(block)
@@ -185,9 +164,11 @@ def _write_splits(
     return {split: tuple(writers[split].entries) for split in _SPLITS}, problems
 
 
-def _split_writer(config: PrepareConfig, split: Split, schema: Any) -> SplitWriter:
+def _split_writer(
+    config: PrepareConfig, folder: OutputFolder, split: Split, schema: Any
+) -> SplitWriter:
     return SplitWriter(
-        config.output,
+        folder.claim,
         split,
         schema,
         rows_per_batch=config.rows_per_batch,

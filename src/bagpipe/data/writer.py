@@ -7,7 +7,7 @@ finds any row by a division. At most one record batch and one block are held.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -54,12 +54,20 @@ def record_batch(
 
 
 class SplitWriter:
-    """A context manager that cuts what it is given into record batches and files of equal sizes."""
+    """A context manager that cuts what it is given into record batches and files of equal sizes;
+    `claim` turns a file's name into its path.
+    """
 
     def __init__(
-        self, folder: Path, split: Split, schema: Any, *, rows_per_batch: int, batches_per_file: int
+        self,
+        claim: Callable[[str], Path],
+        split: Split,
+        schema: Any,
+        *,
+        rows_per_batch: int,
+        batches_per_file: int,
     ) -> None:
-        self._folder, self._split, self._schema = folder, split, schema
+        self._claim, self._split, self._schema = claim, split, schema
         self._rows_per_batch, self._rows_per_file = (
             rows_per_batch,
             rows_per_batch * batches_per_file,
@@ -100,7 +108,8 @@ class SplitWriter:
         if not self._num_pending:
             return
         if self._file is None:
-            self._file = HashingFile(self._folder / f"{self._split}-{len(self.entries):05d}.arrow")
+            name = f"{self._split}-{len(self.entries):05d}.arrow"
+            self._file = HashingFile(self._claim(name))
             self._writer = pa.ipc.new_file(self._file, self._schema)
         self._writer.write_batch(_whole(self._pending))
         self._file_rows += self._num_pending
