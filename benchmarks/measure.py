@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-_PACKAGES = ("bagpipe", "torch", "numpy", "numba", "fbgemm-gpu-cpu")
+import bagpipe
+
+_PACKAGES = ("torch", "numpy", "numba", "fbgemm-gpu-cpu")
 
 Progress = Callable[[str, int, int], None]
 """Is told of a stage's name, how much of it is done, and how much there is."""
@@ -87,7 +89,10 @@ def describe_environment() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {
+            "bagpipe": bagpipe.__version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "commit": _commit(),
         "load_average": os.getloadavg()[0],
     }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import bagpipe
+from bagpipe._plots import DISTRIBUTION
 
 PACKAGE = Path(bagpipe.__file__).parent
 
@@ -21,6 +24,7 @@ BASE = {
     "_jit",
     "_malloc",
     "_memory",
+    "_plots",
     "_prefetch",
     "_sharding",
     "_workers",
@@ -31,6 +35,7 @@ ALLOWED = {
     "_jit": set(),
     "_malloc": set(),
     "_memory": {"types", "_jit"},
+    "_plots": {"errors"},
     "_prefetch": {"_jit"},
     "_sharding": {"types", "errors", "_jit"},
     "_workers": set(),
@@ -111,8 +116,36 @@ def test_the_public_surface() -> None:
         "RowWiseAdagrad",
         "TableConfig",
         "Uniform",
+        "__version__",
         "lookahead",
+        "models",
+        "store",
     ]
     assert all(getattr(bagpipe, name) is not None for name in bagpipe.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = bagpipe.nothing  # type: ignore[attr-defined]
+
+
+def test_names_that_are_imported_late_are_listed_and_there() -> None:
+    code = (
+        "import bagpipe; assert set(bagpipe.__all__) <= set(dir(bagpipe));"
+        "bagpipe.store.FileStore; bagpipe.models.DLRM; print(bagpipe.__version__)"
+    )
+    alone = {"PYTHONPATH": str(PACKAGE.parent)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=alone, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*\n", ended.stdout)
+
+
+def test_every_sentence_on_installing_names_the_distribution() -> None:
+    """The package index has another project under the name of the package itself."""
+    root = PACKAGE.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert project["name"] == DISTRIBUTION != "bagpipe"
+    texts = [root / "README.md", root / "pyproject.toml", root / "Makefile"]
+    texts += [*(root / "docs").rglob("*.md")]
+    texts += [*PACKAGE.rglob("*.py"), *(root / "benchmarks").rglob("*.py")]
+    for path in texts:
+        assert not re.search(r"""(install[^\n]*[ '"]|['"])bagpipe\[""", path.read_text()), path
+        assert not re.search(r"pip install[^\n]* '?bagpipe(?![-\w])", path.read_text()), path

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from bagpipe.cli import app
+from bagpipe.data.inspect import TableStats, render_table
 
 RUN = """
 [data]
@@ -194,3 +199,72 @@ def test_plan_for_several_trainers_says_what_they_send(file: Path) -> None:
     assert "off host: share of the bytes that leaves one" in " ".join(result.output.split())
     # A batch is that of all trainers together.
     assert values["uniques_per_step"] == json.loads(alone.read_text())["uniques_per_step"]
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("plan",), ("data",), ("data", "prepare")], ids="-".join
+)
+def test_help_shows_every_word_and_no_object(command: tuple[str, ...]) -> None:
+    told = typer.main.get_command(app)
+    for name in command:
+        told = told.commands[name]  # type: ignore[attr-defined]
+    shown = re.sub(r"[│╭╮╰╯─`]", " ", invoke(*command, "--help").output)
+    texts = [told.help, *(getattr(option, "help", None) for option in told.params)]
+    if command == ("data",):
+        texts += [inner.help for inner in told.commands.values()]  # type: ignore[attr-defined]
+    for text in texts:
+        words = (text or "").replace("`", " ").split()
+        assert set(words) <= set(shown.split())
+    assert "class" not in shown
+
+
+def test_help_opens_with_what_it_is_for() -> None:
+    assert "Train deep recommendation models" in invoke("--help").output.split("\n\n")[0]
+
+
+def test_a_name_with_brackets_is_printed_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "[odd] name"
+    folder.mkdir()
+    file = folder / "run.toml"
+    file.write_text(RUN.format(folder=folder))
+    plot = folder / "skew.svg"
+    assert f"plot: {plot}" in invoke("data", "inspect", file, "--plot", plot).output
+    assert str(folder) in invoke("train", file, "--set", "train.steps=1").output
+    assert "none[1].toml: can't be read" in invoke("train", "none[1].toml").stderr
+    stats = TableStats(
+        table="[genre]",
+        num_embeddings=1,
+        num_seen=0,
+        num_lookups=0,
+        num_bags=0,
+        num_seen_once=0,
+        top_seen_share=0.0,
+        top_rows_share=0.0,
+        curve=(np.empty(0), np.empty(0)),
+    )
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(render_table([stats]))
+    assert "[genre]" in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "fact"),
+    [
+        ("data inspect --plot", "nowhere/skew.png", "can't be written: No such file"),
+        ("data inspect --plot", "skew.doc", "can't be saved: its ending must be one of"),
+        ("plan --plot", "nowhere/plan.png", "can't be written: No such file"),
+        ("plan --plot", "plan.doc", "can't be saved: its ending must be one of"),
+        ("plan --json", "nowhere/plan.json", "can't be written: No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_reading(
+    file: Path, monkeypatch: pytest.MonkeyPatch, command: str, path: str, fact: str
+) -> None:
+    *command_words, option = command.split()
+    monkeypatch.setattr("bagpipe.data.open_source", lambda *_: pytest.fail("has read"))
+    result = invoke(*command_words, file, option, file.parent / path)
+    assert result.exit_code == 2
+    assert path in result.stderr
+    assert fact in result.stderr
+    assert not (file.parent / path).exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bagpipe.errors import ConfigError
+from bagpipe._plots import new_figure, save_figure
 
 _IN_HBM = ("fbgemm_hbm", "fbgemm_hbm_int32", "fbgemm_hbm_fp32")
 _WITH_CACHE = ("fbgemm_uvm_lru", "fbgemm_uvm_lfu", "fbgemm_uvm_lru_prefetch")
@@ -42,12 +42,6 @@ def save_plot(values: dict[str, Any], path: Path) -> None:
     """Draws a bar an arm, in the format of the path's ending. ConfigError: matplotlib is not
     installed, or can't write there.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out"
-        ) from error
     steps = {name: arm["step"] for name, arm in values["arms"].items()}
     names = sorted(steps, key=lambda name: -steps[name].median_ms)
     medians = [steps[name].median_ms for name in names]
@@ -55,7 +49,7 @@ def save_plot(values: dict[str, Any], path: Path) -> None:
         [steps[name].median_ms - steps[name].low_ms for name in names],
         [steps[name].high_ms - steps[name].median_ms for name in names],
     ]
-    figure = Figure(figsize=(8, 0.45 * len(names) + 1.2), layout="constrained")
+    figure = new_figure(height=0.45 * len(names) + 1.2)
     axes = figure.add_subplot()
     colours = [
         "tab:orange" if name == "bagpipe" else "tab:gray" if name == "dense" else "tab:blue"
@@ -67,10 +61,7 @@ def save_plot(values: dict[str, Any], path: Path) -> None:
     axes.set(
         xlabel="ms a step", title=f"{values['workload']['name']}, {values['device']}", xscale="log"
     )
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the plot can't be saved: {error}") from error
+    save_figure(figure, path)
 
 
 def _times(values: dict[str, Any]) -> Table:

@@ -13,6 +13,7 @@ from bagpipe.errors import BagpipeError
 from bagpipe.types import SGD, Adagrad, Adam, Normal, RowWiseAdagrad, TableConfig, Uniform
 
 if TYPE_CHECKING:
+    from bagpipe import models, store
     from bagpipe.cache.collection import EmbeddingBagCollection
     from bagpipe.cache.communicator import Communicator
     from bagpipe.train.lookahead import lookahead
@@ -28,17 +29,30 @@ __all__ = [
     "RowWiseAdagrad",
     "TableConfig",
     "Uniform",
+    "__version__",
     "lookahead",
+    "models",
+    "store",
 ]
+
+__version__ = "0.1.0"
 
 _LAZY = {
     "Communicator": "bagpipe.cache.communicator",
     "EmbeddingBagCollection": "bagpipe.cache.collection",
     "lookahead": "bagpipe.train.lookahead",
 }
+_MODULES = ("models", "store")
+"""Parts of the package that a user calls by name."""
 
 
 def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"bagpipe.{name}")
     raise AttributeError(f"module 'bagpipe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

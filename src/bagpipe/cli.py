@@ -9,14 +9,21 @@ traceback means a defect of ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from bagpipe.cli_common import File, Overrides, mistakes_told, prepare_environment
+import bagpipe
+from bagpipe.cli_common import (
+    File,
+    Overrides,
+    console_progress,
+    mistakes_told,
+    prepare_environment,
+    tell,
+)
 from bagpipe.cli_plan import plan
 
 if TYPE_CHECKING:
@@ -24,10 +31,11 @@ if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
     from bagpipe.train.trainer import Result
 
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+# rich's own markup would swallow words in brackets, such as a section's name
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Prepare data and look at them."
 )
-data_app = typer.Typer(no_args_is_help=True, help="Prepare data and look at them.")
 app.add_typer(data_app, name="data")
 app.command()(plan)
 
@@ -38,9 +46,12 @@ def main(
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)
     ] = False,
 ) -> None:
-    """Train deep recommendation models whose embedding tables do not fit the GPU."""
+    """Train deep recommendation models whose embedding tables do not fit the GPU.
+
+    A TOML file says what to train on what; `--set train.batch_size=4096` changes one of its keys.
+    """
     if show_version:
-        typer.echo(f"bagpipe {version('bagpipe')}")
+        typer.echo(f"bagpipe {bagpipe.__version__}")
         raise typer.Exit
 
 
@@ -103,36 +114,23 @@ def prepare_data(file: File, overrides: Overrides) -> None:
     """Turn raw files into prepared ones, as the [prepare] section says."""
     console = Console()
     with mistakes_told():
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
         from bagpipe.config.load import load_config
         from bagpipe.config.run import PrepareFile
         from bagpipe.data.prepare import prepare
-        from bagpipe.data.raw import Progress as DataProgress
 
         config = load_config(PrepareFile, file, overrides, only=["prepare"]).prepare
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
-        ) as bar:
-            tasks: dict[str, TaskID] = {}
-
-            def show(done: DataProgress) -> None:
-                if done.stage not in tasks:
-                    tasks[done.stage] = bar.add_task(done.stage)
-                bar.update(tasks[done.stage], completed=done.done, total=done.total)
-
-            manifest = prepare(config, show)
+        with console_progress(console, counted=False) as show:
+            manifest = prepare(config, lambda at: show(at.stage, at.done, at.total))
     rows = {split: f"{manifest.num_rows(split):,}" for split in ("train", "validation")}
     skipped = (
         f", {manifest.source.num_rows_skipped:,} skipped"
         if manifest.source.num_rows_skipped
         else ""
     )
-    console.print(
+    tell(
+        console,
         f"{config.output}: {rows['train']} training and {rows['validation']} validation "
         f"rows{skipped}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -149,6 +147,7 @@ def inspect_data(
     """Print how many ids each table has and how skewed its accesses are."""
     console = Console()
     with mistakes_told():
+        from bagpipe._plots import check_can_plot
         from bagpipe.config.load import load_config
         from bagpipe.config.run import DataFile
         from bagpipe.data import open_source
@@ -157,13 +156,15 @@ def inspect_data(
         if split not in ("train", "validation"):
             raise typer.BadParameter(f"--split {split}: must be train or validation")
         config = load_config(DataFile, file, overrides, only=["data"]).data
+        if plot is not None:
+            check_can_plot(plot)
         stats = inspect_source(
             open_source(config, "train" if split == "train" else "validation"), max_batches=batches
         )
         console.print(render_table(stats))
         if plot is not None:
             save_plot(stats, plot)
-            console.print(f"plot: {plot}")
+            tell(console, f"plot: {plot}")
 
 
 def _train(
@@ -195,15 +196,10 @@ def _train(
 def _tell_end(console: Console, config: RunConfig, result: Result) -> None:
     saved = f"checkpoint: {result.checkpoint}" if result.checkpoint is not None else "no checkpoint"
     if result.stopped_by is not None:
-        console.print(
+        tell(
+            console,
             f"stopped by {result.stopped_by.name} after step {result.step:,}; {saved}; go on with "
             "--resume",
-            highlight=False,
-            soft_wrap=True,
         )
         raise typer.Exit(128 + result.stopped_by)
-    console.print(
-        f"trained {result.step:,} steps; {saved}; log: {config.log.folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    tell(console, f"trained {result.step:,} steps; {saved}; log: {config.log.folder}")

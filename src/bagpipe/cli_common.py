@@ -23,6 +23,7 @@ Overrides = Annotated[
         "--set",
         metavar="SECTION.KEY=VALUE",
         default_factory=list,
+        show_default=False,
         help="Set a key; may be repeated.",
     ),
 ]
@@ -45,10 +46,13 @@ def mistakes_told() -> Iterator[None]:
             or isinstance(cause, PlanError)
         ):
             raise
-        Console(stderr=True).print(
-            f"error: {cause}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
+        tell(Console(stderr=True), f"error: {cause}", style="red")
         raise typer.Exit(2) from error
+
+
+def tell(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a sentence as it stands: no word of it is markup, and no path in it is cut in two."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def prepare_environment(device: str) -> None:
@@ -65,9 +69,11 @@ def prepare_environment(device: str) -> None:
 
 
 @contextmanager
-def console_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def console_progress(
+    console: Console, *, counted: bool = True
+) -> Iterator[Callable[[str, int, int], None]]:
     """Draws a bar for each stage of a long command; yields what is to be told (stage, how much is
-    done, how much there is).
+    done, how much there is), and shows these numbers where they are `counted`.
     """
     from rich.progress import (
         BarColumn,
@@ -79,9 +85,9 @@ def console_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        *((MofNCompleteColumn(),) if counted else ()),
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from bagpipe.cli_common import File, JsonFile, Overrides, console_progress, mistakes_told, save_json
+from bagpipe.cli_common import (
+    File,
+    JsonFile,
+    Overrides,
+    console_progress,
+    mistakes_told,
+    save_json,
+    tell,
+)
 
 if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
@@ -72,12 +80,17 @@ def plan(
     """Say what caches and lookaheads of several sizes would fetch, without training."""
     console = Console()
     with mistakes_told():
+        from bagpipe._plots import check_can_plot, check_can_write
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
         from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest, save_plot
         from bagpipe.oracle.traffic_view import render_traffic
 
         config = load_config(RunConfig, file, overrides)
+        if plot is not None:
+            check_can_plot(plot)
+        if json_file is not None and str(json_file) != "-":
+            check_can_write(json_file)
         with console_progress(console) as progress:
             result = _dry_run(
                 config,
@@ -93,7 +106,7 @@ def plan(
         console.print(render_smallest(result))
         if plot is not None:
             save_plot(result, plot)
-            console.print(f"plot: {plot}", highlight=False, soft_wrap=True)
+            tell(console, f"plot: {plot}")
         if json_file is not None:
             save_json(as_dict(result), json_file)
 

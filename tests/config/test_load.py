@@ -42,6 +42,13 @@ def test_a_minimal_file_is_enough(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("size", ["2%", "0.3%", "4GiB"])
+def test_a_value_that_is_not_toml_is_a_string(tmp_path: Path, size: str) -> None:
+    folder = "log.folder=/tmp/a run, and (another)"
+    config = load_config(RunConfig, write(tmp_path, MINIMAL), [f"cache.size={size}", folder])
+    assert (config.cache.size, str(config.log.folder)) == (size, "/tmp/a run, and (another)")
+
+
 def test_overrides_are_toml_or_one_word(tmp_path: Path) -> None:
     overrides = [
         "train.batch_size=7",
@@ -72,7 +79,10 @@ def test_overrides_are_toml_or_one_word(tmp_path: Path) -> None:
         ("train.batch_size", "must be section.key=value"),
         ("=1", "must be section.key=value"),
         ("data.kind.x=1", "data.kind is a value, not a section"),
-        ("log.folder=[1", "neither TOML nor one word"),
+        ("log.folder=[1", "the value is not TOML"),
+        ("log.folder='x", "the value is not TOML"),
+        ("log.folder=", "the value is not TOML"),
+        ("train.seed=1\ntrain.steps=2", "is more than one key"),
     ],
 )
 def test_a_broken_override_is_named(tmp_path: Path, override: str, fact: str) -> None:

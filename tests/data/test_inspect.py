@@ -63,5 +63,5 @@ def test_table_and_plot(tmp_path: Path) -> None:
 
 def test_a_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'bagpipe\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'bagpipe-recsys\[plot\]'"):
         save_plot([], tmp_path / "plot.png")

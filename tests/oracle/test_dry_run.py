@@ -128,7 +128,7 @@ def test_without_matplotlib_one_sentence_says_what_to_do(
     result: DryRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'bagpipe\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'bagpipe-recsys\[plot\]'"):
         save_plot(result, Path("never.svg"))
 
 

@@ -23,7 +23,7 @@ from bagpipe.config.base import Section
 from bagpipe.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
-_BARE_WORD = re.compile(r"[A-Za-z0-9_./:~*-]+")
+_OPENS_TOML = ("[", "{", '"', "'")
 
 
 def load_config(
@@ -34,7 +34,7 @@ def load_config(
     Args:
         model: the section that the file as a whole is.
         path: the file.
-        overrides: each `section.key=value`; the value is TOML, or a bare word, which is a string.
+        overrides: each `section.key=value`; the value is TOML, or else a string, as it stands.
         only: top-level keys to look at; the others are left out. All of them by default.
 
     Raises:
@@ -90,14 +90,18 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(override: str, text: str) -> object:
+    """What a shell leaves without quotes is a string, such as 2% or a path, unless it was to be a
+    list, a table or a quoted string.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError as error:
-        if _BARE_WORD.fullmatch(text):
+        if text and not text.startswith(_OPENS_TOML):
             return text
-        raise ConfigError(
-            f"--set {override}: the value is neither TOML nor one word: {error}"
-        ) from error
+        raise ConfigError(f"--set {override}: the value is not TOML: {error}") from error
+    if len(read) > 1:
+        raise ConfigError(f"--set {override}: is more than one key: give each a --set of its own")
+    return read["value"]
 
 
 def _mistakes(

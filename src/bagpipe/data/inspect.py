@@ -14,10 +14,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
+from rich.text import Text
 
+from bagpipe._plots import new_figure, save_figure
 from bagpipe.data.base import BatchSource
 from bagpipe.data.counting import KeyCounter
-from bagpipe.errors import ConfigError
 from bagpipe.types import Int64Array
 
 ALL_TABLES: Final = "all tables"
@@ -95,7 +96,7 @@ def render_table(stats: Sequence[TableStats]) -> Table:
         table.add_column(heading, justify="right")
     for entry in stats:
         table.add_row(
-            entry.table,
+            Text(entry.table),  # brackets in a string would be markup
             f"{entry.num_embeddings:,}",
             f"{entry.num_seen:,}",
             f"{entry.num_seen_once:,}",
@@ -110,15 +111,10 @@ def render_table(stats: Sequence[TableStats]) -> Table:
 
 def save_plot(stats: Sequence[TableStats], path: Path) -> None:
     """Draws the share of lookups against the share of rows that takes them, one line a table, and
-    saves it in the format of the path's ending. ConfigError: matplotlib is not installed.
+    saves it in the format of the path's ending. ConfigError: matplotlib is not installed, or
+    can't write there.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out"
-        ) from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure()
     axes = figure.add_subplot()
     for entry in stats:
         pooled = entry.table == ALL_TABLES
@@ -132,7 +128,7 @@ def save_plot(stats: Sequence[TableStats], path: Path) -> None:
         ylim=(0, 1.02),
     )
     axes.legend(fontsize="x-small", ncols=3)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _stats(table: str, num_embeddings: int, num_bags: int, counts: Int64Array) -> TableStats:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bagpipe.errors import ConfigError
+from bagpipe._plots import new_figure, save_figure
 from bagpipe.oracle.dry_run import DryRun, Point
 
 
@@ -93,14 +93,8 @@ def save_plot(result: DryRun, path: Path) -> None:
 
     ConfigError: matplotlib is not installed, or can't write there.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "a plot needs matplotlib: pip install 'bagpipe[plot]', or leave the plot out"
-        ) from error
+    figure = new_figure()
     num_rows = sum(group.num_rows for group in result.groups)
-    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for lookahead in sorted({point.lookahead for point in result.points}):
         points = [
@@ -120,10 +114,7 @@ def save_plot(result: DryRun, path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the plot can't be saved: {error}") from error
+    save_figure(figure, path)
 
 
 def format_count(count: float) -> str:

@@ -1,0 +1,100 @@
+"""README's code and commands run as they stand there, one after the other, as a newcomer pastes
+them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bagpipe.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = {
+    "data.num_samples": "4096",
+    "data.num_validation_samples": "256",
+    "data.max_num_embeddings": "500",
+    "embeddings.embedding_dim": "4",
+    "cache.size": "100%",
+    "train.batch_size": "512",
+    "train.device": "cpu",
+    "log.tensorboard": "false",
+}
+
+
+def commands(heading: str, *programs: str) -> list[list[str]]:
+    """The commands of a section, without their comments."""
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("    ")]
+    parsed = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in parsed if words[0] in programs and "--nnodes=2" not in words]
+
+
+def made_small(words: list[str]) -> list[str]:
+    """Settings of a command's own stay."""
+    own = [value.split("=")[0] for value in words]
+    model = [] if "model.kind=dcn" in words else ["model.top=[8,1]"]
+    sizes = [f"{key}={value}" for key, value in SMALL.items() if key not in own]
+    sizes += ["model.bottom=[4]", *model]
+    if any("criteo" in word for word in words):
+        sizes = [size for size in sizes if not size.startswith("data.")]
+    sets = [part for size in sizes for part in ("--set", size)]
+    return [*words, *([] if "prepare" in words else sets)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a newcomer stands, with Criteo's raw data."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    raw = tmp_path / "data" / "raw"
+    raw.mkdir(parents=True)
+    lines = ("\t".join([str(i % 2), *["3"] * 13, *[f"{i % 7:08x}"] * 26]) for i in range(2000))
+    (raw / "train.txt").write_text("".join(f"{line}\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_run_in_their_order(folder: Path) -> None:
+    told = commands("From a file", "bagpipe")
+    assert {words[1] for words in told} == {"data", "plan", "train"}
+    for words in told:
+        small = made_small(words[1:])
+        if words[1] == "plan":
+            small += ["--steps", "4", "--cache", "60%", "--lookahead", "2"]
+        result = CliRunner().invoke(app, small, catch_exceptions=False)
+        assert result.exit_code == 0, f"{shlex.join(words)}: {result.output}"
+    for left in ("skew.png", "plan.png", "trace.json", "runs/dcn", "data/criteo-kaggle"):
+        assert (folder / left).exists()
+
+
+def test_the_commands_for_launchers_are_those_of_a_file_that_is_there() -> None:
+    for words in commands("From a file", "torchrun"):
+        assert words[words.index("-m") + 1 :][:2] == ["bagpipe", "train"]
+        assert (ROOT / words[words.index("train") + 1]).exists()
+
+
+def test_the_loops_run_as_written() -> None:
+    own_loop, many = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    # as written but for their size: random rows of a table of gigabytes touch all its pages
+    own_loop = re.sub(r"10_131_227|8_351_593", "20_000", own_loop).replace("2%", "50%")
+    many = many.replace("2%", "50%")
+    many = many.replace("    ...  # as above", "    assert sum(1 for _ in batches) == len(loader)")
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{own_loop}assert loss.item() < 1.0\n{many}"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
