@@ -1,11 +1,9 @@
 """What it costs to turn ids into plans, without a trainer.
 
-1. De-duplication with gradient schedule, one batch at a time on one thread; the results of the last
-   `window` batches are kept, as in real use, so that every call writes to memory that is cold. In
-   turns with the same written with numpy.
-2. Slot assignment for each lookahead, once the cache is full, in turns with numpy on the same
-   batches: its two stages `Linker.link` and `Cacher.admit` + `plan`, which run in two threads when
-   live, and their sum.
+1. De-duplication with gradient schedule, one batch at a time on one thread. All results are kept,
+   as in real use those of the window are, so that every call writes to memory that is cold.
+2. Slot assignment for each lookahead, once the cache is full: its two stages `Linker.link` and
+   `Cacher.admit` + `plan`, which run in two threads when live, and their sum.
 3. The whole pipeline live, from batches in memory: a pool that de-duplicates, the Cacher in its
    thread, a consumer that only takes plans; batches a second once the cache is full and while the
    window is. Then, with `num_trainers`, the same for so many of them: batches so many times as
@@ -13,14 +11,13 @@
 4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead, and how much this
    process grew while the live pipeline ran, which also counts what the allocator keeps.
 
-Freed memory is kept, as in the oracle's own process; numpy gains by that too.
+Freed memory is kept, as in the oracle's own process.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,7 +34,6 @@ from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.stream import StreamOptions, plan_ranks_stream
 from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
 from bagpipe.types import Group, GroupPlan, Jagged
-from benchmarks import numpy_oracle
 from benchmarks.measure import Progress, Result, Timing, resident_bytes
 from benchmarks.streams import SKEW, kaggle_group, make_batches
 
@@ -65,7 +61,6 @@ class OracleBench:
     skew: float = SKEW
     cache_share: float = 0.02
     lookaheads: Sequence[int] = (20, 100)
-    window: int = 20
     num_measured: int = 50
     num_warmup: int = 40
     """Batches planned before measuring; the cache must be full by then, and the result says whether
@@ -138,22 +133,15 @@ def _make_ids(
 
 def _time_dedup(
     sizes: OracleBench, group: Group, batches: list[Jagged], progress: Progress
-) -> tuple[list[DedupedGroup], dict[str, Any]]:
-    """All batches de-duplicated, and the times of the last `num_measured` of both arms."""
-    first = len(batches) - sizes.num_measured
-    deduped = []
-    kept: deque[DedupedGroup] = deque(maxlen=sizes.window)
-    ours, naive = [], []
+) -> tuple[list[DedupedGroup], Timing]:
+    """All batches de-duplicated, and the times of the last `num_measured`."""
+    deduped, times = [], []
     for index, batch in enumerate(batches):
         started = time.perf_counter()
         deduped.append(dedup(group, batch))
-        ours_done = time.perf_counter()
-        if index >= first:
-            kept.append(numpy_oracle.dedup(group, batch))
-            naive.append(time.perf_counter() - ours_done)
-            ours.append(ours_done - started)
+        times.append(time.perf_counter() - started)
         progress("de-duplicating", index + 1, len(batches))
-    return deduped, _compared(ours, naive)
+    return deduped, Timing.of(times[-sizes.num_measured :])
 
 
 def _time_slots(
@@ -164,51 +152,40 @@ def _time_slots(
     lookahead: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Plans with both arms in turns; times once warmed up."""
-    ours = Cacher(
+    """Times of both stages once warmed up."""
+    cacher = Cacher(
         group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH
     )
-    naive = numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=PREFETCH_DEPTH)
     for batch in batches[:lookahead]:
-        ours.admit(ours.linker.link(batch))
-        naive.admit(batch)
-    linking, assigning, both, numpy = [], [], [], []
-    num_fetched = num_numpy_fetched = 0
+        cacher.admit(cacher.linker.link(batch))
+    linking, assigning, both = [], [], []
+    num_fetched = 0
     num_steps = sizes.num_warmup + sizes.num_measured
     for step in range(num_steps):
         batch = batches[step + lookahead]
         started = time.perf_counter()
-        linked = ours.linker.link(batch)
+        linked = cacher.linker.link(batch)
         linked_at = time.perf_counter()
-        ours.admit(linked)
-        plan = ours.plan()
+        cacher.admit(linked)
+        plan = cacher.plan()
         planned_at = time.perf_counter()
-        naive.admit(batch)
-        numpy_plan = naive.plan()
         if step >= sizes.num_warmup:
-            numpy.append(time.perf_counter() - planned_at)
             linking.append(linked_at - started)
             assigning.append(planned_at - linked_at)
             both.append(planned_at - started)
             num_fetched += _num_fetched(plan)
-            num_numpy_fetched += _num_fetched(numpy_plan)
         progress(f"assigning slots, lookahead {lookahead}", step + 1, num_steps)
-    return _compared(both, numpy) | {
+    return {
         "linking": Timing.of(linking),
         "assigning": Timing.of(assigning),
-        "cache_was_full": ours.num_used_slots == num_slots,
+        "both": Timing.of(both),
+        "cache_was_full": cacher.num_used_slots == num_slots,
         "fetched_rows_per_step": num_fetched / sizes.num_measured,
-        "numpy_fetched_rows_per_step": num_numpy_fetched / sizes.num_measured,
     }
 
 
 def _num_fetched(plan: GroupPlan) -> int:
     return len(plan.early.fetch_rows) + len(plan.late.fetch_rows)
-
-
-def _compared(ours: list[float], naive: list[float]) -> dict[str, Any]:
-    one, other = Timing.of(ours), Timing.of(naive)
-    return {"bagpipe": one, "numpy": other, "times_faster": other.median_ms / one.median_ms}
 
 
 def _run_live(
@@ -303,31 +280,13 @@ def _times_table(values: dict[str, Any]) -> Table:
         title=f"Oracle, {values['num_lookups']:,} lookups, {values['num_uniques']:,.0f} distinct "
         "rows a batch"
     )
-    for heading in ("", "ms a batch", "numpy", "times faster"):
-        table.add_column(heading, justify="left" if heading == "" else "right")
-    arms = [("de-duplication, one thread", values["dedup"])]
-    arms += [
-        (f"linking and slots, lookahead {lookahead}", timed)
-        for lookahead, timed in values["slots"].items()
-    ]
-    for name, timed in arms:
-        table.add_row(
-            name, str(timed["bagpipe"]), str(timed["numpy"]), f"{timed['times_faster']:.1f}"
-        )
-        for stage in ("linking", "assigning"):
-            if stage in timed:
-                table.add_row(f"  {stage}", str(timed[stage]))
+    table.add_column("")
+    table.add_column("ms a batch", justify="right")
+    table.add_row("de-duplication, one thread", str(values["dedup"]))
     for lookahead, timed in values["slots"].items():
-        both = [
-            values["dedup"][arm].median_ms + timed[arm].median_ms for arm in ("bagpipe", "numpy")
-        ]
-        table.add_row(
-            f"both, lookahead {lookahead}",
-            f"{both[0]:.2f}",
-            f"{both[1]:.2f}",
-            f"{both[1] / both[0]:.1f}",
-            style="bold",
-        )
+        table.add_row(f"linking and slots, lookahead {lookahead}", str(timed["both"]))
+        for stage in ("linking", "assigning"):
+            table.add_row(f"  {stage}", str(timed[stage]))
     return table
 
 

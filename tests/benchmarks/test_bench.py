@@ -1,11 +1,8 @@
-"""Benchmarks run at tiny sizes, print and save what they promise; the arms compute the same; the
-numpy oracle's plans are valid.
-"""
+"""Benchmarks run at tiny sizes, print and save what they promise; the arms compute the same."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from bagpipe.oracle import Cacher, DedupedBatch, DedupedGroup, checked, dedup
-from bagpipe.types import Group, GroupPlan, Jagged, StepPlan
-from benchmarks import numpy_oracle
 from benchmarks.cli import app
 from benchmarks.gpu.arms import TorchCpuArm
 from benchmarks.losses import disagreements
 from benchmarks.measure import Timing, silent
 from benchmarks.prepared_stream import make_stream
-from benchmarks.streams import kaggle_group, make_batches
 from benchmarks.workloads import make_workload
 
 
@@ -47,7 +40,7 @@ def test_the_oracle_at_a_tiny_size(tmp_path: Path) -> None:
     assert saved["environment"]["cores"] >= 1
     assert saved["quick"]
     values = saved["oracle"]
-    assert values["dedup"]["bagpipe"]["count"] == 3
+    assert values["dedup"]["count"] == values["slots"]["4"]["both"]["count"] == 3
     assert 4 <= values["bytes"]["row"] <= 16
     assert 8 <= values["bytes"]["slot"] <= 64
     assert [(live["num_trainers"], live["lookahead"]) for live in values["live"]] == [
@@ -206,83 +199,6 @@ def test_timings_tell_median_and_spread() -> None:
         5,
     )
     assert str(timing) == "3.00 [2.00, 4.00]"
-
-
-def admit(cacher: Cacher | numpy_oracle.NumpyCacher, batch: DedupedGroup) -> None:
-    if isinstance(cacher, Cacher):
-        cacher.admit(cacher.linker.link(batch))
-    else:
-        cacher.admit(batch)
-
-
-def planned(
-    cacher: Cacher | numpy_oracle.NumpyCacher, batches: list[DedupedGroup], lookahead: int
-) -> Iterator[tuple[StepPlan, DedupedBatch[None]]]:
-    num_admitted = 0
-    for step, batch in enumerate(batches):
-        while num_admitted < min(len(batches), step + lookahead + 1):
-            admit(cacher, batches[num_admitted])
-            num_admitted += 1
-        plan = StepPlan(
-            step=step,
-            early_tick=max(0, step - 2),
-            batch_size=64,
-            groups=(cacher.plan(),),
-            lookahead=0,
-        )
-        yield plan, DedupedBatch(payload=None, batch_size=64, groups=(batch,))
-
-
-def num_fetched(plan: GroupPlan) -> int:
-    return len(plan.early.fetch_rows) + len(plan.late.fetch_rows)
-
-
-@pytest.mark.parametrize("lookahead", [1, 5, 20])
-@pytest.mark.parametrize("num_slots", [900, 1500, 3000])
-def test_the_numpy_oracle_plans_as_well_as_ours(lookahead: int, num_slots: int) -> None:
-    group, batches = small_stream()
-    ours = Cacher(group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=2)
-    naive = numpy_oracle.NumpyCacher(group, num_slots=num_slots, prefetch_depth=2)
-    expected = sum(
-        num_fetched(plan.groups[0])
-        for plan, _ in planned(ours, [dedup(group, batch) for batch in batches], lookahead)
-    )
-    plans = planned(naive, [numpy_oracle.dedup(group, batch) for batch in batches], lookahead)
-    found = sum(num_fetched(plan.groups[0]) for plan, _ in checked([group], [num_slots], plans))
-    assert found == pytest.approx(expected, rel=0.02)
-
-
-def test_the_numpy_oracle_finds_the_same_rows_and_sums() -> None:
-    group, batches = small_stream()
-    skewed = Jagged(
-        keys=batches[0].keys, values=batches[0].values % 2, batch_size=batches[0].batch_size
-    )
-    for batch in (batches[0], skewed):
-        ours, naive = dedup(group, batch), numpy_oracle.dedup(group, batch)
-        np.testing.assert_array_equal(
-            ours.unique_rows[ours.inverse], naive.unique_rows[naive.inverse]
-        )
-        assert bags_by_row(ours) == bags_by_row(naive)
-
-
-def small_stream() -> tuple[Group, list[Jagged]]:
-    group = kaggle_group(max_rows=500)
-    batches = make_batches(group, num_batches=40, batch_size=64, progress=silent)
-    return group, [batch.sparse for batch in batches]
-
-
-def bags_by_row(batch: DedupedGroup) -> dict[int, list[list[int]]]:
-    """Row -> the bags of each of its pieces, in order."""
-    pieces = [
-        batch.bags[begin:end].tolist()
-        for begin, end in zip(batch.piece_offsets, batch.piece_offsets[1:], strict=False)
-    ]
-    num_uniques = len(batch.unique_rows)
-    found = {int(row): [pieces[index]] for index, row in enumerate(batch.unique_rows)}
-    for index, unique in enumerate(batch.long_uniques):
-        first, last = batch.long_offsets[index], batch.long_offsets[index + 1]
-        found[int(batch.unique_rows[unique])] += pieces[num_uniques + first : num_uniques + last]
-    return found
 
 
 def test_the_oracle_plans_for_several_trainers(tmp_path: Path) -> None:
