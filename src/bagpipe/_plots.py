@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bagpipe._files import replaced
 from bagpipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,8 +54,11 @@ def new_figure(*, width: float = 8.0, height: float = 5.0) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Saves it in the format of the path's ending. ConfigError: it can't be."""
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the plot can't be saved: {error}") from error
+    """Saves it in the format of the path's ending. ConfigError: it can't be, and a file that was
+    there is as it was.
+    """
+    with replaced(path) as temporary:
+        try:
+            figure.savefig(temporary, dpi=150)
+        except ValueError as error:
+            raise ConfigError(f"{path}: the plot can't be saved: {error}") from error

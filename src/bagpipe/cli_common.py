@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, PlanError
+from bagpipe._files import replaced
+from bagpipe.errors import BackgroundError, BagpipeError, PlanError
 
 File = Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)]
 Overrides = Annotated[
@@ -107,7 +108,5 @@ def save_json(values: Mapping[str, Any], path: Path) -> None:
     if str(path) == "-":
         typer.echo(text, nl=False)
         return
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be written: {error.strerror}") from error
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@
     ├── ConfigError (ValueError)        a setting is wrong; nothing has started
     │   └── CacheTooSmallError          one batch alone needs more slots than the cache has
     ├── DataError (ValueError)          the input is wrong: says which file, line, column or feature
-    ├── StoreError (OSError)            an embedding store could not read or write
+    ├── StoreError (OSError)            rows could not be read, written or saved
     ├── CheckpointError                 a checkpoint is missing, damaged or of another run
     ├── LossError (ArithmeticError)     the training loss is not finite
     ├── UsageError (RuntimeError)       the library was called in an order that it can't serve
@@ -78,7 +78,7 @@ class DataError(BagpipeError, ValueError):
 
 
 class StoreError(BagpipeError, OSError):
-    """An embedding store could not read or write its rows."""
+    """An embedding store could not read or write its rows, or tables could not be saved."""
 
 
 class CheckpointError(BagpipeError):

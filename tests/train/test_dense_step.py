@@ -4,7 +4,6 @@ and update.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from bagpipe.train.build import has_graph, make_dense_step
 from bagpipe.train.checkpoint import load_optimizer
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.report import SilentReporter
-from bagpipe.train.trace import TraceOptions
 from bagpipe.train.trainer import train
 from bagpipe.types import Jagged, RowWiseAdagrad, TableConfig
 
@@ -228,47 +226,6 @@ def test_what_only_a_gpu_does_is_refused_on_a_cpu(tmp_path: Path, key: str, valu
         train(
             small_config(tmp_path, train={key: value, "device": "cpu"}), reporter=SilentReporter()
         )
-
-
-def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
-    train(
-        small_config(tmp_path, train={"steps": 40}),
-        reporter=SilentReporter(),
-        trace=TraceOptions(path=tmp_path / "traces" / "trace.json"),
-    )
-    events = json.loads((tmp_path / "traces" / "trace.json").read_text())["traceEvents"]
-    names = {event["name"] for event in events if event["name"].startswith("bagpipe.")}
-    assert names == {
-        f"bagpipe.{stage}"
-        for stage in ("lookup", "dense", "update", "evict", "gather", "fetch", "plan", "write_back")
-    }
-    with pytest.raises(ConfigError, match="can't be written"):
-        train(
-            small_config(tmp_path),
-            reporter=SilentReporter(),
-            overwrite=True,
-            trace=TraceOptions(path=tmp_path),
-        )
-
-
-@pytest.mark.parametrize("num_steps", [1, 7])
-def test_a_short_run_is_traced_too(tmp_path: Path, num_steps: int) -> None:
-    train(
-        small_config(tmp_path, train={"steps": num_steps}),
-        reporter=SilentReporter(),
-        trace=TraceOptions(path=tmp_path / "trace.json"),
-    )
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert "bagpipe.dense" in {event["name"] for event in events}
-
-
-def test_the_traced_steps_are_the_ones_asked_for(tmp_path: Path) -> None:
-    options = TraceOptions(path=tmp_path / "trace.json", num_steps=3, after=1)
-    train(small_config(tmp_path), reporter=SilentReporter(), trace=options)
-    events = json.loads(options.path.read_text())["traceEvents"]
-    assert [event["name"] for event in events].count("bagpipe.dense") == 3
-    with pytest.raises(ConfigError, match="0 steps after 20: must be at least 1"):
-        TraceOptions(path=tmp_path / "trace.json", num_steps=0)
 
 
 def spoil_capture(step: DenseStep, *args: object) -> NoReturn:

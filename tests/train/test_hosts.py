@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.disks import files_of_at_most
 from tests.oracle.test_hosts import home_of, smallest_cache
 from tests.store_contract import touched_rows
 from tests.train.ranks import run_ranks
@@ -470,6 +472,26 @@ def test_tables_are_saved_by_all_hosts_together(tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             found[f"embedding_bags.{name}.weight"].numpy(), expected[group][:, :dim]
         )
+
+
+def test_a_full_disk_of_rank_0_is_told_by_all_hosts_and_holds_none_up(tmp_path: Path) -> None:
+    path = tmp_path / "tables.safetensors"
+    path.write_bytes(b"older")
+
+    def work(communicator: Communicator) -> str:
+        with EmbeddingsOf(communicator) as embeddings:
+            communicator.barrier("waiting for all to have their memory")
+            limit = files_of_at_most(400) if communicator.rank == 0 else nullcontext()
+            with limit, pytest.raises(StoreError) as caught:
+                embeddings.save_tables(path)
+            communicator.barrier("waiting for all to have been told")
+        return str(caught.value)
+
+    first, *others = run_ranks(4, work, num_hosts=2)
+    assert f"{path}: can't be written: File too large" in first
+    assert others == [f"on rank 0: {first}"] * 3
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_hosts_that_read_other_batches_are_told_before_anything_is_saved() -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+from tests.disks import files_of_at_most
+
+from bagpipe.errors import ConfigError
 from bagpipe.train.logs import LOG_NAME, RunLog
 
 
@@ -51,3 +55,21 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path: Path) -> None:
         log.write("train", 2, loss=0.5)
     assert len(told) == 1
     assert "/dev/full: can't be written: No space left on device; the run goes on" in told[0]
+
+
+def test_a_full_disk_leaves_the_log_of_an_earlier_run_alone(tmp_path: Path) -> None:
+    write_steps(tmp_path, *range(100))
+    before = (tmp_path / LOG_NAME).read_bytes()
+    with files_of_at_most(1_000), pytest.raises(ConfigError) as caught:
+        RunLog(tmp_path, step=90, tensorboard=False)
+    assert f"{tmp_path / LOG_NAME}: can't be written: File too large" in str(caught.value)
+    assert (tmp_path / LOG_NAME).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [LOG_NAME]
+
+
+@pytest.mark.parametrize("name", [LOG_NAME, "tensorboard"])
+def test_a_place_that_is_taken_is_named(tmp_path: Path, name: str) -> None:
+    taken = tmp_path / name
+    taken.mkdir() if name == LOG_NAME else taken.touch()
+    with pytest.raises(ConfigError, match=rf"{name}: can't be written: .*another log.folder"):
+        RunLog(tmp_path, step=None, tensorboard=True)

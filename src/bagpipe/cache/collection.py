@@ -22,7 +22,7 @@ from bagpipe.cache.device_plan import DevicePlan, to_device
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.pooled import PooledEmbeddings
 from bagpipe.cache.spans import span
-from bagpipe.cache.tables import LazyTable, save_tables
+from bagpipe.cache.tables import LazyTable, save_tables, save_tables_together
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows, same_ids
 from bagpipe.store import MemoryStore
@@ -297,6 +297,10 @@ class EmbeddingBagCollection(nn.Module):
         bounded memory.
 
         With several hosts all trainers must call it, and rank 0 writes.
+
+        Raises:
+            StoreError: the file can't be written, as on a full disk; one that was there before is
+            as it was.
         """
         if not self._has_hosts:
             save_tables(
@@ -306,11 +310,7 @@ class EmbeddingBagCollection(nn.Module):
         assert self.communicator is not None
         self.flush()
         tables = {_weight_key(name): table for name, table in self._tables(self.flush).items()}
-        if self.communicator.rank == 0:
-            save_tables(tables, Path(path))
-        else:
-            for table in tables.values():
-                table.join_reading()
+        save_tables_together(tables, Path(path), self.communicator)
 
     def join_reading(self) -> None:
         """With several hosts: helps other ranks to read a batch in evaluation, on a rank that has

@@ -6,20 +6,23 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
 
+from bagpipe._files import replaced
 from bagpipe.cache.weights import TORCH_DTYPES, weights_in
-from bagpipe.errors import UsageError
+from bagpipe.errors import StoreError, UsageError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Float32Array, Int64Array
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bagpipe.cache.communicator import Communicator
 
 Fetch: TypeAlias = Callable[[EmbeddingStore, Int64Array, Float32Array], None]
 _BLOCK_ROWS = 65_536
@@ -104,7 +107,43 @@ def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
     The format (https://github.com/huggingface/safetensors, "Format") is an 8-byte little-endian
     header length, a JSON header and the raw data; it is written here because the library's own
     writer wants every tensor in memory at once.
+
+    StoreError: the file can't be written, and is as it was before; or a store can't be read.
     """
+    _write_tables(tables, _all_blocks(tables), path)
+
+
+def save_tables_together(
+    tables: Mapping[str, LazyTable], path: Path, communicator: Communicator
+) -> None:
+    """As `save_tables`, of tables that all ranks must read together: rank 0 writes.
+
+    StoreError: as there, on all ranks.
+    """
+    failure: StoreError | None = None
+    if communicator.rank == 0:
+        blocks = _all_blocks(tables)
+        try:
+            _write_tables(tables, blocks, path)
+        except StoreError as error:
+            failure = error
+            for _ in blocks:  # the others, who do not know, read to the end
+                pass
+    else:
+        for table in tables.values():
+            table.join_reading()
+    told = communicator.gather_texts("the tables' file", "" if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if told[0]:
+        raise StoreError(f"on rank 0: {told[0]}")
+
+
+def _all_blocks(tables: Mapping[str, LazyTable]) -> Iterator[Tensor]:
+    return (block for table in tables.values() for block in table.blocks())
+
+
+def _write_tables(tables: Mapping[str, LazyTable], blocks: Iterable[Tensor], path: Path) -> None:
     header: dict[str, Any] = {}
     end = 0
     for key, table in tables.items():
@@ -116,9 +155,12 @@ def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
         }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for table in tables.values():
-            for block in table.blocks():
-                # little-endian, as all machines are that torch runs on
-                file.write(block.view(torch.uint8).numpy().tobytes())
+    beginning = struct.pack("<Q", len(encoded)) + encoded
+    with (
+        replaced(path, StoreError, needs_bytes=len(beginning) + end) as temporary,
+        temporary.open("wb") as file,
+    ):
+        file.write(beginning)
+        for block in blocks:
+            # little-endian, as all machines are that torch runs on
+            file.write(block.view(torch.uint8).numpy().tobytes())

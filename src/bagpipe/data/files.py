@@ -9,6 +9,8 @@ from typing import Any, Final, Self
 
 import xxhash
 
+from bagpipe._files import sync_folder
+
 _CHUNK_BYTES: Final = 4 << 20
 
 
@@ -94,12 +96,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
     os.replace(temporary, path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the folder's names durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

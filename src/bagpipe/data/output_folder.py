@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from bagpipe.data.files import sync_folder
+from bagpipe._files import sync_folder
 from bagpipe.data.manifest import MANIFEST_NAME, PreparedManifest
 from bagpipe.errors import DataError
 

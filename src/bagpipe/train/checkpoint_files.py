@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, Self
 import pyarrow as pa
 import xxhash
 
-from bagpipe.data.files import sync_folder
+from bagpipe._files import sync_folder
 from bagpipe.errors import CheckpointError, StoreError
 from bagpipe.types import Float32Array, Int64Array
 

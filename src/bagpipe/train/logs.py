@@ -17,6 +17,9 @@ from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
+from bagpipe._files import replaced
+from bagpipe.errors import ConfigError
+
 LOG_NAME = "log.jsonl"
 
 
@@ -30,6 +33,9 @@ class RunLog:
         tensorboard: whether to write for TensorBoard too, into `folder`/tensorboard.
         on_failure: told once when a record can't be written, as on a full disk; the run is worth
             more than its log.
+
+    Raises:
+        ConfigError: the files can't be made, or an earlier log not be cut.
     """
 
     def __init__(
@@ -42,13 +48,19 @@ class RunLog:
     ) -> None:
         path = folder / LOG_NAME
         self._on_failure: Callable[[str], None] | None = on_failure
-        _drop_records_after(path, -1 if step is None else step)
-        self._file = path.open("a", buffering=1, encoding="utf-8")
-        self._board = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1)
-            if tensorboard
-            else None
-        )
+        try:
+            _drop_records_after(path, -1 if step is None else step)
+            self._board = (
+                SummaryWriter(str(folder / "tensorboard"), purge_step=(step or 0) + 1)
+                if tensorboard
+                else None
+            )
+            self._file = path.open("a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or path}: can't be written: {error.strerror or error}: make "
+                "room, or give another log.folder"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -111,9 +123,8 @@ def _drop_records_after(path: Path, step: int) -> None:
     kept = [
         line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step
     ]
-    replacement = path.with_suffix(".jsonl.tmp")
-    replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    replacement.replace(path)
+    with replaced(path) as replacement:
+        replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -8,15 +8,20 @@ slower while traced, the first of them most.
 
 from __future__ import annotations
 
+import gzip
+import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bagpipe._files import replaced
 from bagpipe.cache.spans import tracing
 from bagpipe.errors import ConfigError
 
@@ -42,11 +47,18 @@ class Trace:
     traced step, or at the end.
     """
 
-    def __init__(self, options: TraceOptions | None, device: torch.device, num_steps: int) -> None:
-        """Does nothing without `options`. `num_steps` are still to come. ConfigError: the file
-        can't be written.
+    def __init__(
+        self,
+        options: TraceOptions | None,
+        device: torch.device,
+        num_steps: int,
+        on_failure: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Does nothing without `options`. `num_steps` are still to come. `on_failure` is told why
+        a trace can't be written when it is taken, as on a full disk; the run is worth more than
+        that. ConfigError: the file can't be written from the beginning.
         """
-        self._options, self._device = options, device
+        self._options, self._device, self._on_failure = options, device, on_failure
         self._steps_done = 0
         self._stack = ExitStack()
         self._profile: profile | None = None
@@ -99,5 +111,33 @@ class Trace:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._stack.close()
-        self._profile.export_chrome_trace(str(self._options.path))
-        self._profile = None
+        taken, self._profile = self._profile, None
+        try:
+            _write(taken, self._options.path)
+        except ConfigError as error:
+            self._on_failure(f"no trace, the run goes on without it: {error}")
+
+
+def _write(taken: profile, path: Path) -> None:
+    """ConfigError: it can't be written. The profiler itself does not say so, but leaves half a
+    file.
+    """
+    with (
+        replaced(path) as temporary,
+        TemporaryDirectory(dir=path.parent, prefix=".trace-") as folder,
+    ):
+        plain = Path(folder) / "trace.json"
+        taken.export_chrome_trace(str(plain))
+        if not plain.exists() or not _ends_like_json(plain):
+            raise OSError(0, "it was cut short; the disk may be full")
+        if path.suffix == ".gz":
+            with plain.open("rb") as source, gzip.open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target)
+        else:
+            plain.replace(temporary)
+
+
+def _ends_like_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 16))
+        return file.read().rstrip().endswith(b"}")

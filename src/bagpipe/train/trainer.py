@@ -117,6 +117,7 @@ def train(
                 trace if trainers.is_first else None,
                 run.device,
                 run.schedule.num_steps - run.embeddings.step,
+                on_failure=reporter.say,
             ) as traced:
                 loop = _Loop(run, checkpoints, log, reporter, stop, traced, trainers)
                 return loop.run(saved)
