@@ -24,11 +24,17 @@ from bagpipe._memory import copy_run
 from bagpipe.data.base import Batch, FeatureSpec, Split, count_batches
 from bagpipe.data.check import check_batch
 from bagpipe.data.manifest import PreparedManifest, check_file
-from bagpipe.data.reading_order import WINDOW_BATCHES, FrontToBack, Piece, Shuffled
+from bagpipe.data.reading_order import (
+    PARTS_PER_BATCH,
+    WINDOW_BATCHES,
+    FrontToBack,
+    Piece,
+    Shuffled,
+)
 from bagpipe.errors import ConfigError, DataError
 from bagpipe.types import Float32Array, Int32Array, Int64Array, Jagged
 
-_NUM_CACHED_VIEWS: Final = 2 * WINDOW_BATCHES
+_NUM_CACHED_VIEWS: Final = 2 * PARTS_PER_BATCH * WINDOW_BATCHES
 _FIRST_FEATURE_COLUMN: Final = 2
 
 

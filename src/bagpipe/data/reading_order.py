@@ -1,10 +1,12 @@
 """In which order the rows of a split are read: front to back, or shuffled within bounds that keep
 reading local.
 
-Shuffled, the record batches are put in a random order, and the rows of every WINDOW_BATCHES that
-follow each other are mixed. A split of at most one window is so mixed wholly; a larger one comes
-close to it, while each moment reads from one window only. All of it is a pure function of (seed,
-epoch), and any position is found without what comes before it.
+Shuffled, a split of at most WINDOW_BATCHES record batches is mixed wholly. A larger one is read in
+windows of as many rows, each mixed, so that each moment reads from one window only. A window has
+one part, a quarter of a record batch, out of each of as many stretches of the split, at random. So
+whatever changes along the split (the label in data sorted by it, the day, the user) has in each
+window nearly its share of the whole. All of it is a pure function of (seed, epoch), and any
+position is found without what comes before it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from bagpipe.types import Int64Array
 
 WINDOW_BATCHES: Final = 16
+PARTS_PER_BATCH: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +61,20 @@ class Shuffled:
 
     def __init__(self, starts: Int64Array, *, seed: int, epoch: int) -> None:
         self._key = (seed, epoch)
-        self._order = np.random.default_rng([*self._key, 0]).permutation(len(starts) - 1)
-        self._starts = np.concatenate([[0], np.cumsum(np.diff(starts)[self._order])]).astype(
-            np.int64
-        )
-        self._window_starts = self._starts[list(range(0, len(self._order), WINDOW_BATCHES))]
+        num_batches = len(starts) - 1
+        random = np.random.default_rng([*self._key, 0])
+        if num_batches <= WINDOW_BATCHES:
+            parts_per_batch, order = 1, random.permutation(num_batches)
+            windows = np.zeros(num_batches, np.int64)
+        else:
+            parts_per_batch = PARTS_PER_BATCH
+            most = parts_per_batch * WINDOW_BATCHES
+            order, windows = _spread(num_batches * parts_per_batch, most, random)
+        firsts, sizes = _cut(np.diff(starts), parts_per_batch)
+        self._batches = order // parts_per_batch  # (P,) for each part in its order: its batch,
+        self._firsts = firsts[order]  # (P,) its first row in that,
+        self._starts = np.concatenate([[0], np.cumsum(sizes[order])])  # (P + 1,) its position
+        self._window_starts = self._starts[:-1][np.diff(windows, prepend=-1) > 0]
         self._window = -1
         self._mixed = np.empty(0, np.int64)
 
@@ -79,8 +91,8 @@ class Shuffled:
             position = stop
 
     def _pieces_of(self, rows: Int64Array, base: int) -> Iterator[Piece]:
-        """`rows` (n,) are positions in the order of record batches; the first goes to `base`. Each
-        piece's rows ascend.
+        """`rows` (n,) are positions in the order of parts; the first goes to `base`. Each piece's
+        rows ascend.
         """
         order = np.argsort(rows)
         rows = rows[order]
@@ -88,8 +100,8 @@ class Shuffled:
         for place in np.flatnonzero(np.diff(cuts)):
             chosen = slice(cuts[place], cuts[place + 1])
             yield Piece(
-                record_batch=int(self._order[place]),
-                rows=rows[chosen] - self._starts[place],
+                record_batch=int(self._batches[place]),
+                rows=rows[chosen] - self._starts[place] + self._firsts[place],
                 positions=order[chosen] + base,
             )
 
@@ -98,3 +110,34 @@ class Shuffled:
             self._mixed = np.random.default_rng([*self._key, 1, window]).permutation(num_rows)
             self._window = window
         return self._mixed
+
+
+def _spread(
+    num_parts: int, most: int, random: np.random.Generator
+) -> tuple[Int64Array, Int64Array]:
+    """An order of the parts (P,) and the window of each (P,), which has at most `most` parts.
+
+    The parts are cut into stretches, as many as a window has parts, and each stretch gives its
+    parts to windows that are evenly far apart, in a random order.
+    """
+    num_windows = -(-num_parts // most)
+    num_stretches = -(-num_parts // num_windows)
+    parts = np.arange(num_parts)
+    stretches = parts * num_stretches // num_parts
+    shuffled = random.permutation(num_parts)
+    shuffled = shuffled[np.argsort(stretches[shuffled], kind="stable")]  # within each stretch
+    ranks = parts - np.searchsorted(stretches, stretches)
+    sizes = np.bincount(stretches)[stretches]
+    # A stretch with fewer parts than there are windows skips some, at random.
+    offsets = random.integers(1 << 16, size=num_stretches)[stretches]
+    windows = ((ranks << 16) + offsets) * num_windows // (sizes << 16)
+    by_window = np.argsort(windows, kind="stable")
+    return shuffled[by_window], windows[by_window]
+
+
+def _cut(sizes: Int64Array, parts_per_batch: int) -> tuple[Int64Array, Int64Array]:
+    """Each part's first row in its record batch and its number of rows (P,), both in the order of
+    the record batches, of `sizes` (R,).
+    """
+    bounds = sizes[:, None] * np.arange(parts_per_batch + 1) // parts_per_batch
+    return bounds[:, :-1].reshape(-1), np.diff(bounds, axis=1).reshape(-1)
