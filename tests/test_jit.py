@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
+import numba
 import pytest
+
+from bagpipe._jit import jit
 
 NUMBERS = "from bagpipe._jit import jit, inline_jit\nLIMIT = {limit}\n"
 INNER = (
@@ -63,3 +69,74 @@ def test_a_change_in_another_file_compiles_its_callers_anew(
 ) -> None:
     assert run(tmp_path) == "12 0"
     assert run(tmp_path, **change) == expected
+
+
+COUNTED = """
+import sys
+from bagpipe import _jit
+from inner_of import inner
+from numba.core import event
+
+seen = []
+class Spy(event.Listener):
+    def on_start(self, happened):
+        seen.append(_jit.is_compiling())
+    def on_end(self, happened):
+        pass
+event.register("numba:compile", Spy())
+
+total = _jit.count_compiled()[1]
+before = _jit.count_compiled()[0]
+inner(1)
+after = _jit.count_compiled()
+print(after[0] - before, after[1] == total, any(seen), _jit.is_compiling())
+"""
+
+
+def test_compilations_are_counted_whichever_process_made_them(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "outer_of.py").write_text(COUNTED)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "other")}
+    told = [
+        subprocess.run(
+            [sys.executable, "outer_of.py"],
+            cwd=tmp_path,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert told == [["1", "True", "True", "False"], ["0", "True", "False", "False"]]
+
+
+def test_a_function_is_not_read_between_the_writing_of_its_index_and_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two processes do that compile: an index may name the code of another signature."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def add_one(x: int) -> int:
+        return x + 1
+
+    writer, reader = (cast(Any, jit(add_one))._cache._cache_file for _ in range(2))
+    os.makedirs(writer._cache_path, exist_ok=True)
+    is_between, may_go_on = threading.Event(), threading.Event()
+    save_data = writer._save_data
+
+    def save_late(*arguments: object) -> None:
+        is_between.set()
+        may_go_on.wait(30)
+        save_data(*arguments)
+
+    writer._save_data = save_late
+    with ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(writer.save, "key", "code")
+        assert is_between.wait(30)
+        reading = pool.submit(reader.load, "key")
+        with pytest.raises(TimeoutError):
+            reading.result(0.2)
+        may_go_on.set()
+        writing.result(30)
+        assert reading.result(30) == "code"

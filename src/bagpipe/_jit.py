@@ -11,16 +11,19 @@ so a fork server may import this package but not train with it.
 numba's cache knows a function by its own file. Compiled functions of other files are part of its
 machine code, too: where one of those changes, the old code would run, and plan something else than
 the source says. So functions are told apart by what their file holds and all that it has imported
-(`_noted`).
+(`_noted`). Processes that compile at the same time share the folder of compiled code, so its files
+are read and written under a lock: numba saves a function's index before the code that it names.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import marshal
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
 from types import CodeType
@@ -28,6 +31,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numba
 import numpy as np
+from numba.core import event
 from numba.core.cpu_options import ParallelOptions
 
 P = ParamSpec("P")
@@ -61,6 +65,9 @@ _STAMP = "_bagpipe_sources"
 _OF_THE_MACHINE = ("_THREADS", "_CORES")
 """How names end of numbers that are no part of machine code, and other ones where there are more
 cores."""
+_LOCK_NAME = "bagpipe.lock"
+_cache_files: list[Any] = []
+_found_on_disk: set[Any] = set()
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _may_overlap = False  # known after the first call
@@ -131,7 +138,64 @@ def _noted(compiled: Callable[P, R], function: Callable[P, R]) -> Callable[P, R]
     cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cache_file is not None:
         cache_file._source_stamp = stamp
+        cache_file.save = _locked(cache_file.save, cache_file, fcntl.LOCK_EX)
+        cache_file.load = _locked(cache_file.load, cache_file, fcntl.LOCK_SH)
+        _cache_files.append(cache_file)
     return compiled
+
+
+def _locked(call: Callable[P, R], cache_file: Any, kind: int) -> Callable[P, R]:
+    """`call` under the lock of the folder of compiled code."""
+
+    @wraps(call)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _lock(Path(cache_file._cache_path) / _LOCK_NAME, kind):
+            return call(*args, **kwargs)
+
+    return locked
+
+
+@contextmanager
+def _lock(path: Path, kind: int) -> Iterator[None]:
+    try:
+        file = path.open("a")
+    except OSError:  # there is no such folder yet, or it is read only: then nobody writes there
+        yield
+        return
+    with file:
+        fcntl.flock(file, kind)
+        yield
+
+
+class _Listener(event.Listener):
+    """Counts compilations in hand; one within another, too. numba holds its lock meanwhile."""
+
+    num_in_hand = 0
+
+    def on_start(self, _: object) -> None:
+        self.num_in_hand += 1
+
+    def on_end(self, _: object) -> None:
+        self.num_in_hand -= 1
+
+
+_listener = _Listener()
+event.register("numba:compile", _listener)  # type: ignore[no-untyped-call]
+
+
+def is_compiling() -> bool:
+    """Whether a thread of this process compiles now. Code that is read from disk does not count."""
+    return _listener.num_in_hand > 0
+
+
+def count_compiled() -> tuple[int, int]:
+    """How many of the compiled functions that are imported have machine code on disk, whichever
+    process put it there, and how many there are. A run needs most of them, seldom all.
+    """
+    for cache_file in [file for file in _cache_files if file not in _found_on_disk]:
+        if cache_file._load_index():
+            _found_on_disk.add(cache_file)
+    return len(_found_on_disk), len(_cache_files)
 
 
 def _content(value: object) -> str | None:

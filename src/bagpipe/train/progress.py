@@ -1,41 +1,68 @@
-"""A run's progress on a terminal: one live line under the sentences that scroll past, and a second
-one during an evaluation.
+"""A run's progress for a person: on a terminal one live line under the sentences that scroll past,
+and a second one during an evaluation; elsewhere, as in a log file, a plain line every half minute.
+
+While loops are compiled, which the first run on a machine does, the line says so and how many are.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from types import TracebackType
 from typing import Self
 
 from rich import progress
 from rich.console import Console
+from rich.text import Text
 
+from bagpipe._jit import count_compiled, is_compiling
 from bagpipe.train.report import Progress
 
 _NUMBERS = "{speed}/s loss {loss} hit {hit_rate} wait plan {plan} rows {rows} slots {slots} ms"
 _NOTHING_YET = _NUMBERS.format(
     **dict.fromkeys(("loss", "speed", "hit_rate", "plan", "rows", "slots"), "-")
 )
+_LOOK_EVERY_S = 0.25
+_COMPILING_IS_TOLD_AFTER_S = 1.0
+
+
+class _Description(progress.ProgressColumn):
+    """A task's description, for training with what is compiled at the moment."""
+
+    max_refresh = 0.25
+
+    def render(self, task: progress.Task) -> Text:
+        return Text(f"{task.description}{_compiling()}")
 
 
 class ConsoleReporter:
     """Draws progress lines on a rich console; a context manager, which leaves the last line
     standing.
+
+    Args:
+        console: where to.
+        line_every_s: seconds between two plain lines where the console is no terminal.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, line_every_s: float = 30.0) -> None:
         self._console = console
         self._bar = progress.Progress(
             progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.description}"),
+            _Description(),
             progress.TimeRemainingColumn(compact=True),
             console=console,
         )
+        self._line_every_s = line_every_s
         self._training: progress.TaskID | None = None
         self._evaluation: progress.TaskID | None = None
+        self._is_over = threading.Event()
+        self._teller = threading.Thread(
+            target=self._tell_by_itself, name="bagpipe-progress", daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._bar.start()
+        self._teller.start()
         return self
 
     def __exit__(
@@ -44,6 +71,8 @@ class ConsoleReporter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._is_over.set()
+        self._teller.join()
         self._bar.stop()
 
     def start(self, step: int, num_steps: int) -> None:
@@ -80,3 +109,40 @@ class ConsoleReporter:
     def say(self, text: str) -> None:
         """Prints a sentence above the line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _tell_by_itself(self) -> None:
+        """Runs in a thread of its own: a loop that waits for something tells nobody."""
+        compiling_since: float | None = None
+        is_told = False
+        line_at = time.monotonic() + self._line_every_s
+        while not self._is_over.wait(min(_LOOK_EVERY_S, self._line_every_s)):
+            now = time.monotonic()
+            compiling_since = (compiling_since or now) if is_compiling() else None
+            if (
+                not is_told
+                and compiling_since is not None
+                and now - compiling_since >= _COMPILING_IS_TOLD_AFTER_S
+            ):
+                is_told = True
+                self.say("compiling loops, once: further runs on this machine start at once")
+            if now >= line_at:
+                line_at = now + self._line_every_s
+                if not self._console.is_terminal:
+                    self._write_line()
+
+    def _write_line(self) -> None:
+        for task in self._bar.tasks:
+            left = "" if task.time_remaining is None else f", {task.time_remaining:,.0f} s left"
+            self.say(
+                f"{task.completed:,.0f}/{task.total:,.0f} {task.description}{_compiling()}{left}"
+            )
+        if not self._bar.tasks:
+            self.say(f"preparing{_compiling()}")
+
+
+def _compiling() -> str:
+    """What is added to a line while loops are compiled."""
+    if not is_compiling():
+        return ""
+    done, total = count_compiled()
+    return f"; compiling loops, once: {done} of at most {total}"

@@ -192,7 +192,8 @@ class _Loop:
                 self._train_step(batch)
                 self._trace.step_done()
                 self._reporter.advance(self._step)
-                if self._is_due(config.log.every_steps):
+                if self._is_due(config.log.every_steps) or self._step == run.schedule.num_steps:
+                    # the last one here, too: outside of the loop the stream has been closed
                     self._write_progress(stream)
                 if self._is_due(config.train.eval_every_steps):
                     self._pause(stream, self._evaluate)

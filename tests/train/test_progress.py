@@ -1,0 +1,103 @@
+"""What a person is told during a run, with a terminal and without."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tests.train.runs import NUM_STEPS, small_config
+
+from bagpipe import _jit
+from bagpipe.train.lookahead import Lookahead
+from bagpipe.train.progress import ConsoleReporter
+from bagpipe.train.report import Progress, SilentReporter
+from bagpipe.train.trainer import train
+
+NUMBERS = Progress(
+    loss=0.5,
+    examples_per_s=1234.0,
+    hit_rate=0.75,
+    wait_plan_ms=1.5,
+    wait_rows_ms=2.5,
+    wait_slots_ms=3.5,
+)
+
+
+class Lines(io.StringIO):
+    """A file that tells when so many lines with a word are in it."""
+
+    def wait_for(self, word: str, count: int = 1) -> str:
+        deadline = time.monotonic() + 30
+        while sum(word in line for line in self.getvalue().splitlines()) < count:
+            assert time.monotonic() < deadline, self.getvalue()
+            threading.Event().wait(0.01)
+        return self.getvalue()
+
+
+def test_without_a_terminal_a_plain_line_comes_by_itself() -> None:
+    file = Lines()
+    with ConsoleReporter(Console(file=file, width=200), line_every_s=0.02) as reporter:
+        file.wait_for("preparing")
+        reporter.start(0, 10)
+        file.wait_for("0/10 -/s loss -", count=2)  # nothing is done, and it is told
+        reporter.advance(3)
+        reporter.show(NUMBERS)
+        file.wait_for("3/10 1,234/s loss 0.5000 hit 75.0% wait plan 1.5 rows 2.5 slots 3.5 ms")
+        reporter.evaluating(1, 3)
+        file.wait_for("1/3 batches evaluated")
+    assert "\x1b" not in file.getvalue()
+    assert not [thread for thread in threading.enumerate() if thread.name == "bagpipe-progress"]
+
+
+def test_a_terminal_has_its_live_line_alone() -> None:
+    file = Lines()
+    console = Console(file=file, force_terminal=True, width=200)
+    with ConsoleReporter(console, line_every_s=0.01) as reporter:
+        reporter.start(0, 10)
+        threading.Event().wait(0.1)
+        assert "preparing" not in file.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_compiling_is_told_and_how_far_it_is(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bagpipe.train.progress._COMPILING_IS_TOLD_AFTER_S", 0.0)
+    monkeypatch.setattr("bagpipe.train.progress.count_compiled", lambda: (12, 90))
+    file = Lines()
+    console = Console(file=file, force_terminal=is_terminal, width=200)
+    with ConsoleReporter(console, line_every_s=0.02) as reporter:
+        reporter.start(0, 10)
+        monkeypatch.setattr(_jit._listener, "num_in_hand", 1)
+        file.wait_for("compiling loops, once: 12 of at most 90")
+        file.wait_for("further runs on this machine start at once")
+        monkeypatch.setattr(_jit._listener, "num_in_hand", 0)
+    assert file.getvalue().count("further runs") == 1
+    assert "compiling" not in file.getvalue().splitlines()[-1]
+
+
+def test_the_last_rate_is_taken_before_the_stream_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing writes all rows back, which is not training."""
+    seen: list[str] = []
+    close = Lookahead.close
+
+    def noted_close(self: Lookahead[Any]) -> None:
+        seen.append("closed")
+        close(self)
+
+    class Listener(SilentReporter):
+        def show(self, progress: Progress) -> None:
+            seen.append("shown")
+
+    monkeypatch.setattr(Lookahead, "close", noted_close)
+    config = small_config(tmp_path, log={"folder": str(tmp_path), "every_steps": 10})
+    train(config, reporter=Listener())
+    assert seen[: -(-NUM_STEPS // 10)] == ["shown"] * 3
+    assert "shown" not in seen[seen.index("closed") :]
