@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bagpipe.train.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from bagpipe.train.checkpoint_files import CheckpointWriter, read_manifest
+from bagpipe.train.checkpoint_files import CheckpointWriter, _checksum, read_manifest
 from bagpipe.train.schedule import Position
 
 CONFIG: dict[str, Any] = {"train": {"batch_size": 8, "seed": 0}, "cache": {"size": "auto"}}
@@ -86,6 +87,31 @@ def test_a_checkpoint_that_does_not_count_skipped_steps_has_none(tmp_path: Path)
     fresh.embeddings.num_skipped = [4, 4]
     load_checkpoint(open_checkpoint(writer.path), fresh)
     assert fresh.embeddings.num_skipped == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": []}, r"lists the files \[\], which are not those of 2 groups on 1 hosts"),
+        ({"num_hosts": 10**12}, "not those of 2 groups on 1000000000000 hosts"),
+        ({"num_hosts": None}, "TypeError"),
+        ({"position": {"time": 1}}, "TypeError.*time"),
+        ({"position": 3}, "TypeError"),
+        ({"groups": 3}, "TypeError"),
+        ({"files": [{"name": "dense.pt", "size_bytes": "big"}]}, "ValueError.*big"),
+        ({"files": [3]}, "TypeError"),
+    ],
+)
+def test_a_manifest_that_somebody_else_has_written_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """Its checksum of itself is right: anybody can make one."""
+    path = save(tmp_path, trained_state())
+    manifest = read_manifest(path) | change
+    manifest["xxh3_128"] = _checksum(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"{path}: its manifest is not one.*{message}"):
+        open_checkpoint(path)
 
 
 def test_the_cache_is_flushed_first(tmp_path: Path) -> None:

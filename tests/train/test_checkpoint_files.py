@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,21 @@ def write(folder: Path, step: int = 5) -> Path:
         writer.write_records("group-0.arrow", blocks(4, 2), WIDTH)
         writer.write_manifest({"step": step})
     return writer.path
+
+
+def busy(monkeypatch: pytest.MonkeyPatch, busy_name: str) -> None:
+    """Folders of this name can be neither renamed nor removed, as where something is
+    mounted in them.
+    """
+    for module, name in ((os, "rename"), (shutil, "rmtree")):
+        real = getattr(module, name)
+
+        def refuse(path: Path, *rest: Any, real: Any = real, **options: Any) -> None:
+            if Path(path).name == busy_name:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+            real(path, *rest, **options)
+
+        monkeypatch.setattr(module, name, refuse)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -159,8 +175,62 @@ def test_records_of_another_width_are_refused(tmp_path: Path) -> None:
 def test_the_last_ones_are_kept_and_later_ones_are_not_touched(tmp_path: Path) -> None:
     for step in (1, 2, 3, 9):
         write(tmp_path, step)
-    prune(tmp_path, newest=3, keep=2)
+    told: list[str] = []
+    prune(tmp_path, newest=3, keep=2, say=told.append)
+    assert told == []
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [2, 3, 9]
+
+
+def test_one_that_cannot_be_removed_is_told_and_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (tmp_path / "step-0000000005.tmp-1").mkdir()
+    (tmp_path / "step-0000000006.tmp-1").mkdir()
+    busy(monkeypatch, "step-0000000002")
+    busy(monkeypatch, "step-0000000005.tmp-1")
+    told: list[str] = []
+    prune(tmp_path, newest=4, keep=1, say=told.append)
+    remove_temporary(tmp_path, told.append)
+    assert [text.split(": ", 1) for text in told] == [
+        [
+            str(tmp_path / name),
+            "is no longer needed, but can't be removed: Device or resource busy; the run goes on",
+        ]
+        for name in ("step-0000000002", "step-0000000005.tmp-1")
+    ]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["step-0000000002", "step-0000000004", "step-0000000005.tmp-1"]
+
+
+def test_a_damaged_one_of_the_same_step_that_cannot_be_removed_does_not_keep_out_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, 1)
+    (path / "dense.pt").write_bytes(b"DENSE")
+    real = shutil.rmtree
+
+    def rmtree(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors and str(folder).endswith("-old"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        real(folder, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    write(tmp_path, 1)
+    verify_files(path, read_manifest(path)["files"])
+
+
+@pytest.mark.parametrize("name", ["../dense.pt", "/etc/passwd", "a/b", "..", ".", "", "a\0", 7])
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: Any) -> None:
+    with CheckpointWriter(tmp_path, 5) as writer:
+        writer.write_bytes("dense.pt", b"dense")
+        writer.files[0]["name"] = name
+        writer.write_manifest({"step": 5})
+    shutil.copy(writer.path / "dense.pt", tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        read_manifest(writer.path)
+    assert f"manifest.json: names {name!r}, must be a file in its own folder" in str(caught.value)
 
 
 def test_only_temporary_folders_are_cleared(tmp_path: Path) -> None:
@@ -168,13 +238,15 @@ def test_only_temporary_folders_are_cleared(tmp_path: Path) -> None:
     stale = tmp_path / "step-0000000002.tmp-123"
     shutil.copytree(kept, stale)
     (tmp_path / "notes.tmp-1").mkdir()
-    assert remove_temporary(tmp_path) == [stale]
+    told: list[str] = []
+    remove_temporary(tmp_path, told.append)
+    assert told == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.tmp-1", kept.name]
 
 
 def test_no_folder_holds_no_checkpoint(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "none") == []
-    assert remove_temporary(tmp_path / "none") == []
+    remove_temporary(tmp_path / "none", pytest.fail)
 
 
 def test_another_name_is_no_checkpoint() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.train.runs import NUM_STEPS, Listener, newest_files, small_config
+from tests.train.test_checkpoint_files import busy
 
 from bagpipe.errors import CheckpointError, ConfigError, LossError
 from bagpipe.train.checkpoint_files import list_checkpoints, step_of
@@ -145,6 +146,22 @@ def test_a_checkpoint_that_fails_does_not_end_the_run(
     assert "step 10: no checkpoint, the run goes on without it" in told
     assert "No space left" in told
     assert [record["step"] for record in log_of(tmp_path, "checkpoint_failed")] == [10]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy(monkeypatch, "step-0000000005")
+    listener = Listener()
+    config = small_config(tmp_path, checkpoint={"every_steps": 5, "keep": 1})
+    result = train(config, reporter=listener)
+    assert result.checkpoint == tmp_path / "checkpoints" / f"step-{NUM_STEPS:010d}"
+    assert steps_saved(tmp_path) == [5, NUM_STEPS]
+    assert newest_files(tmp_path) == newest_files(undisturbed)
+    told = [text for text in listener.said if "checkpoint" in text]
+    assert len(told) == 4  # at each one since: that it is still there
+    assert all("step-0000000005: is no longer needed, but can't be removed: Dev" in t for t in told)
+    assert log_of(tmp_path, "checkpoint_failed") == []
 
 
 def test_a_last_checkpoint_that_fails_is_an_error(

@@ -99,6 +99,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     keep: int,
     trainers: Trainers = _ALONE,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Writes the checkpoint of the step that `state` is at, and removes all but the last `keep`.
     All `trainers` must call it.
@@ -110,6 +111,7 @@ def save_checkpoint(
         config: the run's configuration, as JSON values.
         keep: how many checkpoints to leave.
         trainers: those of the run; rank 0 writes, and the first rank of each host its records.
+        say: told about an earlier one that can't be removed. The new one is whole.
 
     Raises:
         CheckpointError: the disk is full or the folder can't be written, by any of them; earlier
@@ -134,7 +136,7 @@ def save_checkpoint(
                 files.write_bytes(_DENSE, _dense_state(state))
             nums_records = [
                 files.write_records(
-                    _records_name(group, trainers.host), store.snapshot(), group.record_width
+                    _records_name(group.index, trainers.host), store.snapshot(), group.record_width
                 )
                 for group, store in zip(groups, state.embeddings.stores, strict=True)
             ]
@@ -162,7 +164,7 @@ def save_checkpoint(
             writer.files += [file for part in parts[1:] for file in part["files"]]
             writer.write_manifest(content)
             stack.close()
-            prune(folder, newest=step, keep=keep)
+            prune(folder, newest=step, keep=keep, say=say)
 
         temporary = trainers.all_do("a checkpoint's folder", begin)[0]
         written = trainers.all_do("a checkpoint's files", lambda: write(temporary))
@@ -213,18 +215,37 @@ def read_checkpoint(path: Path) -> SavedRun:
     """As `open_checkpoint`, for a checkpoint whose files have been compared. CheckpointError: the
     manifest is damaged.
     """
-    manifest = read_manifest(path)
+    try:
+        return _saved_run(path, read_manifest(path))
+    except (KeyError, TypeError, ValueError) as error:  # with the right checksum of itself
+        raise CheckpointError(
+            f"{path}: its manifest is not one that Bagpipe writes: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _saved_run(path: Path, manifest: Mapping[str, Any]) -> SavedRun:
+    groups, num_hosts = manifest["groups"], manifest.get("num_hosts", 1)
+    files = [entry | {"size_bytes": int(entry["size_bytes"])} for entry in manifest["files"]]
+    found = sorted(entry["name"] for entry in files)
+    if len(found) != 1 + len(groups) * num_hosts or found != sorted(
+        [_DENSE]
+        + [_records_name(group, host) for group in range(len(groups)) for host in range(num_hosts)]
+    ):
+        raise ValueError(
+            f"it lists the files {found}, which are not those of {len(groups)} groups on "
+            f"{num_hosts} hosts"
+        )
     return SavedRun(
         path=path,
         step=manifest["step"],
         # which older ones did not count
-        num_skipped=manifest.get("num_skipped", [0] * len(manifest["groups"])),
+        num_skipped=manifest.get("num_skipped", [0] * len(groups)),
         position=Position(**manifest["position"]),
         config=manifest["config"],
         environment=manifest["environment"],
-        groups=manifest["groups"],
-        num_hosts=manifest.get("num_hosts", 1),
-        files=manifest["files"],
+        groups=groups,
+        num_hosts=num_hosts,
+        files=files,
     )
 
 
@@ -282,8 +303,8 @@ def environment() -> dict[str, Any]:
     return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
 
 
-def _records_name(group: Group, host: int) -> str:
-    return f"group-{group.index}.arrow" if host == 0 else f"group-{group.index}.host-{host}.arrow"
+def _records_name(group: int, host: int) -> str:
+    return f"group-{group}.arrow" if host == 0 else f"group-{group}.host-{host}.arrow"
 
 
 def _describe(group: Group) -> dict[str, Any]:
@@ -355,7 +376,7 @@ def _load_records(
     num_read = 0
     for host in range(saved.num_hosts):
         for rows, records in read_records(
-            saved.path / _records_name(group, host), group.record_width
+            saved.path / _records_name(group.index, host), group.record_width
         ):
             num_read += len(rows)
             if trainers.num_hosts > 1:

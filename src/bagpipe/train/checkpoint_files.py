@@ -27,7 +27,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ import pyarrow as pa
 import xxhash
 
 from bagpipe._files import sync_folder
+from bagpipe.data.files import is_file_name
 from bagpipe.errors import CheckpointError, StoreError
 from bagpipe.types import Float32Array, Int64Array
 
@@ -71,34 +72,40 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def remove_temporary(folder: Path) -> list[Path]:
-    """Removes what killed processes left behind; returns what it removed. Only the run that owns
-    the folder may call it.
+def remove_temporary(folder: Path, say: Callable[[str], None]) -> None:
+    """Removes what killed processes left behind. Only the run that owns the folder may call it.
+
+    `say` is told what can't be removed; it is in nobody's way.
     """
-    stale = (
-        [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
-        if folder.is_dir()
-        else []
-    )
-    for path in stale:
-        shutil.rmtree(path)
-    return stale
+    with _removal(folder, say):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if _TEMPORARY.fullmatch(path.name):
+                with _removal(path, say):
+                    shutil.rmtree(path)
 
 
-def prune(folder: Path, *, newest: int, keep: int) -> None:
+def prune(folder: Path, *, newest: int, keep: int, say: Callable[[str], None]) -> None:
     """Removes all but the last `keep` checkpoints up to step `newest`; later ones belong to a run
     that was given up.
 
-    CheckpointError: one can't be removed.
+    `say` is told what can't be removed; the newer checkpoints are as good beside it.
     """
-    mine = [path for path in list_checkpoints(folder) if step_of(path) <= newest]
-    for path in mine[:-keep]:
-        try:
-            _remove(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: is no longer needed, but can't be removed: {error.strerror}"
-            ) from error
+    with _removal(folder, say):
+        mine = [path for path in list_checkpoints(folder) if step_of(path) <= newest]
+        for path in mine[:-keep]:
+            with _removal(path, say):
+                shutil.rmtree(_moved_aside(path))
+
+
+@contextmanager
+def _removal(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        say(
+            f"{path}: is no longer needed, but can't be removed: {error.strerror or error}; the "
+            "run goes on"
+        )
 
 
 class CheckpointFiles:
@@ -221,10 +228,11 @@ class CheckpointWriter(CheckpointFiles):
         with self._open(MANIFEST) as file:
             file.write(text.encode())
         sync_folder(self.folder)
-        if self.path.exists():
-            _remove(self.path)
+        replaced = _moved_aside(self.path) if self.path.exists() else None
         self.folder.rename(self.path)
         sync_folder(self.path.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)  # the next run tries again, and says so
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -248,6 +256,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: has format {manifest['format']}, this version reads format {FORMAT}"
         )
+    for entry in manifest["files"]:
+        if not is_file_name(entry["name"]):
+            raise CheckpointError(
+                f"{path}: names {entry['name']!r}, must be a file in its own folder: it is damaged "
+                "or not of Bagpipe"
+            )
     return manifest
 
 
@@ -338,7 +352,8 @@ def _hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _remove(checkpoint: Path) -> None:
+def _moved_aside(checkpoint: Path) -> Path:
+    """Under the name of something temporary, so that nobody finds a half removed checkpoint."""
     doomed = checkpoint.with_name(f"{checkpoint.name}.tmp-{os.getpid()}-old")
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed

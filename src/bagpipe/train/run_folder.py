@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -15,9 +15,9 @@ from bagpipe.train.trainers import Trainers
 
 
 @contextmanager
-def claim_run_folder(folder: Path) -> Iterator[Path]:
+def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
     """Makes the folder and holds it for this process; yields its folder of checkpoints, cleared of
-    unfinished ones.
+    unfinished ones, or of what can be; `say` is told what can't.
 
     The operating system lets go of it when the process ends, however it ends.
 
@@ -39,12 +39,7 @@ def claim_run_folder(folder: Path) -> Iterator[Path]:
             raise ConfigError(
                 f"log.folder = {str(folder)!r}: another process trains in it: give another one"
             ) from error
-        try:
-            remove_temporary(checkpoints)
-        except OSError as error:
-            raise ConfigError(
-                f"log.folder = {str(folder)!r}: {error.filename}: {error.strerror}"
-            ) from error
+        remove_temporary(checkpoints, say)
         yield checkpoints
 
 
@@ -79,7 +74,7 @@ def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:
     """Makes sure that a new run mixes with no older one.
 
     ConfigError: an earlier run left checkpoints, and `overwrite` is not set; with it they are
-    removed.
+    removed, or can't be.
     """
     left = list_checkpoints(checkpoints)
     if left and not overwrite:
@@ -89,4 +84,10 @@ def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:
             "go on with it (--resume), remove them (--overwrite), or give another folder"
         )
     for path in left:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or path}: of an earlier run, can't be removed: "
+                f"{error.strerror or error}: remove {path}, or give another log.folder"
+            ) from error

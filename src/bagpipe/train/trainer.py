@@ -6,8 +6,9 @@ evaluates, saves and ends.
 
 A checkpoint that can't be written, because the disk is full or the folder became read-only, does
 not end the run: it goes on, says so, and tries again at the next interval; the checkpoints before
-it stay good. Only if the last one, at the end or on a signal, can't be written, the run fails with
-its error. A loss that is not finite ends the run before it can be saved.
+it stay good. One that is whole counts, even where an older one can't be removed. Only if the last
+one, at the end or on a signal, can't be written, the run fails with its error. A loss that is not
+finite ends the run before it can be saved.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def train(
     with ExitStack() as stack:
         folder = config.log.folder
         checkpoints = (
-            stack.enter_context(claim_run_folder(folder))
+            stack.enter_context(claim_run_folder(folder, reporter.say))
             if trainers.is_first
             else folder / "checkpoints"
         )
@@ -314,6 +315,7 @@ class _Loop:
             config=run.settings,
             keep=run.config.checkpoint.keep,
             trainers=self._trainers,
+            say=self._reporter.say,
         )
         self._saved_step = step
         self._log.write(
