@@ -46,16 +46,12 @@ def test_relative_to_where_one_stands(tmp_path: Path, monkeypatch: pytest.Monkey
     assert find_files(["a[1]", "b/*"]) == (Path("a[1]"), Path("b/c"))
 
 
-def test_names_of_nothing_of_an_empty_file_and_of_one_file_twice(tmp_path: Path) -> None:
+def test_names_of_nothing_and_of_an_empty_file(tmp_path: Path) -> None:
     fill(tmp_path, "a", "b")
     (tmp_path / "empty").touch()
-    (tmp_path / "link").symlink_to("a")
     for name in ("nope", "nope[1]", "n*", "no/*"):
         with pytest.raises(DataError, match=r"no file at .*n.*seen from") as raised:
             found(tmp_path, name)
         assert name in str(raised.value)
     with pytest.raises(DataError, match="empty is empty"):
         found(tmp_path, "empty")
-    for names in (("a", "a"), ("*[ab]", "b"), ("a", "link")):
-        with pytest.raises(DataError, match="is given more than once: its rows would be read twi"):
-            found(tmp_path, *names)

@@ -146,7 +146,7 @@ class RawSource(Protocol):
 
 def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
     """The files of paths and glob patterns. DataError: one of them stands for no file, or for an
-    empty one, or two for the same.
+    empty one.
 
     What exists by the very name that is given is meant by it, whatever brackets or stars the name
     has.
@@ -159,13 +159,9 @@ def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
         if not found:
             raise DataError(f"no file at {pattern!r}, seen from {Path.cwd()}")
         files += found
-    seen: set[Path] = set()
     for path in files:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
-        if (one := path.resolve()) in seen:
-            raise DataError(f"{path} is given more than once: its rows would be read twice")
-        seen.add(one)
     return tuple(files)
 
 
