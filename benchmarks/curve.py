@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bagpipe.data.synthetic import SyntheticSource
-from bagpipe.oracle.dry_run import DryRun, Grid, dry_run, read_trace
+from bagpipe.oracle.dry_run import DryRun, Grid, dry_run
 from bagpipe.oracle.dry_run_view import as_dict, render_points, save_plot
+from bagpipe.oracle.row_trace import read_trace
 from benchmarks.measure import Progress, Result
 from benchmarks.streams import SKEW, kaggle_group
 

@@ -122,6 +122,24 @@ def test_a_mistake_is_one_message_and_status_2(file: Path, arguments: list[str],
     assert "Traceback" not in result.stderr
 
 
+def test_plan_names_the_smallest_cache_and_a_smaller_one_loses_no_step(file: Path) -> None:
+    planned = file.parent / "plan.json"
+    result = invoke("plan", file, "--lookahead", 2, "--steps", 8, "--json", planned)
+    assert "Largest of the first 10 batches: " in result.output
+    values = json.loads(planned.read_text())
+    (largest,), enough = values["largest_batches"], values["smallest_cache_that_trains"]
+    result = invoke("train", file, "--set", f"cache.size={enough['cache_rows'] - 1}")
+    assert result.exit_code == 2
+    assert f"give the cache at least {enough['cache_rows']} rows" in result.stderr
+    assert (
+        f"{largest['step']} steps are saved in {file.parent}/run/checkpoints/step-" in result.stderr
+    )
+    assert "--resume goes on from there" in result.stderr
+    result = invoke("train", file, "--resume", "--set", f"cache.size={enough['cache_rows']}")
+    assert result.exit_code == 0, result.stderr
+    assert f"resumed from step {largest['step']}" in result.output
+
+
 def test_a_missing_file_is_told() -> None:
     result = invoke("train", "none.toml")
     assert result.exit_code == 2
@@ -186,6 +204,7 @@ def test_plan_for_several_trainers_says_what_they_send(file: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "Sent between 3 trainers a step" in result.output
+    assert "rows for each of the 3 trainers." in " ".join(result.output.split())
     result = invoke("plan", file, *grid, "--set", "train.batch_size=24", "--json", alone)
     assert result.exit_code == 0, result.output
     assert "trainers" not in result.output + alone.read_text()

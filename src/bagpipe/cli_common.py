@@ -47,7 +47,8 @@ def mistakes_told() -> Iterator[None]:
             or isinstance(cause, PlanError)
         ):
             raise
-        tell(Console(stderr=True), f"error: {cause}", style="red")
+        notes = getattr(error, "__notes__", [])
+        tell(Console(stderr=True), "\n".join([f"error: {cause}", *notes]), style="red")
         raise typer.Exit(2) from error
 
 

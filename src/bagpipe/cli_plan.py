@@ -25,7 +25,8 @@ from bagpipe.cli_common import (
 
 if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
-    from bagpipe.oracle.dry_run import DryRun, Progress
+    from bagpipe.oracle.dry_run import DryRun
+    from bagpipe.oracle.row_trace import Progress
 
 DEFAULT_CACHES = ("0.3%", "1%", "2%", "5%", "10%")
 DEFAULT_LOOKAHEADS = (1, 20, 100, 200)
@@ -83,7 +84,13 @@ def plan(
         from bagpipe._plots import check_can_plot, check_can_write
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
-        from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest, save_plot
+        from bagpipe.oracle.dry_run_view import (
+            as_dict,
+            describe_largest,
+            render_points,
+            render_smallest,
+            save_plot,
+        )
         from bagpipe.oracle.traffic_view import render_traffic
 
         config = load_config(RunConfig, file, overrides)
@@ -104,6 +111,7 @@ def plan(
         if trainers > 1:
             console.print(render_traffic(result))
         console.print(render_smallest(result))
+        tell(console, describe_largest(result))
         if plot is not None:
             save_plot(result, plot)
             tell(console, f"plot: {plot}")
@@ -124,7 +132,8 @@ def _dry_run(
 
     from bagpipe.config.tables import make_tables
     from bagpipe.data import open_source
-    from bagpipe.oracle.dry_run import Grid, dry_run, read_trace
+    from bagpipe.oracle.dry_run import Grid, dry_run
+    from bagpipe.oracle.row_trace import read_trace
     from bagpipe.oracle.sizes import parse_rows
     from bagpipe.types import group_tables
 

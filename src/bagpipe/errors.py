@@ -40,29 +40,44 @@ class CacheTooSmallError(ConfigError):
         num_needed: int,
         num_slots: int,
         num_trainers: int = 1,
+        cache_rows: int | None = None,
+        last_step: int | None = None,
     ) -> None:
         """`num_needed` is more than the batch's `num_uniques` rows where these are unevenly spread
-        over the cache's shards.
+        over the cache's shards. Both are, as `num_slots`, of all trainers together.
 
-        Both are, as `num_slots`, of all trainers together.
+        `cache_rows`, of each trainer and over all groups, hold any of the batches seen, up to that
+        of `last_step`; by default the refused batch is the last one, and its group the only one.
         """
-        self._values = {
+        cache_rows = -(-num_needed // num_trainers) if cache_rows is None else cache_rows
+        last_step = step if last_step is None else last_step
+        self._values: dict[str, Any] = {
             "step": step,
             "group": group,
             "num_uniques": num_uniques,
             "num_needed": num_needed,
             "num_slots": num_slots,
             "num_trainers": num_trainers,
+            "cache_rows": cache_rows,
+            "last_step": last_step,
         }
         self.step, self.group, self.num_slots = step, group, num_slots
         self.num_uniques, self.num_needed = num_uniques, num_needed
+        self.cache_rows, self.last_step = cache_rows, last_step
         in_shards = " in shards, of which one would overflow" if num_uniques <= num_slots else ""
         of_each = f" of each of the {num_trainers} trainers" if num_trainers > 1 else ""
         super().__init__(
             f"step {step} uses {num_uniques:,} distinct rows of {group}, but its cache has "
             f"{num_slots:,} slots{in_shards}: give "
-            f"the cache{of_each} at least {-(-num_needed // num_trainers):,} rows or train with "
-            "smaller batches"
+            f"the cache{of_each} at least {cache_rows:,} rows, which all batches seen, up to step "
+            f"{last_step}, fit into (`bagpipe plan` names the largest batch of a run), or train "
+            "with smaller batches"
+        )
+
+    def after_seeing(self, *, cache_rows: int, last_step: int) -> CacheTooSmallError:
+        """The same error, once more batches have been looked at."""
+        return CacheTooSmallError(
+            **{**self._values, "cache_rows": cache_rows, "last_step": last_step}
         )
 
     def __reduce__(self) -> tuple[object, ...]:

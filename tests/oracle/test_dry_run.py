@@ -16,10 +16,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bagpipe.errors import ConfigError, DataError
+from bagpipe.errors import CacheTooSmallError, ConfigError, DataError
 from bagpipe.oracle import DedupedBatch, Oracle, OracleReport, dedup
-from bagpipe.oracle.dry_run import DryRun, Grid, Trace, dry_run, read_trace, replay
-from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest, save_plot
+from bagpipe.oracle.dry_run import DryRun, Grid, dry_run, replay
+from bagpipe.oracle.dry_run_view import (
+    as_dict,
+    describe_largest,
+    render_points,
+    render_smallest,
+    save_plot,
+)
+from bagpipe.oracle.row_trace import Trace, read_trace
 from bagpipe.oracle.sizes import parse_rows, slots_of
 from bagpipe.types import SGD, Adagrad, Group, Jagged, TableConfig, group_tables
 
@@ -111,6 +118,38 @@ def test_too_small_caches_are_told(trace: Trace, result: DryRun) -> None:
     whole = Grid(cache_rows=[1], lookaheads=[1], num_steps=NUM_BATCHES)
     assert replay(trace, whole, trace.smallest_cache, 1).report is not None
     assert replay(trace, whole, trace.smallest_cache - 1, 1).report is None
+
+
+def test_the_largest_batch_and_the_smallest_cache_are_named(trace: Trace, result: DryRun) -> None:
+    for index, largest in enumerate(result.largest):
+        sizes = [len(batch.groups[index].unique_rows) for batch in trace.batches]
+        assert largest.num_uniques == max(sizes) == largest.num_needed
+        assert sizes.index(max(sizes)) == largest.step
+    first, second = result.largest
+    assert describe_largest(result) == (
+        f"Largest of the first 60 batches: {first.num_uniques} distinct rows of "
+        f"{trace.groups[0].name} in step {first.step}, {second.num_uniques} distinct rows of "
+        f"{trace.groups[1].name} in step {second.step}. They train with a cache of at least "
+        f"{trace.smallest_cache} rows."
+    )
+    values = as_dict(result)
+    assert values["largest_batches"][1]["step"] == second.step
+    assert values["smallest_cache_that_trains"]["cache_rows"] == trace.smallest_cache
+
+
+def test_an_error_names_a_cache_that_holds_all_batches_of_all_groups(trace: Trace) -> None:
+    groups = two_groups()
+    with pytest.raises(CacheTooSmallError) as caught:
+        list(Oracle(groups, num_slots=slots_of(20, groups), lookahead=5).plan(trace.batches))
+    assert (caught.value.step, caught.value.last_step) == (0, NUM_BATCHES - 1)
+    assert caught.value.cache_rows == trace.smallest_cache
+    assert f"at least {trace.smallest_cache} rows, which all batches seen" in str(caught.value)
+    enough = slots_of(caught.value.cache_rows, groups)
+    assert len(list(Oracle(groups, num_slots=enough, lookahead=5).plan(trace.batches))) == 60
+    # a group that had more by a list of sizes has as much
+    with pytest.raises(CacheTooSmallError) as caught:
+        list(Oracle(groups, num_slots=[10, 300], lookahead=5).plan(trace.batches))
+    assert slots_of(caught.value.cache_rows, groups)[1] >= 300
 
 
 def test_json_and_plot(result: DryRun, tmp_path: Path) -> None:

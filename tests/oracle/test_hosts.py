@@ -20,7 +20,8 @@ from tests.oracle.test_shards import zipf_trace
 from bagpipe._sharding import home_hosts
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
 from bagpipe.oracle import dedup, shards
-from bagpipe.oracle.dry_run import Grid, dry_run, read_trace
+from bagpipe.oracle.dry_run import Grid, dry_run
+from bagpipe.oracle.row_trace import read_trace
 from bagpipe.oracle.stream import BatchAdapter, StreamOptions, plan_ranks_stream
 from bagpipe.oracle.window import Trainers
 from bagpipe.types import Group, Jagged, StepPlan

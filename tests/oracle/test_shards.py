@@ -18,7 +18,8 @@ from tests.oracle.test_cacher import deduped
 from bagpipe._jit import threaded
 from bagpipe.errors import CacheTooSmallError
 from bagpipe.oracle import Cacher, Oracle, _loops, checked, dedup, shards
-from bagpipe.oracle.dry_run import Grid, Trace, replay
+from bagpipe.oracle.dry_run import Grid, replay
+from bagpipe.oracle.row_trace import Trace
 from bagpipe.types import SGD, Group, GroupPlan, Jagged, TableConfig, group_tables
 
 

@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from bagpipe.errors import ConfigError
-from bagpipe.oracle.dry_run import DryRun, Grid, Trace, dry_run, read_trace, replay
+from bagpipe.oracle.dry_run import DryRun, Grid, dry_run, replay
 from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest
 from bagpipe.oracle.merge import MergedGroup
+from bagpipe.oracle.row_trace import Trace, read_trace
 from bagpipe.oracle.traffic import (
     GRADIENT,
     LATER,

@@ -136,6 +136,21 @@ def test_two_processes_train_as_one_does_and_one_goes_on_alone(tmp_path: Path) -
     assert records_of(together)[0] == 35
 
 
+def test_a_cache_too_small_for_a_later_batch_loses_nothing(tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    process = start(2, file, "--set", "cache.size=69")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    told = " ".join(output.split())
+    saved = re.search(r"(\d+) steps are saved in", told)
+    enough = re.search(r"give the cache of each of the 2 trainers at least (\d+) rows", told)
+    assert saved is not None, output
+    assert enough is not None, output
+    assert 0 < records_of(tmp_path)[0] == int(saved[1]) < 30
+    train(2, file, "--resume", "--set", f"cache.size={enough[1]}")
+    assert records_of(tmp_path)[0] == 30
+
+
 def running(folder: Path, *options: str) -> tuple[subprocess.Popen[str], list[int], int]:
     """A run of two ranks that has trained some steps, its ranks in their order, and the oracle
     process.

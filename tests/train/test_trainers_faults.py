@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.store_contract import touched_rows
 from tests.train.ranks import run_ranks
 
 import bagpipe
+from bagpipe.cache import communicator as communicator_module
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_plan import MovedArray
@@ -203,6 +205,45 @@ def test_an_error_on_one_rank_is_raised_there_at_once_as_it_is() -> None:
     # threads keep their sockets, so the other one needs the timeout, once
     assert isinstance(ended[0][1], BackgroundError)
     assert ended[0][0] - ended["raised"] < 9.0
+
+
+def read_until_bad(batches: Sequence[Jagged]) -> Iterator[Jagged]:
+    yield from batches
+    raise DataError("the data are bad")
+
+
+def test_an_error_of_the_plans_that_all_ranks_have_loses_nothing() -> None:
+    batches, store = random_batches(12, 8), MemoryStore(GROUP, 1)
+
+    def run(communicator: Communicator) -> None:
+        embeddings = make(communicator, store)
+        stream = bagpipe.lookahead(
+            read_until_bad(batches[:7]), embeddings, cache=[10], replicas=50, lookahead=3
+        )
+        with pytest.raises(DataError, match="the data are bad"):
+            train_all(stream, embeddings)
+        assert stream.has_failed_alike
+        assert embeddings.step == 7
+        train_all(bagpipe.lookahead(batches[7:], embeddings, cache=[10], replicas=50), embeddings)
+
+    def train_all(stream: Any, embeddings: EmbeddingBagCollection) -> None:
+        with stream:
+            for batch in stream:
+                (embeddings(batch).values().sum() * 2).backward()
+
+    run_ranks(2, run, timeout_s=20.0)
+    np.testing.assert_array_equal(records_of(store), train(1, batches))
+
+
+def test_a_rank_that_stops_alone_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(communicator_module, "_STOPS_WITHIN", timedelta(seconds=1))
+
+    def stop(communicator: Communicator) -> list[bool]:
+        alone = communicator.rank == 1 and communicator.all_stop_before(7)
+        communicator.barrier("the test")
+        return [alone, communicator.all_stop_before(8)]
+
+    assert run_ranks(2, stop) == [[False, True]] * 2
 
 
 def test_too_many_replicas_are_refused_on_all_ranks_at_once() -> None:

@@ -45,6 +45,9 @@ Moment = Literal["now", "later"]
 TransferKind = Literal["early", "late"]
 _LOOK_AFTER = timedelta(seconds=1)
 """How long to wait for another rank before looking whether it lives."""
+_STOPS_WITHIN = timedelta(seconds=30)
+"""How long a rank may take to see that a step can't be planned, behind the first that does: a step
+and a read."""
 _KEPT_MARKS = 1024
 """Steps whose marks stay in the key-value store; the newest one stands for all before it."""
 
@@ -300,6 +303,24 @@ class Communicator:
             # a group of two backends would choose the GPU for a barrier
             self.now.allreduce([torch.zeros(1)]).wait()
 
+    def all_stop_before(self, step: int) -> bool:
+        """Whether all ranks say soon that they can't begin a step, for which nobody may send
+        anything.
+
+        Not as messages: a rank that has begun the step would take them for others.
+        """
+        keys = {
+            rank: f"bagpipe/{self.number}/{self._stream}/stopped/{rank}/{step}"
+            for rank in range(self.num_trainers)
+        }
+        try:
+            self.store.set(keys[self.rank], b"")
+            for key in keys.values():
+                self._wait_for(key, min(self.timeout, _STOPS_WITHIN))
+        except (RuntimeError, torch.distributed.DistError):
+            return False
+        return True
+
     def begin_stream(self) -> None:
         """Marks made from now on are of another stream of plans; all ranks begin streams in the
         same order.
@@ -361,15 +382,16 @@ class Communicator:
         self._wait_for(key)
         return str(self._waiting.get(key).decode())
 
-    def _wait_for(self, key: str) -> None:
+    def _wait_for(self, key: str, timeout: timedelta | None = None) -> None:
         """Waits until `key` is in the store. RuntimeError or DistError: it does not come, or a rank
         of this host has ended.
         """
-        deadline = time.monotonic() + self.timeout.total_seconds()
+        timeout = timeout or self.timeout
+        deadline = time.monotonic() + timeout.total_seconds()
         while True:
             started = time.monotonic()
             try:
-                self._waiting.wait([key], min(self.timeout, _LOOK_AFTER))
+                self._waiting.wait([key], min(timeout, _LOOK_AFTER))
             except (RuntimeError, torch.distributed.DistError):
                 waited = time.monotonic() - started
                 if waited < _LOOK_AFTER.total_seconds() / 2 or time.monotonic() >= deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ def render_smallest(result: DryRun) -> Table:
     return table
 
 
+def describe_largest(result: DryRun) -> str:
+    """The largest batch of each group, and hence the smallest cache that works: a sentence."""
+    largest = ", ".join(
+        f"{batch.num_uniques:,} distinct rows of {batch.group} in step {batch.step:,}"
+        for batch in result.largest
+    )
+    whose = "" if result.num_trainers == 1 else f" for each of the {result.num_trainers} trainers"
+    return (
+        f"Largest of the first {result.num_batches:,} batches: {largest}. They train with a cache "
+        f"of at least {result.smallest_cache:,} rows{whose}."
+    )
+
+
 def as_dict(result: DryRun) -> dict[str, Any]:
     """All of a dry run as JSON values; those of several trainers say so, and what they send each
     other.
@@ -79,6 +93,12 @@ def as_dict(result: DryRun) -> dict[str, Any]:
         "prefetch_depth": result.grid.prefetch_depth,
         "num_rows": sum(group.num_rows for group in result.groups),
         "uniques_per_step": result.uniques_per_step,
+        "num_batches": result.num_batches,
+        "largest_batches": [asdict(batch) for batch in result.largest],
+        "smallest_cache_that_trains": {
+            "cache_rows": result.smallest_cache,
+            "cache_bytes": result.cache_bytes(result.smallest_cache),
+        },
         "points": [_point_dict(result, point) for point in result.points],
         "smallest_cache_that_never_stalls": [
             {"lookahead": lookahead, "cache_rows": rows, "cache_bytes": result.cache_bytes(rows)}

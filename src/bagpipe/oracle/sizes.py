@@ -5,12 +5,13 @@ slots for each group from it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from bagpipe.errors import ConfigError
-from bagpipe.types import Group
+from bagpipe.types import Group, Int64Array
 
 _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
@@ -76,6 +77,21 @@ def slots_of(cache_rows: int, groups: Sequence[Group]) -> list[int]:
     return [
         int(count) for count in slots + np.floor(share * (num_rows - slots) + 1e-9).astype(np.int64)
     ]
+
+
+def rows_that_hold(
+    num_needed: Sequence[int] | Int64Array,
+    groups: Sequence[Group],
+    slots: Callable[[int], Sequence[int]],
+) -> int:
+    """The smallest cache, in rows over all groups, of which `slots` gives each group at least
+    `num_needed`; that of all rows where none does.
+    """
+    sizes = range(len(groups), sum(group.num_rows for group in groups))
+    needed = np.asarray(num_needed)
+    return len(groups) + bisect_left(
+        sizes, True, key=lambda rows: bool((np.asarray(slots(rows)) >= needed).all())
+    )
 
 
 def _parse(size: str) -> tuple[float | None, str | None]:

@@ -17,17 +17,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Generic, Literal, TypeVar
 
 from bagpipe._sharding import check_hosts, host_of, neighbours_on
 from bagpipe._workers import Workers
-from bagpipe.errors import ConfigError
+from bagpipe.errors import CacheTooSmallError, ConfigError
 from bagpipe.oracle.cacher import CachePlan, Cacher
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MAX_TRAINERS, MergedGroup
 from bagpipe.oracle.pipeline import ordered_map
 from bagpipe.oracle.ranks import RankPlanner, TrainerCache
+from bagpipe.oracle.shortage import with_later_needs
 from bagpipe.types import Group, StepPlan
 
 Payload = TypeVar("Payload")
@@ -37,6 +39,9 @@ AUTO_START = 8
 MAX_LOOKAHEAD = 4096
 """Farthest that the oracle ever looks, in batches."""
 DEFAULT_LOOKAHEAD_BYTES = 1 << 30
+_SEEN_BEHIND_REFUSED = 100
+"""Batches behind one that the cache is too small for that are looked at before that is told, where
+the window is shorter."""
 _STEPS_AHEAD = 4
 """Steps of several trainers that are planned at a time."""
 
@@ -203,8 +208,8 @@ class Oracle:
     ) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
         """Both stages, one after the other: yields each batch with its plan, in order.
 
-        Raises CacheTooSmallError, and whatever `batches` raises, after the plans of all batches
-        before it.
+        Raises CacheTooSmallError, which has looked at batches behind the refused one, and whatever
+        `batches` raises, after the plans of all batches before it.
         """
         return self.plan_linked(self.link(batches))
 
@@ -281,8 +286,23 @@ class Oracle:
             )
             self._adapt(window_bytes, batch.nbytes)
             step += 1
+        if isinstance(failure, CacheTooSmallError):
+            later = islice(source, max(self._lookahead, _SEEN_BEHIND_REFUSED))
+            failure = self._with_later_needs(failure, chain([linked], later))
         if failure is not None:
             raise failure
+
+    def _with_later_needs(
+        self, error: CacheTooSmallError, batches: Iterator[LinkedBatch[Payload]]
+    ) -> CacheTooSmallError:
+        return with_later_needs(
+            error,
+            (linked.groups for linked in batches),
+            groups=self._groups,
+            num_slots=self._num_slots,
+            num_trainers=self._trainers.num_trainers,
+            num_hosts=self._trainers.num_hosts,
+        )
 
     def _admit(self, linked: LinkedBatch[Payload]) -> None:
         """Lets all groups see the batch, or none."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.device_plan import MovedArray
 from bagpipe.cache.executor import Waits
-from bagpipe.errors import BackgroundError, ConfigError, UsageError
+from bagpipe.errors import BackgroundError, ConfigError, LostError, UsageError
 from bagpipe.jagged import find_sparse, share_batch
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.process import SharedOracle
@@ -190,6 +190,10 @@ class Lookahead(Generic[BatchT]):
         # and what makes the batch
         self._submitted: deque[tuple[Planned[Any], Callable[[Sequence[Tensor]], BatchT]]] = deque()
         self._in_step = False
+        self._plans_error: Exception | None = None
+        self.has_failed_alike = False
+        """Whether the plans ended in an error at the same step on all of several ranks, so that all
+        rows were written back."""
         self._is_first_compared = False
         self._ids_hash = self._compared_hash = (
             ""  # of all batches handed out whose ids were hashed, now and at the last flush
@@ -300,13 +304,24 @@ class Lookahead(Generic[BatchT]):
             self._compared_hash = ids_hash
 
     def _give_up(self, error: BaseException) -> None:
-        """Ends the stream after an error, with other trainers without waiting for any of them."""
-        if self._communicator is None or not self._is_open:
+        """Ends the stream after an error, with other trainers without waiting for any of them
+        unless all have it.
+        """
+        if self._communicator is None or not self._is_open or self._have_all(error):
             self.close()
             return
         self._end_threads()
         if self._owns_embeddings:
             self._embeddings.fail(error)
+
+    def _have_all(self, error: BaseException) -> bool:
+        """Whether it is the plans', at the same step on all ranks: then nobody has sent anything of
+        that step. Those that lost their process may be at different steps, and needn't ask.
+        """
+        if error is self._plans_error and not isinstance(error, LostError):
+            assert self._communicator is not None
+            self.has_failed_alike = self._communicator.all_stop_before(self._embeddings.step)
+        return self.has_failed_alike
 
     @property
     def _owns_embeddings(self) -> bool:
@@ -367,7 +382,11 @@ class Lookahead(Generic[BatchT]):
         step's. False at the end.
         """
         if not self._submitted:
-            planned = self._wait_for_plan(partial(next, self._plans, None))
+            try:
+                planned = self._wait_for_plan(partial(next, self._plans, None))
+            except Exception as error:
+                self._plans_error = error
+                raise
             if planned is None:
                 return False
             self._submit(planned)

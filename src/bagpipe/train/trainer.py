@@ -7,7 +7,11 @@ evaluates, saves and ends.
 A checkpoint that can't be written, because the disk is full or the folder became read-only, does
 not end the run: it goes on, says so, and tries again at the next interval; the checkpoints before
 it stay good. One that is whole counts, even where an older one can't be removed. Only if the last
-one, at the end or on a signal, can't be written, the run fails with its error. A loss that is not
+one, at the end or on a signal, can't be written, the run fails with its error.
+
+An error between two steps, as of a batch that can't be read or that the cache is too small for,
+comes after all batches before it have been trained: they are saved as on a signal, and a note of
+the error says where. With several trainers that takes the same error on all. A loss that is not
 finite ends the run before it can be saved.
 """
 
@@ -23,7 +27,7 @@ from pathlib import Path
 from bagpipe.cache.communicator import Communicator
 from bagpipe.config.run import RunConfig
 from bagpipe.data.base import Batch
-from bagpipe.errors import CheckpointError
+from bagpipe.errors import BagpipeError, CheckpointError, LossError
 from bagpipe.train.agreement import check_same_run
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.build import Run, build_run, choose_device, describe_run
@@ -168,14 +172,15 @@ class _Loop:
         self._run, self._checkpoints, self._log = run, checkpoints, log
         self._reporter, self._stop, self._trace, self._trainers = reporter, stop, trace, trainers
         self._meter = Meter()
-        self._step = run.embeddings.step
+        self._step = self._started_at = run.embeddings.step
+        self._in_step = False
         self._newest: Path | None = None
         self._saved_step = -1
         self._stopped_by: signal.Signals | None = None
 
     def run(self, saved: SavedRun | None) -> Result:
         """Trains what is left after `saved`."""
-        run, config = self._run, self._run.config
+        run = self._run
         if saved is not None:
             self._newest, self._saved_step = saved.path, saved.step
         self._log.write(
@@ -188,24 +193,11 @@ class _Loop:
         self._reporter.start(self._step, run.schedule.num_steps)
         started = time.perf_counter()
         with self._open_stream() as stream:
-            self._meter.restart(stream)
-            for batch in stream:
-                self._train_step(batch)
-                self._trace.step_done()
-                self._reporter.advance(self._step)
-                if self._is_due(config.log.every_steps) or self._step == run.schedule.num_steps:
-                    # the last one here, too: outside of the loop the stream has been closed
-                    self._write_progress(stream)
-                if self._is_due(config.train.eval_every_steps):
-                    self._pause(stream, self._evaluate)
-                if self._is_due(config.checkpoint.every_steps):
-                    self._pause(stream, self._try_to_save)
-                self._stopped_by = self._trainers.agree_on(self._stop.signal)
-                if self._stopped_by is not None:
-                    break
-            self._write_progress(stream)
-            stream.flush()
-            scores = self._finish()
+            try:
+                scores = self._train(stream)
+            except Exception as error:
+                self._save_after(error, stream)
+                raise
             self._log.write(
                 "end",
                 self._step,
@@ -217,6 +209,28 @@ class _Loop:
         return Result(
             step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stopped_by
         )
+
+    def _train(self, stream: Lookahead[TorchBatch]) -> Scores | None:
+        """Trains all that is left, up to the last checkpoint and evaluation."""
+        config = self._run.config
+        self._meter.restart(stream)
+        for batch in stream:
+            self._train_step(batch)
+            self._trace.step_done()
+            self._reporter.advance(self._step)
+            if self._is_due(config.log.every_steps) or self._step == self._run.schedule.num_steps:
+                # the last one here, too: outside of the loop the stream has been closed
+                self._write_progress(stream)
+            if self._is_due(config.train.eval_every_steps):
+                self._pause(stream, self._evaluate)
+            if self._is_due(config.checkpoint.every_steps):
+                self._pause(stream, self._try_to_save)
+            self._stopped_by = self._trainers.agree_on(self._stop.signal)
+            if self._stopped_by is not None:
+                break
+        self._write_progress(stream)
+        stream.flush()
+        return self._finish()
 
     def _is_due(self, every_steps: int | None) -> bool:
         """The last step has its own evaluation and checkpoint, so nothing is due there."""
@@ -247,6 +261,7 @@ class _Loop:
 
     def _train_step(self, batch: TorchBatch) -> None:
         run = self._run
+        self._in_step = True
         run.embeddings.lookup(batch.sparse, out=run.dense_step.pooled(batch.batch_size))
         weight = self._trainers.weight(
             batch.batch_size, run.schedule.batch_size_of(self._step, run.source.num_samples)
@@ -255,6 +270,7 @@ class _Loop:
             loss, grads = run.dense_step(batch.dense, batch.labels, weight)
         run.embeddings.update(grads)
         self._step += 1
+        self._in_step = False
         self._meter.add(self._step, loss, batch.batch_size)
 
     def _write_progress(self, stream: Lookahead[TorchBatch]) -> None:
@@ -321,6 +337,26 @@ class _Loop:
         self._log.write(
             "checkpoint", step, path=str(self._newest), elapsed_s=time.perf_counter() - started
         )
+
+    def _save_after(self, error: Exception, stream: Lookahead[TorchBatch]) -> None:
+        """Saves what was trained before an error, if that is whole on all ranks, and notes with the
+        error where it is.
+        """
+        is_whole = not self._in_step and (self._trainers.are_alone or stream.has_failed_alike)
+        if not is_whole or isinstance(error, LossError | CheckpointError):
+            return
+        try:
+            if self._step > self._started_at:
+                self._write_progress(stream)
+                stream.flush()
+                self._save()
+        except BagpipeError as failure:
+            error.add_note(f"the {self._step:,} steps before can't be saved: {failure}")
+        if self._newest is not None:
+            error.add_note(
+                f"{self._saved_step:,} steps are saved in {self._newest}: with the cause mended, "
+                "--resume goes on from there"
+            )
 
     def _finish(self) -> Scores | None:
         """The last checkpoint, then the last evaluation; a signal leaves out the evaluation."""

@@ -21,6 +21,8 @@ class Trainers:
 
     def __init__(self, communicator: Communicator | None) -> None:
         self._communicator = communicator
+        self.are_alone = communicator is None
+        """Whether there is only this one."""
         self.is_first = communicator is None or communicator.rank == 0
         """Whether this one saves, scores and logs."""
         self.is_first_of_host = communicator is None or communicator.is_first_of_host

@@ -1,0 +1,208 @@
+"""The distinct rows of the batches of a stream, all that a Cacher looks at: read once, replayed
+often (`bagpipe.oracle.dry_run`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import TypeAlias
+
+import numpy as np
+
+from bagpipe._workers import Workers
+from bagpipe.errors import DataError
+from bagpipe.jagged import share_of
+from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.merge import MergedGroup, merge
+from bagpipe.oracle.pipeline import ordered_map
+from bagpipe.oracle.shards import num_slots_needed
+from bagpipe.oracle.sizes import rows_that_hold, slots_of
+from bagpipe.oracle.window import DedupedBatch, Trainers
+from bagpipe.types import Group, Int64Array, Jagged
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Is told of a stage's name, how much of it is done, and how much there is."""
+
+_NO_ROWS = np.empty(0, np.int64)
+_NO_LOOKUPS = np.empty(0, np.int32)
+_NO_PIECES = np.zeros(1, np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestBatch:
+    """The batch of a trace that needs most slots of a group's cache, of all trainers together."""
+
+    group: str
+    step: int
+    num_uniques: int
+    num_needed: int  # more than the rows where shards are uneven
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The distinct rows of each batch of a stream; of several trainers, of each global batch."""
+
+    groups: tuple[Group, ...]
+    batches: tuple[DedupedBatch[None], ...]
+    num_trainers: int = 1
+    num_hosts: int = 1
+    """On which the trainers are, as many on each."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the trace holds."""
+        return sum(batch.nbytes for batch in self.batches)
+
+    @property
+    def uniques_per_step(self) -> float:
+        """Distinct rows of a batch, on average."""
+        return sum(num_uniques(batch) for batch in self.batches) / len(self.batches)
+
+    @property
+    def smallest_cache(self) -> int:
+        """The fewest rows over all groups, of each trainer, from which on no batch alone needs more
+        slots than its group gets.
+        """
+        needed = np.array([batch.num_needed for batch in self.largest])
+        return rows_that_hold(-(-needed // self.num_trainers), self.groups, self.slots)
+
+    @property
+    def largest(self) -> tuple[LargestBatch, ...]:
+        """For each group the batch that needs most slots."""
+        needed = np.array([self._slots_needed(batch) for batch in self.batches])
+        return tuple(
+            LargestBatch(
+                group=group.name,
+                step=step,
+                num_uniques=len(self.batches[step].groups[index].unique_rows),
+                num_needed=int(needed[step, index]),
+            )
+            for index, (group, step) in enumerate(
+                zip(self.groups, needed.argmax(axis=0).tolist(), strict=True)
+            )
+        )
+
+    def slots(self, cache_rows: int) -> list[int]:
+        """Slots of each trainer for each group; those of a host together have no more than a group
+        has rows, but for rounding.
+        """
+        slots, num_on_host = slots_of(cache_rows, self.groups), self.num_trainers // self.num_hosts
+        return [
+            min(count, -(-group.num_rows // num_on_host))
+            for count, group in zip(slots, self.groups, strict=True)
+        ]
+
+    def trainers(self, ranks: Sequence[int]) -> Trainers:
+        """Plans for these ranks, with room for all replicas that a share can need."""
+        num_replicas = [
+            max(
+                len(places)
+                for group in groups
+                if isinstance(group, MergedGroup)
+                for places in group.places
+            )
+            for groups in zip(*(batch.groups for batch in self.batches), strict=True)
+            if self.num_trainers > 1
+        ]
+        return Trainers(
+            num_trainers=self.num_trainers,
+            num_hosts=self.num_hosts,
+            ranks=tuple(ranks),
+            num_replica_slots=tuple(num_replicas),
+        )
+
+    def _slots_needed(self, batch: DedupedBatch[None]) -> list[int]:
+        pairs = zip(self.groups, batch.groups, strict=True)
+        return [
+            num_slots_needed(rows.unique_rows, group.num_rows, self.num_hosts)
+            for group, rows in pairs
+        ]
+
+
+def read_trace(
+    groups: Sequence[Group],
+    batches: Iterable[Jagged],
+    *,
+    max_batches: int,
+    num_trainers: int = 1,
+    num_hosts: int = 1,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """De-duplicates up to `max_batches` batches, of several trainers global ones.
+
+    Raises DataError: there is none, or what `batches` and `dedup` raise; ConfigError: too many
+    trainers, or uneven hosts.
+    """
+    Trainers(
+        num_trainers=num_trainers,
+        num_hosts=num_hosts,
+        ranks=(0,),
+        num_replica_slots=(0,) * len(groups),
+    ).check(groups)
+    num_threads = threads or os.cpu_count() or 1
+    kept = []
+    with Workers("bagpipe-dedup", num_threads) as workers:
+        found = ordered_map(
+            partial(_distinct_rows, groups, num_trainers),
+            islice(batches, max_batches),
+            workers,
+            ahead=2 * num_threads,
+        )
+        for batch in found:
+            kept.append(batch)
+            if progress is not None:
+                progress("reading batches", len(kept), max_batches)
+    if not kept:
+        raise DataError("a dry run needs at least one batch, the data have none")
+    return Trace(
+        groups=tuple(groups), batches=tuple(kept), num_trainers=num_trainers, num_hosts=num_hosts
+    )
+
+
+def num_uniques(batch: DedupedBatch[None]) -> int:
+    """Distinct rows of a batch, over all groups."""
+    return sum(len(group.unique_rows) for group in batch.groups)
+
+
+def _distinct_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) -> DedupedBatch[None]:
+    """De-duplicates one batch and drops all but its distinct rows; a Cacher looks at nothing
+    else.
+    """
+    if num_trainers == 1:
+        rows = tuple(_rows_only(dedup(group, batch).unique_rows) for group in groups)
+        return DedupedBatch(payload=None, batch_size=batch.batch_size, groups=rows)
+    shares = [share_of(batch, rank, num_trainers) for rank in range(num_trainers)]
+    return DedupedBatch(
+        payload=None,
+        batch_size=batch.batch_size,
+        groups=tuple(
+            _merged_rows_only(group, [dedup(group, share) for share in shares]) for group in groups
+        ),
+        share_sizes=tuple(share.batch_size for share in shares),
+    )
+
+
+def _merged_rows_only(group: Group, shares: Sequence[DedupedGroup]) -> MergedGroup:
+    """The shares' rows are the merged ones at `places`, from which the ranks' plans are made: they
+    need not be kept twice.
+    """
+    merged = merge(group, [_rows_only(share.unique_rows) for share in shares])
+    return replace(merged, shares=(_rows_only(_NO_ROWS),) * len(shares))
+
+
+def _rows_only(unique_rows: Int64Array) -> DedupedGroup:
+    return DedupedGroup(
+        unique_rows=unique_rows,
+        inverse=_NO_LOOKUPS,
+        bag_offsets=None,
+        bag_scales=None,
+        bags=_NO_LOOKUPS,
+        piece_offsets=_NO_PIECES,
+        long_uniques=_NO_LOOKUPS,
+        long_offsets=_NO_PIECES,
+    )

@@ -1,0 +1,43 @@
+"""What to say when a batch needs more slots than the cache has: the size that holds it and the
+batches behind it, so that the next attempt does not end a few batches later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from bagpipe.errors import CacheTooSmallError
+from bagpipe.oracle.linker import LinkedGroup
+from bagpipe.oracle.shards import num_slots_needed
+from bagpipe.oracle.sizes import rows_that_hold, slots_of
+from bagpipe.types import Group
+
+
+def with_later_needs(
+    error: CacheTooSmallError,
+    batches: Iterator[Sequence[LinkedGroup]],
+    *,
+    groups: Sequence[Group],
+    num_slots: Sequence[int],
+    num_trainers: int,
+    num_hosts: int,
+) -> CacheTooSmallError:
+    """The error, once `batches`, of which the refused one is the first, have been looked at.
+
+    `num_slots`, of each trainer by group, are what the batches before it fitted into.
+    """
+    num_needed, num_seen = num_trainers * np.array(num_slots), 0
+    with suppress(Exception):  # that a later batch can't be read is no matter yet
+        for batch in batches:
+            needed = [
+                num_slots_needed(linked.batch.unique_rows, group.num_rows, num_hosts)
+                for group, linked in zip(groups, batch, strict=True)
+            ]
+            num_needed, num_seen = np.maximum(num_needed, needed), num_seen + 1
+    cache_rows = rows_that_hold(
+        -(-num_needed // num_trainers), groups, lambda rows: slots_of(rows, groups)
+    )
+    return error.after_seeing(cache_rows=cache_rows, last_step=error.step + max(0, num_seen - 1))
