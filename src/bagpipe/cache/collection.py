@@ -7,6 +7,7 @@ fused optimizers. In evaluation (`eval()`) it reads the stores, for any batch, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bagpipe._fork import check_same_process
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, to_device
@@ -154,10 +156,10 @@ class EmbeddingBagCollection(nn.Module):
                 "one for each group"
             )
         self._check_device("update's gradients", grads)
-        with span("update"):
+        with span("update"), self.executor.undivided():
             for index, (plan, grad) in enumerate(zip(self._to_update, grads, strict=True)):
                 self.executor.update(index, plan, grad)
-        self._to_update = ()
+            self._to_update = ()
 
     def _check_device(self, what: str, tensors: Sequence[Tensor]) -> None:
         """Kernels are given addresses: one of another device would end the process, or worse."""
@@ -207,6 +209,7 @@ class EmbeddingBagCollection(nn.Module):
             )
             for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)
         ]
+        self._pid = os.getpid()
         self.executor = Executor(caches, self.stores, self.communicator, self.num_skipped)
         return self.executor
 
@@ -219,11 +222,12 @@ class EmbeddingBagCollection(nn.Module):
         self._current_sparse, self._was_served = sparse, False
 
     def end_step(self) -> None:
-        """Closes the step that `begin_step` opened."""
-        assert self.executor is not None
-        self.executor.end_step()
+        """Closes the step that `begin_step` opened, if there is one."""
+        if self.executor is None or self.executor.current is None:
+            return
+        self.step = self.executor.step + 1  # twice is once, should an interrupt come here
         self._current_sparse = None
-        self.step += 1
+        self.executor.end_step()
 
     def flush(self) -> None:
         """Writes all resident rows to the stores, which then hold the whole truth until the next
@@ -232,8 +236,13 @@ class EmbeddingBagCollection(nn.Module):
         Raises UsageError when rows were lost by an earlier failure.
         """
         self._check_nothing_lost()
+        self._check_not_forked()
         if self.executor is not None:
             self.executor.flush()
+
+    def _check_not_forked(self) -> None:
+        if self.executor is not None:
+            check_same_process(self._pid, "embeddings in training")
 
     def _check_nothing_lost(self) -> None:
         if self._failure is not None:
@@ -246,12 +255,14 @@ class EmbeddingBagCollection(nn.Module):
         """Closes an open step, flushes and gives the cache back; `eval()` and a new
         `bagpipe.lookahead` go on from here.
         """
+        self._check_not_forked()
         try:
-            if self.executor is not None and self.executor.current is not None:
-                self.end_step()
+            self.end_step()
             self.flush()
         except BaseException as error:
-            self.fail(error)
+            # After an interrupt it can be called again, unless other trainers have gone on.
+            if isinstance(error, Exception) or self.communicator is not None:
+                self.fail(error)
             raise
         self._end_executor()
 
@@ -271,10 +282,10 @@ class EmbeddingBagCollection(nn.Module):
 
     def close(self) -> None:
         """Stops and closes the stores; nothing can be read afterwards. After a failure, which has
-        been raised, only closes.
+        been raised, and in a forked child, only closes.
         """
         try:
-            if self._failure is None:
+            if self._failure is None and (self.executor is None or self._pid == os.getpid()):
                 self.stop()
         finally:
             for store in self.stores:
@@ -481,7 +492,8 @@ class _Lookup(torch.autograd.Function):
                 "updated only once"
             )
         ctx.was_applied = True
-        ctx.executor.update(ctx.group, ctx.plan, grads)
+        with ctx.executor.undivided():
+            ctx.executor.update(ctx.group, ctx.plan, grads)
         return None, None, None, None, None
 
 

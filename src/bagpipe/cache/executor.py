@@ -16,8 +16,8 @@ and backward must run on the stream that is current when the next batch is asked
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,6 +38,7 @@ from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.spans import span
 from bagpipe.cache.streams import Streams
 from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
+from bagpipe.errors import UsageError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import StepPlan, Transfers
 
@@ -99,11 +100,12 @@ class Executor:
             None if communicator is None else Exchange(communicator, caches, self._streams)
         )
         self._mover = RecordMover(caches, stores, self._streams, communicator)
-        self._pending: deque[_Pending] = deque()
-        self._ended: deque[_Pending] = deque()  # steps whose plans may still be read
+        self._pending: list[_Pending] = []
+        self._ended: list[_Pending] = []  # steps whose plans may still be read
         # ended steps whose gradients are on their way
         self._num_kept = 0 if communicator is None else 1
         self._is_clean = True  # the stores hold everything
+        self._torn_step: int | None = None
         self.at_close: list[Callable[[], None]] = []
         """Called at the end of `close`, when neither the threads nor the device read a plan any
         more."""
@@ -128,8 +130,10 @@ class Executor:
         """Tick of the oldest submitted step: issues what is due, then waits until that step can be
         computed.
         """
+        self._check_not_torn()
         pending = self._pending[0]
         tick = pending.plan.step
+        self._is_clean = False
         with naming_step(tick):
             if self._exchange is not None:
                 # before their rows may be evicted, and their plans released
@@ -166,7 +170,6 @@ class Executor:
                     self._mover.fill(due.early)
         self.current = tuple(group.plan for group in pending.on_device)
         self.moved_along = self._for_compute(pending.on_device[-1].along)
-        self._is_clean = False
 
     def is_current(self, plan: DevicePlan) -> bool:
         """Whether `plan` belongs to the step that is being computed."""
@@ -183,11 +186,40 @@ class Executor:
 
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
-        self.current = None
-        for index in range(len(self.caches)):
-            self._num_skipped[index] += index not in self._updated
-        self._updated.clear()
-        self._ended.append(self._pending.popleft())
+        ended, pending, updated = [*self._ended, self._pending[0]], self._pending[1:], set[int]()
+        num_skipped = [
+            count + (index not in self._updated) for index, count in enumerate(self._num_skipped)
+        ]
+        # Without a call between, so that no signal's handler sees a part of it.
+        self._num_skipped[:], self._updated = num_skipped, updated
+        self._ended, self._pending, self.current = ended, pending, None
+
+    @property
+    def step(self) -> int:
+        """The number of the step that is being computed, or comes next."""
+        return self._pending[0].plan.step
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """For what an interrupt may not come between, as Ctrl-C may between any two lines of the
+        trainer's thread: if one does, nobody knows which rows have changed, or moved, and from then
+        on no step begins and nothing is written back.
+        """
+        self._torn_step = self.step
+        try:
+            yield
+        except Exception:  # which has its own way to be told
+            self._torn_step = None
+            raise
+        self._torn_step = None
+
+    def _check_not_torn(self) -> None:
+        if self._torn_step is not None:
+            raise UsageError(
+                f"step {self._torn_step}: an interrupt came while rows were being updated or "
+                "moved, so some are and some are not: resume from a checkpoint; a handler of "
+                "signals that only sets a flag, which the loop reads between batches, loses nothing"
+            )
 
     def release_computed(self) -> None:
         """Waits for the device, up to the last tick, and lets go of its plans: the next one may
@@ -201,7 +233,10 @@ class Executor:
     def flush(self) -> None:
         """Writes every resident record to its store; rows stay in the cache. What is updated
         afterwards needs another flush.
+
+        After an interrupt it may be called again. UsageError: see `undivided`.
         """
+        self._check_not_torn()
         if self._is_clean:
             return
         for pending in self._pending:
@@ -242,7 +277,8 @@ class Executor:
         if is_stuck:
             self.at_close.clear()
         while self.at_close:
-            self.at_close.pop(0)()
+            self.at_close[0]()
+            self.at_close.pop(0)
 
     def _issue_early(self, pending: _Pending) -> None:
         """Hands out a step's early transfers and its plan's way to the device, unless that is
@@ -251,16 +287,17 @@ class Executor:
         if pending.early is None:
             plan = pending.plan
             transfers = tuple(group.early for group in plan.groups)
-            pending.early = self._mover.issue(
-                plan, transfers, plan.early_tick, partial(self._plan_to_device, pending)
-            )
+            to_device = partial(self._plan_to_device, pending)
+            with self.undivided():
+                pending.early = self._mover.issue(plan, transfers, plan.early_tick, to_device)
             self._mover.mark_written("early", plan.step)
 
     def _issue_late(self, pending: _Pending) -> None:
         """Hands out the late transfers of the step that comes now."""
         transfers = tuple(group.late for group in pending.plan.groups)
         to_device = partial(_slots_to_device, transfers, self._device)
-        pending.late = self._mover.issue(pending.plan, transfers, pending.plan.step, to_device)
+        with self.undivided():
+            pending.late = self._mover.issue(pending.plan, transfers, pending.plan.step, to_device)
 
     def _plan_to_device(self, pending: _Pending) -> tuple[DeviceTransfers, ...]:
         plan, last = pending.plan, len(self.caches) - 1
@@ -360,7 +397,7 @@ class Executor:
             computed = self._ended[0].computed
             if computed is not None and not computed.query():  # type: ignore[no-untyped-call]
                 break
-            ended = self._ended.popleft()
+            ended = self._ended.pop(0)
             for transfers in (ended.early, ended.late):
                 if transfers is not None:
                     self._mover.give_back(transfers)

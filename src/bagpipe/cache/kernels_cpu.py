@@ -21,6 +21,7 @@ of threads either.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -46,6 +47,9 @@ _MIN_CHUNK = 256
 @cache
 def _workers(num_threads: int) -> Workers:
     return Workers("bagpipe-kernel", num_threads)
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of their threads
 
 
 def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:

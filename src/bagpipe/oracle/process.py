@@ -30,6 +30,7 @@ import os
 import pickle
 import signal
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -38,6 +39,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
+from bagpipe._fork import in_child
 from bagpipe.errors import ConfigError, LostError
 from bagpipe.oracle._child import IGNORED_SIGNALS, run_child
 from bagpipe.oracle._meeting import Door, connect
@@ -63,17 +65,15 @@ class SharedOracle(Generic[BatchT]):
         on_region: Callable[[UInt8Array], None],
     ) -> None:
         """Takes all that it is given; `process` is for the trainer that starts it."""
-        self._connection, self._file, self._process, self._on_region = (
-            connection,
-            file,
-            process,
-            on_region,
-        )
+        self._connection, self._process, self._on_region = connection, process, on_region
+        self._file: int | None = file
         self._mapped: tuple[Region, UInt8Array] | None = None
-        self._stop = weakref.finalize(self, _stop, connection, process)
+        self._is_stopped = False
+        self._stop_at_end = weakref.finalize(self, _stop, connection, process)
         # When the program ends multiprocessing waits for its processes, before finalizers run but
         # after what is registered later.
-        atexit.register(self._stop)
+        atexit.register(self._stop_at_end)
+        in_child(self, SharedOracle._let_go)
 
     @classmethod
     def join(
@@ -112,21 +112,39 @@ class SharedOracle(Generic[BatchT]):
 
     def stop(self) -> None:
         """Ends the child, which makes `items` end too. Stopping twice is allowed."""
-        self._stop()
-        atexit.unregister(self._stop)
+        self._is_stopped = True
+        _stop(self._connection, self._process)  # what an interrupt leaves undone is done at the end
+        self._forget_end()
 
     def close(self) -> None:
-        """Gives the memory back; `items` must have ended and no plan may be in use."""
+        """Gives the memory back; `items` must have ended and no plan may be in use. Closing twice
+        is allowed.
+        """
         self.stop()
         self._connection.close()
-        os.close(self._file)
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
         self._mapped = None
+
+    def _forget_end(self) -> None:
+        self._stop_at_end.detach()
+        atexit.unregister(self._stop_at_end)
+
+    def _let_go(self) -> None:
+        """Called in a forked child, whose end must not be the oracle's, and which must not keep its
+        end of the connection open: by its closing the oracle sees the trainer's death.
+        """
+        self._forget_end()
+        self._connection.close()
+        _leave(self._process)
+        self._process = None
 
     def _receive(self) -> Received | Failure:
         try:
             message = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
-            if not self._stop.alive:  # it was told to
+            if self._is_stopped:  # it was told to
                 return Failure()
             raise LostError(f"the oracle process{self._fate()}: {_WHAT_TO_DO}") from error
         if message[:1] == ITEM:
@@ -147,6 +165,7 @@ class SharedOracle(Generic[BatchT]):
             self._connection.send_bytes(RELEASED)
 
     def _place(self, item: Received) -> UInt8Array:
+        assert self._file is not None
         if self._mapped is None or self._mapped[0] != item.region:
             self._mapped = item.region, map_region(self._file, item.region)
             self._on_region(self._mapped[1])
@@ -242,4 +261,18 @@ def _stop(connection: Connection, process: SpawnProcess | None) -> None:
         process.join(_STOP_TIMEOUT_S)
         if process.is_alive():  # in the user's reader, which nothing else can interrupt
             process.kill()
-            process.join()
+            process.join(_STOP_TIMEOUT_S)
+            if process.is_alive():
+                _leave(process)
+                warnings.warn(
+                    f"the oracle process (pid {process.pid}) was killed, but does not end within "
+                    f"{_STOP_TIMEOUT_S:.0f} s: its reader waits for the system, as for a mount "
+                    "that is dead; it ends when that answers",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+
+def _leave(process: SpawnProcess | None) -> None:
+    """Keeps multiprocessing from waiting for the process at the end of this one."""
+    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]

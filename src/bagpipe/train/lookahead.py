@@ -14,7 +14,10 @@ there (`waits` says for how long).
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -25,6 +28,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from bagpipe._fork import check_same_process
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.device_plan import MovedArray
 from bagpipe.cache.executor import Waits
@@ -49,6 +53,7 @@ hand out."""
 _PLANS_AHEAD = 2
 """Finished plans that wait for the trainer beyond those already being executed."""
 _MIN_REPLICAS = 4096
+_STOP_TIMEOUT_S = 5.0
 
 
 def lookahead(
@@ -189,7 +194,6 @@ class Lookahead(Generic[BatchT]):
         self._move = move
         # and what makes the batch
         self._submitted: deque[tuple[Planned[Any], Callable[[Sequence[Tensor]], BatchT]]] = deque()
-        self._in_step = False
         self._plans_error: Exception | None = None
         self.has_failed_alike = False
         """Whether the plans ended in an error at the same step on all of several ranks, so that all
@@ -199,18 +203,28 @@ class Lookahead(Generic[BatchT]):
             ""  # of all batches handed out whose ids were hashed, now and at the last flush
         )
         self._communicator = embeddings.communicator
+        self._process: SharedOracle[Any] | None = None
+        self._pid = os.getpid()
+        # Held while a batch is asked for, and for ever by a call that was interrupted.
+        self._turn = threading.Lock()
+        self._is_closed = False
+        self._failure: BaseException | None = None
         self._executor = embeddings.start(
             options.num_slots, options.trainers.num_replica_slots or None
         )
-        self._process: SharedOracle[Any] | None = None
-        if in_process:
-            self._process = self._start_process(batches, options, adapter)
-        self._is_open = True
-        if self._process is None:
-            planned = plan_stream(batches, options, adapter)
-        else:
-            planned = self._process.items(copy_batches=move is None)
-        self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
+        try:
+            if in_process:
+                self._process = self._start_process(batches, options, adapter)
+            if self._process is None:
+                planned = plan_stream(batches, options, adapter)
+            else:
+                planned = self._process.items(copy_batches=move is None)
+            self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
+        except BaseException:
+            if self._process is not None:
+                self._process.stop()
+            embeddings.stop()
+            raise
 
     @property
     def waits(self) -> Waits:
@@ -221,28 +235,50 @@ class Lookahead(Generic[BatchT]):
         return self
 
     def __next__(self) -> BatchT:
-        """Closes the step before and hands out the next batch once its rows are in the cache."""
-        if not self._is_open:
+        """Closes the step before and hands out the next batch once its rows are in the cache.
+
+        UsageError: after an error, in two threads at a time, or in a forked process.
+        """
+        check_same_process(self._pid, "stream of batches")
+        if not self._turn.acquire(blocking=False):
+            raise UsageError(
+                "another thread asks this stream for its next batch, or was interrupted when it "
+                "did: iterate in one thread; after an interrupt make a new stream"
+            )
+        try:
+            batch = self._next()
+        except BaseException as error:
+            if not isinstance(error, StopIteration):
+                self._give_up(error)
+            self._turn.release()
+            raise
+        self._turn.release()
+        return batch
+
+    def _next(self) -> BatchT:
+        if self._failure is not None:
+            raise UsageError(
+                f"this stream of batches has ended with an error ({self._failure!r}) and can't go "
+                "on: make a new one"
+            )
+        if self._is_closed:
             raise StopIteration
         if not self._owns_embeddings:
-            self.close()
             raise UsageError(
                 "these embeddings were stopped, or given to another bagpipe.lookahead; this one "
                 "can't go on"
             )
-        try:
-            self._end_step()
-            submitted = self._submitted.popleft() if self._submit_ahead() else None
-            if submitted is not None:
-                planned, make_batch = submitted
-                self._begin_step(planned.sparse)
-                batch = make_batch(self._executor.moved_along)
-        except BaseException as error:
-            self._give_up(error)
-            raise
-        if submitted is None:
+        self._end_step()
+        if not self._submit_ahead():
             self.close()
             raise StopIteration
+        planned, make_batch = self._submitted.popleft()
+        try:
+            self._embeddings.begin_step(planned.sparse)
+        except BackgroundError as error:
+            self._embeddings.fail(error)
+            raise
+        batch = make_batch(self._executor.moved_along)
         if planned.ids_hash is not None:
             self._ids_hash = xxhash.xxh3_128(
                 (self._ids_hash + planned.ids_hash).encode()
@@ -268,20 +304,21 @@ class Lookahead(Generic[BatchT]):
         others, which may wait for this one's next message, they are not: go on from a checkpoint
         then.
         """
-        if not self._is_open:
+        if self._is_closed or self._is_forked:
             return
         self._end_threads()
         if self._owns_embeddings:
             self._end_step()
             self._embeddings.stop()
+        self._is_closed = True  # last: after an interrupt it can be called again
 
     def __del__(self) -> None:
         # A loop left by `break` drops the iterator: its threads must not outlive it. The rows stay
         # in the embeddings' cache.
-        if getattr(self, "_plans", None) is not None and self._is_open:
+        is_made = getattr(self, "_plans", None) is not None
+        if is_made and not self._is_closed and not self._is_forked:
             self._end_threads()
-            if self._owns_embeddings:
-                self._end_step()
+            self._end_step()
 
     def flush(self) -> None:
         """Closes the step and writes all resident rows to the stores, as before a checkpoint; the
@@ -307,12 +344,19 @@ class Lookahead(Generic[BatchT]):
         """Ends the stream after an error, with other trainers without waiting for any of them
         unless all have it.
         """
-        if self._communicator is None or not self._is_open or self._have_all(error):
-            self.close()
+        if self._is_closed or self._is_forked:
+            return
+        self._failure = self._failure or error
+        if self._communicator is None or self._have_all(error):
+            try:
+                self.close()
+            except Exception as more:  # the first one is the cause; the tables know of this one
+                error.add_note(f"closing bagpipe.lookahead failed, too: {more}")
             return
         self._end_threads()
         if self._owns_embeddings:
             self._embeddings.fail(error)
+        self._is_closed = True
 
     def _have_all(self, error: BaseException) -> bool:
         """Whether it is the plans', at the same step on all ranks: then nobody has sent anything of
@@ -327,19 +371,24 @@ class Lookahead(Generic[BatchT]):
     def _owns_embeddings(self) -> bool:
         return self._embeddings.executor is self._executor
 
-    def _begin_step(self, sparse: object) -> None:
-        try:
-            self._embeddings.begin_step(sparse)
-        except BackgroundError as error:
-            self._embeddings.fail(error)
-            raise
-        self._in_step = True
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a forked child's copy, which has no threads to end and no rows to
+        write.
+        """
+        return os.getpid() != self._pid
 
     def _end_threads(self) -> None:
-        self._is_open = False
         if self._process is not None:
             self._process.stop()
-        self._plans.close()
+        if not self._plans.close(timeout_s=_STOP_TIMEOUT_S):
+            warnings.warn(
+                f"bagpipe.lookahead has ended, but its reader has not come back within "
+                f"{_STOP_TIMEOUT_S:.0f} s from the loader (or from `sparse`, `share` or "
+                "`hand_out`): its threads end when it does, or with the program",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _start_process(
         self,
@@ -350,22 +399,18 @@ class Lookahead(Generic[BatchT]):
         # Nothing that outlives this object may hold it, or it would never end the threads of a loop
         # left by `break`.
         pinned = _PinnedMemory()
-        try:
-            process = start_oracle(
-                batches,
-                options,
-                adapter,
-                self._embeddings.communicator,
-                # Of several trainers a step's plan is held until the next one's gradients are under
-                # way.
-                num_places=options.prefetch_depth
-                + 2 * _PLANS_AHEAD
-                + int(self._communicator is not None),
-                on_region=pinned.pin if self._embeddings.device.type == "cuda" else lambda _: None,
-            )
-        except BaseException:
-            self._embeddings.stop()
-            raise
+        process = start_oracle(
+            batches,
+            options,
+            adapter,
+            self._embeddings.communicator,
+            # Of several trainers a step's plan is held until the next one's gradients are under
+            # way.
+            num_places=options.prefetch_depth
+            + 2 * _PLANS_AHEAD
+            + int(self._communicator is not None),
+            on_region=pinned.pin if self._embeddings.device.type == "cuda" else lambda _: None,
+        )
         # The device reads plans where the process put them: that memory goes when the executor has
         # ended.
         self._executor.at_close.append(pinned.unpin)
@@ -373,9 +418,8 @@ class Lookahead(Generic[BatchT]):
         return process
 
     def _end_step(self) -> None:
-        if self._in_step:
+        if self._owns_embeddings:
             self._embeddings.end_step()
-            self._in_step = False
 
     def _submit_ahead(self) -> bool:
         """Passes plans on to the executor, up to the prefetch depth; waits only for the next

@@ -6,9 +6,11 @@ import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from bagpipe._fork import in_child
 from bagpipe.errors import ConfigError
 from bagpipe.train.checkpoint_files import list_checkpoints, remove_temporary, step_of
 from bagpipe.train.trainers import Trainers
@@ -32,6 +34,7 @@ def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) 
         raise ConfigError(
             f"log.folder = {str(folder)!r}: can't be written: {error.strerror}: give another one"
         ) from error
+    in_child(lock, TextIOWrapper.close)  # which would hold it after this process has ended
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
