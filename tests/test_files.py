@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from tests.disks import files_of_at_most
+from tests.disks import ForgetfulDisk, files_of_at_most
 
 from bagpipe._files import replaced
 from bagpipe._plots import save_figure
@@ -134,3 +134,27 @@ def test_a_kill_leaves_the_older_file(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_a_power_cut_leaves_the_old_file_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, left = tmp_path / "disk", tmp_path / "left"
+    root.mkdir()
+    write(root / "a", b"old")
+    disk = ForgetfulDisk(root, monkeypatch)
+    write(root / "a", b"old")  # now it is synced
+
+    def cut() -> set[bytes]:
+        return {
+            (disk.after_a_power_cut(left, lambda written=written: written) / "a").read_bytes()
+            for written in (False, True)
+        }
+
+    seen: list[set[bytes]] = []
+    disk.at_every_event(lambda: seen.append(cut()))
+    write(root / "a", b"new")
+    disk.at_every_event(lambda: None)
+    assert all(contents <= {b"old", b"new"} for contents in seen)
+    assert cut() == {b"new"}
+    disk.close()

@@ -44,6 +44,14 @@ def replaced(
         raise failure_is(_refusal(path, error, needs_bytes)) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, durably; one that is there will do."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the folder's names durable."""
     descriptor = os.open(folder, os.O_RDONLY)

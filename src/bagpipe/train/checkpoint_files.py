@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, Self
 import pyarrow as pa
 import xxhash
 
-from bagpipe._files import sync_folder
+from bagpipe._files import make_folder, sync_folder
 from bagpipe.data.files import is_file_name
 from bagpipe.errors import CheckpointError, StoreError
 from bagpipe.types import Float32Array, Int64Array
@@ -200,7 +200,8 @@ class CheckpointWriter(CheckpointFiles):
 
     def __enter__(self) -> Self:
         with self._failures_named():
-            self.folder.mkdir(parents=True)
+            make_folder(self.path.parent)
+            self.folder.mkdir()
         return self
 
     def __exit__(

@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from bagpipe._files import make_folder
 from bagpipe._fork import in_child
 from bagpipe.errors import ConfigError
 from bagpipe.train.checkpoint_files import list_checkpoints, remove_temporary, step_of
@@ -28,7 +29,7 @@ def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) 
     """
     checkpoints = folder / "checkpoints"
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folder(checkpoints)
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise ConfigError(
