@@ -159,8 +159,10 @@ def test_data_inspect_prints_tables_and_draws(file: Path) -> None:
 
 def test_data_prepare_makes_what_train_reads(tmp_path: Path) -> None:
     raw = tmp_path / "raw.tsv"
-    row = ["1", *["3"] * 13, *["68fd1e64"] * 26]
-    raw.write_text("".join("\t".join([str(i % 2), *row[1:]]) + "\n" for i in range(100)))
+    lines = [[str(i % 2), "-3", *["3"] * 12, *["68fd1e64"] * 26] for i in range(100)]
+    for line in lines[90:]:
+        line[14] = "abc"  # C1 of validation
+    raw.write_text("".join("\t".join(line) + "\n" for line in lines))
     file = tmp_path / "run.toml"
     file.write_text(
         f"""
@@ -185,8 +187,12 @@ folder = "{tmp_path}/run"
     result = invoke("data", "prepare", file)
     assert result.exit_code == 0
     assert "90 training and 10 validation rows" in result.output
+    assert "made 0 of values below 0: I1 100 (100.0%)" in result.output
+    assert "of the lookups C1 about 100%" in result.output
+    assert "of the lookups C1 about 100%" in invoke("data", "inspect", file).output
     result = invoke("train", file)
     assert result.exit_code == 0
+    assert "of the lookups C1 about 100%" in result.output
     assert "trained 6 steps" in result.output
 
 

@@ -116,6 +116,7 @@ def prepare_data(file: File, overrides: Overrides) -> None:
     with mistakes_told():
         from bagpipe.config.load import load_config
         from bagpipe.config.run import PrepareFile
+        from bagpipe.data.notes import prepare_notes
         from bagpipe.data.prepare import prepare
 
         config = load_config(PrepareFile, file, overrides, only=["prepare"]).prepare
@@ -132,6 +133,8 @@ def prepare_data(file: File, overrides: Overrides) -> None:
         f"{config.output}: {rows['train']} training and {rows['validation']} validation "
         f"rows{skipped}",
     )
+    for note in prepare_notes(manifest):
+        tell(console, note)
 
 
 @data_app.command("inspect")
@@ -152,6 +155,7 @@ def inspect_data(
         from bagpipe.config.run import DataFile
         from bagpipe.data import open_source
         from bagpipe.data.inspect import inspect_source, render_table, save_plot
+        from bagpipe.data.notes import run_notes
 
         if split not in ("train", "validation"):
             raise typer.BadParameter(f"--split {split}: must be train or validation")
@@ -162,6 +166,8 @@ def inspect_data(
             open_source(config, "train" if split == "train" else "validation"), max_batches=batches
         )
         console.print(render_table(stats))
+        for note in run_notes(config):
+            tell(console, note)
         if plot is not None:
             save_plot(stats, plot)
             tell(console, f"plot: {plot}")

@@ -203,14 +203,20 @@ class PrepareConfig(Section):
     vocabulary: Annotated[HashConfig | DictionaryConfig, Field(discriminator="kind")] = HashConfig(
         kind="hash"
     )
-    dense_transform: Literal["log", "none"] = "log"
-    """log: log(max(x, 0) + 1), as the DLRM reference does. Missing values are 0 either way."""
+    dense_transform: Literal["log", "none"] | None = None
+    """log: log(max(x, 0) + 1), as the DLRM reference does, so that values below 0 become 0; the
+    default for Criteo. none: the default for Parquet. Missing values are 0 either way."""
     split: SplitConfig = SplitConfig()
     on_error: Literal["raise", "skip"] = "raise"
     """skip: rows that can't be read are left out, counted and reported."""
     overwrite: bool = False
     rows_per_batch: int = Field(default=65_536, ge=1, le=2**24)
     batches_per_file: int = Field(default=64, ge=1)
+
+    @property
+    def transform(self) -> Literal["log", "none"]:
+        """The dense_transform, given or by default."""
+        return self.dense_transform or ("log" if self.source.kind == "criteo" else "none")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -20,6 +20,7 @@ from bagpipe.errors import DataError
 
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT_VERSION: Final = 1
+_MOST_USED_SHARE: Final = 0.8  # beyond it the estimate is coarse
 
 
 class _Entry(BaseModel):
@@ -57,6 +58,24 @@ class SkippedEntry(_Entry):
     first: str
 
 
+class UnseenEntry(_Entry):
+    """A feature's lookups in validation; `bagpipe.data.unseen` says what is counted and why."""
+
+    num_lookups: int
+    num_unused: int  # of them, of rows that training does not use; with a dictionary of row 0
+    used_share: float  # of the table's rows, that training uses; 0 with a dictionary
+
+    @property
+    def share(self) -> float | None:
+        """The share of lookups that are of values training does not have, with hashing about. None:
+        it can't be told.
+        """
+        if self.used_share > _MOST_USED_SHARE:
+            return None
+        counted = self.num_unused / max(self.num_lookups, 1)
+        return min(counted / (1 - self.used_share), 1.0)
+
+
 class SourceEntry(_Entry):
     """What the data were prepared from."""
 
@@ -86,6 +105,9 @@ class PreparedManifest(_Entry):
     rows_per_batch: int
     splits: dict[Split, tuple[FileEntry, ...]]
     source: SourceEntry
+    num_clipped: dict[str, int] = {}  # by dense feature: values that dense_transform has made 0
+    unseen: dict[str, UnseenEntry] = {}  # by feature
+    label_clustering: float | None = None  # of the training rows; see `bagpipe.data.encoding`
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -4,7 +4,8 @@ Passes over the input, each in bounded memory (a block, a record batch a split, 
 1. only for a split by time: the time column, or a count of the rows;
 2. only for a dictionary: the keys of the training rows are counted;
 3. rows are turned into ids and written, split by split. `manifest.json` comes last, so that an
-   interrupted preparation leaves nothing that a reader would take for whole data.
+   interrupted preparation leaves nothing that a reader would take for whole data;
+4. the validation files are read again, to count the lookups of values that training does not have.
 
 One process at a time prepares into a folder, and it removes only what a preparation has made there
 (`bagpipe.data.output_folder`).
@@ -22,8 +23,8 @@ from bagpipe.data.base import Split
 from bagpipe.data.cardinalities import CARDINALITIES
 from bagpipe.data.counting import KeyCounter
 from bagpipe.data.criteo import SPARSE_NAMES, CriteoSource
+from bagpipe.data.encoding import Encoder
 from bagpipe.data.manifest import (
-    FeatureEntry,
     FileEntry,
     PreparedManifest,
     SkippedEntry,
@@ -31,12 +32,11 @@ from bagpipe.data.manifest import (
 )
 from bagpipe.data.output_folder import OutputFolder
 from bagpipe.data.parquet import ParquetSource
-from bagpipe.data.raw import Problems, Progress, RawBlock, RawSource, find_files
+from bagpipe.data.raw import Problems, Progress, RawSource, find_files
 from bagpipe.data.splitting import Splitter, make_splitter
 from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary, Vocabulary
-from bagpipe.data.writer import SplitWriter, prepared_schema, record_batch
+from bagpipe.data.writer import SplitWriter
 from bagpipe.errors import DataError
-from bagpipe.types import Float32Array
 
 if TYPE_CHECKING:
     from bagpipe.config.data import CriteoFiles, PrepareConfig
@@ -70,8 +70,9 @@ def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManif
         splitter = make_splitter(config.split, source)
         vocabularies = _make_vocabularies(config, source, splitter, progress)
         dictionaries = _save_dictionaries(folder, vocabularies)
-        splits, problems = _write_splits(config, folder, source, splitter, vocabularies, progress)
-        manifest = _describe(config, source, vocabularies, dictionaries, splits, problems)
+        encoder = Encoder(source, vocabularies, config.transform)
+        splits, problems = _write_splits(config, folder, source, splitter, encoder, progress)
+        manifest = _describe(config, source, vocabularies, dictionaries, splits, problems, encoder)
         if not manifest.num_rows("train"):
             raise DataError(
                 f"no training rows are left of {manifest.source.num_rows_read:,}: "
@@ -144,15 +145,13 @@ def _write_splits(
     folder: OutputFolder,
     source: RawSource,
     splitter: Splitter,
-    vocabularies: dict[str, Vocabulary],
+    encoder: Encoder,
     progress: ProgressCallback,
 ) -> tuple[dict[Split, tuple[FileEntry, ...]], Problems]:
     problems = Problems(on_error=config.on_error)
-    schema = prepared_schema(_feature_entries(source), len(source.dense_names))
-    by_feature = [vocabularies[feature.table] for feature in source.features]
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(_split_writer(config, folder, split, schema))
+            split: stack.enter_context(_split_writer(config, folder, split, encoder.schema))
             for split in _SPLITS
         }
         for block in source.blocks(problems, progress, WRITE_STAGE):
@@ -160,7 +159,7 @@ def _write_splits(
             for split, chosen in zip(_SPLITS, (~held_out, held_out), strict=True):
                 if chosen.any():
                     part = block if chosen.all() else block.take(np.flatnonzero(chosen))
-                    writers[split].write(_encode(part, schema, by_feature, config.dense_transform))
+                    writers[split].write(encoder.encode(part, split))
     return {split: tuple(writers[split].entries) for split in _SPLITS}, problems
 
 
@@ -176,33 +175,6 @@ def _split_writer(
     )
 
 
-def _encode(block: RawBlock, schema: Any, by_feature: list[Vocabulary], transform: str) -> Any:
-    ids = [
-        (
-            vocabulary.ids(keys.values),
-            None if keys.offsets is None else keys.offsets.astype(np.int32),
-        )
-        for vocabulary, keys in zip(by_feature, block.keys, strict=True)
-    ]
-    dense = log_transform(block.dense) if transform == "log" else block.dense
-    return record_batch(schema, block.labels, dense, ids)
-
-
-def log_transform(dense: Float32Array) -> Float32Array:
-    """``log(max(x, 0) + 1)`` as the DLRM reference does (facebookresearch/dlrm, data_utils.py), in
-    float32.
-    """
-    transformed: Float32Array = np.log(np.maximum(dense, np.float32(0)) + np.float32(1))
-    return transformed
-
-
-def _feature_entries(source: RawSource) -> tuple[FeatureEntry, ...]:
-    return tuple(
-        FeatureEntry(name=feature.name, table=feature.table, multi_hot=feature.multi_hot)
-        for feature in source.features
-    )
-
-
 def _describe(
     config: PrepareConfig,
     source: RawSource,
@@ -210,6 +182,7 @@ def _describe(
     dictionaries: dict[str, FileEntry],
     splits: dict[Split, tuple[FileEntry, ...]],
     problems: Problems,
+    encoder: Encoder,
 ) -> PreparedManifest:
     skipped = {
         reason: SkippedEntry(count=rows.count, first=rows.first)
@@ -219,8 +192,8 @@ def _describe(
     return PreparedManifest(
         label=config.source.label.column if config.source.kind == "parquet" else "label",
         dense_names=source.dense_names,
-        dense_transform=config.dense_transform,
-        features=_feature_entries(source),
+        dense_transform=config.transform,
+        features=encoder.features,
         num_embeddings={
             table: vocabulary.num_embeddings for table, vocabulary in vocabularies.items()
         },
@@ -234,6 +207,11 @@ def _describe(
             num_rows_read=num_kept + sum(entry.count for entry in skipped.values()),
             skipped=skipped,
         ),
+        num_clipped=encoder.num_clipped,
+        unseen=encoder.used.count_unseen(
+            [config.output / file.name for file in splits["validation"]], encoder.features
+        ),
+        label_clustering=encoder.clustering.share,
     )
 
 

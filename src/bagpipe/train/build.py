@@ -23,6 +23,7 @@ from bagpipe.config.tables import make_tables
 from bagpipe.data import open_source
 from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.data.manifest import PreparedManifest
+from bagpipe.data.notes import run_notes
 from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore, MemoryStore
@@ -81,7 +82,8 @@ def build_run(
     Args:
         config: the run.
         communicator: with the other trainers, if there are any.
-        say: told, in a sentence, what a machine can't do that another way is found for.
+        say: told, a sentence each, what to know of the data, and what a machine can't do that
+            another way is found for.
 
     Raises:
         ConfigError: settings that only the data or the machine can refuse.
@@ -91,6 +93,8 @@ def build_run(
     device = choose_device(config.train.device, communicator)
     source = open_source(config.data, "train")
     validation = open_source(config.data, "validation") if _has_validation(config.data) else None
+    for note in run_notes(config.data):
+        say(note)
     schedule = make_schedule(config.train, source.num_samples)
     torch.manual_seed(config.train.seed)
     embeddings = EmbeddingBagCollection(

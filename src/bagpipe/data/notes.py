@@ -1,0 +1,85 @@
+"""What a person should know of prepared data, a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from bagpipe.data.encoding import STRETCH_ROWS
+from bagpipe.data.manifest import PreparedManifest
+
+if TYPE_CHECKING:
+    from bagpipe.config.data import DataConfig
+
+_LEAST_UNSEEN: Final = 0.01
+_LEAST_CLUSTERING: Final = 0.05
+_MOST_NAMES: Final = 8
+
+
+def prepare_notes(manifest: PreparedManifest) -> list[str]:
+    """What whoever has prepared the data is told."""
+    return [*_clipped(manifest), *_unseen(manifest), *_clustered(manifest)]
+
+
+def run_notes(config: DataConfig) -> list[str]:
+    """What whoever trains with the data, or looks at them, is told; of synthetic data nothing.
+    DataError: prepared data are not there.
+    """
+    if config.kind != "prepared":
+        return []
+    manifest = PreparedManifest.load(config.folder)
+    return [
+        *_unseen(manifest, config.features),
+        *(() if config.shuffle else _clustered(manifest)),
+    ]
+
+
+def _unseen(manifest: PreparedManifest, features: Sequence[str] | None = None) -> Iterator[str]:
+    """On validation's lookups of values that training does not have, of `features` or of all."""
+    shares = {
+        name: entry.share
+        for name, entry in manifest.unseen.items()
+        if features is None or name in features
+    }
+    told = {name: share for name, share in shares.items() if share and share >= _LEAST_UNSEEN}
+    unknown = [name for name, share in shares.items() if share is None]
+    if manifest.vocabulary == "dictionary":
+        what, written = "that training never has, or too rarely for a row of their own", "{:.2%}"
+    else:
+        what = "that training does not have (estimated by the hashed rows that it leaves unused)"
+        written = "about {:.0%}"
+    if told:
+        ranked = sorted(told, key=lambda name: -told[name])
+        shown = _names([f"{name} {written.format(told[name])}" for name in ranked])
+        yield f"validation looks up values {what}: of the lookups {shown}"
+    if unknown:
+        yield (
+            f"how many values of validation training does not have is not known for "
+            f"{_names(unknown)}: it uses nearly all rows that these are hashed to"
+        )
+
+
+def _clustered(manifest: PreparedManifest) -> Iterator[str]:
+    """On training rows that lie sorted or grouped by label."""
+    share = manifest.label_clustering
+    if share is not None and share >= _LEAST_CLUSTERING:
+        yield (
+            f"training rows lie grouped by label ({share:.0%} of its variance is between stretches "
+            f"of {STRETCH_ROWS:,} rows): set data.shuffle = true, so that batches are alike"
+        )
+
+
+def _clipped(manifest: PreparedManifest) -> Iterator[str]:
+    num_rows = manifest.num_rows("train") + manifest.num_rows("validation")
+    counts = manifest.num_clipped
+    if counts:
+        ranked = sorted(counts, key=lambda name: -counts[name])
+        told = _names(
+            [f"{name} {counts[name]:,} ({counts[name] / num_rows:.1%})" for name in ranked]
+        )
+        yield f"dense_transform = 'log' has made 0 of values below 0: {told}"
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
