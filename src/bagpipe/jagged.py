@@ -31,7 +31,7 @@ def as_jagged(sparse: Any) -> Jagged:
     """
     if isinstance(sparse, Jagged):
         return sparse
-    missing = [name for name in _METHODS if not callable(getattr(sparse, name, None))]
+    missing = _missing_methods(sparse)
     if missing:
         raise DataError(
             "the sparse part of a batch must be a bagpipe.types.Jagged or a KeyedJaggedTensor, is "
@@ -68,6 +68,15 @@ def as_jagged(sparse: Any) -> Jagged:
         if weights is None
         else _to_numpy(weights.float() if hasattr(weights, "float") else weights),
     )
+
+
+def is_keyed(value: Any) -> bool:
+    """Whether it has the methods of a KeyedJaggedTensor."""
+    return not _missing_methods(value)
+
+
+def _missing_methods(value: Any) -> list[str]:
+    return [name for name in _METHODS if not callable(getattr(value, name, None))]
 
 
 def find_sparse(batch: Any) -> Any:

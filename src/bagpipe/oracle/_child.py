@@ -30,6 +30,7 @@ from bagpipe.errors import BackgroundError, BagpipeError, LostError
 from bagpipe.oracle._meeting import Door
 from bagpipe.oracle._wire import FAILURE, ITEM, RELEASED, Failure, Packed, Region, map_region
 from bagpipe.oracle.pipeline import BackgroundIterator
+from bagpipe.oracle.seals import OpenBatches
 from bagpipe.oracle.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_ranks_stream
 
 BatchT = TypeVar("BatchT")
@@ -68,20 +69,22 @@ def run_child(
             lines.end(failure)
             return
     threading.Thread(target=_end_by_force, args=(lines,), daemon=True).start()
-    plans = BackgroundIterator(
-        plan_ranks_stream(batches, options, adapter), ahead=_PLANS_AHEAD, name="planner"
-    )
+    open_batches = OpenBatches()
+    planned = plan_ranks_stream(batches, options, adapter, open_batches)
+    plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="planner")
     try:
-        lines.end(_send_all(plans, lines))
+        lines.end(_send_all(plans, lines, open_batches))
         lines.wait_for_departure()
     finally:
         plans.close()
 
 
-def _send_all(plans: Iterable[Sequence[Planned[Any]]], lines: _Lines) -> Failure:
+def _send_all(
+    plans: Iterable[Sequence[Planned[Any]]], lines: _Lines, open_batches: OpenBatches
+) -> Failure:
     try:
         for step in plans:
-            departure = lines.send(step)
+            departure = lines.send(step, open_batches)
             if departure is not None:
                 return departure
     except BaseException as error:  # whatever it is, it must reach the training loops
@@ -162,7 +165,7 @@ class _Lines:
         )
         self._messages.register(number, select.POLLIN)
 
-    def send(self, step: Sequence[Planned[Any]]) -> Failure | None:
+    def send(self, step: Sequence[Planned[Any]], open_batches: OpenBatches) -> Failure | None:
         """Waits for the place that each trainer's item needs; what the others shall hear when one
         wants no more.
         """
@@ -174,6 +177,10 @@ class _Lines:
                 if departure is not None:
                     return departure
         messages = [line.write(item) for line, item in zip(lines, items, strict=True)]
+        for planned in step:  # whose arrays are copied by now
+            if planned.seal is not None:
+                planned.seal.check()
+        open_batches.end(step[0].plan.step)
         with self._sending:
             if not self._has_ended:
                 for line, message in zip(lines, messages, strict=True):
@@ -242,7 +249,9 @@ class _Line:
 
     def pack(self, planned: Planned[Any]) -> Packed:
         """An item, for which places are large enough from now on."""
-        item = Packed.of(replace(planned, batch=None, sparse=None), (planned.batch, planned.sparse))
+        item = Packed.of(
+            replace(planned, batch=None, sparse=None, seal=None), (planned.batch, planned.sparse)
+        )
         if item.num_bytes > self._region.place_bytes:
             self._grow(item.num_bytes)
         return item

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from bagpipe._workers import Workers
 from bagpipe.errors import DataError
@@ -36,6 +36,7 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.pipeline import BackgroundIterator, ordered_map
 from bagpipe.oracle.rank_checks import checked_ranks
+from bagpipe.oracle.seals import OpenBatches, Seal
 from bagpipe.oracle.window import (
     DEFAULT_LOOKAHEAD_BYTES,
     SINGLE_TRAINER,
@@ -139,6 +140,9 @@ class Deferred(Generic[BatchT]):
     read: Callable[[], BatchT]
 
 
+_Read: TypeAlias = tuple[int, BatchT | Deferred[BatchT], Seal | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planned(Generic[BatchT]):
     """A batch and its plan."""
@@ -153,6 +157,9 @@ class Planned(Generic[BatchT]):
     """Of several trainers: what the ids of the whole first batch hash to, and on several hosts, of
     which each reads for itself, those of every batch, so that they can see whether they read the
     same."""
+    seal: Seal | None = None
+    """Tells whether the batch has changed; None where nobody could, since it was read for this
+    stream or copied out."""
     release: Callable[[], None] | None = None
     """To be called once nothing reads the plan's arrays any more, steps in order; None where they
     live by themselves."""
@@ -162,14 +169,15 @@ def plan_stream(
     batches: Iterable[BatchT | Deferred[BatchT]],
     options: StreamOptions,
     adapter: BatchAdapter = DEFAULT_ADAPTER,
+    open_batches: OpenBatches | None = None,
 ) -> Iterator[Planned[BatchT]]:
     """Yields each batch with its plan, in order; of several trainers what is the first of `ranks`'
-    share.
+    share. `open_batches` are told of all that is read.
 
     Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a
     BackgroundError) after all batches before it.
     """
-    with closing(plan_ranks_stream(batches, options, adapter)) as steps:
+    with closing(plan_ranks_stream(batches, options, adapter, open_batches)) as steps:
         for step in steps:
             yield step[0]
 
@@ -178,12 +186,13 @@ def plan_ranks_stream(
     batches: Iterable[BatchT | Deferred[BatchT]],
     options: StreamOptions,
     adapter: BatchAdapter = DEFAULT_ADAPTER,
+    open_batches: OpenBatches | None = None,
 ) -> Generator[tuple[Planned[BatchT], ...]]:
     """`plan_stream` for all of `ranks`: yields for each batch what each of them gets."""
     oracle = options.make_oracle()
     num_threads = options.num_dedup_threads
     with Workers("bagpipe-dedup", num_threads) as workers:
-        numbered = enumerate(batches, options.first_step)
+        numbered = _sealed(batches, options.first_step, open_batches)
         deduped = ordered_map(
             partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads
         )
@@ -203,8 +212,9 @@ def plan_ranks_stream(
                         peak_slots=peak_slots,
                         oracle_bytes=oracle_bytes,
                         ids_hash=ids_hash,
+                        seal=seal,
                     )
-                    for plan, (batch, sparse) in zip(plans, parts, strict=True)
+                    for plan, (batch, sparse, seal) in zip(plans, parts, strict=True)
                 )
         finally:
             linked.close()
@@ -225,10 +235,25 @@ def _checked(
     )
 
 
+def _sealed(
+    batches: Iterable[BatchT | Deferred[BatchT]], first_step: int, open_batches: OpenBatches | None
+) -> Iterator[_Read[BatchT]]:
+    """What is read, sealed before the loader, which may use its buffers again, is asked for more.
+    What a `Deferred` reads is nobody else's.
+    """
+    for step, item in enumerate(batches, first_step):
+        seal = None if isinstance(item, Deferred) else Seal(item, step)
+        if seal is not None and open_batches is not None:
+            open_batches.add(seal)
+        yield step, item, seal
+        if open_batches is not None:
+            open_batches.forget_ended()
+
+
 def _dedup(
-    options: StreamOptions, adapter: BatchAdapter, numbered: tuple[int, BatchT | Deferred[BatchT]]
-) -> DedupedBatch[tuple[list[tuple[BatchT, Any]], str | None]]:
-    step, item = numbered
+    options: StreamOptions, adapter: BatchAdapter, read: _Read[BatchT]
+) -> DedupedBatch[tuple[list[tuple[BatchT, Any, Seal | None]], str | None]]:
+    step, item, seal = read
     batch = item.read() if isinstance(item, Deferred) else item
     num_trainers = options.trainers.num_trainers
     try:
@@ -239,7 +264,7 @@ def _dedup(
         if num_trainers == 1:
             shares = [jagged]
             deduped = tuple(dedup(group, jagged) for group in options.groups)
-            parts = [adapter.handed_out(batch, sparse)]
+            own_parts = [(batch, sparse)]
         else:
             check_ids(jagged)
             ranks = options.trainers.ranks
@@ -251,15 +276,18 @@ def _dedup(
             deduped = tuple(
                 merge(group, [dedup(group, each) for each in shares]) for group in options.groups
             )
-            parts = [adapter.handed_out(*own[rank][:2]) for rank in ranks]
+            own_parts = [own[rank][:2] for rank in ranks]
+        parts = _handed_out(own_parts, adapter, batch, seal)
     except DataError as error:
-        raise DataError(f"step {step}: {error}") from error
+        # which may be why
+        change = None if seal is None else seal.change()
+        raise DataError(f"step {step}: {change or error}") from error
     # Of several trainers all ids, whatever is handed out: hosts must grow their windows alike, and
     # each hands out to its own ranks.
     handed_out = (
         [jagged]
         if adapter.hand_out is None or num_trainers > 1
-        else [as_jagged(sparse) for _, sparse in parts]
+        else [as_jagged(sparse) for _, sparse, _ in parts]
     )
     must_compare = num_trainers > 1 and (
         step == options.first_step or options.trainers.num_hosts > 1
@@ -271,6 +299,22 @@ def _dedup(
         groups=deduped,
         share_sizes=tuple(each.batch_size for each in shares),
     )
+
+
+def _handed_out(
+    own_parts: list[tuple[BatchT, Any]], adapter: BatchAdapter, batch: BatchT, seal: Seal | None
+) -> list[tuple[BatchT, Any, Seal | None]]:
+    """What the trainers are given of their samples, the ids in that, and its seal. DataError: the
+    batch has changed before all was made of it.
+    """
+    is_batch = adapter.hand_out is None and own_parts[0][0] is batch
+    if seal is not None and not is_batch and (change := seal.change()) is not None:
+        raise DataError(change)
+    parts = [adapter.handed_out(*part) for part in own_parts]
+    return [
+        (part, sparse, seal if seal is None or is_batch else Seal(part, seal.step))
+        for part, sparse in parts
+    ]
 
 
 def _share_of(

@@ -37,6 +37,7 @@ from bagpipe.jagged import find_sparse, share_batch
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.process import SharedOracle
 from bagpipe.oracle.report import OracleReport
+from bagpipe.oracle.seals import OpenBatches
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.oracle.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
@@ -78,7 +79,14 @@ def lookahead(
     iterator tells.
 
     `batches` may be any iterable, a torch DataLoader too; it is read in a thread of its own,
-    `lookahead` batches ahead. `cache` is the device cache over all tables: rows, a share of them
+    `lookahead` batches ahead. So a batch must stay as it was yielded until its step is over: a
+    loader that fills the same buffers again yields copies of them, and the loop changes in place no
+    batch that comes again. What a batch's arrays, tensors and lists of numbers hold, in containers,
+    KeyedJaggedTensors and objects' public attributes, is hashed when it is read and compared when
+    it is handed out (0.1 ms a MB each; of tensors on a GPU torch's count of writes): a batch that
+    has changed is a DataError. The same batches may come again and again.
+
+    `cache` is the device cache over all tables: rows, a share of them
     ("2%"), memory ("4GiB"), rows for each group of tables of one dimension, or "auto" (half of the
     free memory). `lookahead="auto"` grows the window while more of it saves fetches and it fits
     `lookahead_memory`. `prefetch_depth` is how many steps before its use a row may be fetched.
@@ -198,6 +206,7 @@ class Lookahead(Generic[BatchT]):
         self.has_failed_alike = False
         """Whether the plans ended in an error at the same step on all of several ranks, so that all
         rows were written back."""
+        self._open_batches = OpenBatches()
         self._is_first_compared = False
         self._ids_hash = self._compared_hash = (
             ""  # of all batches handed out whose ids were hashed, now and at the last flush
@@ -216,7 +225,7 @@ class Lookahead(Generic[BatchT]):
             if in_process:
                 self._process = self._start_process(batches, options, adapter)
             if self._process is None:
-                planned = plan_stream(batches, options, adapter)
+                planned = plan_stream(batches, options, adapter, self._open_batches)
             else:
                 planned = self._process.items(copy_batches=move is None)
             self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
@@ -269,6 +278,7 @@ class Lookahead(Generic[BatchT]):
                 "can't go on"
             )
         self._end_step()
+        self._open_batches.end(self._embeddings.step - 1)
         if not self._submit_ahead():
             self.close()
             raise StopIteration
@@ -279,6 +289,9 @@ class Lookahead(Generic[BatchT]):
             self._embeddings.fail(error)
             raise
         batch = make_batch(self._executor.moved_along)
+        if planned.seal is not None:
+            planned.seal.check()
+        self._open_batches.check(planned.plan.step)
         if planned.ids_hash is not None:
             self._ids_hash = xxhash.xxh3_128(
                 (self._ids_hash + planned.ids_hash).encode()
@@ -293,6 +306,7 @@ class Lookahead(Generic[BatchT]):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
+            self._open_batches.end(self._embeddings.step - 1)
         else:
             self._give_up(error)
 
@@ -328,6 +342,7 @@ class Lookahead(Generic[BatchT]):
         read other batches by now.
         """
         self._end_step()
+        self._open_batches.end(self._embeddings.step - 1)
         self._embeddings.flush()
         communicator, ids_hash = self._communicator, self._ids_hash
         if (
