@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import ENOTDIR
 from pathlib import Path
 
 from bagpipe.errors import BagpipeError, ConfigError
@@ -46,10 +47,14 @@ def replaced(
 
 def make_folder(folder: Path) -> None:
     """Makes a folder, and those above it that are missing, durably; one that is there will do."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    try:
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+    except FileExistsError as error:
+        raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR), str(folder)) from error
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
