@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from types import FunctionType
+from typing import Any, cast, get_args, get_type_hints
 
 import numba
+import numpy as np
 import pytest
 
+import bagpipe
 from bagpipe._jit import jit
+from bagpipe.oracle import _loops, ranks
+from bagpipe.oracle.stream import StreamOptions, plan_ranks_stream
+from bagpipe.oracle.window import Trainers
+from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
 NUMBERS = "from bagpipe._jit import jit, inline_jit\nLIMIT = {limit}\n"
 INNER = (
@@ -140,3 +150,68 @@ def test_a_function_is_not_read_between_the_writing_of_its_index_and_its_code(
         may_go_on.set()
         writing.result(30)
         assert reading.result(30) == "code"
+
+
+def compiled_of(function: Any) -> Any:
+    """Without the door of `threaded`."""
+    is_door = isinstance(function, FunctionType)
+    return getattr(function, "__wrapped__", None) if is_door else function
+
+
+def compiled_functions() -> Iterator[Any]:
+    for module in pkgutil.walk_packages(bagpipe.__path__, "bagpipe."):
+        if module.name.startswith("bagpipe.oracle.") or module.name.startswith("bagpipe.store."):
+            for value in vars(importlib.import_module(module.name)).values():
+                function = compiled_of(value)
+                if hasattr(function, "py_func"):
+                    yield function.py_func
+
+
+def test_no_compiled_function_returns_a_named_tuple() -> None:
+    found = {function.__qualname__: function for function in compiled_functions()}
+    assert {"plan", "plan_exchanges", "_gather"} <= set(found)
+    for name, function in found.items():
+        pending = [get_type_hints(function)["return"]]
+        while pending:
+            kind = pending.pop()
+            assert not hasattr(kind, "_fields"), f"{name} returns {kind}"
+            pending += get_args(kind)
+
+
+@pytest.mark.parametrize("num_trainers", [1, 2])
+def test_a_compiled_call_runs_no_python_in_which_a_signal_could_raise(
+    num_trainers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(function: Any) -> Any:
+        compiled = compiled_of(function)
+
+        def call(*arguments: Any) -> Any:
+            sys.settrace(lambda frame, event, argument: seen.append(frame.f_code))
+            try:
+                return compiled(*arguments)
+            finally:
+                sys.settrace(None)
+
+        return call
+
+    trainers = Trainers(
+        num_trainers=num_trainers,
+        ranks=tuple(range(num_trainers)),
+        num_replica_slots=(60,) * (num_trainers > 1),
+    )
+    batches = [
+        Jagged(keys=("f",), values=np.arange(40) * number % 99, batch_size=40)
+        for number in range(1, 8)
+    ]
+    groups = group_tables(
+        [TableConfig(name="t", num_embeddings=99, embedding_dim=4, feature_names=["f"])],
+        SGD(lr=1.0),
+    )
+    options = StreamOptions(groups=groups, num_slots=(60,), lookahead=2, trainers=trainers)
+    list(plan_ranks_stream(batches, options))  # compiles, which is Python
+    monkeypatch.setattr(_loops, "plan", watched(_loops.plan))
+    monkeypatch.setattr(ranks, "plan_exchanges", watched(ranks.plan_exchanges))
+    assert len(list(plan_ranks_stream(batches, options))) == len(batches)
+    assert seen == []

@@ -8,6 +8,10 @@ since its own threading layer must not be entered twice. Threads start at the fi
 import: with OpenMP a process that is forked after that can't use them (numba ends it and says so),
 so a fork server may import this package but not train with it.
 
+What a compiled function returns to Python is arrays, numbers and plain tuples of them. A named
+tuple is made by Python code, where the handler of a signal may raise in the main thread, which
+numba does not expect: the process would end by a segmentation fault. For arrays see below.
+
 numba's cache knows a function by its own file. Compiled functions of other files are part of its
 machine code, too: where one of those changes, the old code would run, and plan something else than
 the source says. So functions are told apart by what their file holds and all that it has imported
@@ -31,8 +35,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import numba
 import numpy as np
-from numba.core import event
+from numba.core import event, serialize
 from numba.core.cpu_options import ParallelOptions
+
+# For each array that it returns a compiled function asks this for the array's type, and takes no
+# error for an answer. It is Python code, where the handler of a signal may raise; once the answer
+# is remembered it is not, unless something compiled has returned an array before this import.
+serialize._numba_unpickle = lru_cache(maxsize=None)(serialize._numba_unpickle)
 
 P = ParamSpec("P")
 R = TypeVar("R")

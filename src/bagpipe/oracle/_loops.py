@@ -150,12 +150,12 @@ def plan(
     ticks: Ticks,
     uses: Uses,
     ranks: Ranks,
-) -> tuple[Int32Array, Moved, Moved, Int64Array]:
+) -> tuple[Int32Array, tuple[Int64Array, Int32Array], tuple[Int64Array, Int32Array], Int64Array]:
     """Admits the window's last batch, unless it has no rows, and plans a step.
 
     `recent` (n, S + 1) are the bounds of planned batches' occurrences by shard: of the batch to
     settle, then of unsettled ones, the oldest first. Returns slots (U,), who is evicted, who is
-    fetched, and what is counted of that.
+    fetched, each as rows and slots, and what is counted of that.
     """
     # numba hands no tuples to parallel loops, and drops what they write to an array that came from
     # unpacking one.
@@ -251,7 +251,7 @@ def plan(
             Moved(fetch_rows, fetch_slots),
             Moved(fetched_rows, fetched_slots),
         )
-    return slots, Moved(evicted_rows, evicted_slots), Moved(fetched_rows, fetched_slots), totals
+    return slots, (evicted_rows, evicted_slots), (fetched_rows, fetched_slots), totals
 
 
 @jit

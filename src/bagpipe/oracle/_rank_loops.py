@@ -7,7 +7,7 @@ queue.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,6 +37,19 @@ class Exchanges(NamedTuple):
     contributions: Int32Array  # (R,) by owner and now, those of a row in the order of ranks
 
 
+_Exchanges: TypeAlias = tuple[
+    Int32Array,
+    Int64Array,
+    Int32Array,
+    Int64Array,
+    Int32Array,
+    Int64Array,
+    Int32Array,
+    Int32Array,
+    Int64Array,
+    Int32Array,
+]
+
 _OWNER_MASK, _COMES_NOW_BIT, _GOES_NOW_BIT = np.uint32(63), np.uint32(6), np.uint32(7)
 """In a row's code: its owner, one of up to `MAX_TRAINERS`, and whether its replicas and its
 gradients travel now."""
@@ -55,9 +68,9 @@ def plan_exchanges(
     places: Int32Array,
     ends: Int64Array,
     first_replica: int,
-) -> Exchanges:
+) -> _Exchanges:
     """Of the distinct rows (U,) that N ranks use together, `places` (R,) says, by rank up to `ends`
-    (N,), which each uses.
+    (N,), which each uses. Returns the parts of `Exchanges`.
 
     `comes_now` and `goes_now` (U,) say whether a row's replicas and its gradients travel on the
     critical path.
@@ -103,7 +116,7 @@ def plan_exchanges(
             to_replica[comes], to_grad[goes] = replica + 1, grad + 1
         received += grad_counts[rank].ravel()
         begin = ends[rank]
-    return Exchanges(
+    return (
         unique_slots,
         replica_counts,
         replicas,

@@ -207,7 +207,7 @@ class Cacher:
             if len(self._unsettled) > self._num_kept_unsettled
             else self._nothing
         )
-        slots, evicted, fetched, counts = _loops.plan(
+        slots, moved_out, moved_in, counts = _loops.plan(
             self._state,
             newest,
             _as_batch(linked),
@@ -219,6 +219,7 @@ class Cacher:
         if settled is not self._nothing:
             self._num_unsettled -= settled.num_uniques
             self.linker.settled = settled.step
+        evicted, fetched = _loops.Moved(*moved_out), _loops.Moved(*moved_in)
         num_evicted_early, num_early = counts[_loops.EVICTED_EARLY], counts[_loops.FETCHED_EARLY]
         self.evicted_blindly = bool(counts[_loops.EVICTED_BLINDLY])
         self._unsettled.append(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bagpipe.errors import ConfigError
-from bagpipe.oracle._rank_loops import plan_exchanges, sort_by_rank
+from bagpipe.oracle._rank_loops import Exchanges, plan_exchanges, sort_by_rank
 from bagpipe.oracle.cacher import CachePlan
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.types import (
@@ -65,14 +65,16 @@ class RankPlanner:
             comes_now = comes_now | np.isin(planned.unique_slots, planned.late.fetch_slots)
         if not overlap:
             comes_now = goes_now = np.ones(len(goes_now), np.bool_)
-        self._all = plan_exchanges(
-            planned.unique_slots,
-            merged.users,
-            comes_now,
-            goes_now,
-            np.concatenate(merged.places),
-            self._ends,
-            self._first_replica,
+        self._all = Exchanges(
+            *plan_exchanges(
+                planned.unique_slots,
+                merged.users,
+                comes_now,
+                goes_now,
+                np.concatenate(merged.places),
+                self._ends,
+                self._first_replica,
+            )
         )
         # of all, so that every rank refuses the step
         for rank, counts in enumerate(self._all.replica_counts):

@@ -217,7 +217,7 @@ class Lookahead(Generic[BatchT]):
         # Held while a batch is asked for, and for ever by a call that was interrupted.
         self._turn = threading.Lock()
         self._is_closed = False
-        self._failure: BaseException | None = None
+        self._failure = ""  # which error has ended the stream
         self._executor = embeddings.start(
             options.num_slots, options.trainers.num_replica_slots or None
         )
@@ -265,9 +265,9 @@ class Lookahead(Generic[BatchT]):
         return batch
 
     def _next(self) -> BatchT:
-        if self._failure is not None:
+        if self._failure:
             raise UsageError(
-                f"this stream of batches has ended with an error ({self._failure!r}) and can't go "
+                f"this stream of batches has ended with an error ({self._failure}) and can't go "
                 "on: make a new one"
             )
         if self._is_closed:
@@ -361,7 +361,7 @@ class Lookahead(Generic[BatchT]):
         """
         if self._is_closed or self._is_forked:
             return
-        self._failure = self._failure or error
+        self._failure = self._failure or repr(error)  # the error would hold the stream
         if self._communicator is None or self._have_all(error):
             try:
                 self.close()
