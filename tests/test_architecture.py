@@ -24,6 +24,7 @@ BASE = {
     "_files",
     "_fork",
     "_jit",
+    "_limits",
     "_malloc",
     "_memory",
     "_plots",
@@ -32,11 +33,12 @@ BASE = {
     "_workers",
 }
 ALLOWED = {
-    "types": {"errors"},
+    "types": {"errors", "_limits"},
     "errors": set(),
     "_files": {"errors"},
     "_fork": {"errors"},
     "_jit": set(),
+    "_limits": {"errors"},
     "_malloc": set(),
     "_memory": {"types", "_jit"},
     "_plots": {"errors", "_files"},

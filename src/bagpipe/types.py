@@ -21,6 +21,14 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from bagpipe._limits import (
+    MAX_EMBEDDING_DIM,
+    MAX_NUM_EMBEDDINGS,
+    MAX_RATE,
+    as_count,
+    check_number,
+    is_number,
+)
 from bagpipe.errors import ConfigError
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
@@ -47,6 +55,8 @@ class Uniform:
     high: float
 
     def __post_init__(self) -> None:
+        check_number(self, "low", least=-MAX_RATE)
+        check_number(self, "high", least=-MAX_RATE)
         if not self.low <= self.high:
             raise ConfigError(
                 f"Uniform(low={self.low}, high={self.high}): low must not be above high"
@@ -61,8 +71,8 @@ class Normal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.std >= 0:
-            raise ConfigError(f"Normal(mean={self.mean}, std={self.std}): std must not be negative")
+        check_number(self, "mean", least=-MAX_RATE)
+        check_number(self, "std")
 
 
 Initializer: TypeAlias = Uniform | Normal
@@ -88,18 +98,28 @@ class TableConfig:
     data_type: DataType = "fp32"
 
     def __post_init__(self) -> None:
-        if self.num_embeddings < 1:
-            raise ConfigError(
-                f"table {self.name!r}: num_embeddings is {self.num_embeddings}, must be at least 1"
-            )
-        if self.embedding_dim < 1:
-            raise ConfigError(
-                f"table {self.name!r}: embedding_dim is {self.embedding_dim}, must be at least 1"
-            )
-        if isinstance(self.feature_names, str) or not self.feature_names:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"table {self.name!r}: its name must be a string, not an empty one")
+        for field, most in (
+            ("num_embeddings", MAX_NUM_EMBEDDINGS),
+            ("embedding_dim", MAX_EMBEDDING_DIM),
+        ):
+            count = as_count(f"table {self.name!r}: {field}", getattr(self, field), most)
+            object.__setattr__(self, field, count)
+        names = self.feature_names
+        if (
+            not isinstance(names, Sequence)
+            or isinstance(names, str)
+            or not names
+            or not all(isinstance(name, str) for name in names)
+        ):
             raise ConfigError(
                 f"table {self.name!r}: feature_names must be a non-empty list of names, is "
-                f"{self.feature_names!r}"
+                f"{names!r}"
+            )
+        if self.init is not None and not isinstance(self.init, Uniform | Normal):
+            raise ConfigError(
+                f"table {self.name!r}: init is {self.init!r}, must be a Uniform, a Normal or None"
             )
         if self.pooling not in ("sum", "mean"):
             raise ConfigError(
@@ -129,7 +149,8 @@ class SGD:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_learning_rate(self.lr)
+        check_number(self, "lr")
+        check_number(self, "momentum", least=-MAX_RATE)
         if self.momentum != 0.0:
             raise ConfigError(
                 f"SGD(momentum={self.momentum}): momentum moves every row at every step, touched "
@@ -153,8 +174,8 @@ class Adagrad:
     initial_accumulator_value: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_learning_rate(self.lr)
-        _check_not_negative(self, "eps", "initial_accumulator_value")
+        for name in ("lr", "eps", "initial_accumulator_value"):
+            check_number(self, name)
 
     def state_width(self, embedding_dim: int) -> int:
         """Floats of optimizer state a row."""
@@ -172,8 +193,8 @@ class RowWiseAdagrad:
     initial_accumulator_value: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_learning_rate(self.lr)
-        _check_not_negative(self, "eps", "initial_accumulator_value")
+        for name in ("lr", "eps", "initial_accumulator_value"):
+            check_number(self, name)
 
     def state_width(self, embedding_dim: int) -> int:
         """Floats of optimizer state a row."""
@@ -193,10 +214,16 @@ class Adam:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check_learning_rate(self.lr)
-        _check_not_negative(self, "eps")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ConfigError(f"Adam(betas={self.betas}): each beta must be in [0, 1)")
+        check_number(self, "lr")
+        check_number(self, "eps")
+        betas = self.betas
+        if (
+            not isinstance(betas, Sequence)
+            or len(betas) != 2
+            or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas)
+        ):
+            raise ConfigError(f"Adam: betas is {betas!r}, must be two numbers, each in [0, 1)")
+        object.__setattr__(self, "betas", tuple(betas))
 
     def state_width(self, embedding_dim: int) -> int:
         """Floats of optimizer state a row: the first moments, then the second."""
@@ -209,20 +236,6 @@ class Adam:
 
 
 Optimizer: TypeAlias = SGD | Adagrad | RowWiseAdagrad | Adam
-
-
-def _check_learning_rate(lr: float) -> None:
-    if not (np.isfinite(lr) and lr >= 0):
-        raise ConfigError(f"lr is {lr}, must be finite and not negative")
-
-
-def _check_not_negative(optimizer: object, *names: str) -> None:
-    for name in names:
-        if not getattr(optimizer, name) >= 0:
-            raise ConfigError(
-                f"{type(optimizer).__name__}: {name} is {getattr(optimizer, name)}, must not be "
-                "negative"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from bagpipe.config.base import Section
+from bagpipe._limits import MAX_EMBEDDING_DIM
+from bagpipe.config.base import Count, Samples, Section, Seed
 
 NUM_CRITEO_TABLES = 26
 Share: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 BagLength: TypeAlias = Annotated[int, Field(ge=0, le=10_000)]
 NumEmbeddings: TypeAlias = Annotated[int, Field(ge=1, lt=2**31)]
+Cardinalities: TypeAlias = Annotated[tuple[NumEmbeddings, ...], Field(max_length=10_000)]
 Name: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
@@ -25,18 +27,18 @@ class SyntheticData(Section):
     """A Criteo-shaped stream made on the fly; see `bagpipe.data.synthetic` for what it draws."""
 
     kind: Literal["synthetic"]
-    num_samples: PositiveInt = 1_000_000
-    num_validation_samples: PositiveInt = 65_536
-    num_embeddings: Literal["kaggle", "terabyte"] | tuple[NumEmbeddings, ...] = "kaggle"
+    num_samples: Samples = 1_000_000
+    num_validation_samples: Samples = 65_536
+    num_embeddings: Literal["kaggle", "terabyte"] | Cardinalities = "kaggle"
     max_num_embeddings: NumEmbeddings | None = None
     """Every table is cut to at most this many rows."""
-    num_dense: int = Field(default=13, ge=0)
+    num_dense: int = Field(default=13, ge=0, le=MAX_EMBEDDING_DIM)
     skew: float = Field(default=1.1, ge=0.0, le=8.0)
     """Zipf exponent: 0 draws ids uniformly."""
     multi_hot: dict[str, BagLength | tuple[BagLength, BagLength]] = Field(default_factory=dict)
     """Feature name -> ids in each of its bags: a number, or [least, most] to draw uniformly. Others
     have one id."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -60,7 +62,7 @@ class PreparedData(Section):
     shuffle: bool = False
     """Whether the training split is read in another order each epoch; the validation split never
     is."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Seed = 0
     verify: bool = True
     """Whether the checksum of every file is compared before the first batch (reads all of the split
     once)."""
@@ -78,9 +80,7 @@ class CriteoFiles(Section):
     files: tuple[Name, ...] = Field(min_length=1)
     """Paths or glob patterns, read in this order; the files of one pattern are sorted by name. What
     exists by the very name given is meant by it."""
-    num_embeddings: (
-        Literal["kaggle", "terabyte"] | NumEmbeddings | tuple[NumEmbeddings, ...] | None
-    ) = None
+    num_embeddings: Literal["kaggle", "terabyte"] | NumEmbeddings | Cardinalities | None = None
     """Rows a table: a data set's own counts, one number for all tables, or 26 of them."""
 
     @model_validator(mode="after")
@@ -182,7 +182,7 @@ class DictionaryConfig(Section):
     """
 
     kind: Literal["dictionary"]
-    min_count: PositiveInt = 1
+    min_count: Samples = 1
 
 
 class SplitConfig(Section):
@@ -192,7 +192,7 @@ class SplitConfig(Section):
     """time: the last rows (by the time column, else in order of reading); share: a hash of the
     row's number."""
     validation_share: Share = 0.1
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Seed = 0
 
 
 class PrepareConfig(Section):
@@ -211,7 +211,7 @@ class PrepareConfig(Section):
     """skip: rows that can't be read are left out, counted and reported."""
     overwrite: bool = False
     rows_per_batch: int = Field(default=65_536, ge=1, le=2**24)
-    batches_per_file: int = Field(default=64, ge=1)
+    batches_per_file: Count = 64
 
     @property
     def transform(self) -> Literal["log", "none"]:

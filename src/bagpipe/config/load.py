@@ -23,6 +23,7 @@ from bagpipe.config.base import Section
 from bagpipe.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
+_MAX_SHOWN = 100
 _OPENS_TOML = ("[", "{", '"', "'")
 
 
@@ -56,7 +57,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    except tomllib.TOMLDecodeError as error:
+    # besides TOMLDecodeError, which is one: a number of thousands of digits; lists within lists
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
 
 
@@ -95,7 +97,7 @@ def _parse_value(override: str, text: str) -> object:
     """
     try:
         read = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         if text and not text.startswith(_OPENS_TOML):
             return text
         raise ConfigError(f"--set {override}: the value is not TOML: {error}") from error
@@ -112,6 +114,10 @@ def _mistakes(
         path, value = _locate(settings, error["loc"], missing=error["type"] == "missing")
         if error["type"] == "extra_forbidden":
             yield _unknown_key(model, error["loc"], path)
+        elif error["type"] == "missing" and isinstance(error["loc"][-1], int):
+            by_path.setdefault(_shown(path, value), []).append(
+                f"value {error['loc'][-1] + 1} is missing"
+            )
         elif error["type"] == "missing":
             yield f"{path}: is missing"
         elif error["type"] == "union_tag_invalid":
@@ -119,10 +125,18 @@ def _mistakes(
         elif "error" in error.get("ctx", {}):
             yield f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
         else:
-            shown = "" if isinstance(value, dict) else f" = {json.dumps(value, default=str)}"
-            by_path.setdefault(f"{path}{shown}", []).append(_lower_first(error["msg"]))
+            by_path.setdefault(_shown(path, value), []).append(_lower_first(error["msg"]))
     for where, reasons in by_path.items():
         yield f"{where}: {', or '.join(dict.fromkeys(reasons))}"
+
+
+def _shown(path: str, value: object) -> str:
+    """The key with its value, of which the end is left out where it is long."""
+    if isinstance(value, dict):
+        return path
+    text = json.dumps(value, default=str)
+    short = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    return f"{path} = {short}"
 
 
 def _locate(
@@ -134,7 +148,7 @@ def _locate(
     path = ""
     value: Any = settings
     for part in location:
-        if isinstance(part, int) and isinstance(value, list):
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
             path, value = f"{path}[{part}]", value[part]
         elif isinstance(value, dict) and (part in value or (missing and part is location[-1])):
             path, value = f"{path}.{part}" if path else str(part), value.get(str(part))

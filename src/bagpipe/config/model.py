@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import Discriminator, Field, PositiveInt, Tag
+from pydantic import Discriminator, Field, Tag
 
-from bagpipe.config.base import Section
+from bagpipe.config.base import Depth, Section, Width
 
-LayerSizes: TypeAlias = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+LayerSizes: TypeAlias = Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)]
 
 
 class _Model(Section):
@@ -62,8 +62,8 @@ class DCNConfig(DLRMConfig):
 
     kind: Literal["dcn"] = "dcn"  # type: ignore[assignment]
     top: LayerSizes = (1024, 1024, 512, 256, 1)
-    num_cross_layers: PositiveInt = 3
-    cross_rank: PositiveInt = 512
+    num_cross_layers: Depth = 3
+    cross_rank: Width = 512
 
 
 class WideDeepConfig(_Model):

@@ -9,9 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from bagpipe.config.base import Section
+from bagpipe.config.base import (
+    Batches,
+    BatchSize,
+    Count,
+    Rate,
+    Section,
+    Seed,
+    Steps,
+    Threads,
+    Weight,
+    Width,
+)
 from bagpipe.config.data import DataConfig, PrepareConfig
 from bagpipe.config.model import DLRMConfig, ModelConfig
 from bagpipe.types import (
@@ -27,10 +38,12 @@ from bagpipe.types import (
     Uniform,
 )
 
-Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
-MemorySize: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(B|KiB|MiB|GiB|TiB)$")]
+Rows: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
+MemorySize: TypeAlias = Annotated[
+    str, Field(pattern=r"^[0-9]{1,15}(\.[0-9]{1,15})?(B|KiB|MiB|GiB|TiB)$")
+]
 """For example "4GiB"."""
-RowShare: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")]
+RowShare: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,3}(\.[0-9]{1,15})?%$")]
 """For example "2%"."""
 Beta: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -39,8 +52,8 @@ class EmbeddingSGD(Section):
     """`bagpipe.SGD`. `momentum` is there to be refused with its reason."""
 
     kind: Literal["sgd"]
-    lr: NonNegativeFloat
-    momentum: float = 0.0
+    lr: Rate
+    momentum: Weight = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,9 +69,9 @@ class EmbeddingAdagrad(Section):
     """`bagpipe.Adagrad`."""
 
     kind: Literal["adagrad"]
-    lr: NonNegativeFloat
-    eps: NonNegativeFloat = 1e-10
-    initial_accumulator_value: NonNegativeFloat = 0.0
+    lr: Rate
+    eps: Rate = 1e-10
+    initial_accumulator_value: Rate = 0.0
 
     def build(self) -> Optimizer:
         """The optimizer that this section describes."""
@@ -71,9 +84,9 @@ class EmbeddingRowWiseAdagrad(Section):
     """`bagpipe.RowWiseAdagrad`."""
 
     kind: Literal["rowwise_adagrad"]
-    lr: NonNegativeFloat
-    eps: NonNegativeFloat = 1e-8
-    initial_accumulator_value: NonNegativeFloat = 0.0
+    lr: Rate
+    eps: Rate = 1e-8
+    initial_accumulator_value: Rate = 0.0
 
     def build(self) -> Optimizer:
         """The optimizer that this section describes."""
@@ -86,9 +99,9 @@ class EmbeddingAdam(Section):
     """`bagpipe.Adam`, which is lazy."""
 
     kind: Literal["adam"]
-    lr: NonNegativeFloat
+    lr: Rate
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: NonNegativeFloat = 1e-8
+    eps: Rate = 1e-8
 
     def build(self) -> Optimizer:
         """The optimizer that this section describes."""
@@ -105,8 +118,8 @@ class UniformInit(Section):
     """Initial weights drawn uniformly from [low, high)."""
 
     kind: Literal["uniform"]
-    low: float
-    high: float
+    low: Weight
+    high: Weight
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -122,8 +135,8 @@ class NormalInit(Section):
     """Initial weights drawn from a normal distribution."""
 
     kind: Literal["normal"]
-    mean: float = 0.0
-    std: NonNegativeFloat = 1.0
+    mean: Weight = 0.0
+    std: Rate = 1.0
 
     def build(self) -> Initializer:
         """The initializer that this section describes."""
@@ -149,7 +162,7 @@ StoreConfig: TypeAlias = Annotated[MemoryStoreConfig | FileStoreConfig, Field(di
 class EmbeddingsConfig(Section):
     """The embedding tables; how many rows each has is the data's to say."""
 
-    embedding_dim: PositiveInt = 64
+    embedding_dim: Width = 64
     data_type: DataType = "fp32"
     """Of the weights, "fp32", "bf16" or "fp16"; see `bagpipe.TableConfig`."""
     pooling: Pooling = "sum"
@@ -163,14 +176,14 @@ class EmbeddingsConfig(Section):
 class CacheConfig(Section):
     """The embedding cache and the oracle that plans for it. Nothing here changes a result."""
 
-    size: Literal["auto"] | PositiveInt | MemorySize | RowShare = "auto"
+    size: Literal["auto"] | Rows | MemorySize | RowShare = "auto"
     """Rows, a share of all rows, e.g. "2%", or memory for records, e.g. "4GiB"."""
-    lookahead: Literal["auto"] | PositiveInt = "auto"
+    lookahead: Literal["auto"] | Batches = "auto"
     """Batches that the oracle sees ahead."""
     lookahead_memory: MemorySize = "1GiB"
-    prefetch_depth: PositiveInt = 2
+    prefetch_depth: Batches = 2
     """Steps before its use that a fetch may be issued."""
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """Threads that read and de-duplicate; the library's choice when left out."""
     oracle: Literal["auto", "thread", "process"] = "auto"
     """Where batches are read and planned: in threads of the trainer, or in a process of its own,
@@ -183,17 +196,17 @@ class DenseOptimizerConfig(Section):
     """The torch optimizer of the dense part."""
 
     kind: Literal["sgd", "adagrad", "adam", "adamw"] = "adagrad"
-    lr: PositiveFloat = 0.02
-    weight_decay: NonNegativeFloat = 0.0
+    lr: Annotated[Rate, Field(gt=0.0)] = 0.02
+    weight_decay: Rate = 0.0
 
 
 class TrainConfig(Section):
     """The loop."""
 
-    batch_size: PositiveInt = 2048
-    epochs: PositiveInt | None = None
+    batch_size: BatchSize = 2048
+    epochs: Count | None = None
     """Times to read the training split; 1 when neither this nor `steps` is given."""
-    steps: PositiveInt | None = None
+    steps: Steps | None = None
     """Steps to train, over as many epochs as it takes."""
     drop_last: bool = False
     """Whether the smaller batch at the end of an epoch is left out."""
@@ -207,9 +220,9 @@ class TrainConfig(Section):
     trainers where `batch_size` is a multiple of their number), or so after torch.compile."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    eval_every_steps: PositiveInt | None = None
+    eval_every_steps: Steps | None = None
     """Steps between evaluations on the validation split; there is always one at the end."""
-    eval_batch_size: PositiveInt = 8192
+    eval_batch_size: BatchSize = 8192
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -224,8 +237,8 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When to save. A signal always saves."""
 
-    every_steps: PositiveInt | None = None
-    keep: PositiveInt = 2
+    every_steps: Steps | None = None
+    keep: Count = 2
     """Checkpoints to keep, the last ones."""
     at_end: bool = True
 
@@ -234,7 +247,7 @@ class LogConfig(Section):
     """Where a run leaves its files: log.jsonl, tensorboard/ and checkpoints/."""
 
     folder: Path
-    every_steps: PositiveInt = 50
+    every_steps: Steps = 50
     tensorboard: bool = True
 
 

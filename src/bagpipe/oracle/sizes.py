@@ -18,7 +18,7 @@ _UNITS = {"B": 1} | {
     for base, suffix in ((1000, "B"), (1024, "iB"))
     for power, prefix in enumerate("KMGT")
 }
-_SIZE = re.compile(r"(?P<number>\d[\d_]*(?:\.\d+)?)\s*(?P<unit>%|[A-Za-z]+)?")
+_SIZE = re.compile(r"(?P<number>\d[\d_]{0,30}(?:\.\d{1,30})?)\s*(?P<unit>%|[A-Za-z]+)?")
 _FLOOR_SHARE = 0.1
 """Share of a cache that is divided evenly among the groups, so that one with few rows is not
 starved by one with many."""

@@ -53,6 +53,7 @@ hand out."""
 
 _PLANS_AHEAD = 2
 """Finished plans that wait for the trainer beyond those already being executed."""
+_MAX_THREADS = 256
 _MIN_REPLICAS = 4096
 _STOP_TIMEOUT_S = 5.0
 
@@ -130,8 +131,8 @@ def lookahead(
     what the loader raised (as the cause of a BackgroundError) after all batches before the bad one
     were handed out.
     """
-    if dedup_threads is not None and dedup_threads < 1:
-        raise ConfigError(f"dedup_threads is {dedup_threads}, must be at least 1")
+    if dedup_threads is not None and not 1 <= dedup_threads <= _MAX_THREADS:
+        raise ConfigError(f"dedup_threads is {dedup_threads}, must be from 1 to {_MAX_THREADS}")
     if oracle not in ("thread", "process"):
         raise ConfigError(f"oracle is {oracle!r}, must be 'thread' or 'process'")
     # an earlier stream's cache must be free before this one is sized, and its last step
