@@ -142,7 +142,7 @@ def hash_ids(batch: Jagged) -> str:
     hasher = xxhash.xxh3_128(repr((batch.keys, batch.batch_size)).encode())
     for array in (batch.values, batch.offsets, batch.weights):
         if array is not None:
-            hasher.update(array.tobytes())
+            hasher.update(np.ascontiguousarray(array).data)
     return hasher.hexdigest()
 
 

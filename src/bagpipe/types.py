@@ -476,3 +476,7 @@ class StepPlan:
     has_late: bool = False
     """Whether any trainer has late transfers: then no gradient of the step before may still be on
     its way when they are issued."""
+    joint_hash: str | None = None
+    """Of several trainers not all planned in one place: what the plan of all of them hashes to."""
+    failure: str = ""
+    """Why the last batch seen is the last one, unless the batches just end there."""

@@ -139,7 +139,7 @@ def assert_same(one: Any, other: Any, where: str = "plan") -> None:
     assert type(one) is type(other), where
     if dataclasses.is_dataclass(one):
         for field in dataclasses.fields(one):
-            if field.name != "release":
+            if field.name not in ("release", "ids_hash", "joint_hash"):
                 assert_same(
                     getattr(one, field.name), getattr(other, field.name), f"{where}.{field.name}"
                 )
@@ -165,6 +165,10 @@ def test_each_rank_gets_what_it_would_plan_for_itself(num_trainers: int) -> None
         num_items = 0
         for mine, theirs in zip(own, end.items(), strict=True):
             assert_same(theirs, mine)
+            # a hash tells ranks that plan apart whether they plan alike
+            assert mine.ids_hash is not None
+            assert mine.plan.joint_hash is not None
+            assert theirs.ids_hash is theirs.plan.joint_hash is None
             assert_same(theirs.batch, share(batches.read(num_items), rank, num_trainers), "batch")
             assert theirs.sparse is theirs.batch["sparse"]
             use(theirs)

@@ -28,15 +28,16 @@ def run_ranks(
 
     def run(rank: int) -> None:
         try:
-            now, later = (
+            now, later, alike = (
                 dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, num_trainers, timeout)
-                for name in ("now", "later")
+                for name in ("now", "later", "alike")
             )
             communicator = Communicator(
                 rank=rank,
                 num_trainers=num_trainers,
                 now=now,
                 later=later,
+                alike=alike,
                 store=store,
                 num_hosts=num_hosts,
                 timeout=timeout,

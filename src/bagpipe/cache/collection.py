@@ -272,6 +272,8 @@ class EmbeddingBagCollection(nn.Module):
         """
         if self.executor is not None:
             self._failure = error
+            if self.communicator is not None:
+                self.communicator.tell_failed(error)
             self._end_executor()
 
     def _end_executor(self) -> None:

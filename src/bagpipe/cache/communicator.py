@@ -2,8 +2,9 @@
 key-value store.
 
 One process group is for the critical path and one for what travels behind compute, so that neither
-waits for the other's messages. Rows on GPUs travel by NCCL, rows and numbers on CPUs by gloo. All
-sizes are known from the plan, so a message is the rows and nothing else.
+waits for the other's messages; a third one compares what ranks do (`lockstep`). Rows on GPUs travel
+by NCCL, rows and numbers on CPUs by gloo. All sizes are known from the plan, so a message is the
+rows and nothing else.
 
 A rank that is gone shows as a failed message, or, where one waits for its entry in the key-value
 store, by its process, which the others of its host watch. Every call ends after `timeout`, and says
@@ -35,7 +36,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe._sharding import check_hosts, home_hosts, host_of, neighbours_on
-from bagpipe.errors import BackgroundError, ConfigError, UsageError
+from bagpipe.cache.lockstep import Lockstep
+from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, UsageError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.store.shared import SharedFiles, SharedMemoryStore
 from bagpipe.types import Float32Array, Group, Int64Array, RowExchange
@@ -65,11 +67,13 @@ class Communicator:
     num_trainers: int
     now: Any  # a ProcessGroup or one of its backends
     later: Any
+    alike: Any  # gloo's
     store: Any
     num_hosts: int = 1
     timeout: timedelta = field(default_factory=lambda: timedelta(minutes=5))
     number: int = 0
     """Tells the keys of several communicators of one key-value store apart."""
+    _lockstep: Lockstep = field(init=False)
     _stream: int = field(init=False, default=0)
     _is_streaming: bool = field(init=False, default=False)
     _has_failed: bool = field(init=False, default=False)
@@ -84,6 +88,13 @@ class Communicator:
     def __post_init__(self) -> None:
         check_hosts(self.num_trainers, self.num_hosts)
         self._waiting = self.store.clone()
+        self._lockstep = Lockstep(
+            self.alike,
+            self.store,
+            rank=self.rank,
+            num_trainers=self.num_trainers,
+            key=f"bagpipe/{self.number}",
+        )
         texts = self.gather_texts("the process", f"{os.getpid()} {self.num_hosts} {_machine()}")
         pids, nums_hosts, machines = zip(*(text.split(maxsplit=2) for text in texts), strict=True)
         on_hosts = [
@@ -125,12 +136,15 @@ class Communicator:
         timeout = timeout or timedelta(minutes=5)
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-        now, later = (dist.new_group(timeout=timeout, backend=backend) for _ in range(2))
+        now, later, alike = (
+            dist.new_group(timeout=timeout, backend=each) for each in (backend, backend, "gloo")
+        )
         return cls(
             rank=dist.get_rank(),
             num_trainers=dist.get_world_size(),
             now=now,
             later=later,
+            alike=alike,
             store=dist.distributed_c10d._get_default_store(),
             num_hosts=num_hosts,
             timeout=timeout,
@@ -169,9 +183,41 @@ class Communicator:
         """
         with self._naming(f"exchanging {what} of step {step}"):
             group = self.now if moment == "now" else self.later
-            group.alltoall_base(
+            message = group.alltoall_base(
                 received, rows, plan.receive_counts.tolist(), plan.send_counts.tolist()
-            ).wait()
+            )
+            self._finish(message, received)
+
+    def _finish(self, message: Any, values: Tensor) -> None:
+        """Waits for `values`; those of a GPU its current stream waits for."""
+        if values.is_cuda:
+            message.wait()
+        else:
+            self._lockstep.wait_for(message)
+
+    def tell(self, act: str, *, needed_at: int, note: str = "") -> None:
+        """Tells the others what this rank does next, as they must in the same place; see
+        `lockstep`.
+        """
+        with self._naming(f"telling that it {act}"):
+            self._lockstep.tell(act, needed_at=needed_at, note=note)
+
+    def compare_acts(self, step: int) -> None:
+        """Waits until all have told what the messages of `step` depend on.
+
+        Raises UsageError, or DataError for their batches, on every rank where ranks part.
+        """
+        with self._naming(f"comparing what ranks do before step {step}"):
+            self._lockstep.compare(step)
+
+    def do_together(self, act: str) -> None:
+        """Tells an act and waits until all ranks do it; raises as `compare_acts`."""
+        with self._naming(f"waiting until every rank {act}"):
+            self._lockstep.do_together(act)
+
+    def tell_failed(self, error: BaseException) -> None:
+        """Ends the waiting of others for what this rank will not send any more."""
+        self._lockstep.tell_failed(error)
 
     def gather(self, what: str, rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
         """What each rank gives as `rows`, (counts[rank], D) on the CPU, by rank on rank 0; nothing
@@ -179,6 +225,7 @@ class Communicator:
         """
         receive_counts = list(counts) if self.rank == 0 else [0] * self.num_trainers
         with self._naming(f"gathering {what}"):
+            self._lockstep.do_together(f"gathers {what}")
             received = self._swap(rows, [len(rows)] + [0] * (self.num_trainers - 1), receive_counts)
         return torch.split(received, receive_counts) if self.rank == 0 else ()
 
@@ -203,6 +250,7 @@ class Communicator:
             f"reading rows of {store.group.name} of all hosts, all ranks together (join_reading "
             "where one has none),"
         ):
+            self._lockstep.do_together(f"reads rows of {store.group.name} of all hosts")
             wanted_from, wanted_by = wanted.tolist(), self._swap(wanted, once, once).tolist()
             asked = self._swap(torch.from_numpy(rows[order]), wanted_from, wanted_by).numpy()
             found = np.empty((len(asked), store.group.record_width), np.float32)
@@ -214,9 +262,10 @@ class Communicator:
     ) -> Tensor:
         """Sends rows (n, ...) of the CPU, those for rank 0 first; what all send here, by rank."""
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        self.now.alltoall_base(
+        message = self.now.alltoall_base(
             received, rows.contiguous(), list(receive_counts), list(send_counts)
-        ).wait()
+        )
+        self._finish(message, received)
         return received
 
     def average(self, values: Tensor) -> None:
@@ -225,7 +274,7 @@ class Communicator:
         """
         with self._naming("averaging the dense part's gradients"):
             values.div_(self.num_trainers)
-            self.now.allreduce([values]).wait()
+            self._finish(self.now.allreduce([values]), values)
 
     def mean(self, value: float) -> float:
         """The mean of all ranks' values, the same on each."""
@@ -262,6 +311,7 @@ class Communicator:
             [1] * self.num_trainers,
         )
         with self._naming(f"waiting for {what} of all ranks"):
+            self._lockstep.do_together(f"tells {what}")
             sizes = self._swap(torch.full((self.num_trainers,), len(content)), once, once).tolist()
             gathered = self._swap(
                 content.repeat(self.num_trainers), [len(content)] * self.num_trainers, sizes
@@ -280,6 +330,7 @@ class Communicator:
         return SharedMemoryStore(group, seed, files, host=self.host, num_hosts=self.num_hosts)
 
     def _reduce(self, value: float, operation: Any) -> float:
+        self.do_together("compares a number")
         return self._ask_to_reduce(value, operation)()
 
     def _ask_to_reduce(self, value: float, operation: Any) -> Callable[[], float]:
@@ -292,7 +343,7 @@ class Communicator:
 
         def finish() -> float:
             with self._naming(what):
-                asked.wait()
+                self._lockstep.wait_for(asked)
                 return float(values.item())
 
         return finish
@@ -300,8 +351,7 @@ class Communicator:
     def barrier(self, what: str) -> None:
         """Waits for all ranks."""
         with self._naming(what):
-            # a group of two backends would choose the GPU for a barrier
-            self.now.allreduce([torch.zeros(1)]).wait()
+            self._lockstep.do_together(f"is {what}")
 
     def all_stop_before(self, step: int) -> bool:
         """Whether all ranks say soon that they can't begin a step, for which nobody may send
@@ -410,6 +460,8 @@ class Communicator:
     def _naming(self, what: str) -> Iterator[None]:
         try:
             yield
+        except BagpipeError:
+            raise
         except (RuntimeError, torch.distributed.DistError) as error:
             raise BackgroundError(
                 f"rank {self.rank}: {what} failed; another of the {self.num_trainers} trainers may "

@@ -7,8 +7,9 @@ Around the compute of step t, in the order in which all ranks do it:
     (background)                   replicas that step t - 1 does not change -> users
     tick t                         replicas that step t - 1 has changed -> users
     (trainer's thread)
-    backward of t                  the trainer sums its own bags by distinct row; gradients of rows
-    (trainer's thread)             that step t + 1 uses -> owners, who apply them
+    backward of t                  the trainer sums its own bags by distinct row; once it has for
+    (trainer's thread)             all groups, gradients of rows that step t + 1 uses -> owners, who
+                                   apply them
 
 Gradients are averaged over the trainers, as DistributedDataParallel averages those of the dense
 part. A row's contributions are added in the order of ranks and its optimizer runs once, on its
@@ -72,6 +73,37 @@ class Exchange:
         self._caches = tuple(caches)
         self._background = _BackgroundThread() if streams is None else _BackgroundStream(streams)
         self._steps: dict[int, _Step] = {}
+        self._newest = 0  # step that has begun
+
+    def begin_step(self, number: int) -> None:
+        """Compares, before anything of the step is sent, what the ranks have done since the last
+        one.
+        """
+        self._newest = number
+        self.communicator.tell(f"begins step {number}", needed_at=number + 1)
+        self.communicator.compare_acts(number)
+
+    def end_step(self, number: int) -> None:
+        """Sends what came where not all groups have gradients; no rank may wait for others in
+        vain.
+        """
+        step = self._steps.get(number)  # a flush may have ended it
+        if step is None or len(step.sums) == len(self._caches):
+            return
+        names = [self._caches[index].group.name for index in sorted(step.sums)]
+        act = f"ends step {number} with gradients of {', '.join(names) or 'nothing'} alone"
+        if step.sums:
+            self.communicator.do_together(act)
+            self._sync_all(step, "now")
+        else:
+            self.communicator.tell(act, needed_at=number + 1)
+
+    def begin_flush(self) -> None:
+        """Compares what the ranks have done: all must flush at the same step."""
+        self.communicator.do_together(
+            f"writes its rows back at step {self._newest} (for an evaluation, a checkpoint or a "
+            "look into the tables, or since its batches are over)"
+        )
 
     def ask_for_replicas(
         self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]
@@ -92,18 +124,25 @@ class Exchange:
         self._send_replicas(step, "now")
 
     def update(self, index: int, plan: DevicePlan, grads: Tensor, *, number: int) -> None:
-        """Applies what group `index` can be applied of a step's gradients (B, F, D); the rest waits
-        for `defer`. It is the group's `number`th update, from 1.
+        """Takes a step's gradients (B, F, D) of group `index`, for its `number`th update, from 1.
+        Once they are there for all groups what must be applied now is; the rest waits for `defer`.
         """
         step, cache = self._steps[plan.step], self._caches[index]
         exchange = _of(step.plan.groups[index].exchange)
         step.rates[index] = cache.rate_of(number)
+        is_last = len(step.sums) == len(self._caches) - 1
+        if is_last:
+            self.communicator.tell(
+                f"updates its rows in step {plan.step} at the learning rate {cache.lr!r}",
+                needed_at=plan.step + 1,
+            )
         with span("sum"):
             sums = cache.sum_by_row(
                 plan, grads, scale=1.0 / self.communicator.num_trainers, room=exchange.num_room
             )
         step.sums[index] = sums
-        self._sync(step, index, "now")
+        if is_last:
+            self._sync_all(step, "now")
 
     def defer(self, number: int) -> None:
         """Hands out the later gradients of the computed step `number`, unless that is done."""
@@ -158,8 +197,11 @@ class Exchange:
                 )
 
     def _apply_later(self, step: _Step) -> None:
+        self._sync_all(step, "later")
+
+    def _sync_all(self, step: _Step, moment: Moment) -> None:
         for index in sorted(step.sums):  # none where no rank has called backward
-            self._sync(step, index, "later")
+            self._sync(step, index, moment)
 
     def _sync(self, step: _Step, index: int, moment: Moment) -> None:
         """Sends gradients to the rows' owners, receives those of own rows behind the own sums, and

@@ -136,6 +136,7 @@ class Executor:
         self._is_clean = False
         with naming_step(tick):
             if self._exchange is not None:
+                self._exchange.begin_step(tick)
                 # before their rows may be evicted, and their plans released
                 self._exchange.finish_deferred(tick - 2)
             self._note_computed()
@@ -186,6 +187,9 @@ class Executor:
 
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
+        if self._exchange is not None:
+            with self.undivided():
+                self._exchange.end_step(self._pending[0].plan.step)
         ended, pending, updated = [*self._ended, self._pending[0]], self._pending[1:], set[int]()
         num_skipped = [
             count + (index not in self._updated) for index, count in enumerate(self._num_skipped)
@@ -239,6 +243,8 @@ class Executor:
         self._check_not_torn()
         if self._is_clean:
             return
+        if self._exchange is not None:
+            self._exchange.begin_flush()
         for pending in self._pending:
             with naming_step(pending.plan.step):
                 for transfer in (pending.early, pending.late):

@@ -42,7 +42,7 @@ from bagpipe.cache.device_plan import DeviceTransfers
 from bagpipe.cache.spans import span
 from bagpipe.cache.staging import Buffer, Staging
 from bagpipe.cache.streams import Streams
-from bagpipe.errors import BackgroundError
+from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Float32Array, Int32Array, Int64Array, StepPlan, Transfers
 
@@ -351,7 +351,7 @@ def naming_step(step: int) -> Iterator[None]:
     """Raises any failure inside as the cause of a BackgroundError."""
     try:
         yield
-    except BackgroundError:
+    except (BackgroundError, DataError, UsageError):  # the last two: trainers part
         raise
     except Exception as error:
         raise BackgroundError(f"moving embedding rows for step {step} failed: {error}") from error

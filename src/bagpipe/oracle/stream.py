@@ -106,7 +106,15 @@ class StreamOptions:
             prefetch_depth=self.prefetch_depth,
             first_step=self.first_step,
             trainers=trainers,
+            hash_plans=self.is_planned_elsewhere,
         )
+
+    @property
+    def is_planned_elsewhere(self) -> bool:
+        """Whether there are trainers whose plans are made in another place, from batches that are
+        read there.
+        """
+        return len(self.trainers.ranks) < self.trainers.num_trainers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +162,8 @@ class Planned(Generic[BatchT]):
     peak_slots: tuple[int, ...]
     oracle_bytes: int  # of the oracle's own state
     ids_hash: str | None = None
-    """Of several trainers: what the ids of the whole first batch hash to, and on several hosts, of
-    which each reads for itself, those of every batch, so that they can see whether they read the
-    same."""
+    """Of several trainers not all planned in one place: what the ids of the whole batch hash to, so
+    that they can see whether they read the same."""
     seal: Seal | None = None
     """Tells whether the batch has changed; None where nobody could, since it was read for this
     stream or copied out."""
@@ -289,11 +296,8 @@ def _dedup(
         if adapter.hand_out is None or num_trainers > 1
         else [as_jagged(sparse) for _, sparse, _ in parts]
     )
-    must_compare = num_trainers > 1 and (
-        step == options.first_step or options.trainers.num_hosts > 1
-    )
     return DedupedBatch(
-        payload=(parts, hash_ids(jagged) if must_compare else None),
+        payload=(parts, hash_ids(jagged) if options.is_planned_elsewhere else None),
         payload_bytes=sum(_num_bytes(ids) for ids in handed_out),
         batch_size=jagged.batch_size,
         groups=deduped,

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Generic, Literal, TypeVar
 
+import xxhash
+
 from bagpipe._sharding import check_hosts, host_of, neighbours_on
 from bagpipe._workers import Workers
 from bagpipe.errors import CacheTooSmallError, ConfigError
@@ -80,6 +82,7 @@ class _PlannedStep(Generic[Payload]):
     groups: tuple[CachePlan, ...]
     num_ahead: int  # batches that the window held beyond it
     peak_slots: tuple[int, ...]  # by group
+    failure: str  # why no more batches come, unless they just end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,20 @@ def check_window(
             )
 
 
+def _hash_of(groups: Sequence[CachePlan]) -> str:
+    """What tells a step of the joint cache from others'."""
+    hasher = xxhash.xxh3_128()
+    for group in groups:
+        hasher.update(group.unique_slots.data)
+        hasher.update(group.was_used_before.data)
+        hasher.update(group.is_used_next.data)
+        for moved in (group.early, group.late):
+            hasher.update(str(moved.fence_tick).encode())
+            for array in (moved.evict_rows, moved.evict_slots, moved.fetch_rows, moved.fetch_slots):
+                hasher.update(array.data)
+    return hasher.hexdigest()
+
+
 class Oracle:
     """Plans a stream of batches for all groups. One object plans one stream."""
 
@@ -162,9 +179,12 @@ class Oracle:
         prefetch_depth: int = 2,
         first_step: int = 0,
         trainers: Trainers = SINGLE_TRAINER,
+        hash_plans: bool = False,
     ) -> None:
-        """`num_slots` for each group, and of each trainer. Raises ConfigError for values out of
-        range.
+        """`num_slots` for each group, and of each trainer. With `hash_plans` every step tells
+        what the joint plan of several trainers hashes to, for ranks that are planned elsewhere.
+
+        Raises ConfigError for values out of range.
         """
         trainers.check(groups)
         check_window(
@@ -175,6 +195,7 @@ class Oracle:
             num_trainers=trainers.num_trainers,
         )
         self._groups, self._num_slots, self._trainers = tuple(groups), tuple(num_slots), trainers
+        self._hash_plans = hash_plans
         self._is_auto = lookahead == "auto"
         self._lookahead = AUTO_START if lookahead == "auto" else lookahead
         self._lookahead_bytes = lookahead_bytes
@@ -282,7 +303,12 @@ class Oracle:
             planned = tuple(cacher.plan_cache() for cacher in self._cachers)
             peak_slots = tuple(cacher.num_used_slots for cacher in self._cachers)
             yield _PlannedStep(
-                step=step, batch=batch, groups=planned, num_ahead=len(window), peak_slots=peak_slots
+                step=step,
+                batch=batch,
+                groups=planned,
+                num_ahead=len(window),
+                peak_slots=peak_slots,
+                failure="" if failure is None else str(failure),
             )
             self._adapt(window_bytes, batch.nbytes)
             step += 1
@@ -351,6 +377,7 @@ class Oracle:
             for group in planned.groups
             for moved in (group.late.evict_slots, group.late.fetch_slots)
         )
+        joint_hash = _hash_of(planned.groups) if self._hash_plans else None
         plans = tuple(
             StepPlan(
                 step=step,
@@ -359,6 +386,8 @@ class Oracle:
                 groups=tuple(planner.plan(rank) for planner in planners),
                 lookahead=planned.num_ahead,
                 has_late=has_late,
+                joint_hash=joint_hash,
+                failure=planned.failure,
             )
             for rank in self._trainers.ranks
         )

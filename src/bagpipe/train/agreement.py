@@ -10,7 +10,7 @@ from typing import Any
 
 from bagpipe.cache.communicator import Communicator
 from bagpipe.config.compare import compare_configs
-from bagpipe.errors import ConfigError, DataError
+from bagpipe.errors import ConfigError
 from bagpipe.oracle.stream import StreamOptions
 
 _OF_A_HOST = ("log.folder", "data.folder", "prepare", "embeddings.store", "cache.threads")
@@ -66,19 +66,3 @@ def _check_same(
                     f"ranks {otherwise} with other settings: {difference.key} is "
                     f"{difference.old!r} on rank 0 and {difference.new!r} on rank {rank}; {remedy}"
                 )
-
-
-def check_same_batches(communicator: Communicator, ids_hash: str, which: str) -> None:
-    """Raises DataError on every rank where one has read other ids in the batches that `which`
-    names; all must call it.
-    """
-    first, *others = communicator.gather_texts(which, ids_hash)
-    for rank, other in enumerate(others, 1):
-        if other != first:
-            raise DataError(
-                f"ranks read other batches: the ids of {which} on rank {rank} are not those on "
-                "rank 0. Every rank's loader yields "
-                "the batches of all trainers together, in the same order (no DistributedSampler, "
-                "the same seed for shuffling); "
-                "each rank is then handed its share"
-            )

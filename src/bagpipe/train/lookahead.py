@@ -25,13 +25,13 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from bagpipe._fork import check_same_process
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.device_plan import MovedArray
 from bagpipe.cache.executor import Waits
+from bagpipe.cache.lockstep import plan_act
 from bagpipe.errors import BackgroundError, ConfigError, LostError, UsageError
 from bagpipe.jagged import find_sparse, share_batch
 from bagpipe.oracle.pipeline import BackgroundIterator
@@ -41,7 +41,7 @@ from bagpipe.oracle.seals import OpenBatches
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.oracle.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
-from bagpipe.train.agreement import check_same_batches, check_same_settings
+from bagpipe.train.agreement import check_same_settings
 from bagpipe.train.capacity import slots_for
 from bagpipe.train.oracle_process import start_oracle
 from bagpipe.types import UInt8Array
@@ -121,8 +121,10 @@ def lookahead(
     many rows of other ranks one step may need, or so many for each group; by default half the
     cache's rows, and at least 4,096. Without `overlap` all that travels between trainers is on the
     critical path, with the same result: the benchmark `trainers` measures what overlapping saves.
-    On several hosts each reads for itself; that all have read the same is seen at each `flush`, and
-    hosts whose batches end at another step end in an error.
+    All ranks must do the same with every batch, in the same order: backward or none, the same
+    learning rate, flush, evaluate and leave the loop. Before each step they compare what they did,
+    and where they read for themselves the batches and plans, too: where one parts all raise
+    UsageError or DataError, which say which rank, at which step, and what.
 
     Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the
     loss's gradient before it does.
@@ -208,10 +210,6 @@ class Lookahead(Generic[BatchT]):
         """Whether the plans ended in an error at the same step on all of several ranks, so that all
         rows were written back."""
         self._open_batches = OpenBatches()
-        self._is_first_compared = False
-        self._ids_hash = self._compared_hash = (
-            ""  # of all batches handed out whose ids were hashed, now and at the last flush
-        )
         self._communicator = embeddings.communicator
         self._process: SharedOracle[Any] | None = None
         self._pid = os.getpid()
@@ -293,10 +291,6 @@ class Lookahead(Generic[BatchT]):
         if planned.seal is not None:
             planned.seal.check()
         self._open_batches.check(planned.plan.step)
-        if planned.ids_hash is not None:
-            self._ids_hash = xxhash.xxh3_128(
-                (self._ids_hash + planned.ids_hash).encode()
-            ).hexdigest()
         self.report.add(planned.plan, planned.peak_slots)
         self.oracle_bytes = planned.oracle_bytes
         return batch
@@ -337,24 +331,11 @@ class Lookahead(Generic[BatchT]):
 
     def flush(self) -> None:
         """Closes the step and writes all resident rows to the stores, as before a checkpoint; the
-        iteration goes on.
-
-        On several hosts, of which each reads for itself, it raises DataError on all where one has
-        read other batches by now.
+        iteration goes on. With other trainers all must call it.
         """
         self._end_step()
         self._open_batches.end(self._embeddings.step - 1)
         self._embeddings.flush()
-        communicator, ids_hash = self._communicator, self._ids_hash
-        if (
-            communicator is not None
-            and communicator.num_hosts > 1
-            and ids_hash != self._compared_hash
-        ):
-            check_same_batches(
-                communicator, ids_hash, f"the batches before step {self._embeddings.step}"
-            )
-            self._compared_hash = ids_hash
 
     def _give_up(self, error: BaseException) -> None:
         """Ends the stream after an error, with other trainers without waiting for any of them
@@ -474,10 +455,11 @@ class Lookahead(Generic[BatchT]):
         return planned
 
     def _submit(self, planned: Planned[BatchT]) -> None:
-        if self._communicator is not None and planned.ids_hash is not None:
-            if not self._is_first_compared:
-                check_same_batches(self._communicator, planned.ids_hash, "the first batch")
-            self._is_first_compared = True
+        plan = planned.plan
+        if self._communicator is not None and planned.ids_hash and plan.joint_hash:
+            act = plan_act(plan.step, plan.lookahead, planned.ids_hash, plan.joint_hash)
+            # the step before sends gradients that this one needs, and replicas for it
+            self._communicator.tell(act, needed_at=plan.step - 1, note=plan.failure)
         arrays, make_batch = _take_apart(planned.batch, self._move, planned.plan.step)
         self._executor.submit(planned.plan, planned.release, arrays)
         self._submitted.append((planned, make_batch))
