@@ -53,6 +53,7 @@ def plan_act(step: int, num_ahead: int, ids_hash: str, plan_hash: str) -> str:
 class _Told:
     """An act that is on its way."""
 
+    number: int
     needed_at: int  # the first tick whose messages depend on it
     message: Any  # the work of a process group
     acts: bytearray  # of all ranks, one after the other, once the message is there
@@ -70,6 +71,7 @@ class Lockstep:
         self._group, self._store, self._key = group, store, f"{key}/failed"
         self._rank, self._num_trainers = rank, num_trainers
         self._told: deque[_Told] = deque()
+        self._num_told = 0
         self._looking = threading.Lock()
         self._parted: BagpipeError | None = None
 
@@ -81,7 +83,10 @@ class Lockstep:
         sent = bytearray(text * self._num_trainers)
         acts = bytearray(len(sent))
         message = self._group.alltoall_base(_tensor(acts), _tensor(sent), [], [])
-        self._told.append(_Told(needed_at=needed_at, message=message, acts=acts))
+        self._num_told += 1
+        self._told.append(
+            _Told(number=self._num_told, needed_at=needed_at, message=message, acts=acts)
+        )
 
     def compare(self, tick: int | None = None) -> None:
         """Waits for all acts up to the last that is needed at `tick`, by default all. Raises
@@ -93,7 +98,8 @@ class Lockstep:
         for each in told:
             if not each.message.is_completed():
                 self.wait_for(each.message)
-        self._look()
+        # those behind may be there or not: all ranks must part at the same tick
+        self._look(told[-1].number if told else 0)
 
     def do_together(self, act: str) -> None:
         """Tells an act and waits until all ranks do it; raises as `compare`."""
@@ -120,10 +126,12 @@ class Lockstep:
         with contextlib.suppress(RuntimeError):  # the store's process may be gone, too
             self._store.compare_set(self._key, "", text)
 
-    def _look(self) -> None:
-        """Compares what has come."""
+    def _look(self, last: int | None = None) -> None:
+        """Compares what has come, up to number `last`."""
         with self._looking:
             while self._parted is None and self._told and self._told[0].message.is_completed():
+                if last is not None and self._told[0].number > last:
+                    break
                 told = self._told.popleft()
                 told.message.wait()
                 told_by_rank = [
