@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from tests.oracle.ends import end_as
 
 from bagpipe.errors import BackgroundError, LostError
 from bagpipe.jagged import share_of
+from bagpipe.oracle import process
 from bagpipe.oracle.process import OracleProcess, SharedOracle
 from bagpipe.oracle.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.oracle.window import Trainers
@@ -295,16 +298,26 @@ def test_ranks_may_come_to_the_end_at_different_times() -> None:
         assert drain(second) == NUM_PLACES
 
 
-def test_a_reader_that_hangs_neither_hides_a_death_nor_outlives_it(tmp_path: Path) -> None:
+def hanging(tmp_path: Path, num_batches: int = 12) -> tuple[Batches, Callable[[], None]]:
+    """Batches behind which the reader hangs, and what waits until it does."""
     hangs = tmp_path / "hangs"
-    with shared(2, Batches(12, "hang", at_end=hangs)) as (first, second):
-        assert first._process is not None
-        items = first.items()
-        use(next(items))
+
+    def wait() -> None:
         deadline = time.monotonic() + SOON_S
         while not hangs.exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+    return Batches(num_batches, "hang", at_end=hangs), wait
+
+
+def test_a_reader_that_hangs_neither_hides_a_death_nor_outlives_it(tmp_path: Path) -> None:
+    batches, wait_until_it_hangs = hanging(tmp_path)
+    with shared(2, batches) as (first, second):
+        assert first._process is not None
+        items = first.items()
+        use(next(items))
+        wait_until_it_hangs()
         hang_up(second)
         with pytest.raises(LostError, match="rank 1's connection"):
             deque(map(use, items))
@@ -312,12 +325,112 @@ def test_a_reader_that_hangs_neither_hides_a_death_nor_outlives_it(tmp_path: Pat
         assert first._process.exitcode == 1
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank kills the process a second after it has told it to end."""
+    monkeypatch.setattr(process, "_STOP_TIMEOUT_S", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("leaving", [0, 1, 2])
+def test_a_rank_that_ends_its_stream_while_the_reader_hangs_ends_the_others(
+    leaving: int, tmp_path: Path
+) -> None:
+    batches, wait_until_it_hangs = hanging(tmp_path)
+    with shared(3, batches) as ends:
+        streams = [end.items() for end in ends]
+        with ThreadPoolExecutor(3) as pool:
+            # all that is planned, then they wait for more: the window holds 5
+            drained = [
+                pool.submit(lambda stream: deque(map(use, stream)), each) for each in streams
+            ]
+            wait_until_it_hangs()
+            time.sleep(0.5)
+            assert not any(each.done() for each in drained)
+            ends[leaving].stop()
+            errors = [each.exception(timeout=SOON_S) for each in drained]
+    assert errors[leaving] is None
+    for rank, error in enumerate(errors):
+        if rank != leaving:
+            assert isinstance(error, LostError)
+            assert f"rank {leaving} " in str(error)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_process_that_answers_nothing_holds_up_no_rank_that_ends_its_stream() -> None:
+    with shared(2, Batches(1000)) as (first, second), ThreadPoolExecutor(1) as pool:
+        assert first._process is not None
+        stream = second.items()
+        use(next(stream))
+        os.kill(first._process.pid or 0, signal.SIGSTOP)
+        rest = pool.submit(lambda: len(list(stream)))
+        time.sleep(0.2)
+        started = time.monotonic()
+        second.stop()
+        assert rest.result(timeout=SOON_S) <= NUM_PLACES
+        assert time.monotonic() - started < 2.0
+
+
+@contextmanager
+def strangers(address: str) -> Iterator[None]:
+    """Who keep connecting and say nothing."""
+    name, _ = address.split()
+    ended, connections = threading.Event(), list[socket.socket]()
+
+    def connect() -> None:
+        while not ended.is_set():
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(0.05)
+            try:
+                connection.connect(f"\0{name}")
+            except OSError:  # all is full, or over
+                connection.close()
+                time.sleep(0.005)
+            else:
+                connections.append(connection)
+                if len(connections) > 500:
+                    connections.pop(0).close()
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for connection in connections:
+            connection.close()
+
+
+def test_strangers_who_say_nothing_hold_up_nobody() -> None:
+    first = OracleProcess(Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES)
+    with strangers(first.address):
+        time.sleep(0.3)  # the queue before the door is full
+        second = SharedOracle.join(first.address, 1)
+        assert outcomes([lambda: drain(first), lambda: drain(second)]) == [9, 9]
+    second.close()
+    first.close()
+
+
+def test_strangers_do_not_put_off_the_end_of_the_meeting() -> None:
+    started = time.monotonic()
+    first = OracleProcess(
+        Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES, join_timeout_s=1.0
+    )
+    with strangers(first.address):
+        (error,) = outcomes([lambda: drain(first)])
+    assert isinstance(error, LostError)
+    assert "rank 1 has not come to the oracle process within 1 s" in str(error)
+    assert time.monotonic() - started < SOON_S
+    first.close()
+
+
 def test_a_rank_that_never_comes_is_named_after_the_timeout() -> None:
-    process = OracleProcess(
+    first = OracleProcess(
         Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES, join_timeout_s=1.0
     )
-    second = SharedOracle.join(process.address, 1)
-    errors = outcomes([lambda: drain(process), lambda: drain(second)])
+    second = SharedOracle.join(first.address, 1)
+    errors = outcomes([lambda: drain(first), lambda: drain(second)])
     for error in errors:
         assert isinstance(error, LostError)
         assert "rank 2 has not come to the oracle process within 1 s" in str(error)
@@ -325,32 +438,28 @@ def test_a_rank_that_never_comes_is_named_after_the_timeout() -> None:
         BackgroundError,
         match="rank 2 can't reach the oracle process that its host's first rank has started",
     ):
-        SharedOracle.join(process.address, 2)
+        SharedOracle.join(first.address, 2)
     second.close()
-    process.close()
+    first.close()
 
 
 def test_a_rank_that_dies_before_all_have_come_ends_the_others() -> None:
-    process = OracleProcess(
-        Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES
-    )
-    second = SharedOracle.join(process.address, 1)
-    hang_up(process)
+    first = OracleProcess(Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES)
+    second = SharedOracle.join(first.address, 1)
+    hang_up(first)
     with pytest.raises(LostError, match="rank 0's connection"):
         drain(second)
     second.close()
-    process.close()
+    first.close()
 
 
 def test_strangers_are_not_admitted() -> None:
-    process = OracleProcess(
-        Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES
-    )
-    name, _ = process.address.split()
+    first = OracleProcess(Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES)
+    name, _ = first.address.split()
     stranger = SharedOracle.join(f"{name} 0123", 1)
-    second = SharedOracle.join(process.address, 1)
-    assert outcomes([lambda: drain(process), lambda: drain(second)]) == [9, 9]
+    second = SharedOracle.join(first.address, 1)
+    assert outcomes([lambda: drain(first), lambda: drain(second)]) == [9, 9]
     with pytest.raises(LostError):
         drain(stranger)
-    for end in (stranger, second, process):
+    for end in (stranger, second, first):
         end.close()

@@ -82,6 +82,17 @@ class Failing:
         raise OSError("the disk is gone")
 
 
+@dataclasses.dataclass
+class Hanging:
+    """Batches behind which the reader waits, as for a file system that is gone."""
+
+    batches: Sequence[Jagged]
+
+    def __iter__(self) -> Iterator[Jagged]:
+        yield from self.batches
+        time.sleep(600)
+
+
 def failures_of(
     num_trainers: int,
     batches: Any,
@@ -135,6 +146,25 @@ def test_what_the_reader_raises_ends_all_ranks_behind_the_batches_before() -> No
         assert num_steps == 10
         assert isinstance(error, BackgroundError)
         assert "the disk is gone" in str(error)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_on_one_rank_is_raised_while_the_reader_hangs(failing: int) -> None:
+    """When all that is planned is sent, so that the process waits for the reader alone."""
+    last, raised = 4, [0.0]
+
+    def fail(communicator: Communicator, stream: Lookahead[Any], number: int) -> None:
+        if communicator.rank == failing and number == last:
+            time.sleep(1.0)
+            raised[0] = time.monotonic()
+            raise ValueError("the loss is negative")
+
+    outcomes = failures_of(2, Hanging(make_batches(12)), fail, lookahead=3)
+    assert time.monotonic() - raised[0] < 12.0
+    assert isinstance(outcomes[failing][1], ValueError)
+    other = outcomes[1 - failing][1]
+    assert isinstance(other, BackgroundError)
+    assert f"rank {failing} " in str(other)
 
 
 def test_too_many_replicas_are_refused_on_all_ranks() -> None:

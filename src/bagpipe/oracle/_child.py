@@ -27,7 +27,7 @@ import numpy as np
 
 from bagpipe._malloc import keep_freed_memory
 from bagpipe.errors import BackgroundError, BagpipeError, LostError
-from bagpipe.oracle._meeting import Door
+from bagpipe.oracle._meeting import Door, Porch
 from bagpipe.oracle._wire import FAILURE, ITEM, RELEASED, Failure, Packed, Region, map_region
 from bagpipe.oracle.pipeline import BackgroundIterator
 from bagpipe.oracle.seals import OpenBatches
@@ -71,40 +71,36 @@ def run_child(
     threading.Thread(target=_end_by_force, args=(lines,), daemon=True).start()
     open_batches = OpenBatches()
     planned = plan_ranks_stream(batches, options, adapter, open_batches)
-    plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="planner")
+    plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="planner", on_item=lines.wake)
     try:
         lines.end(_send_all(plans, lines, open_batches))
         lines.wait_for_departure()
     finally:
-        plans.close()
+        if not plans.close(timeout_s=_END_TIMEOUT_S):  # it waits for a reader that never returns
+            os._exit(1)
 
 
-def _send_all(
-    plans: Iterable[Sequence[Planned[Any]]], lines: _Lines, open_batches: OpenBatches
-) -> Failure:
+def _send_all(plans: BackgroundIterator[Any], lines: _Lines, open_batches: OpenBatches) -> Failure:
     try:
-        for step in plans:
+        while (departure := lines.wait_for(plans)) is None:
+            step = next(plans, None)
+            if step is None:
+                return Failure()
             departure = lines.send(step, open_batches)
             if departure is not None:
-                return departure
+                break
+        return departure
     except BaseException as error:  # whatever it is, it must reach the training loops
         return _describe(error)
-    return Failure()
 
 
 def _admit_others(door: Door, lines: _Lines, options: StreamOptions) -> Failure | None:
     """Waits for all trainers; a failure if one does not come, or goes."""
     deadline = time.monotonic() + door.timeout_s
-    with door.listener:
+    with contextlib.closing(Porch(door)) as porch:
         while missing := [rank for rank in options.trainers.ranks if rank not in lines.ranks]:
-            events = select.poll()
-            events.register(door.listener, select.POLLIN)
-            for connection in lines.connections:
-                events.register(connection, select.POLLIN)
-            ready = [
-                number for number, _ in events.poll(max(0.0, 1e3 * (deadline - time.monotonic())))
-            ]
-            if not ready:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
                 return Failure(
                     error=LostError(
                         f"rank {missing[0]} has not come to the oracle process within "
@@ -112,18 +108,17 @@ def _admit_others(door: Door, lines: _Lines, options: StreamOptions) -> Failure 
                         "have ended, or failed before"
                     )
                 )
-            for number in ready:
-                if number == door.listener.fileno():
-                    _admit(door, lines)
-                elif (departure := lines.read(number)) is not None:
-                    return departure
+            events, here = select.poll(), [each.fileno() for each in lines.connections]
+            for number in (*porch.descriptors, *here):
+                events.register(number, select.POLLIN)
+            for number, _ in events.poll(1e3 * remaining_s):
+                if number in here:
+                    departure = lines.read(number)
+                    if departure is not None:
+                        return departure
+                elif (guest := porch.admit(number)) is not None:
+                    lines.add(_Line(guest.rank, guest.connection, guest.file, lines.num_places))
     return None
-
-
-def _admit(door: Door, lines: _Lines) -> None:
-    guest = door.admit()
-    if guest is not None:
-        lines.add(_Line(guest.rank, guest.connection, guest.file, lines.num_places))
 
 
 def _end_by_force(lines: _Lines) -> None:
@@ -133,8 +128,14 @@ def _end_by_force(lines: _Lines) -> None:
     events = select.poll()
     for connection in lines.connections:
         events.register(connection, 0)  # only when it hangs up
-    for number, _ in events.poll():
+    gone = [number for number, _ in events.poll()]
+    # beside this thread, which may wait for a trainer that does not read either
+    threading.Thread(target=_exit_in_time, daemon=True).start()
+    for number in gone:
         lines.end(lines.departure(number))
+
+
+def _exit_in_time() -> None:
     time.sleep(_END_TIMEOUT_S)
     os._exit(1)
 
@@ -146,6 +147,9 @@ class _Lines:
         self.num_places = num_places
         self._lines: dict[int, _Line] = {}  # by file descriptor
         self._messages = select.poll()  # a connection's own poll takes twenty times as long
+        self._wake = os.eventfd(0)
+        self._messages.register(self._wake, select.POLLIN)
+        self._is_waiting = False  # for a plan
         self._sending = threading.Lock()
         self._has_ended = False
 
@@ -164,6 +168,28 @@ class _Lines:
             sorted([*self._lines.items(), (number, line)], key=lambda item: item[1].rank)
         )
         self._messages.register(number, select.POLLIN)
+
+    def wake(self) -> None:
+        """Ends the waiting for a plan; called by the planner's thread, for which it must cost
+        little.
+        """
+        if self._is_waiting:
+            os.eventfd_write(self._wake, 1)
+
+    def wait_for(self, plans: BackgroundIterator[Any]) -> Failure | None:
+        """Waits for a plan, or their end; what the others shall hear when a trainer wants no more
+        meanwhile.
+        """
+        while not plans.is_ready:
+            self._is_waiting = True
+            # asked for again: what came before that did not wake
+            ready = [] if plans.is_ready else self._messages.poll()
+            self._is_waiting = False
+            for number, _ in ready:
+                departure = self.read(number)
+                if departure is not None:
+                    return departure
+        return None
 
     def send(self, step: Sequence[Planned[Any]], open_batches: OpenBatches) -> Failure | None:
         """Waits for the place that each trainer's item needs; what the others shall hear when one
@@ -189,6 +215,9 @@ class _Lines:
 
     def read(self, number: int) -> Failure | None:
         """Reads a trainer's message; what the others shall hear if it wants no more, or is gone."""
+        if number == self._wake:
+            os.eventfd_read(self._wake)
+            return None
         line = self._lines[number]
         try:
             message = line.connection.recv_bytes()

@@ -2,7 +2,8 @@
 abstract Unix socket.
 
 That one listens before the process runs, which inherits the socket, so that nobody comes too early.
-A trainer says the key and its rank in one message, and hands over its shared memory with it.
+A trainer says the key and its rank in one message, and hands over its shared memory with it. On the
+porch many may wait for their turn to speak, strangers too, who hold up nobody.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import hmac
 import os
 import secrets
 import socket
+import struct
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from bagpipe.errors import BackgroundError
 from bagpipe.oracle.merge import MAX_TRAINERS
 
-_GREETING_TIMEOUT_S = 5.0
 _MAX_GREETING_BYTES = 256
+_MAX_SILENT = 256
+"""Connections that have said nothing yet; of more the oldest goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +55,51 @@ class Door:
         """What `connect` needs; to be told to trainers only."""
         return f"{self.listener.getsockname()[1:].decode()} {self.key}"
 
-    def admit(self) -> Guest | None:
-        """Who comes next; None for somebody without the key, or who says nothing."""
-        connection, _ = self.listener.accept()
-        connection.settimeout(_GREETING_TIMEOUT_S)
+
+class Porch:
+    """Who has knocked at a `Door`. Nothing here waits."""
+
+    def __init__(self, door: Door) -> None:
+        self._door, self._silent = door, dict[int, socket.socket]()  # by descriptor
+        door.listener.setblocking(False)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The door's and those of all who have said nothing yet: where something may happen."""
+        return [self._door.listener.fileno(), *self._silent]
+
+    def admit(self, number: int) -> Guest | None:
+        """Looks at a descriptor where something has happened; the trainer that has come, if any."""
+        if number in self._silent:
+            return self._listen(self._silent.pop(number))
+        if number != self._door.listener.fileno():  # it was sent away meanwhile
+            return None
+        try:
+            connection, _ = self._door.listener.accept()
+        except OSError:  # who knocked has gone
+            return None
+        connection.setblocking(False)
+        return self._listen(connection)
+
+    def close(self) -> None:
+        """Sends away all who have not been admitted; nobody comes any more."""
+        self._door.listener.close()
+        for connection in self._silent.values():
+            connection.close()
+
+    def _listen(self, connection: socket.socket) -> Guest | None:
         try:
             greeting, files, _, _ = socket.recv_fds(connection, _MAX_GREETING_BYTES, 1)
+        except BlockingIOError:  # a trainer says it with the knock, or nearly so
+            self._silent[connection.fileno()] = connection
+            if len(self._silent) > _MAX_SILENT:
+                self._silent.pop(next(iter(self._silent))).close()
+            return None
         except OSError:
             connection.close()
             return None
         key, _, rank = greeting.decode(errors="replace").partition(" ")
-        if len(files) != 1 or not hmac.compare_digest(key.encode(), self.key.encode()):
+        if len(files) != 1 or not hmac.compare_digest(key.encode(), self._door.key.encode()):
             connection.close()
             for file in files:
                 os.close(file)
@@ -71,12 +108,15 @@ class Door:
         return Guest(rank=int(rank), connection=Connection(connection.detach()), file=files[0])
 
 
-def connect(address: str, rank: int, file: int) -> Connection:
+def connect(address: str, rank: int, file: int, timeout_s: float) -> Connection:
     """A trainer's way to the process behind a `Door`. Raises BackgroundError when there is none, or
-    none any more.
+    none any more, or so many are at its door that it does not open within `timeout_s`.
     """
     name, key = address.split()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # a timeout of Python's would make the socket one that does not wait for room before the door
+    limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     try:
         connection.connect(f"\0{name}")
         socket.send_fds(connection, [f"{key} {rank}".encode()], [file])
@@ -87,4 +127,5 @@ def connect(address: str, rank: int, file: int) -> Connection:
             f"({error}): it has ended, or runs "
             "on another host, and the communicator was not told of several"
         ) from error
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
     return Connection(connection.detach())

@@ -67,8 +67,16 @@ class BackgroundIterator(Generic[Item]):
     thread; so does the end of the iteration, and of this object.
     """
 
-    def __init__(self, items: Iterable[Item], *, ahead: int, name: str) -> None:
-        self._line, self._name = _Line(max(1, ahead)), name
+    def __init__(
+        self,
+        items: Iterable[Item],
+        *,
+        ahead: int,
+        name: str,
+        on_item: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_item` is called by the thread after each item, and after the end."""
+        self._line, self._name = _Line(max(1, ahead), on_item), name
         self._has_ended = False
         weakref.finalize(self, self._line.close)
         self._thread = threading.Thread(
@@ -83,6 +91,11 @@ class BackgroundIterator(Generic[Item]):
         if self._line.is_closed:
             raise StopIteration
         return self._deliver(_END if self._has_ended else self._line.take())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `next` would not wait."""
+        return self._has_ended or self._line.is_closed or not self._line.is_empty
 
     def next_if_ready(self) -> Item | None:
         """The next item if there is one without waiting, else None; the end, or a failure, is left
@@ -131,12 +144,13 @@ class _Line:
     dropped would never end it.
     """
 
-    def __init__(self, ahead: int) -> None:
+    def __init__(self, ahead: int, on_item: Callable[[], None]) -> None:
         # Two of these are one bounded queue, at a tenth of the price of `queue.Queue`, which takes
         # Python code and a condition.
         self._items, self._room = SimpleQueue[object](), SimpleQueue[None]()
         for _ in range(ahead):
             self._room.put(None)
+        self._on_item = on_item
         self.is_closed = False
         self.failure: BaseException | None = None
 
@@ -153,6 +167,7 @@ class _Line:
         if self.is_closed:
             return False
         self._items.put(item)
+        self._on_item()
         return True
 
     def take(self) -> object:

@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import warnings
 import weakref
@@ -49,7 +50,7 @@ from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
 
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S, _JOIN_TIMEOUT_S = 5.0, 300.0
 
 
 class SharedOracle(Generic[BatchT]):
@@ -77,7 +78,12 @@ class SharedOracle(Generic[BatchT]):
 
     @classmethod
     def join(
-        cls, address: str, rank: int, *, on_region: Callable[[UInt8Array], None] = lambda _: None
+        cls,
+        address: str,
+        rank: int,
+        *,
+        on_region: Callable[[UInt8Array], None] = lambda _: None,
+        join_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> SharedOracle[Any]:
         """The end of a trainer other than its host's first; see `OracleProcess`.
 
@@ -85,7 +91,7 @@ class SharedOracle(Generic[BatchT]):
         """
         file = _shared_memory()
         try:
-            connection = connect(address, rank, file)
+            connection = connect(address, rank, file, join_timeout_s)
         except BaseException:
             os.close(file)
             raise
@@ -185,7 +191,7 @@ class OracleProcess(SharedOracle[BatchT]):
         *,
         num_places: int,
         on_region: Callable[[UInt8Array], None] = lambda _: None,
-        join_timeout_s: float = 300.0,
+        join_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> None:
         """Starts the child. `num_places` bounds the items not yet released; `on_region` is shown
         all shared memory before its use.
@@ -257,6 +263,9 @@ def _signals_put_off() -> Iterator[None]:
 def _stop(connection: Connection, process: SpawnProcess | None) -> None:
     with contextlib.suppress(OSError):
         connection.send_bytes(STOP)
+        # whoever receives here must not wait for a process that does not answer
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RD)
     if process is not None and process.pid is not None:
         process.join(_STOP_TIMEOUT_S)
         if process.is_alive():  # in the user's reader, which nothing else can interrupt

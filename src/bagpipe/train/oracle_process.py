@@ -40,7 +40,10 @@ def start_oracle(
                 f"rank {first} could not start the oracle process: {outcome.removeprefix(_FAILED)}"
             )
         return SharedOracle.join(
-            outcome.removeprefix(_STARTED), communicator.rank, on_region=on_region
+            outcome.removeprefix(_STARTED),
+            communicator.rank,
+            on_region=on_region,
+            join_timeout_s=communicator.timeout.total_seconds(),
         )
     timeout_s = (
         {} if communicator is None else {"join_timeout_s": communicator.timeout.total_seconds()}
