@@ -1,5 +1,6 @@
-"""The contract of `bagpipe.store.base.EmbeddingStore`: a store's tests subclass `StoreContract` and
-make one.
+"""The contract of `bagpipe.store.base.EmbeddingStore`.
+
+A store's tests subclass `StoreContract` and make one.
 """
 
 from __future__ import annotations
@@ -272,9 +273,7 @@ class StoreContract:
         np.testing.assert_array_equal(fetch(store, rows), records)
 
     def test_disjoint_fetches_and_writes_run_at_once(self, store: EmbeddingStore) -> None:
-        """Rows of the threads interleave, so that neighbours share cache lines, pages and stretches
-        of a file.
-        """
+        """The threads' rows interleave: neighbours share cache lines, pages and stretches."""
         num_threads, num_rounds = 4, 12
 
         def work(thread: int) -> None:
@@ -333,9 +332,7 @@ class StoreContract:
                     future.result(timeout=60)
 
     def test_a_huge_group_is_made_lazily(self, make: StoreFactory) -> None:
-        """24 GiB of records: the test would run out of memory, disk or time if they were
-        materialised.
-        """
+        """Its records take 24 GiB: materialised, they would exhaust memory, disk or time."""
         group = make_group(100_000_000, dim=64)
         started = time.perf_counter()
         store = make(group, SEED)

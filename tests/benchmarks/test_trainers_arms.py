@@ -1,5 +1,6 @@
-"""The arms of the benchmark `trainers`, ranks as threads: where sums are exact all end with the
-same records, to the bit.
+"""The arms of the benchmark `trainers`, ranks as threads.
+
+Where sums are exact all end with the same records, to the bit.
 """
 
 from __future__ import annotations
@@ -162,9 +163,7 @@ def test_all_arms_end_with_the_same_records(num_trainers: int) -> None:
 
 
 def test_bytes_sent_by_hand() -> None:
-    """Rank 0 uses rows 0, 1 and 2 (twice), rank 1 rows 2 and 3; two steps alike, rows of 4
-    floats.
-    """
+    """Rank 0 uses rows 0, 1 and 2 (twice), rank 1 rows 2 and 3, in two steps; rows of 4 floats."""
     (group,) = group_tables(
         [TableConfig(name="t", num_embeddings=4, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0)
     )

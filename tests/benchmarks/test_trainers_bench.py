@@ -1,6 +1,4 @@
-"""The benchmark `trainers` from the command to the report, at a tiny size, and what it says
-when that can't be.
-"""
+"""The benchmark `trainers` from the command to the report, at a tiny size, and its refusals."""
 
 from __future__ import annotations
 

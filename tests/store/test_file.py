@@ -291,8 +291,9 @@ else:
 
 
 def test_a_disk_that_is_really_full_does_not_kill_the_process(tmp_path: Path) -> None:
-    """A tmpfs of 6 MB in a mount namespace of the child's own, which needs no rights and leaves
-    nothing behind.
+    """The disk is a tmpfs of 6 MB in a mount namespace of the child's own.
+
+    This needs no rights and leaves nothing behind.
     """
     unshare = shutil.which("unshare")
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)]

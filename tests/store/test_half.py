@@ -1,6 +1,4 @@
-"""16-bit weights: rounding to the nearest is torch's, rounding by chance goes to a neighbour and is
-right on average.
-"""
+"""16-bit weights: rounding to the nearest is torch's; rounding by chance is right on average."""
 
 from __future__ import annotations
 

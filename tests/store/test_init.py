@@ -1,6 +1,4 @@
-"""Initial records: the generator's published answers, independence of order, and the shape of the
-distributions.
-"""
+"""Initial records: the generator's published answers, independence of order, distributions."""
 
 from __future__ import annotations
 
@@ -71,9 +69,7 @@ MIXED = make_group(Uniform(low=-0.5, high=0.25), Normal(mean=2.0, std=3.0))
 def test_philox_gives_the_published_answers(
     counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    """The philox4x32 10 lines of `kat_vectors` in Random123, the library of the algorithm's
-    authors.
-    """
+    """They are the philox4x32 10 lines of `kat_vectors` in Random123, its authors' library."""
     low, high = (np.uint64(counter[at] | counter[at + 1] << 32) for at in (0, 2))
     assert philox(np.uint64(key[0] | key[1] << 32), low, high) == expected
 
@@ -125,9 +121,7 @@ def test_seeds_rows_and_columns_differ() -> None:
 
 
 def test_groups_of_one_seed_differ() -> None:
-    """A model gives all its groups the same seed; a smaller group must not repeat the columns of a
-    larger one.
-    """
+    """A model gives all its groups one seed, and a group must not repeat another's columns."""
     first = fill(MIXED, np.arange(4_000))
     second = fill(dataclasses.replace(MIXED, index=1), np.arange(4_000))
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / np.sqrt(first.size)

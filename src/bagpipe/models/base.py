@@ -1,8 +1,8 @@
 """What every model is: embeddings, and a dense part over their pooled values.
 
-The two are apart so that a training loop can run the embedding stages around the dense part, which
-sees floats only and can be captured as a CUDA graph. `forward` is both in one, for evaluation and
-for loops with autograd.
+The two are separate so that a training loop can run the embedding stages around the dense part,
+which sees floats only and can be captured as a CUDA graph. `forward` does both at once, for
+evaluation and for loops with autograd.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RankingModel(nn.Module, ABC):
         embedding_dim: D, which all tables must have; by default that of `embeddings.groups`.
 
     Raises:
-        ConfigError: the tables have several dimensions, or another one than `embedding_dim`; sizes
-            are unknown.
+        ConfigError: a table's dimension is not `embedding_dim`; or `embeddings` has no `groups` and
+            an argument is missing.
     """
 
     def __init__(
@@ -51,9 +51,8 @@ class RankingModel(nn.Module, ABC):
             if group.embedding_dim != embedding_dim:
                 raise ConfigError(
                     f"{type(self).__name__}: table {group.tables[0].name!r} has embedding_dim "
-                    f"{group.embedding_dim}, where "
-                    f"{embedding_dim} is expected: give all tables one dimension, and the last "
-                    "layer of bottom, where there is one"
+                    f"{group.embedding_dim}, where {embedding_dim} is expected: give all tables "
+                    "one dimension, and the last layer of bottom, where there is one"
                 )
         self.num_features: int = (
             sum(len(group.features) for group in groups) if num_features is None else num_features
@@ -62,14 +61,28 @@ class RankingModel(nn.Module, ABC):
         self.embeddings = embeddings
 
     def forward(self, dense: Tensor, sparse: object) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) float32 and the batch's sparse features."""
+        """Computes the logits of a batch.
+
+        Args:
+            dense: dense features, (B, num_dense) float32.
+            sparse: the batch's sparse features, as `embeddings` takes them.
+
+        Returns:
+            Logits, (B,).
+        """
         pooled: Pooled = self.embeddings(sparse)
         return self.dense_part(dense, pooled.values())
 
     @abstractmethod
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
-        the lookup.
+        """Computes the logits of a batch from its pooled embeddings: all but the lookup.
+
+        Args:
+            dense: dense features, (B, num_dense) float32.
+            pooled: pooled embeddings, feature after feature, (B, F * D) float.
+
+        Returns:
+            Logits, (B,).
         """
 
     def _vectors(self, pooled: Tensor) -> Tensor:
@@ -77,7 +90,7 @@ class RankingModel(nn.Module, ABC):
 
 
 def check_top(model: str, top: Sequence[int]) -> None:
-    """ConfigError: the last layer is not the logit's."""
+    """Raises ConfigError unless the last layer makes one logit."""
     if not top or top[-1] != 1:
         raise ConfigError(
             f"{model}(top={list(top)}): the last layer makes the logit, so its size must be 1"
@@ -85,7 +98,7 @@ def check_top(model: str, top: Sequence[int]) -> None:
 
 
 def check_bottom(model: str, bottom: Sequence[int], num_dense: int) -> None:
-    """ConfigError: there is no layer, or nothing that goes into it."""
+    """Raises ConfigError where there is no layer, or no dense feature for it."""
     if not bottom:
         raise ConfigError(
             f"{model}(bottom=[]): needs at least one layer, of the embedding dimension"

@@ -1,5 +1,6 @@
-"""DLRM with a cross network in place of the dot products: DCN-v2 (Wang et al., arXiv 2008.13535),
-as MLPerf trains it.
+"""DLRM with a cross network in place of the dot products, as MLPerf trains it.
+
+The cross network is that of DCN-v2 (Wang et al., arXiv 2008.13535).
 
     dense (B, num_dense) -> dense_arch -> (B, D)     ┐
     sparse               -> embeddings -> (B, F * D) ┴-> inter_arch -> (B, (F + 1) * D)
@@ -7,8 +8,8 @@ as MLPerf trains it.
 
 The cross network keeps the width of its input, so forward costs 2 * num_cross_layers * cross_rank *
 (F + 1) * D multiplications a sample, and backward twice that: 10.6 million with 26 features of 128.
-Submodules bear the names of TorchRec's DLRM_DCN; the sizes by default are those of MLPerf's
-DLRM-DCNv2, but for the embedding dimension, which is 128 there.
+Submodules have the names of TorchRec's DLRM_DCN. The default sizes are those of MLPerf's
+DLRM-DCNv2, except for the embedding dimension, which is 128 there.
 """
 
 from __future__ import annotations
@@ -27,19 +28,18 @@ class DLRM_DCN(RankingModel):
 
     Args:
         embeddings: maps sparse features to pooled embeddings of `num_features` features, all of
-            `embedding_dim`.
+            the embedding dimension D.
         num_dense: dense features a sample.
         num_features: sparse features a sample; by default those of `embeddings.groups`.
-        bottom: layer sizes of the MLP over dense features; the last one must be the embedding
-            dimension.
+        bottom: layer sizes of the MLP over dense features; the last one is D.
         top: layer sizes of the MLP over the crossed features; the last one must be 1.
         num_cross_layers: layers of the cross network, each of which raises the degree of the
             crosses by one.
         cross_rank: rank of each cross layer's matrix.
 
     Raises:
-        ConfigError: the last size of `bottom` or `top` is not what it must be, or tables have
-            several dimensions.
+        ConfigError: a table's dimension is not the last size of `bottom`; the last size of `top` is
+            not 1; `bottom` is empty; or there are no dense features.
     """
 
     def __init__(
@@ -62,11 +62,9 @@ class DLRM_DCN(RankingModel):
         self.over_arch = MLP(width, top, last_activation=False)
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
-        the lookup.
-        """
+        """See `RankingModel.dense_part`."""
         embedded_dense = self.dense_arch(dense)  # (B, D)
-        # of shape (B, (F + 1) * D)
-        concatenated = torch.cat([embedded_dense, pooled.to(embedded_dense.dtype)], dim=1)
-        logits: Tensor = self.over_arch(self.inter_arch(concatenated))
+        # In the type of the MLP's output: under autocast, cat would choose the wider one.
+        columns = torch.cat([embedded_dense, pooled.to(embedded_dense.dtype)], dim=1)
+        logits: Tensor = self.over_arch(self.inter_arch(columns))
         return logits.squeeze(1)

@@ -1,5 +1,6 @@
-"""DeepFM: a factorization machine and an MLP over the same embeddings, added up (Guo et al., arXiv
-1703.04247).
+"""DeepFM: a factorization machine and an MLP over the same embeddings, added up.
+
+After Guo et al., arXiv 1703.04247.
 
     sparse -> embeddings -> (B, F, D) -> first-order weights (B, F), vectors (B, F, D - 1)
     dense, weights -> wide                          -> (B,) ┐
@@ -7,8 +8,8 @@
     dense, vectors -> cat -> over_arch              -> (B,) ┘
 
 It is `WideDeep`, whose last column of each table holds the first-order weights, plus the
-second-order terms. A dense feature has a vector of its own, a parameter, by which it takes part in
-them scaled by its value: the paper's way for continuous fields.
+second-order terms. Each dense feature has a vector of its own, a parameter. Scaled by the feature's
+value, it takes part in these terms: the paper's way for continuous fields.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from bagpipe.models.wide_deep import WideDeep
 
 
 class DeepFM(WideDeep):
-    """Deep factorization machine; takes and refuses what `WideDeep` does."""
+    """Deep factorization machine.
+
+    Takes the arguments of `WideDeep` and raises what it raises.
+    """
 
     def __init__(
         self,
@@ -44,9 +48,7 @@ class DeepFM(WideDeep):
         )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
-        the lookup.
-        """
+        """See `RankingModel.dense_part`."""
         vectors, first_order = self._split(pooled)
         of_dense = dense.unsqueeze(2) * self.dense_vectors  # (B, num_dense, D - 1)
         second_order: Tensor = self.factorization_machine(

@@ -1,11 +1,12 @@
-"""DLRM: dense and sparse features, pairwise dot products, one logit (Naumov et al., arXiv
-1906.00091).
+"""DLRM: dense and sparse features, pairwise dot products, one logit.
+
+After Naumov et al., arXiv 1906.00091.
 
     dense (B, num_dense) -> dense_arch ->  (B, D)    ┐
     sparse               -> embeddings ->  (B, F, D) ┴-> inter_arch -> (B, D + pairs)
                                                          -> over_arch -> logits (B,)
 
-Submodules bear the names of TorchRec's DLRM. The embeddings are any module that maps the sparse
+Submodules have the names of TorchRec's DLRM. The embeddings are any module that maps the sparse
 features of a batch to pooled embeddings: `bagpipe.EmbeddingBagCollection`, or tables in memory.
 """
 
@@ -25,16 +26,15 @@ class DLRM(RankingModel):
 
     Args:
         embeddings: maps sparse features to pooled embeddings of `num_features` features, all of
-            `embedding_dim`.
+            the embedding dimension D.
         num_dense: dense features a sample.
         num_features: sparse features a sample; by default those of `embeddings.groups`.
-        bottom: layer sizes of the MLP over dense features; the last one must be the embedding
-            dimension.
+        bottom: layer sizes of the MLP over dense features; the last one is D.
         top: layer sizes of the MLP over the interactions; the last one must be 1.
 
     Raises:
-        ConfigError: the last size of `bottom` or `top` is not what it must be, or tables have
-            several dimensions.
+        ConfigError: a table's dimension is not the last size of `bottom`; the last size of `top` is
+            not 1; `bottom` is empty; or there are no dense features.
     """
 
     def __init__(
@@ -56,13 +56,11 @@ class DLRM(RankingModel):
         )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
-        the lookup.
-        """
+        """See `RankingModel.dense_part`."""
         embedded_sparse = self._vectors(pooled)
         embedded_dense = self.dense_arch(dense)  # (B, D)
-        # of shape (B, F + 1, D)
-        vectors = torch.cat(
+        # In the type of the MLP's output: under autocast, cat would choose the wider one.
+        vectors = torch.cat(  # (B, F + 1, D)
             [embedded_dense.unsqueeze(1), embedded_sparse.to(embedded_dense.dtype)], dim=1
         )
         concatenated = torch.cat([embedded_dense, self.inter_arch(vectors)], dim=1)

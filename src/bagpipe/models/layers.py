@@ -1,15 +1,19 @@
-"""Layers that recommendation models share: a multi-layer perceptron, and what combines the features
-of a sample.
+"""Layers that recommendation models share: an MLP, and what combines the features of a sample.
 
-| layer | combines | after | |---|---|---| | PairwiseDot | vectors, by all dot products | DLRM
-(Naumov et al., arXiv 1906.00091) | | LowRankCrossNet | columns, by explicit crosses of bounded
-degree | DCN-v2 (Wang et al., arXiv 2008.13535) | | FirstOrder | features, by a weighted sum | Wide
-& Deep (Cheng et al., arXiv 1606.07792) | | FactorizationMachine | vectors, by the sum of all dot
-products | Rendle, "Factorization Machines" (ICDM 2010) |
+| layer                | combines                                | after           |
+|----------------------|-----------------------------------------|-----------------|
+| PairwiseDot          | vectors, by all dot products            | DLRM (1)        |
+| LowRankCrossNet      | columns, by crosses of bounded degree   | DCN-v2 (2)      |
+| FirstOrder           | features, by a weighted sum             | Wide & Deep (3) |
+| FactorizationMachine | vectors, by the sum of all dot products | Rendle (4)      |
 
-The pairwise dot has a backward of its own: the gradient of the products is put back as one
-symmetric matrix and multiplied once, where autograd would scatter it and multiply twice; that is
-two to three times as fast on a CPU and has no atomics on a GPU, so it is the same from run to run.
+(1) Naumov et al., arXiv 1906.00091. (2) Wang et al., arXiv 2008.13535. (3) Cheng et al., arXiv
+1606.07792. (4) Rendle, "Factorization Machines", ICDM 2010.
+
+The pairwise dot has a backward of its own. It puts the gradient of the products back as one
+symmetric matrix and multiplies once, where autograd would scatter it and multiply twice. This is
+two to three times as fast on a CPU, and without atomics on a GPU the result is the same from run to
+run.
 """
 
 from __future__ import annotations
@@ -24,9 +28,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Pooled(Protocol):
-    """What an embeddings module returns: TorchRec's KeyedTensor, in the parts that a model
-    reads.
-    """
+    """What an embeddings module returns: the parts of TorchRec's KeyedTensor that a model reads."""
 
     def keys(self) -> Sequence[str]:
         """Feature names in the order of `values`."""
@@ -72,11 +74,13 @@ class MLP(nn.Sequential):
 
 
 class PairwiseDot(nn.Module):
-    """Dot products of all pairs of `num_vectors` vectors a sample, without a vector's product with
-    itself.
+    """Dot products of all pairs of different vectors of a sample.
 
-    Maps (B, num_vectors, D) to (B, num_vectors * (num_vectors - 1) / 2), pairs (i, j) with j < i,
-    ordered by i and then j.
+    Maps (B, num_vectors, D) to (B, num_vectors * (num_vectors - 1) / 2): the pairs (i, j) with
+    j < i, ordered by i and then j.
+
+    Args:
+        num_vectors: vectors a sample.
     """
 
     lower: Tensor
@@ -86,14 +90,14 @@ class PairwiseDot(nn.Module):
         super().__init__()
         self.num_vectors = num_vectors
         rows, columns = torch.tril_indices(num_vectors, num_vectors, offset=-1)
-        # of shape (num_pairs,)
-        self.register_buffer("lower", rows * num_vectors + columns, persistent=False)
+        lower = rows * num_vectors + columns  # (num_pairs,)
         pairs = torch.arange(len(rows))
-        # the diagonal reads the zero behind the last pair
+        # The diagonal reads the zero that backward appends behind the last pair.
         symmetric = torch.full((num_vectors, num_vectors), len(rows))
         symmetric[rows, columns] = pairs
         symmetric[columns, rows] = pairs
-        # of shape (num_vectors ** 2,)
+        # They follow from the size, so checkpoints need not hold them.
+        self.register_buffer("lower", lower, persistent=False)
         self.register_buffer("symmetric", symmetric.view(-1), persistent=False)
 
     @property
@@ -124,17 +128,16 @@ class _PairwiseDotFunction(torch.autograd.Function):
         vectors, symmetric = ctx.saved_tensors  # type: ignore[attr-defined]
         (by_pair,) = gradients  # (B, num_pairs)
         by_pair = torch.nn.functional.pad(by_pair, (0, 1))  # (B, num_pairs + 1), zero last
-        matrix = by_pair.index_select(1, symmetric).view(
-            len(vectors), vectors.shape[1], vectors.shape[1]
-        )
+        batch_size, num_vectors, _ = vectors.shape
+        matrix = by_pair.index_select(1, symmetric).view(batch_size, num_vectors, num_vectors)
         return torch.bmm(matrix, vectors), None, None
 
 
 class LowRankCrossNet(nn.Module):
-    """``x[l + 1] = x[0] * (W[l] (V[l] x[l]) + b[l]) + x[l]`` for each layer l: DCN-v2's cross
-    network, matrices W V of low rank.
+    """DCN-v2's cross network, with matrices of low rank.
 
-    Matrices start as TorchRec's LowRankCrossNet's do: Xavier normal, biases with zero.
+    Each layer l computes ``x[l + 1] = x[0] * (W[l] (V[l] x[l]) + b[l]) + x[l]``. Parameters start
+    as those of TorchRec's LowRankCrossNet: matrices Xavier normal, biases zero.
 
     Args:
         in_features: columns of input and output, (B, in_features) float.
@@ -169,8 +172,12 @@ class LowRankCrossNet(nn.Module):
 
 
 class FirstOrder(nn.Module):
-    """The linear part of a model: dense features by weights of its own, which start as zero, plus
-    the weights of sparse ones.
+    """The linear part of a model: weighted dense features plus the weights of the sparse ones.
+
+    The weights of dense features are parameters, which start at zero.
+
+    Args:
+        num_dense: dense features a sample.
     """
 
     def __init__(self, num_dense: int) -> None:
@@ -178,20 +185,25 @@ class FirstOrder(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_dense))
 
     def forward(self, dense: Tensor, weights: Tensor) -> Tensor:
-        """(B,) float32 of dense features (B, num_dense) float32 and the sparse features' weights
-        (B, F), which are added up.
+        """Adds up a sample's first-order terms.
+
+        Args:
+            dense: dense features, (B, num_dense) float32.
+            weights: the weights of the sparse features' rows, (B, F) float.
+
+        Returns:
+            (B,) float32.
         """
         return (dense * self.weight).sum(1) + weights.float().sum(1)
 
 
 class FactorizationMachine(nn.Module):
-    """Second-order terms: the sum of the dot products of all pairs of a sample's vectors, as ((sum
-    v)^2 - sum v^2) / 2.
+    """Second-order terms: the sum of the dot products of all pairs of a sample's vectors.
+
+    It is computed as ((sum v)^2 - sum v^2) / 2, which is linear in the number of vectors.
     """
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B,) float32 of (B, V, D); in float32, since the difference of two large sums is
-        small.
-        """
-        vectors = vectors.float()
+        """(B, V, D) float to (B,) float32."""
+        vectors = vectors.float()  # the small difference of two large sums needs the places
         return 0.5 * (vectors.sum(1).square() - vectors.square().sum(1)).sum(1)

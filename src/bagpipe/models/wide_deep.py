@@ -1,18 +1,19 @@
-"""Wide & Deep: a linear model and an MLP over the same features, added up (Cheng et al., arXiv
-1606.07792).
+"""Wide & Deep: a linear model and an MLP over the same features, added up.
+
+After Cheng et al., arXiv 1606.07792.
 
     sparse -> embeddings -> (B, F, D) -> first-order weights (B, F), vectors (B, F, D - 1)
     dense, weights -> wide                 -> (B,) ┐
     dense, vectors -> cat -> over_arch     -> (B,) ┴-> sum: logits (B,)
 
-**Where the linear weights live.** Each table's last column is its rows' first-order weights, the
-other D - 1 are the vectors that the MLP sees: one lookup, one group, one cache and one plan serve
-both, since a feature belongs to one table, and a record moves as a whole anyway. Tables of
-dimension 1 beside those of D would have every row planned, fetched and written back twice. The
-price: both share the embeddings' optimizer (with row-wise Adagrad even its one number a row), where
-the paper has FTRL for the wide part.
+**Where the linear weights live.** The last column of each table holds its rows' first-order
+weights; the other D - 1 are the vectors that the MLP sees. A feature belongs to one table, and a
+record moves as a whole anyway, so one lookup, one group, one cache and one plan serve both. With
+separate tables of dimension 1 every row would be planned, fetched and written back twice. The price
+is that both share the embeddings' optimizer (with row-wise Adagrad even its one number a row),
+where the paper has FTRL for the wide part.
 
-Crossed features are the data's to make: a cross is a sparse feature like any other. Data without
+Crossed features must come with the data: a cross is a sparse feature like any other. Data without
 dense features will do.
 """
 
@@ -33,14 +34,16 @@ class WideDeep(RankingModel):
 
     Args:
         embeddings: maps sparse features to pooled embeddings of `num_features` features, all of
-            `embedding_dim`, at least 2.
+            `embedding_dim`.
         num_dense: dense features a sample.
         num_features: sparse features a sample; by default those of `embeddings.groups`.
-        embedding_dim: D, with the column of linear weights; by default that of `embeddings.groups`.
+        embedding_dim: D, at least 2, the column of linear weights included; by default that of
+            `embeddings.groups`.
         top: layer sizes of the MLP over dense features and vectors; the last one must be 1.
 
     Raises:
-        ConfigError: the last size of `top` is not 1, tables have several dimensions or one below 2.
+        ConfigError: the last size of `top` is not 1, tables have several dimensions, or theirs is
+            below 2.
     """
 
     def __init__(
@@ -66,9 +69,7 @@ class WideDeep(RankingModel):
         )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) of dense features (B, num_dense) and pooled embeddings (B, F * D): all but
-        the lookup.
-        """
+        """See `RankingModel.dense_part`."""
         vectors, first_order = self._split(pooled)
         wide: Tensor = self.wide(dense, first_order)
         return wide + self._deep(dense, vectors)

@@ -1,5 +1,6 @@
-"""Where all records live: one store a group, behind the protocol of `bagpipe.store.base`. Numpy and
-numba only.
+"""Where all records live: one store a group, behind the protocol of `bagpipe.store.base`.
+
+Numpy and numba only.
 """
 
 from bagpipe.store.base import EmbeddingStore

@@ -1,19 +1,18 @@
-"""What the memory and the file store share: records in one array, of which only touched rows are
-ever materialised.
+"""What the stores share: records in one array, of which only touched rows take memory.
 
-Owned here: the two arrays, records (num_rows, record_width) float32 and touched (num_rows,) uint8.
-On one of several hosts records has only the rows whose home it is,
-so that their memory is divided among the hosts. A subclass makes the records array, erases it, and
-may reserve room before a write. The caller's arrays are only borrowed.
+This class owns two arrays: records (num_rows, record_width) float32 and touched (num_rows,) uint8.
+On one of several hosts records has only the rows whose home it is, so that their memory is divided
+among the hosts. A subclass makes the records array, erases it, and may reserve room before a write.
+The caller's arrays are only borrowed.
 
 A call takes both arrays at once, as one pair, and keeps them alive while it runs: the loops do not
 check bounds, so a `close` from another thread must not change an array under them.
 
-Cost: `record_bytes` a touched row in whole pages, and one byte of memory a row (a byte, not a bit,
-so that threads that write neighbouring rows need no atomics). Reading an untouched row computes its
-initial record and changes nothing. Gather and scatter are loops without the GIL, bound by memory
-latency, and initial records by arithmetic (0.1 us each at dimension 64): threads share a call's
-rows where they are many.
+Cost: `record_bytes` for each touched row, in whole pages, and one byte of memory for every row (a
+byte, not a bit, so that threads that write neighbouring rows need no atomics). Reading an untouched
+row computes its initial record and changes nothing. Gather and scatter are loops without the GIL.
+Memory latency bounds them; arithmetic bounds the initial records (0.1 us each at dimension 64).
+Threads share the rows of a call that has many.
 """
 
 from __future__ import annotations
@@ -41,11 +40,13 @@ from bagpipe.store.init import Parameters, RowInitializer, fill_part
 from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, UInt8Array
 
 _SCAN_ROWS = 1 << 20
-"""Flags that a snapshot looks at in one go: bounds its memory whatever the table's size."""
+"""Flags that a snapshot looks at in one go, so that its memory does not grow with the table."""
 _SHARED_BYTES = 64 << 20
-"""From there on threads share a call, as when a cache fills or is flushed. Smaller ones, of which
-several are under way at a time, take the caller's alone: threads that meet at the end of each call
-spin there."""
+"""Threads share calls of at least this size, as when a cache fills or is flushed.
+
+A smaller call runs in the caller's thread alone: several are under way at a time, and threads that
+meet at the end of each call spin there.
+"""
 _shared = partial(threaded, num_threads=NUM_MANY_THREADS)
 
 
@@ -60,10 +61,15 @@ class ArrayStore(ABC):
         touched: UInt8Array | None = None,
         lines: Int32Array | None = None,
     ) -> None:
-        """`touched` says which rows the records hold already; None: none.
+        """Takes over the arrays.
 
-        `lines` says where in records each line of rows is, see `bagpipe._sharding.home_lines`;
-        None: all are in their order.
+        Args:
+            group: the group whose records these are.
+            seed: what initial records are drawn from.
+            records: (num_rows, record_width) float32, all zero where rows are not touched.
+            touched: (num_rows,) uint8, which rows `records` holds already; None: none.
+            lines: where in records each line of rows is, see `bagpipe._sharding.home_lines`;
+                None: all are in their order.
         """
         self.group, self._lines = group, lines
         self._initializer = RowInitializer(group, seed)
@@ -103,8 +109,8 @@ class ArrayStore(ABC):
     def clear(self) -> None:
         """See `EmbeddingStore.clear`."""
         self._open_arrays()
-        # old memory goes before new is asked for; and a store that can't be cleared is
-        # closed
+        # Old memory is released before new is asked for, and a store that can't be cleared stays
+        # closed.
         self._arrays = None
         self._arrays = self._erased_records(), self._erased_touched()
 
@@ -114,8 +120,10 @@ class ArrayStore(ABC):
 
     @abstractmethod
     def _erased_records(self) -> Float32Array:
-        """The records array, all zero again, its memory given back. Raises StoreError when that
-        can't be done.
+        """The records array, all zero again, its memory given back.
+
+        Raises:
+            StoreError: the medium refused, and the store stays closed.
         """
 
     def _erased_touched(self) -> UInt8Array:
@@ -124,9 +132,7 @@ class ArrayStore(ABC):
 
     @abstractmethod
     def _make_room(self, rows: Int64Array) -> None:
-        """Called before rows are written; a store whose medium can be full reserves their place
-        here.
-        """
+        """Called before rows are written: a store whose medium can be full reserves space here."""
 
     def _snapshot(self, block_rows: int) -> Iterator[tuple[Int64Array, Float32Array]]:
         for rows in self._touched_blocks(block_rows):
@@ -148,9 +154,7 @@ class ArrayStore(ABC):
             yield pending
 
     def _places(self, rows: Int64Array) -> Int64Array:
-        """Where in the records rows (n,) are. Raises StoreError for one whose home is another
-        host.
-        """
+        """Where in the records rows (n,) are; StoreError for one whose home is another host."""
         if self._lines is None:
             return rows
         places, bad = _find_places(rows, self._lines)
@@ -173,9 +177,7 @@ class ArrayStore(ABC):
     def _checked(
         self, rows: Int64Array, records: Float32Array, what: str
     ) -> tuple[Float32Array, UInt8Array]:
-        """Refuses arguments that do not fit before anything is read or written; returns the open
-        arrays.
-        """
+        """The open arrays, once the arguments are known to fit; nothing was read or written yet."""
         arrays = self._open_arrays()
         if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1:
             raise StoreError(
@@ -190,8 +192,7 @@ class ArrayStore(ABC):
         if not fits or not records.flags.c_contiguous:
             raise StoreError(
                 f"{what} for {len(rows):,} rows of {self.group.name} must be C-contiguous float32 "
-                f"of shape {wanted}, "
-                f"is {_describe(records)}"
+                f"of shape {wanted}, is {_describe(records)}"
             )
         bad = _first_outside(rows, self.group.num_rows)
         if bad >= 0:
@@ -267,10 +268,11 @@ def _gather(
     initial: Parameters,
     out: Float32Array,
 ) -> None:
+    """Copies touched rows first, then computes all initial records in one go, for vectors."""
     untouched = np.empty(len(rows), np.bool_)
     any_untouched = False
     for index in range(len(rows)):
-        # Unsigned, so that numba leaves out its test for negative indices; also below.
+        # Unsigned, so that numba leaves out its test for negative indices; the same below.
         untouched[index] = touched[np.uint64(rows[index])] == 0
         any_untouched |= untouched[index]
     for index in range(len(rows)):

@@ -9,7 +9,7 @@ Ordering, which every store promises and `tests/store_contract.py` holds:
 - a row never written reads as its initial record, the same in every store (`bagpipe.store.init`),
   and reading it does not make it touched;
 - `snapshot` and `clear` run alone: no fetch or write at the same time;
-- a fetch or write that is under way when another thread calls `close` either ends well or raises
+- a fetch or write that is under way when another thread calls `close` either completes or raises
   StoreError.
 """
 
@@ -22,11 +22,10 @@ from bagpipe.types import Float32Array, Group, Int64Array
 
 
 class EmbeddingStore(Protocol):
-    """All records of one group: `num_rows` x `record_width` float32, weights first and then
-    optimizer state.
+    """All records of one group: `num_rows` x `record_width` float32.
 
-    Two weights of 16 bits share the bits of a float32 (`Group.weight_words`): records are copied,
-    never computed with.
+    A record is its row's weights and then their optimizer state. Two weights of 16 bits share the
+    bits of one float32 (`Group.weight_words`): records are copied, never computed with.
     """
 
     @property
@@ -34,31 +33,50 @@ class EmbeddingStore(Protocol):
         """The group whose records these are."""
 
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
-        """Reads `rows` (n,) into `out` (n, record_width), C-contiguous.
+        """Reads the records of `rows` into `out`.
 
-        Raises StoreError when a row is out of range, an array does not fit (nothing is read then)
-        or the medium failed. Both arrays are the caller's again when this returns; a row may be
-        given twice.
+        Both arrays are the caller's again when this returns.
+
+        Args:
+            rows: (n,) int64; a row may be given twice.
+            out: (n, record_width) float32, C-contiguous.
+
+        Raises:
+            StoreError: a row is out of range or an array does not fit, and nothing was read; or
+                the medium failed.
         """
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
-        """Writes `records` (n, record_width) to `rows` (n,), all distinct. StoreError as for
-        `fetch`; nothing is written then.
+        """Writes `records` to `rows`.
 
         Both arrays are the caller's again when this returns.
+
+        Args:
+            rows: (n,) int64, each row once.
+            records: (n, record_width) float32, C-contiguous.
+
+        Raises:
+            StoreError: as for `fetch`; nothing was written.
         """
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
-        """Yields every touched row once, ascending, in blocks of at most `block_rows`: rows (n,),
-        records (n, record_width).
+        """Yields every touched row once, ascending, with its record.
 
-        Raises StoreError, at the call, when `block_rows` is below 1 or the store is closed.
+        Args:
+            block_rows: the most rows that one block has.
+
+        Returns:
+            Blocks of rows (n,) int64 and their records (n, record_width) float32.
+
+        Raises:
+            StoreError: at the call, `block_rows` is below 1 or the store is closed.
         """
 
     def clear(self) -> None:
         """Forgets all that was written: every row reads as its initial record again.
 
-        Raises StoreError, and is closed then, when the medium failed.
+        Raises:
+            StoreError: the medium failed, and the store is closed.
         """
 
     def close(self) -> None:

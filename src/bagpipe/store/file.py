@@ -1,28 +1,32 @@
-"""All records of a group in a memory-mapped file, for tables beyond RAM; the plan hides the disk's
-latency.
+"""All records of a group in a memory-mapped file, for tables beyond RAM.
+
+The plan hides the disk's latency: rows are fetched steps ahead of their use.
 
 A folder holds `records.f32` (num_rows x record_width float32, sparse) and `header.json`, which says
 what it is. They are working state, not a checkpoint: a store starts empty, and a run restores it
-from its checkpoint. Which rows are touched is kept in memory, one byte a row: looking at a hole of
-a mapped file may itself need a block (on tmpfs), and a full disk then kills the process.
+from its checkpoint. Which rows are touched is kept in memory, one byte a row: merely looking at a
+hole of a mapped file may need a block (on tmpfs), and a full disk then kills the process.
 
 Why a map and not system calls: rows that the page cache holds, most of a skewed stream's, are then
-plain memory. Measured on one core and a virtual disk, 20,000 random records of 260 bytes in cache:
-5 ms through the map, 110 ms by one `pwrite` or `preadv` each. A map reports a full disk by killing
-the process, so blocks are reserved first (`bagpipe.store.sparse_file`), at 20 us a MiB, once.
+plain memory. On one core and a virtual disk, 20,000 random records of 260 bytes in the page cache
+took 5 ms through the map and 110 ms with one `pwrite` or `preadv` each. A map reports a full disk
+by killing the process, so blocks are reserved first (`bagpipe.store.sparse_file`), once, at 20 us
+a MiB.
 
-Beyond RAM the page cache keeps the pages used last, and it gets what the process's own memory
-leaves. A row out of cache costs one read of the disk (120 us a row here; with 16 threads 26 us),
-since fetches read no pages around the row: with random rows those would push others out of the
-cache. A snapshot reads ahead instead (7.6 us a row without, 1.1 with). Dirty pages go to disk
-behind the run, whole pages for single rows, and soon long before memory is short: past the kernel's
-limits, by default 10 and 20 % of memory, writes wait for the disk. Where the file fits the page
-cache, raise them: `sysctl -w vm.dirty_background_ratio=85 vm.dirty_ratio=90` took a step of 7.3 ms
-to 2.3 (docs/results.md).
+Beyond RAM the page cache keeps the pages used last, in the memory that the process itself leaves
+free. A row out of cache costs one read of the disk (120 us a row here, 26 us with 16 threads).
+Fetches read no pages around the row: with random rows those would push others out of the cache. A
+snapshot does read ahead (7.6 us a row without, 1.1 us with).
 
-Not for tables that fit RAM: the memory store takes no disk and needs no write-out. Not on network
-file systems, nor on those that copy on write (btrfs, ZFS): there, overwriting a reserved block
-needs a new one, and a full disk kills the process all the same.
+The kernel writes dirty pages to disk behind the run, a whole page even for a single row, and it
+starts long before memory is short: past its limits, by default 10 and 20 % of memory, writes wait
+for the disk. Where the file fits the page cache, raise them:
+`sysctl -w vm.dirty_background_ratio=85 vm.dirty_ratio=90` took a step from 7.3 ms to 2.3
+(docs/results.md).
+
+Do not use it for tables that fit RAM: the memory store takes no disk and needs no write-out. Do not
+use it on network file systems, nor on those that copy on write (btrfs, ZFS): there, overwriting a
+reserved block needs a new one, and a full disk kills the process all the same.
 """
 
 from __future__ import annotations
@@ -45,11 +49,15 @@ _HEADER, _RECORDS = "header.json", "records.f32"
 
 
 class FileStore(ArrayStore):
-    """An `EmbeddingStore` in one folder: `record_bytes` of disk and one byte of memory a row at
-    most, and page cache as there is.
+    """An `EmbeddingStore` in one folder.
 
-    Starts empty, whatever the folder held for these tables before. A folder that holds other
-    tables' files is refused.
+    Takes at most `record_bytes` of disk and one byte of memory a row, and what page cache there
+    is. Starts empty, whatever the folder held for these tables before.
+
+    Args:
+        group: the group whose records these are.
+        seed: what initial records are drawn from.
+        path: the folder, made where it is missing; one that holds other tables' files is refused.
 
     Raises:
         StoreError: the folder is another store's, or its disk is full or can't be written.
@@ -95,9 +103,8 @@ class FileStore(ArrayStore):
         except OSError as error:
             raise StoreError(
                 f"can't write {len(rows):,} rows to {self._file.path}: {_reason(error)}; nothing "
-                "was written: "
-                f"free space on its disk, up to {self._file.map.size():,} bytes in all, or choose "
-                "another store folder"
+                f"was written: free space on its disk, up to {self._file.map.size():,} bytes in "
+                "all, or choose another store folder"
             ) from error
 
     def _snapshot(self, block_rows: int) -> Iterator[tuple[Int64Array, Float32Array]]:
@@ -117,14 +124,14 @@ def _header(group: Group, seed: int) -> dict[str, Any]:
         "embedding_dim": group.embedding_dim,
         "data_type": group.data_type,
         "optimizer": type(group.optimizer).__name__,
-        # in order, which numbers the rows
+        # In the group's order, which numbers the rows.
         "tables": [[table.name, table.num_embeddings] for table in group.tables],
         "seed": seed,
     }
 
 
 def _write_header(path: Path, header: dict[str, Any]) -> None:
-    """Renamed into place, so that a folder never holds half a header."""
+    """Writes the header and renames it into place: a folder never holds half a header."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(header, indent=1), encoding="utf-8")
     os.replace(partial, path)
@@ -152,6 +159,5 @@ def _check_folder(folder: Path, header: dict[str, Any]) -> None:
         key = differing[0]
         raise StoreError(
             f"{folder} holds the file store of another run or other tables: {key} is "
-            f"{found.get(key)!r} there and "
-            f"{header[key]!r} here; {remedy}"
+            f"{found.get(key)!r} there and {header[key]!r} here; {remedy}"
         )

@@ -1,16 +1,16 @@
-"""Initial records from a counter-based generator: (seed, group, row) decides them, no order of
-events.
+"""Initial records from a counter-based generator: (seed, group, row) alone decides them.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-with the seed as its key and (row, group and block) as its counter gives four 32-bit numbers a
-block, one for each weight. The group's index is part of it since all groups of a model get the same
-seed: row 7 of two groups must not start alike. Nothing is stored: an untouched row is computed when
-it is read, so creating a table of any size costs nothing.
+The order of events does not matter. Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011), with the seed as its key and (row, group, block) as its
+counter, gives four 32-bit numbers a block, one for each weight. The group's index is part of the
+counter because all groups of a model get the same seed, and row 7 of two groups must not start
+alike. Nothing is stored: an untouched row is computed when it is read, so creating a table of any
+size costs nothing.
 
-Cost, on one core: 1.4 ns a Uniform weight of float32, 19 ns a Normal one. Uniform weights are the
-same on every machine; Normal ones go through the C library's log, sin and cos in float64, whose
-last bit may differ between machines and then, rarely, the float32's. Weights of 16 bits are these,
-rounded to the nearest: a Uniform's may lie half a place outside of [low, high).
+Cost, on one core: 1.4 ns for a Uniform float32 weight, 19 ns for a Normal one. Uniform weights are
+the same on every machine. Normal ones go through the C library's log, sin and cos in float64, whose
+last bit may differ between machines and, rarely, change the float32. A weight of 16 bits is the
+float32 one rounded to the nearest, so a Uniform's may lie half a place outside of [low, high).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Float64Array = npt.NDArray[np.float64]
 UInt32Array = npt.NDArray[np.uint32]
 
 _TILE_BLOCKS = 64
-"""Blocks drawn at a time: many enough for vectors, few enough for the first cache."""
+"""Blocks drawn at a time: enough for vector instructions, few enough for the first-level cache."""
 
 
 class Parameters(NamedTuple):
@@ -58,8 +58,13 @@ class Parameters(NamedTuple):
 
 
 class RowInitializer:
-    """Computes the initial records of one group's rows: weights by its table's distribution, then
-    the optimizer's initial state.
+    """Computes the initial records of one group's rows.
+
+    A record is weights drawn from its table's distribution and the optimizer's initial state.
+
+    Args:
+        group: the group whose records these are.
+        seed: any integer; its lower 64 bits are the generator's key.
     """
 
     def __init__(self, group: Group, seed: int) -> None:
@@ -84,8 +89,11 @@ class RowInitializer:
         )
 
     def fill(self, rows: Int64Array, out: Float32Array) -> None:
-        """Writes the initial records of `rows` (n,), which must be in range, to `out` (n,
-        record_width).
+        """Writes the initial records of `rows` to `out`.
+
+        Args:
+            rows: (n,) int64, in range: this is not checked.
+            out: (n, record_width) float32.
         """
         fill_part(rows, np.ones(len(rows), np.bool_), self.parameters, out)
 
@@ -98,10 +106,10 @@ def _affine(initializer: Initializer) -> tuple[float, float]:
 
 
 def _limits(initializer: Initializer) -> tuple[np.float32, np.float32]:
-    """Least and greatest float32 that the distribution may give: rounding must not leave [low,
-    high).
+    """Least and greatest float32 that the distribution may give.
 
-    Where [low, high) holds no float32, the one nearest to low.
+    Rounding must not leave [low, high). Where that holds no float32, both are the one nearest to
+    low.
     """
     if isinstance(initializer, Normal):
         return np.float32(-np.inf), np.float32(np.inf)
@@ -110,20 +118,16 @@ def _limits(initializer: Initializer) -> tuple[np.float32, np.float32]:
         least = np.nextafter(least, np.float32(np.inf))
     if float(beyond) >= initializer.high:
         beyond = np.nextafter(beyond, np.float32(-np.inf))
-    return (
-        (least, beyond)
-        if least <= beyond
-        else (np.float32(initializer.low), np.float32(initializer.low))
-    )
+    if least <= beyond:
+        return least, beyond
+    return np.float32(initializer.low), np.float32(initializer.low)
 
 
 @inline_jit
 def philox(
     key: np.uint64, low: np.uint64, high: np.uint64
 ) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
-    """Philox4x32-10 of the 128-bit counter (low, high) under a 64-bit key: four numbers below
-    2**32.
-    """
+    """Philox4x32-10 of the counter (low, high) under a 64-bit key: four numbers below 2**32."""
     mask = np.uint64(0xFFFFFFFF)
     half = np.uint64(32)
     c0, c1, c2, c3 = low & mask, low >> half, high & mask, high >> half
@@ -146,19 +150,20 @@ def philox(
 def fill_part(
     rows: Int64Array, wanted: BoolArray, parameters: Parameters, out: Float32Array
 ) -> None:
-    """Writes the initial records of those rows (n,) where `wanted` (n,) holds to `out` (n,
-    record_width).
+    """Writes the initial records of the rows where `wanted` holds to `out`.
+
+    Args:
+        rows: (n,) int64, in range: this is not checked.
+        wanted: (n,) bool.
+        parameters: the group's, see `RowInitializer.parameters`.
+        out: (n, record_width) float32; records of other rows are left as they are.
     """
     num_blocks = -(-parameters.dim // 4)
     indices = np.empty(max(1, _TILE_BLOCKS // num_blocks), np.int64)
-    lows, highs = (
-        np.empty(len(indices) * num_blocks, np.uint64),
-        np.empty(len(indices) * num_blocks, np.uint64),
-    )
-    lanes, numbers = (
-        np.empty((4, len(lows)), np.uint32),
-        np.empty((len(indices), 4 * num_blocks), np.uint32),
-    )
+    lows = np.empty(len(indices) * num_blocks, np.uint64)
+    highs = np.empty(len(indices) * num_blocks, np.uint64)
+    lanes = np.empty((4, len(lows)), np.uint32)
+    numbers = np.empty((len(indices), 4 * num_blocks), np.uint32)
     num_rows = 0
     for index in range(len(rows)):
         if wanted[index]:
@@ -177,8 +182,9 @@ def fill_part(
 def _draw(
     seed: np.uint64, lows: UInt64Array, highs: UInt64Array, lanes: UInt32Array, numbers: UInt32Array
 ) -> None:
-    """Writes the four numbers of each counter (n,); by way of `lanes` (4, n), so that vector
-    instructions draw them.
+    """Writes the four numbers of each counter (n,) to `numbers` (4 * n,).
+
+    They go by way of `lanes` (4, n), so that vector instructions draw them.
     """
     first, second, third, fourth = lanes[0], lanes[1], lanes[2], lanes[3]
     for place in range(len(lows)):
@@ -198,27 +204,20 @@ def _fill_tile(
     numbers: UInt32Array,
     out: Float32Array,
 ) -> None:
-    """Writes the records of rows[indices], each from one row of `numbers`, as many as it has
-    weights or a few more.
+    """Writes the records of rows[indices], each from one row of `numbers`.
+
+    A row of `numbers` has as many as a record has weights, or a few more.
     """
-    dim, data_type, weight_words, state = (
-        parameters.dim,
-        parameters.data_type,
-        parameters.weight_words,
-        parameters.state,
-    )
-    # a tuple's arrays cost a reference each time in a loop
-    offsets, is_normal = (parameters.row_offsets, parameters.is_normal)
+    dim, data_type = parameters.dim, parameters.data_type
+    weight_words, state = parameters.weight_words, parameters.state
+    # Taken out of the loop: each access to an array of a tuple counts a reference.
+    offsets, is_normal = parameters.row_offsets, parameters.is_normal
     affine, limits = parameters.affine, parameters.limits
     for place in range(len(indices)):
         index = indices[place]
         table = np.searchsorted(offsets, rows[index], side="right") - 1
-        shift, scale, least, greatest = (
-            affine[table, 0],
-            affine[table, 1],
-            limits[table, 0],
-            limits[table, 1],
-        )
+        shift, scale = affine[table, 0], affine[table, 1]
+        least, greatest = limits[table, 0], limits[table, 1]
         if data_type == FP32 and not is_normal[table]:
             for column in range(dim):
                 out[index, column] = _weight(
@@ -246,7 +245,7 @@ def _fill_weights(
             weights[column] = _weight(draws[column], affine[0], affine[1], limits[0], limits[1])
     else:
         words = weights.view(np.uint32)
-        words[:] = 0  # also what pads an odd dimension
+        words[:] = 0  # also the half word that pads an odd dimension
         for column in range(len(draws)):
             value = _weight(draws[column], affine[0], affine[1], limits[0], limits[1])
             words[column // 2] |= np.uint32(nearest(value, data_type) << (16 * (column % 2)))
@@ -261,8 +260,9 @@ def _weight(
 
 @inline_jit
 def _unit(number: np.uint32) -> float:
-    """A number of [0, 1) from the upper 24 bits, which is all that a float32 holds; signed ones
-    have vector instructions.
+    """A number of [0, 1) from the upper 24 bits, which is all that a float32 holds.
+
+    By way of int32, since processors convert signed numbers with vector instructions.
     """
     return np.float64(np.int32(number >> np.uint32(8))) / 16777216.0
 
@@ -277,7 +277,10 @@ def _units(numbers: UInt32Array) -> Float64Array:
 
 @jit
 def _normal(numbers: UInt32Array) -> Float64Array:
-    """Standard normal numbers from as many uniform ones, an even number (Box and Muller 1958)."""
+    """As many standard normal numbers as uniform ones are given, an even number of them.
+
+    After Box and Muller, "A note on the generation of random normal deviates" (1958).
+    """
     draws = np.empty(len(numbers), np.float64)
     for pair in range(0, len(numbers), 2):
         radius = math.sqrt(-2.0 * math.log((np.float64(numbers[pair]) + 1.0) / 4294967296.0))

@@ -1,15 +1,16 @@
 """All records of a group in this process's memory.
 
-The array is an anonymous map that takes memory page by page as rows are written, so a store of any
-size is created in microseconds, even one larger than RAM: the kernel is asked not to count the map
-against its limit (MAP_NORESERVE, without which it refuses what could never fit at once). Rows
-touched beyond RAM get the process killed: for such tables use the file store.
+The array is an anonymous map that takes memory page by page as rows are written. A store of any
+size, even one larger than RAM, is therefore created in microseconds: the kernel is asked not to
+count the map against its limit (MAP_NORESERVE; without it, it refuses what could never fit at
+once). If rows beyond RAM are touched, the kernel kills the process: use the file store for such
+tables.
 
 Pages are huge (2 MB) when the whole table takes at most half of RAM: a gather of 20,000 random
 records then took 4.4 ms instead of 6.8 (4.2 GB table, two busy cores, fewer TLB misses). The first
-row touched in a page pays for clearing all of it, so the first steps are slow (a virtual machine
-took 0.2 s a GB for it, and 3 s where its host had to find the memory first), and memory is soon
-that of the whole table. Larger tables keep 4 KB pages, and their memory follows the rows touched.
+row touched in a page pays for clearing all of it. So the first steps are slow (a virtual machine
+took 0.2 s a GB, and 3 s where its host had to find the memory first), and the store soon takes the
+memory of the whole table. Larger tables keep 4 KB pages: their memory follows the rows touched.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ _MAP_NORESERVE = 0x4000
 """Linux's value on x86-64 and arm64; Python's `mmap` does not name it."""
 
 _HUGE_PAGES_MAX_SHARE = 0.5
-"""Of physical memory: a table that takes more keeps small pages."""
+"""Share of physical memory: a table that takes more keeps small pages."""
 
 
 class MemoryStore(ArrayStore):
-    """An `EmbeddingStore` in host RAM: at most `record_bytes` + 1 bytes a row. Raises StoreError
-    when it can't be mapped.
+    """An `EmbeddingStore` in host RAM: at most `record_bytes` + 1 bytes a row.
+
+    Args:
+        group: the group whose records these are.
+        seed: what initial records are drawn from.
+
+    Raises:
+        StoreError: the memory can't be mapped.
     """
 
     def __init__(self, group: Group, seed: int) -> None:
@@ -56,11 +63,10 @@ def _allocate(group: Group) -> Float32Array:
     except (OSError, OverflowError) as error:
         raise StoreError(
             f"can't map {size_bytes:,} bytes of memory for the {group.num_rows:,} rows of "
-            f"{group.name} ({error}): "
-            "use the file store"
+            f"{group.name} ({error}): use the file store"
         ) from error
     if size_bytes <= _HUGE_PAGES_MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
-        # a kernel without transparent huge pages; small ones give the same results
+        # A kernel without transparent huge pages refuses; small ones give the same results.
         with contextlib.suppress(OSError):
             records.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(records, np.float32).reshape(group.num_rows, group.record_width)

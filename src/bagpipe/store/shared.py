@@ -1,10 +1,10 @@
-"""All records of a group in memory that the trainers of one host share: one copy of the tables, not
-one a trainer.
+"""All records of a group in memory that the trainers of one host share.
 
-The first trainer makes two memory files without a name (memfd) and the others open them through its
-`/proc` entry, so nothing is left behind when the processes end, however they end. Pages are taken
-as rows are written, as in the memory store, but small ones. On one of several hosts it has the
-records of the rows whose home that host is, and refuses others.
+There is one copy of the tables, not one a trainer. The first trainer makes two memory files without
+a name (memfd) and the others open them through its `/proc` entry, so nothing is left behind when
+the processes end, however they end. Pages are taken as rows are written, as in the memory store,
+but small ones. On one of several hosts it has the records of the rows whose home that host is, and
+refuses others.
 
 A row is written by one trainer at a time, its owner, and read by another only once that has said so
 (`bagpipe.cache.communicator`).
@@ -26,20 +26,17 @@ from bagpipe.types import Float32Array, Group, UInt8Array
 
 @dataclass(frozen=True, kw_only=True)
 class SharedFiles:
-    """Where other processes of the host find a store's two files while the one that made them
-    lives.
-    """
+    """Where other processes of the host find a store's files, while their maker lives."""
 
     records: str
     touched: str
 
 
 class SharedMemoryStore(ArrayStore):
-    """An `EmbeddingStore` that several processes have open: at most `record_bytes` + 1 bytes a row
-    in all.
+    """An `EmbeddingStore` that several processes have open.
 
-    Of several hosts each has 1 byte a row, `record_bytes` for each row of its own, and each process
-    a quarter of a byte a row.
+    Takes at most `record_bytes` + 1 bytes a row in all. With several hosts each has 1 byte a row
+    and `record_bytes` for each row of its own, and each process a quarter of a byte a row.
     """
 
     def __init__(
@@ -52,7 +49,9 @@ class SharedMemoryStore(ArrayStore):
         num_hosts: int = 1,
     ) -> None:
         """Makes the store, empty, or with `files` opens the one of another process of this host.
-        StoreError: it can't be mapped.
+
+        Raises:
+            StoreError: it can't be mapped.
         """
         lines, num_places = None, group.num_rows
         if num_hosts > 1:

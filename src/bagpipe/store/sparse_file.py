@@ -1,12 +1,11 @@
-"""A file of zeros of fixed size, mapped into memory, whose items are reserved on disk before they
-are first written.
+"""A memory-mapped file of fixed size, whose items get disk blocks before their first write.
 
 Writing through a map into a hole of a sparse file has no way to fail but SIGBUS, which kills the
 process when the disk is full. So `reserve` asks the file system for the blocks first
 (`posix_fallocate`), a stretch at a time: a full disk is an OSError before anything is written.
-Items that were not reserved must not be read, either: on tmpfs, looking at a hole fills it. What is
-left is a disk that breaks, or a file that someone else cuts, under a map: both still kill the
-process.
+Items that were not reserved must not be read, either: on tmpfs, looking at a hole fills it. Two
+cases are left that still kill the process: a disk that breaks, or a file that someone else
+truncates, under a map.
 """
 
 from __future__ import annotations
@@ -26,27 +25,31 @@ from bagpipe._jit import jit
 from bagpipe.types import BoolArray, Int64Array
 
 STRETCH_BYTES = 1 << 20
-"""Reserved at a time, or one item where that is longer: so that reserving is rare. Random rows soon
-reserve the whole file, as they would fill it."""
+"""Bytes reserved at a time, or one item where that is longer, so that reserving is rare.
+
+Random rows soon reserve the whole file, as they would fill it.
+"""
 
 
 class SparseFile:
-    """A new file of `num_items` x `item_bytes` zeros at `path`, replacing one of that name; `map`
-    is its memory. Raises OSError.
+    """A new file of `num_items` x `item_bytes` zeros at `path`; `map` is its memory.
 
-    A process that still has the replaced file mapped keeps it, without a name, so that neither sees
-    the other's rows.
+    It replaces a file of that name. A process that still has the replaced file mapped keeps it,
+    without a name, so that neither sees the other's rows.
+
+    Raises:
+        OSError: the file can't be made, sized or mapped.
     """
 
     def __init__(self, path: Path, num_items: int, item_bytes: int) -> None:
         self.path = path
         self._item_bytes = item_bytes
         self._size_bytes = size_bytes = num_items * item_bytes
-        # so that the ends of an item tell all stretches that it lies in
+        # No item is longer than a stretch, so its two ends tell all stretches that it lies in.
         self._stretch_bytes = max(STRETCH_BYTES, item_bytes)
         path.unlink(missing_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        # of a store that nobody closed, too
+        # Closes the file of a store that nobody closed, too.
         self._close_file = weakref.finalize(self, os.close, self._file)
         os.ftruncate(self._file, size_bytes)
         self.map = mmap.mmap(self._file, size_bytes)
@@ -58,8 +61,10 @@ class SparseFile:
         self._lock = threading.Lock()
 
     def reserve(self, items: Int64Array) -> None:
-        """Gives disk blocks to the stretches of `items` (n,). Raises OSError when the disk is full
-        or the file closed.
+        """Gives disk blocks to the stretches of `items` (n,) int64.
+
+        Raises:
+            OSError: the disk is full, or the file closed.
         """
         if _are_reserved(self._reserved, items, self._item_bytes, self._stretch_bytes):
             return
@@ -79,7 +84,7 @@ class SparseFile:
 
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[None]:
-        """Faults read the pages that follow, too: for going through the file in order."""
+        """Page faults also read the pages that follow, for going through the file in order."""
         self.map.madvise(mmap.MADV_SEQUENTIAL)
         try:
             yield
@@ -87,16 +92,19 @@ class SparseFile:
             self.map.madvise(mmap.MADV_RANDOM)
 
     def erase(self) -> None:
-        """Makes every byte zero and gives the blocks back; the map stays, and must not be used if
-        this raises OSError.
+        """Makes every byte zero and gives the blocks back; the map stays.
+
+        Raises:
+            OSError: the file could not be cut or extended; the map must not be used any more.
         """
         os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self._size_bytes)
         self._reserved[:] = False
 
     def close(self) -> None:
-        """Closes the file. The map lives until no array is over it; the file stays on disk. Closing
-        twice is allowed.
+        """Closes the file, which stays on disk; closing twice is allowed.
+
+        The map lives until no array is over it.
         """
         with self._lock:
             self._close_file()
