@@ -6,7 +6,8 @@
 - `gpu` measures a training step on one GPU.
 - `trainers` measures a step of several trainers, in processes that it starts.
 
-Arms take turns, so that every ratio comes from neighbouring minutes. Each benchmark returns a
-`measure.Result`: tables for the eye and JSON values. Tests run them at tiny sizes, so that they
-can't rot. The package is no part of the wheel: it imports `bagpipe`, never the other way.
+The contenders are called arms. They take turns, so that every ratio comes from neighbouring
+minutes. Each benchmark returns a `measure.Result`: tables to read and JSON values. Tests run them
+at tiny sizes, so that they can't rot. The package is not part of the wheel: it imports `bagpipe`,
+never the other way round.
 """

@@ -14,17 +14,17 @@ import torch
 
 
 class Clock(Protocol):
-    """Started when it is made."""
+    """Times steps, from the moment that the clock is made."""
 
     def tick(self) -> None:
-        """A step has ended; on a GPU: all its work has been issued."""
+        """Notes the end of a step; on a GPU, that all its work has been issued."""
 
     def seconds(self) -> list[float]:
-        """Of each step. Waits for the GPU."""
+        """Seconds that each step took; waits for the GPU."""
 
 
 class HostClock:
-    """Ends of steps by the host's clock."""
+    """A `Clock` by the host's own."""
 
     def __init__(self) -> None:
         self._ends = [time.perf_counter()]
@@ -39,7 +39,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Ends of steps by events on the current stream."""
+    """A `Clock` by events on the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -64,7 +64,10 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def seconds_a_call(device: torch.device, function: Callable[[], object], num_calls: int) -> float:
-    """The mean over `num_calls`; the GPU may still be at earlier work when they begin."""
+    """The mean seconds that `function` takes over `num_calls`.
+
+    The GPU may still be at earlier work when they begin: its events count from the end of that.
+    """
     clock = clock_of(device)
     for _ in range(num_calls):
         function()
@@ -73,7 +76,7 @@ def seconds_a_call(device: torch.device, function: Callable[[], object], num_cal
 
 
 def timed_event() -> torch.cuda.Event:
-    """Recorded on the current stream, with its time."""
+    """An event that keeps its time, recorded on the current stream."""
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event

@@ -1,8 +1,7 @@
-"""Rows fetched a step over cache size and lookahead, on Criteo-Kaggle's cardinalities, by the dry
-run.
+"""Rows fetched a step over cache size and lookahead, by the dry run.
 
-Nothing is asserted: the result says in how many places a bigger cache, or a longer lookahead,
-fetches more rows than a smaller one.
+Tables have Criteo-Kaggle's cardinalities. Nothing is asserted: the result says in how many places a
+larger cache, or a longer lookahead, fetches more rows than a smaller one.
 """
 
 from __future__ import annotations
@@ -42,7 +41,16 @@ class CurveBench:
 
 
 def bench_curve(sizes: CurveBench, progress: Progress, plot: Path | None = None) -> Result:
-    """Replays the grid and saves the plot where `plot` says."""
+    """Replays one stream at every point of the grid.
+
+    Args:
+        sizes: of the benchmark.
+        progress: is told how far it is.
+        plot: where to save the curves; None: nowhere.
+
+    Returns:
+        A table of the points, their values, and a note for each direction of the grid.
+    """
     group = kaggle_group(max_rows=sizes.max_rows)
     grid = Grid(
         cache_rows=[int(share * group.num_rows) for share in sizes.cache_shares],
@@ -74,8 +82,10 @@ def bench_curve(sizes: CurveBench, progress: Progress, plot: Path | None = None)
 
 
 def count_rises(result: DryRun) -> dict[str, int]:
-    """In how many neighbouring points of the grid more rows are fetched with more cache, and with
-    more lookahead.
+    """Between how many neighbours of the grid more rows are fetched with more of something.
+
+    Returns:
+        The counts for more "cache size" and for more "lookahead".
     """
     fetched = {
         (point.lookahead, point.cache_rows): point.report.num_fetched

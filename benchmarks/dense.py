@@ -1,9 +1,8 @@
-"""The dense part of `gpu` and `trainers`: one `DenseStep` for all arms, on CUDA one captured graph
-in bfloat16.
+"""The dense part of `gpu` and `trainers`: one `DenseStep` for all arms.
 
-Each arm has dense parameters of its own, which are put where the graph reads them at the beginning
-of its turn: so all arms start alike, and their losses can be compared whatever ran between their
-turns. Plain SGD has no further state.
+On CUDA it is one captured graph in bfloat16. Each arm has dense parameters of its own, which are
+put where the graph reads them at the beginning of its turn. So all arms start alike, and their
+losses can be compared whatever ran between their turns. Plain SGD has no further state.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _DENSE_LR = 0.01
 
 
 class SharedDense:
-    """The step, and the parameters that an arm takes up and lays down."""
+    """The step, and the parameters that arms load and save around their turns."""
 
     def __init__(
         self,
@@ -34,10 +33,14 @@ class SharedDense:
         communicator: Communicator | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Without `graph` it runs eagerly on CUDA too. With a `communicator` gradients are averaged
-        over its ranks.
+        """Builds the step and, on CUDA, captures it.
 
-        `say` is told what does not work.
+        Args:
+            workload: what is trained.
+            device: where.
+            graph: whether CUDA replays a captured graph; it runs eagerly without.
+            communicator: averages gradients over its ranks; None: there is one trainer.
+            say: is told what does not work.
         """
         torch.manual_seed(0)
         num_features, on_cuda = len(workload.lengths), device.type == "cuda"
@@ -64,12 +67,12 @@ class SharedDense:
         )
         self.pooled = self.step.pooled(workload.batch_size)[0]
         """Where every arm writes its embeddings: (B, F, D)."""
-        # Of about the size of embeddings, for the arm without them.
+        # Numbers of about the size of embeddings, for the arm that has none.
         self.pooled.copy_(
             torch.randn(self.pooled.shape, generator=torch.Generator().manual_seed(1)) * 0.01
         )
+        # The first call captures the graph, and trains: so the parameters are put back after it.
         initial = self.save()
-        # captures the graph
         self.step(torch.zeros(workload.batch_size, NUM_DENSE), torch.zeros(workload.batch_size))
         self.load(initial)
 

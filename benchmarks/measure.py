@@ -1,4 +1,4 @@
-"""Timings with their spread, what a benchmark returns, and on what it ran."""
+"""Timings with their spread, losses that must agree, and what a benchmark returns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,14 @@ import bagpipe
 _PACKAGES = ("torch", "numpy", "numba", "fbgemm-gpu-cpu")
 
 Progress = Callable[[str, int, int], None]
-"""Is told of a stage's name, how much of it is done, and how much there is."""
+"""Is told a stage's name, how much of it is done, and how much there is."""
+
+LOSS_TOLERANCE = 1e-3
+"""The largest relative difference between losses of arms that compute the same.
+
+Sums in another order move some values over a bfloat16 boundary, and steps magnify that: from 1e-6
+at the second step to 1e-4 at the tenth on a CPU. An arm that drops its updates is off by 5e-2.
+"""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -40,7 +47,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        """From at least one measurement."""
+        """Summarizes at least one measurement, given in seconds."""
         least, low, median, high, most = (
             float(value) * 1e3 for value in np.percentile(seconds, [0, 25, 50, 75, 100])
         )
@@ -67,8 +74,36 @@ class Result:
     notes: tuple[str, ...] = field(default=())
 
 
+def relative_differences(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """How far `losses` are from `reference`, step by step; infinite where one is not finite."""
+    found = [abs(one - other) / abs(other) for one, other in zip(losses, reference, strict=True)]
+    # False for NaN, too, which no later comparison would find.
+    return [difference if difference < float("inf") else float("inf") for difference in found]
+
+
+def disagreements(differences: Mapping[str, Sequence[float]]) -> list[str]:
+    """A sentence for each arm whose losses differ from Bagpipe's by more than `LOSS_TOLERANCE`.
+
+    It is a note, not an error at that step: what was measured stays, and whether later steps agree
+    again tells a slip from wrong updates.
+
+    Args:
+        differences: the relative differences of each arm's losses, step by step.
+    """
+    notes = []
+    for name, found in differences.items():
+        beyond = [step for step, difference in enumerate(found) if difference > LOSS_TOLERANCE]
+        if beyond:
+            notes.append(
+                f"arm {name} does NOT compute the same: its loss differs from bagpipe's by more "
+                f"than {LOSS_TOLERANCE:g} of it at {len(beyond)} of the first {len(found)} steps, "
+                f"first at step {beyond[0]} by {found[beyond[0]]:.1e}, at most by {max(found):.1e}"
+            )
+    return notes
+
+
 def as_json(value: Any) -> Any:
-    """Timings inside nested values as dictionaries."""
+    """`value` with the timings inside it as dictionaries."""
     if isinstance(value, Timing):
         return asdict(value)
     if isinstance(value, dict):
@@ -79,8 +114,9 @@ def as_json(value: Any) -> Any:
 
 
 def describe_environment() -> dict[str, Any]:
-    """The command, the hardware, the library versions and the commit, as JSON values; None for what
-    can't be found out.
+    """The command, the hardware, the library versions and the commit, as JSON values.
+
+    A value is None where it can't be found out.
     """
     return {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),

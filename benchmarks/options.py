@@ -71,14 +71,19 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Save the plot here (.
 
 
 def sizes_of(defaults: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """`defaults`, replaced by the `options` that were given."""
+    """`defaults`, replaced by those `options` that were given, which are not None."""
     return dict(defaults) | {name: value for name, value in options.items() if value is not None}
 
 
 def chosen_arms(
     asked: Sequence[str] | None, known: Sequence[str], always: Sequence[str]
 ) -> tuple[str, ...]:
-    """Of the `known` arms those `asked` for, all if None, and those that run `always`; in order.
+    """The arms to run, in the order of `known`.
+
+    Args:
+        asked: the arms that the user named; None or none of them: all.
+        known: all arms.
+        always: arms that run whether they are asked for or not.
 
     Raises:
         ConfigError: an arm that was asked for is unknown.

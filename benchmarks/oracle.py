@@ -1,14 +1,14 @@
 """What it costs to turn ids into plans, without a trainer.
 
 1. De-duplication with gradient schedule, one batch at a time on one thread. All results are kept,
-   as in real use those of the window are, so that every call writes to memory that is cold.
-2. Slot assignment for each lookahead, once the cache is full: its two stages `Linker.link` and
-   `Cacher.admit` + `plan`, which run in two threads when live, and their sum.
+   as those of the window are in real use, so that every call writes to cold memory.
+2. Slot assignment for each lookahead, once the cache is full. Its two stages, `Linker.link` and
+   `Cacher.admit` + `plan`, run in two threads when live; here they are timed alone and together.
 3. The whole pipeline live, from batches in memory: a pool that de-duplicates, the Cacher in its
-   thread, a consumer that only takes plans; batches a second once the cache is full and while the
-   window is. Then, with `num_trainers`, the same for so many of them: batches so many times as
-   large, the same cache in all, and a plan for each.
-4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead, and how much this
+   thread, and a consumer that only takes plans. It counts batches a second while the cache and the
+   window are full. With `num_trainers` it then runs for that many trainers, too: batches are that
+   many times as large, the cache is the same in all, and each trainer gets a plan.
+4. Memory: bytes of the oracle's arrays by row, slot and batch of lookahead. And how much this
    process grew while the live pipeline ran, which also counts what the allocator keeps.
 
 Freed memory is kept, as in the oracle's own process.
@@ -63,12 +63,12 @@ class OracleBench:
     lookaheads: Sequence[int] = (20, 100)
     num_measured: int = 50
     num_warmup: int = 40
-    """Batches planned before measuring; the cache must be full by then, and the result says whether
-    it was at the end."""
+    """Batches planned before measuring. They must fill the cache; the result says whether it was
+    full at the end."""
     dedup_threads: int | None = None
-    """Of the live pipeline; None: as many as in training."""
+    """Threads of the live pipeline that de-duplicate; None: as many as in training."""
     num_trainers: int = 1
-    """Whose plans one live pipeline makes, after it has made one trainer's; each has a batch of
+    """Trainers for which the live pipeline plans, after it has planned for one; each has a batch of
     `batch_size`."""
 
     def __post_init__(self) -> None:
@@ -77,12 +77,12 @@ class OracleBench:
 
     @property
     def num_batches(self) -> int:
-        """Distinct batches needed."""
+        """Batches needed, none of which is used twice."""
         return self.num_warmup + self.num_measured + max(self.lookaheads) + _READ_AHEAD
 
 
 def bench_oracle(sizes: OracleBench, progress: Progress) -> Result:
-    """Runs all four parts. What it asks of the memory allocator stays so."""
+    """Runs all four parts; the memory allocator keeps the settings that it is given here."""
     keep_freed_memory()
     group = kaggle_group(max_rows=sizes.max_rows)
     num_slots = int(sizes.cache_share * group.num_rows)
@@ -119,7 +119,7 @@ def bench_oracle(sizes: OracleBench, progress: Progress) -> Result:
 def _make_ids(
     sizes: OracleBench, group: Group, num_trainers: int, progress: Progress
 ) -> list[Jagged]:
-    """All batches' ids, each for so many trainers."""
+    """The ids of all global batches of so many trainers."""
     batch_size = num_trainers * sizes.batch_size
     batches = make_batches(
         group,
@@ -134,7 +134,7 @@ def _make_ids(
 def _time_dedup(
     sizes: OracleBench, group: Group, batches: list[Jagged], progress: Progress
 ) -> tuple[list[DedupedGroup], Timing]:
-    """All batches de-duplicated, and the times of the last `num_measured`."""
+    """De-duplicates all batches; returns them and the times of the last `num_measured`."""
     deduped, times = [], []
     for index, batch in enumerate(batches):
         started = time.perf_counter()
@@ -152,7 +152,7 @@ def _time_slots(
     lookahead: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Times of both stages once warmed up."""
+    """Times both stages once they are warmed up."""
     cacher = Cacher(
         group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH
     )
@@ -197,7 +197,7 @@ def _run_live(
     num_trainers: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The pipeline as `bagpipe.lookahead` builds it, with a consumer that does nothing."""
+    """Runs the pipeline as `bagpipe.lookahead` builds it, with a consumer that does nothing."""
     gc.collect()
     resident_before = resident_bytes()
     options = StreamOptions(
@@ -227,6 +227,7 @@ def _run_live(
         else resident_after - resident_before
     )
     batch = _deduped(group, batches[0], num_trainers)
+    place_bytes = 4 * len(batch.unique_rows)  # where the batch's rows are among unsettled uses
     return {
         "lookahead": lookahead,
         "num_trainers": num_trainers,
@@ -236,15 +237,14 @@ def _run_live(
         "lookups_per_s": sizes.num_measured * len(batches[0].values) / seconds,
         "cpu_ms_per_batch": 1e3 * cpu_seconds / sizes.num_measured,
         "state_bytes": planned[0].oracle_bytes,
-        "bytes_per_batch": batch.nbytes
-        + 4 * len(batch.unique_rows),  # and its place among unsettled uses
+        "bytes_per_batch": batch.nbytes + place_bytes,
         "window_bytes": lookahead * batch.nbytes,
         "resident_growth_bytes": grown,
     }
 
 
 def _deduped(group: Group, batch: Jagged, num_trainers: int) -> DedupedGroup | MergedGroup:
-    """A batch as it stands in the window."""
+    """A batch in the form in which the window holds it."""
     if num_trainers == 1:
         return dedup(group, batch)
     return merge(
@@ -264,7 +264,7 @@ def _trainers(num_trainers: int, max_replicas: int) -> Trainers:
 
 
 def _bytes_per_item() -> dict[str, float]:
-    """What a Cacher's arrays take for each row and each slot, found by making it larger."""
+    """Bytes that a Cacher's arrays take for each row and slot, found by making larger ones."""
     small, large = kaggle_group(max_rows=1_000), kaggle_group(max_rows=100_000)
     settings = {"max_lookahead": 1, "prefetch_depth": PREFETCH_DEPTH}
     base = Cacher(small, num_slots=1_000, **settings).nbytes
@@ -277,7 +277,7 @@ def _bytes_per_item() -> dict[str, float]:
 
 def _times_table(values: dict[str, Any]) -> Table:
     table = Table(
-        title=f"Oracle, {values['num_lookups']:,} lookups, {values['num_uniques']:,.0f} distinct "
+        title=f"Oracle, {values['num_lookups']:,} lookups, {values['num_uniques']:,.0f} unique "
         "rows a batch"
     )
     table.add_column("")

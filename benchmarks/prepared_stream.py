@@ -1,9 +1,8 @@
-"""The stream of `gpu` and `trainers`: written as prepared files for Bagpipe, kept on the device for
-the other arms.
+"""The stream of `gpu` and `trainers`: in prepared files for Bagpipe, on the device for other arms.
 
-All batches are distinct. They are made on a thread pool (the generator's loops release the GIL) and
-written in order. The other arms get ids, offsets, dense features and labels on the device before
-they start, which favours them: Bagpipe reads, checks, plans and copies all of it while it trains.
+No batch repeats. They are made on a thread pool (the generator's loops release the GIL) and written
+in order. The other arms get ids, offsets, dense features and labels on the device before they
+start, which favours them: Bagpipe reads, checks, plans and copies all of it while it trains.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from benchmarks.measure import Progress
 from benchmarks.workloads import NUM_DENSE, Workload
 
 _ROWS_PER_RECORD_BATCH = 65_536
-"""As `bagpipe data prepare` writes them."""
+"""As many as `bagpipe data prepare` writes."""
 _RECORD_BATCHES_A_FILE = 25
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidentBatch:
-    """A batch on the device; ids and offsets feature-major as a KeyedJaggedTensor's."""
+    """A batch on the device; ids and offsets are feature-major like a KeyedJaggedTensor's."""
 
     dense: Tensor  # (B, num_dense) float32
     labels: Tensor  # (B,) float32
@@ -68,8 +67,15 @@ def make_stream(
     device: torch.device,
     progress: Progress,
 ) -> Stream:
-    """Writes `num_batches` into `folder`, and keeps the first `num_resident` of them on
-    `device`.
+    """Makes a workload's stream.
+
+    Args:
+        workload: what is trained.
+        folder: where the prepared files go; it must not exist yet.
+        num_batches: batches in the files.
+        num_resident: how many of the first ones are also kept on `device`.
+        device: of the resident batches.
+        progress: is told how far it is.
     """
     group, size = workload.group, workload.batch_size
     source = _source(workload, num_batches)
@@ -100,8 +106,8 @@ def make_stream(
             ordered_map(make, range(num_batches), workers, ahead=2 * num_threads)
         ):
             writer.write(record)
-            # Here and not where batches are made: numpy loses rows of flags that another thread is
-            # writing.
+            # Not in the threads that make batches: `np.flatnonzero` loses rows where another thread
+            # writes flags meanwhile.
             _mark(batch.sparse.values, offsets[::size], group.row_offsets, touched)
             if number < num_resident:
                 resident.append(_to_device(batch, on_device, device))
@@ -142,7 +148,7 @@ def _source(workload: Workload, num_batches: int) -> SyntheticSource:
 
 
 def _fixed_offsets(workload: Workload) -> npt.NDArray[np.int32]:
-    """(F * B + 1,): bags of one feature all have its length."""
+    """Offsets (F * B + 1,) of every batch: the bags of one feature all have the same length."""
     return np.concatenate(
         [[0], np.cumsum(np.repeat(workload.lengths, workload.batch_size))]
     ).astype(np.int32)
@@ -155,7 +161,7 @@ def _make(
     offsets: npt.NDArray[np.int32],
     number: int,
 ) -> tuple[Batch, Any]:
-    """One batch, also as a record batch."""
+    """Makes one batch, and the same as a record batch of Arrow."""
     batch = next(source.batches(batch_size=batch_size, start=number))
     ids = []
     for index, spec in enumerate(source.features):
@@ -172,8 +178,9 @@ def _mark(
     row_offsets: Int64Array,
     touched: npt.NDArray[np.bool_],
 ) -> None:
-    """Marks the rows of a batch's ids; those of feature, and table, f are values[bounds[f]:bounds[f
-    + 1]].
+    """Marks the rows of a batch's ids.
+
+    The ids of feature f, and so of table f, are values[bounds[f] : bounds[f + 1]].
     """
     for feature in range(len(bounds) - 1):
         for value in values[bounds[feature] : bounds[feature + 1]]:

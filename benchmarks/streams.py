@@ -1,6 +1,4 @@
-"""What all benchmarks train on: Criteo-Kaggle's tables and a synthetic stream over them, made
-beforehand and kept in memory.
-"""
+"""Criteo-Kaggle's tables, and a synthetic stream over them, made beforehand and kept in memory."""
 
 from __future__ import annotations
 
@@ -17,14 +15,18 @@ from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad, Table
 from benchmarks.measure import Progress
 
 SKEW = 1.01
-"""Zipf exponent with which 16,384 samples of the 26 uncut tables have about 85,000 distinct
-rows."""
+"""Zipf exponent with which 16,384 samples of the 26 uncut tables have about 85,000 unique rows."""
 EMBEDDING_LR = 0.01
 _LOAD_ROWS = 1 << 18
 
 
 def kaggle_group(*, max_rows: int | None = None, embedding_dim: int = 64) -> Group:
-    """The 26 tables of Criteo-Kaggle, each cut to `max_rows`, with row-wise Adagrad."""
+    """The 26 tables of Criteo-Kaggle with row-wise Adagrad.
+
+    Args:
+        max_rows: the most rows of a table; longer ones are cut. None: none is.
+        embedding_dim: of all tables.
+    """
     tables = [
         TableConfig(
             name=f"C{index}",
@@ -40,7 +42,7 @@ def kaggle_group(*, max_rows: int | None = None, embedding_dim: int = 64) -> Gro
 def make_batches(
     group: Group, *, num_batches: int, batch_size: int, skew: float = SKEW, progress: Progress
 ) -> list[Batch]:
-    """`num_batches` distinct batches, features in the group's order."""
+    """The first `num_batches` of a synthetic stream, features in the group's order."""
     sizes = [table.num_embeddings for table in group.tables]
     source = SyntheticSource(sizes, split="train", num_samples=num_batches * batch_size, skew=skew)
     batches = []
@@ -51,7 +53,7 @@ def make_batches(
 
 
 def initial_records(group: Group, rows: Int64Array) -> Iterator[tuple[Int64Array, Float32Array]]:
-    """What every arm starts from: `rows` (n,) and their records (n, record_width), in blocks."""
+    """What every arm starts from, in blocks: rows (n,) int64 and records (n, record_width)."""
     store = MemoryStore(group, 0)
     for begin in range(0, len(rows), _LOAD_ROWS):
         block = rows[begin : begin + _LOAD_ROWS]

@@ -1,5 +1,4 @@
-"""The workloads of `gpu` and `trainers`: tables, stream, dense part, cache and sizes of the
-measurement.
+"""The workloads of `gpu` and `trainers`: tables, stream, dense part, cache, and what is measured.
 
     W1       26 tables of the Criteo Terabyte cardinalities cut to 20 M rows x 64, single-hot, Zipf
              1.1, batch 16,384, DLRM
@@ -11,9 +10,9 @@ measurement.
     small    26 tables of the Criteo Kaggle cardinalities cut to 200,000 rows x 32, batch 1,024, a
              small DLRM: for two cores
 
-Weights are float32, the optimizer row-wise Adagrad. W3 is cut to 20 M rows a table as well, so that
-two copies of the tables, ours and one of an arm that keeps its own in host memory, fit a machine of
-128 GB together.
+Weights are float32, the optimizer is row-wise Adagrad. W3 is cut to 20 M rows a table as well: so
+two copies of the tables, ours and that of an arm which keeps its own in host memory, fit a machine
+of 128 GB together.
 """
 
 from __future__ import annotations
@@ -28,34 +27,7 @@ from bagpipe.types import Group, RowWiseAdagrad, TableConfig, group_tables
 
 NUM_DENSE: Final = 13
 EMBEDDING_LR: Final = 0.01
-_MULTI_HOT: Final = (
-    3,
-    2,
-    1,
-    2,
-    6,
-    1,
-    1,
-    1,
-    1,
-    7,
-    3,
-    8,
-    1,
-    6,
-    9,
-    5,
-    1,
-    1,
-    1,
-    12,
-    100,
-    27,
-    10,
-    3,
-    1,
-    1,
-)
+_MULTI_HOT = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +50,18 @@ class Workload:
     dedup_threads: int | None = None
     prefetch_depth: int = 4
     warmup_steps: int = 350
-    """What every arm trains before it is measured, the compared steps included: as many as fill the
-    caches, or nearly so."""
+    """Steps that every arm trains before it is measured, the compared ones included: enough to fill
+    the caches, or nearly so."""
     num_compared: int = 20
     """First steps whose losses are compared."""
     rounds: int = 4
     settle_steps: int = 16
-    """Steps at the begin of a turn that are not measured: Bagpipe's queues hold plans made while
-    other arms ran."""
+    """Steps at the beginning of a turn that are not measured: Bagpipe's queues hold plans from the
+    time when other arms ran."""
     turn_steps: int = 50
     """Steps measured in one turn."""
     slow_steps: int = 3
-    """`turn_steps` of the arm whose tables are on the CPU."""
+    """The same for the arm whose tables are on the CPU."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -98,7 +70,7 @@ class Workload:
 
     @property
     def group(self) -> Group:
-        """The tables."""
+        """The tables, as one group."""
         tables = [
             TableConfig(
                 name=f"C{index}",
@@ -172,8 +144,15 @@ _QUICK: Final[Mapping[str, Any]] = {
 
 
 def make_workload(name: str, options: Mapping[str, Any], *, quick: bool) -> Workload:
-    """A workload by name, cut to nothing for `quick`, with `options` in place of its own values.
-    ConfigError: no such name.
+    """Looks up a workload and adapts it.
+
+    Args:
+        name: one of `WORKLOADS`.
+        options: values that replace the workload's own.
+        quick: whether it is cut to the tiny sizes that tests use, before `options` are applied.
+
+    Raises:
+        ConfigError: there is no workload of this name.
     """
     if name not in WORKLOADS:
         raise ConfigError(f"--workload {name}: is unknown; there are {', '.join(WORKLOADS)}")

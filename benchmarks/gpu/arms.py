@@ -1,10 +1,10 @@
-"""The arms of `gpu` that need no FBGEMM: one way each to hold tables, look rows up and update them.
+"""The arms of `gpu` that need no FBGEMM: each is one way to hold tables, read and update rows.
 
-    dense       no embedding work at all: what a step can't be faster than
-    bagpipe     tables in a store in host memory or a file, `bagpipe.lookahead` reading prepared
-                files and planning live
-    torch_cpu   tables in host memory, looked up by `torch.nn.functional.embedding_bag` on the CPU,
-                pooled embeddings and their gradients copied; sparse gradients, row-wise Adagrad
+    dense       no embedding work at all: the least that a step can take
+    bagpipe     tables in a store in host memory or a file; `bagpipe.lookahead` reads prepared files
+                and plans live
+    torch_cpu   tables in host memory, looked up by `torch.nn.functional.embedding_bag` on the CPU;
+                pooled embeddings and their gradients are copied; sparse gradients, row-wise Adagrad
                 written with torch operations
 
 An arm writes pooled embeddings into the buffer that the dense part reads, and takes their gradients
@@ -34,43 +34,45 @@ from benchmarks.workloads import Workload
 
 
 class StepArm(Protocol):
-    """One way to train embedding tables. A step is `next_batch`, `lookup`, the dense part,
-    `update`.
+    """One way to train embedding tables.
+
+    A step is `next_batch`, `lookup`, the dense part, `update`.
     """
 
     name: str
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """Sets `rows` (n,), ascending, to `records` (n, record_width). With several trainers every
-        rank is given all of them.
+        """Sets `rows` (n,), ascending, to `records` (n, record_width).
+
+        With several trainers every rank is given all of them.
         """
 
     def start(self) -> None:
-        """Makes ready for the first batch; all rows are loaded."""
+        """Prepares for the first batch, once all rows are loaded."""
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Dense features and labels of the next batch, or of the rank's share, on the device or in
-        pinned memory.
+        """Dense features and labels of the next batch, or of the rank's share of it.
+
+        They are on the device or in pinned memory.
         """
 
     def lookup(self, pooled: Tensor) -> None:
-        """Fills pooled (B, F, D) for the batch."""
+        """Fills `pooled` (B, F, D) for the batch."""
 
     def update(self, grads: Tensor) -> None:
-        """Updates the batch's rows with grads (B, F, D), averaged over ranks."""
+        """Updates the batch's rows with `grads` (B, F, D), averaged over ranks."""
 
     def close(self) -> None:
-        """Frees the tables, all ranks together. The step that was begun last need not have been
-        updated.
-        """
+        """Frees the tables, all ranks together; the last step may lack its update."""
 
 
 class GpuArm(StepArm, Protocol):
     """An arm of `gpu`, whose embedding work is also timed alone."""
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
-        """The embedding work of the batch that was looked up last, by name, to be called again and
-        again.
+        """The embedding work of the last batch that was looked up, by name.
+
+        Each part can be called any number of times.
         """
 
 
@@ -83,7 +85,7 @@ class _Batch(Protocol):
 
 
 class DenseArm:
-    """The dense part alone, on embeddings that stay; goes through its batches again and again."""
+    """The dense part alone, on embeddings that stay; it repeats its few batches."""
 
     name = "dense"
 
@@ -118,8 +120,9 @@ class DenseArm:
 
 
 class BagpipeArm:
-    """Bagpipe as `bagpipe train` runs it: reader, oracle and transfers live; on CUDA the oracle in
-    a process of its own.
+    """Bagpipe as `bagpipe train` runs it: reader, oracle and transfers are live.
+
+    On CUDA the oracle is in a process of its own.
     """
 
     def __init__(
@@ -134,16 +137,20 @@ class BagpipeArm:
         communicator: Communicator | None = None,
         overlap: bool = True,
     ) -> None:
-        """With a `communicator` it is one rank of several, `batches` are those of all, and
-        `overlap` as in `bagpipe.lookahead`.
+        """Makes the arm.
+
+        Args:
+            workload: what is trained.
+            group: its tables.
+            batches: what is trained on; with a communicator, global batches.
+            device: of the cache.
+            name: of the arm.
+            store: makes the group's store; None: a store in memory.
+            communicator: makes this one rank of several; None: there is one trainer.
+            overlap: as in `bagpipe.lookahead`.
         """
-        self.name, self._workload, self._batches, self._overlap, self._device = (
-            name,
-            workload,
-            batches,
-            overlap,
-            device,
-        )
+        self.name, self._workload, self._batches = name, workload, batches
+        self._overlap, self._device = overlap, device
         self._is_writer = communicator is None or communicator.rank == 0
         self._num_trainers = 1 if communicator is None else communicator.num_trainers
         self.embeddings = EmbeddingBagCollection(
@@ -163,8 +170,7 @@ class BagpipeArm:
         return self._lookahead
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `StepArm.load`. Rows count as written from then on, as in a run that has been going
-        for an epoch.
+        """See `StepArm.load`. Rows count as written from then on, as in a run's second epoch.
 
         Ranks share their store, so the first one writes.
         """
@@ -212,7 +218,7 @@ class BagpipeArm:
         }
 
     def counters(self) -> dict[str, float]:
-        """What the oracle decided and the loop waited for so far, and the time."""
+        """What the oracle decided so far, and the milliseconds that the loop waited."""
         report, waits = self.lookahead.report, self.lookahead.waits
         names = ("num_steps", "num_uniques", "num_fetched", "num_fetched_late", "num_written_back")
         waited = {
@@ -241,7 +247,7 @@ class BagpipeArm:
 
 
 class TorchCpuArm:
-    """What torch offers without help: a table each, sparse gradients, everything by copies."""
+    """What torch offers without help: a tensor a table, sparse gradients, everything by copies."""
 
     name = "torch_cpu"
 
@@ -282,7 +288,7 @@ class TorchCpuArm:
         return batch.dense, batch.labels
 
     def lookup(self, pooled: Tensor) -> None:
-        """See `StepArm.lookup`: the copy; the CPU has done its part in `next_batch`."""
+        """See `StepArm.lookup`. Only copies: the CPU has done its part in `next_batch`."""
         assert self._pooled is not None
         pooled.copy_(self._pooled.detach())
 
@@ -301,7 +307,7 @@ class TorchCpuArm:
                 weight.grad = None
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
-        """None on the device."""
+        """Has none on the device."""
         return {}
 
     def close(self) -> None:
@@ -316,11 +322,14 @@ def load_tables(
     records: Float32Array,
     firsts: Sequence[int] | None = None,
 ) -> None:
-    """Copies to each table, a tensor on any device, the part of `records` (n, record_width) that
-    its rows are.
+    """Copies to each table's weights the records of its rows.
 
-    `firsts` are the ids at which the tables' tensors begin, where these are parts of the tables; 0
-    by default.
+    Args:
+        group: the tables.
+        weights: a tensor a table, on any device, or a part of the table.
+        rows: (n,) int64, ascending.
+        records: (n, record_width) float32.
+        firsts: the id at which each tensor begins, where these are parts; None: 0.
     """
     for index, weight in enumerate(weights):
         first = int(group.row_offsets[index]) + (0 if firsts is None else firsts[index])

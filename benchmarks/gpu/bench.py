@@ -1,7 +1,7 @@
 """A training step on one GPU: Bagpipe against FBGEMM and against no embedding work at all.
 
 All arms train the same batches with the same captured dense part, from the same rows and
-parameters; over the first steps their losses must agree. `turns` says how they take turns.
+parameters. Their losses must agree over the first steps. `turns` says how they take turns.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from benchmarks.gpu.fbgemm import FBGEMM_ARMS
 from benchmarks.gpu.tables import render, save_plot
 from benchmarks.gpu.turns import Turns
-from benchmarks.losses import disagreements
-from benchmarks.measure import Progress, Result
+from benchmarks.measure import Progress, Result, disagreements
 from benchmarks.workloads import Workload
 
 ALWAYS = ("bagpipe", "dense")
@@ -27,10 +26,17 @@ ARMS = (*ALWAYS, *FBGEMM_ARMS, "torch_cpu")
 def bench_gpu(
     workload: Workload, arms: Sequence[str], progress: Progress, plot: Path | None = None
 ) -> Result:
-    """Runs `arms`, of `ARMS`; in tiny sizes also without CUDA.
+    """Runs the arms on one GPU; at tiny sizes also without one.
 
-    The notes name the arms that can't run here, those that failed, and those that do not compute
-    the same as Bagpipe.
+    Args:
+        workload: what is trained.
+        arms: some of `ARMS`.
+        progress: is told how far it is.
+        plot: where to save a bar chart; None: nowhere.
+
+    Returns:
+        Tables, values, and notes. The notes name the arms that can't run here, those that failed,
+        and those that do not compute the same as Bagpipe.
     """
     on_cuda = torch.cuda.is_available()
     names, notes = _available([name for name in arms if name not in ALWAYS], on_cuda)

@@ -1,5 +1,4 @@
-"""The FBGEMM arms of `gpu`: one SplitTableBatchedEmbeddingBagsCodegen for all tables, with its best
-settings.
+"""The FBGEMM arms of `gpu`: one SplitTableBatchedEmbeddingBagsCodegen for all tables.
 
     fbgemm_hbm                whole tables in the GPU's memory
     fbgemm_hbm_int32          the same with int32 ids instead of int64
@@ -10,10 +9,11 @@ settings.
                               FBGEMM prefetches with LRU only
     fbgemm_uvm                tables in host memory, no cache
 
-Row-wise Adagrad on float32 weights, no stochastic rounding, no bounds check, bfloat16 output; host
-memory is mapped, not managed. A cache has whole sets of 32 rows, as many as give at least Bagpipe's
-rows. FBGEMM allocates its output, so it is copied into the dense part's buffer, 55 MB of device
-traffic a step each way. Without CUDA only `fbgemm_hbm` runs, with float32 tables on the host.
+All have FBGEMM's best settings: row-wise Adagrad on float32 weights, no stochastic rounding, no
+bounds check, bfloat16 output; host memory is mapped, not managed. A cache has whole sets of 32
+rows, as many as give at least Bagpipe's rows. FBGEMM allocates its output, so it is copied into the
+dense part's buffer, 55 MB of device traffic a step each way. Without CUDA only `fbgemm_hbm` runs,
+with float32 tables on the host.
 """
 
 from __future__ import annotations
@@ -62,12 +62,15 @@ FBGEMM_ARMS: Final[Mapping[str, FbgemmSettings]] = {
 
 
 class FbgemmArm:
-    """One of `FBGEMM_ARMS`."""
+    """One of `FBGEMM_ARMS`, which trains the stream's resident batches.
+
+    Raises:
+        ImportError: fbgemm-gpu is not installed.
+    """
 
     def __init__(
         self, name: str, group: Group, stream: Stream, *, cache_rows: int, device: torch.device
     ) -> None:
-        """Trains the stream's resident batches. ImportError where fbgemm-gpu is not installed."""
         self.name, self._group, self._settings = name, group, FBGEMM_ARMS[name]
         self._on_cuda = device.type == "cuda"
         dtype = self._settings.index_dtype
@@ -82,7 +85,7 @@ class FbgemmArm:
         self._pooled: Tensor | None = None
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `StepArm.load`; the state starts at zero as FBGEMM makes it."""
+        """See `StepArm.load`. The optimizer's state starts at zero, as FBGEMM makes it."""
         load_tables(self._group, self._tables.split_embedding_weights(), rows, records)
 
     def start(self) -> None:
@@ -114,8 +117,9 @@ class FbgemmArm:
         self._pooled = None
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
-        """See `GpuArm.kernels`; the batch's rows are in the cache after the first call. Of a batch
-        that was prefetched that one.
+        """See `GpuArm.kernels`. Where a batch was prefetched, it is the one that is timed.
+
+        Its rows are in the cache after the first call.
         """
         # The next forward takes what was prefetched last, whatever ids it is given.
         step = self._step if self._side is None else min(self._step + 1, len(self._batches) - 1)
@@ -147,8 +151,7 @@ def _make_tables(
     settings: FbgemmSettings, group: Group, cache_rows: int, device: torch.device
 ) -> Any:
     with warnings.catch_warnings():
-        # Importing it warns of optional parts that a build does not have; that is none of the
-        # user's business.
+        # Importing it warns of optional parts that a build does not have, which users can't change.
         warnings.simplefilter("ignore")
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode

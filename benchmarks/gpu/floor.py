@@ -1,6 +1,4 @@
-"""The floor of `gpu`: the bytes that embedding work must move, over the bandwidths measured in the
-same run.
-"""
+"""The floor of `gpu`: the bytes that embedding work must move, over the run's own bandwidths."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ _REPEATS = 10
 
 
 def measure_bandwidths(device: torch.device) -> dict[str, float]:
-    """Bytes a second of a copy on the device (read and written both counted), to it, and from it;
-    pinned host memory.
+    """Bytes a second of a copy on the device, to it, and from it.
+
+    On the device bytes read and written both count. Host memory is pinned.
     """
     on_cuda = device.type == "cuda"
     size = _COPY_BYTES if on_cuda else _COPY_BYTES >> 6
@@ -49,11 +48,23 @@ def embedding_floor(
     counted: Mapping[str, float],
     bandwidths: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Bytes a step must move, at least, and the milliseconds that it takes at full bandwidth.
+    """The least bytes that a step must move, and the milliseconds that they take at full bandwidth.
 
-    Lookup: each distinct row read once, a slot for each lookup, bfloat16 output written. Update:
-    bfloat16 gradients read once, the bags' numbers, each distinct record read and written. Over
-    PCIe: records both ways, the plan, dense features and labels.
+    - Lookup reads each unique row once and a slot for each lookup, and writes bfloat16 output.
+    - Update reads bfloat16 gradients once and the bags' numbers, and reads and writes the record of
+      each unique row.
+    - Over PCIe go records both ways, the plan, dense features and labels.
+
+    Args:
+        workload: what is trained.
+        group: its tables.
+        num_lookups: ids in a batch.
+        counted: what a step needed, of which `num_uniques`, `num_fetched` and `num_written_back`
+            count.
+        bandwidths: see `measure_bandwidths`.
+
+    Returns:
+        "bytes" and "ms" of each part.
     """
     num_bags = workload.batch_size * len(workload.lengths)
     uniques, pooled_bytes = counted["num_uniques"], 2 * num_bags * group.embedding_dim

@@ -17,11 +17,11 @@ _WITH_CACHE = ("fbgemm_uvm_lru", "fbgemm_uvm_lfu", "fbgemm_uvm_lru_prefetch")
 
 @dataclass(frozen=True, kw_only=True)
 class _Targets:
-    """What Bagpipe means to reach on one H200; None: no number was set."""
+    """What Bagpipe should reach on one H200; None: no number was set."""
 
     over_dense: float | None = None  # at most
-    in_hbm: float | None = None  # the best arm in HBM over Bagpipe, at least; as with_cache
-    with_cache: float | None = None
+    in_hbm: float | None = None  # the best arm in HBM over Bagpipe, at least
+    with_cache: float | None = None  # the best arm with a cache over Bagpipe, at least
     kernels_ms: float | None = None  # at most
     idle_share: float = 0.02  # at most
 
@@ -39,8 +39,10 @@ def render(values: dict[str, Any]) -> tuple[Table, ...]:
 
 
 def save_plot(values: dict[str, Any], path: Path) -> None:
-    """Draws a bar an arm, in the format of the path's ending. ConfigError: matplotlib is not
-    installed, or can't write there.
+    """Draws a bar for each arm, in the format of the path's ending.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or can't write there.
     """
     steps = {name: arm["step"] for name, arm in values["arms"].items()}
     names = sorted(steps, key=lambda name: -steps[name].median_ms)
@@ -68,8 +70,8 @@ def _times(values: dict[str, Any]) -> Table:
     workload = values["workload"]
     table = Table(
         title=f"{workload['name']} on {values['device']}: {values['num_rows']:,} rows x "
-        f"{workload['embedding_dim']}, batch "
-        f"{workload['batch_size']:,}, cache {values['cache_share']:.1%}",
+        f"{workload['embedding_dim']}, batch {workload['batch_size']:,}, cache "
+        f"{values['cache_share']:.1%}",
         caption="ms, median (quartiles) over turns; device memory: the peak beside what was there "
         "before",
     )
@@ -113,7 +115,7 @@ def _ratios(values: dict[str, Any]) -> Table:
 
 
 def _found(values: dict[str, Any]) -> Iterator[tuple[str, float, float | None, bool]]:
-    """(what, the number, its target, whether that is a bound from above)."""
+    """Yields what was measured, the number, its target, and whether that is a bound from above."""
     arms, targets = values["arms"], _TARGETS.get(values["workload"]["name"], _Targets())
     yield "step over the dense part alone", arms["bagpipe"]["over_dense"], targets.over_dense, True
     for what, names, target in (
@@ -149,7 +151,7 @@ def _facts(values: dict[str, Any]) -> Table:
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_row(
-        "distinct rows; fetched; written back a step",
+        "unique rows; fetched; written back a step",
         f"{counted['num_uniques']:,.0f}; {counted['num_fetched']:,.0f}; "
         f"{counted['num_written_back']:,.0f}",
     )

@@ -1,12 +1,12 @@
 """The turns of `gpu`.
 
-Bagpipe runs live: it reads prepared files, plans, copies and trains, in turns with one other arm
-after another, so that every ratio comes from neighbouring minutes. The others hold their tables
+Bagpipe runs live: it reads prepared files, plans, copies and trains. It takes turns with one other
+arm after another, so that every ratio comes from neighbouring minutes. The others hold their tables
 only while they run, which bounds the memory.
 
-A turn is measured between two events on the GPU's own clock (on a CPU, which only tests use, the
-host's), after some steps that use up what Bagpipe's queues hold from the time when others ran. The
-host waits for the device after a turn, never within.
+A turn is measured between two events on the GPU's own clock; on a CPU, which only tests use, by the
+host's. Some steps precede it, which use up what Bagpipe's queues hold from the time when others
+ran. The host waits for the device after a turn, never within.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ from benchmarks.dense import SharedDense
 from benchmarks.gpu.arms import BagpipeArm, DenseArm, GpuArm, TorchCpuArm
 from benchmarks.gpu.fbgemm import FbgemmArm
 from benchmarks.gpu.floor import embedding_floor, measure_bandwidths
-from benchmarks.losses import relative_differences
-from benchmarks.measure import Progress, Timing
+from benchmarks.measure import Progress, Timing, relative_differences
 from benchmarks.prepared_stream import Stream, all_batches, make_stream
 from benchmarks.streams import initial_records
 from benchmarks.workloads import Workload
 
 _KERNEL_REPEATS = 30
 _HEAD_START_CYCLES = 20_000_000
-"""Ten milliseconds or so that the device sleeps before repeated kernels, so that they do not wait
-for the host's launches."""
+"""Ten milliseconds or so that the device sleeps before repeated kernels: the host's launches get
+ahead meanwhile."""
 _NUM_SHOWN = 16
-"""Batches that the arm without embeddings goes through."""
+"""Batches that the arm without embeddings repeats."""
 
 
 @dataclass(kw_only=True)
@@ -66,30 +65,21 @@ class Turns:
         folder: Path,
         progress: Progress,
     ) -> None:
-        self._workload, self._names, self._device, self._progress = (
-            workload,
-            names,
-            device,
-            progress,
-        )
+        self._workload, self._names = workload, names
+        self._device, self._progress = device, progress
         self._group: Group = workload.group
         self._folder = folder
         self._reference: list[float] = []  # Bagpipe's first losses
         self.failures: dict[str, str] = {}
         """Arms that failed, and with what."""
-        num_turns = max(1, len(names)) * workload.rounds
+        warmup, turn = workload.warmup_steps, workload.turn_and_settle_steps
+        num_turns = max(1, len(names)) * workload.rounds + 1  # the last one tells idle time
         self._stream: Stream = make_stream(
             workload,
             folder / "data",
-            # The window must not run out of batches while it is measured, or there would be less to
-            # plan.
-            num_batches=workload.warmup_steps
-            + (num_turns + 1) * workload.turn_and_settle_steps
-            + workload.lookahead
-            + 2,
-            num_resident=workload.warmup_steps
-            + workload.rounds * workload.turn_and_settle_steps
-            + 2,
+            # The window must stay full while it is measured, or there would be less to plan.
+            num_batches=warmup + num_turns * turn + workload.lookahead + 2,
+            num_resident=warmup + workload.rounds * turn + 2,
             device=device,
             progress=progress,
         )
@@ -97,7 +87,7 @@ class Turns:
         self._initial = self._dense.save()
 
     def run(self) -> dict[str, Any]:
-        """All arms, and what they add up to."""
+        """Runs all arms; returns what they add up to."""
         bandwidths = measure_bandwidths(self._device)
         sets: list[tuple[str, ...]] = [(name,) for name in self._names] or [()]
         with ExitStack() as stack:
@@ -118,8 +108,9 @@ class Turns:
     def _measure_beside(
         self, always: Mapping[str, _Run], names: Sequence[str], num_done: int, num_turns: int
     ) -> dict[str, _Run]:
-        """Turns of the arms that always run and of those of `names`; one of these that fails is
-        left out and noted.
+        """Lets the arms of `names` take turns with those that always run.
+
+        One of `names` that fails is left out and noted.
         """
         with ExitStack() as beside:
             runs: dict[str, _Run] = {}
@@ -142,7 +133,7 @@ class Turns:
 
     @contextmanager
     def _noting_failure(self, name: str) -> Iterator[None]:
-        """What one arm can't do, say for want of memory, must not cost the others their numbers."""
+        """Notes an arm's error: one that runs out of memory must not cost others their numbers."""
         try:
             yield
         except Exception as error:
@@ -175,9 +166,7 @@ class Turns:
         )
 
     def _start(self, name: str, stack: ExitStack) -> _Run:
-        """Makes an arm, which `stack` closes, gives it the initial rows, and trains its first
-        steps.
-        """
+        """Makes an arm, gives it the initial rows and trains its first steps; `stack` closes it."""
         before = self._allocated()
         arm = self._make(name)
         stack.callback(arm.close)
@@ -214,7 +203,7 @@ class Turns:
         return loss
 
     def _turn(self, run: _Run) -> None:
-        """Some steps of an arm, and how long one took."""
+        """Trains a turn of an arm, and notes how long a step took."""
         workload = self._workload
         is_slow = isinstance(run.arm, TorchCpuArm)
         self._dense.load(run.parameters)
@@ -226,7 +215,7 @@ class Turns:
         run.parameters = self._dense.save()
 
     def _time_kernels(self, run: _Run) -> None:
-        """The embedding work alone on one batch, again and again."""
+        """Times the embedding work alone, on one batch that is repeated."""
         run.arm.next_batch()
         run.arm.lookup(self._dense.pooled)
         grads = torch.randn_like(self._dense.pooled) * 1e-6
@@ -237,11 +226,10 @@ class Turns:
             run.kernels_ms[name] = 1e3 * seconds_a_call(self._device, kernel, _KERNEL_REPEATS)
 
     def _time_idle(self, run: _Run) -> float:
-        """Milliseconds between a step's update and the next one's lookup in which the device waits
-        for rows or for the host.
+        """Milliseconds that the device waits, in a step, for rows or for the host.
 
-        One more turn. What lies between them is that wait and the lookup, whose time alone is
-        known.
+        Takes one more turn. Between a step's update and the end of the next one's lookup lie that
+        wait and the lookup, whose own time is known.
         """
         if self._device.type == "cpu":
             return 0.0
@@ -269,7 +257,7 @@ class Turns:
         return 0 if self._device.type == "cpu" else torch.cuda.max_memory_allocated(self._device)
 
     def _forget(self) -> None:
-        """Gives memory back to the system, since the next arm allocates beside torch."""
+        """Gives memory back to the system: the next arm does not allocate from torch's pool."""
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

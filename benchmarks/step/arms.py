@@ -1,18 +1,17 @@
-"""The arms of `step`: one way each to hold embedding tables, look rows up, and update them in
-backward.
+"""The arms of `step`: each is one way to hold tables, look rows up, and update them in backward.
 
-    bagpipe      tables in a `MemoryStore`, a small cache, `bagpipe.lookahead` reading ahead and
-                 planning live
+    bagpipe      tables in a `MemoryStore`, a small cache; `bagpipe.lookahead` reads ahead and plans
+                 live
     fused        whole tables in RAM, Bagpipe's own kernels; de-duplication on the critical path, on
                  all cores
-    fbgemm       whole tables in RAM, FBGEMM's CPU table-batched embedding bags, row-wise Adagrad
-                 fused
-    torch_bags   whole tables in RAM, one `nn.EmbeddingBag(sparse=True)` a table and plain SGD: no
-                 Adagrad, for orientation
+    fbgemm       whole tables in RAM, FBGEMM's CPU table-batched embedding bags, with row-wise
+                 Adagrad fused
+    torch_bags   whole tables in RAM, one `nn.EmbeddingBag(sparse=True)` a table; plain SGD instead
+                 of Adagrad, for orientation
 
-All take the same batches and, through `load`, the same initial rows. What a data loader could do
-beforehand is done beforehand for the in-memory arms: linear row numbers for `fused`, index and
-offset tensors for `fbgemm` and `torch_bags`.
+All take the same batches and, through `load`, the same initial rows. For the arms in memory,
+whatever a data loader could do beforehand is done beforehand: linear row numbers for `fused`, index
+and offset tensors for `fbgemm` and `torch_bags`.
 """
 
 from __future__ import annotations
@@ -34,24 +33,25 @@ from benchmarks.step.fused import FusedTables
 
 
 class Arm(Protocol):
-    """One way to train embedding tables. Batches are given once, then trained in order."""
+    """One way to train embedding tables; batches are given once, then trained in order."""
 
     name: str
 
     @property
     def embeddings(self) -> nn.Module:
-        """Maps what `batches` yields as the sparse part to `PooledEmbeddings`; backward updates the
-        rows.
+        """Maps the sparse part that `batches` yields to `PooledEmbeddings`.
+
+        Backward updates the rows, but for what `finish_step` does.
         """
 
     def load(self, first_row: int, records: Float32Array) -> None:
         """Sets rows `first_row` .. `first_row + n` to `records` (n, record_width)."""
 
     def batches(self, batches: Sequence[TorchBatch]) -> Iterator[tuple[TorchBatch, Any]]:
-        """Each batch with its sparse part as `embeddings` takes it."""
+        """Yields each batch, and its sparse part as `embeddings` takes it."""
 
     def finish_step(self) -> None:
-        """What remains to be done after backward."""
+        """Does what remains to be done after backward."""
 
     def close(self) -> None:
         """Frees the tables."""
@@ -74,9 +74,7 @@ class BagpipeArm:
         return self._stream
 
     def load(self, first_row: int, records: Float32Array) -> None:
-        """See `Arm.load`. Every row counts as written from then on, as in a run that has been going
-        for a while.
-        """
+        """See `Arm.load`. All rows count as written from then on, as in a run of some age."""
         self.embeddings.stores[0].write(np.arange(first_row, first_row + len(records)), records)
 
     def batches(self, batches: Sequence[TorchBatch]) -> Iterator[tuple[TorchBatch, Any]]:
@@ -87,7 +85,7 @@ class BagpipeArm:
         return ((batch, batch.sparse) for batch in self._stream)
 
     def finish_step(self) -> None:
-        """See `Arm.finish_step`: nothing is left to do."""
+        """See `Arm.finish_step`. Nothing is left to do."""
 
     def close(self) -> None:
         """See `Arm.close`."""
@@ -116,7 +114,7 @@ class FusedArm:
         return iter([(batch, self.embeddings.prepare(batch.sparse)) for batch in batches])
 
     def finish_step(self) -> None:
-        """See `Arm.finish_step`: nothing is left to do."""
+        """See `Arm.finish_step`. Nothing is left to do."""
 
     def close(self) -> None:
         """See `Arm.close`."""
@@ -124,17 +122,20 @@ class FusedArm:
 
 
 class FbgemmArm:
-    """FBGEMM's tables on the CPU, with the optimizer fused and int64 indices; int32 ones take as
-    long (measured).
+    """FBGEMM's tables on the CPU, with the optimizer fused.
+
+    Indices are int64; int32 ones take as long (measured).
+
+    Raises:
+        ImportError: fbgemm-gpu-cpu is not installed.
     """
 
     name = "fbgemm"
 
     def __init__(self, group: Group) -> None:
-        """ImportError where fbgemm-gpu-cpu is not installed."""
         with warnings.catch_warnings():
-            # Importing it warns of optional parts that its CPU build does not have; that is none of
-            # the user's business.
+            # Importing it warns of optional parts that its CPU build does not have, which users
+            # can't change.
             warnings.simplefilter("ignore")
             from fbgemm_gpu.split_embedding_configs import EmbOptimType
             from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -145,16 +146,9 @@ class FbgemmArm:
 
         assert isinstance(group.optimizer, RowWiseAdagrad)
         self._group = group
+        place = (EmbeddingLocation.HOST, ComputeDevice.CPU)
         self._tables = SplitTableBatchedEmbeddingBagsCodegen(
-            [
-                (
-                    table.num_embeddings,
-                    table.embedding_dim,
-                    EmbeddingLocation.HOST,
-                    ComputeDevice.CPU,
-                )
-                for table in group.tables
-            ],
+            [(table.num_embeddings, table.embedding_dim, *place) for table in group.tables],
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=group.optimizer.lr,
             eps=group.optimizer.eps,
@@ -162,7 +156,7 @@ class FbgemmArm:
         self.embeddings = _FbgemmTables(group, self._tables)
 
     def load(self, first_row: int, records: Float32Array) -> None:
-        """See `Arm.load`; the state starts at zero as FBGEMM makes it."""
+        """See `Arm.load`. The optimizer's state starts at zero, as FBGEMM makes it."""
         weights = self._tables.split_embedding_weights()
         _load_tables(self._group, weights, first_row, records)
 
@@ -171,7 +165,7 @@ class FbgemmArm:
         return iter([(batch, _indices_and_offsets(batch.sparse)) for batch in batches])
 
     def finish_step(self) -> None:
-        """See `Arm.finish_step`: nothing is left to do."""
+        """See `Arm.finish_step`. Nothing is left to do."""
 
     def close(self) -> None:
         """See `Arm.close`."""
@@ -222,7 +216,7 @@ class TorchBagsArm:
         )
 
     def finish_step(self) -> None:
-        """See `Arm.finish_step`: the optimizer."""
+        """See `Arm.finish_step`. Runs the optimizer, since torch's backward does not."""
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -255,7 +249,7 @@ def _empty(table: TableConfig) -> Tensor:
 def _load_tables(
     group: Group, weights: Sequence[Tensor], first_row: int, records: Float32Array
 ) -> None:
-    """Copies the part of `records` that each table's rows are."""
+    """Copies to each table's weights the part of `records` that belongs to its rows."""
     for index, weight in enumerate(weights):
         start, end = int(group.row_offsets[index]), int(group.row_offsets[index + 1])
         low, high = max(start, first_row), min(end, first_row + len(records))

@@ -1,26 +1,26 @@
 """A whole training step on a CPU, and its embedding part alone, against whole tables in memory.
 
-Tables are Criteo-Kaggle's, cut so that all arms (`benchmarks.step.arms`) fit memory together; every
-arm starts from the same rows, the same dense part (DLRM, SGD) and trains the same batches, all
-distinct. For each batch size:
+Tables are Criteo-Kaggle's, cut so that all arms (`benchmarks.step.arms`) fit memory together. Every
+arm starts from the same rows and the same dense part (DLRM, SGD), and trains the same batches, none
+of them twice. For each batch size:
 
-1. warm-up: whole steps by every arm; the losses of the first ones are compared (not those of
+1. Warm-up: every arm trains whole steps. The losses of the first ones are compared (not those of
    `torch_bags`, which has another optimizer). The cache should be full afterwards, and the result
-   says whether it is;
-2. rounds of whole steps, arm after arm: A B C D A B C D ...; a step is timed from asking for the
-   batch to the end of its optimizers, so that waiting for plans, rows and slots counts;
-3. rounds of the embedding part alone: ask for the batch, look up, and send a fixed gradient
+   says whether it is.
+2. Rounds of whole steps, arm after arm: A B C D A B C D ... A step is timed from asking for the
+   batch to the end of its optimizers, so that waiting for plans, rows and slots counts.
+3. Rounds of the embedding part alone: ask for the batch, look up, and send a fixed gradient
    backward.
 
-Bagpipe's background threads work ahead, at most the plans that fit their queues; a pause before
-another arm's turn lets them finish that, so that they disturb no other arm. The queues are full
+Bagpipe's background threads work ahead, by no more plans than fit their queues. A pause before
+another arm's turn lets them finish these, so that they disturb no other arm. The queues are full
 again when Bagpipe's next turn starts; within a round everything that planning costs is paid on the
 same cores as the step itself. `cpu ms` counts all threads of the process.
 
-The floor is what the embedding part must move at least, over the copy bandwidth measured here with
-all cores: lookup reads each distinct row once and writes the pooled output; backward reads its
-gradient, and reads and writes each distinct record. A cache also moves each fetched and
-written-back record twice (store, staging, slots), read and write each.
+The floor is the least that the embedding part must move, over the copy bandwidth measured here with
+all cores. Lookup reads each unique row once and writes the pooled output; backward reads its
+gradient, and reads and writes the record of each unique row. A cache also moves each fetched and
+written-back record twice (store, staging, slots), and each move is a read and a write.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from torch import Tensor, nn
 from bagpipe.models import DLRM
 from bagpipe.train.batches import TorchBatch
 from bagpipe.types import Group
-from benchmarks.losses import relative_differences
-from benchmarks.measure import Progress, Result, Timing
+from benchmarks.measure import Progress, Result, Timing, relative_differences
 from benchmarks.step.arms import Arm, BagpipeArm, FbgemmArm, FusedArm, TorchBagsArm
 from benchmarks.step.tables import render
 from benchmarks.streams import SKEW, initial_records, kaggle_group, make_batches
@@ -75,14 +74,15 @@ class StepBench:
     lookahead: int = 50
     num_rounds: int = 6
     round_samples: int = 40_960
-    """What an arm trains in one turn, but never less than 5 steps."""
+    """Samples that an arm trains in one turn, but never less than 5 steps."""
     warmup_samples: int = 163_840
-    """What every arm trains before measuring, but never less than 10 steps."""
+    """Samples that every arm trains before measuring, but never less than 10 steps."""
     pause_s: float = 0.25
-    """Before each arm's turn, so that the background threads of the one before come to rest."""
+    """A pause before each turn, in which the background threads of the arm before come to rest."""
     num_compared: int = 5
+    """First steps whose losses are compared."""
     arms: Sequence[str] = ARMS
-    """`bagpipe` is one of them."""
+    """Some of `ARMS`, with `bagpipe`."""
     bottom: Sequence[int] = (512, 256, 64)
     top: Sequence[int] = (512, 512, 256, 1)
 
@@ -95,7 +95,7 @@ class StepBench:
         return max(10, self.warmup_samples // batch_size)
 
     def num_batches(self, batch_size: int) -> int:
-        """Distinct batches needed: trained ones, and a full window beyond."""
+        """Batches needed, none of which is used twice: trained ones, and a full window beyond."""
         return (
             self.warmup_steps(batch_size)
             + 2 * self.num_rounds * self.round_steps(batch_size)
@@ -119,7 +119,7 @@ class _Runner:
     cpu_s: dict[str, float] = field(default_factory=lambda: {"step": 0.0, "embedding": 0.0})
 
     def step(self) -> float:
-        """A whole step; returns the loss."""
+        """Trains a whole step; returns the loss."""
         started, cpu_started = time.perf_counter(), time.process_time()
         batch, sparse = next(self.batches)
         loss: Tensor = nn.functional.binary_cross_entropy_with_logits(
@@ -133,7 +133,7 @@ class _Runner:
         return float(loss.detach())
 
     def embedding_step(self) -> None:
-        """The embedding part alone."""
+        """Does the embedding part of a step alone."""
         started, cpu_started = time.perf_counter(), time.process_time()
         _, sparse = next(self.batches)
         pooled = self.arm.embeddings(sparse).values()
@@ -184,8 +184,9 @@ def bench_step(sizes: StepBench, progress: Progress) -> Result:
 
 
 def copy_bandwidth(num_bytes: int = 1 << 28) -> float:
-    """Bytes read and written a second by a copy of `num_bytes` on all of torch's threads, the best
-    of five.
+    """Bytes a second that a copy of `num_bytes` reads and writes, the best of five.
+
+    It runs on all of torch's threads.
     """
     source, target = torch.ones(num_bytes // 4), torch.zeros(num_bytes // 4)
     times = []
@@ -271,7 +272,7 @@ def _make_runner(
 def _warm_up(
     sizes: StepBench, runners: Mapping[str, _Runner], batch_size: int, progress: Progress
 ) -> dict[str, list[float]]:
-    """Trains each arm's first steps; returns their losses."""
+    """Trains the first steps of each arm; returns their losses by arm."""
     num_steps = sizes.warmup_steps(batch_size)
     losses: dict[str, list[float]] = {name: [] for name in runners}
     for number, (name, runner) in enumerate(runners.items()):
@@ -289,8 +290,10 @@ def _warm_up(
 def _measure(
     sizes: StepBench, runners: Mapping[str, _Runner], batch_size: int, progress: Progress
 ) -> dict[str, Any]:
-    """Whole steps, then the embedding part, in rounds; what Bagpipe's oracle decided meanwhile, a
-    step.
+    """Measures whole steps, then the embedding part, in rounds.
+
+    Returns:
+        What Bagpipe's oracle decided meanwhile and the loop waited for, a step.
     """
     bagpipe = runners["bagpipe"].arm
     assert isinstance(bagpipe, BagpipeArm)
@@ -354,9 +357,7 @@ def _ratios(runners: Mapping[str, _Runner]) -> dict[str, float]:
 
 
 def _loss_differences(losses: Mapping[str, list[float]], num_compared: int) -> dict[str, float]:
-    """The largest relative difference to Bagpipe's losses over the first steps, for arms that do
-    the same arithmetic.
-    """
+    """The largest relative differences to Bagpipe's first losses, of arms of equal arithmetic."""
     return {
         f"{name} to bagpipe": max(
             relative_differences(found[:num_compared], losses["bagpipe"][:num_compared])
@@ -369,9 +370,7 @@ def _loss_differences(losses: Mapping[str, list[float]], num_compared: int) -> d
 def _floors(
     group: Group, batch_size: int, counted: dict[str, Any], bandwidth: float
 ) -> dict[str, Any]:
-    """Bytes that the embedding part must move a step, and the milliseconds that copying as many
-    takes.
-    """
+    """Bytes that the embedding part must move in a step, and the milliseconds that a copy takes."""
     output_bytes = 4 * batch_size * len(group.features) * group.embedding_dim
     row_bytes = 4 * counted["num_uniques"] * group.embedding_dim
     record_bytes = counted["num_uniques"] * group.record_bytes

@@ -1,8 +1,8 @@
 """Whole tables in RAM, as fast as Bagpipe's own kernels allow: what a cached step is compared with.
 
-One (N, D) tensor for all tables. Nothing is known ahead, so backward first has to find the distinct
-rows of the batch and the order of their sums: neighbouring tables form parts, which a thread pool
-de-duplicates while finished parts are summed and updated by the kernels of the cache.
+All tables are one (N, D) tensor. Nothing is known ahead, so backward first has to find the unique
+rows of the batch and the order of their sums. Neighbouring tables form parts: a thread pool
+de-duplicates them while the kernels of the cache sum and update finished ones.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ _PARTS_A_THREAD = 2
 
 @dataclass(frozen=True, kw_only=True)
 class FusedBatch:
-    """A batch's ids and the same as rows of the one big table."""
+    """A batch's ids, and the same as rows of the one big table."""
 
     sparse: Jagged
     rows: Tensor  # (L,) int32
 
 
 class FusedTables(nn.Module):
-    """One (N, D) tensor for all tables of a group; backward de-duplicates on a thread pool and
-    applies the optimizer.
+    """One (N, D) tensor for all tables of a group.
+
+    Backward de-duplicates on a thread pool and applies the optimizer.
     """
 
     def __init__(self, group: Group) -> None:
@@ -51,20 +52,21 @@ class FusedTables(nn.Module):
         num_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fused-dedup")
         self._parts = _split(group, _PARTS_A_THREAD * num_threads)
+        # Autograd calls backward only where an input of forward needs a gradient.
         self._anchor = torch.zeros((), requires_grad=True)
 
     def prepare(self, sparse: Jagged) -> FusedBatch:
-        """Row numbers of all lookups, made before the step."""
+        """Adds the row numbers of all lookups to a batch, before the step."""
         rows = group_rows(self.group, sparse, group_lookups(self.group, sparse))
         return FusedBatch(sparse=sparse, rows=torch.from_numpy(rows.astype(np.int32)))
 
     def forward(self, batch: FusedBatch) -> PooledEmbeddings:
-        """Pooled embeddings of a batch."""
+        """Looks up the pooled embeddings of a batch, (B, F, D) float32."""
         pooled = _FusedLookup.apply(self._anchor, self, batch)  # type: ignore[no-untyped-call]
         return PooledEmbeddings([self.group.features], [pooled])
 
     def lookup(self, batch: FusedBatch) -> Tensor:
-        """(B, F, D)."""
+        """Sums each bag's rows: (B, F, D) float32."""
         num_samples, num_features = batch.sparse.batch_size, len(self.group.features)
         plan = _plan(self.step, num_samples, num_features, batch.rows, _NOTHING)
         pooled = torch.empty(num_samples, num_features, self.weights.shape[1])
@@ -72,7 +74,7 @@ class FusedTables(nn.Module):
         return pooled
 
     def update(self, batch: FusedBatch, grads: Tensor) -> None:
-        """Sums `grads` (B, F, D) by row and applies the optimizer."""
+        """Sums `grads` (B, F, D) float32 by row and applies the optimizer."""
         num_samples, num_features = batch.sparse.batch_size, len(self.group.features)
         flat = grads.reshape(num_samples * num_features, -1).contiguous()
         rate = update_rate(self.group.optimizer, self.group.optimizer.lr, self.step + 1)
@@ -91,7 +93,7 @@ class FusedTables(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class _Schedule:
-    """A `GradientSchedule` with rows for slots."""
+    """A `GradientSchedule` that calls rows by their numbers in the big table."""
 
     rows: Int32Array
     bags: Int32Array
@@ -146,11 +148,9 @@ class _Part:
 
 
 def _split(group: Group, num_parts: int) -> list[_Part]:
-    bounds = (
-        np.linspace(0, len(group.tables), min(num_parts, len(group.tables)) + 1)
-        .astype(int)
-        .tolist()
-    )
+    """Cuts a group's tables into `num_parts` parts of about equally many tables."""
+    num_tables = len(group.tables)
+    bounds = np.linspace(0, num_tables, min(num_parts, num_tables) + 1).astype(int).tolist()
     return [
         _Part(
             group=group_tables(group.tables[first:last], group.optimizer)[0],
@@ -165,7 +165,7 @@ def _split(group: Group, num_parts: int) -> list[_Part]:
 def _renumber_bags(
     bags: Int32Array, num_features: int, all_features: int, first_feature: int
 ) -> None:
-    """From output rows of a part to those of the whole group, in place."""
+    """Turns output rows of a part into those of the whole group, in place."""
     for index in range(len(bags)):
         sample = np.uint32(bags[index]) // np.uint32(num_features)
         bags[index] += np.int32(sample) * (all_features - num_features) + first_feature

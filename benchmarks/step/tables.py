@@ -7,12 +7,12 @@ from typing import Any
 from rich.table import Table
 
 STEP_TARGET, EMBEDDING_TARGET = 1.10, 0.75
-"""Bagpipe's whole step over that of the fused arm, and its embedding part over that of FBGEMM: at
-most."""
+"""The most that Bagpipe's whole step may take over that of the fused arm, and its embedding part
+over that of FBGEMM."""
 
 
 def render(values: dict[str, Any]) -> tuple[Table, ...]:
-    """One table of times and one of facts for each batch size."""
+    """A table of times and one of facts for each batch size."""
     tables = []
     for batch_size, result in values["by_batch_size"].items():
         tables += [_times(values, batch_size, result), _facts(values, batch_size, result)]
@@ -47,15 +47,12 @@ def _facts(values: dict[str, Any], batch_size: int, result: dict[str, Any]) -> T
     table = Table(title=f"Batch {batch_size:,}: ratios, checks and floor", show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
+    targets = {"step_over_fused": STEP_TARGET, "embedding_over_fbgemm": EMBEDDING_TARGET}
     for name, ratio in result["ratios"].items():
-        target = {"step_over_fused": STEP_TARGET, "embedding_over_fbgemm": EMBEDDING_TARGET}.get(
-            name
-        )
-        wanted = (
-            ""
-            if target is None
-            else f" (at most {target:.2f}: {'reached' if ratio <= target else 'missed'})"
-        )
+        wanted = ""
+        if name in targets:
+            verdict = "reached" if ratio <= targets[name] else "missed"
+            wanted = f" (at most {targets[name]:.2f}: {verdict})"
         table.add_row(f"bagpipe {name.replace('_', ' ')}{wanted}", f"{ratio:.3f}")
     for pair, difference in result["loss_differences"].items():
         table.add_row(

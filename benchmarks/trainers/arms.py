@@ -1,11 +1,10 @@
-"""The arms of `trainers` that are Bagpipe, and the one without embeddings. Each is one rank's side
-of it.
+"""One rank's side of the arms of `trainers` that are Bagpipe, and of the one without embeddings.
 
     bagpipe      Bagpipe as it is: reader, oracle, transfers and exchanges live
     no_overlap   the same plans with everything that trainers send each other on the critical path
-    one_trainer  Bagpipe on rank 0 alone with one trainer's batch, for what N trainers gain over one
-    dense        no embedding work: the dense part and its averaged gradients, what a step can't be
-                 faster than
+    one_trainer  Bagpipe on rank 0 alone with one trainer's batch: tells what N trainers gain
+    dense        no embedding work: the dense part and its averaged gradients, the least that a step
+                 can take
 
 The peers are in `peers` (`replicated`, `hashed`) and `torchrec`.
 """
@@ -30,7 +29,7 @@ from benchmarks.workloads import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One rank's samples of a global batch, there before the arms start."""
+    """One rank's samples of a global batch, made before the arms start."""
 
     dense: Tensor  # (B, num_dense) float32 on the device
     labels: Tensor  # (B,) float32 on the device
@@ -38,7 +37,7 @@ class Share:
 
     @classmethod
     def of(cls, batch: Batch, rank: int, num_trainers: int, device: torch.device) -> Share:
-        """Takes a rank's samples of a global batch."""
+        """Takes a rank's samples out of a global batch."""
         own = batch.share(rank, num_trainers)
         return cls(
             dense=torch.tensor(own.dense, device=device),
@@ -54,13 +53,11 @@ class Sent:
         self._bytes: defaultdict[tuple[int, Moment], int] = defaultdict(int)
 
     def add(self, step: int, moment: Moment, num_bytes: int) -> None:
-        """Counts a message. One thread a moment."""
+        """Counts a message; only one thread may do so for each moment."""
         self._bytes[step, moment] += num_bytes
 
     def of_steps(self, first: int, end: int) -> dict[Moment, int]:
-        """Of all steps from `first` to before `end`: what was on the critical path, and what was
-        not.
-        """
+        """Bytes sent by the steps from `first` to before `end`, by moment."""
         steps = range(first, end)
         return {"now": self._sum(steps, "now"), "later": self._sum(steps, "later")}
 
@@ -82,8 +79,9 @@ class CountingCommunicator(Communicator):
 
     @classmethod
     def of(cls, base: Communicator, name: str) -> CountingCommunicator:
-        """Takes over the process groups of `base`; in the key-value store, which several arms
-        share, its keys begin with `name`.
+        """Takes over the process groups of `base`.
+
+        Several arms share the key-value store, so this one's keys begin with `name`.
         """
         settings = {each.name: getattr(base, each.name) for each in fields(base) if each.init}
         return cls(**settings | {"store": dist.PrefixStore(name, base.store)})  # type: ignore[attr-defined]
@@ -104,7 +102,7 @@ class CountingCommunicator(Communicator):
 
 
 class DenseShareArm(DenseArm):
-    """The dense part alone, on a rank's shares."""
+    """The dense part alone, on a rank's shares, which sends no embeddings."""
 
     def __init__(self, shares: Sequence[Share]) -> None:
         super().__init__(shares)
@@ -125,7 +123,17 @@ class BagpipeShareArm(BagpipeArm):
         communicator: CountingCommunicator | None = None,
         overlap: bool = True,
     ) -> None:
-        """`batches` are global ones; without a communicator, those of this trainer alone."""
+        """Makes the arm.
+
+        Args:
+            name: of the arm.
+            workload: what is trained.
+            group: the workload's tables.
+            batches: global ones; without a communicator, those of this trainer alone.
+            device: where the cache and the dense part are.
+            communicator: of all ranks; None: this trainer is alone.
+            overlap: as in `bagpipe.lookahead`.
+        """
         super().__init__(
             workload,
             group,

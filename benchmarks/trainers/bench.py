@@ -1,14 +1,14 @@
 """Several trainers on one host: Bagpipe against other ways to share tables and against one trainer.
 
-The command starts a process a rank, gloo on CPUs and NCCL on CUDA with a device each, or one that
-all share. All arms (`arms`, `peers`, and `torchrec` where TorchRec is installed) start from the
-same rows and parameters and train the same global batches with the same dense part, whose gradients
-are averaged, so their losses must agree. They take turns, whole rounds of A B C D, beginning with
-another one each round.
+The command starts one process for each rank. They talk by gloo on CPUs, and by NCCL on CUDA, with a
+device each or one that all share. All arms (`arms`, `peers`, and `torchrec` where TorchRec is
+installed) start from the same rows and parameters. They train the same global batches with the same
+dense part, whose gradients are averaged, so their losses must agree. They take turns in whole
+rounds, A B C D, and each round begins with another arm.
 
-Bagpipe reads prepared files, plans and fetches from a store while it trains; the peers have ids,
-dense features and labels on their devices and all rows resident. A step lasts until the slowest
-rank has ended it. Ratios are of the mean step of an arm to that of `bagpipe` in the same round.
+Bagpipe reads prepared files, plans and fetches from a store while it trains. The peers have ids,
+dense features and labels on their devices, and all rows there, too. A step lasts until the slowest
+rank has ended it. A ratio is the mean step of an arm over that of `bagpipe` in the same round.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ import torch
 import torch.distributed as dist
 
 from bagpipe.errors import BackgroundError, BagpipeError
-from benchmarks.losses import LOSS_TOLERANCE, disagreements, relative_differences
-from benchmarks.measure import Progress, Result, Timing
+from benchmarks.measure import (
+    LOSS_TOLERANCE,
+    Progress,
+    Result,
+    Timing,
+    disagreements,
+    relative_differences,
+)
 from benchmarks.prepared_stream import make_stream
 from benchmarks.trainers.rank import run_rank
 from benchmarks.trainers.settings import ALONE, TrainersBench
@@ -42,8 +48,18 @@ _END_TIMEOUT_S = 60.0
 
 
 def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
-    """Makes the stream, starts the ranks and adds up what they saw. Raises what a rank raised, and
-    BackgroundError if one died.
+    """Makes the stream, starts the ranks and adds up what they saw.
+
+    Args:
+        bench: the workload, its trainers and arms; arms that can't run here are left out.
+        progress: is told how far rank 0 is.
+
+    Returns:
+        Tables, values, and notes on arms that were left out and on losses that differ.
+
+    Raises:
+        BagpipeError: what a rank raised.
+        BackgroundError: a rank died.
     """
     missing = missing_torchrec(bench.arms, bench.device)
     bench = replace(bench, arms=[name for name in bench.arms if name not in missing])
@@ -66,14 +82,13 @@ def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
         )
         notes.append(
             f"losses of the first {bench.workload.num_compared} steps agree within "
-            f"{LOSS_TOLERANCE:g} of them; "
-            f"means of the last turn: {lasts}"
+            f"{LOSS_TOLERANCE:g} of them; means of the last turn: {lasts}"
         )
     return Result(name="trainers", tables=render(values), values=values, notes=tuple(notes))
 
 
 def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all ranks saw, as JSON values but for `Timing`s."""
+    """Adds up what the ranks saw, given by rank, to JSON values and `Timing`s."""
     workload, group = bench.workload, bench.workload.group
     steps = {name: _slowest(seen, name) for name in seen[0]["arms"]}  # (rounds, steps) seconds
     means = {name: times.mean(1) for name, times in steps.items()}
@@ -106,7 +121,7 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
         "dense_bytes": seen[0]["dense_bytes"],
         "graph": bench.graph,
         "arms": arms,
-        # N trainers train N batches while one trains one.
+        # N trainers train N batches in the time in which one trains one.
         "speedup_over_one": _quartiles(bench.num_trainers * means[ALONE] / means["bagpipe"])
         if ALONE in means
         else None,
@@ -114,17 +129,16 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def _slowest(seen: Sequence[Mapping[str, Any]], name: str) -> Float64Array:
-    """Each measured step of an arm, as long as on its slowest rank: (rounds, steps) seconds."""
+    """The time of each measured step on its slowest rank: (rounds, steps) seconds."""
     by_rank = [rank["arms"][name]["turns_s"] for rank in seen if name in rank["arms"]]
     slowest: Float64Array = np.array(by_rank, np.float64).max(0)
     return slowest
 
 
 def _mean_losses(seen: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """Of all ranks, step by step."""
-    return [
-        float(loss) for loss in np.mean([rank["arms"][name]["losses"] for rank in seen], axis=0)
-    ]
+    """The means of an arm's losses over all ranks, step by step."""
+    means: list[float] = np.mean([rank["arms"][name]["losses"] for rank in seen], axis=0).tolist()
+    return means
 
 
 def _quartiles(ratios: Float64Array) -> dict[str, float]:
@@ -133,7 +147,7 @@ def _quartiles(ratios: Float64Array) -> dict[str, float]:
 
 
 def _write_stream(bench: TrainersBench, folder: Path, progress: Progress) -> None:
-    """Global batches in prepared files, and the rows that they touch."""
+    """Writes global batches as prepared files, and the rows that they touch."""
     workload = replace(bench.workload, batch_size=bench.workload.batch_size * bench.num_trainers)
     stream = make_stream(
         workload,
@@ -157,7 +171,10 @@ class _Rank:
 def _run_ranks(
     bench: TrainersBench, folder: Path, progress: Progress
 ) -> Sequence[Mapping[str, Any]]:
-    """What the ranks saw. When one fails the others are ended, since they would wait for it."""
+    """Runs all ranks and returns what they saw.
+
+    When one fails the others are ended, since they would wait for it.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     context = multiprocessing.get_context("spawn")
     ranks = []
@@ -170,7 +187,7 @@ def _run_ranks(
                 name=f"rank-{rank}",
             )
             process.start()
-            sender.close()  # the child's end is the only one then, so that its death is noticed
+            sender.close()  # leaves the child's end alone, so that its death is noticed
             ranks.append(_Rank(process=process, reports=reports))
         return _listen(ranks, progress)
     finally:
@@ -181,7 +198,7 @@ def _run_ranks(
 
 
 def _listen(ranks: Sequence[_Rank], progress: Progress) -> Sequence[Mapping[str, Any]]:
-    """Passes progress on until the ranks are done."""
+    """Passes progress on until the ranks are done; returns what they saw."""
     seen: Sequence[Mapping[str, Any]] = ()
     left = {each.reports: rank for rank, each in enumerate(ranks)}
     while left:
@@ -210,7 +227,7 @@ def _listen(ranks: Sequence[_Rank], progress: Progress) -> Sequence[Mapping[str,
 def _rank_main(
     bench: TrainersBench, rank: int, port: int, folder: Path, sender: Connection
 ) -> None:
-    """A rank's process. Rank 0 tells how far all are."""
+    """Runs a rank in its process; rank 0 tells how far all are."""
 
     def tell(stage: str, done: int, total: int) -> None:
         if rank == 0:

@@ -1,20 +1,19 @@
-"""The peers of `trainers`: two other ways to train one set of tables on several trainers, in their
-strongest form.
+"""The peers of `trainers`: two other ways to train on several trainers, in their strongest form.
 
-    replicated   the way of the BagPipe authors' released code, made correct: every rank has all
-                 rows of the global batch, the gradients of all rows that the batch touches (U, D)
+    replicated   the way of the BagPipe authors' released code, made correct. Every rank has all
+                 rows of the global batch. The gradients of all rows that the batch touches (U, D)
                  are all-reduced, and every rank applies all of them. All rows stay on each rank's
-                 device, so nothing is fetched, and the schedules are made before the arms start,
-                 for nothing.
-    hashed       the way of TorchRec's row-wise sharding: row r lives on rank r % N for ever. In the
-                 step ranks de-duplicate their ids, exchange how many they will ask of whom, the ids
-                 and the rows; after backward each sends its gradients, summed by row, to the
-                 owners, which apply them. All rows stay on their owners' devices: nothing is
+                 device, so nothing is fetched. The schedules are made before the arms start and
+                 cost nothing.
+    hashed       the way of TorchRec's row-wise sharding: row r stays on rank r % N. In the step
+                 ranks de-duplicate their ids, then exchange how many they will ask of whom, the
+                 ids, and the rows. After backward each rank sends its gradients, summed by row, to
+                 the owners, which apply them. All rows stay on their owners' devices, so nothing is
                  fetched.
 
 Both use the kernels of the cache and average gradients over ranks as Bagpipe does. All that they
-send is on the critical path. An all-reduce is counted as what a ring sends: 2 (N - 1) / N of the
-buffer a rank (Patarasuk and Yuan, JPDC 69(2), 2009).
+send is on the critical path. An all-reduce counts as what a ring sends: each rank sends
+2 (N - 1) / N of the buffer (Patarasuk and Yuan, JPDC 69(2), 2009).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from bagpipe.oracle.dedup import dedup
 from bagpipe.oracle.merge import merge
 from bagpipe.types import Float32Array, Group, Int64Array, Jagged
 from benchmarks.trainers.arms import Sent, Share
-from benchmarks.trainers.distinct import distinct, distinct_on_cpu, output_rows_of, plan_of
+from benchmarks.trainers.uniques import output_rows_of, plan_of, plan_uniques, plan_uniques_on_cpu
 
 T = TypeVar("T")
 
@@ -49,17 +48,18 @@ def ring_bytes(num_bytes: int, num_trainers: int) -> int:
 class ReplicatedBatch:
     """A rank's schedule of one global batch, on the device."""
 
-    own: DevicePlan  # of the rank's share; lookup_slots are rows
-    places: Tensor  # (U_r,) int64: where in the global batch's distinct rows each of the share's is
-    # its unique_slots are the global batch's distinct rows (U,), the u-th with the u-th
-    # gradient
+    own: DevicePlan
+    """Of the rank's share; `lookup_slots` are rows."""
+    places: Tensor
+    """Where each unique row of the share is among those of the global batch: (U_r,) int64."""
     all_rows: DevicePlan
+    """`unique_slots` are the global batch's unique rows (U,), the u-th with the u-th gradient."""
 
 
 def replicated_batch(
     group: Group, shares: Sequence[Jagged], rank: int, device: torch.device, *, step: int
 ) -> ReplicatedBatch:
-    """What `ReplicatedArm` reads of a global batch, given as its shares by rank."""
+    """Makes one rank's schedule of a global batch, which is given as its shares by rank."""
     merged = merge(group, [dedup(group, share) for share in shares])
     own, share = merged.shares[rank], shares[rank]
     rows = own.unique_rows[own.inverse].astype(np.int32)
@@ -76,7 +76,7 @@ def replicated_batch(
 
 
 class ReplicatedArm:
-    """See the module."""
+    """The arm `replicated`; see the module."""
 
     name = "replicated"
 
@@ -116,6 +116,7 @@ class ReplicatedArm:
         """See `StepArm.update`."""
         batch, num_trainers = _given(self._batch), self._communicator.num_trainers
         own = self.cache.sum_by_row(batch.own, grads, scale=1.0 / num_trainers, room=0)
+        # All ranks need buffers of one shape, so rows that are not in the share add zero.
         sums = own.new_zeros(len(batch.all_rows.unique_slots), own.shape[1])
         sums.index_copy_(0, batch.places, own)
         self._communicator.now.allreduce([sums]).wait()
@@ -129,18 +130,22 @@ class ReplicatedArm:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """A share's distinct rows by owner, and what other ranks ask of this one."""
+    """A share's unique rows by owner, and what all ranks ask of this one."""
 
-    plan: DevicePlan  # lookup_slots are places among the distinct rows by owner
-    # (U,) from the plan's distinct rows to those by owner; None: the plan's are by owner
+    plan: DevicePlan
+    """`lookup_slots` are places among the unique rows by owner."""
     order: Tensor | None
-    counts: list[int]  # distinct rows by owner
-    asked_counts: list[int]  # what others ask, by rank
-    asked_slots: Tensor  # (num_asked,) int32 own slots, by rank
+    """(U,) from the plan's unique rows to those by owner; None: the plan's are by owner."""
+    counts: list[int]
+    """How many unique rows each owner has."""
+    asked_counts: list[int]
+    """How many rows each rank asks of this one."""
+    asked_slots: Tensor
+    """(num_asked,) int32 own slots, by the rank that asks."""
 
 
 class HashedArm:
-    """See the module. Row r is slot r // N of rank r % N."""
+    """The arm `hashed`; see the module. Row r is slot r // N of rank r % N."""
 
     name = "hashed"
 
@@ -168,7 +173,7 @@ class HashedArm:
         self._asked: _Asked | None = None
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `StepArm.load`; keeps the rank's own."""
+        """See `StepArm.load`. Keeps the rank's own rows."""
         is_own = rows % self._num_trainers == self._communicator.rank
         _fill(self.cache, rows[is_own] // self._num_trainers, records[is_own])
 
@@ -185,14 +190,14 @@ class HashedArm:
         """See `StepArm.lookup`."""
         plan, order, slots, counts = self._finder.find(self._step)
         asked_counts = self._exchange(counts, None, None)
-        # on CUDA the host waits for the device here
+        # On CUDA the host waits for the device here: it must know sizes to receive ids and rows.
         sent, received = torch.stack([counts, asked_counts]).tolist()
         asked_slots = self._exchange(slots, received, sent)
         self._asked = _Asked(
             plan=plan, order=order, counts=sent, asked_counts=received, asked_slots=asked_slots
         )
-        # (U, D) by owner
-        rows = self._exchange(self.cache.weights.index_select(0, asked_slots), sent, received)
+        asked_rows = self.cache.weights.index_select(0, asked_slots)
+        rows = self._exchange(asked_rows, sent, received)  # (U, D) by owner
         self._kernels.lookup(rows, plan, pooled.view(plan.num_bags, -1))
 
     def update(self, grads: Tensor) -> None:
@@ -200,9 +205,9 @@ class HashedArm:
         asked = _given(self._asked)
         sums = self.cache.sum_by_row(asked.plan, grads, scale=1.0 / self._num_trainers, room=0)
         by_owner = sums if asked.order is None else sums.index_select(0, asked.order)
-        # by rank, and so each row's are added
+        # They come in the order of ranks, and each row's gradients are added in this order.
         received = self._exchange(by_owner, asked.asked_counts, asked.counts)
-        self.cache.update(self._finder.distinct_slots(asked.asked_slots, self._step), received)
+        self.cache.update(self._finder.plan_slots(asked.asked_slots, self._step), received)
 
     def close(self) -> None:
         """See `StepArm.close`."""
@@ -211,7 +216,7 @@ class HashedArm:
     def _exchange(
         self, sent: Tensor, receive_counts: list[int] | None, send_counts: list[int] | None
     ) -> Tensor:
-        """What the ranks send each other, by rank; without counts each sends one item to each."""
+        """What the ranks send this one, by rank; without counts each sends one item to each."""
         ones = [1] * self._num_trainers
         receive_counts, send_counts = receive_counts or ones, send_counts or ones
         received = sent.new_empty((sum(receive_counts), *sent.shape[1:]))
@@ -222,12 +227,11 @@ class HashedArm:
 
 
 _Found = tuple[DevicePlan, Tensor | None, Tensor, Tensor]
-"""The plan, the order and `slots` (U,) int32 by owner, and how many each owner has (N,) int64; see
-`_Asked`."""
+"""`plan` and `order` of `_Asked`, the slots (U,) int32 by owner, and their counts (N,) int64."""
 
 
 class _OnCpu:
-    """Finds distinct rows with the oracle's loops."""
+    """Finds unique rows with the oracle's loops."""
 
     def __init__(
         self, group: Group, shares: Sequence[Share], num_trainers: int, num_slots: int
@@ -236,7 +240,7 @@ class _OnCpu:
         self._num_trainers, self._num_slots = num_trainers, num_slots
 
     def find(self, step: int) -> _Found:
-        """Of the share of a step."""
+        """Finds those of a step's share."""
         sparse = self._shares[step].sparse
         deduped = dedup(self._group, sparse)
         owners = (deduped.unique_rows % self._num_trainers).astype(np.uint8)
@@ -249,14 +253,15 @@ class _OnCpu:
         counts = np.bincount(owners, minlength=self._num_trainers)
         return plan, torch.from_numpy(order), torch.from_numpy(slots), torch.from_numpy(counts)
 
-    def distinct_slots(self, slots: Tensor, step: int) -> DevicePlan:
-        """Of what all ranks ask."""
-        return distinct_on_cpu(slots, self._num_slots, step=step)
+    def plan_slots(self, slots: Tensor, step: int) -> DevicePlan:
+        """Plans the update of the slots that all ranks ask."""
+        return plan_uniques_on_cpu(slots, self._num_slots, step=step)
 
 
 class _OnDevice:
-    """Finds distinct rows with torch operations; row r is called r % N * num_slots + r // N, so
-    that a sort is by owner.
+    """Finds unique rows with torch operations.
+
+    Row r has the number r % N * num_slots + r // N here, so that a sort is by owner.
     """
 
     def __init__(
@@ -267,18 +272,15 @@ class _OnDevice:
         num_slots: int,
         device: torch.device,
     ) -> None:
-        self._num_trainers, self._num_slots, self._num_features = (
-            num_trainers,
-            num_slots,
-            len(group.features),
-        )
+        self._num_trainers, self._num_slots = num_trainers, num_slots
+        self._num_features = len(group.features)
         self._batches = [self._to_device(group, share.sparse, device) for share in shares]
         self._bounds = torch.arange(num_trainers + 1, dtype=torch.int32, device=device) * num_slots
 
     def find(self, step: int) -> _Found:
-        """Of the share of a step."""
+        """Finds those of a step's share."""
         rows, output_rows, bag_offsets, batch_size = self._batches[step]
-        plan = distinct(
+        plan = plan_uniques(
             rows,
             output_rows,
             step=step,
@@ -289,27 +291,23 @@ class _OnDevice:
         counts = torch.searchsorted(plan.unique_slots, self._bounds).diff()
         return plan, None, plan.unique_slots % self._num_slots, counts
 
-    def distinct_slots(self, slots: Tensor, step: int) -> DevicePlan:
-        """Of what all ranks ask."""
+    def plan_slots(self, slots: Tensor, step: int) -> DevicePlan:
+        """Plans the update of the slots that all ranks ask."""
         places = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
-        return distinct(slots, places, step=step, batch_size=len(slots), num_features=1)
+        return plan_uniques(slots, places, step=step, batch_size=len(slots), num_features=1)
 
     def _to_device(
         self, group: Group, sparse: Jagged, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor | None, int]:
         lookups = group_lookups(group, sparse)
         rows = group_rows(group, sparse, lookups)
-        called = (rows % self._num_trainers * self._num_slots + rows // self._num_trainers).astype(
-            np.int32
-        )
-        offsets = (
-            None
-            if lookups.bag_offsets is None
-            else torch.from_numpy(lookups.bag_offsets).to(device)
-        )
+        numbers = rows % self._num_trainers * self._num_slots + rows // self._num_trainers
+        offsets = None
+        if lookups.bag_offsets is not None:
+            offsets = torch.from_numpy(lookups.bag_offsets).to(device)
         output_rows = output_rows_of(sparse.batch_size, self._num_features, lookups.bag_offsets)
         return (
-            torch.from_numpy(called).to(device),
+            torch.from_numpy(numbers.astype(np.int32)).to(device),
             torch.from_numpy(output_rows).to(device),
             offsets,
             sparse.batch_size,
@@ -317,7 +315,7 @@ class _OnDevice:
 
 
 def _one_bag_each(rows: Tensor, *, step: int) -> DevicePlan:
-    """Updates each of `rows` (U,) int32 with the gradient at its own place."""
+    """A plan that updates each of `rows` (U,) int32 with the gradient at its own place."""
     bounds = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
     nothing = bounds[:0]
     return DevicePlan(

@@ -1,8 +1,8 @@
 """One rank of `trainers`: its arms, their turns, and what it sees.
 
 All ranks do the same in the same order, and meet before each turn. A step is timed from the end of
-the one before to its own, by the host's clock on a CPU and by events on CUDA, so that nothing falls
-between two steps.
+the one before to its own end, so that nothing falls between two steps: by the host's clock on a
+CPU, by events on CUDA.
 """
 
 from __future__ import annotations
@@ -63,8 +63,17 @@ class _Run:
 def run_rank(
     bench: TrainersBench, rank: int, port: int, folder: Path, progress: Progress
 ) -> list[dict[str, Any]] | None:
-    """Meets the other ranks at a key-value store and runs all arms; what each rank saw, on rank
-    0.
+    """Meets the other ranks at a key-value store and runs all arms.
+
+    Args:
+        bench: the workload, its trainers and arms.
+        rank: this one.
+        port: of the key-value store on this host.
+        folder: where the stream's files are.
+        progress: is told how far this rank is.
+
+    Returns:
+        On rank 0 what each rank saw, by rank; None on the others.
     """
     device = (
         torch.device(bench.device, rank) if bench.device == "cuda" else torch.device(bench.device)
@@ -91,8 +100,10 @@ def run_rank(
 
 
 def claim_own_host(rank: int) -> None:
-    """Before NCCL starts: it lets ranks share a device if they seem to be on different hosts, and
-    then uses sockets.
+    """Makes NCCL take this rank for a host of its own; call it before NCCL starts.
+
+    NCCL lets ranks share a device only if they seem to be on different hosts. They talk by sockets
+    then.
     """
     os.environ |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 
@@ -109,13 +120,8 @@ class _Rank:
         progress: Progress,
         stack: ExitStack,
     ) -> None:
-        self._bench, self._rank, self._device, self._progress, self._stack = (
-            bench,
-            rank,
-            device,
-            progress,
-            stack,
-        )
+        self._bench, self._rank, self._device = bench, rank, device
+        self._progress, self._stack = progress, stack
         self._workload, self._group = bench.workload, bench.workload.group
         self._source = PreparedSource(folder / "data", "train", verify=False)
         self._touched = np.load(folder / "touched.npy")
@@ -159,9 +165,7 @@ class _Rank:
         }
 
     def _read(self) -> tuple[list[Share], list[ReplicatedBatch]]:
-        """The rank's share of every batch, and the schedules of the arm that gets them
-        beforehand.
-        """
+        """Reads the rank's share of every batch, and makes the schedules of `replicated`."""
         num_trainers, num_steps = self._bench.num_trainers, self._bench.num_steps
         shares, replicated = [], []
         batches = self._source.batches(batch_size=self._workload.batch_size * num_trainers)
@@ -176,8 +180,9 @@ class _Rank:
         return shares, replicated
 
     def _start(self, name: str) -> None:
-        """Makes an arm, gives it the initial rows, and waits until all ranks have; `one_trainer` is
-        on rank 0 alone.
+        """Makes an arm, gives it the initial rows, and waits until all ranks have.
+
+        `one_trainer` is on rank 0 alone; the others only wait.
         """
         if name != ALONE or self._rank == 0:
             arm = self._make(name)
@@ -212,7 +217,7 @@ class _Rank:
                 self._device,
                 self._bench.num_devices,
             )
-        # an arm's background messages must not meet another's
+        # Each arm has its own: its background messages must not meet another's.
         base = Communicator.from_default_group(timeout=_TIMEOUT)
         match name:
             case "replicated":
@@ -232,20 +237,18 @@ class _Rank:
         )
 
     def _stream(self, batch_size: int) -> RemainingBatches:
-        """As many batches of `batch_size` as there are global ones."""
+        """Reads as many batches of `batch_size` as there are global ones."""
         return all_batches(self._source, batch_size, self._bench.num_batches)
 
     def _meet(self) -> None:
-        """Waits for the device, for this rank's background threads, as far as a pause does, and for
-        all ranks.
-        """
+        """Waits for the device, for all ranks, and a while for this rank's background threads."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         time.sleep(self._bench.pause_s)
-        dist.all_reduce(torch.zeros(1))  # a barrier of two backends would be the GPU's
+        dist.all_reduce(torch.zeros(1))  # not a barrier: with two backends it would use the GPU's
 
     def _turn(self, name: str) -> None:
-        """Some steps of an arm, each of them timed but for the first."""
+        """Trains a turn of an arm; the steps after the first few are measured."""
         self._meet()
         run = self._runs.get(name)
         if run is None:
@@ -254,7 +257,7 @@ class _Rank:
         run.turns.append(self._steps(run, self._workload.turn_steps))
 
     def _steps(self, run: _Run, num_steps: int) -> list[float]:
-        """Seconds that each of `num_steps` took."""
+        """Trains `num_steps` and returns the seconds that each took."""
         run.dense.load(run.parameters)
         clock = clock_of(self._device)
         for _ in range(num_steps):
@@ -268,8 +271,10 @@ class _Rank:
         return clock.seconds()
 
     def _seen(self, run: _Run, before: dict[str, float] | None) -> dict[str, Any]:
-        """What this rank saw of an arm. The last step's later gradients travel with a step that
-        never comes: it is not counted.
+        """What this rank saw of an arm.
+
+        Of bytes sent the last step is not counted: part of its gradients would travel with a step
+        that never comes.
         """
         first, end = self._workload.warmup_steps, self._bench.num_steps - 1
         sent = run.arm.sent.of_steps(first, end)

@@ -26,14 +26,14 @@ class TrainersBench:
     """`batch_size` is one trainer's, and so is `cache_rows`."""
     num_trainers: int = 2
     device: str = "cpu"
-    """Of "cuda" each rank has one; "cuda:0" all share, and talk by sockets, as over a slow
-    network."""
+    """With "cuda" each rank has a device of its own. With "cuda:0" all share one, and talk by
+    sockets, as over a slow network."""
     arms: Sequence[str] = ARMS
-    """Of `ARMS`, with all of `ALWAYS`."""
+    """Some of `ARMS`, with all of `ALWAYS`."""
     graph: bool = False
     """Whether the dense part, with its averaging, is captured as a CUDA graph."""
     pause_s: float = 0.3
-    """Before each turn, so that the background threads of the arm before come to rest."""
+    """A pause before each turn, in which the background threads of the arm before come to rest."""
 
     def __post_init__(self) -> None:
         if self.num_trainers < 2:
@@ -58,7 +58,7 @@ class TrainersBench:
 
     @property
     def num_devices(self) -> int:
-        """That the ranks have together."""
+        """CUDA devices that the ranks have together."""
         return 1 if self.device == "cuda:0" else self.num_trainers
 
     @property
@@ -70,7 +70,5 @@ class TrainersBench:
 
     @property
     def num_batches(self) -> int:
-        """Global batches of the stream: the window must not run out of them while it is
-        measured.
-        """
+        """Global batches of the stream: enough that the window stays full while it is measured."""
         return self.num_steps + self.workload.lookahead + 2

@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def render(values: dict[str, Any]) -> tuple[Table, ...]:
-    """Times and bytes of the arms, and facts."""
+    """A table of the arms' times and bytes, and one of facts."""
     return _arms(values), _facts(values)
 
 
@@ -16,9 +16,8 @@ def _arms(values: dict[str, Any]) -> Table:
     workload = values["workload"]
     table = Table(
         title=f"{workload['name']}: {values['num_trainers']} trainers on {values['device']}, "
-        f"{values['num_rows']:,} rows x "
-        f"{workload['embedding_dim']}, batch {workload['batch_size']:,} each, cache "
-        f"{values['cache_share']:.1%} in all",
+        f"{values['num_rows']:,} rows x {workload['embedding_dim']}, "
+        f"batch {workload['batch_size']:,} each, cache {values['cache_share']:.1%} in all",
         caption="step: ms, median and quartiles; ratios: the same, over rounds; MB: embedding "
         "traffic of a rank in a step",
     )
@@ -71,7 +70,7 @@ def _facts(values: dict[str, Any]) -> Table:
             table.add_row(f"{name}: rank 0 waited for, ms a step", waits)
             fetched = f"{counted['num_fetched']:,.0f} ({counted['num_fetched_late']:,.0f})"
             rows = f"{counted['num_uniques']:,.0f}; {fetched}"
-            table.add_row(f"{name}: distinct rows of rank 0; fetched (late) a step", rows)
+            table.add_row(f"{name}: unique rows of rank 0; fetched (late) a step", rows)
             table.add_row(
                 f"{name}: share of the caches ever filled", f"{counted['cache_filled']:.0%}"
             )

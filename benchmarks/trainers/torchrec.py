@@ -1,22 +1,23 @@
-"""The TorchRec arms of `trainers`: all tables sharded by row over ranks, with
-TorchRec's own messages and kernels.
+"""The TorchRec arms of `trainers`: tables sharded by row, TorchRec's own messages and kernels.
 
     torchrec               shards in the devices' memory
     torchrec_uvm           shards in host memory, behind a cache of as many rows a rank as Bagpipe's
                            (LRU)
-    torchrec_uvm_prefetch  the same, the next batch's rows fetched into the cache between forward
-                           and backward
+    torchrec_uvm_prefetch  the same; the next batch's rows are fetched into the cache between
+                           forward and backward
 
-The steps are those of TorchRec's pipelines, on streams of their own
-(`torchrec.distributed.train_pipeline`, of which only the part that concerns embeddings is left): of
-`TrainPipelineSparseDist` the next batch's ids travel while this one is computed, of
-`PrefetchTrainPipelineSparseDist` those of the batch after it. Ids and lengths are on the device
-beforehand. Row-wise Adagrad on float32 weights, gradients averaged over ranks as TorchRec does; on
-CUDA pooled embeddings and their gradients are bfloat16, in messages too. What is counted as sent:
-ids and lengths for other ranks, behind compute; pooled partial sums to the ranks whose samples they
-are (a reduce-scatter), and their gradients back (an all-gather), on the critical path.
+The steps are those of TorchRec's pipelines (`torchrec.distributed.train_pipeline`), of which only
+the part that concerns embeddings is left, on streams of their own. In `TrainPipelineSparseDist` the
+next batch's ids travel while this one is computed; in `PrefetchTrainPipelineSparseDist` it is the
+ids of the batch after that. Ids and lengths are on the device beforehand. The optimizer is row-wise
+Adagrad on float32 weights, and gradients are averaged over ranks as TorchRec does. On CUDA pooled
+embeddings and their gradients are bfloat16, in messages too.
 
-TorchRec 1.6 and later, and FBGEMM of the same version.
+Counted as sent are: ids and lengths for other ranks, behind compute; and on the critical path
+pooled partial sums to the ranks that have the samples (a reduce-scatter) and their gradients back
+(an all-gather).
+
+Needs TorchRec 1.6 or later, and FBGEMM of the same version.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ TORCHREC_ARMS: Final[Mapping[str, TorchRecSettings]] = {
 
 
 def missing_torchrec(names: Sequence[str], device: str) -> dict[str, str]:
-    """Which of the arms `names` can't run here, and why."""
+    """Which of the arms `names` can't run on `device`, and why."""
     wanted = [name for name in names if name in TORCHREC_ARMS]
     if not wanted:
         return {}
     try:
-        # of what FBGEMM would rather have; it works without
+        # Importing it warns of optional parts that FBGEMM lacks here; it works without.
         with warnings.catch_warnings(action="ignore"):
             import torchrec  # noqa: F401
     except ImportError as error:
@@ -101,10 +102,18 @@ class TorchRecArm:
         device: torch.device,
         num_devices: int,
     ) -> None:
-        """Trains `shares` on `device`, one of `num_devices`. The default process group is that of
-        the ranks.
+        """Shards the tables over the ranks of the default process group.
 
-        ImportError where torchrec is not installed.
+        Args:
+            name: one of `TORCHREC_ARMS`.
+            workload: tells how many rows a cache has.
+            group: the tables.
+            shares: the rank's shares of all batches, in order.
+            device: of the rank.
+            num_devices: devices that the ranks have together.
+
+        Raises:
+            ImportError: torchrec is not installed.
         """
         self.name, self.sent = name, Sent()
         self._group, self._shares, self._device = group, shares, device
@@ -120,8 +129,9 @@ class TorchRecArm:
         self._pooled: Tensor | None = None
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
-        """See `StepArm.load`: the rows of this rank's shards; the optimizer's state starts at zero
-        as TorchRec makes it.
+        """See `StepArm.load`. Keeps the rows of this rank's shards.
+
+        The optimizer's state starts at zero, as TorchRec makes it.
         """
         shards = self._tables.state_dict()
         weights, firsts = [], []
@@ -161,7 +171,7 @@ class TorchRecArm:
         if self._inputs:
             self._await_sizes(self._inputs[-1])
         self.sent.add(self._step, "later", self._foreign_bytes[self._step])
-        # and their gradients
+        # Twice, since their gradients come back.
         self.sent.add(self._step, "now", 2 * self._pooled.nbytes * (self._num_trainers - 1))
 
     def update(self, grads: Tensor) -> None:
@@ -171,9 +181,7 @@ class TorchRecArm:
         self._pooled = None
 
     def close(self) -> None:
-        """See `StepArm.close`. Ids that are on their way are awaited, since the other ranks send
-        them.
-        """
+        """See `StepArm.close`. Awaits the ids on their way, since the other ranks send them."""
         for left in self._inputs:
             self._await_sizes(left)
             self._await_ids(left)
@@ -191,13 +199,13 @@ class TorchRecArm:
             self._num_begun += 1
 
     def _await_sizes(self, waiting: _Input) -> None:
-        """Waits until it is known how many ids come, on CUDA on the host, and asks for them."""
+        """Waits until it is known how many ids come, and asks for them; on CUDA the host waits."""
         if not waiting.has_sizes:
             with self._side.entered():
                 waiting.ids, waiting.has_sizes = waiting.ids.wait(), True
 
     def _await_ids(self, waiting: _Input) -> None:
-        """The ids themselves, on the stream on which they come."""
+        """Awaits the ids themselves, on the stream on which they come."""
         if not waiting.is_prefetched:
             with self._side.entered():
                 waiting.ids = waiting.ids.wait()
@@ -212,23 +220,19 @@ class TorchRecArm:
         waiting.is_prefetched = True
 
     def _bytes_for_others(self, sparse: Jagged, group: Group) -> int:
-        """Ids that lie on other ranks, and the lengths of all bags for each of them."""
+        """Bytes of the ids whose rows other ranks have, and of all bags' lengths for each rank."""
         lookups, num_foreign = group_lookups(group, sparse), 0
         for feature, table in enumerate(group.feature_tables):
-            first, length = (
-                int(lookups.feature_starts[feature]),
-                int(lookups.feature_lengths[feature]),
-            )
+            first = int(lookups.feature_starts[feature])
+            ids = sparse.values[first : first + int(lookups.feature_lengths[feature])]
             rows_a_rank = -(-group.tables[table].num_embeddings // self._num_trainers)
-            num_foreign += int(
-                np.count_nonzero(sparse.values[first : first + length] // rows_a_rank != self._rank)
-            )
+            num_foreign += int(np.count_nonzero(ids // rows_a_rank != self._rank))
         num_lengths = len(group.features) * sparse.batch_size * (self._num_trainers - 1)
         return _ID_BYTES * num_foreign + _LENGTH_BYTES * num_lengths
 
 
 class _Stream:
-    """A stream of its own on CUDA, and nothing on a CPU."""
+    """A CUDA stream beside the current one; on a CPU, nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -238,7 +242,7 @@ class _Stream:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def hand_to_current(self, made: _Input) -> None:
-        """The current stream follows it and uses what it has made."""
+        """Makes the current stream wait for this one, and use what it has made."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)
@@ -297,7 +301,7 @@ def _shard(
 
 
 def _keyed_jagged(sparse: Jagged, device: torch.device) -> Any:
-    """TorchRec's form of a batch, int64 ids and int32 lengths, on the device."""
+    """A batch in TorchRec's form, on the device: int64 ids and int32 lengths."""
     from torchrec import KeyedJaggedTensor
 
     num_bags = len(sparse.keys) * sparse.batch_size

@@ -13,8 +13,7 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.cli import app
 from benchmarks.gpu.arms import TorchCpuArm
-from benchmarks.losses import disagreements
-from benchmarks.measure import Timing, silent
+from benchmarks.measure import Timing, disagreements, silent
 from benchmarks.prepared_stream import make_stream
 from benchmarks.workloads import make_workload
 

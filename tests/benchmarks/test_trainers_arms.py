@@ -21,7 +21,6 @@ from bagpipe.oracle import dedup
 from bagpipe.store import MemoryStore
 from bagpipe.types import SGD, Float32Array, Group, Int64Array, Jagged, TableConfig, group_tables
 from benchmarks.trainers.arms import BagpipeShareArm, CountingCommunicator, Share, TrainersArm
-from benchmarks.trainers.distinct import distinct, output_rows_of
 from benchmarks.trainers.peers import (
     HashedArm,
     ReplicatedArm,
@@ -29,6 +28,7 @@ from benchmarks.trainers.peers import (
     replicated_batch,
     ring_bytes,
 )
+from benchmarks.trainers.uniques import output_rows_of, plan_uniques
 from benchmarks.workloads import make_workload
 
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_rows_found_by_a_sort_give_the_sums_of_the_oracles(is_jagged: bool, kind
     on_device = (
         torch.from_numpy(array.astype(np.int32)).to(device) for array in (rows, output_rows)
     )
-    plan = distinct(*on_device, step=0, batch_size=batch_size, num_features=2)
+    plan = plan_uniques(*on_device, step=0, batch_size=batch_size, num_features=2)
     np.testing.assert_array_equal(plan.unique_slots.cpu(), np.unique(rows))
     np.testing.assert_array_equal(plan.unique_slots[plan.lookup_slots.long()].cpu(), rows)
     expected_plan = dedup(group, sparse)

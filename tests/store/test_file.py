@@ -27,6 +27,7 @@ from tests.store_contract import (
 
 from bagpipe.errors import StoreError
 from bagpipe.store import FileStore
+from bagpipe.store.sparse_file import SparseFile
 from bagpipe.types import Adam, Group, Int64Array, RowWiseAdagrad
 
 
@@ -142,15 +143,15 @@ def test_a_record_across_two_stretches_has_both_reserved(
     assert reserved[2:] == [(24 << 20, 26_000_000 - (24 << 20))]
 
 
-def test_a_record_longer_than_a_stretch_is_reserved_whole(tmp_path: Path) -> None:
-    group = make_group(6, dim=700_000)
-    store = FileStore(group, 5, tmp_path)
-    store._file.reserve(rows_of(3))
-    begin, end = 3 * group.record_bytes, 4 * group.record_bytes
-    reserved = np.flatnonzero(store._file._reserved) * store._file._stretch_bytes
-    assert reserved.min() <= begin
-    assert reserved.max() + store._file._stretch_bytes >= end
-    assert 512 * (tmp_path / "records.f32").stat().st_blocks >= group.record_bytes
+def test_an_item_longer_than_a_stretch_is_reserved_whole(tmp_path: Path) -> None:
+    path, item_bytes = tmp_path / "items", 2_800_000
+    file = SparseFile(path, 6, item_bytes)
+    file.reserve(rows_of(3))
+    reserved = np.flatnonzero(file._reserved) * file._stretch_bytes
+    assert reserved.min() <= 3 * item_bytes
+    assert reserved.max() + file._stretch_bytes >= 4 * item_bytes
+    assert 512 * path.stat().st_blocks >= item_bytes
+    file.close()
 
 
 def test_a_write_that_needs_room_when_the_store_closes_is_refused(

@@ -1,7 +1,6 @@
-"""The distinct rows of a batch and the order of its backward sums, found on the device at the
-moment that they are needed.
+"""The unique rows of a batch and the order of its backward sums, found when they are needed.
 
-What the oracle plans ahead, an arm without lookahead does in the step: on a CPU with the oracle's
+An arm without lookahead does in the step what the oracle plans ahead: on a CPU with the oracle's
 own loops, on CUDA by one sort and torch operations on its result. Both give the `DevicePlan` that
 the kernels of the cache read.
 """
@@ -20,8 +19,14 @@ from bagpipe.types import MAX_PIECE_LENGTH, SGD, Int32Array, Jagged, TableConfig
 def plan_of(
     deduped: DedupedGroup, lookups: Int32Array, *, step: int, batch_size: int, num_features: int
 ) -> DevicePlan:
-    """A plan on the CPU that calls distinct rows by their numbers; `lookups` (L,) are places in
-    what the lookup reads.
+    """A plan on the CPU that calls unique rows by their numbers.
+
+    Args:
+        deduped: the batch's unique rows and their bags.
+        lookups: for each lookup its place in what the lookup reads, (L,) int32.
+        step: of the plan.
+        batch_size: samples.
+        num_features: features a sample.
     """
     return DevicePlan(
         step=step,
@@ -38,10 +43,8 @@ def plan_of(
     )
 
 
-def distinct_on_cpu(slots: Tensor, num_slots: int, *, step: int) -> DevicePlan:
-    """The distinct ones of `slots` (n,) int32, and for each its places among them: bags of one
-    feature.
-    """
+def plan_uniques_on_cpu(slots: Tensor, num_slots: int, *, step: int) -> DevicePlan:
+    """Plans the unique ones of `slots` (n,) int32, each with its places as bags of one feature."""
     (group,) = group_tables(
         [
             TableConfig(
@@ -54,7 +57,7 @@ def distinct_on_cpu(slots: Tensor, num_slots: int, *, step: int) -> DevicePlan:
     return plan_of(deduped, deduped.inverse, step=step, batch_size=len(slots), num_features=1)
 
 
-def distinct(
+def plan_uniques(
     rows: Tensor,
     output_rows: Tensor,
     *,
@@ -63,10 +66,21 @@ def distinct(
     num_features: int,
     bag_offsets: Tensor | None = None,
 ) -> DevicePlan:
-    """Of the rows (L,) of a batch's lookups, which feed `output_rows` (L,), both int32: the
-    distinct ones, ascending.
+    """Plans the unique rows of a batch, ascending, on the device of `rows`.
 
-    `lookup_slots` are places among them. The host waits for the device once, for all sizes.
+    The host waits for the device once, for all sizes.
+
+    Args:
+        rows: the row of each lookup, (L,) int32.
+        output_rows: the output row that each lookup feeds, (L,) int32.
+        step: of the plan.
+        batch_size: samples.
+        num_features: features a sample.
+        bag_offsets: (F * B + 1,) int32; None: each bag has one id.
+
+    Returns:
+        A plan whose `unique_slots` are the unique rows and whose `lookup_slots` are places among
+        them.
     """
     ordered, order = torch.sort(rows, stable=True)
     is_first = torch.ones_like(rows, dtype=torch.bool)
@@ -74,8 +88,9 @@ def distinct(
     of_ordered = is_first.cumsum(0) - 1
     inverse = torch.empty_like(rows)
     inverse[order] = of_ordered.to(torch.int32)
-    # (L + 1,), L for rows that are not
-    begins = torch.searchsorted(of_ordered, torch.arange(len(rows) + 1, device=rows.device))
+    # Sizes are unknown on the host until `tolist`, so all arrays are as long as they can become.
+    numbers = torch.arange(len(rows) + 1, device=rows.device)
+    begins = torch.searchsorted(of_ordered, numbers)  # (L + 1,), L beyond the last unique row
     counts = begins.diff()
     rests = (counts - MAX_PIECE_LENGTH).clamp(min=0)  # bags beyond the first piece
     num_pieces = (rests + MAX_PIECE_LENGTH - 1) // MAX_PIECE_LENGTH  # further ones
@@ -109,8 +124,10 @@ def distinct(
 def _further_pieces(
     rests: Tensor, num_pieces: Tensor, num_longs: int, num_further: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From each row's bags beyond its first piece, and their pieces (U,): lengths of these, long
-    rows, and their offsets.
+    """The pieces beyond the first ones, from the bags and pieces that each row has there (U,).
+
+    Returns:
+        The pieces' lengths, the rows that have any, and these rows' offsets in the pieces.
     """
     ends = num_pieces.cumsum(0)
     numbers = torch.arange(num_further, device=rests.device)
@@ -127,7 +144,7 @@ def _further_pieces(
 def output_rows_of(
     batch_size: int, num_features: int, bag_offsets: Int32Array | None
 ) -> Int32Array:
-    """For each lookup, feature-major, the output row b * F + f that it feeds: (L,)."""
+    """The output row b * F + f that each lookup feeds, feature-major: (L,) int32."""
     bags = np.arange(num_features * batch_size, dtype=np.int32)
     rows = bags % batch_size * num_features + bags // batch_size
     return rows if bag_offsets is None else np.repeat(rows, np.diff(bag_offsets))
