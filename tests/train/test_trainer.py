@@ -167,10 +167,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
 def test_a_last_checkpoint_that_fails_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_only(descriptor: int) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    real = os.fsync
 
-    monkeypatch.setattr(os, "fsync", read_only)
+    def read_only_at_the_end(descriptor: int) -> None:
+        if list((tmp_path / "checkpoints").glob("step-*.tmp-*")):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", read_only_at_the_end)
     with pytest.raises(
         CheckpointError, match=r"step-0000000024: can't be written: Read-only file system"
     ):
