@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from bagpipe.config.data import PrepareConfig, PreparedData
 from bagpipe.data import open_source, reading_order
 from bagpipe.data.base import Batch
+from bagpipe.data.files import checksum_file
 from bagpipe.data.manifest import MANIFEST_NAME, PreparedManifest
 from bagpipe.data.prepare import prepare
 from bagpipe.data.prepared import PreparedSource
@@ -220,6 +221,84 @@ def test_a_manifest_names_files_of_its_own_folder_only(
         PreparedManifest.load(copy)
     assert repr(name) in str(raised.value)
     assert str(copy / MANIFEST_NAME) in str(raised.value)
+
+
+def written_by_somebody(folder: Path, fault: str) -> None:
+    """A folder whose manifest and checksums are right, but not what the file holds."""
+    n = 100
+    bags = pa.array([[1, 2]] * n, pa.list_(pa.int32()))
+    options = pa.ipc.IpcWriteOptions(compression="lz4") if fault == "compressed" else None
+    table = pa.table(
+        {
+            "label": pa.array([0] * n, pa.float32()),
+            "dense": pa.array([[1, 2]] * n, pa.list_(pa.float32(), 2)),
+            "a": pa.array(range(n), pa.int32()),
+            "b": bags,
+        }
+    )
+    if fault == "another type":
+        table = table.set_column(2, "a", table["a"].cast(pa.int8()))
+    elif fault == "another order":
+        table = table.select(["label", "dense", "b", "a"])
+    elif fault == "no features":
+        table = table.select(["label", "dense"])
+    elif fault == "fewer rows":
+        table = table.slice(0, 60)
+    elif fault in ("label", "dense", "a"):
+        values = table[fault].to_pylist()
+        table = table.set_column(
+            table.column_names.index(fault), fault, pa.array([*values[1:], None], table[fault].type)
+        )
+    elif fault == "wild offsets":
+        offsets = np.arange(n + 1, dtype=np.int32) * 2
+        offsets[50] = 2**30
+        buffers = [None, pa.py_buffer(offsets)]
+        wild = pa.Array.from_buffers(bags.type, n, buffers, children=[bags.values])
+        table = table.set_column(3, "b", wild)
+    with pa.ipc.new_file(str(folder / "a.arrow"), table.schema, options=options) as writer:
+        writer.write_table(table)
+    path = folder / "a.arrow"
+    entry = {"name": path.name, "num_bytes": path.stat().st_size, "num_rows": n}
+    content = {
+        "label": "y",
+        "dense_names": ("x", "z"),
+        "dense_transform": "none",
+        "features": [{"name": name, "table": "t", "multi_hot": name == "b"} for name in "ab"],
+        "num_embeddings": {"t": 1000},
+        "vocabulary": "hash",
+        "dictionaries": {},
+        "rows_per_batch": 1000,
+        "splits": {"train": ({**entry, "checksum": checksum_file(path)},)},
+        "source": {"kind": "x", "files": (), "num_rows_read": n, "skipped": {}},
+    }
+    PreparedManifest.model_validate(content).save(folder)
+
+
+@pytest.mark.parametrize(
+    ("fault", "fact"),
+    [
+        ("another type", "other columns than the manifest says"),
+        ("another order", "other columns than the manifest says"),
+        ("no features", "other columns than the manifest says"),
+        ("fewer rows", "other rows than the manifest says"),
+        ("compressed", "other buffers: compressed, or laid out otherwise"),
+        ("label", "some have missing values"),
+        ("dense", "some have missing values"),
+        ("a", "some have missing values"),
+        ("wild offsets", "record batch 0: "),
+    ],
+)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_file_that_is_not_as_the_manifest_says_is_read_within_its_bounds(
+    tmp_path: Path, fault: str, fact: str, shuffle: bool
+) -> None:
+    written_by_somebody(tmp_path, "none")
+    assert len(list(PreparedSource(tmp_path, "train").batches(batch_size=64))) == 2
+    written_by_somebody(tmp_path, fault)
+    with pytest.raises(DataError) as raised:
+        list(PreparedSource(tmp_path, "train", shuffle=shuffle).batches(batch_size=64))
+    assert str(tmp_path / "a.arrow") in str(raised.value)
+    assert fact in str(raised.value)
 
 
 def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:

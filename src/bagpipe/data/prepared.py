@@ -11,19 +11,18 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import pyarrow as pa
 
 from bagpipe._jit import jit
 from bagpipe._memory import copy_run
 from bagpipe.data.base import Batch, FeatureSpec, Split, count_batches
 from bagpipe.data.check import check_batch
 from bagpipe.data.manifest import PreparedManifest, check_file
+from bagpipe.data.mapped import MappedFile, View
 from bagpipe.data.reading_order import (
     PARTS_PER_BATCH,
     WINDOW_BATCHES,
@@ -31,22 +30,11 @@ from bagpipe.data.reading_order import (
     Piece,
     Shuffled,
 )
+from bagpipe.data.writer import prepared_schema
 from bagpipe.errors import ConfigError, DataError
 from bagpipe.types import Float32Array, Int32Array, Int64Array, Jagged
 
 _NUM_CACHED_VIEWS: Final = 2 * PARTS_PER_BATCH * WINDOW_BATCHES
-_FIRST_FEATURE_COLUMN: Final = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class _View:
-    """The columns of one record batch, mapped."""
-
-    labels: Float32Array  # (n,)
-    dense: Float32Array  # (n, D)
-    words: Int32Array  # the whole file, in which ids and offsets lie
-    first_ids: Int64Array  # (F,) where in it each feature's ids begin
-    first_offsets: Int64Array  # (F,) and its offsets (n + 1,); -1 for a single-hot feature
 
 
 class PreparedSource:
@@ -80,13 +68,14 @@ class PreparedSource:
             raise DataError(
                 f"{folder} has no {split} rows: prepare it with split.validation_share above 0"
             )
-        opened = [_open(check_file(folder, entry, verify=verify)) for entry in entries]
-        self._readers = [reader for reader, _ in opened]
-        self._words = [words for _, words in opened]
+        schema = prepared_schema(self.manifest.features, self.num_dense)
+        self._files = [
+            MappedFile(check_file(folder, entry, verify=verify), schema) for entry in entries
+        ]
         self._where, self._starts = _record_batches(
-            self._readers, [entry.num_rows for entry in entries], self.manifest, folder
+            self._files, [entry.num_rows for entry in entries], self.manifest, folder
         )
-        self._views: OrderedDict[int, _View] = OrderedDict()
+        self._views: OrderedDict[int, View] = OrderedDict()
         self._views_lock = threading.Lock()
         self._reopen = partial(
             PreparedSource,
@@ -158,7 +147,7 @@ class PreparedSource:
         return Batch(dense=dense, sparse=self._gather_ids(places, views, size), labels=labels)
 
     def _gather_ids(
-        self, places: list[tuple[Int64Array, Int64Array, bool]], views: list[_View], size: int
+        self, places: list[tuple[Int64Array, Int64Array, bool]], views: list[View], size: int
     ) -> Jagged:
         """Three compiled calls a piece at most: with one a feature its threads would mostly wait
         for the GIL.
@@ -188,31 +177,17 @@ class PreparedSource:
                 )
         return Jagged(keys=self._keys, values=values, batch_size=size, offsets=offsets)
 
-    def _view(self, index: int) -> _View:
+    def _view(self, index: int) -> View:
         with self._views_lock:
             view = self._views.get(index)
             if view is None:
-                reader, number = self._where[index]
-                view = self._map(self._readers[reader].get_batch(number), self._words[reader])
+                file, number = self._where[index]
+                num_rows = int(self._starts[index + 1] - self._starts[index])
+                view = self._files[file].view(number, num_rows, self._columns)
                 self._views[index] = view
                 if len(self._views) > _NUM_CACHED_VIEWS:
                     self._views.popitem(last=False)
             return view
-
-    def _map(self, batch: Any, words: Int32Array) -> _View:
-        columns = [batch.column(_FIRST_FEATURE_COLUMN + column) for column in self._columns]
-        first_ids, first_offsets = [], []
-        for column, feature in zip(columns, self.features, strict=True):
-            ids = column.values if feature.multi_hot else column
-            first_ids.append(_place(ids, words))
-            first_offsets.append(_place(column.offsets, words) if feature.multi_hot else -1)
-        return _View(
-            labels=batch.column(0).to_numpy(),
-            dense=batch.column(1).values.to_numpy().reshape(len(batch), self.num_dense),
-            words=words,
-            first_ids=np.array(first_ids, np.int64),
-            first_offsets=np.array(first_offsets, np.int64),
-        )
 
 
 @jit
@@ -317,16 +292,6 @@ def _gather_bags(
                 values[begins[positions[i]]] = ids[rows[i]]
 
 
-def _place(column: Any, words: Int32Array) -> int:
-    """Where in the file's words the numbers of an int32 column begin; an empty one begins
-    anywhere.
-    """
-    if len(column) == 0:
-        return 0
-    place: int = (column.buffers()[1].address + 4 * column.offset - words.ctypes.data) // 4
-    return place
-
-
 def _numbers(chosen: Int64Array | slice) -> Int64Array:
     return np.arange(chosen.start, chosen.stop) if isinstance(chosen, slice) else chosen
 
@@ -345,25 +310,16 @@ def _chosen_columns(manifest: PreparedManifest, features: Sequence[str] | None) 
     )
 
 
-def _open(path: Path) -> tuple[Any, Int32Array]:
-    """The file's reader, and all of it as numbers; both see the same mapped memory."""
-    try:
-        file = pa.memory_map(str(path)).read_buffer()
-        return pa.ipc.open_file(file), np.frombuffer(file, np.int32, count=len(file) // 4)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} can't be read as an Arrow file: {error}") from error
-
-
 def _record_batches(
-    readers: list[Any], num_rows: list[int], manifest: PreparedManifest, folder: Path
+    files: list[MappedFile], num_rows: list[int], manifest: PreparedManifest, folder: Path
 ) -> tuple[list[tuple[int, int]], Int64Array]:
-    """For each record batch of the split its (reader, number), and the first row of each, then the
+    """For each record batch of the split its (file, number), and the first row of each, then the
     number of rows.
     """
     where: list[tuple[int, int]] = []
     starts = [0]
-    for index, (reader, rows) in enumerate(zip(readers, num_rows, strict=True)):
-        for number in range(reader.num_record_batches):
+    for index, (file, rows) in enumerate(zip(files, num_rows, strict=True)):
+        for number in range(file.num_record_batches):
             where.append((index, number))
             starts.append(
                 starts[-1] + min(manifest.rows_per_batch, rows - number * manifest.rows_per_batch)
