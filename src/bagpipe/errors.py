@@ -20,6 +20,10 @@ from __future__ import annotations
 from typing import Any
 
 
+class OptimizerStateWarning(UserWarning):
+    """Weights were loaded without the optimizer's state."""
+
+
 class BagpipeError(Exception):
     """Base of every error that Bagpipe raises on purpose."""
 

@@ -30,7 +30,7 @@ from bagpipe.cache import kernels_cpu
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import TORCH_DTYPES, empty_weights
-from bagpipe.errors import ConfigError
+from bagpipe.errors import ConfigError, OptimizerStateWarning
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import (
@@ -252,7 +252,8 @@ def test_tables_are_read_loaded_and_saved_in_their_own_type(
     assert saved.dtype == TORCH_DTYPES[data_type]
     assert torch.equal(saved, table[:])
     wanted = torch.randn(20, 5)
-    embeddings.load_state_dict({"embedding_bags.t.weight": wanted})
+    with pytest.warns(OptimizerStateWarning, match="that of RowWiseAdagrad"):
+        embeddings.load_state_dict({"embedding_bags.t.weight": wanted})
     assert torch.equal(embeddings.tables()["t"][:], wanted.to(TORCH_DTYPES[data_type]))
 
 

@@ -319,6 +319,6 @@ def test_update_wants_one_gradient_a_group() -> None:
     embeddings, _, _ = make()
     stream = bagpipe.lookahead(make_batches(2), embeddings, cache=40, sparse=lambda batch: batch[1])
     embeddings.lookup(next(stream)[1])
-    with pytest.raises(UsageError, match="0 gradients for 1 groups"):
+    with pytest.raises(UsageError, match="gradients are 0 tensors for 1 groups"):
         embeddings.update([])
     stream.close()

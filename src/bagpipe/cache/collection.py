@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bagpipe._fork import check_same_process
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, to_device
 from bagpipe.cache.executor import Executor
+from bagpipe.cache.grad_scaling import GradScaling
+from bagpipe.cache.lookup_function import Lookup
 from bagpipe.cache.pooled import PooledEmbeddings
 from bagpipe.cache.spans import span
-from bagpipe.cache.tables import LazyTable, save_tables, save_tables_together
+from bagpipe.cache.tables import (
+    LazyTable,
+    load_tables,
+    save_tables,
+    save_tables_together,
+    warn_of_optimizer_state,
+)
+from bagpipe.cache.user_tensors import check_dtype, check_stays, check_tensors
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows, same_ids
 from bagpipe.store import MemoryStore
@@ -89,12 +98,42 @@ class EmbeddingBagCollection(nn.Module):
         # Autograd calls a function's backward only if one of its inputs wants a gradient; the
         # tables are no tensors here.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self._scaling = GradScaling()
 
     def set_learning_rate(self, lr: float) -> None:
-        """Sets the embeddings' learning rate from the next backward on."""
-        self.lr = lr
+        """Sets the embeddings' learning rate from the next backward on. ConfigError: it is no
+        number from 0 to a million.
+        """
+        replace(self.groups[0].optimizer, lr=lr)  # which looks at it
+        self.lr = lr = float(lr)
         for cache in self.executor.caches if self.executor else ():
             cache.lr = lr
+
+    def set_grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Says which `torch.amp.GradScaler` scales the loss, or None: none does.
+
+        From then on gradients are unscaled before they update rows. A group's gradient that is not
+        finite updates nothing, and the scaler lowers its scale, as it does for the dense part: that
+        costs a wait for the device in each backward. UsageError: there are several trainers.
+        """
+        if scaler is not None and self.communicator is not None:
+            raise UsageError(
+                "a GradScaler is not supported with several trainers, of which one alone may "
+                "overflow: use autocast with bfloat16, which needs none"
+            )
+        self._scaling.tell(scaler)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Whether backward updates the rows. The tables are no parameters, so that of a module
+        around this one does not reach them.
+        """
+        self._anchor.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda`, `half` and their like do, also those of a module around this one."""
+        check_stays(self._anchor.device, fn(torch.zeros(1, device=self.device)))
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def forward(self, sparse: Any) -> PooledEmbeddings:
         """Looks up and pools the ids of one batch.
@@ -105,11 +144,19 @@ class EmbeddingBagCollection(nn.Module):
         if not self.training:
             return PooledEmbeddings(self._features, self._read(as_jagged(sparse)))
         plans = self._plans_of(sparse)
+        self._was_served = torch.is_grad_enabled() and self._anchor.requires_grad
         assert self.executor is not None
         return PooledEmbeddings(
             self._features,
             [
-                _Lookup.apply(self._anchor, self.executor, index, plan, self._autocast_dtype())  # type: ignore[no-untyped-call]
+                Lookup.apply(
+                    self._anchor,
+                    self.executor,
+                    index,
+                    plan,
+                    self._autocast_dtype(),
+                    self._scaling,
+                )  # type: ignore[no-untyped-call]
                 for index, plan in enumerate(plans)
             ],
         )
@@ -126,9 +173,11 @@ class EmbeddingBagCollection(nn.Module):
 
         In `dtype`, float32 or bfloat16, or written to `out`, contiguous tensors of either type.
         """
-        self._check_device("lookup's out", out or ())
         with span("lookup"):
             plans = self._plans_of(sparse)
+            check_dtype(self.step, dtype)
+            if out is not None:
+                self._check_tensors("lookup's out", out, plans, contiguous=True)
             self._was_served, self._to_update = True, plans
             assert self.executor is not None
             outs = [None] * len(plans) if out is None else out
@@ -150,26 +199,38 @@ class EmbeddingBagCollection(nn.Module):
                 f"step {self.step}: update was called without a lookup in this step, or twice: "
                 "call lookup, then update, once each"
             )
-        if len(grads) != len(self._to_update):
+        if not self._anchor.requires_grad:
             raise UsageError(
-                f"update was given {len(grads)} gradients for {len(self._to_update)} groups: pass "
-                "one for each group"
+                f"step {self.step}: update was called, but requires_grad_(False) has frozen the "
+                "embeddings"
             )
-        self._check_device("update's gradients", grads)
+        self._check_tensors("update's gradients", grads, self._to_update)
+        unscaled = [self._scaling.unscaled(grad) for grad in grads]
         with span("update"), self.executor.undivided():
-            for index, (plan, grad) in enumerate(zip(self._to_update, grads, strict=True)):
-                self.executor.update(index, plan, grad)
+            for index, (plan, grad) in enumerate(zip(self._to_update, unscaled, strict=True)):
+                if grad is not None:
+                    self.executor.update(index, plan, grad)
             self._to_update = ()
 
-    def _check_device(self, what: str, tensors: Sequence[Tensor]) -> None:
-        """Kernels are given addresses: one of another device would end the process, or worse."""
-        for index, tensor in enumerate(tensors):
-            if tensor.device != self._anchor.device:
-                raise UsageError(
-                    f"step {self.step}: {what} of group {index} lie on {tensor.device}, the "
-                    f"embeddings on {self._anchor.device}: "
-                    "make them there"
-                )
+    def _check_tensors(
+        self,
+        what: str,
+        tensors: Sequence[Tensor],
+        plans: Sequence[DevicePlan],
+        *,
+        contiguous: bool = False,
+    ) -> None:
+        shapes = {
+            group.name: (plan.batch_size, plan.num_features, group.embedding_dim)
+            for group, plan in zip(self.groups, plans, strict=True)
+        }
+        check_tensors(
+            f"step {self.step}: {what}",
+            tensors,
+            shapes,
+            device=self._anchor.device,
+            contiguous=contiguous,
+        )
 
     def _autocast_dtype(self) -> torch.dtype:
         """bfloat16 where autocast asks for it, else the rows' own type."""
@@ -338,10 +399,18 @@ class EmbeddingBagCollection(nn.Module):
 
     def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
         return {
-            table.name: LazyTable(store, index, flush, self._fetch)
+            table.name: LazyTable(store, index, flush, self._fetch, self._check_idle)
             for group, store in zip(self.groups, self.stores, strict=True)
             for index, table in enumerate(group.tables)
         }
+
+    def _check_idle(self, what: str) -> None:
+        """Refuses to write to the stores while the cache has newer rows, and would undo it."""
+        if self.executor is not None:
+            raise UsageError(
+                f"{what} while bagpipe.lookahead is running: load before the training loop, or "
+                "call stop()"
+            )
 
     def _make_readable(self) -> None:
         if self._has_hosts:
@@ -377,23 +446,14 @@ class EmbeddingBagCollection(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes each table's weights from a tensor or a `LazyTable`; optimizer state is kept."""
-        if self.executor is not None:
-            raise UsageError(
-                "load_state_dict while bagpipe.lookahead is running: load before the training "
-                "loop, or call stop()"
-            )
+        """Takes each table's weights from a tensor or a `LazyTable`; optimizer state is kept, of
+        which an `OptimizerStateWarning` tells.
+        """
+        self._check_idle("load_state_dict")
         known = {prefix + _weight_key(name): table for name, table in self.tables().items()}
-        for key, table in known.items():
-            if key not in state_dict:
-                missing_keys.append(key)
-            elif tuple(state_dict[key].shape) != table.shape:
-                error_msgs.append(
-                    f"{key}: shape {tuple(state_dict[key].shape)} does not fit the table's "
-                    f"{table.shape}"
-                )
-            else:
-                table.load(state_dict[key])
+        num_loaded = load_tables(known, state_dict, missing_keys, error_msgs)
+        if num_loaded and any(group.state_width for group in self.groups):
+            warn_of_optimizer_state(num_loaded, type(self.groups[0].optimizer).__name__)
         unexpected_keys.extend(
             key for key in state_dict if key.startswith(prefix) and key not in known
         )
@@ -419,7 +479,6 @@ class EmbeddingBagCollection(nn.Module):
                 "bagpipe.lookahead handed out last; "
                 "its plan is for that batch alone"
             )
-        self._was_served = torch.is_grad_enabled()
         return self.executor.current
 
     def _read(self, batch: Jagged) -> list[Tensor]:
@@ -458,45 +517,6 @@ class EmbeddingBagCollection(nn.Module):
             store.fetch(rows, out)
         else:
             self.communicator.fetch_from_homes(store, rows, out)
-
-
-class _Lookup(torch.autograd.Function):
-    """Lookup of one group; its backward sums the gradients along the plan and applies the
-    optimizer.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        executor: Executor,
-        group: int,
-        plan: DevicePlan,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """`anchor` carries no value; it makes autograd call backward."""
-        ctx.executor, ctx.group, ctx.plan, ctx.was_applied = executor, group, plan, False
-        return executor.caches[group].lookup(plan, dtype=dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grads: Tensor) -> tuple[None, None, None, None, None]:
-        """Updates the rows with `grads` (B, F, D)."""
-        if not ctx.executor.is_current(ctx.plan):
-            raise UsageError(
-                f"step {ctx.plan.step}: backward ran after the next batch was asked for, when its "
-                "rows may have left the cache: "
-                "call backward on each batch's loss before the next iteration"
-            )
-        if ctx.was_applied:
-            raise UsageError(
-                f"step {ctx.plan.step}: backward ran twice through the same lookup; its rows are "
-                "updated only once"
-            )
-        ctx.was_applied = True
-        with ctx.executor.undivided():
-            ctx.executor.update(ctx.group, ctx.plan, grads)
-        return None, None, None, None, None
 
 
 def _weight_key(table: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -15,7 +16,7 @@ import torch
 
 from bagpipe._files import replaced
 from bagpipe.cache.weights import TORCH_DTYPES, weights_in
-from bagpipe.errors import StoreError, UsageError
+from bagpipe.errors import OptimizerStateWarning, StoreError, UsageError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Float32Array, Int64Array
 
@@ -38,12 +39,18 @@ class LazyTable:
     """
 
     def __init__(
-        self, store: EmbeddingStore, index: int, flush: Callable[[], None], fetch: Fetch
+        self,
+        store: EmbeddingStore,
+        index: int,
+        flush: Callable[[], None],
+        fetch: Fetch,
+        check_idle: Callable[[str], None],
     ) -> None:
         """`index` of the table in the store's group; `flush` brings the store up to date before
-        each read, `fetch` reads it.
+        each read, `fetch` reads it. `check_idle` raises where a write, named to it, would be
+        undone.
         """
-        self._flush, self._fetch = flush, fetch
+        self._flush, self._fetch, self._check_idle = flush, fetch, check_idle
         group = store.group
         self._store, self._first_row = store, int(group.row_offsets[index])
         self.shape, self.dtype = (
@@ -75,8 +82,15 @@ class LazyTable:
         """Overwrites the table with `weights`, anything of its shape whose slices are tensors;
         optimizer state is kept.
 
-        Weights of another type are rounded to the nearest.
+        Weights of another type are rounded to the nearest. UsageError: a stream is running, or
+        they have another shape; nothing is written then.
         """
+        self._check_idle(f"table {self.name!r}: load")
+        if tuple(weights.shape) != self.shape:
+            raise UsageError(
+                f"table {self.name!r}: load was given the shape {tuple(weights.shape)}, the "
+                f"table's is {self.shape}"
+            )
         for begin in range(0, len(self), _BLOCK_ROWS):
             ids = np.arange(begin, min(begin + _BLOCK_ROWS, len(self)))
             records = self._records(ids)
@@ -164,3 +178,39 @@ def _write_tables(tables: Mapping[str, LazyTable], blocks: Iterable[Tensor], pat
         for block in blocks:
             # little-endian, as all machines are that torch runs on
             file.write(block.view(torch.uint8).numpy().tobytes())
+
+
+def load_tables(
+    tables: Mapping[str, LazyTable],
+    state_dict: Mapping[str, Any],
+    missing_keys: list[str],
+    error_msgs: list[str],
+) -> int:
+    """Loads the tables, by key, that a state dict has; how many. What is missing or does not fit is
+    added to the lists, as `nn.Module` wants it.
+    """
+    num_loaded = 0
+    for key, table in tables.items():
+        if key not in state_dict:
+            missing_keys.append(key)
+        elif tuple(state_dict[key].shape) != table.shape:
+            error_msgs.append(
+                f"{key}: shape {tuple(state_dict[key].shape)} does not fit the table's "
+                f"{table.shape}"
+            )
+        else:
+            table.load(state_dict[key])
+            num_loaded += 1
+    return num_loaded
+
+
+def warn_of_optimizer_state(num_loaded: int, optimizer: str) -> None:
+    """Says what loading `num_loaded` tables from a state dict leaves out."""
+    warnings.warn(
+        f"load_state_dict has set the weights of {num_loaded} tables, but a state dict holds no "
+        f"optimizer state: that of {optimizer}, and the count of steps, stay as they are here. A "
+        "run that goes on from here differs from one that was never stopped; the checkpoints of "
+        "`bagpipe train` hold all of it",
+        OptimizerStateWarning,
+        stacklevel=2,
+    )

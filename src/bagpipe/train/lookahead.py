@@ -126,8 +126,9 @@ def lookahead(
     and where they read for themselves the batches and plans, too: where one parts all raise
     UsageError or DataError, which say which rank, at which step, and what.
 
-    Only `backward` reaches the tables: with a gradient scaler or clipping, unscale or clip the
-    loss's gradient before it does.
+    Only `backward` reaches the tables. Of a `torch.amp.GradScaler` they must be told by
+    `embeddings.set_grad_scaler`: backward refuses a scaled loss else. What clips gradients after
+    backward does not reach them.
 
     Raises ConfigError for values out of range. Iterating raises CacheTooSmallError, DataError and
     what the loader raised (as the cause of a BackgroundError) after all batches before the bad one

@@ -1,0 +1,83 @@
+"""Gradients of a scaled loss: `torch.amp.GradScaler` reaches only what an optimizer of torch's
+holds, so the embeddings, which backward updates, unscale for themselves.
+
+They must be told of the scaler. One that nobody has told them of is looked for, since rows would
+move by thousands of times too much without a word: among what refers to its class, but only when
+that is more or less than when there was none, since it takes some ten milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from bagpipe.errors import UsageError
+
+_counts_without: list[int] = []
+"""References to the scalers' classes when no scaler was found."""
+
+
+class GradScaling:
+    """What one collection does about a scaled loss."""
+
+    def __init__(self) -> None:
+        self._is_told = False
+        self._scaler: GradScaler | None = None
+        self._stand_in: torch.optim.Optimizer | None = None
+
+    def tell(self, scaler: GradScaler | None) -> None:
+        """The scaler of the loss, or None: it is not scaled."""
+        self._is_told, self._scaler = True, scaler
+
+    def unscaled(self, grads: Tensor) -> Tensor | None:
+        """The gradient as of the loss itself; None where it is not finite, so that its step is to
+        be left out. UsageError: there is a scaler that nobody has told us of.
+        """
+        if not self._is_told and _find_scaler() is not None:
+            raise UsageError(
+                "a GradScaler is in use, and the embeddings, which backward updates, do not know "
+                "whether the loss is scaled by it: call embeddings.set_grad_scaler(scaler) before "
+                "the loop, or embeddings.set_grad_scaler(None) if this loss is not"
+            )
+        if self._scaler is None or not self._scaler.is_enabled():
+            return grads
+        if not bool(torch.isfinite(grads).all()):
+            self._tell_of_overflow(self._scaler, grads.device)
+            return None
+        return grads * (1.0 / self._scaler.get_scale())
+
+    def _tell_of_overflow(self, scaler: GradScaler, device: torch.device) -> None:
+        """Lets the scaler's next `update` lower the scale, as after any optimizer's overflow."""
+        if self._stand_in is None:
+            self._stand_in = torch.optim.SGD([torch.zeros(1, device=device, requires_grad=True)])
+        for parameter in self._stand_in.param_groups[0]["params"]:
+            parameter.grad = torch.full_like(parameter, torch.inf)
+        with contextlib.suppress(RuntimeError):  # another group has told it in this step
+            scaler.unscale_(self._stand_in)
+
+
+def _find_scaler() -> GradScaler | None:
+    """One that has scaled a loss."""
+    kinds = _with_subclasses(GradScaler)
+    counts = [sys.getrefcount(kind) for kind in kinds]
+    if counts == _counts_without:
+        return None
+    # An object refers to its class. `gc.get_objects` would also take hold of tuples that other
+    # threads are just making, which they do not survive.
+    scalers = [found for found in gc.get_referrers(*kinds) if issubclass(type(found), kinds)]
+    if not scalers:
+        _counts_without[:] = counts
+    # a scale is made when the first loss is scaled
+    return next((each for each in scalers if each.is_enabled() and each._scale is not None), None)
+
+
+def _with_subclasses(kind: type) -> tuple[type, ...]:
+    kinds = [kind]
+    for each in kinds:  # which grows meanwhile
+        kinds += each.__subclasses__()
+    return tuple(kinds)

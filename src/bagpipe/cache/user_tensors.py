@@ -1,0 +1,71 @@
+"""What the user's tensors must be. Kernels are given addresses: another device, shape or type would
+end the process, or worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bagpipe.errors import UsageError
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check_tensors(
+    what: str,
+    tensors: Sequence[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    device: torch.device,
+    contiguous: bool,
+) -> None:
+    """Raises UsageError where a tensor is not the one that its group, by name, needs."""
+    if len(tensors) != len(shapes):
+        raise UsageError(
+            f"{what} are {len(tensors)} tensors for {len(shapes)} groups: pass one for each group"
+        )
+    for tensor, (group, shape) in zip(tensors, shapes.items(), strict=True):
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"{what} of {group} are a {type(tensor).__name__}, must be a tensor")
+        if tensor.device != device:
+            raise UsageError(
+                f"{what} of {group} lie on {tensor.device}, the embeddings on {device}: make them "
+                "there"
+            )
+        if tuple(tensor.shape) != shape:
+            raise UsageError(
+                f"{what} of {group} have the shape {tuple(tensor.shape)}, must have {shape}: "
+                "(samples, features, embedding_dim)"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise UsageError(f"{what} of {group} are {tensor.dtype}, must be float32 or bfloat16")
+        if contiguous and not tensor.is_contiguous():
+            raise UsageError(
+                f"{what} of {group} has the strides {tensor.stride()}, must be contiguous"
+            )
+
+
+def check_dtype(step: int, dtype: torch.dtype) -> None:
+    """Raises UsageError for a type that lookups do not give."""
+    if dtype not in _DTYPES:
+        raise UsageError(f"step {step}: lookup's dtype is {dtype}, must be float32 or bfloat16")
+
+
+def check_stays(device: torch.device, probe: Tensor) -> None:
+    """Raises UsageError where `probe`, what a module makes of a float32 tensor on `device` when it
+    is moved or converted, is something else.
+    """
+    if probe.device != device:
+        raise UsageError(
+            f"embeddings on {device} can't be moved to {probe.device}: make them there, "
+            "EmbeddingBagCollection(..., device=...), and move other modules only"
+        )
+    if probe.dtype != torch.float32:
+        raise UsageError(
+            f"embeddings can't be converted to {probe.dtype}: rows of 16 bits are asked for by "
+            "TableConfig(data_type=...), pooled embeddings in bfloat16 by torch.autocast; convert "
+            "other modules only"
+        )
