@@ -88,8 +88,10 @@ def train(num_trainers: int, file: Path, *options: str) -> str:
     return output
 
 
-def write_run(folder: Path, *, steps: int = 30, num_samples: int = 2950) -> Path:
-    """2,950 samples are 29 batches and a half: shares of the last one differ."""
+def write_run(folder: Path, *, steps: int = 30, num_samples: int = 2903) -> Path:
+    """2,903 samples are 29 batches of 100 and one of 3: of two shares of it one is twice the
+    other, and of four one is empty.
+    """
     file = folder / "run.toml"
     file.write_text(RUN.format(folder=folder / "run", steps=steps, num_samples=num_samples))
     return file

@@ -20,6 +20,7 @@ from bagpipe.cache import communicator as communicator_module
 from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_plan import MovedArray
+from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.executor import Executor
 from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
 from bagpipe.oracle.pipeline import BackgroundIterator
@@ -180,6 +181,33 @@ def test_a_learning_rate_is_that_of_the_gradients_step() -> None:
         np.testing.assert_array_equal(
             train(2, batches, set_rate, cache=[50], replicas=50, lookahead=3), expected
         )
+
+
+def test_a_late_gradient_has_the_rate_of_its_step_when_the_next_one_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches, was_late = random_batches(20, 8), list[bool]()
+    original = Exchange._apply_later
+
+    def rate_of(step: int) -> float:
+        return 0.5 ** (step % 4 + 1)
+
+    def apply_later(exchange: Exchange, step: Any) -> None:
+        deadline = time.monotonic() + 0.2  # where a step waits for it, or none comes any more
+        while exchange._caches[0].lr == rate_of(step.plan.step) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        was_late.append(exchange._caches[0].lr != rate_of(step.plan.step))
+        original(exchange, step)
+
+    def set_rate(embeddings: EmbeddingBagCollection, step: int) -> None:
+        embeddings.set_learning_rate(rate_of(step))
+
+    monkeypatch.setattr(Exchange, "_apply_later", apply_later)
+    np.testing.assert_array_equal(
+        train(2, batches, set_rate, cache=[50], replicas=50, lookahead=3),
+        train(1, batches, set_rate, cache=[50]),
+    )
+    assert sum(was_late) >= 20
 
 
 def test_an_error_on_one_rank_is_raised_there_at_once_as_it_is() -> None:

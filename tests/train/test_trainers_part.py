@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tests.train.ranks import run_ranks
 from tests.train.test_shared_oracle import forget_frames
-from tests.train.test_trainers import linear_loss, make_batches, make_tables
+from tests.train.test_trainers import linear_loss, make_batches, make_tables, train
 from torch import Tensor
 
 import bagpipe
@@ -82,6 +82,12 @@ def outcomes(
     run_ranks(len(loaders), work, num_hosts=num_hosts, timeout_s=60.0)
     assert time.monotonic() - started < SOON_S
     return [ended[rank] for rank in range(len(loaders))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Or a machine's first test would not end soon."""
+    train(make_tables(), SGD(lr=0.5), BATCHES[:5], [(2, 5)], lookahead=3)
 
 
 def exchanged(batches: Sequence[Jagged]) -> list[Jagged]:
