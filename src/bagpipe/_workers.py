@@ -84,7 +84,7 @@ class Workers:
         self._urgent, self._others = deque[Call[Any]](), deque[Call[Any]]()
         # False, put once a call is queued, wakes a thread; True ends one
         self._tokens = SimpleQueue[bool]()
-        self._closed = threading.Event()
+        self._closed = _Flag()
         # a call that is queued behind the end would never run, nor fail
         self._is_closing = threading.Lock()
         self._threads = [
@@ -114,7 +114,7 @@ class Workers:
 
     def _submit(self, queue: deque[Call[Any]], call: Call[Result]) -> Call[Result]:
         with self._is_closing:
-            if self._closed.is_set():
+            if self._closed.is_set:
                 raise RuntimeError(f"{self._name} is closed")
             queue.append(call)
             # An interrupt before this leaves a call that the next token's thread finds, too.
@@ -129,7 +129,7 @@ class Workers:
         process.
         """
         with self._is_closing:
-            self._closed.set()
+            self._closed.is_set = True
             _end(self._tokens, len(self._threads))
         for thread in self._threads if wait else ():
             thread.join()
@@ -141,6 +141,12 @@ class Workers:
         self.close()
 
 
+class _Flag:
+    """Set once. Setting a `threading.Event` takes a lock, which an interrupt would leave taken."""
+
+    is_set = False
+
+
 def _end(tokens: SimpleQueue[bool], num_threads: int) -> None:
     for _ in range(num_threads):
         tokens.put(True)
@@ -150,14 +156,14 @@ def _run(
     tokens: SimpleQueue[bool],
     urgent: deque[Call[Any]],
     others: deque[Call[Any]],
-    closed: threading.Event,
+    closed: _Flag,
 ) -> None:
     is_end = False
     while not is_end:
         is_end = tokens.get()
         # all that is queued, whatever the number of tokens: an interrupt may come before one is put
         while call := _pop(urgent) or _pop(others):
-            if closed.is_set():
+            if closed.is_set:
                 call.drop()
             else:
                 call.run()
