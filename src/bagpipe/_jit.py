@@ -79,6 +79,7 @@ _cache_files: list[Any] = []
 _found_on_disk: set[Any] = set()
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
+_waits_for_others = False
 _may_overlap = False  # known after the first call
 
 
@@ -193,8 +194,32 @@ event.register("numba:compile", _listener)  # type: ignore[no-untyped-call]
 
 
 def is_compiling() -> bool:
-    """Whether a thread of this process compiles now. Code that is read from disk does not count."""
-    return _listener.num_in_hand > 0
+    """Whether a thread of this process compiles now, or waits for a process that does. Code that is
+    read from disk does not count.
+    """
+    return _listener.num_in_hand > 0 or _waits_for_others
+
+
+@contextmanager
+def compiling_elsewhere() -> Iterator[None]:
+    """While this process waits for others that compile for it; in one thread at a time."""
+    global _waits_for_others
+    _waits_for_others = True
+    try:
+        yield
+    finally:
+        _waits_for_others = False
+
+
+def is_on_disk(compiled: Callable[..., object]) -> bool:
+    """Whether there is machine code of a compiled function, for whichever types; of one that numba
+    keeps no code of: True.
+    """
+    dispatcher: Any = (
+        compiled if hasattr(compiled, "_cache") else getattr(compiled, "__wrapped__", compiled)
+    )
+    cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    return cache_file is None or bool(cache_file._load_index())
 
 
 def count_compiled() -> tuple[int, int]:

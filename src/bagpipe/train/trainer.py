@@ -40,6 +40,7 @@ from bagpipe.train.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.evaluate import evaluate
 from bagpipe.train.logs import NoLog, RunLog
 from bagpipe.train.lookahead import Lookahead, lookahead
@@ -107,6 +108,7 @@ def train(
             device = choose_device(config.train.device, communicator)
             own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
             check_same_run(communicator, {**describe_run(config), **own})
+        ready = stack.enter_context(compiled_ahead()) if communicator is None else lambda: None
         run = stack.enter_context(build_run(config, communicator=communicator, say=reporter.say))
         saved = _resume(run, checkpoints, reporter, trainers) if resume else None
         if saved is None and trainers.is_first:
@@ -125,7 +127,7 @@ def train(
                 on_failure=reporter.say,
             ) as traced:
                 loop = _Loop(run, checkpoints, log, reporter, stop, traced, trainers)
-                return loop.run(saved)
+                return loop.run(saved, ready)
 
 
 def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers) -> SavedRun | None:
@@ -178,8 +180,8 @@ class _Loop:
         self._saved_step = -1
         self._stopped_by: signal.Signals | None = None
 
-    def run(self, saved: SavedRun | None) -> Result:
-        """Trains what is left after `saved`."""
+    def run(self, saved: SavedRun | None, ready: Callable[[], None]) -> Result:
+        """Trains what is left after `saved`, once `ready` returns."""
         run = self._run
         if saved is not None:
             self._newest, self._saved_step = saved.path, saved.step
@@ -191,6 +193,7 @@ class _Loop:
             device=str(run.device),
         )
         self._reporter.start(self._step, run.schedule.num_steps)
+        ready()
         started = time.perf_counter()
         with self._open_stream() as stream:
             try:
