@@ -185,12 +185,15 @@ def test_where_saving_fails_too_both_are_told(
 def test_a_step_that_fails_and_a_loss_that_is_not_finite_are_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    diverging = {"optimizer": {"kind": "sgd", "lr": 1e30}}
+    diverging = {
+        "model": {"top": [8] * 8 + [1]},
+        "train": {"optimizer": {"kind": "sgd", "lr": 1e6}},
+    }
     with pytest.raises(LossError):
-        train(small_config(tmp_path / "loss", train=diverging), reporter=SilentReporter())
+        train(small_config(tmp_path / "loss", **diverging), reporter=SilentReporter())
     assert steps_saved(tmp_path / "loss") == []
     monkeypatch.setattr(trainer, "RemainingBatches", BadValue)
-    config = small_config(tmp_path / "bad", train=diverging, log={"every_steps": 100})
+    config = small_config(tmp_path / "bad", **diverging, log={"every_steps": 100})
     with pytest.raises(DataError, match="a null") as caught:  # before anybody looked at the loss
         train(config, reporter=SilentReporter())
     assert re.search(r"can't be saved: step \d+: the loss is", caught.value.__notes__[0])

@@ -185,7 +185,8 @@ def test_a_last_checkpoint_that_fails_is_an_error(
 def test_a_diverging_run_names_the_step_and_saves_nothing_of_it(tmp_path: Path) -> None:
     config = small_config(
         tmp_path,
-        train={"optimizer": {"kind": "sgd", "lr": 1e30}, "steps": NUM_STEPS},
+        model={"top": [8] * 8 + [1]},
+        train={"optimizer": {"kind": "sgd", "lr": 1e6}, "steps": NUM_STEPS},
         checkpoint={"every_steps": 1, "keep": 99},
     )
     with pytest.raises(LossError, match=r"step \d+: the loss is (nan|inf)") as caught:
