@@ -70,11 +70,16 @@ def naive_oracle(
     """
     cached: set[int] = set()
     last_use: dict[int, int] = {}
+    settled_at: dict[int, int] = {}  # by step: when its rows settled
     result = []
     for step, rows in enumerate(batches):
         window = batches[step : step + lookahead + 1]
         missing = [row for row in rows if row not in cached]
         num_evicted = max(0, len(cached) + len(missing) - num_slots)
+        recent = batches[max(0, step - prefetch_depth) : step + 1]
+        is_tight = sum(map(len, recent)) > num_slots
+        for used in range(step if is_tight else step - prefetch_depth):
+            settled_at.setdefault(used, step)
 
         def next_use(row: int, step: int = step, window: Sequence[list[int]] = window) -> int:
             return next((step + ahead for ahead, later in enumerate(window) if row in later), NEVER)
@@ -82,18 +87,18 @@ def naive_oracle(
         def key(row: int, step: int = step) -> tuple[int, ...]:
             """What goes first is smallest."""
             used, due = last_use[row], next_use(row)
-            if used >= step - prefetch_depth:
-                return (2, used, batches[used].index(row))
             if due == NEVER:
                 return (0, used, batches[used].index(row))
-            settled_at, seen_at = used + prefetch_depth + 1, max(0, due - lookahead)
+            seen_at = max(0, due - lookahead)
             # it waited without a next use until the batch that uses it next came into
             # sight
-            if seen_at > settled_at:
+            if seen_at > settled_at[used]:
                 return (1, -due, seen_at, 0, batches[due].index(row))
-            return (1, -due, settled_at, 1, batches[used].index(row))
+            return (1, -due, settled_at[used], 1, used, batches[used].index(row))
 
-        victims = sorted((row for row in cached if row not in rows), key=key)[:num_evicted]
+        may_leave = [row for row in cached if row not in rows and last_use[row] in settled_at]
+        victims = sorted(may_leave, key=key)[:num_evicted]
+        assert len(victims) == num_evicted
         cached = cached - set(victims) | set(missing)
         last_use.update(dict.fromkeys(rows, step))
         result.append((missing, set(victims)))

@@ -4,6 +4,7 @@ prefetch depths.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -147,6 +148,57 @@ def test_a_longer_lookahead_and_a_bigger_cache_fetch_less() -> None:
     assert by_lookahead[-1] < 0.95 * by_lookahead[0]
     assert by_cache == sorted(by_cache, reverse=True)
     assert by_cache[-1] == len({int(value) for batch in batches for value in batch.values})
+
+
+def fewest_fetches(batches: list[list[int]], num_slots: int) -> int:
+    """Belady's MIN, which knows all batches."""
+    uses: dict[int, list[int]] = {}
+    for step, rows in enumerate(batches):
+        for row in rows:
+            uses.setdefault(row, []).append(step)
+    cached: set[int] = set()
+    num_fetched = 0
+    for step, rows in enumerate(batches):
+        num_fetched += len(set(rows) - cached)
+        cached |= set(rows)
+
+        def next_use(row: int, step: int = step) -> float:
+            return next((use for use in uses[row] if use > step), math.inf)
+
+        unneeded = sorted(cached - set(rows), key=next_use)
+        cached -= set(unneeded[max(0, num_slots - len(rows)) :])
+    return num_fetched
+
+
+@pytest.mark.parametrize(
+    ("size", "prefetch_depth"), [(1.0, 2), (1.3, 2), (2.0, 2), (2.5, 2), (1.5, 1), (4.0, 4)]
+)
+def test_a_tight_cache_fetches_little_more_than_if_all_were_known(
+    size: float, prefetch_depth: int
+) -> None:
+    group, batches = zipf_batches(100)
+    rows = [reference.unique_rows(group, batch) for batch in batches]
+    num_slots = int(size * max(map(len, rows)))
+    report = report_of(
+        group, batches, num_slots=num_slots, lookahead=64, prefetch_depth=prefetch_depth
+    )
+    assert report.num_fetched <= 1.05 * fewest_fetches(rows, num_slots)
+
+
+def test_what_a_tight_cache_can_move_ahead_it_does() -> None:
+    """Slots of rows unused for longer than the prefetch depth are filled early there, too."""
+    group, batches = zipf_batches(100)
+    num_slots, depth = int(2.5 * smallest_cache(group, batches)), 2
+    oracle = Oracle([group], num_slots=[num_slots], lookahead=8, prefetch_depth=depth)
+    last_use: dict[int, int] = {}
+    num_early = 0
+    for plan, batch in checked([group], [num_slots], oracle.plan(deduped(group, batches))):
+        early, late = plan.groups[0].early.evict_rows, plan.groups[0].late.evict_rows
+        assert all(last_use[row] < plan.step - depth for row in early.tolist())
+        assert all(last_use[row] >= plan.step - depth for row in late.tolist())
+        num_early += len(early)
+        last_use.update(dict.fromkeys(batch.groups[0].unique_rows.tolist(), plan.step))
+    assert num_early > 100
 
 
 def test_the_report_counts_rows_bytes_slots_and_lookahead() -> None:

@@ -125,8 +125,9 @@ def test_disk_use_follows_the_rows_touched_and_clear_gives_it_back(tmp_path: Pat
     store.close()
 
 
+@pytest.mark.parametrize("rows_before", [[], [0]], ids=["neither yet", "the first before"])
 def test_a_record_across_two_stretches_has_both_reserved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rows_before: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserved: list[tuple[int, int]] = []
     monkeypatch.setattr(
@@ -134,6 +135,8 @@ def test_a_record_across_two_stretches_has_both_reserved(
     )
     store = FileStore(make_group(100_000, dim=64), 5, tmp_path)
     straddling = (1 << 20) // 260
+    for row in rows_before:
+        store.write(rows_of(row), records_of(rows_of(row), width=65))
     store.write(rows_of(straddling), records_of(rows_of(straddling), width=65))
     assert reserved == [(0, 1 << 20), (1 << 20, 1 << 20)]
     store.write(

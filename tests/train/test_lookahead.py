@@ -189,6 +189,35 @@ def test_a_bad_id_and_a_cache_too_small_are_raised_as_they_are() -> None:
         train(embeddings, bagpipe.lookahead(batches(3), embeddings, cache=3))
 
 
+class SlowToWrite(MemoryStore):
+    """Whose write-backs come long after the plans that name their rows have been given back."""
+
+    def write(self, rows: Int64Array, records: Float32Array) -> None:
+        time.sleep(0.02)
+        super().write(rows, records)
+
+
+def test_what_is_written_late_goes_to_the_rows_that_were_evicted() -> None:
+    """The oracle process writes later plans over those that have been given back."""
+    tables = [TableConfig(name="t", num_embeddings=4000, embedding_dim=4, feature_names=["f"])]
+    # no row comes again soon, so that nobody waits for its write-back
+    steps = [
+        Jagged(keys=("f",), values=(np.arange(16) + 16 * step) % 4000, batch_size=16)
+        for step in range(60)
+    ]
+
+    def records(store: type[MemoryStore], oracle: Literal["thread", "process"]) -> Float32Array:
+        embeddings = EmbeddingBagCollection(tables, optimizer=SGD(lr=0.1), store=store)
+        with bagpipe.lookahead(steps, embeddings, cache=64, lookahead=3, oracle=oracle) as stream:
+            for batch in stream:
+                embeddings(batch).values().sum().backward()
+        found = np.empty((4000, 4), np.float32)
+        embeddings.stores[0].fetch(np.arange(4000), found)
+        return found
+
+    np.testing.assert_array_equal(records(SlowToWrite, "process"), records(MemoryStore, "thread"))
+
+
 @pytest.mark.parametrize("method", ["fetch", "write"])
 def test_a_failing_store_is_raised_at_the_next_step(
     method: str, monkeypatch: pytest.MonkeyPatch

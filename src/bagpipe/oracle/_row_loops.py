@@ -21,6 +21,12 @@ _RECENT = 1 << 30
 
 
 @jit
+def is_before(occurrence: int, other: int) -> bool:
+    """Whether an occurrence comes before another one."""
+    return ((occurrence - other) & OCCURRENCES) >= _RECENT
+
+
+@jit
 def find_resident(
     slots_of_rows: Int32Array,
     rows: Int64Array,
@@ -100,7 +106,7 @@ def sort_out(
     num_unknown = num_due = 0
     for occurrence in range(settled[0], settled[1]):
         next_step, slot = next_uses[occurrence & mask, STEP], slots_of_uses[occurrence & slots_mask]
-        is_unused = ((next_step < 0) | (next_step > step)) & (slot >= 0)
+        is_unused = (next_step < 0) | (next_step > step)
         is_due = (next_step >= 0) & (next_step <= last_seen)
         unknown[num_unknown] = slot
         num_unknown += is_unused & (not is_due)
@@ -158,30 +164,29 @@ def take_slots(
 
 
 @jit
-def free_unsettled(
-    unsettled: Int64Array,
-    step: int,
-    next_uses: Int32Array,
-    slots_of_uses: Int32Array,
-    freed: Int32Array,
+def old_first(
+    freed: Int32Array, young: Int64Array, slots_of_uses: Int32Array, num_slots: int
 ) -> int:
-    """Moves the slots of a recent batch's occurrences, between two bounds, to `freed` unless a step
-    up to `step` uses them again.
-
-    Returns how many these are.
+    """Puts the slots (n,) of rows not used in `young` batches, n pairs of bounds of occurrences,
+    before the others; else keeps their order. Returns how many these are.
     """
-    mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
-    num_freed = 0
-    for occurrence in range(unsettled[0], unsettled[1]):
-        if num_freed == len(freed):
-            break
-        next_step = next_uses[occurrence & mask, STEP]
-        slot = slots_of_uses[occurrence & slots_mask]
-        if (next_step < 0 or next_step > step) and slot >= 0:
-            freed[num_freed] = slot
-            num_freed += 1
-            slots_of_uses[occurrence & slots_mask] = -1
-    return num_freed
+    if len(young) == 0:
+        return len(freed)
+    mask, is_young = len(slots_of_uses) - 1, np.zeros(num_slots, np.bool_)
+    for batch in range(len(young)):
+        for occurrence in range(young[batch, 0], young[batch, 1]):
+            # A slot that has another row since then is marked, too: that row is used later still.
+            is_young[slots_of_uses[occurrence & mask]] = True
+    kept, num_old, num_young = np.empty(len(freed), np.int32), 0, 0
+    for slot in freed:
+        if is_young[slot]:
+            kept[num_young] = slot
+            num_young += 1
+        else:
+            freed[num_old] = slot
+            num_old += 1
+    freed[num_old:] = kept[:num_young]
+    return num_old
 
 
 @jit
@@ -189,20 +194,20 @@ def early_first(
     missing_rows: Int64Array,
     evicted_at: Int32Array,
     freed: Int32Array,
-    num_settled: int,
+    num_ahead: int,
     early_tick: int,
     fetch_rows: Int64Array,
     fetch_slots: Int32Array,
 ) -> tuple[int, int, int]:
-    """Puts the fetches that may be early before the others: to a settled slot, of a row not evicted
-    later.
+    """Puts the fetches that may be early before the others: to one of the first `num_ahead` slots,
+    which can be filled ahead, of a row not evicted later.
 
     Returns how many are early, the latest eviction among the early rows and among the late ones.
     """
     num_early, num_late = 0, 0
     early_fence, late_fence = -1, -1
     for index in range(len(freed)):
-        if index < num_settled and evicted_at[index] <= early_tick:
+        if index < num_ahead and evicted_at[index] <= early_tick:
             place = num_early
             num_early += 1
             early_fence = max(early_fence, evicted_at[index])

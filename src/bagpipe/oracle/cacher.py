@@ -4,16 +4,17 @@ Sequential and pure.
 A batch, linked by `bagpipe.oracle.linker`, is first *admitted* to the window, so that its rows'
 next use is known; later it is *planned*, which gives each of its rows a slot. Between the two lie
 `lookahead` batches. A row is *settled* once `prefetch_depth` steps have passed since its last use,
-so that its slot can be filled ahead.
+so that its slot can be filled ahead; only then it may leave. A cache is *tight* for a step that it
+could not hold together with the `prefetch_depth` before it, were no row used twice: then all rows
+are settled at once, and those used of late leave as late as the step itself, which has to wait for
+their slots. (Were the others to go first, hardly any choice would be left.)
 
-Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). In this order, and no
-further than needed, go
+Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). Of settled rows go in
+this order, and no further than needed,
 
-1. settled rows with no known next use, the longest unused first (in one batch: in its order),
-2. settled rows by their next use, the farthest first (of one next use: the one of which that has
-   been known longest, and what became known at once in the order of the batch that made it known),
-3. rows that are not settled and that this step does not need, the longest unused first: the step
-   has to wait for their slots.
+1. those with no known next use, the longest unused first (in one batch: in its order),
+2. those with the farthest next use (of one next use: the one of which that has been known longest,
+   and what became known at once in the order of the batch that made it known).
 
 In a large cache, and where several hosts share one, that is the order within each of its shards
 (see `bagpipe.oracle.shards`).
@@ -38,7 +39,7 @@ import numpy as np
 
 from bagpipe._jit import jit
 from bagpipe.errors import CacheTooSmallError
-from bagpipe.oracle import _loops, _queues
+from bagpipe.oracle import _loops, _queues, _shard_loops
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import OCCURRENCES, LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import MergedGroup
@@ -126,7 +127,7 @@ class Cacher:
         batches are `MergedGroup`s.
         """
         self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
-        self._ranks = _loops.Ranks(num_trainers=num_trainers, num_hosts=num_hosts)
+        self._ranks = _shard_loops.Ranks(num_trainers=num_trainers, num_hosts=num_hosts)
         # Of several trainers a row's update may end one step later (see GroupExchange): so long it
         # is not settled.
         self._num_kept_unsettled = prefetch_depth + (num_trainers > 1)
@@ -140,6 +141,7 @@ class Cacher:
             rows_of_slots=np.full(num_slots, -1, np.int64),
             slot_bounds=bounds,
             num_used=np.zeros(num_shards, np.int64),
+            oldest_unsettled=np.zeros(num_shards, np.int64),
             unknown=_queues.make_unknown_queues(num_shards, shard_slots, num_slots),
             due=_queues.make_due_queues(num_shards, shard_slots, max_lookahead + 2),
         )
@@ -162,7 +164,7 @@ class Cacher:
     @property
     def nbytes(self) -> int:
         """Bytes of this object's own arrays and the linker's; the window's batches not included."""
-        arrays = (*self._state[:4], *self._state.unknown, *self._state.due, self._slots_of_uses)
+        arrays = (*self._state[:5], *self._state.unknown, *self._state.due, self._slots_of_uses)
         return self.linker.nbytes + sum(array.nbytes for array in arrays)
 
     def check_fits(self, linked: LinkedGroup) -> None:
@@ -196,8 +198,9 @@ class Cacher:
         """Plans the oldest admitted batch that is not planned yet."""
         step, last_seen = self._next_step, self._next_admitted - 1
         early_tick = max(self._first_step, step - self.prefetch_depth)
-        oldest = (self._unsettled or self._admitted)[0].first_occurrence
-        newest = self._take_new(oldest)
+        if step == self._first_step:
+            self._state.oldest_unsettled[:] = self._admitted[0].first_occurrence
+        newest = self._take_new()
         linked = self._admitted.popleft()
         self._next_step += 1
         self._reserve(linked)
@@ -212,16 +215,19 @@ class Cacher:
             newest,
             _as_batch(linked),
             np.array([each.first_occurrence + each.bounds for each in (settled, *self._unsettled)]),
-            _loops.Ticks(step=step, early=early_tick, last_seen=last_seen, oldest_unsettled=oldest),
-            _loops.Uses(next_uses=self.linker.next_uses, slots_of_uses=self._slots_of_uses),
+            _shard_loops.Ticks(step=step, early=early_tick, last_seen=last_seen),
+            _shard_loops.Uses(next_uses=self.linker.next_uses, slots_of_uses=self._slots_of_uses),
             self._ranks,
         )
         if settled is not self._nothing:
             self._num_unsettled -= settled.num_uniques
             self.linker.settled = settled.step
-        evicted, fetched = _loops.Moved(*moved_out), _loops.Moved(*moved_in)
-        num_evicted_early, num_early = counts[_loops.EVICTED_EARLY], counts[_loops.FETCHED_EARLY]
-        self.evicted_blindly = bool(counts[_loops.EVICTED_BLINDLY])
+        evicted, fetched = _shard_loops.Moved(*moved_out), _shard_loops.Moved(*moved_in)
+        num_evicted_early, num_early = (
+            counts[_shard_loops.EVICTED_EARLY],
+            counts[_shard_loops.FETCHED_EARLY],
+        )
+        self.evicted_blindly = bool(counts[_shard_loops.EVICTED_BLINDLY])
         self._unsettled.append(
             _Planned(step=step, first_occurrence=linked.first_occurrence, bounds=linked.bounds)
         )
@@ -236,29 +242,29 @@ class Cacher:
                 evict_slots=evicted.slots[:num_evicted_early],
                 fetch_rows=fetched.rows[:num_early],
                 fetch_slots=fetched.slots[:num_early],
-                fence_tick=int(counts[_loops.EARLY_FENCE]),
+                fence_tick=int(counts[_shard_loops.EARLY_FENCE]),
             ),
             late=Transfers(
                 evict_rows=evicted.rows[num_evicted_early:],
                 evict_slots=evicted.slots[num_evicted_early:],
                 fetch_rows=fetched.rows[num_early:],
                 fetch_slots=fetched.slots[num_early:],
-                fence_tick=int(counts[_loops.LATE_FENCE]),
+                fence_tick=int(counts[_shard_loops.LATE_FENCE]),
             ),
         )
 
-    def _take_new(self, oldest_unsettled: int) -> _loops.Batch:
+    def _take_new(self) -> _shard_loops.Batch:
         """The last batch that is new since the last plan, without rows if none is, once those
         before it are taken in.
         """
         newest: LinkedGroup | None = None
         for linked in islice(self._admitted, self._next_taken - self._next_step, None):
             if newest is not None:
-                _loops.admit(self._state, _as_batch(newest), oldest_unsettled, self._next_taken - 1)
+                _loops.admit(self._state, _as_batch(newest), self._next_taken - 1)
             newest = linked
             self._next_taken += 1
         return (
-            _loops.Batch(_NO_ROWS, _NO_USES, _NO_USERS, self._nothing.bounds, 0)
+            _shard_loops.Batch(_NO_ROWS, _NO_USES, _NO_USERS, self._nothing.bounds, 0)
             if newest is None
             else _as_batch(newest)
         )
@@ -271,9 +277,9 @@ class Cacher:
         )
 
 
-def _as_batch(linked: LinkedGroup) -> _loops.Batch:
+def _as_batch(linked: LinkedGroup) -> _shard_loops.Batch:
     batch = linked.batch
-    return _loops.Batch(
+    return _shard_loops.Batch(
         rows=batch.unique_rows,
         previous=linked.previous,
         users=batch.users if isinstance(batch, MergedGroup) else _NO_USERS,
