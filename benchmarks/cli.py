@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from bagpipe.cli_common import (
+from bagpipe.cli.common import (
     JsonFile,
     console_progress,
     mistakes_told,

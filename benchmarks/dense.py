@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bagpipe.cache.communicator import Communicator
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.models import DLRM, DLRM_DCN
 from bagpipe.train.build import averaging_part
 from bagpipe.train.dense_step import DenseStep

@@ -24,16 +24,17 @@ from typing import Any
 
 from rich.table import Table
 
-from bagpipe._malloc import keep_freed_memory
 from bagpipe.errors import ConfigError
+from bagpipe.feed.stream import StreamOptions, plan_ranks_stream
 from bagpipe.jagged import share_of
-from bagpipe.oracle.cacher import Cacher
+from bagpipe.native.malloc import keep_freed_memory
+from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.merge import MergedGroup, merge
-from bagpipe.oracle.pipeline import BackgroundIterator
-from bagpipe.oracle.stream import StreamOptions, plan_ranks_stream
-from bagpipe.oracle.window import SINGLE_TRAINER, Trainers
-from bagpipe.types import Group, GroupPlan, Jagged
+from bagpipe.plan import GroupPlan
+from bagpipe.topology import SINGLE_TRAINER, Trainers
+from bagpipe.types import Group, Jagged
 from benchmarks.measure import Progress, Result, Timing, resident_bytes
 from benchmarks.streams import SKEW, kaggle_group, make_batches
 

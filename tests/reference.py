@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bagpipe.types import MAX_PIECE_LENGTH, SGD, Adagrad, Adam, Group, Jagged, RowWiseAdagrad
+from bagpipe.plan import MAX_PIECE_LENGTH
+from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, RowWiseAdagrad
 
 NEVER = 10**9
 

@@ -13,49 +13,36 @@ from pathlib import Path
 import pytest
 
 import bagpipe
-from bagpipe._plots import DISTRIBUTION
+from bagpipe.plots import DISTRIBUTION
 
 PACKAGE = Path(bagpipe.__file__).parent
 
-BASE = {
-    "types",
-    "errors",
-    "jagged",
-    "_files",
-    "_fork",
-    "_jit",
-    "_limits",
-    "_malloc",
-    "_memory",
-    "_plots",
-    "_prefetch",
-    "_sharding",
-    "_workers",
-}
+BASE = {"types", "errors", "plan", "topology", "jagged", "limits", "native"}
 ALLOWED = {
-    "types": {"errors", "_limits"},
     "errors": set(),
-    "_files": {"errors"},
-    "_fork": {"errors"},
-    "_jit": set(),
-    "_limits": {"errors"},
-    "_malloc": set(),
-    "_memory": {"types", "_jit"},
-    "_plots": {"errors", "_files"},
-    "_prefetch": {"_jit"},
-    "_sharding": {"types", "errors", "_jit"},
-    "_workers": set(),
+    "limits": {"errors"},
+    "types": {"errors", "limits"},
+    "plan": {"types"},
+    "native": {"types", "errors"},
+    "plots": {"errors", "native"},
+    "topology": {"types", "errors", "native"},
     "jagged": {"types", "errors"},
     "config": BASE,
-    "oracle": BASE,
+    "oracle": BASE | {"plots"},
+    "feed": BASE | {"oracle"},
     "store": BASE,
-    "data": BASE | {"config"},
-    "cache": BASE | {"store"},
+    "data": BASE | {"config", "plots"},
+    "distributed": BASE | {"store"},
+    "cache": BASE | {"store", "distributed"},
+    "embeddings": BASE | {"config", "oracle", "feed", "store", "distributed", "cache"},
     "models": {"errors"},
-    "train": BASE | {"config", "oracle", "store", "data", "cache", "models"},
-    "launch": BASE | {"cache", "train"},
+    "checkpoint": BASE | {"config", "store", "train"},
+    "train": BASE
+    | {"config", "oracle", "feed", "store", "data", "distributed", "cache", "models"}
+    | {"embeddings", "checkpoint"},
+    "launch": BASE | {"distributed"},
 }
-MAY_IMPORT_TORCH = {"cache", "models", "train", "launch"}
+MAY_IMPORT_TORCH = {"distributed", "cache", "embeddings", "models", "checkpoint", "train", "launch"}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

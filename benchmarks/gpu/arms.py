@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
 from bagpipe.data.base import Batch
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.lookahead import Lookahead, lookahead
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.batches import TorchBatch
-from bagpipe.train.lookahead import Lookahead, lookahead
 from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad
 from benchmarks.prepared_stream import ResidentBatch, Stream
 from benchmarks.workloads import Workload

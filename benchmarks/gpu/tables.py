@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bagpipe._plots import new_figure, save_figure
+from bagpipe.plots import new_figure, save_figure
 
 _IN_HBM = ("fbgemm_hbm", "fbgemm_hbm_int32", "fbgemm_hbm_fp32")
 _WITH_CACHE = ("fbgemm_uvm_lru", "fbgemm_uvm_lfu", "fbgemm_uvm_lru_prefetch")

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.pooled import PooledEmbeddings
+from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.lookahead import Lookahead, lookahead
+from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.train.batches import TorchBatch
-from bagpipe.train.lookahead import Lookahead, lookahead
 from bagpipe.types import Float32Array, Group, Jagged, RowWiseAdagrad, TableConfig
 from benchmarks.step.fused import FusedTables
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bagpipe._jit import jit
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_cache import update_rate
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.cache.pooled import PooledEmbeddings
+from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.jagged import group_lookups, group_rows
+from bagpipe.native.jit import jit
 from bagpipe.oracle.dedup import dedup
 from bagpipe.types import Group, Int32Array, Jagged, group_tables
 

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagpipe.cache.communicator import Communicator, Moment
 from bagpipe.data.base import Batch
-from bagpipe.types import Group, Jagged, RowExchange
+from bagpipe.distributed.communicator import Communicator, Moment
+from bagpipe.plan import RowExchange
+from bagpipe.types import Group, Jagged
 from benchmarks.gpu.arms import BagpipeArm, DenseArm, StepArm
 from benchmarks.workloads import Workload
 

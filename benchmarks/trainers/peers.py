@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache, kernels_of
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.jagged import group_lookups, group_rows
 from bagpipe.oracle.dedup import dedup
 from bagpipe.oracle.merge import merge

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagpipe.cache.communicator import Communicator
 from bagpipe.data.prepared import PreparedSource
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.jagged import share_of
 from bagpipe.train.schedule import RemainingBatches
 from benchmarks.clocks import clock_of

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.oracle.dedup import DedupedGroup, dedup
-from bagpipe.types import MAX_PIECE_LENGTH, SGD, Int32Array, Jagged, TableConfig, group_tables
+from bagpipe.plan import MAX_PIECE_LENGTH
+from bagpipe.types import SGD, Int32Array, Jagged, TableConfig, group_tables
 
 
 def plan_of(

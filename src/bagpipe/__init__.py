@@ -14,9 +14,9 @@ from bagpipe.types import SGD, Adagrad, Adam, Normal, RowWiseAdagrad, TableConfi
 
 if TYPE_CHECKING:
     from bagpipe import models, store
-    from bagpipe.cache.collection import EmbeddingBagCollection
-    from bagpipe.cache.communicator import Communicator
-    from bagpipe.train.lookahead import lookahead
+    from bagpipe.distributed.communicator import Communicator
+    from bagpipe.embeddings.collection import EmbeddingBagCollection
+    from bagpipe.embeddings.lookahead import lookahead
 
 __all__ = [
     "SGD",
@@ -38,9 +38,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Communicator": "bagpipe.cache.communicator",
-    "EmbeddingBagCollection": "bagpipe.cache.collection",
-    "lookahead": "bagpipe.train.lookahead",
+    "Communicator": "bagpipe.distributed.communicator",
+    "EmbeddingBagCollection": "bagpipe.embeddings.collection",
+    "lookahead": "bagpipe.embeddings.lookahead",
 }
 _MODULES = ("models", "store")
 """Parts of the package that a user calls by name."""

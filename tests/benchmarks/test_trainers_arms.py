@@ -13,9 +13,9 @@ import pytest
 import torch
 from tests.train.ranks import run_ranks
 
-from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.data.base import Batch
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.jagged import group_lookups, group_rows, share_of
 from bagpipe.oracle import dedup
 from bagpipe.store import MemoryStore

@@ -27,9 +27,9 @@ from tests.train.test_equality import (
 from torch import Tensor
 
 from bagpipe.cache import kernels_cpu
-from bagpipe.cache.collection import EmbeddingBagCollection
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import TORCH_DTYPES, empty_weights
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError, OptimizerStateWarning
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagpipe._jit import jit
 from bagpipe.config.data import SyntheticData
 from bagpipe.data import open_source
 from bagpipe.data.base import Batch
@@ -16,6 +15,7 @@ from bagpipe.data.hashing import stream
 from bagpipe.data.synthetic import SyntheticSource
 from bagpipe.data.zipf import HEAD_RANKS, UInt32Array, Zipf, draw_rank
 from bagpipe.errors import ConfigError
+from bagpipe.native.jit import jit
 from bagpipe.types import Int32Array
 
 SIZES = [1000, 3, 1, 50]

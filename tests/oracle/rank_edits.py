@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tests.oracle.rank_replay import Messages, Planned, applied, exchange_of, messages
 
-from bagpipe.types import GradientSchedule, RowExchange, StepPlan
+from bagpipe.plan import GradientSchedule, RowExchange, StepPlan
 
 WHEN = ("now", "later")
 Edit = Callable[["Step"], bool]

@@ -18,16 +18,9 @@ from bagpipe.jagged import share_of
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
 from bagpipe.oracle.merge import merge
 from bagpipe.oracle.rank_checks import checked_ranks
-from bagpipe.oracle.window import Trainers
-from bagpipe.types import (
-    GradientSchedule,
-    Group,
-    GroupExchange,
-    Jagged,
-    RowExchange,
-    StepPlan,
-    Transfers,
-)
+from bagpipe.plan import GradientSchedule, GroupExchange, RowExchange, StepPlan, Transfers
+from bagpipe.topology import Trainers
+from bagpipe.types import Group, Jagged
 
 History = tuple[tuple[int, tuple[int, ...]], ...]  # (step, ranks) of each update
 Held = tuple[int, History]  # a row in a slot

@@ -15,20 +15,12 @@ from hypothesis import strategies as st
 from tests import reference, strategies
 
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
+from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle import Cacher, DedupedBatch, Oracle, OracleReport, checked, dedup
 from bagpipe.oracle.linker import Linker
-from bagpipe.oracle.pipeline import BackgroundIterator
-from bagpipe.oracle.window import Trainers
-from bagpipe.types import (
-    SGD,
-    Group,
-    GroupPlan,
-    Jagged,
-    StepPlan,
-    TableConfig,
-    Transfers,
-    group_tables,
-)
+from bagpipe.plan import GroupPlan, StepPlan, Transfers
+from bagpipe.topology import Trainers
+from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
 
 def deduped(group: Group, batches: list[Jagged]) -> Iterator[DedupedBatch[None]]:

@@ -14,7 +14,8 @@ from tests import reference, strategies
 
 from bagpipe.errors import DataError
 from bagpipe.oracle.dedup import DedupedGroup, dedup
-from bagpipe.types import MAX_PIECE_LENGTH, SGD, Group, Jagged, TableConfig, group_tables
+from bagpipe.plan import MAX_PIECE_LENGTH
+from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
 
 def bags_of_pieces(deduped: DedupedGroup) -> list[list[tuple[int, float]]]:

@@ -217,7 +217,7 @@ def test_a_size_without_a_slot_is_refused() -> None:
 
 def test_loads_no_torch() -> None:
     code = (
-        "import sys, bagpipe.cli_plan, bagpipe.oracle.dry_run_view; "
+        "import sys, bagpipe.cli.plan, bagpipe.oracle.dry_run_view; "
         "assert 'torch' not in sys.modules"
     )
     ended = subprocess.run(

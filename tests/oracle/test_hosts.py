@@ -17,14 +17,14 @@ from tests import reference, strategies
 from tests.oracle.rank_replay import Replay, check, exchange_of, moved_by, plan_all
 from tests.oracle.test_shards import zipf_trace
 
-from bagpipe._sharding import home_hosts
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
+from bagpipe.feed.stream import BatchAdapter, StreamOptions, plan_ranks_stream
 from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.dry_run import Grid, dry_run
 from bagpipe.oracle.row_trace import read_trace
-from bagpipe.oracle.stream import BatchAdapter, StreamOptions, plan_ranks_stream
-from bagpipe.oracle.window import Trainers
-from bagpipe.types import Group, Jagged, StepPlan
+from bagpipe.plan import StepPlan
+from bagpipe.topology import Trainers, home_hosts
+from bagpipe.types import Group, Jagged
 
 LAYOUTS = [(2, 2), (4, 2), (6, 2), (4, 4), (8, 4), (8, 8)]
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests import reference
 
 from bagpipe.oracle import dedup
-from bagpipe.oracle.merge import MAX_TRAINERS, merge
+from bagpipe.oracle.merge import merge
+from bagpipe.topology import MAX_TRAINERS
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
 

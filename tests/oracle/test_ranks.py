@@ -26,7 +26,8 @@ from tests.oracle.rank_replay import (
 
 from bagpipe.errors import ConfigError, PlanError
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
-from bagpipe.types import SGD, Group, Jagged, StepPlan, TableConfig, group_tables
+from bagpipe.plan import StepPlan
+from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
 Trace = tuple[Group, list[Jagged]]
 

@@ -15,12 +15,14 @@ from tests import reference, strategies
 from tests.oracle.rank_replay import Replay, check, plan_all
 from tests.oracle.test_cacher import deduped
 
-from bagpipe._jit import threaded
 from bagpipe.errors import CacheTooSmallError
-from bagpipe.oracle import Cacher, Oracle, _loops, checked, dedup, shards
+from bagpipe.native.jit import threaded
+from bagpipe.oracle import Cacher, Oracle, checked, dedup, shards
 from bagpipe.oracle.dry_run import Grid, replay
+from bagpipe.oracle.eviction import loops
 from bagpipe.oracle.row_trace import Trace
-from bagpipe.types import SGD, Group, GroupPlan, Jagged, TableConfig, group_tables
+from bagpipe.plan import GroupPlan
+from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
 
 @pytest.fixture
@@ -153,9 +155,7 @@ def test_plans_are_the_same_for_any_number_of_threads(monkeypatch: pytest.Monkey
     group, batches = zipf_trace(200_000, 12, 60_000)
     shared = plans_of(group, batches, 40_000, lookahead=3)
     for name in ("plan", "admit"):
-        monkeypatch.setattr(
-            _loops, name, threaded(getattr(_loops, name).__wrapped__, num_threads=1)
-        )
+        monkeypatch.setattr(loops, name, threaded(getattr(loops, name).__wrapped__, num_threads=1))
     for one, other in zip(shared, plans_of(group, batches, 40_000, lookahead=3), strict=True):
         np.testing.assert_equal(asdict(one), asdict(other))
 

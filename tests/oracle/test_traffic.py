@@ -30,16 +30,8 @@ from bagpipe.oracle.traffic import (
 )
 from bagpipe.oracle.traffic_view import render_traffic
 from bagpipe.oracle.window import Oracle
-from bagpipe.types import (
-    Adagrad,
-    DataType,
-    Group,
-    GroupPlan,
-    Jagged,
-    RowExchange,
-    TableConfig,
-    group_tables,
-)
+from bagpipe.plan import GroupPlan, RowExchange
+from bagpipe.types import Adagrad, DataType, Group, Jagged, TableConfig, group_tables
 
 NUM_TRAINERS = 4
 NUM_BATCHES = 50

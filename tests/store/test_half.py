@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bagpipe._jit import jit
+from bagpipe.native.jit import jit
 from bagpipe.store import MemoryStore
 from bagpipe.store.half import CODES, by_chance, nearest, widen
 from bagpipe.types import SGD, Adagrad, DataType, Group, Normal, TableConfig, group_tables

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bagpipe.cache.communicator import Communicator
+from bagpipe.distributed.communicator import Communicator
 
 
 def run_ranks(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bagpipe.checkpoint.files import list_checkpoints, read_manifest
 from bagpipe.config.load import check_config
 from bagpipe.config.run import RunConfig
-from bagpipe.train.checkpoint_files import list_checkpoints, read_manifest
 from bagpipe.train.report import SilentReporter
 
 NUM_STEPS = 24

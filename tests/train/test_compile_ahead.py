@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.train.runs import NUM_STEPS, Listener, small_config
 
-from bagpipe import _jit
+from bagpipe.native import jit
 from bagpipe.train import compile_ahead
 from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.trainer import train
@@ -82,7 +82,7 @@ def test_it_is_told_that_others_compile(monkeypatch: pytest.MonkeyPatch) -> None
 
     class Process:
         def wait(self, timeout: float | None = None) -> int:
-            told.append(_jit.is_compiling())
+            told.append(jit.is_compiling())
             return 0
 
         def kill(self) -> None:
@@ -91,9 +91,9 @@ def test_it_is_told_that_others_compile(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("bagpipe.train.compile_ahead._parts_to_compile", lambda: ["planning"])
     monkeypatch.setattr("bagpipe.train.compile_ahead._start", lambda _: Process())
     with compiled_ahead() as wait:
-        assert not _jit.is_compiling()
+        assert not jit.is_compiling()
         wait()
-        assert not _jit.is_compiling()
+        assert not jit.is_compiling()
     assert told[0]
 
 

@@ -17,13 +17,13 @@ from tests.train.runs import small_config
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bagpipe
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
+from bagpipe.checkpoint.checkpoints import load_optimizer
 from bagpipe.config.run import TrainConfig
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.models import DLRM
 from bagpipe.train.build import has_graph, make_dense_step
-from bagpipe.train.checkpoint import load_optimizer
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train

@@ -22,10 +22,11 @@ from tests import reference, strategies
 from torch import Tensor
 
 import bagpipe
-from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle import shards
-from bagpipe.oracle.cacher import CachePlan
-from bagpipe.oracle.pipeline import BackgroundIterator
+from bagpipe.oracle.eviction.cacher import CachePlan
+from bagpipe.plan import GroupPlan
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import (
@@ -33,7 +34,6 @@ from bagpipe.types import (
     Adagrad,
     Adam,
     Group,
-    GroupPlan,
     Jagged,
     Optimizer,
     RowWiseAdagrad,

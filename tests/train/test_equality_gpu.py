@@ -17,7 +17,7 @@ from tests.train.slow_device import KINDS, OF_SEVERAL_TRAINERS, slow_down
 from tests.train.test_trainers import linear_loss, make_batches, make_tables
 
 import bagpipe
-from bagpipe.cache.collection import EmbeddingBagCollection
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from tests.train.runs import NUM_STEPS, newest_files, small_config
 
+from bagpipe.checkpoint.files import list_checkpoints, step_of
 from bagpipe.config.run import RunConfig
 from bagpipe.config.tables import make_tables
 from bagpipe.data import open_source
@@ -27,10 +28,9 @@ from bagpipe.errors import (
     LossError,
     LostError,
 )
+from bagpipe.feed.stream import Deferred
 from bagpipe.oracle.row_trace import read_trace
-from bagpipe.oracle.stream import Deferred
 from bagpipe.train import trainer
-from bagpipe.train.checkpoint_files import list_checkpoints, step_of
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.trainer import train

@@ -12,8 +12,8 @@ from rich.console import Console
 from tests.train.ranks import run_ranks
 from torch import Tensor, nn
 
-from bagpipe.cache.communicator import Communicator
 from bagpipe.data.synthetic import SyntheticSource
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.train.evaluate import evaluate
 from bagpipe.train.metrics import Scores
 from bagpipe.train.progress import ConsoleReporter

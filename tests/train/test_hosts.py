@@ -21,11 +21,11 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.checkpoint.test_checkpoints import CONFIG
 from tests.disks import files_of_at_most
 from tests.oracle.test_hosts import home_of, smallest_cache
 from tests.store_contract import touched_rows
 from tests.train.ranks import run_ranks
-from tests.train.test_checkpoint import CONFIG
 from tests.train.test_equality import OPTIMIZERS
 from tests.train.test_trainers import (
     Loop,
@@ -41,8 +41,12 @@ from tests.train.test_trainers import (
 )
 
 import bagpipe
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
+from bagpipe.checkpoint.checkpoints import State, load_checkpoint, open_checkpoint, save_checkpoint
+from bagpipe.checkpoint.files import CheckpointFiles, list_checkpoints
+from bagpipe.checkpoint.run_folder import check_seen_by_all
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.agreement import check_same_run
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import (
     CheckpointError,
     ConfigError,
@@ -53,10 +57,6 @@ from bagpipe.errors import (
 )
 from bagpipe.oracle import shards, window
 from bagpipe.store import MemoryStore
-from bagpipe.train.agreement import check_same_run
-from bagpipe.train.checkpoint import State, load_checkpoint, open_checkpoint, save_checkpoint
-from bagpipe.train.checkpoint_files import CheckpointFiles, list_checkpoints
-from bagpipe.train.run_folder import check_seen_by_all
 from bagpipe.train.schedule import Position
 from bagpipe.train.trainers import Trainers
 from bagpipe.types import SGD, Adam, Group, Jagged, Optimizer, TableConfig, group_tables
@@ -450,7 +450,7 @@ def test_hosts_that_are_not_as_told_are_refused_on_all_ranks(
 
     names: dict[int, str] = {}
     monkeypatch.setattr(
-        "bagpipe.cache.communicator._machine", lambda: names.get(threading.get_ident(), "a")
+        "bagpipe.distributed.communicator._machine", lambda: names.get(threading.get_ident(), "a")
     )
     assert run_ranks(4, work) == [True] * 4
 

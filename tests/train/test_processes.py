@@ -24,8 +24,8 @@ from tests.train.test_trainers import (
     train,
 )
 
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.types import Adam, group_tables
 
 NUM_STEPS = 14

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 from tests.train.runs import NUM_STEPS, small_config
 
-from bagpipe import _jit
-from bagpipe.train.lookahead import Lookahead
+from bagpipe.embeddings.lookahead import Lookahead
+from bagpipe.native import jit
 from bagpipe.train.progress import ConsoleReporter
 from bagpipe.train.report import Progress, SilentReporter
 from bagpipe.train.trainer import train
@@ -73,10 +73,10 @@ def test_compiling_is_told_and_how_far_it_is(
     console = Console(file=file, force_terminal=is_terminal, width=200)
     with ConsoleReporter(console, line_every_s=0.02) as reporter:
         reporter.start(0, 10)
-        monkeypatch.setattr(_jit._listener, "num_in_hand", 1)
+        monkeypatch.setattr(jit._listener, "num_in_hand", 1)
         file.wait_for("compiling loops, once: 12 of at most 90")
         file.wait_for("further runs on this machine start at once")
-        monkeypatch.setattr(_jit._listener, "num_in_hand", 0)
+        monkeypatch.setattr(jit._listener, "num_in_hand", 0)
     assert file.getvalue().count("further runs") == 1
     assert "compiling" not in file.getvalue().splitlines()[-1]
 

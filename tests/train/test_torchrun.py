@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bagpipe.checkpoint.files import list_checkpoints, read_manifest, read_records
 from bagpipe.errors import ConfigError
 from bagpipe.launch.torchrun import joined_trainers
-from bagpipe.train.checkpoint_files import list_checkpoints, read_manifest, read_records
 
 RUN = """
 [data]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.checkpoint.test_files import busy
 from tests.train.runs import NUM_STEPS, Listener, newest_files, small_config
-from tests.train.test_checkpoint_files import busy
 
+from bagpipe.checkpoint.files import list_checkpoints, step_of
 from bagpipe.errors import CheckpointError, ConfigError, LossError
-from bagpipe.train.checkpoint_files import list_checkpoints, step_of
 from bagpipe.train.logs import LOG_NAME
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train

@@ -26,15 +26,15 @@ from torch import Tensor
 
 import bagpipe
 from bagpipe.cache import transfers
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.transfers import RecordMover
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
 from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.store import MemoryStore
-from bagpipe.train.lookahead import Lookahead
 from bagpipe.types import (
     SGD,
     Adagrad,

@@ -16,19 +16,20 @@ from tests.store_contract import touched_rows
 from tests.train.ranks import run_ranks
 
 import bagpipe
-from bagpipe.cache import communicator as communicator_module
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_plan import MovedArray
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.executor import Executor
+from bagpipe.distributed import communicator as communicator_module
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings import capacity
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
-from bagpipe.oracle.pipeline import BackgroundIterator
-from bagpipe.oracle.stream import StreamOptions, plan_stream
-from bagpipe.oracle.window import Trainers
+from bagpipe.feed.stream import StreamOptions, plan_stream
+from bagpipe.native.pipeline import BackgroundIterator
+from bagpipe.plan import StepPlan
 from bagpipe.store import MemoryStore
-from bagpipe.train import capacity
-from bagpipe.types import SGD, Jagged, StepPlan, TableConfig, group_tables
+from bagpipe.topology import Trainers
+from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
 TABLES = [TableConfig(name="t", num_embeddings=50, embedding_dim=2, feature_names=["a"])]
 OPTIMIZER = SGD(lr=0.5)

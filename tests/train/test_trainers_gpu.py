@@ -27,8 +27,8 @@ from tests.train.test_trainers import (
 )
 
 import bagpipe
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DenseStep
 from bagpipe.types import Group, Optimizer, group_tables

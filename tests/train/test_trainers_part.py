@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.embeddings.test_shared_oracle import forget_frames
 from tests.train.ranks import run_ranks
-from tests.train.test_shared_oracle import forget_frames
 from tests.train.test_trainers import linear_loss, make_batches, make_tables, train
 from torch import Tensor
 
 import bagpipe
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.errors import BackgroundError, BagpipeError, DataError, UsageError
 from bagpipe.jagged import share_of
-from bagpipe.train.lookahead import Lookahead
 from bagpipe.types import SGD, Jagged
 
 NUM_BATCHES, SOON_S = 14, 15.0

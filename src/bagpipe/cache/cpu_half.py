@@ -13,10 +13,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe._jit import jit
-from bagpipe._prefetch import LINE_FLOATS, prefetch
 from bagpipe.cache.cpu_loops import ROWS_AHEAD, apply, sum_piece
 from bagpipe.cache.weights import COLUMNS_A_BLOCK, ROUNDING
+from bagpipe.native.jit import jit
+from bagpipe.native.prefetch import LINE_FLOATS, prefetch
 from bagpipe.store.half import by_chance, widen
 from bagpipe.store.init import philox
 from bagpipe.types import Float32Array, Int32Array

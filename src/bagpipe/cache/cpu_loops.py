@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bagpipe._jit import jit
-from bagpipe._prefetch import LINE_FLOATS, prefetch
+from bagpipe.native.jit import jit
+from bagpipe.native.prefetch import LINE_FLOATS, prefetch
 from bagpipe.types import Float32Array, Int32Array
 
 SGD_KIND, ADAGRAD_KIND, ROW_WISE_ADAGRAD_KIND, ADAM_KIND = range(4)

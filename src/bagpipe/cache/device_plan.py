@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bagpipe.jagged import GroupLookups
-from bagpipe.types import GroupPlan, Int32Array, Transfers, UInt8Array
+from bagpipe.plan import GroupPlan, Transfers
+from bagpipe.types import Int32Array, UInt8Array
 
 MovedArray: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """What moves to the device: of a plan 1-D arrays, of a batch any; C-contiguous."""
@@ -95,7 +96,7 @@ def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
 
 def _shared_memory(arrays: Sequence[MovedArray]) -> UInt8Array | None:
     """The memory map that all arrays are views of, if there is one: it is pinned
-    (`bagpipe.train.lookahead`).
+    (`bagpipe.embeddings.lookahead`).
     """
     owners = [_owner(array) for array in arrays]
     if isinstance(owners[0], np.ndarray) or any(owner is not owners[0] for owner in owners):

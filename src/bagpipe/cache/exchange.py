@@ -35,13 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bagpipe._workers import Workers
-from bagpipe.cache.communicator import Communicator, Moment
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceExchange, DevicePlan
 from bagpipe.cache.spans import span
 from bagpipe.cache.streams import Streams
-from bagpipe.types import GroupExchange, RowExchange, StepPlan
+from bagpipe.distributed.communicator import Communicator, Moment
+from bagpipe.native.workers import Workers
+from bagpipe.plan import GroupExchange, RowExchange, StepPlan
 
 
 @dataclass(kw_only=True)

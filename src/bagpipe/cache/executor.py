@@ -24,7 +24,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bagpipe.cache.communicator import Communicator
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import (
     DeviceExchange,
@@ -38,9 +37,10 @@ from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.spans import span
 from bagpipe.cache.streams import Streams
 from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import UsageError
+from bagpipe.plan import StepPlan, Transfers
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import StepPlan, Transfers
 
 
 @dataclass(kw_only=True)

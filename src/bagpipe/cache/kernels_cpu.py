@@ -32,10 +32,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bagpipe._workers import Workers
 from bagpipe.cache import cpu_half, cpu_loops
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import words_of
+from bagpipe.native.workers import Workers
 from bagpipe.store.half import CODES
 from bagpipe.types import SGD, Adagrad, Adam, Float32Array, Optimizer, RowWiseAdagrad
 

@@ -34,17 +34,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagpipe._jit import jit
-from bagpipe._workers import Call, Workers
-from bagpipe.cache.communicator import Communicator, TransferKind
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceTransfers
 from bagpipe.cache.spans import span
 from bagpipe.cache.staging import Buffer, Staging
 from bagpipe.cache.streams import Streams
+from bagpipe.distributed.communicator import Communicator, TransferKind
 from bagpipe.errors import BackgroundError, DataError, UsageError
+from bagpipe.native.jit import jit
+from bagpipe.native.workers import Call, Workers
+from bagpipe.plan import StepPlan, Transfers
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Float32Array, Int32Array, Int64Array, StepPlan, Transfers
+from bagpipe.types import Float32Array, Int32Array, Int64Array
 
 _MAX_PENDING_WRITES = 64
 """Write-backs that may be waiting, each of one group and step; more would let a slow store fill the

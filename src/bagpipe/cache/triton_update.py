@@ -25,7 +25,8 @@ from bagpipe.cache.triton_launch import (
 )
 from bagpipe.cache.triton_round import round_by_chance
 from bagpipe.cache.weights import COLUMNS_A_BLOCK
-from bagpipe.types import MAX_PIECE_LENGTH, SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from bagpipe.plan import MAX_PIECE_LENGTH
+from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 _SGD = tl.constexpr(0)
 _ADAGRAD = tl.constexpr(1)

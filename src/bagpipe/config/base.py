@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bagpipe._limits import MAX_EMBEDDING_DIM, MAX_RATE
+from bagpipe.limits import MAX_EMBEDDING_DIM, MAX_RATE
 
 Steps: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 Samples: TypeAlias = Annotated[int, Field(gt=0, le=10**12)]

@@ -12,8 +12,8 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from bagpipe._limits import MAX_EMBEDDING_DIM
 from bagpipe.config.base import Count, Samples, Section, Seed
+from bagpipe.limits import MAX_EMBEDDING_DIM
 
 NUM_CRITEO_TABLES = 26
 Share: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe._jit import jit
 from bagpipe.data.base import Batch, FeatureSpec
 from bagpipe.errors import DataError
+from bagpipe.native.jit import jit
 from bagpipe.types import Float32Array, Int64Array, Jagged
 
 _EXPONENT = np.int32(0x7F800000)

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe._jit import jit
+from bagpipe.native.jit import jit
 from bagpipe.types import Float32Array, Int64Array
 
 UInt8Array = npt.NDArray[np.uint8]

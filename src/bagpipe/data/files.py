@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 
 import xxhash
 
-from bagpipe._files import sync_folder
+from bagpipe.native.files import sync_folder
 
 _CHUNK_BYTES: Final = 4 << 20
 
@@ -78,13 +78,6 @@ def checksum_file(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             state.update(chunk)
     return state.hexdigest()
-
-
-def is_file_name(name: object) -> bool:
-    """Whether `name`, which a manifest gives and anybody may have written, is that of a file in the
-    manifest's own folder: not a path, and none of the folder's names for itself and its parent.
-    """
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

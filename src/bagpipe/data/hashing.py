@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe._jit import jit
+from bagpipe.native.jit import jit
 from bagpipe.types import Int32Array, Int64Array
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from rich.table import Table
 from rich.text import Text
 
-from bagpipe._plots import new_figure, save_figure
 from bagpipe.data.base import BatchSource
 from bagpipe.data.counting import KeyCounter
+from bagpipe.plots import new_figure, save_figure
 from bagpipe.types import Int64Array
 
 ALL_TABLES: Final = "all tables"

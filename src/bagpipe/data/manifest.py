@@ -15,8 +15,9 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from bagpipe.data.base import FeatureSpec, Split
-from bagpipe.data.files import checksum_file, is_file_name, write_atomically
+from bagpipe.data.files import checksum_file, write_atomically
 from bagpipe.errors import DataError
+from bagpipe.native.files import is_file_name
 
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT_VERSION: Final = 1

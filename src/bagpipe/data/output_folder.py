@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from bagpipe._files import sync_folder
 from bagpipe.data.manifest import MANIFEST_NAME, PreparedManifest
 from bagpipe.errors import DataError
+from bagpipe.native.files import sync_folder
 
 LOCK_NAME: Final = "bagpipe-prepare.lock"
 _IS_OWN_NAME: Final = re.compile(

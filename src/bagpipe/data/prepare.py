@@ -24,12 +24,7 @@ from bagpipe.data.cardinalities import CARDINALITIES
 from bagpipe.data.counting import KeyCounter
 from bagpipe.data.criteo import SPARSE_NAMES, CriteoSource
 from bagpipe.data.encoding import Encoder
-from bagpipe.data.manifest import (
-    FileEntry,
-    PreparedManifest,
-    SkippedEntry,
-    SourceEntry,
-)
+from bagpipe.data.manifest import FileEntry, PreparedManifest, SkippedEntry, SourceEntry
 from bagpipe.data.output_folder import OutputFolder
 from bagpipe.data.parquet import ParquetSource
 from bagpipe.data.raw import Problems, Progress, RawSource, find_files

@@ -17,21 +17,15 @@ from typing import Final
 
 import numpy as np
 
-from bagpipe._jit import jit
-from bagpipe._memory import copy_run
 from bagpipe.data.base import Batch, FeatureSpec, Split, count_batches
 from bagpipe.data.check import check_batch
 from bagpipe.data.manifest import PreparedManifest, check_file
 from bagpipe.data.mapped import MappedFile, View
-from bagpipe.data.reading_order import (
-    PARTS_PER_BATCH,
-    WINDOW_BATCHES,
-    FrontToBack,
-    Piece,
-    Shuffled,
-)
+from bagpipe.data.reading_order import PARTS_PER_BATCH, WINDOW_BATCHES, FrontToBack, Piece, Shuffled
 from bagpipe.data.writer import prepared_schema
 from bagpipe.errors import ConfigError, DataError
+from bagpipe.native.jit import jit
+from bagpipe.native.memory import copy_run
 from bagpipe.types import Float32Array, Int32Array, Int64Array, Jagged
 
 _NUM_CACHED_VIEWS: Final = 2 * PARTS_PER_BATCH * WINDOW_BATCHES

@@ -30,11 +30,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe._jit import jit
 from bagpipe.data.base import Batch, FeatureSpec, Split, count_batches
 from bagpipe.data.hashing import GOLDEN, mix64, stream, unit
 from bagpipe.data.zipf import UInt32Array, Zipf, draw_rank
 from bagpipe.errors import ConfigError
+from bagpipe.native.jit import jit
 from bagpipe.types import Float32Array, Int32Array, Int64Array, Jagged
 
 CLICK_RATE: Final = 0.25

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe._jit import jit
 from bagpipe.data.hashing import GOLDEN, mix64, unit
+from bagpipe.native.jit import jit
 from bagpipe.types import Int32Array
 
 HEAD_RANKS: Final = 2_048

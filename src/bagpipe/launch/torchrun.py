@@ -13,9 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from bagpipe._sharding import check_hosts
-from bagpipe.cache.communicator import Communicator
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import ConfigError
+from bagpipe.topology import check_hosts
 
 _TIMEOUT = timedelta(minutes=30)
 """Longer than a checkpoint or the scoring of an evaluation, for which other ranks wait; a rank that

@@ -1,8 +1,8 @@
 """The control plane: from ids to plans. Numpy, numba and pyarrow's buffers; never imports torch."""
 
-from bagpipe.oracle.cacher import Cacher
 from bagpipe.oracle.checks import PlanChecker, checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.window import DedupedBatch, Oracle
 

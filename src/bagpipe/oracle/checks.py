@@ -18,7 +18,8 @@ import numpy as np
 from bagpipe.errors import PlanError
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.window import DedupedBatch
-from bagpipe.types import Group, GroupPlan, Int64Array, StepPlan, Transfers
+from bagpipe.plan import GroupPlan, StepPlan, Transfers
+from bagpipe.types import Group, Int64Array
 
 Payload = TypeVar("Payload")
 _NOWHERE = -1

@@ -21,21 +21,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe._jit import jit
-from bagpipe._prefetch import prefetch
 from bagpipe.errors import DataError
 from bagpipe.jagged import group_lookups, id_outside_table
+from bagpipe.native.jit import jit
+from bagpipe.native.prefetch import prefetch
 from bagpipe.oracle.shards import order_by_shard
-from bagpipe.types import (
-    MAX_PIECE_LENGTH,
-    Float32Array,
-    GradientSchedule,
-    Group,
-    Int32Array,
-    Int64Array,
-    Jagged,
-    UInt32Array,
-)
+from bagpipe.plan import MAX_PIECE_LENGTH, GradientSchedule
+from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, Jagged, UInt32Array
 
 _MAX_LOOKUPS = 2**31 - 1
 _MULTIPLIER = np.uint32(0x9E3779B1)  # 2**32 over the golden ratio, made prime

@@ -9,8 +9,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bagpipe._plots import new_figure, save_figure
 from bagpipe.oracle.dry_run import DryRun, Point
+from bagpipe.plots import new_figure, save_figure
 
 
 def render_points(result: DryRun) -> Table:

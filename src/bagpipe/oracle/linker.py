@@ -23,7 +23,7 @@ from functools import partial
 
 import numpy as np
 
-from bagpipe._jit import (
+from bagpipe.native.jit import (
     NUM_PARTS,
     NUM_STAGE_THREADS,
     jit,
@@ -32,7 +32,7 @@ from bagpipe._jit import (
     prange,
     threaded,
 )
-from bagpipe._prefetch import prefetch
+from bagpipe.native.prefetch import prefetch
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.shards import shard_bounds

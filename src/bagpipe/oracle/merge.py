@@ -9,14 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bagpipe._jit import jit
-from bagpipe._sharding import NUM_SHARDS
+from bagpipe.native.jit import jit
 from bagpipe.oracle.dedup import DedupedGroup, number_rows
 from bagpipe.oracle.shards import shard_bounds
+from bagpipe.topology import NUM_SHARDS
 from bagpipe.types import Group, Int32Array, Int64Array, UInt64Array
-
-MAX_TRAINERS = 64
-"""Bits of a row's set of users."""
 
 
 @dataclass(frozen=True, kw_only=True)

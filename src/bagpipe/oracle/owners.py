@@ -1,18 +1,17 @@
 """Which trainer owns a row, from the time that it is fetched to the time that it is evicted.
 
 A slot of the joint cache belongs to the rank that its number says (see
-`bagpipe.oracle.cacher.CachePlan`), so ranks own equally many rows once the cache is full, and rows
-are evicted as from one cache, by Belady's rule. What is left to choose is which missing row gets
-which of the freed slots: a row that one rank alone uses goes to that rank where it can, and never
-travels while that stays so; of several users the one with most slots left gets it.
-"""
+`bagpipe.oracle.eviction.cacher.CachePlan`), so ranks own equally many rows once the cache is full,
+and rows are evicted as from one cache, by Belady's rule. What is left to choose is which missing
+row gets which of the freed slots: a row that one rank alone uses goes to that rank where it can,
+and never travels while that stays so; of several users the one with most slots left gets it."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from bagpipe._jit import jit
-from bagpipe.oracle._rank_loops import count_bits
+from bagpipe.native.jit import jit
+from bagpipe.oracle.rank_loops import count_bits
 from bagpipe.types import Int32Array, Int64Array, UInt64Array
 
 

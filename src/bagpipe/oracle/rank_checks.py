@@ -19,21 +19,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from bagpipe._sharding import home_hosts, host_of
 from bagpipe.errors import PlanError
 from bagpipe.oracle.merge import MergedGroup
-from bagpipe.oracle.window import DedupedBatch, Trainers
-from bagpipe.types import (
+from bagpipe.oracle.window import DedupedBatch
+from bagpipe.plan import (
     GradientSchedule,
-    Group,
     GroupExchange,
     GroupPlan,
-    Int32Array,
-    Int64Array,
     RowExchange,
     StepPlan,
     Transfers,
 )
+from bagpipe.topology import Trainers, home_hosts, host_of
+from bagpipe.types import Group, Int32Array, Int64Array
 
 Payload = TypeVar("Payload")
 _NOWHERE = -1

@@ -14,18 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bagpipe.errors import ConfigError
-from bagpipe.oracle._rank_loops import Exchanges, plan_exchanges, sort_by_rank
-from bagpipe.oracle.cacher import CachePlan
+from bagpipe.oracle.eviction.cacher import CachePlan
 from bagpipe.oracle.merge import MergedGroup
-from bagpipe.types import (
-    GradientSchedule,
-    Group,
-    GroupExchange,
-    GroupPlan,
-    Int64Array,
-    RowExchange,
-    Transfers,
-)
+from bagpipe.oracle.rank_loops import Exchanges, plan_exchanges, sort_by_rank
+from bagpipe.plan import GradientSchedule, GroupExchange, GroupPlan, RowExchange, Transfers
+from bagpipe.types import Group, Int64Array
 
 LATER, NOW = 0, 1
 

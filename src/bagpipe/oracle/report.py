@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from bagpipe.types import Group, StepPlan
+from bagpipe.plan import StepPlan
+from bagpipe.types import Group
 
 
 @dataclass(kw_only=True)

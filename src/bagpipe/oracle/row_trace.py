@@ -13,15 +13,16 @@ from typing import TypeAlias
 
 import numpy as np
 
-from bagpipe._workers import Workers
 from bagpipe.errors import DataError
 from bagpipe.jagged import share_of
+from bagpipe.native.pipeline import ordered_map
+from bagpipe.native.workers import Workers
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
-from bagpipe.oracle.pipeline import ordered_map
 from bagpipe.oracle.shards import num_slots_needed
 from bagpipe.oracle.sizes import rows_that_hold, slots_of
-from bagpipe.oracle.window import DedupedBatch, Trainers
+from bagpipe.oracle.window import DedupedBatch
+from bagpipe.topology import Trainers
 from bagpipe.types import Group, Int64Array, Jagged
 
 Progress: TypeAlias = Callable[[str, int, int], None]

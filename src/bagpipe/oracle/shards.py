@@ -1,7 +1,7 @@
 """Shards: the parts into which the Cacher's work is cut, so that threads plan side by side in one
 compiled call.
 
-A row belongs to one of `NUM_SHARDS` shards by a hash of its number (`bagpipe._sharding`). Each
+A row belongs to one of `NUM_SHARDS` shards by a hash of its number (`bagpipe.topology`). Each
 shard has its own slots and eviction queues and plans its rows as a small cache would; shards never
 meet, so plans are the same for any number of threads. Rows are spread evenly, so the shards of a
 cache together fetch what one would (docs/results.md). A small cache is one shard: several would be
@@ -22,8 +22,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from bagpipe._jit import jit
-from bagpipe._sharding import LINE_BITS, NUM_SHARDS, neighbours_on, part_of, shard_of
+from bagpipe.native.jit import jit
+from bagpipe.topology import LINE_BITS, NUM_SHARDS, neighbours_on, part_of, shard_of
 from bagpipe.types import Int32Array, Int64Array
 
 MIN_SLOTS = 1 << 15

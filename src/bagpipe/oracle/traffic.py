@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bagpipe._sharding import host_of
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import MergedGroup
-from bagpipe.types import Group, GroupPlan, Int64Array, StepPlan, UInt64Array
+from bagpipe.plan import GroupPlan, StepPlan
+from bagpipe.topology import host_of
+from bagpipe.types import Group, Int64Array, UInt64Array
 
 REPLICA, GRADIENT = 0, 1
 """First axis of what is counted: what travels."""

@@ -22,17 +22,18 @@ from typing import Generic, Literal, TypeVar
 
 import xxhash
 
-from bagpipe._sharding import check_hosts, host_of, neighbours_on
-from bagpipe._workers import Workers
 from bagpipe.errors import CacheTooSmallError, ConfigError
-from bagpipe.oracle.cacher import CachePlan, Cacher
+from bagpipe.native.pipeline import ordered_map
+from bagpipe.native.workers import Workers
 from bagpipe.oracle.dedup import DedupedGroup
+from bagpipe.oracle.eviction.cacher import CachePlan, Cacher
 from bagpipe.oracle.linker import LinkedGroup
-from bagpipe.oracle.merge import MAX_TRAINERS, MergedGroup
-from bagpipe.oracle.pipeline import ordered_map
+from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.ranks import RankPlanner, TrainerCache
 from bagpipe.oracle.shortage import with_later_needs
-from bagpipe.types import Group, StepPlan
+from bagpipe.plan import StepPlan
+from bagpipe.topology import SINGLE_TRAINER, Trainers
+from bagpipe.types import Group
 
 Payload = TypeVar("Payload")
 
@@ -83,46 +84,6 @@ class _PlannedStep(Generic[Payload]):
     num_ahead: int  # batches that the window held beyond it
     peak_slots: tuple[int, ...]  # by group
     failure: str  # why no more batches come, unless they just end
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainers:
-    """How many trainers share the batches and the caches, on how many hosts, and for which of them
-    plans are made.
-    """
-
-    num_trainers: int
-    ranks: tuple[int, ...]
-    num_hosts: int = 1
-    """As many trainers on each, whose ranks are neighbours; a row is owned on the host that has its
-    record."""
-    num_replica_slots: tuple[int, ...] = ()
-    """For each group how many replicas one trainer can hold for one step."""
-    overlap: bool = True
-    """False: all that travels between trainers is on the critical path, to measure what overlapping
-    saves."""
-
-    @property
-    def ranks_of_host(self) -> tuple[int, ...]:
-        """All ranks of the host of the first rank that is planned for."""
-        host = host_of(self.ranks[0], self.num_trainers, self.num_hosts)
-        return tuple(neighbours_on(host, self.num_trainers, self.num_hosts))
-
-    def check(self, groups: Sequence[Group]) -> None:
-        """Raises ConfigError for values out of range."""
-        if not 1 <= self.num_trainers <= MAX_TRAINERS:
-            raise ConfigError(f"{self.num_trainers} trainers, must be from 1 to {MAX_TRAINERS}")
-        check_hosts(self.num_trainers, self.num_hosts)
-        if not self.ranks or not all(0 <= rank < self.num_trainers for rank in self.ranks):
-            raise ConfigError(f"ranks {self.ranks}, must be some of 0 to {self.num_trainers - 1}")
-        if self.num_trainers > 1 and len(self.num_replica_slots) != len(groups):
-            raise ConfigError(
-                f"num_replica_slots has {len(self.num_replica_slots)} entries for {len(groups)} "
-                "groups"
-            )
-
-
-SINGLE_TRAINER = Trainers(num_trainers=1, ranks=(0,))
 
 
 def check_window(

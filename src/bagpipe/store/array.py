@@ -23,7 +23,8 @@ from functools import partial
 
 import numpy as np
 
-from bagpipe._jit import (
+from bagpipe.errors import StoreError
+from bagpipe.native.jit import (
     NUM_MANY_THREADS,
     NUM_PARTS,
     jit,
@@ -32,11 +33,10 @@ from bagpipe._jit import (
     prange,
     threaded,
 )
-from bagpipe._memory import copy_run
-from bagpipe._prefetch import PREFETCH_DISTANCE, prefetch_record
-from bagpipe._sharding import LINE_BITS
-from bagpipe.errors import StoreError
+from bagpipe.native.memory import copy_run
+from bagpipe.native.prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
+from bagpipe.topology import LINE_BITS
 from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, UInt8Array
 
 _SCAN_ROWS = 1 << 20
@@ -68,7 +68,7 @@ class ArrayStore(ABC):
             seed: what initial records are drawn from.
             records: (num_rows, record_width) float32, all zero where rows are not touched.
             touched: (num_rows,) uint8, which rows `records` holds already; None: none.
-            lines: where in records each line of rows is, see `bagpipe._sharding.home_lines`;
+            lines: where in records each line of rows is, see `bagpipe.topology.home_lines`;
                 None: all are in their order.
         """
         self.group, self._lines = group, lines

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from bagpipe._jit import jit
+from bagpipe.native.jit import jit
 from bagpipe.types import DataType
 
 CODES: Final[Mapping[DataType, int]] = {"fp32": 0, "bf16": 1, "fp16": 2}

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe._jit import inline_jit, jit
+from bagpipe.native.jit import inline_jit, jit
 from bagpipe.store.half import CODES, FP32, nearest
 from bagpipe.types import (
     Adagrad,

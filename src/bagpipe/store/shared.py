@@ -7,7 +7,7 @@ but small ones. On one of several hosts it has the records of the rows whose hom
 refuses others.
 
 A row is written by one trainer at a time, its owner, and read by another only once that has said so
-(`bagpipe.cache.communicator`).
+(`bagpipe.distributed.communicator`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bagpipe._sharding import LINE_BITS, home_lines
 from bagpipe.errors import StoreError
 from bagpipe.store.array import ArrayStore
+from bagpipe.topology import LINE_BITS, home_lines
 from bagpipe.types import Float32Array, Group, UInt8Array
 
 

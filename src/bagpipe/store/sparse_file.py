@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bagpipe._jit import jit
+from bagpipe.native.jit import jit
 from bagpipe.types import BoolArray, Int64Array
 
 STRETCH_BYTES = 1 << 20

@@ -14,8 +14,7 @@ import xxhash
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bagpipe.cache.collection import EmbeddingBagCollection
-from bagpipe.cache.communicator import Communicator
+from bagpipe.checkpoint.checkpoints import State
 from bagpipe.config.data import DataConfig
 from bagpipe.config.model import ModelConfig
 from bagpipe.config.run import DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TrainConfig
@@ -24,11 +23,12 @@ from bagpipe.data import open_source
 from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.data.notes import run_notes
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.train.checkpoint import State
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
 from bagpipe.train.schedule import Schedule
 from bagpipe.types import Group

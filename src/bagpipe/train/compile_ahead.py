@@ -21,10 +21,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from bagpipe._jit import compiling_elsewhere, is_on_disk
-from bagpipe.oracle import _loops
-from bagpipe.oracle.cacher import Cacher
+from bagpipe.native.jit import compiling_elsewhere, is_on_disk
 from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.eviction import loops
+from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
 from bagpipe.store import MemoryStore, array
 from bagpipe.types import SGD, Group, Jagged, TableConfig
@@ -102,7 +102,7 @@ def compile_the_rest() -> None:
 
 
 _PARTS: dict[str, tuple[Callable[[], None], Callable[..., object]]] = {
-    "planning": (compile_planning, _loops.plan),
+    "planning": (compile_planning, loops.plan),
     "rest": (compile_the_rest, array._scatter),
 }
 """What compiles each part, and the loop in it that is compiled last."""

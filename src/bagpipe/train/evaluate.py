@@ -14,8 +14,8 @@ from itertools import chain, islice, zip_longest
 import torch
 from torch import Tensor, nn
 
-from bagpipe.cache.communicator import Communicator
 from bagpipe.data.base import BatchSource, count_batches
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.dense_step import Precision
 from bagpipe.train.metrics import BinaryScores, Scores

@@ -17,8 +17,8 @@ from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
-from bagpipe._files import replaced
 from bagpipe.errors import ConfigError
+from bagpipe.native.files import replaced
 
 LOG_NAME = "log.jsonl"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bagpipe.train.lookahead import Lookahead
+from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.train.metrics import LossWindow
 from bagpipe.train.report import Progress
 

@@ -15,7 +15,7 @@ from rich import progress
 from rich.console import Console
 from rich.text import Text
 
-from bagpipe._jit import count_compiled, is_compiling
+from bagpipe.native.jit import count_compiled, is_compiling
 from bagpipe.train.report import Progress
 
 _NUMBERS = "{speed}/s loss {loss} hit {hit_rate} wait plan {plan} rows {rows} slots {slots} ms"

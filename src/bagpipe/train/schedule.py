@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from bagpipe.data.base import Batch, BatchSource
-from bagpipe.oracle.stream import Deferred
+from bagpipe.feed.stream import Deferred
 
 
 @dataclass(frozen=True, kw_only=True)

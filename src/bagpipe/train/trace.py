@@ -21,9 +21,9 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bagpipe._files import replaced
 from bagpipe.cache.spans import tracing
 from bagpipe.errors import ConfigError
+from bagpipe.native.files import replaced
 
 
 @dataclass(frozen=True, kw_only=True)

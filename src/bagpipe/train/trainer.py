@@ -24,14 +24,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bagpipe.cache.communicator import Communicator
-from bagpipe.config.run import RunConfig
-from bagpipe.data.base import Batch
-from bagpipe.errors import BagpipeError, CheckpointError, LossError
-from bagpipe.train.agreement import check_same_run
-from bagpipe.train.batches import TorchBatch
-from bagpipe.train.build import Run, build_run, choose_device, describe_run
-from bagpipe.train.checkpoint import (
+from bagpipe.checkpoint.checkpoints import (
     SavedRun,
     check_resumable,
     environment,
@@ -40,14 +33,21 @@ from bagpipe.train.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from bagpipe.checkpoint.run_folder import check_seen_by_all, claim_run_folder, start_afresh
+from bagpipe.config.run import RunConfig
+from bagpipe.data.base import Batch
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.agreement import check_same_run
+from bagpipe.embeddings.lookahead import Lookahead, lookahead
+from bagpipe.errors import BagpipeError, CheckpointError, LossError
+from bagpipe.train.batches import TorchBatch
+from bagpipe.train.build import Run, build_run, choose_device, describe_run
 from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.evaluate import evaluate
 from bagpipe.train.logs import NoLog, RunLog
-from bagpipe.train.lookahead import Lookahead, lookahead
 from bagpipe.train.meter import Meter
 from bagpipe.train.metrics import Scores
 from bagpipe.train.report import Reporter
-from bagpipe.train.run_folder import check_seen_by_all, claim_run_folder, start_afresh
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.signals import StopRequest
 from bagpipe.train.trace import Trace, TraceOptions

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from bagpipe.cache.communicator import Communicator
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError
 from bagpipe.train.report import Progress
 

@@ -1,0 +1,390 @@
+"""What a checkpoint holds: one consistent cut of a run after a step.
+
+The cut is taken between two steps: the cache is flushed, so that the stores hold every record as of
+that step, and then nothing moves while dense state, records and the reader's position are written.
+Dense state and embeddings therefore always belong to the same step, and a run that resumes from it
+continues as if nothing had happened, bit for bit.
+
+Rows that were never written are not stored: their initial record follows from the seed. The cost is
+that of all rows touched since the run began.
+
+Of several trainers rank 0 writes it, and of several hosts the first rank of each the records that
+this host has, into a folder that all of them see. Any number of hosts can resume from it: each
+reads all records, and keeps those whose home it is.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bagpipe.checkpoint.files import (
+    CheckpointFiles,
+    CheckpointWriter,
+    list_checkpoints,
+    prune,
+    read_manifest,
+    read_records,
+    verify_files,
+)
+from bagpipe.config.compare import Difference, compare_configs
+from bagpipe.errors import CheckpointError
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.topology import home_hosts
+from bagpipe.train.schedule import Position
+from bagpipe.train.trainers import Trainers
+from bagpipe.types import Group
+
+_DENSE = "dense.pt"
+_ALONE = Trainers(None)
+
+
+class Embeddings(Protocol):
+    """What a checkpoint needs of an embedding collection."""
+
+    step: int
+    num_skipped: list[int]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Its groups."""
+
+    @property
+    def stores(self) -> tuple[EmbeddingStore, ...]:
+        """The store of each group."""
+
+    def flush(self) -> None:
+        """Writes every record that is newer in the cache to its store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """The parts of a run that training changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    embeddings: Embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """What a verified checkpoint says about itself."""
+
+    path: Path
+    step: int
+    num_skipped: Sequence[int]
+    """By group the steps without an update."""
+    position: Position
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    groups: Sequence[Mapping[str, Any]]
+    num_hosts: int
+    """Among which the trainers that saved it had divided the records."""
+    files: Sequence[Mapping[str, Any]]
+    """Name, size and checksum of each."""
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    state: State,
+    position: Position,
+    config: Mapping[str, Any],
+    keep: int,
+    trainers: Trainers = _ALONE,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Writes the checkpoint of the step that `state` is at, and removes all but the last `keep`.
+    All `trainers` must call it.
+
+    Args:
+        folder: where the run's checkpoints are.
+        state: model, dense optimizer and embeddings, between two steps.
+        position: the next batch to train.
+        config: the run's configuration, as JSON values.
+        keep: how many checkpoints to leave.
+        trainers: those of the run; rank 0 writes, and the first rank of each host its records.
+        say: told about an earlier one that can't be removed. The new one is whole.
+
+    Raises:
+        CheckpointError: the disk is full or the folder can't be written, by any of them; earlier
+            checkpoints and the run itself are as before.
+        StoreError: a store can't be read.
+    """
+    state.embeddings.flush()
+    groups, step = state.embeddings.groups, state.embeddings.step
+    writer = CheckpointWriter(folder, step)
+    with ExitStack() as stack:
+
+        def begin() -> str | None:
+            return str(stack.enter_context(writer).folder) if trainers.is_first else None
+
+        def write(temporary: str) -> dict[str, Any] | None:
+            if not trainers.is_first_of_host:
+                return None
+            files = (
+                writer if trainers.is_first else CheckpointFiles.join(Path(temporary), writer.path)
+            )
+            if trainers.is_first:
+                files.write_bytes(_DENSE, _dense_state(state))
+            nums_records = [
+                files.write_records(
+                    _records_name(group.index, trainers.host), store.snapshot(), group.record_width
+                )
+                for group, store in zip(groups, state.embeddings.stores, strict=True)
+            ]
+            return {"files": files.files, "nums_records": nums_records}
+
+        def put_in_place(parts: Sequence[Mapping[str, Any]]) -> None:
+            if not trainers.is_first:
+                return
+            nums_records = [
+                sum(of_group)
+                for of_group in zip(*(part["nums_records"] for part in parts), strict=True)
+            ]
+            content = {
+                "step": step,
+                "num_skipped": list(state.embeddings.num_skipped),
+                "position": asdict(position),
+                "config": config,
+                "environment": environment(),
+                "num_hosts": trainers.num_hosts,
+                "groups": [
+                    _describe(group) | {"num_records": num_records}
+                    for group, num_records in zip(groups, nums_records, strict=True)
+                ],
+            }
+            writer.files += [file for part in parts[1:] for file in part["files"]]
+            writer.write_manifest(content)
+            stack.close()
+            prune(folder, newest=step, keep=keep, say=say)
+
+        temporary = trainers.all_do("a checkpoint's folder", begin)[0]
+        written = trainers.all_do("a checkpoint's files", lambda: write(temporary))
+        trainers.all_do(
+            "a checkpoint to be put in place",
+            lambda: put_in_place([part for part in written if part is not None]),
+        )
+    return writer.path
+
+
+def find_checkpoint(
+    folder: Path, *, on_damaged: Callable[[CheckpointError], None]
+) -> SavedRun | None:
+    """The newest valid checkpoint in `folder`, every checksum compared; None when there is no
+    checkpoint at all.
+
+    Args:
+        folder: where the run's checkpoints are.
+        on_damaged: told about each newer checkpoint that is damaged.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all of them are damaged.
+    """
+    damages: list[CheckpointError] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            damages.append(error)
+            on_damaged(error)
+    if damages:
+        raise CheckpointError(
+            f"{folder}: none of its {len(damages)} checkpoints is valid; the newest: {damages[0]}"
+        )
+    return None
+
+
+def open_checkpoint(path: Path) -> SavedRun:
+    """Reads a checkpoint's manifest and compares every file's checksum. CheckpointError: names the
+    file that is damaged.
+    """
+    saved = read_checkpoint(path)
+    verify_files(path, saved.files)
+    return saved
+
+
+def read_checkpoint(path: Path) -> SavedRun:
+    """As `open_checkpoint`, for a checkpoint whose files have been compared. CheckpointError: the
+    manifest is damaged.
+    """
+    try:
+        return _saved_run(path, read_manifest(path))
+    except (KeyError, TypeError, ValueError) as error:  # with the right checksum of itself
+        raise CheckpointError(
+            f"{path}: its manifest is not one that Bagpipe writes: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _saved_run(path: Path, manifest: Mapping[str, Any]) -> SavedRun:
+    groups, num_hosts = manifest["groups"], manifest.get("num_hosts", 1)
+    files = [entry | {"size_bytes": int(entry["size_bytes"])} for entry in manifest["files"]]
+    found = sorted(entry["name"] for entry in files)
+    if len(found) != 1 + len(groups) * num_hosts or found != sorted(
+        [_DENSE]
+        + [_records_name(group, host) for group in range(len(groups)) for host in range(num_hosts)]
+    ):
+        raise ValueError(
+            f"it lists the files {found}, which are not those of {len(groups)} groups on "
+            f"{num_hosts} hosts"
+        )
+    return SavedRun(
+        path=path,
+        step=manifest["step"],
+        # which older ones did not count
+        num_skipped=manifest.get("num_skipped", [0] * len(groups)),
+        position=Position(**manifest["position"]),
+        config=manifest["config"],
+        environment=manifest["environment"],
+        groups=groups,
+        num_hosts=num_hosts,
+        files=files,
+    )
+
+
+def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """The differences between a checkpoint's configuration and `config` that leave the numbers
+    alone.
+
+    CheckpointError: others exist; lists every difference and which of them matter.
+    """
+    differences = compare_configs(saved.config, config)
+    mattering = [difference for difference in differences if difference.matters]
+    free = tuple(difference for difference in differences if not difference.matters)
+    if mattering:
+        lines = [
+            f"{saved.path}: belongs to a run with another configuration, its numbers would be "
+            "those of neither run"
+        ]
+        lines += [f"  {difference}" for difference in mattering]
+        lines += [f"  {difference} (this one would not matter)" for difference in free]
+        raise CheckpointError(
+            "\n".join([*lines, "Set these as they were, or start a new run in another log.folder"])
+        )
+    return free
+
+
+def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) -> None:
+    """Puts a verified checkpoint's content into a freshly built state; of several `trainers` a
+    host's first loads its records.
+
+    Raises:
+        CheckpointError: the state was built for other tables or another model.
+        StoreError: a store can't be written.
+    """
+    expected = [_describe(group) for group in state.embeddings.groups]
+    found = [
+        {key: value for key, value in group.items() if key != "num_records"}
+        for group in saved.groups
+    ]
+    if found != expected:
+        raise CheckpointError(
+            f"{saved.path}: holds other tables than this run has:\n  {found}\n  {expected}"
+        )
+    _load_dense_state(saved.path / _DENSE, state)
+    for group, store, entry in zip(
+        state.embeddings.groups, state.embeddings.stores, saved.groups, strict=True
+    ):
+        if trainers.is_first_of_host:
+            _load_records(saved, group, store, entry["num_records"], trainers)
+    state.embeddings.step = saved.step
+    state.embeddings.num_skipped[:] = saved.num_skipped
+
+
+def environment() -> dict[str, Any]:
+    """What, beside the configuration, decides the last bits of a result."""
+    return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
+
+
+def _records_name(group: int, host: int) -> str:
+    return f"group-{group}.arrow" if host == 0 else f"group-{group}.host-{host}.arrow"
+
+
+def _describe(group: Group) -> dict[str, Any]:
+    return {
+        "tables": {table.name: table.num_embeddings for table in group.tables},
+        "embedding_dim": group.embedding_dim,
+        "data_type": group.data_type,
+        "record_width": group.record_width,
+    }
+
+
+def _dense_state(state: State) -> memoryview:
+    buffer = io.BytesIO()
+    content = {
+        "model": {
+            name: value
+            for name, value in state.model.state_dict().items()
+            if isinstance(value, Tensor)
+        },
+        "optimizer": state.optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
+def _load_dense_state(path: Path, state: State) -> None:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    expected = {
+        name for name, value in state.model.state_dict().items() if isinstance(value, Tensor)
+    }
+    if expected != content["model"].keys():
+        raise CheckpointError(
+            f"{path}: holds another model: {sorted(expected ^ content['model'].keys())} are in "
+            "only one of them"
+        )
+    try:
+        # embeddings are loaded from their records
+        state.model.load_state_dict(content["model"], strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: holds another model: {error}") from error
+    load_optimizer(state.optimizer, content["optimizer"])
+    torch.set_rng_state(content["random"])
+    if len(content["random_cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(content["random_cuda"])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads a state that may have been saved on another kind of device: where Adam counts its steps
+    is this run's to say.
+    """
+    capturable = [group.get("capturable") for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, is_capturable in zip(optimizer.param_groups, capturable, strict=True):
+        if is_capturable is None:
+            continue
+        group["capturable"] = is_capturable
+        for parameter in group["params"]:
+            values = optimizer.state.get(parameter, {})
+            if "step" in values:
+                values["step"] = values["step"].to(parameter.device if is_capturable else "cpu")
+
+
+def _load_records(
+    saved: SavedRun, group: Group, store: EmbeddingStore, num_records: int, trainers: Trainers
+) -> None:
+    store.clear()
+    num_read = 0
+    for host in range(saved.num_hosts):
+        for rows, records in read_records(
+            saved.path / _records_name(group.index, host), group.record_width
+        ):
+            num_read += len(rows)
+            if trainers.num_hosts > 1:
+                is_own = home_hosts(rows, trainers.num_hosts) == trainers.host
+                rows, records = rows[is_own], records[is_own]
+            store.write(rows, records)
+    if num_read != num_records:
+        raise CheckpointError(
+            f"{saved.path}: holds {num_read:,} records of {group.name}, its manifest says "
+            f"{num_records:,}"
+        )

@@ -1,0 +1,97 @@
+"""A run's folder: made, locked for one process, and asked what an earlier run left in it."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from bagpipe.checkpoint.files import list_checkpoints, remove_temporary, step_of
+from bagpipe.errors import ConfigError
+from bagpipe.native.files import make_folder
+from bagpipe.native.fork import in_child
+from bagpipe.train.trainers import Trainers
+
+
+@contextmanager
+def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
+    """Makes the folder and holds it for this process; yields its folder of checkpoints, cleared of
+    unfinished ones, or of what can be; `say` is told what can't.
+
+    The operating system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: the folder can't be written, or another process trains in it.
+    """
+    checkpoints = folder / "checkpoints"
+    try:
+        make_folder(checkpoints)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"log.folder = {str(folder)!r}: can't be written: {error.strerror}: give another one"
+        ) from error
+    in_child(lock, TextIOWrapper.close)  # which would hold it after this process has ended
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"log.folder = {str(folder)!r}: another process trains in it: give another one"
+            ) from error
+        remove_temporary(checkpoints, say)
+        yield checkpoints
+
+
+def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
+    """Raises ConfigError on all ranks unless each host sees in its `folder` what rank 0 puts
+    there.
+    """
+    if trainers.num_hosts == 1:
+        return
+    with ExitStack() as stack:
+
+        def put() -> str | None:
+            return (
+                Path(stack.enter_context(NamedTemporaryFile(dir=folder, prefix=".seen-")).name).name
+                if trainers.is_first
+                else None
+            )
+
+        def look() -> None:
+            if not (folder / name).exists():
+                raise ConfigError(
+                    f"log.folder = {str(folder)!r}: this host does not see what rank 0 writes "
+                    "there: give one on a file system "
+                    "that all hosts share"
+                )
+
+        name = trainers.all_do("a file in log.folder", put, ConfigError)[0]
+        trainers.all_do("a look at log.folder", look, ConfigError)
+
+
+def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:
+    """Makes sure that a new run mixes with no older one.
+
+    ConfigError: an earlier run left checkpoints, and `overwrite` is not set; with it they are
+    removed, or can't be.
+    """
+    left = list_checkpoints(checkpoints)
+    if left and not overwrite:
+        raise ConfigError(
+            f"log.folder = {str(checkpoints.parent)!r}: holds checkpoints of an earlier run, up to "
+            f"step {step_of(left[-1]):,}: "
+            "go on with it (--resume), remove them (--overwrite), or give another folder"
+        )
+    for path in left:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or path}: of an earlier run, can't be removed: "
+                f"{error.strerror or error}: remove {path}, or give another log.folder"
+            ) from error

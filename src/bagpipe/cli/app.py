@@ -1,0 +1,211 @@
+"""The `bagpipe` command. Commands import what they need when they run, so that `--help` is quick
+and torch sees its settings.
+
+A user's mistake prints one message on stderr and ends with status 2, without a traceback. A run
+that a signal ended at a step boundary, with a checkpoint, ends with 128 + the signal's number. A
+traceback means a defect of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+import bagpipe
+from bagpipe.cli.common import (
+    File,
+    Overrides,
+    console_progress,
+    mistakes_told,
+    prepare_environment,
+    tell,
+)
+from bagpipe.cli.plan import plan
+
+if TYPE_CHECKING:
+    from bagpipe.config.run import RunConfig
+    from bagpipe.distributed.communicator import Communicator
+    from bagpipe.train.trainer import Result
+
+# rich's own markup would swallow words in brackets, such as a section's name
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Prepare data and look at them."
+)
+app.add_typer(data_app, name="data")
+app.command()(plan)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)
+    ] = False,
+) -> None:
+    """Train deep recommendation models whose embedding tables do not fit the GPU.
+
+    A TOML file says what to train on what; `--set train.batch_size=4096` changes one of its keys.
+    """
+    if show_version:
+        typer.echo(f"bagpipe {bagpipe.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    file: File,
+    overrides: Overrides,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest valid checkpoint of the run's folder."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the checkpoints that an earlier run left.")
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a profile of some steps here, a .json that ui.perfetto.dev opens."
+        ),
+    ] = None,
+    trace_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps to profile; 10 by default.")
+    ] = None,
+    trace_after: Annotated[
+        int | None, typer.Option(min=0, help="Steps before the first of them; 20 by default.")
+    ] = None,
+) -> None:
+    """Train a model."""
+    console = Console()
+    with mistakes_told():
+        if resume and overwrite:
+            raise typer.BadParameter(
+                "--resume goes on with the earlier run that --overwrite removes: give one of them"
+            )
+        if trace is None and not (trace_steps is None and trace_after is None):
+            raise typer.BadParameter(
+                "--trace-steps and --trace-after say which steps --trace FILE writes: give it too"
+            )
+        from bagpipe.config.load import load_config
+        from bagpipe.config.run import RunConfig
+
+        config = load_config(RunConfig, file, overrides)
+        prepare_environment(config.train.device)
+        traced = {"path": trace, "num_steps": trace_steps, "after": trace_after}
+        from bagpipe.launch.torchrun import joined_trainers
+
+        with joined_trainers() as communicator:
+            is_first = communicator is None or communicator.rank == 0
+            console.quiet = not is_first
+            result = _train(
+                console, config, communicator, resume=resume, overwrite=overwrite, traced=traced
+            )
+    _tell_end(console, config, result)
+
+
+@data_app.command("prepare")
+def prepare_data(file: File, overrides: Overrides) -> None:
+    """Turn raw files into prepared ones, as the [prepare] section says."""
+    console = Console()
+    with mistakes_told():
+        from bagpipe.config.load import load_config
+        from bagpipe.config.run import PrepareFile
+        from bagpipe.data.notes import prepare_notes
+        from bagpipe.data.prepare import prepare
+
+        config = load_config(PrepareFile, file, overrides, only=["prepare"]).prepare
+        with console_progress(console, counted=False) as show:
+            manifest = prepare(config, lambda at: show(at.stage, at.done, at.total))
+    rows = {split: f"{manifest.num_rows(split):,}" for split in ("train", "validation")}
+    skipped = (
+        f", {manifest.source.num_rows_skipped:,} skipped"
+        if manifest.source.num_rows_skipped
+        else ""
+    )
+    tell(
+        console,
+        f"{config.output}: {rows['train']} training and {rows['validation']} validation "
+        f"rows{skipped}",
+    )
+    for note in prepare_notes(manifest):
+        tell(console, note)
+
+
+@data_app.command("inspect")
+def inspect_data(
+    file: File,
+    overrides: Overrides,
+    split: Annotated[str, typer.Option(help="train or validation")] = "train",
+    batches: Annotated[int, typer.Option(min=1, help="Batches of 16,384 samples to read.")] = 100,
+    plot: Annotated[
+        Path | None, typer.Option(help="Save a plot of the skew here (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """Print how many ids each table has and how skewed its accesses are."""
+    console = Console()
+    with mistakes_told():
+        from bagpipe.config.load import load_config
+        from bagpipe.config.run import DataFile
+        from bagpipe.data import open_source
+        from bagpipe.data.inspect import inspect_source, render_table, save_plot
+        from bagpipe.data.notes import run_notes
+        from bagpipe.plots import check_can_plot
+
+        if split not in ("train", "validation"):
+            raise typer.BadParameter(f"--split {split}: must be train or validation")
+        config = load_config(DataFile, file, overrides, only=["data"]).data
+        if plot is not None:
+            check_can_plot(plot)
+        stats = inspect_source(
+            open_source(config, "train" if split == "train" else "validation"), max_batches=batches
+        )
+        console.print(render_table(stats))
+        for note in run_notes(config):
+            tell(console, note)
+        if plot is not None:
+            save_plot(stats, plot)
+            tell(console, f"plot: {plot}")
+
+
+def _train(
+    console: Console,
+    config: RunConfig,
+    communicator: Communicator | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    traced: Mapping[str, Any],
+) -> Result:
+    from bagpipe.train.progress import ConsoleReporter
+    from bagpipe.train.trace import TraceOptions
+    from bagpipe.train.trainer import train
+
+    given = {key: value for key, value in traced.items() if value is not None}
+    trace = TraceOptions(**given) if given else None
+    with ConsoleReporter(console) as reporter:
+        return train(
+            config,
+            reporter=reporter,
+            resume=resume,
+            overwrite=overwrite,
+            trace=trace,
+            communicator=communicator,
+        )
+
+
+def _tell_end(console: Console, config: RunConfig, result: Result) -> None:
+    saved = f"checkpoint: {result.checkpoint}" if result.checkpoint is not None else "no checkpoint"
+    if result.stopped_by is not None:
+        tell(
+            console,
+            f"stopped by {result.stopped_by.name} after step {result.step:,}; {saved}; go on with "
+            "--resume",
+        )
+        raise typer.Exit(128 + result.stopped_by)
+    tell(console, f"trained {result.step:,} steps; {saved}; log: {config.log.folder}")

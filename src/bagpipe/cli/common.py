@@ -1,0 +1,113 @@
+"""What the modules of the `bagpipe` command share: arguments, how mistakes are told, what torch
+must find when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bagpipe.errors import BackgroundError, BagpipeError, PlanError
+from bagpipe.native.files import replaced
+
+File = Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        default_factory=list,
+        show_default=False,
+        help="Set a key; may be repeated.",
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Save all numbers here; - prints them."),
+]
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Turns the errors that a user can do something about into a message and status 2."""
+    try:
+        yield
+    except BagpipeError as error:
+        cause = error.__cause__ if isinstance(error, BackgroundError) else error
+        if (
+            isinstance(error, PlanError)
+            or not isinstance(cause, BagpipeError)
+            or isinstance(cause, PlanError)
+        ):
+            raise
+        notes = getattr(error, "__notes__", [])
+        tell(Console(stderr=True), "\n".join([f"error: {cause}", *notes]), style="red")
+        raise typer.Exit(2) from error
+
+
+def tell(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a sentence as it stands: no word of it is markup, and no path in it is cut in two."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def prepare_environment(device: str) -> None:
+    """Settings that torch reads when it is loaded.
+
+    Without transparent huge pages the pooled output page-faults anew at every step on a CPU, and a
+    forward takes two to three times as long. Deterministic matrix products on CUDA need a fixed
+    workspace.
+    """
+    if device != "cuda":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def console_progress(
+    console: Console, *, counted: bool = True
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Draws a bar for each stage of a long command; yields what is to be told (stage, how much is
+    done, how much there is), and shows these numbers where they are `counted`.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *((MofNCompleteColumn(),) if counted else ()),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console) as bar:
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def save_json(values: Mapping[str, Any], path: Path) -> None:
+    """Writes `values` to `path`, or to stdout for "-". ConfigError: the file can't be written."""
+    text = json.dumps(values, indent=2) + "\n"
+    if str(path) == "-":
+        typer.echo(text, nl=False)
+        return
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""How one of several trainers talks to the others."""

@@ -1,0 +1,1 @@
+"""What a user trains with: the collection of tables and its lookahead."""

@@ -1,0 +1,60 @@
+"""From what the user says of the cache to slots for each group, on the trainer's device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.errors import ConfigError
+from bagpipe.oracle.sizes import parse_rows, slots_of
+from bagpipe.types import Group
+
+AUTO_SHARE = 0.5
+"""Share of the device's free memory that `cache="auto"` takes: the model and its activations need
+the rest."""
+
+
+def slots_for(
+    cache: int | str | Sequence[int],
+    groups: Sequence[Group],
+    device: torch.device,
+    communicator: Communicator | None = None,
+) -> list[int]:
+    """Slots for each group; none gets more than it has rows.
+
+    `cache` is a number of rows over all groups, a share of them ("2%"), memory for records
+    ("4GiB"), "auto", or a number of rows for each group. Raises ConfigError for anything else. With
+    a `communicator` it is each trainer's, and "auto" is the same for all: what the one with the
+    least free memory can have, on CPUs of memory that those of a host share.
+    """
+    if isinstance(cache, bool) or not isinstance(cache, Integral | str | Sequence):
+        raise ConfigError(
+            f"cache is {cache!r}, must be rows, a size such as '4GiB' or '2%', 'auto', or a list "
+            "of rows by group"
+        )
+    if isinstance(cache, Sequence) and not isinstance(cache, str):
+        if len(cache) != len(groups):
+            raise ConfigError(f"cache has {len(cache)} entries for {len(groups)} groups")
+        return [min(int(slots), group.num_rows) for slots, group in zip(cache, groups, strict=True)]
+    size = f"{_automatic_bytes(device, communicator)}B" if cache == "auto" else str(cache)
+    return slots_of(parse_rows(size, groups, "cache"), groups)
+
+
+def _automatic_bytes(device: torch.device, communicator: Communicator | None) -> int:
+    free = _free_bytes(device)
+    if communicator is not None:
+        free = -int(communicator.largest(-free))
+        if device.type == "cpu":
+            free //= len(communicator.ranks_of_host)
+    return int(AUTO_SHARE * free)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

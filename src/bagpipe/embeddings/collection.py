@@ -1,0 +1,524 @@
+"""`EmbeddingBagCollection`: embedding tables that live in stores, used as an ordinary `nn.Module`.
+
+In training it serves only the batches that `bagpipe.lookahead` hands out, since the plan of a step
+says where its rows are. Backward updates the rows: the tables are no parameters, as with TorchRec's
+fused optimizers. In evaluation (`eval()`) it reads the stores, for any batch, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bagpipe.cache.device_cache import DeviceCache
+from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.cache.executor import Executor
+from bagpipe.cache.spans import span
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.grad_scaling import GradScaling
+from bagpipe.embeddings.lookup_function import Lookup
+from bagpipe.embeddings.pooled import PooledEmbeddings
+from bagpipe.embeddings.tables import (
+    LazyTable,
+    load_tables,
+    save_tables,
+    save_tables_together,
+    warn_of_optimizer_state,
+)
+from bagpipe.embeddings.user_tensors import check_dtype, check_stays, check_tensors
+from bagpipe.errors import ConfigError, UsageError
+from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows, same_ids
+from bagpipe.native.fork import check_same_process
+from bagpipe.store import MemoryStore
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import (
+    Float32Array,
+    Group,
+    Int64Array,
+    Jagged,
+    Optimizer,
+    TableConfig,
+    group_tables,
+)
+
+
+class EmbeddingBagCollection(nn.Module):
+    """Pooled embeddings of several tables, with the optimizer fused into backward.
+
+    ``forward`` takes a batch's jagged ids (a KeyedJaggedTensor or `bagpipe.types.Jagged`) and
+    returns `PooledEmbeddings`.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        *,
+        optimizer: Optimizer,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        store: Callable[[Group, int], EmbeddingStore] | None = None,
+        communicator: Communicator | None = None,
+    ) -> None:
+        """`store` makes the store of each group from the group and `seed`, from which rows are
+        initialised on first use.
+
+        With a `communicator` this is one of several trainers, each of which has its share of every
+        batch. Gradients are averaged over them, and all must call `backward` on a batch, those
+        without samples too, or none. Their stores must hold the same records; the default is memory
+        that all share. On several hosts that goes for the trainers of each: there `tables`, and so
+        state dicts, can't be read but by `save_tables`, and in evaluation all trainers read
+        together (`join_reading`).
+        """
+        super().__init__()
+        if communicator is not None and communicator.num_trainers == 1:
+            communicator = None
+        if store is None:
+            store = MemoryStore if communicator is None else communicator.shared_store
+        self.groups = group_tables(tables, optimizer)
+        self.stores = tuple(store(group, seed) for group in self.groups)
+        self.device = torch.device(device)
+        self.lr, self.seed, self.communicator = optimizer.lr, seed, communicator
+        self.step = 0
+        """Steps trained so far; the number that the next one gets."""
+        self.num_skipped = [0] * len(self.groups)
+        """How many of these steps did not update each group's tables, for want of a backward."""
+        self.executor: Executor | None = None
+        self._features = [group.features for group in self.groups]
+        self._failure: BaseException | None = None
+        self._current_sparse: object = None
+        self._was_served = False
+        self._to_update: tuple[DevicePlan, ...] = ()
+        # Autograd calls a function's backward only if one of its inputs wants a gradient; the
+        # tables are no tensors here.
+        self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self._scaling = GradScaling()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the embeddings' learning rate from the next backward on. ConfigError: it is no
+        number from 0 to a million.
+        """
+        replace(self.groups[0].optimizer, lr=lr)  # which looks at it
+        self.lr = lr = float(lr)
+        for cache in self.executor.caches if self.executor else ():
+            cache.lr = lr
+
+    def set_grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Says which `torch.amp.GradScaler` scales the loss, or None: none does.
+
+        From then on gradients are unscaled before they update rows. A group's gradient that is not
+        finite updates nothing, and the scaler lowers its scale, as it does for the dense part: that
+        costs a wait for the device in each backward. UsageError: there are several trainers.
+        """
+        if scaler is not None and self.communicator is not None:
+            raise UsageError(
+                "a GradScaler is not supported with several trainers, of which one alone may "
+                "overflow: use autocast with bfloat16, which needs none"
+            )
+        self._scaling.tell(scaler)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Whether backward updates the rows. The tables are no parameters, so that of a module
+        around this one does not reach them.
+        """
+        self._anchor.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda`, `half` and their like do, also those of a module around this one."""
+        check_stays(self._anchor.device, fn(torch.zeros(1, device=self.device)))
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def forward(self, sparse: Any) -> PooledEmbeddings:
+        """Looks up and pools the ids of one batch.
+
+        In training, `sparse` must be that of the batch which `bagpipe.lookahead` handed out last,
+        and may be passed once.
+        """
+        if not self.training:
+            return PooledEmbeddings(self._features, self._read(as_jagged(sparse)))
+        plans = self._plans_of(sparse)
+        self._was_served = torch.is_grad_enabled() and self._anchor.requires_grad
+        assert self.executor is not None
+        return PooledEmbeddings(
+            self._features,
+            [
+                Lookup.apply(
+                    self._anchor,
+                    self.executor,
+                    index,
+                    plan,
+                    self._autocast_dtype(),
+                    self._scaling,
+                )  # type: ignore[no-untyped-call]
+                for index, plan in enumerate(plans)
+            ],
+        )
+
+    def lookup(
+        self,
+        sparse: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """`forward` outside of autograd, for training loops that call `update` themselves: pooled
+        embeddings (B, F, D), by group.
+
+        In `dtype`, float32 or bfloat16, or written to `out`, contiguous tensors of either type.
+        """
+        with span("lookup"):
+            plans = self._plans_of(sparse)
+            check_dtype(self.step, dtype)
+            if out is not None:
+                self._check_tensors("lookup's out", out, plans, contiguous=True)
+            self._was_served, self._to_update = True, plans
+            assert self.executor is not None
+            outs = [None] * len(plans) if out is None else out
+            return [
+                cache.lookup(plan, dtype=dtype, out=into)
+                for cache, plan, into in zip(self.executor.caches, plans, outs, strict=True)
+            ]
+
+    def update(self, grads: Sequence[Tensor]) -> None:
+        """Updates the rows of the last `lookup` with its result's gradients (B, F, D), float32 or
+        bfloat16; once a step.
+        """
+        if (
+            self.executor is None
+            or not self._to_update
+            or self.executor.current is not self._to_update
+        ):
+            raise UsageError(
+                f"step {self.step}: update was called without a lookup in this step, or twice: "
+                "call lookup, then update, once each"
+            )
+        if not self._anchor.requires_grad:
+            raise UsageError(
+                f"step {self.step}: update was called, but requires_grad_(False) has frozen the "
+                "embeddings"
+            )
+        self._check_tensors("update's gradients", grads, self._to_update)
+        unscaled = [self._scaling.unscaled(grad) for grad in grads]
+        with span("update"), self.executor.undivided():
+            for index, (plan, grad) in enumerate(zip(self._to_update, unscaled, strict=True)):
+                if grad is not None:
+                    self.executor.update(index, plan, grad)
+            self._to_update = ()
+
+    def _check_tensors(
+        self,
+        what: str,
+        tensors: Sequence[Tensor],
+        plans: Sequence[DevicePlan],
+        *,
+        contiguous: bool = False,
+    ) -> None:
+        shapes = {
+            group.name: (plan.batch_size, plan.num_features, group.embedding_dim)
+            for group, plan in zip(self.groups, plans, strict=True)
+        }
+        check_tensors(
+            f"step {self.step}: {what}",
+            tensors,
+            shapes,
+            device=self._anchor.device,
+            contiguous=contiguous,
+        )
+
+    def _autocast_dtype(self) -> torch.dtype:
+        """bfloat16 where autocast asks for it, else the rows' own type."""
+        kind = self.device.type
+        is_bfloat16 = (
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        )
+        return torch.bfloat16 if is_bfloat16 else torch.float32
+
+    def start(
+        self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None
+    ) -> Executor:
+        """Gives the tables a cache of `num_slots` for each group and an executor of plans; `stop`
+        ends the one before first.
+
+        `num_replica_slots` are for rows that other trainers own, if there are any: for each group
+        those of one step.
+        """
+        assert self.executor is None
+        if len(num_slots) != len(self.groups):
+            raise ConfigError(
+                f"num_slots has {len(num_slots)} entries for {len(self.groups)} groups"
+            )
+        replicas = (
+            [0] * len(self.groups)
+            if num_replica_slots is None
+            else [2 * slots for slots in num_replica_slots]
+        )
+        caches = [
+            DeviceCache(
+                group=group,
+                num_slots=slots,
+                num_replica_slots=more,
+                device=self.device,
+                lr=self.lr,
+                seed=self.seed,
+            )
+            for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)
+        ]
+        self._pid = os.getpid()
+        self.executor = Executor(caches, self.stores, self.communicator, self.num_skipped)
+        return self.executor
+
+    def begin_step(self, sparse: object) -> None:
+        """Makes the rows of the next submitted plan ready; `sparse` is the batch's sparse part as
+        the user will pass it.
+        """
+        assert self.executor is not None
+        self.executor.begin_step()
+        self._current_sparse, self._was_served = sparse, False
+
+    def end_step(self) -> None:
+        """Closes the step that `begin_step` opened, if there is one."""
+        if self.executor is None or self.executor.current is None:
+            return
+        self.step = self.executor.step + 1  # twice is once, should an interrupt come here
+        self._current_sparse = None
+        self.executor.end_step()
+
+    def flush(self) -> None:
+        """Writes all resident rows to the stores, which then hold the whole truth until the next
+        update.
+
+        Raises UsageError when rows were lost by an earlier failure.
+        """
+        self._check_nothing_lost()
+        self._check_not_forked()
+        if self.executor is not None:
+            self.executor.flush()
+
+    def _check_not_forked(self) -> None:
+        if self.executor is not None:
+            check_same_process(self._pid, "embeddings in training")
+
+    def _check_nothing_lost(self) -> None:
+        if self._failure is not None:
+            raise UsageError(
+                f"embedding rows were lost after step {self.step} ({self._failure}): restore a "
+                "checkpoint into new embeddings"
+            ) from self._failure
+
+    def stop(self) -> None:
+        """Closes an open step, flushes and gives the cache back; `eval()` and a new
+        `bagpipe.lookahead` go on from here.
+        """
+        self._check_not_forked()
+        try:
+            self.end_step()
+            self.flush()
+        except BaseException as error:
+            # After an interrupt it can be called again, unless other trainers have gone on.
+            if isinstance(error, Exception) or self.communicator is not None:
+                self.fail(error)
+            raise
+        self._end_executor()
+
+    def fail(self, error: BaseException) -> None:
+        """Gives the cache back without flushing, because moving rows failed; the tables refuse all
+        use from now on.
+        """
+        if self.executor is not None:
+            self._failure = error
+            if self.communicator is not None:
+                self.communicator.tell_failed(error)
+            self._end_executor()
+
+    def _end_executor(self) -> None:
+        if self.executor is not None:
+            self.executor.close(has_failed=self._failure is not None)
+            self.executor = None
+            self._current_sparse = None
+
+    def close(self) -> None:
+        """Stops and closes the stores; nothing can be read afterwards. After a failure, which has
+        been raised, and in a forked child, only closes.
+        """
+        try:
+            if self._failure is None and (self.executor is None or self._pid == os.getpid()):
+                self.stop()
+        finally:
+            for store in self.stores:
+                store.close()
+
+    def tables(self) -> dict[str, LazyTable]:
+        """Every table's weights by name, read block by block from the stores; flushed first.
+
+        Raises UsageError when rows were lost by an earlier failure.
+        """
+        # where they can't be read, and flushing would wait for ranks that do not ask
+        if self._has_hosts:
+            self._check_nothing_lost()
+        else:
+            self.flush()
+        return self._tables(self._make_readable)
+
+    def save_tables(self, path: str | Path) -> None:
+        """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in
+        bounded memory.
+
+        With several hosts all trainers must call it, and rank 0 writes.
+
+        Raises:
+            StoreError: the file can't be written, as on a full disk; one that was there before is
+            as it was.
+        """
+        if not self._has_hosts:
+            save_tables(
+                {_weight_key(name): table for name, table in self.tables().items()}, Path(path)
+            )
+            return
+        assert self.communicator is not None
+        self.flush()
+        tables = {_weight_key(name): table for name, table in self._tables(self.flush).items()}
+        save_tables_together(tables, Path(path), self.communicator)
+
+    def join_reading(self) -> None:
+        """With several hosts: helps other ranks to read a batch in evaluation, on a rank that has
+        none for its part.
+        """
+        for group, store in zip(self.groups, self.stores, strict=True):
+            self._fetch(store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32))
+
+    @property
+    def _has_hosts(self) -> bool:
+        return self.communicator is not None and self.communicator.num_hosts > 1
+
+    def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
+        return {
+            table.name: LazyTable(store, index, flush, self._fetch, self._check_idle)
+            for group, store in zip(self.groups, self.stores, strict=True)
+            for index, table in enumerate(group.tables)
+        }
+
+    def _check_idle(self, what: str) -> None:
+        """Refuses to write to the stores while the cache has newer rows, and would undo it."""
+        if self.executor is not None:
+            raise UsageError(
+                f"{what} while bagpipe.lookahead is running: load before the training loop, or "
+                "call stop()"
+            )
+
+    def _make_readable(self) -> None:
+        if self._has_hosts:
+            raise UsageError(
+                "the tables' rows are divided among several hosts, so one trainer can't read them: "
+                "call save_tables(path) on all, "
+                "and read the file that rank 0 writes"
+            )
+        self.flush()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "embedding tables are neither copied nor pickled whole, they may not fit in memory: "
+            "use save_tables(path), or load "
+            "state_dict() into another EmbeddingBagCollection"
+        )
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
+        destination.update(
+            {prefix + _weight_key(name): table for name, table in self.tables().items()}
+        )
+
+    def _load_from_state_dict(  # the signature is nn.Module's
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes each table's weights from a tensor or a `LazyTable`; optimizer state is kept, of
+        which an `OptimizerStateWarning` tells.
+        """
+        self._check_idle("load_state_dict")
+        known = {prefix + _weight_key(name): table for name, table in self.tables().items()}
+        num_loaded = load_tables(known, state_dict, missing_keys, error_msgs)
+        if num_loaded and any(group.state_width for group in self.groups):
+            warn_of_optimizer_state(num_loaded, type(self.groups[0].optimizer).__name__)
+        unexpected_keys.extend(
+            key for key in state_dict if key.startswith(prefix) and key not in known
+        )
+
+    def _plans_of(self, sparse: Any) -> tuple[DevicePlan, ...]:
+        """The current step's plans, after a look at whether they can be those of `sparse`."""
+        if self.executor is None or self.executor.current is None:
+            raise UsageError(
+                "no batch is being trained: iterate over bagpipe.lookahead(loader, embeddings) and "
+                "pass each batch's sparse part, "
+                "or call eval() to read rows without training"
+            )
+        if self._was_served:
+            raise UsageError(
+                f"step {self.step}: forward was called twice for one batch; its rows can be "
+                "updated only once"
+            )
+        if sparse is not self._current_sparse and not same_ids(
+            as_jagged(sparse), as_jagged(self._current_sparse)
+        ):
+            raise UsageError(
+                f"step {self.step}: forward was given other ids than those of the batch that "
+                "bagpipe.lookahead handed out last; "
+                "its plan is for that batch alone"
+            )
+        return self.executor.current
+
+    def _read(self, batch: Jagged) -> list[Tensor]:
+        """Pools rows straight from the stores."""
+        check_features(self.groups, batch)
+        self.flush()
+        return [
+            self._read_group(group, store, batch)
+            for group, store in zip(self.groups, self.stores, strict=True)
+        ]
+
+    def _read_group(self, group: Group, store: EmbeddingStore, batch: Jagged) -> Tensor:
+        lookups = group_lookups(group, batch)
+        rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
+        records = np.empty((len(rows), group.record_width), np.float32)
+        self._fetch(store, rows, records)
+        cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=self.lr)
+        cache.fill(
+            to_device(np.arange(len(rows), dtype=np.int32), self.device),
+            torch.from_numpy(records).to(self.device),
+        )
+        slots, num_features = inverse.astype(np.int32), len(group.features)
+        return cache.lookup(
+            DevicePlan.of_lookups(
+                lookups,
+                slots,
+                batch_size=batch.batch_size,
+                num_features=num_features,
+                device=self.device,
+            )
+        )
+
+    def _fetch(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
+        """Reads rows of any host."""
+        if self.communicator is None:
+            store.fetch(rows, out)
+        else:
+            self.communicator.fetch_from_homes(store, rows, out)
+
+
+def _weight_key(table: str) -> str:
+    """Where TorchRec keeps a table's weights in a state dict."""
+    return f"embedding_bags.{table}.weight"

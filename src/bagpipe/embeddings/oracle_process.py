@@ -1,0 +1,61 @@
+"""Which oracle process a trainer uses: its own, or of several on one host the one that the first of
+them starts for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.errors import ConfigError
+from bagpipe.feed.process import OracleProcess, SharedOracle
+from bagpipe.feed.stream import BatchAdapter, StreamOptions
+from bagpipe.types import UInt8Array
+
+_NAME = "the oracle process"
+_STARTED, _FAILED = "started ", "failed "
+
+
+def start_oracle(
+    batches: Iterable[Any],
+    options: StreamOptions,
+    adapter: BatchAdapter,
+    communicator: Communicator | None,
+    *,
+    num_places: int,
+    on_region: Callable[[UInt8Array], None],
+) -> SharedOracle[Any]:
+    """Starts the process on a host's first rank, joins it on the others; all must call it. Only the
+    first one's `batches` are read.
+
+    Raises ConfigError, on all ranks of a host, when the first can't start it, and BackgroundError
+    when that is gone.
+    """
+    if communicator is not None and not communicator.is_first_of_host:
+        outcome = communicator.share_text(_NAME, None)
+        if not outcome.startswith(_STARTED):
+            first = communicator.ranks_of_host[0]
+            raise ConfigError(
+                f"rank {first} could not start the oracle process: {outcome.removeprefix(_FAILED)}"
+            )
+        return SharedOracle.join(
+            outcome.removeprefix(_STARTED),
+            communicator.rank,
+            on_region=on_region,
+            join_timeout_s=communicator.timeout.total_seconds(),
+        )
+    timeout_s = (
+        {} if communicator is None else {"join_timeout_s": communicator.timeout.total_seconds()}
+    )
+    try:
+        process = OracleProcess(
+            batches, options, adapter, num_places=num_places, on_region=on_region, **timeout_s
+        )
+    except BaseException as error:
+        if communicator is not None:
+            communicator.share_text(_NAME, f"{_FAILED}{error}")
+        raise
+    if communicator is not None:
+        communicator.share_text(_NAME, f"{_STARTED}{process.address}")
+    return process

@@ -1,0 +1,216 @@
+"""Whole tables without whole tables in memory: read, loaded and saved block by block through their
+store.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import numpy as np
+import torch
+
+from bagpipe.cache.weights import TORCH_DTYPES, weights_in
+from bagpipe.errors import OptimizerStateWarning, StoreError, UsageError
+from bagpipe.native.files import replaced
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import Float32Array, Int64Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bagpipe.distributed.communicator import Communicator
+
+Fetch: TypeAlias = Callable[[EmbeddingStore, Int64Array, Float32Array], None]
+_BLOCK_ROWS = 65_536
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class LazyTable:
+    """One table's weights, (num_embeddings, embedding_dim) in the table's data type, read from its
+    store when asked for.
+
+    Slicing gives tensors: ``table[10:20]``. It is what `state_dict` holds, since the whole table
+    may not fit in memory.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        index: int,
+        flush: Callable[[], None],
+        fetch: Fetch,
+        check_idle: Callable[[str], None],
+    ) -> None:
+        """`index` of the table in the store's group; `flush` brings the store up to date before
+        each read, `fetch` reads it. `check_idle` raises where a write, named to it, would be
+        undone.
+        """
+        self._flush, self._fetch, self._check_idle = flush, fetch, check_idle
+        group = store.group
+        self._store, self._first_row = store, int(group.row_offsets[index])
+        self.shape, self.dtype = (
+            (group.tables[index].num_embeddings, group.embedding_dim),
+            TORCH_DTYPES[group.data_type],
+        )
+        self.name = group.tables[index].name
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        begin, end, step = rows.indices(len(self))
+        return self._weights(self._records(np.arange(begin, end, step))).clone(
+            memory_format=torch.contiguous_format
+        )
+
+    def blocks(self, block_rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
+        """The table from top to bottom in blocks of at most `block_rows` rows."""
+        for begin in range(0, len(self), block_rows):
+            yield self[begin : begin + block_rows]
+
+    def join_reading(self, block_rows: int = _BLOCK_ROWS) -> None:
+        """Helps another rank that reads `blocks`, with a `fetch` that all ranks must call."""
+        for _ in range(0, len(self), block_rows):
+            self._records(np.empty(0, np.int64))
+
+    def load(self, weights: Any) -> None:
+        """Overwrites the table with `weights`, anything of its shape whose slices are tensors;
+        optimizer state is kept.
+
+        Weights of another type are rounded to the nearest. UsageError: a stream is running, or
+        they have another shape; nothing is written then.
+        """
+        self._check_idle(f"table {self.name!r}: load")
+        if tuple(weights.shape) != self.shape:
+            raise UsageError(
+                f"table {self.name!r}: load was given the shape {tuple(weights.shape)}, the "
+                f"table's is {self.shape}"
+            )
+        for begin in range(0, len(self), _BLOCK_ROWS):
+            ids = np.arange(begin, min(begin + _BLOCK_ROWS, len(self)))
+            records = self._records(ids)
+            self._weights(records).copy_(weights[begin : begin + _BLOCK_ROWS].detach())
+            self._store.write(ids + self._first_row, records)
+
+    def _weights(self, records: Float32Array) -> Tensor:
+        return weights_in(torch.from_numpy(records), self._store.group)
+
+    def _records(self, ids: Int64Array) -> Float32Array:
+        self._flush()
+        records = np.empty((len(ids), self._store.group.record_width), np.float32)
+        self._fetch(self._store, ids + self._first_row, records)
+        return records
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"table {self.name!r} is not pickled whole, it may not fit in memory: save the tables "
+            "with "
+            "embeddings.save_tables(path), and in a state dict keep only the entries that are "
+            "tensors"
+        )
+
+
+def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
+    """Writes the tables to a safetensors file, block by block.
+
+    The format (https://github.com/huggingface/safetensors, "Format") is an 8-byte little-endian
+    header length, a JSON header and the raw data; it is written here because the library's own
+    writer wants every tensor in memory at once.
+
+    StoreError: the file can't be written, and is as it was before; or a store can't be read.
+    """
+    _write_tables(tables, _all_blocks(tables), path)
+
+
+def save_tables_together(
+    tables: Mapping[str, LazyTable], path: Path, communicator: Communicator
+) -> None:
+    """As `save_tables`, of tables that all ranks must read together: rank 0 writes.
+
+    StoreError: as there, on all ranks.
+    """
+    failure: StoreError | None = None
+    if communicator.rank == 0:
+        blocks = _all_blocks(tables)
+        try:
+            _write_tables(tables, blocks, path)
+        except StoreError as error:
+            failure = error
+            for _ in blocks:  # the others, who do not know, read to the end
+                pass
+    else:
+        for table in tables.values():
+            table.join_reading()
+    told = communicator.gather_texts("the tables' file", "" if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if told[0]:
+        raise StoreError(f"on rank 0: {told[0]}")
+
+
+def _all_blocks(tables: Mapping[str, LazyTable]) -> Iterator[Tensor]:
+    return (block for table in tables.values() for block in table.blocks())
+
+
+def _write_tables(tables: Mapping[str, LazyTable], blocks: Iterable[Tensor], path: Path) -> None:
+    header: dict[str, Any] = {}
+    end = 0
+    for key, table in tables.items():
+        begin, end = end, end + table.dtype.itemsize * table.shape[0] * table.shape[1]
+        header[key] = {
+            "dtype": _SAFETENSORS_TYPES[table.dtype],
+            "shape": list(table.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    beginning = struct.pack("<Q", len(encoded)) + encoded
+    with (
+        replaced(path, StoreError, needs_bytes=len(beginning) + end) as temporary,
+        temporary.open("wb") as file,
+    ):
+        file.write(beginning)
+        for block in blocks:
+            # little-endian, as all machines are that torch runs on
+            file.write(block.view(torch.uint8).numpy().tobytes())
+
+
+def load_tables(
+    tables: Mapping[str, LazyTable],
+    state_dict: Mapping[str, Any],
+    missing_keys: list[str],
+    error_msgs: list[str],
+) -> int:
+    """Loads the tables, by key, that a state dict has; how many. What is missing or does not fit is
+    added to the lists, as `nn.Module` wants it.
+    """
+    num_loaded = 0
+    for key, table in tables.items():
+        if key not in state_dict:
+            missing_keys.append(key)
+        elif tuple(state_dict[key].shape) != table.shape:
+            error_msgs.append(
+                f"{key}: shape {tuple(state_dict[key].shape)} does not fit the table's "
+                f"{table.shape}"
+            )
+        else:
+            table.load(state_dict[key])
+            num_loaded += 1
+    return num_loaded
+
+
+def warn_of_optimizer_state(num_loaded: int, optimizer: str) -> None:
+    """Says what loading `num_loaded` tables from a state dict leaves out."""
+    warnings.warn(
+        f"load_state_dict has set the weights of {num_loaded} tables, but a state dict holds no "
+        f"optimizer state: that of {optimizer}, and the count of steps, stay as they are here. A "
+        "run that goes on from here differs from one that was never stopped; the checkpoints of "
+        "`bagpipe train` hold all of it",
+        OptimizerStateWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,341 @@
+"""From an iterable of batches to plans, all stages running beside each other.
+
+    reader -> de-duplication (pool) -in order-> linker -bounded queue-> Cacher -> (plan, batch)
+    '------------------ one thread -----------------'               '- the caller's thread -'
+
+What must be in order has a thread of its own; between reading and linking, de-duplication of
+several batches runs at a time on a pool. A `Deferred` batch is read there too. `plan_stream` never
+loads torch, and all that it takes can be pickled, so that it also runs in a process of its own
+(`bagpipe.feed.process`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+from bagpipe.errors import DataError
+from bagpipe.feed.seals import OpenBatches, Seal
+from bagpipe.jagged import (
+    as_jagged,
+    check_features,
+    check_ids,
+    find_sparse,
+    hash_ids,
+    is_share,
+    share_batch,
+    share_bounds,
+    share_of,
+)
+from bagpipe.native.pipeline import BackgroundIterator, ordered_map
+from bagpipe.native.workers import Workers
+from bagpipe.oracle.checks import checked
+from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.merge import MergedGroup, merge
+from bagpipe.oracle.rank_checks import checked_ranks
+from bagpipe.oracle.window import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
+from bagpipe.plan import StepPlan
+from bagpipe.topology import SINGLE_TRAINER, Trainers
+from bagpipe.types import Group, Jagged
+
+BatchT = TypeVar("BatchT")
+Payload = TypeVar("Payload")
+
+_LINKED_AHEAD = 2
+"""Batches read, de-duplicated and linked beyond the oracle's window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How a stream is planned; see `bagpipe.lookahead`."""
+
+    groups: tuple[Group, ...]
+    num_slots: tuple[int, ...]
+    lookahead: int | Literal["auto"] = "auto"
+    lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES
+    prefetch_depth: int = 2
+    first_step: int = 0
+    dedup_threads: int | None = None  # None: see `num_dedup_threads`
+    check: bool = False
+    trainers: Trainers = SINGLE_TRAINER
+    """Of several, batches are those of all of them together, and plans and what is handed out the
+    shares of `ranks`."""
+
+    def __post_init__(self) -> None:
+        self.trainers.check(self.groups)
+        check_window(
+            self.groups,
+            num_slots=self.num_slots,
+            lookahead=self.lookahead,
+            prefetch_depth=self.prefetch_depth,
+            num_trainers=self.trainers.num_trainers,
+        )
+
+    @property
+    def num_dedup_threads(self) -> int:
+        """By default a quarter of the cores; with several trainers, whose batches are merged and
+        plans parted there, three eighths.
+
+        No more than keep up: on shared memory they slow the sequential stages, which set the pace.
+        """
+        return self.dedup_threads or max(
+            1, (2 + (self.trainers.num_trainers > 1)) * (os.cpu_count() or 1) // 8
+        )
+
+    def make_oracle(self) -> Oracle:
+        """The oracle that these options describe; where plans are checked it makes those of all
+        ranks.
+        """
+        trainers = self.trainers
+        if self.check:
+            trainers = replace(trainers, ranks=tuple(range(trainers.num_trainers)))
+        return Oracle(
+            self.groups,
+            num_slots=self.num_slots,
+            lookahead=self.lookahead,
+            lookahead_bytes=self.lookahead_bytes,
+            prefetch_depth=self.prefetch_depth,
+            first_step=self.first_step,
+            trainers=trainers,
+            hash_plans=self.is_planned_elsewhere,
+        )
+
+    @property
+    def is_planned_elsewhere(self) -> bool:
+        """Whether there are trainers whose plans are made in another place, from batches that are
+        read there.
+        """
+        return len(self.trainers.ranks) < self.trainers.num_trainers
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchAdapter:
+    """How batches of the user's type are read; all of it runs where they are planned, and is sent
+    there.
+
+    `sparse` finds a batch's jagged ids, `share(batch, rank, num_trainers)` takes a trainer's
+    samples, and `hand_out` makes of those what the trainer is given, ids and all by default.
+    """
+
+    sparse: Callable[[Any], Any] = find_sparse
+    share: Callable[[Any, int, int], Any] = share_batch
+    hand_out: Callable[[Any], Any] | None = None
+
+    def handed_out(self, batch: Any, sparse: Any) -> tuple[Any, Any]:
+        """What the trainer is given of its samples, whose ids are `sparse`, and the ids in that."""
+        if self.hand_out is None:
+            return batch, sparse
+        batch = self.hand_out(batch)
+        return batch, self.sparse(batch)
+
+
+DEFAULT_ADAPTER = BatchAdapter()
+
+
+@dataclass(frozen=True)
+class Deferred(Generic[BatchT]):
+    """A batch that is not read yet; `read` may run in any thread, beside others."""
+
+    read: Callable[[], BatchT]
+
+
+_Read: TypeAlias = tuple[int, BatchT | Deferred[BatchT], Seal | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Generic[BatchT]):
+    """A batch and its plan."""
+
+    plan: StepPlan
+    batch: BatchT
+    sparse: Any
+    """The ids of what is handed out, the very object that it holds."""
+    peak_slots: tuple[int, ...]
+    oracle_bytes: int  # of the oracle's own state
+    ids_hash: str | None = None
+    """Of several trainers not all planned in one place: what the ids of the whole batch hash to, so
+    that they can see whether they read the same."""
+    seal: Seal | None = None
+    """Tells whether the batch has changed; None where nobody could, since it was read for this
+    stream or copied out."""
+    release: Callable[[], None] | None = None
+    """To be called once nothing reads the plan's arrays any more, steps in order; None where they
+    live by themselves."""
+
+
+def plan_stream(
+    batches: Iterable[BatchT | Deferred[BatchT]],
+    options: StreamOptions,
+    adapter: BatchAdapter = DEFAULT_ADAPTER,
+    open_batches: OpenBatches | None = None,
+) -> Iterator[Planned[BatchT]]:
+    """Yields each batch with its plan, in order; of several trainers what is the first of `ranks`'
+    share. `open_batches` are told of all that is read.
+
+    Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a
+    BackgroundError) after all batches before it.
+    """
+    with closing(plan_ranks_stream(batches, options, adapter, open_batches)) as steps:
+        for step in steps:
+            yield step[0]
+
+
+def plan_ranks_stream(
+    batches: Iterable[BatchT | Deferred[BatchT]],
+    options: StreamOptions,
+    adapter: BatchAdapter = DEFAULT_ADAPTER,
+    open_batches: OpenBatches | None = None,
+) -> Generator[tuple[Planned[BatchT], ...]]:
+    """`plan_stream` for all of `ranks`: yields for each batch what each of them gets."""
+    oracle = options.make_oracle()
+    num_threads = options.num_dedup_threads
+    with Workers("bagpipe-dedup", num_threads) as workers:
+        numbered = _sealed(batches, options.first_step, open_batches)
+        deduped = ordered_map(
+            partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads
+        )
+        linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
+        planned = oracle.plan_ranks(linked, workers)
+        if options.check:
+            planned = _checked(options, planned)
+        try:
+            for plans, deduped_batch in planned:
+                parts, ids_hash = deduped_batch.payload
+                peak_slots, oracle_bytes = oracle.peak_slots, oracle.nbytes
+                yield tuple(
+                    Planned(
+                        plan=plan,
+                        batch=batch,
+                        sparse=sparse,
+                        peak_slots=peak_slots,
+                        oracle_bytes=oracle_bytes,
+                        ids_hash=ids_hash,
+                        seal=seal,
+                    )
+                    for plan, (batch, sparse, seal) in zip(plans, parts, strict=True)
+                )
+        finally:
+            linked.close()
+
+
+def _checked(
+    options: StreamOptions, planned: Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]
+) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
+    """Takes the plans of all ranks, and passes on those of `ranks`."""
+    if options.trainers.num_trainers == 1:
+        firsts = ((plans[0], batch) for plans, batch in planned)
+        return (
+            ((plan,), batch) for plan, batch in checked(options.groups, options.num_slots, firsts)
+        )
+    every = checked_ranks(options.groups, options.num_slots, options.trainers, planned)
+    return (
+        (tuple(plans[rank] for rank in options.trainers.ranks), batch) for plans, batch in every
+    )
+
+
+def _sealed(
+    batches: Iterable[BatchT | Deferred[BatchT]], first_step: int, open_batches: OpenBatches | None
+) -> Iterator[_Read[BatchT]]:
+    """What is read, sealed before the loader, which may use its buffers again, is asked for more.
+    What a `Deferred` reads is nobody else's.
+    """
+    for step, item in enumerate(batches, first_step):
+        seal = None if isinstance(item, Deferred) else Seal(item, step)
+        if seal is not None and open_batches is not None:
+            open_batches.add(seal)
+        yield step, item, seal
+        if open_batches is not None:
+            open_batches.forget_ended()
+
+
+def _dedup(
+    options: StreamOptions, adapter: BatchAdapter, read: _Read[BatchT]
+) -> DedupedBatch[tuple[list[tuple[BatchT, Any, Seal | None]], str | None]]:
+    step, item, seal = read
+    batch = item.read() if isinstance(item, Deferred) else item
+    num_trainers = options.trainers.num_trainers
+    try:
+        sparse = adapter.sparse(batch)
+        jagged = as_jagged(sparse)
+        check_features(options.groups, jagged)
+        deduped: tuple[DedupedGroup | MergedGroup, ...]
+        if num_trainers == 1:
+            shares = [jagged]
+            deduped = tuple(dedup(group, jagged) for group in options.groups)
+            own_parts = [(batch, sparse)]
+        else:
+            check_ids(jagged)
+            ranks = options.trainers.ranks
+            own = {rank: _share_of(batch, jagged, rank, num_trainers, adapter) for rank in ranks}
+            shares = [
+                own[rank][2] if rank in own else share_of(jagged, rank, num_trainers)
+                for rank in range(num_trainers)
+            ]
+            deduped = tuple(
+                merge(group, [dedup(group, each) for each in shares]) for group in options.groups
+            )
+            own_parts = [own[rank][:2] for rank in ranks]
+        parts = _handed_out(own_parts, adapter, batch, seal)
+    except DataError as error:
+        # which may be why
+        change = None if seal is None else seal.change()
+        raise DataError(f"step {step}: {change or error}") from error
+    # Of several trainers all ids, whatever is handed out: hosts must grow their windows alike, and
+    # each hands out to its own ranks.
+    handed_out = (
+        [jagged]
+        if adapter.hand_out is None or num_trainers > 1
+        else [as_jagged(sparse) for _, sparse, _ in parts]
+    )
+    return DedupedBatch(
+        payload=(parts, hash_ids(jagged) if options.is_planned_elsewhere else None),
+        payload_bytes=sum(_num_bytes(ids) for ids in handed_out),
+        batch_size=jagged.batch_size,
+        groups=deduped,
+        share_sizes=tuple(each.batch_size for each in shares),
+    )
+
+
+def _handed_out(
+    own_parts: list[tuple[BatchT, Any]], adapter: BatchAdapter, batch: BatchT, seal: Seal | None
+) -> list[tuple[BatchT, Any, Seal | None]]:
+    """What the trainers are given of their samples, the ids in that, and its seal. DataError: the
+    batch has changed before all was made of it.
+    """
+    is_batch = adapter.hand_out is None and own_parts[0][0] is batch
+    if seal is not None and not is_batch and (change := seal.change()) is not None:
+        raise DataError(change)
+    parts = [adapter.handed_out(*part) for part in own_parts]
+    return [
+        (part, sparse, seal if seal is None or is_batch else Seal(part, seal.step))
+        for part, sparse in parts
+    ]
+
+
+def _share_of(
+    batch: Any, jagged: Jagged, rank: int, num_trainers: int, adapter: BatchAdapter
+) -> tuple[Any, Any, Jagged]:
+    """A rank's samples of a batch of ids `jagged`, and their ids in both forms. DataError: they are
+    others than the rank's.
+    """
+    part = adapter.share(batch, rank, num_trainers)
+    sparse = adapter.sparse(part)
+    ids = as_jagged(sparse)
+    if not is_share(ids, jagged, rank, num_trainers):
+        begin, end = share_bounds(jagged.batch_size, rank, num_trainers)
+        raise DataError(
+            f"share(batch, {rank}, {num_trainers}) has other ids than samples {begin:,} to {end:,} "
+            "of the batch, which are planned "
+            "for that rank"
+        )
+    return part, sparse, ids
+
+
+def _num_bytes(ids: Jagged) -> int:
+    return sum(
+        array.nbytes for array in (ids.values, ids.offsets, ids.weights) if array is not None
+    )

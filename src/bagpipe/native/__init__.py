@@ -1,0 +1,1 @@
+"""Doors to numba, to raw memory, threads, forks and files: what depends on the machine."""

@@ -1,0 +1,311 @@
+"""The Oracle Cacher of one group: turns de-duplicated batches into slots, fetches and evictions.
+Sequential and pure.
+
+A batch, linked by `bagpipe.oracle.linker`, is first *admitted* to the window, so that its rows'
+next use is known; later it is *planned*, which gives each of its rows a slot. Between the two lie
+`lookahead` batches. A row is *settled* once `prefetch_depth` steps have passed since its last use,
+so that its slot can be filled ahead; only then it may leave. A cache is *tight* for a step that it
+could not hold together with the `prefetch_depth` before it, were no row used twice: then all rows
+are settled at once, and those used of late leave as late as the step itself, which has to wait for
+their slots. (Were the others to go first, hardly any choice would be left.)
+
+Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). Of settled rows go in
+this order, and no further than needed,
+
+1. those with no known next use, the longest unused first (in one batch: in its order),
+2. those with the farthest next use (of one next use: the one of which that has been known longest,
+   and what became known at once in the order of the batch that made it known).
+
+In a large cache, and where several hosts share one, that is the order within each of its shards
+(see `bagpipe.oracle.shards`).
+
+Where a planned batch finds a row's slot depends on the row's last use: in a small ring when that is
+not settled yet, as for most rows; in the queue of settled rows that wait for this step; and nowhere
+when the row must be fetched.
+
+State, all flat arrays so that one step is a few loops without a hash table (`_loops`, `_queues`):
+per row 4 bytes, its slot or when it was evicted; per slot 28 to 36 bytes, its row and its place in
+the eviction queues; per unsettled use 4 bytes. The linker's is besides.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+
+from bagpipe.errors import CacheTooSmallError
+from bagpipe.native.jit import jit
+from bagpipe.oracle.dedup import DedupedGroup
+from bagpipe.oracle.eviction import loops, queues, shard_loops
+from bagpipe.oracle.linker import OCCURRENCES, LinkedGroup, Linker, roomy_ring
+from bagpipe.oracle.merge import MergedGroup
+from bagpipe.oracle.shards import num_slots_needed, slot_bounds
+from bagpipe.plan import GroupPlan, Transfers
+from bagpipe.types import BoolArray, Group, Int32Array, Int64Array
+
+_NO_ROWS, _NO_USES, _NO_USERS = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """A planned batch whose rows are not settled yet."""
+
+    step: int
+    first_occurrence: int
+    bounds: Int64Array  # (S + 1,) where in it each shard's rows begin
+
+    @property
+    def num_uniques(self) -> int:
+        return int(self.bounds[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """A step of the cache of one group, or of the caches of all trainers: slot s is then slot s //
+    n of rank s % n of n.
+    """
+
+    linked: LinkedGroup
+    unique_slots: Int32Array  # (U,)
+    early: Transfers
+    late: Transfers
+    before: tuple[int, int]  # the step before's first occurrence, and how many rows it uses
+    after: Int32Array  # (V,) `previous` of the step after
+
+    @property
+    def batch(self) -> DedupedGroup | MergedGroup:
+        """What the step uses."""
+        return self.linked.batch
+
+    @cached_property
+    def was_used_before(self) -> BoolArray:
+        """Whether the step before uses a row, too: (U,)."""
+        return _are_among(self.linked.previous, *self.before)
+
+    @cached_property
+    def is_used_next(self) -> BoolArray:
+        """Whether the step after uses a row, too: (U,)."""
+        return _come_again(self.after, self.linked.first_occurrence, len(self.linked.previous))
+
+    def of_single_trainer(self) -> GroupPlan:
+        """The plan of the only trainer."""
+        assert isinstance(self.batch, DedupedGroup)
+        return GroupPlan(
+            inverse=self.batch.inverse,
+            bag_offsets=self.batch.bag_offsets,
+            bag_scales=self.batch.bag_scales,
+            lookup_weights=self.batch.lookup_weights,
+            schedule=self.batch.schedule(self.unique_slots),
+            early=self.early,
+            late=self.late,
+        )
+
+
+class Cacher:
+    """Plans one group's cache step by step. `admit` batches in order, then `plan` them in the same
+    order.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        num_slots: int,
+        max_lookahead: int,
+        prefetch_depth: int,
+        first_step: int = 0,
+        num_trainers: int = 1,
+        num_hosts: int = 1,
+    ) -> None:
+        """`max_lookahead` bounds how many batches are ever admitted ahead; `first_step` is the
+        number of the first batch.
+
+        Of several trainers, as many on each host, it plans all caches as one of `num_slots`, and
+        batches are `MergedGroup`s.
+        """
+        self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
+        self._ranks = shard_loops.Ranks(num_trainers=num_trainers, num_hosts=num_hosts)
+        # Of several trainers a row's update may end one step later (see GroupExchange): so long it
+        # is not settled.
+        self._num_kept_unsettled = prefetch_depth + (num_trainers > 1)
+        bounds = slot_bounds(num_slots, group.num_rows, num_hosts)
+        num_shards, shard_slots = len(bounds) - 1, int(np.diff(bounds).max())
+        self.linker = Linker(group, num_shards=num_shards, first_step=first_step)
+        """Links batches before they are admitted; may run ahead in another thread."""
+        self._first_step = self._next_step = self._next_admitted = self._next_taken = first_step
+        self._state = loops.State(
+            slots_of_rows=np.full((group.num_rows, 1), -1, np.int32),
+            rows_of_slots=np.full(num_slots, -1, np.int64),
+            slot_bounds=bounds,
+            num_used=np.zeros(num_shards, np.int64),
+            oldest_unsettled=np.zeros(num_shards, np.int64),
+            unknown=queues.make_unknown_queues(num_shards, shard_slots, num_slots),
+            due=queues.make_due_queues(num_shards, shard_slots, max_lookahead + 2),
+        )
+        self._nothing = _Planned(
+            step=-1, first_occurrence=0, bounds=np.zeros(num_shards + 1, np.int64)
+        )
+        self._slots_of_uses = np.empty(1 << 16, np.int32)  # see _loops
+        self._num_unsettled = 0  # occurrences
+        self._admitted: deque[LinkedGroup] = deque()
+        self._unsettled: deque[_Planned] = deque()
+        self.evicted_blindly = False
+        """Whether the last plan evicted a row whose next use nobody knows: a longer window might
+        have chosen better."""
+
+    @property
+    def num_used_slots(self) -> int:
+        """Slots ever filled: the peak of the cache's use."""
+        return int(self._state.num_used.sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this object's own arrays and the linker's; the window's batches not included."""
+        arrays = (*self._state[:5], *self._state.unknown, *self._state.due, self._slots_of_uses)
+        return self.linker.nbytes + sum(array.nbytes for array in arrays)
+
+    def check_fits(self, linked: LinkedGroup) -> None:
+        """Raises CacheTooSmallError when the batch to be admitted next alone needs more slots than
+        there are.
+        """
+        if (np.diff(linked.bounds) > np.diff(self._state.slot_bounds)).any():
+            rows = linked.batch.unique_rows
+            raise CacheTooSmallError(
+                step=self._next_admitted,
+                group=self.group.name,
+                num_uniques=len(rows),
+                num_needed=num_slots_needed(rows, self.group.num_rows, self._ranks.num_hosts),
+                num_slots=self.num_slots,
+                num_trainers=self._ranks.num_trainers,
+            )
+
+    def admit(self, linked: LinkedGroup) -> None:
+        """Lets the window see one more batch, which must fit; the next plan takes it into
+        account.
+        """
+        self.check_fits(linked)
+        self._admitted.append(linked)
+        self._next_admitted += 1
+
+    def plan(self) -> GroupPlan:
+        """Plans the oldest admitted batch that is not planned yet, for a single trainer."""
+        return self.plan_cache().of_single_trainer()
+
+    def plan_cache(self) -> CachePlan:
+        """Plans the oldest admitted batch that is not planned yet."""
+        step, last_seen = self._next_step, self._next_admitted - 1
+        early_tick = max(self._first_step, step - self.prefetch_depth)
+        if step == self._first_step:
+            self._state.oldest_unsettled[:] = self._admitted[0].first_occurrence
+        newest = self._take_new()
+        linked = self._admitted.popleft()
+        self._next_step += 1
+        self._reserve(linked)
+        before = self._unsettled[-1] if self._unsettled else self._nothing
+        settled = (
+            self._unsettled.popleft()
+            if len(self._unsettled) > self._num_kept_unsettled
+            else self._nothing
+        )
+        slots, moved_out, moved_in, counts = loops.plan(
+            self._state,
+            newest,
+            _as_batch(linked),
+            np.array([each.first_occurrence + each.bounds for each in (settled, *self._unsettled)]),
+            shard_loops.Ticks(step=step, early=early_tick, last_seen=last_seen),
+            shard_loops.Uses(next_uses=self.linker.next_uses, slots_of_uses=self._slots_of_uses),
+            self._ranks,
+        )
+        if settled is not self._nothing:
+            self._num_unsettled -= settled.num_uniques
+            self.linker.settled = settled.step
+        evicted, fetched = shard_loops.Moved(*moved_out), shard_loops.Moved(*moved_in)
+        num_evicted_early, num_early = (
+            counts[shard_loops.EVICTED_EARLY],
+            counts[shard_loops.FETCHED_EARLY],
+        )
+        self.evicted_blindly = bool(counts[shard_loops.EVICTED_BLINDLY])
+        self._unsettled.append(
+            _Planned(step=step, first_occurrence=linked.first_occurrence, bounds=linked.bounds)
+        )
+        self._num_unsettled += len(slots)
+        return CachePlan(
+            linked=linked,
+            unique_slots=slots,
+            before=(before.first_occurrence, before.num_uniques),
+            after=self._admitted[0].previous if self._admitted else _NO_USES,
+            early=Transfers(
+                evict_rows=evicted.rows[:num_evicted_early],
+                evict_slots=evicted.slots[:num_evicted_early],
+                fetch_rows=fetched.rows[:num_early],
+                fetch_slots=fetched.slots[:num_early],
+                fence_tick=int(counts[shard_loops.EARLY_FENCE]),
+            ),
+            late=Transfers(
+                evict_rows=evicted.rows[num_evicted_early:],
+                evict_slots=evicted.slots[num_evicted_early:],
+                fetch_rows=fetched.rows[num_early:],
+                fetch_slots=fetched.slots[num_early:],
+                fence_tick=int(counts[shard_loops.LATE_FENCE]),
+            ),
+        )
+
+    def _take_new(self) -> shard_loops.Batch:
+        """The last batch that is new since the last plan, without rows if none is, once those
+        before it are taken in.
+        """
+        newest: LinkedGroup | None = None
+        for linked in islice(self._admitted, self._next_taken - self._next_step, None):
+            if newest is not None:
+                loops.admit(self._state, _as_batch(newest), self._next_taken - 1)
+            newest = linked
+            self._next_taken += 1
+        return (
+            shard_loops.Batch(_NO_ROWS, _NO_USES, _NO_USERS, self._nothing.bounds, 0)
+            if newest is None
+            else _as_batch(newest)
+        )
+
+    def _reserve(self, linked: LinkedGroup) -> None:
+        """Makes room for a batch in the ring of unsettled uses."""
+        oldest = linked.first_occurrence - self._num_unsettled
+        self._slots_of_uses = roomy_ring(
+            self._slots_of_uses, oldest, self._num_unsettled, len(linked.previous)
+        )
+
+
+def _as_batch(linked: LinkedGroup) -> shard_loops.Batch:
+    batch = linked.batch
+    return shard_loops.Batch(
+        rows=batch.unique_rows,
+        previous=linked.previous,
+        users=batch.users if isinstance(batch, MergedGroup) else _NO_USERS,
+        bounds=linked.bounds,
+        first_occurrence=linked.first_occurrence,
+    )
+
+
+@jit
+def _are_among(uses: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
+    """Whether each of `uses` (n,) is one of so many occurrences."""
+    found = np.empty(len(uses), np.bool_)
+    for index in range(len(uses)):
+        found[index] = (uses[index] >= 0) & (
+            ((uses[index] - first_occurrence) & OCCURRENCES) < num_uniques
+        )
+    return found
+
+
+@jit
+def _come_again(previous: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
+    """Whether each of so many occurrences (num_uniques,) is among `previous` (n,)."""
+    # the last one for uses before: a branch could not be foreseen
+    found = np.zeros(num_uniques + 1, np.bool_)
+    for use in previous:
+        index = (use - first_occurrence) & OCCURRENCES
+        found[np.uint32(index if (use >= 0) & (index < num_uniques) else num_uniques)] = True
+    return found[:num_uniques]

@@ -1,0 +1,201 @@
+"""The Cacher's step, compiled. It works in place on the arrays of `State`, which
+`bagpipe.oracle.eviction.cacher.Cacher` owns.
+
+`slots_of_uses`, a ring by occurrence (see `bagpipe.oracle.linker`), holds the slots that recently
+planned batches use: a row used again so soon, as most are, is found there unless it has settled
+early, and its far-away state is not touched.
+
+A step is one call, so that its thread seldom has to ask for the GIL. Threads share its shards (see
+`bagpipe.oracle.shards`): each shard plans its part of the step from end to end, and the threads
+meet only to join the parts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from bagpipe.native.jit import NUM_CRITICAL_THREADS, parallel_jit, prange, threaded
+from bagpipe.oracle.eviction.queues import DueQueues, UnknownQueue
+from bagpipe.oracle.eviction.shard_loops import (
+    DONE,
+    EARLY_FENCE,
+    EVICTED,
+    EVICTED_EARLY,
+    FETCHED,
+    FETCHED_EARLY,
+    LATE_FENCE,
+    Batch,
+    Moved,
+    Ranks,
+    Shard,
+    Ticks,
+    Uses,
+    admit_shard,
+    join_shard,
+    plan_shard,
+)
+from bagpipe.types import Int32Array, Int64Array
+
+
+class State(NamedTuple):
+    """What the Cacher knows of rows and slots. Each of S shards has queues of its own."""
+
+    # (num_rows, 1) each row's slot; -1: never evicted, -2 - tick: evicted at that tick
+    slots_of_rows: Int32Array
+    rows_of_slots: Int64Array  # (num_slots,)
+    # (S + 1,) a shard has the slots from one bound to the next, counted as `slot_at` does
+    slot_bounds: Int64Array
+    num_used: Int64Array  # (S,) how many of these were ever filled
+    oldest_unsettled: Int64Array  # (S,) the first occurrence that is not settled
+    unknown: UnknownQueue
+    due: DueQueues
+
+
+@partial(threaded, num_threads=NUM_CRITICAL_THREADS)
+@parallel_jit
+def admit(state: State, batch: Batch, step: int) -> None:
+    """Makes a new batch's settled rows, which had no known next use, due at its step."""
+    slots_of_rows, places = state.slots_of_rows, state.unknown.places
+    chunks, chains, queues = state.due.chunks, state.due.chains, state.due.queues
+    rows, previous, bounds = batch.rows, batch.previous, batch.bounds
+    oldest_unsettled = state.oldest_unsettled
+    is_done = np.zeros(len(bounds) - 1, np.bool_)
+    for shard in prange(len(bounds) - 1):
+        due = DueQueues(chunks[shard], chains[shard], queues[shard])
+        admit_shard(
+            slots_of_rows,
+            places,
+            due,
+            rows,
+            previous,
+            bounds[shard],
+            bounds[shard + 1],
+            oldest_unsettled[shard],
+            step,
+        )
+        is_done[shard] = True
+    if not is_done.all():  # an error in a parallel loop ends the loop, and is lost
+        raise AssertionError("a batch could not be admitted: memory is full")
+
+
+@partial(threaded, num_threads=NUM_CRITICAL_THREADS)
+@parallel_jit
+def plan(
+    state: State,
+    admitted: Batch,
+    batch: Batch,
+    recent: Int64Array,
+    ticks: Ticks,
+    uses: Uses,
+    ranks: Ranks,
+) -> tuple[Int32Array, tuple[Int64Array, Int32Array], tuple[Int64Array, Int32Array], Int64Array]:
+    """Admits the window's last batch, unless it has no rows, and plans a step.
+
+    `recent` (n, S + 1) are the bounds of planned batches' occurrences by shard: of the batch that
+    is old enough to settle, then of younger ones, the oldest first. Returns slots (U,), who is
+    evicted, who is fetched, each as rows and slots, and what is counted of that.
+    """
+    # numba hands no tuples to parallel loops, and drops what they write to an array that came from
+    # unpacking one.
+    slots_of_rows, rows_of_slots = state.slots_of_rows, state.rows_of_slots
+    slot_bounds, num_used = state.slot_bounds, state.num_used
+    oldest_unsettled = state.oldest_unsettled
+    unknown_slots, ends, places = state.unknown.slots, state.unknown.ends, state.unknown.places
+    chunks, chains, queues = state.due.chunks, state.due.chains, state.due.queues
+    new_rows, new_previous, new_bounds = admitted.rows, admitted.previous, admitted.bounds
+    rows, previous, users, bounds = batch.rows, batch.previous, batch.users, batch.bounds
+    first_occurrence, next_uses, slots_of_uses = (
+        batch.first_occurrence,
+        uses.next_uses,
+        uses.slots_of_uses,
+    )
+    step, early, last_seen = ticks.step, ticks.early, ticks.last_seen
+    num_trainers, num_hosts, host_slots = (
+        ranks.num_trainers,
+        ranks.num_hosts,
+        slot_bounds[-1] // ranks.num_hosts,
+    )
+    slots = np.empty(len(rows), np.int32)
+    evict_rows, evict_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
+    fetch_rows, fetch_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
+    counts = np.zeros((len(num_used), DONE + 1), np.int64)
+    for shard in prange(len(num_used)):
+        due = DueQueues(chunks[shard], chains[shard], queues[shard])
+        begin, end = new_bounds[shard], new_bounds[shard + 1]
+        admit_shard(
+            slots_of_rows,
+            places,
+            due,
+            new_rows,
+            new_previous,
+            begin,
+            end,
+            oldest_unsettled[shard],
+            last_seen,
+        )
+        unknown = UnknownQueue(unknown_slots[shard], ends[shard], places)
+        first_slot, last_fresh = slot_bounds[shard], slot_bounds[shard + 1]
+        oldest_unsettled[shard] = plan_shard(
+            Shard(
+                slots_of_rows,
+                rows_of_slots,
+                first_slot + num_used[shard],
+                last_fresh,
+                last_fresh - first_slot,
+                host_slots,
+                unknown,
+                due,
+            ),
+            Batch(rows, previous, users, bounds, first_occurrence),
+            bounds[shard],
+            bounds[shard + 1],
+            recent[:, shard : shard + 2],
+            oldest_unsettled[shard],
+            Ticks(step, early, last_seen),
+            Uses(next_uses, slots_of_uses),
+            Ranks(num_trainers, num_hosts),
+            slots,
+            Moved(evict_rows, evict_slots),
+            Moved(fetch_rows, fetch_slots),
+            counts[shard],
+        )
+        # what nobody had to leave was fresh
+        num_used[shard] += counts[shard, FETCHED] - counts[shard, EVICTED]
+    totals = counts.sum(axis=0)
+    if totals[DONE] < len(num_used):  # as in `admit`
+        raise AssertionError(
+            "a shard could not be planned: it has fewer slots than rows, which admit checks, or "
+            "memory is full"
+        )
+    for fence in (EARLY_FENCE, LATE_FENCE):
+        totals[fence] = counts[:, fence].max()
+    evicted_rows, evicted_slots = (
+        np.empty(totals[EVICTED], np.int64),
+        np.empty(totals[EVICTED], np.int32),
+    )
+    fetched_rows, fetched_slots = (
+        np.empty(totals[FETCHED], np.int64),
+        np.empty(totals[FETCHED], np.int32),
+    )
+    for shard in prange(len(num_used)):
+        begin = bounds[shard]
+        join_shard(
+            shard,
+            begin,
+            counts[:, EVICTED],
+            counts[:, EVICTED_EARLY],
+            Moved(evict_rows, evict_slots),
+            Moved(evicted_rows, evicted_slots),
+        )
+        join_shard(
+            shard,
+            begin,
+            counts[:, FETCHED],
+            counts[:, FETCHED_EARLY],
+            Moved(fetch_rows, fetch_slots),
+            Moved(fetched_rows, fetched_slots),
+        )
+    return slots, (evicted_rows, evicted_slots), (fetched_rows, fetched_slots), totals

@@ -1,0 +1,229 @@
+"""The Cacher's loops over one shard of a batch, compiled; `bagpipe.oracle.eviction.loops` runs them
+for all shards side by side.
+
+Each first gathers what is far away into a small buffer without branching on it, so that many cache
+misses are under way at a time, and then decides.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bagpipe.native.jit import jit
+from bagpipe.native.prefetch import prefetch
+from bagpipe.oracle.linker import INDEX, OCCURRENCES, STEP
+from bagpipe.types import Int32Array, Int64Array
+
+_AHEAD = 16
+"""Rows ahead for which a row's state is asked for."""
+_RECENT = 1 << 30
+"""Occurrence numbers wrap round: one that lies less than this behind another is later."""
+
+
+@jit
+def is_before(occurrence: int, other: int) -> bool:
+    """Whether an occurrence comes before another one."""
+    return ((occurrence - other) & OCCURRENCES) >= _RECENT
+
+
+@jit
+def find_resident(
+    slots_of_rows: Int32Array,
+    rows: Int64Array,
+    previous: Int32Array,
+    oldest_unsettled: int,
+    indices: Int32Array,
+    slots: Int32Array,
+    first_index: int,
+) -> int:
+    """Puts those of rows (n,) that are settled and have a slot into `slots`, and where they stand
+    in their batch into `indices`.
+
+    Returns how many these are. The first of the rows stands at `first_index`.
+    """
+    num_settled = 0
+    for index in range(len(rows)):
+        indices[num_settled] = index
+        is_settled = (previous[index] < 0) | (
+            ((previous[index] - oldest_unsettled) & OCCURRENCES) >= _RECENT
+        )
+        num_settled += is_settled
+    num_resident = 0
+    for place in range(num_settled):
+        prefetch(slots_of_rows, rows[indices[min(place + _AHEAD, num_settled - 1)]], 0)
+        index = indices[place]
+        slot = slots_of_rows[np.uint64(rows[index]), 0]
+        slots[num_resident] = slot
+        indices[num_resident] = first_index + index
+        num_resident += slot >= 0
+    return num_resident
+
+
+@jit
+def find_unsettled(
+    previous: Int32Array,
+    oldest_unsettled: int,
+    slots_of_uses: Int32Array,
+    slots: Int32Array,
+    missing: Int32Array,
+) -> int:
+    """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns
+    how many these are.
+    """
+    mask = len(slots_of_uses) - 1
+    for index in range(len(previous)):
+        is_unsettled = (previous[index] >= 0) & (
+            ((previous[index] - oldest_unsettled) & OCCURRENCES) < _RECENT
+        )
+        slot = slots_of_uses[previous[index] & mask]
+        slots[index] = slot if is_unsettled else slots[index]
+    num_missing = 0
+    for index in range(len(previous)):
+        missing[num_missing] = index
+        num_missing += slots[index] < 0
+    return num_missing
+
+
+@jit
+def sort_out(
+    settled: Int64Array,
+    step: int,
+    last_seen: int,
+    next_uses: Int32Array,
+    slots_of_uses: Int32Array,
+    unknown: Int32Array,
+    steps: Int32Array,
+    indices: Int32Array,
+    slots: Int32Array,
+) -> tuple[int, int]:
+    """Sorts out a batch's occurrences, n between two bounds, that are to settle and that no step up
+    to `step` uses again.
+
+    Fills `unknown` with the slots of those without a known next use, the others, (n,) each, with
+    what is known of the next use of the rest. Returns how many there are of both kinds.
+    """
+    mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
+    num_unknown = num_due = 0
+    for occurrence in range(settled[0], settled[1]):
+        next_step, slot = next_uses[occurrence & mask, STEP], slots_of_uses[occurrence & slots_mask]
+        is_unused = (next_step < 0) | (next_step > step)
+        is_due = (next_step >= 0) & (next_step <= last_seen)
+        unknown[num_unknown] = slot
+        num_unknown += is_unused & (not is_due)
+        steps[num_due] = next_step
+        indices[num_due] = next_uses[occurrence & mask, INDEX]
+        slots[num_due] = slot
+        num_due += is_unused & is_due
+    return num_unknown, num_due
+
+
+@jit
+def evict(
+    slots_of_rows: Int32Array,
+    rows_of_slots: Int64Array,
+    slots: Int32Array,
+    rows: Int64Array,
+    num_early: int,
+    early_tick: int,
+    late_tick: int,
+) -> None:
+    """Takes slots (n,) from their rows, which it tells: the first `num_early` at `early_tick`, the
+    others at `late_tick`.
+    """
+    for index in range(len(slots)):
+        rows[index] = rows_of_slots[np.uint32(slots[index])]
+    for index in range(len(slots)):
+        prefetch(slots_of_rows, rows[min(index + _AHEAD, len(slots) - 1)], 0)
+        slots_of_rows[np.uint64(rows[index]), 0] = -2 - (
+            early_tick if index < num_early else late_tick
+        )
+
+
+@jit
+def take_slots(
+    slots_of_rows: Int32Array,
+    rows_of_slots: Int64Array,
+    rows: Int64Array,
+    missing: Int32Array,
+    slots: Int32Array,
+    freed: Int32Array,
+    missing_rows: Int64Array,
+    evicted_at: Int32Array,
+) -> None:
+    """Gives the i-th freed slot to the i-th missing row; tells which row that is and when it was
+    evicted, -1 for never.
+    """
+    for index in range(len(missing)):
+        prefetch(slots_of_rows, rows[missing[min(index + _AHEAD, len(missing) - 1)]], 0)
+        row, slot = rows[np.uint32(missing[index])], freed[index]
+        missing_rows[index] = row
+        evicted_at[index] = -2 - slots_of_rows[np.uint64(row), 0]
+        slots_of_rows[np.uint64(row), 0] = slot
+        rows_of_slots[np.uint32(slot)] = row
+        slots[np.uint32(missing[index])] = slot
+
+
+@jit
+def old_first(
+    freed: Int32Array, young: Int64Array, slots_of_uses: Int32Array, num_slots: int
+) -> int:
+    """Puts the slots (n,) of rows not used in `young` batches, n pairs of bounds of occurrences,
+    before the others; else keeps their order. Returns how many these are.
+    """
+    if len(young) == 0:
+        return len(freed)
+    mask, is_young = len(slots_of_uses) - 1, np.zeros(num_slots, np.bool_)
+    for batch in range(len(young)):
+        for occurrence in range(young[batch, 0], young[batch, 1]):
+            # A slot that has another row since then is marked, too: that row is used later still.
+            is_young[slots_of_uses[occurrence & mask]] = True
+    kept, num_old, num_young = np.empty(len(freed), np.int32), 0, 0
+    for slot in freed:
+        if is_young[slot]:
+            kept[num_young] = slot
+            num_young += 1
+        else:
+            freed[num_old] = slot
+            num_old += 1
+    freed[num_old:] = kept[:num_young]
+    return num_old
+
+
+@jit
+def early_first(
+    missing_rows: Int64Array,
+    evicted_at: Int32Array,
+    freed: Int32Array,
+    num_ahead: int,
+    early_tick: int,
+    fetch_rows: Int64Array,
+    fetch_slots: Int32Array,
+) -> tuple[int, int, int]:
+    """Puts the fetches that may be early before the others: to one of the first `num_ahead` slots,
+    which can be filled ahead, of a row not evicted later.
+
+    Returns how many are early, the latest eviction among the early rows and among the late ones.
+    """
+    num_early, num_late = 0, 0
+    early_fence, late_fence = -1, -1
+    for index in range(len(freed)):
+        if index < num_ahead and evicted_at[index] <= early_tick:
+            place = num_early
+            num_early += 1
+            early_fence = max(early_fence, evicted_at[index])
+        else:
+            num_late += 1
+            place = len(freed) - num_late
+            late_fence = max(late_fence, evicted_at[index])
+        fetch_rows[place] = missing_rows[index]
+        fetch_slots[place] = freed[index]
+    return num_early, early_fence, late_fence
+
+
+@jit
+def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Array) -> None:
+    """Writes the slots of consecutive occurrences into the ring."""
+    begin = first_occurrence & (len(slots_of_uses) - 1)
+    num_first = min(len(slots), len(slots_of_uses) - begin)
+    slots_of_uses[begin : begin + num_first] = slots[:num_first]
+    slots_of_uses[: len(slots) - num_first] = slots[num_first:]

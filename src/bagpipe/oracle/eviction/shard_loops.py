@@ -1,0 +1,299 @@
+"""What the Cacher does for one shard of a step, compiled; `bagpipe.oracle.eviction.loops` runs all
+of them side by side."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bagpipe.native.jit import jit
+from bagpipe.oracle.eviction.queues import (
+    DueQueues,
+    UnknownQueue,
+    forget_unknown,
+    pop_due,
+    pop_unknown,
+    push_due,
+    push_unknown,
+    take_due,
+)
+from bagpipe.oracle.eviction.row_loops import (
+    early_first,
+    evict,
+    find_resident,
+    find_unsettled,
+    is_before,
+    keep_uses,
+    old_first,
+    sort_out,
+    take_slots,
+)
+from bagpipe.oracle.owners import choose_owners
+from bagpipe.oracle.shards import slot_at
+from bagpipe.types import Int32Array, Int64Array, UInt64Array
+
+EVICTED, EVICTED_EARLY, EVICTED_BLINDLY, FETCHED, FETCHED_EARLY, EARLY_FENCE, LATE_FENCE, DONE = (
+    range(8)
+)
+"""What is counted of a step: rows of each kind, the latest evictions of rows fetched early and
+late, -1 for none, and shards."""
+
+
+class Batch(NamedTuple):
+    """The distinct rows of a batch."""
+
+    rows: Int64Array  # (U,)
+    previous: Int32Array  # (U,) their previous uses
+    users: UInt64Array  # (U,) sets of ranks; only of several trainers
+    bounds: Int64Array  # (S + 1,) a shard has the rows from one bound to the next
+    first_occurrence: int
+
+
+class Ticks(NamedTuple):
+    """The clock of a step."""
+
+    step: int
+    early: int  # the tick of its early transfers
+    last_seen: int  # the last step in the window
+
+
+class Ranks(NamedTuple):
+    """Whose slots they are."""
+
+    num_trainers: int
+    num_hosts: int
+
+
+class Uses(NamedTuple):
+    """The rings of occurrences: the linker's and the Cacher's."""
+
+    next_uses: Int32Array
+    slots_of_uses: Int32Array
+
+
+class Moved(NamedTuple):
+    """Rows that are evicted or fetched, with their slots: the early ones before the late ones."""
+
+    rows: Int64Array
+    slots: Int32Array
+
+
+class Shard(NamedTuple):
+    """`State` as one shard sees it."""
+
+    slots_of_rows: Int32Array
+    rows_of_slots: Int64Array
+    first_fresh: int  # where its slots lie that were never filled
+    last_fresh: int  # behind these
+    num_slots: int
+    host_slots: int
+    unknown: UnknownQueue
+    due: DueQueues
+
+
+@jit
+def admit_shard(
+    slots_of_rows: Int32Array,
+    places: Int32Array,
+    due: DueQueues,
+    rows: Int64Array,
+    previous: Int32Array,
+    begin: int,
+    end: int,
+    oldest_unsettled: int,
+    step: int,
+) -> None:
+    """Makes those of a new batch's rows in one shard due at its step that are settled, and had no
+    known next use.
+    """
+    indices, slots = np.empty(end - begin, np.int32), np.empty(end - begin, np.int32)
+    count = find_resident(
+        slots_of_rows, rows[begin:end], previous[begin:end], oldest_unsettled, indices, slots, begin
+    )
+    forget_unknown(places, slots[:count])
+    push_due(due, np.full(count, step, np.int32), indices[:count], slots[:count])
+
+
+@jit
+def plan_shard(
+    shard: Shard,
+    batch: Batch,
+    begin: int,
+    end: int,
+    recent: Int64Array,
+    oldest_unsettled: int,
+    ticks: Ticks,
+    uses: Uses,
+    ranks: Ranks,
+    all_slots: Int32Array,
+    evicted: Moved,
+    fetched: Moved,
+    counts: Int64Array,
+) -> int:
+    """Plans a step for one shard, which has the batch's rows from `begin` to `end`.
+
+    Finds their slots, settles, frees as many slots as are missing, evicts, assigns and remembers.
+    Fills `all_slots`, `evicted` and `fetched` from `begin` on; counts itself once it is done.
+    Returns the first occurrence that is not settled now.
+    """
+    rows, slots = batch.rows[begin:end], all_slots[begin:end]
+    slots[:] = -1
+    take_due(shard.due, ticks.step, all_slots)
+    num_settled = _settle_all(shard, recent, oldest_unsettled, end - begin, ticks, uses)
+    missing = np.empty(len(slots), np.int32)
+    num_missing = find_unsettled(
+        batch.previous[begin:end], oldest_unsettled, uses.slots_of_uses, slots, missing
+    )
+    first_unsettled = (
+        recent[num_settled, 0] if num_settled < len(recent) else batch.first_occurrence + begin
+    )
+    missing, freed = missing[:num_missing], np.empty(num_missing, np.int32)
+    num_fresh, num_unknown, num_freed = _free(shard, ticks, ranks, freed)
+    if num_freed < num_missing:
+        return first_unsettled
+    # Slots of rows that were used so recently that they have only settled because the cache is
+    # tight can't be filled ahead.
+    num_ahead = num_fresh + old_first(
+        freed[num_fresh:],
+        recent[1:num_settled],
+        uses.slots_of_uses,
+        len(shard.rows_of_slots) if num_settled > 1 else 0,
+    )
+    if ranks.num_trainers > 1:
+        missing = choose_owners(missing, batch.users[begin:end], freed, ranks.num_trainers)
+
+    num_evicted, num_early = num_missing - num_fresh, num_ahead - num_fresh
+    evicted.slots[begin : begin + num_evicted] = freed[num_fresh:]
+    evict(
+        shard.slots_of_rows,
+        shard.rows_of_slots,
+        freed[num_fresh:],
+        evicted.rows[begin : begin + num_evicted],
+        num_early,
+        ticks.early,
+        ticks.step,
+    )
+    counts[EVICTED], counts[EVICTED_EARLY], counts[EVICTED_BLINDLY] = (
+        num_evicted,
+        num_early,
+        num_unknown - num_fresh,
+    )
+
+    missing_rows, evicted_at = np.empty(num_missing, np.int64), np.empty(num_missing, np.int32)
+    take_slots(
+        shard.slots_of_rows,
+        shard.rows_of_slots,
+        rows,
+        missing,
+        slots,
+        freed,
+        missing_rows,
+        evicted_at,
+    )
+    counts[FETCHED] = num_missing
+    counts[FETCHED_EARLY], counts[EARLY_FENCE], counts[LATE_FENCE] = early_first(
+        missing_rows,
+        evicted_at,
+        freed,
+        num_ahead,
+        ticks.early,
+        fetched.rows[begin:end],
+        fetched.slots[begin:end],
+    )
+    keep_uses(slots, batch.first_occurrence + begin, uses.slots_of_uses)
+    counts[DONE] = 1
+    return first_unsettled
+
+
+@jit
+def _settle_all(
+    shard: Shard,
+    recent: Int64Array,
+    oldest_unsettled: int,
+    num_rows: int,
+    ticks: Ticks,
+    uses: Uses,
+) -> int:
+    """Settles the batch that is old enough, and in a tight cache all: where the younger ones and
+    this one, of `num_rows`, could not be held together.
+
+    Returns how many of `recent` are settled now; some may have been before.
+    """
+    num_held = num_rows
+    for batch in range(1, len(recent)):
+        num_held += recent[batch, 1] - recent[batch, 0]
+    last = len(recent) if num_held > shard.num_slots else 1
+    num_settled = 0
+    for batch in range(len(recent)):
+        if not is_before(recent[batch, 0], oldest_unsettled):
+            if batch >= last:
+                break
+            _settle(shard, recent[batch], ticks, uses)
+        num_settled += 1
+    return num_settled
+
+
+@jit
+def _settle(shard: Shard, settled: Int64Array, ticks: Ticks, uses: Uses) -> None:
+    """Puts the rows of a batch's occurrences, between two bounds, into the eviction queues unless
+    they are in use again.
+    """
+    num_settled = settled[1] - settled[0]
+    unknown, steps = np.empty(num_settled, np.int32), np.empty(num_settled, np.int32)
+    indices, slots = np.empty(num_settled, np.int32), np.empty(num_settled, np.int32)
+    num_unknown, num_due = sort_out(
+        settled,
+        ticks.step,
+        ticks.last_seen,
+        uses.next_uses,
+        uses.slots_of_uses,
+        unknown,
+        steps,
+        indices,
+        slots,
+    )
+    push_unknown(shard.unknown, unknown[:num_unknown])
+    push_due(shard.due, steps[:num_due], indices[:num_due], slots[:num_due])
+
+
+@jit
+def _free(shard: Shard, ticks: Ticks, ranks: Ranks, freed: Int32Array) -> tuple[int, int, int]:
+    """Fills `freed` with slots never filled, of rows without a next use, and of those with the
+    farthest.
+
+    Returns how many are of the first kind, of the first two, and of all.
+    """
+    num_fresh = min(len(freed), shard.last_fresh - shard.first_fresh)
+    for index in range(num_fresh):
+        freed[index] = slot_at(
+            shard.first_fresh + index, shard.host_slots, ranks.num_trainers, ranks.num_hosts
+        )
+    num_unknown = num_fresh + pop_unknown(shard.unknown, freed[num_fresh:])
+    num_freed = num_unknown
+    due_step = ticks.last_seen
+    while num_freed < len(freed) and due_step > ticks.step:
+        num_freed += pop_due(shard.due, due_step, freed[num_freed:])
+        due_step -= 1
+    return num_fresh, num_unknown, num_freed
+
+
+@jit
+def join_shard(
+    shard: int,
+    begin: int,
+    num_moved: Int64Array,
+    num_early: Int64Array,
+    parts: Moved,
+    joined: Moved,
+) -> None:
+    """Copies a shard's part, which begins at `begin`, behind those of the shards before it; numbers
+    are of all shards (S,).
+    """
+    early, late = num_early[shard], num_moved[shard] - num_early[shard]
+    first_early = num_early[:shard].sum()
+    first_late = num_early.sum() + num_moved[:shard].sum() - first_early
+    joined.rows[first_early : first_early + early] = parts.rows[begin : begin + early]
+    joined.slots[first_early : first_early + early] = parts.slots[begin : begin + early]
+    joined.rows[first_late : first_late + late] = parts.rows[begin + early : begin + early + late]
+    joined.slots[first_late : first_late + late] = parts.slots[begin + early : begin + early + late]

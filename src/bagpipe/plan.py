@@ -1,0 +1,153 @@
+"""The plan of a step: all that a trainer must do with embeddings in it. Values without behaviour.
+
+Sizes in the shape comments: F features, B samples, L lookups, U unique rows of one batch, all of
+one group; see `bagpipe.types`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bagpipe.types import Float32Array, Int32Array, Int64Array
+
+MAX_PIECE_LENGTH = 128
+"""Longest run of bags that one piece of a gradient schedule sums; bounds a kernel's work whatever
+the skew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSchedule:
+    """The order and grouping of a batch's backward sums, decided from ids alone.
+
+    Unique row u is in ``unique_slots[u]``. Piece p sums gradient rows
+    ``bags[piece_offsets[p]:piece_offsets[p + 1]]`` one after the other, at most
+    ``MAX_PIECE_LENGTH`` of them. Piece u < U is the first of unique row u; further pieces of rows
+    with many lookups follow: those of row ``long_uniques[k]`` are ``U + long_offsets[k] .. U +
+    long_offsets[k + 1]``, and its gradient is its first piece plus the sum of the further ones.
+    """
+
+    unique_slots: Int32Array  # (U,)
+    bags: Int32Array  # (L,) output rows b * F + f, by unique row, in lookup order within a row
+    piece_offsets: Int32Array  # (num_pieces + 1,) into bags
+    long_uniques: Int32Array  # (num_long,) ascending
+    long_offsets: Int32Array  # (num_long + 1,), 0 first
+    bag_weights: Float32Array | None = (
+        None  # (L,) by which the gradient rows of `bags` are multiplied; None: 1
+    )
+
+    @property
+    def num_uniques(self) -> int:
+        return len(self.unique_slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfers:
+    """Records to move at one moment: first read the evicted slots, then fill the fetched ones.
+
+    A slot in ``fetch_slots`` was never filled before or stands in an ``evict_slots`` not later than
+    this one. The fetch may read the store once every eviction of ticks up to ``fence_tick`` has
+    been written (-1: nothing to wait for).
+    """
+
+    evict_rows: Int64Array  # (num_evicted,)
+    evict_slots: Int32Array  # (num_evicted,)
+    fetch_rows: Int64Array  # (num_fetched,)
+    fetch_slots: Int32Array  # (num_fetched,)
+    fence_tick: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowExchange:
+    """Rows of one group that one trainer sends to the others and gets from them at one moment,
+    packed by rank.
+    """
+
+    send: Int32Array  # (num_sent,) which of its rows, those for rank 0 first
+    send_counts: Int64Array  # (num_trainers,)
+    receive_counts: Int64Array  # (num_trainers,)
+
+    @property
+    def num_received(self) -> int:
+        return int(self.receive_counts.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupExchange:
+    """What one trainer of several exchanges in one step for one group, and applies to the rows that
+    it owns.
+
+    Replicas arrive in the slots from ``first_replica`` on, first ``replicas_later``'s, then
+    ``replicas_now``'s, each by rank. What is sent of them are own slots. ``sync_now`` and
+    ``sync_later`` are gradients: what is sent are the sums of the trainer's own bags by distinct
+    row, the u-th of its schedule. What is *now* is on the critical path, right before or after the
+    step's compute; *later* replicas travel behind the compute of the step before, *later* gradients
+    behind that of the step after.
+
+    An ``apply`` schedule gives the rows to update once; its bags are places in the trainer's own
+    sums (U,) followed by the sums received with the gradients of the same moment, so that a row's
+    contributions are added in the order of ranks.
+    """
+
+    first_replica: int
+    replicas_later: RowExchange
+    replicas_now: RowExchange
+    sync_now: RowExchange
+    sync_later: RowExchange
+    apply_now: GradientSchedule
+    apply_later: GradientSchedule
+
+    @property
+    def num_room(self) -> int:
+        """Places for the sums received, behind the trainer's own."""
+        return max(self.sync_now.num_received, self.sync_later.num_received)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """What one trainer does in one step with one group. Tick t is the moment just before the
+    compute of step t.
+
+    ``early`` transfers are issued at the plan's ``early_tick``, behind the compute of earlier
+    steps; ``late`` ones at tick ``step``, on the critical path, because their slot or their row is
+    not free sooner. A plan's early ones come before its late ones; otherwise, at one tick, late
+    ones come first.
+    """
+
+    # (L,) feature-major: for each lookup the index of its row in schedule.unique_slots
+    inverse: Int32Array
+    bag_offsets: Int32Array | None  # (F * B + 1,) into inverse; None: one lookup in every bag
+    # (B * F,) by output row, 1 / bag length for mean pooling; None: all features are summed
+    bag_scales: Float32Array | None
+    schedule: GradientSchedule
+    early: Transfers
+    late: Transfers
+    lookup_weights: Float32Array | None = (
+        None  # (L,) by which looked up rows are multiplied; None: 1
+    )
+    exchange: GroupExchange | None = None
+    """With the other trainers; None: there are none, and `schedule` says all about the update."""
+
+    @property
+    def lookup_slots(self) -> Int32Array:
+        """The slot of each lookup (L,). The device makes its own from the same two arrays."""
+        return self.schedule.unique_slots[self.inverse]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """All that a trainer must do with embeddings in one step."""
+
+    step: int
+    # when the early transfers are issued: prefetch_depth steps ahead, not before the stream's
+    # first step
+    early_tick: int
+    batch_size: int
+    groups: tuple[GroupPlan, ...]
+    lookahead: int  # batches that the oracle had seen beyond this one when it planned it
+    has_late: bool = False
+    """Whether any trainer has late transfers: then no gradient of the step before may still be on
+    its way when they are issued."""
+    joint_hash: str | None = None
+    """Of several trainers not all planned in one place: what the plan of all of them hashes to."""
+    failure: str = ""
+    """Why the last batch seen is the last one, unless the batches just end there."""

@@ -1,0 +1,122 @@
+"""Which shard of its group a row belongs to, by a hash of its number, and so on which of several
+hosts its record lives.
+
+The oracle cuts large caches by it, stores and checkpoints of several hosts are divided by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bagpipe.errors import ConfigError
+from bagpipe.native.jit import jit
+from bagpipe.types import Group, Int32Array, Int64Array
+
+_BITS = 3
+NUM_SHARDS = 1 << _BITS
+LINE_BITS = 4
+"""Binary logarithm of how many neighbouring rows share a shard: those whose 4-byte states share a
+cache line, lest threads that plan shards take lines from each other."""
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
+
+
+@jit
+def shard_of(row: int) -> np.int64:
+    """The row's shard, from 0 to `NUM_SHARDS`."""
+    return np.int64((np.uint64(row >> LINE_BITS) * _MULTIPLIER) >> np.uint64(64 - _BITS))
+
+
+@jit
+def part_of(row: int, num_parts: int) -> np.int64:
+    """The row's part where shards are dealt out, neighbours together, to so many parts: hosts, or
+    the shards of a small cache.
+    """
+    return shard_of(row) * num_parts // NUM_SHARDS
+
+
+@jit
+def home_hosts(rows: Int64Array, num_hosts: int) -> Int64Array:
+    """The host that has each row's record: (n,)."""
+    hosts = np.empty(len(rows), np.int64)
+    for index in range(len(rows)):
+        hosts[index] = part_of(rows[index], num_hosts)
+    return hosts
+
+
+@jit
+def home_lines(num_rows: int, host: int, num_hosts: int) -> tuple[Int32Array, int]:
+    """Of all lines of neighbouring rows the numbers of those whose home the host is, from 0 on,
+    else -1; and how many these are.
+    """
+    lines = np.empty(-(-num_rows >> LINE_BITS), np.int32)
+    num_own = 0
+    for line in range(len(lines)):
+        is_own = part_of(line << LINE_BITS, num_hosts) == host
+        lines[line] = num_own if is_own else -1
+        num_own += is_own
+    return lines, num_own
+
+
+def host_of(rank: int, num_trainers: int, num_hosts: int) -> int:
+    """The host of a trainer; those of one host are neighbours."""
+    return rank * num_hosts // num_trainers
+
+
+def neighbours_on(host: int, num_items: int, num_hosts: int) -> range:
+    """Which trainers, or shards, of so many are a host's."""
+    return range(host * num_items // num_hosts, (host + 1) * num_items // num_hosts)
+
+
+def check_hosts(num_trainers: int, num_hosts: int) -> None:
+    """Raises ConfigError unless shards and trainers can be divided evenly among so many hosts."""
+    if not 1 <= num_hosts <= NUM_SHARDS or NUM_SHARDS % num_hosts:
+        raise ConfigError(f"{num_hosts} hosts: rows can be divided among 1, 2, 4 or 8 hosts")
+    if num_trainers % num_hosts:
+        raise ConfigError(f"{num_trainers} trainers on {num_hosts} hosts: start as many on each")
+
+
+MAX_TRAINERS = 64
+"""Bits of a row's set of users."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainers:
+    """How many trainers share the batches and the caches, on how many hosts, and for which of them
+    plans are made.
+    """
+
+    num_trainers: int
+    ranks: tuple[int, ...]
+    num_hosts: int = 1
+    """As many trainers on each, whose ranks are neighbours; a row is owned on the host that has its
+    record."""
+    num_replica_slots: tuple[int, ...] = ()
+    """For each group how many replicas one trainer can hold for one step."""
+    overlap: bool = True
+    """False: all that travels between trainers is on the critical path, to measure what overlapping
+    saves."""
+
+    @property
+    def ranks_of_host(self) -> tuple[int, ...]:
+        """All ranks of the host of the first rank that is planned for."""
+        host = host_of(self.ranks[0], self.num_trainers, self.num_hosts)
+        return tuple(neighbours_on(host, self.num_trainers, self.num_hosts))
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Raises ConfigError for values out of range."""
+        if not 1 <= self.num_trainers <= MAX_TRAINERS:
+            raise ConfigError(f"{self.num_trainers} trainers, must be from 1 to {MAX_TRAINERS}")
+        check_hosts(self.num_trainers, self.num_hosts)
+        if not self.ranks or not all(0 <= rank < self.num_trainers for rank in self.ranks):
+            raise ConfigError(f"ranks {self.ranks}, must be some of 0 to {self.num_trainers - 1}")
+        if self.num_trainers > 1 and len(self.num_replica_slots) != len(groups):
+            raise ConfigError(
+                f"num_replica_slots has {len(self.num_replica_slots)} entries for {len(groups)} "
+                "groups"
+            )
+
+
+SINGLE_TRAINER = Trainers(num_trainers=1, ranks=(0,))

@@ -1,0 +1,153 @@
+"""How a stream of batches ends where it can't simply stop: a reader that never comes back, threads
+that don't start, two threads that iterate.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tests.embeddings.test_lookahead import Batch, batches, make_embeddings, train
+
+import bagpipe
+from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.lookahead import Lookahead
+from bagpipe.errors import BackgroundError, UsageError
+
+
+class Blocking:
+    """Batches behind which the reader waits, as for a mount that is dead, until `release`."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self._is_released = count, threading.Event()
+        self.is_waiting = threading.Event()
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from batches(self.count)
+        self.is_waiting.set()
+        self._is_released.wait(60)
+
+    def release(self) -> None:
+        """Lets the reader go, and waits for the threads that it held."""
+        self._is_released.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith(("bagpipe-oracle", "bagpipe-reader", "bagpipe-dedup")):
+                thread.join(10)
+                assert not thread.is_alive()
+
+
+@pytest.fixture
+def blocking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Blocking]:
+    monkeypatch.setattr("bagpipe.embeddings.lookahead._STOP_TIMEOUT_S", 0.3)
+    loader = Blocking(20)
+    yield loader
+    loader.release()
+
+
+NUM_STEPS = 13
+LEFT_BEHIND = "its reader has not come back within 0 s from the loader"
+
+
+def loop(blocking: Blocking, stream: Lookahead[Batch], embeddings: EmbeddingBagCollection) -> None:
+    """Trains some steps and leaves when the reader waits."""
+    for batch in stream:
+        embeddings(batch.sparse).values().sum().backward()
+        if batch.number == NUM_STEPS - 1:
+            assert blocking.is_waiting.wait(10)
+            break
+
+
+def failing_loop(blocking: Blocking, embeddings: EmbeddingBagCollection) -> None:
+    with bagpipe.lookahead(blocking, embeddings, cache=64, lookahead=2) as stream:
+        loop(blocking, stream, embeddings)
+        raise ZeroDivisionError("of the user")
+
+
+def check_rows(embeddings: EmbeddingBagCollection) -> None:
+    """They are those of so many steps."""
+    expected = make_embeddings()
+    train(expected, bagpipe.lookahead(batches(NUM_STEPS), expected, cache=64))
+    assert embeddings.step == NUM_STEPS
+    assert torch.equal(embeddings.tables()["t"][:], expected.tables()["t"][:])
+
+
+def test_a_loop_is_left_soon_though_the_loader_blocks(blocking: Blocking) -> None:
+    embeddings, started = make_embeddings(), time.monotonic()
+    with pytest.warns(RuntimeWarning, match=LEFT_BEHIND):
+        loop(
+            blocking,
+            bagpipe.lookahead(blocking, embeddings, cache=64, lookahead=2),
+            embeddings,
+        )
+    assert time.monotonic() - started < 20
+    check_rows(embeddings)
+
+
+def test_an_error_in_the_loop_is_shown_though_the_loader_blocks(blocking: Blocking) -> None:
+    embeddings = make_embeddings()
+    with (
+        pytest.warns(RuntimeWarning, match=LEFT_BEHIND),
+        pytest.raises(ZeroDivisionError, match="of the user"),
+    ):
+        failing_loop(blocking, embeddings)
+    check_rows(embeddings)
+
+
+def test_two_threads_that_iterate_are_refused(blocking: Blocking) -> None:
+    embeddings = make_embeddings()
+    with bagpipe.lookahead(blocking, embeddings, cache=64, lookahead=2) as stream:
+        waiting = threading.Thread(target=lambda: list(stream), daemon=True)
+        waiting.start()
+        last_step = -1
+        while embeddings.step > last_step or last_step < 10:
+            last_step = embeddings.step
+            time.sleep(0.3)
+        with pytest.raises(UsageError, match="another thread asks this stream"):
+            next(stream)
+        blocking.release()
+        waiting.join(10)
+        assert not waiting.is_alive()
+    assert embeddings.step == 20
+
+
+def test_a_stream_that_ended_with_an_error_does_not_look_finished() -> None:
+    embeddings = make_embeddings()
+
+    def failing() -> Iterator[Batch]:
+        yield from batches(4)
+        raise OSError("the disk is gone")
+
+    stream = bagpipe.lookahead(failing(), embeddings, cache=64)
+    with pytest.raises(BackgroundError, match="the disk is gone"):
+        list(stream)
+    with pytest.raises(UsageError, match=r"ended with an error .*the disk is gone"):
+        next(stream)
+
+
+@pytest.mark.parametrize("failing", ["oracle", "write-back_0"])
+def test_a_stream_whose_threads_do_not_start_leaves_none(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start: Any = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == f"bagpipe-{failing}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    embeddings = make_embeddings()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_others)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            bagpipe.lookahead(batches(4), embeddings, cache=64)
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("bagpipe-") and not thread.name.startswith("bagpipe-kernel"):
+            thread.join(5)
+            assert not thread.is_alive()
+    assert train(embeddings, bagpipe.lookahead(batches(4), embeddings, cache=64)) == [0, 1, 2, 3]

@@ -1,0 +1,113 @@
+"""Programs that fork while they train, run by `test_fork` in a process of their own:
+`python -m tests.native.forking NAME FOLDER`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tests.embeddings.test_lookahead import Batch, Picklable, make_embeddings
+
+import bagpipe
+from bagpipe.checkpoint.run_folder import claim_run_folder
+from bagpipe.errors import UsageError
+from bagpipe.types import Jagged
+
+NUM_BATCHES = 60
+CHILD_S = 60.0
+
+
+def fork(in_child: Callable[[], object]) -> int:
+    """Forks; the child leaves as programs do."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)  # instead of waiting for ever
+        in_child()
+        sys.exit(0)
+    return pid
+
+
+def wait_for(pid: int) -> None:
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def go_on(folder: Path) -> None:
+    """Children of two kinds that leave, within the stream's block, disturb nothing."""
+    embeddings, expected = make_embeddings(), make_embeddings()
+    numbers = []
+    with bagpipe.lookahead(
+        Picklable(NUM_BATCHES), embeddings, cache=70, oracle="process"
+    ) as stream:
+        for batch in stream:
+            embeddings(batch.sparse).values().sum().backward()
+            numbers.append(batch.number)
+            if batch.number == 5:
+                wait_for(fork(lambda: None))
+            if batch.number == 8:
+                helper = multiprocessing.get_context("fork").Process(target=sys.exit)
+                helper.start()
+                helper.join()
+    assert numbers == list(range(NUM_BATCHES)), numbers
+    for batch in bagpipe.lookahead(Picklable(NUM_BATCHES), expected, cache=70):
+        expected(batch.sparse).values().sum().backward()
+    assert torch.equal(embeddings.tables()["t"][:], expected.tables()["t"][:])
+
+
+def die(folder: Path) -> None:
+    """Is killed while a child lives; tells its pid and that of the oracle process."""
+    embeddings = make_embeddings()
+    with claim_run_folder(folder):
+        stream = bagpipe.lookahead(Picklable(10**6), embeddings, cache=70, oracle="process")
+        next(stream)
+        assert stream._process is not None
+        assert stream._process._process is not None
+        child = fork(lambda: (signal.alarm(0), time.sleep(CHILD_S)))
+        (folder / "pids").write_text(f"{child} {stream._process._process.pid}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def use(folder: Path) -> None:
+    """A child that goes on with what it inherits is told what it can't use, and can use the
+    rest.
+    """
+    torch.set_num_threads(2)
+    embeddings = make_embeddings()
+    large = Jagged(keys=("f",), values=np.arange(4096) % 1000, batch_size=4096)
+    expected = embeddings.eval()(large).values()  # with the kernels' threads
+    wait_for(fork(lambda: check(torch.equal(embeddings(large).values(), expected))))
+    embeddings.train()
+    stream = bagpipe.lookahead(Picklable(NUM_BATCHES), embeddings, cache=70)
+    batch = next(stream)
+
+    def use_all() -> None:
+        for call in (lambda: next(stream), embeddings.tables, embeddings.stop, embeddings.flush):
+            try:
+                call()
+            except UsageError as error:
+                check(f"was forked from {os.getppid()}" in str(error))
+            else:
+                raise AssertionError("a child could use what it can't")
+        stream.close()
+        embeddings.close()
+
+    wait_for(fork(use_all))
+    embeddings(batch.sparse).values().sum().backward()
+    rest: list[Batch] = list(stream)
+    assert len(rest) == NUM_BATCHES - 1
+
+
+def check(is_right: bool) -> None:
+    assert is_right
+
+
+if __name__ == "__main__":
+    {"go_on": go_on, "die": die, "use": use}[sys.argv[1]](Path(sys.argv[2]))

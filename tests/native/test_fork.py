@@ -1,0 +1,63 @@
+"""A process that forks while it trains: what the child inherits is not ended by it, nor held."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bagpipe.checkpoint.run_folder import claim_run_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(name: str, folder: Path) -> tuple[int, str]:
+    """How the program ended, and what it said."""
+    with (folder / "out").open("w") as out:  # not a pipe, which a child that lives on would hold
+        ended = subprocess.run(
+            [sys.executable, "-m", "tests.native.forking", name, str(folder)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            timeout=100,
+            check=False,
+        )
+    return ended.returncode, (folder / "out").read_text()
+
+
+@pytest.mark.parametrize("name", ["go_on", "use"])
+def test_children_disturb_nothing_and_are_told_what_they_can_not_use(
+    name: str, tmp_path: Path
+) -> None:
+    assert run(name, tmp_path) == (0, "")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # ended, and whoever adopted it has not asked
+
+
+def test_a_killed_trainers_oracle_and_lock_end_with_it_though_a_child_lives(
+    tmp_path: Path,
+) -> None:
+    assert run("die", tmp_path) == (-signal.SIGKILL, "")
+    child, oracle = map(int, (tmp_path / "pids").read_text().split())
+    try:
+        assert is_alive(child)
+        with claim_run_folder(tmp_path):
+            pass
+        deadline = time.monotonic() + 20
+        while is_alive(oracle) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_alive(oracle)
+        assert is_alive(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
