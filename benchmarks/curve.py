@@ -109,4 +109,4 @@ def count_rises(result: DryRun) -> dict[str, int]:
 
 
 def _rises(curves: Sequence[Sequence[int]]) -> int:
-    return sum(later > earlier for curve in curves for earlier, later in pairwise(curve))
+    return sum(overlapped > earlier for curve in curves for earlier, overlapped in pairwise(curve))

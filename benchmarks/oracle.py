@@ -186,7 +186,7 @@ def _time_slots(
 
 
 def _num_fetched(plan: GroupPlan) -> int:
-    return len(plan.early.fetch_rows) + len(plan.late.fetch_rows)
+    return len(plan.overlapped.fetch_rows) + len(plan.urgent.fetch_rows)
 
 
 def _run_live(

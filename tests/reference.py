@@ -54,12 +54,12 @@ def shard_of(row: int) -> int:
 
 
 def in_order(rows: Iterable[int]) -> list[int]:
-    """Distinct rows shard by shard, in each in first-use order."""
+    """Unique rows shard by shard, in each in first-use order."""
     return sorted(dict.fromkeys(rows), key=shard_of)
 
 
 def unique_rows(group: Group, batch: Jagged) -> list[int]:
-    """Distinct rows of a batch."""
+    """Unique rows of a batch."""
     return in_order(row for row, _, _ in lookups(group, batch))
 
 
@@ -83,7 +83,10 @@ def naive_oracle(
             settled_at.setdefault(used, step)
 
         def next_use(row: int, step: int = step, window: Sequence[list[int]] = window) -> int:
-            return next((step + ahead for ahead, later in enumerate(window) if row in later), NEVER)
+            return next(
+                (step + ahead for ahead, overlapped in enumerate(window) if row in overlapped),
+                NEVER,
+            )
 
         def key(row: int, step: int = step) -> tuple[int, ...]:
             """What goes first is smallest."""

@@ -220,7 +220,13 @@ class BagpipeArm:
     def counters(self) -> dict[str, float]:
         """What the oracle decided so far, and the milliseconds that the loop waited."""
         report, waits = self.lookahead.report, self.lookahead.waits
-        names = ("num_steps", "num_uniques", "num_fetched", "num_fetched_late", "num_written_back")
+        names = (
+            "num_steps",
+            "num_uniques",
+            "num_fetched",
+            "num_fetched_urgent",
+            "num_written_back",
+        )
         waited = {
             name.replace("_s", "_wait_ms"): 1e3 * seconds for name, seconds in asdict(waits).items()
         }

@@ -324,7 +324,7 @@ def _counters(arm: BagpipeArm) -> dict[str, float]:
         "num_steps",
         "num_uniques",
         "num_fetched",
-        "num_fetched_late",
+        "num_fetched_urgent",
         "num_written_back",
         "num_waiting_steps",
     )

@@ -60,7 +60,7 @@ class Sent:
     def of_steps(self, first: int, end: int) -> dict[Moment, int]:
         """Bytes sent by the steps from `first` to before `end`, by moment."""
         steps = range(first, end)
-        return {"now": self._sum(steps, "now"), "later": self._sum(steps, "later")}
+        return {"urgent": self._sum(steps, "urgent"), "overlapped": self._sum(steps, "overlapped")}
 
     def _sum(self, steps: Iterable[int], moment: Moment) -> int:
         return sum(self._bytes[step, moment] for step in steps)

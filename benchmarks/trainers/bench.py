@@ -102,7 +102,7 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
             "over_bagpipe": _quartiles(means[name] / means["bagpipe"]),
             "over_dense": _quartiles(means[name] / means["dense"]),
             "sent_bytes": float(np.mean([sum(each.values()) for each in sent])),
-            "critical_bytes": float(np.mean([each["now"] for each in sent])),
+            "critical_bytes": float(np.mean([each["urgent"] for each in sent])),
             "most_sent_bytes": max(sum(each.values()) for each in sent),
             "loss_differences": [],
             "counters": seen[0]["arms"][name].get("counters"),

@@ -120,7 +120,7 @@ class ReplicatedArm:
         sums = own.new_zeros(len(batch.all_rows.unique_slots), own.shape[1])
         sums.index_copy_(0, batch.places, own)
         self._communicator.now.allreduce([sums]).wait()
-        self.sent.add(batch.own.step, "now", ring_bytes(sums.nbytes, num_trainers))
+        self.sent.add(batch.own.step, "urgent", ring_bytes(sums.nbytes, num_trainers))
         self.cache.update(batch.all_rows, sums)
 
     def close(self) -> None:
@@ -222,7 +222,7 @@ class HashedArm:
         received = sent.new_empty((sum(receive_counts), *sent.shape[1:]))
         self._communicator.now.alltoall_base(received, sent, receive_counts, send_counts).wait()
         num_sent = sum(send_counts) - send_counts[self._communicator.rank]
-        self.sent.add(self._step, "now", num_sent * sent[:1].nbytes)
+        self.sent.add(self._step, "urgent", num_sent * sent[:1].nbytes)
         return received
 
 

@@ -68,7 +68,7 @@ def _facts(values: dict[str, Any]) -> Table:
                 for what in ("plan", "rows", "slots", "replicas")
             )
             table.add_row(f"{name}: rank 0 waited for, ms a step", waits)
-            fetched = f"{counted['num_fetched']:,.0f} ({counted['num_fetched_late']:,.0f})"
+            fetched = f"{counted['num_fetched']:,.0f} ({counted['num_fetched_urgent']:,.0f})"
             rows = f"{counted['num_uniques']:,.0f}; {fetched}"
             table.add_row(f"{name}: unique rows of rank 0; fetched (late) a step", rows)
             table.add_row(

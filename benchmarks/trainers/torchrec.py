@@ -170,9 +170,9 @@ class TorchRecArm:
             self._prefetch(self._inputs[0])
         if self._inputs:
             self._await_sizes(self._inputs[-1])
-        self.sent.add(self._step, "later", self._foreign_bytes[self._step])
+        self.sent.add(self._step, "overlapped", self._foreign_bytes[self._step])
         # Twice, since their gradients come back.
-        self.sent.add(self._step, "now", 2 * self._pooled.nbytes * (self._num_trainers - 1))
+        self.sent.add(self._step, "urgent", 2 * self._pooled.nbytes * (self._num_trainers - 1))
 
     def update(self, grads: Tensor) -> None:
         """See `StepArm.update`."""

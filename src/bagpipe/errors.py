@@ -71,7 +71,7 @@ class CacheTooSmallError(ConfigError):
         in_shards = " in shards, of which one would overflow" if num_uniques <= num_slots else ""
         of_each = f" of each of the {num_trainers} trainers" if num_trainers > 1 else ""
         super().__init__(
-            f"step {step} uses {num_uniques:,} distinct rows of {group}, but its cache has "
+            f"step {step} uses {num_uniques:,} unique rows of {group}, but its cache has "
             f"{num_slots:,} slots{in_shards}: give "
             f"the cache{of_each} at least {cache_rows:,} rows, which all batches seen, up to step "
             f"{last_step}, fit into (`bagpipe plan` names the largest batch of a run), or train "

@@ -76,12 +76,12 @@ class GroupExchange:
     """What one trainer of several exchanges in one step for one group, and applies to the rows that
     it owns.
 
-    Replicas arrive in the slots from ``first_replica`` on, first ``replicas_later``'s, then
-    ``replicas_now``'s, each by rank. What is sent of them are own slots. ``sync_now`` and
-    ``sync_later`` are gradients: what is sent are the sums of the trainer's own bags by distinct
-    row, the u-th of its schedule. What is *now* is on the critical path, right before or after the
-    step's compute; *later* replicas travel behind the compute of the step before, *later* gradients
-    behind that of the step after.
+    Replicas arrive in the slots from ``first_replica`` on, first ``replicas_overlapped``'s, then
+    ``replicas_urgent``'s, each by rank. What is sent of them are own slots. ``sync_urgent`` and
+    ``sync_overlapped`` are gradients: what is sent are the sums of the trainer's own bags by
+    distinct row, the u-th of its schedule. What is *now* is on the critical path, right before or
+    after the step's compute; *later* replicas travel behind the compute of the step before, *later*
+    gradients behind that of the step after.
 
     An ``apply`` schedule gives the rows to update once; its bags are places in the trainer's own
     sums (U,) followed by the sums received with the gradients of the same moment, so that a row's
@@ -89,17 +89,17 @@ class GroupExchange:
     """
 
     first_replica: int
-    replicas_later: RowExchange
-    replicas_now: RowExchange
-    sync_now: RowExchange
-    sync_later: RowExchange
-    apply_now: GradientSchedule
-    apply_later: GradientSchedule
+    replicas_overlapped: RowExchange
+    replicas_urgent: RowExchange
+    sync_urgent: RowExchange
+    sync_overlapped: RowExchange
+    apply_urgent: GradientSchedule
+    apply_overlapped: GradientSchedule
 
     @property
     def num_room(self) -> int:
         """Places for the sums received, behind the trainer's own."""
-        return max(self.sync_now.num_received, self.sync_later.num_received)
+        return max(self.sync_urgent.num_received, self.sync_overlapped.num_received)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +107,10 @@ class GroupPlan:
     """What one trainer does in one step with one group. Tick t is the moment just before the
     compute of step t.
 
-    ``early`` transfers are issued at the plan's ``early_tick``, behind the compute of earlier
-    steps; ``late`` ones at tick ``step``, on the critical path, because their slot or their row is
-    not free sooner. A plan's early ones come before its late ones; otherwise, at one tick, late
-    ones come first.
-    """
+    ``overlapped`` transfers are issued at the plan's ``issue_tick``, behind the compute of earlier
+    steps; ``urgent`` ones at tick ``step``, on the critical path, because their slot or their row
+    is not free sooner. A plan's overlapped ones come before its urgent ones; otherwise, at one
+    tick, late ones come first."""
 
     # (L,) feature-major: for each lookup the index of its row in schedule.unique_slots
     inverse: Int32Array
@@ -119,8 +118,8 @@ class GroupPlan:
     # (B * F,) by output row, 1 / bag length for mean pooling; None: all features are summed
     bag_scales: Float32Array | None
     schedule: GradientSchedule
-    early: Transfers
-    late: Transfers
+    overlapped: Transfers
+    urgent: Transfers
     lookup_weights: Float32Array | None = (
         None  # (L,) by which looked up rows are multiplied; None: 1
     )
@@ -138,14 +137,14 @@ class StepPlan:
     """All that a trainer must do with embeddings in one step."""
 
     step: int
-    # when the early transfers are issued: prefetch_depth steps ahead, not before the stream's
+    # when the overlapped transfers are issued: prefetch_depth steps ahead, not before the stream's
     # first step
-    early_tick: int
+    issue_tick: int
     batch_size: int
     groups: tuple[GroupPlan, ...]
     lookahead: int  # batches that the oracle had seen beyond this one when it planned it
-    has_late: bool = False
-    """Whether any trainer has late transfers: then no gradient of the step before may still be on
+    has_urgent: bool = False
+    """Whether any trainer has urgent transfers: then no gradient of the step before may still be on
     its way when they are issued."""
     joint_hash: str | None = None
     """Of several trainers not all planned in one place: what the plan of all of them hashes to."""

@@ -176,22 +176,24 @@ def test_bytes_sent_by_hand() -> None:
     # The one row that both use travels as replica and as gradient, 16 bytes each, two steps. Its
     # first replica follows no update, its last gradient is needed by no step after: later. Between
     # the two steps both are needed at once.
-    assert [sum(rank[moment] for rank in sent["bagpipe"]) for moment in ("now", "later")] == [
+    assert [
+        sum(rank[moment] for rank in sent["bagpipe"]) for moment in ("urgent", "overlapped")
+    ] == [
         32,
         32,
     ]
-    assert [rank["later"] for rank in sent["no_overlap"]] == [0, 0]
-    assert sum(rank["now"] for rank in sent["no_overlap"]) == 2 * 2 * 16
+    assert [rank["overlapped"] for rank in sent["no_overlap"]] == [0, 0]
+    assert sum(rank["urgent"] for rank in sent["no_overlap"]) == 2 * 2 * 16
     # All four rows are all-reduced: a ring of two sends the buffer once.
     assert (
-        [rank["now"] for rank in sent["replicated"]]
+        [rank["urgent"] for rank in sent["replicated"]]
         == [2 * ring_bytes(4 * 16, 2)] * 2
         == [128, 128]
     )
     # Each rank sends one number and asks the other for one row, 1 and 2: 4 bytes there, 16 back, 16
     # of gradient.
     for name in NAMES[3:]:
-        assert [rank["now"] for rank in sent[name]] == [2 * (8 + 4 + 16 + 16)] * 2
+        assert [rank["urgent"] for rank in sent[name]] == [2 * (8 + 4 + 16 + 16)] * 2
 
 
 @pytest.mark.parametrize("is_jagged", [False, True])

@@ -133,7 +133,11 @@ def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() 
     bench = TrainersBench(workload=workload, arms=("bagpipe", "dense"))
 
     def arm(turns_s: list[list[float]], losses: list[float], now: float) -> dict[str, object]:
-        return {"turns_s": turns_s, "losses": losses, "sent_bytes": {"now": now, "later": 2.0}}
+        return {
+            "turns_s": turns_s,
+            "losses": losses,
+            "sent_bytes": {"urgent": now, "overlapped": 2.0},
+        }
 
     seen = [
         {

@@ -65,7 +65,7 @@ def moves(evict: dict[int, int], fetch: dict[int, int]) -> tuple[Any, Callable[[
     return SimpleNamespace(**slots, **rows, fence_tick=-1), lambda: (on_device,)
 
 
-PLAN: Any = SimpleNamespace(step=1, early_tick=0)
+PLAN: Any = SimpleNamespace(step=1, issue_tick=0)
 
 
 def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +118,12 @@ def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(
     for step, row in enumerate((10, 11)):
         evicted, to_device = moves({row: 0}, {})
         mover.issue(PLAN, [evicted], step, to_device).gathered.result()
-        mover.mark_written("early", step)
-        mover.mark_written("late", step)
+        mover.mark_written("overlapped", step)
+        mover.mark_written("urgent", step)
     mover._gather_threads.submit(lambda: None).result()
     mover.finish_writes()
     mover.close()
-    assert done == ["row 11", "row 10", "early 0", "late 0", "early 1", "late 1"]
+    assert done == ["row 11", "row 10", "overlapped 0", "urgent 0", "overlapped 1", "urgent 1"]
 
 
 def test_an_emptied_slot_is_not_flushed() -> None:

@@ -31,11 +31,11 @@ def test_what_is_known_to_be_written_is_not_asked_again(num_trainers: int) -> No
         for _ in range(2):
             communicator.begin_stream()
             for step in range(6):
-                communicator.mark_written("early", step)
+                communicator.mark_written("overlapped", step)
             communicator.barrier("waiting for all marks")
             for step in (2, 0, 5):
                 counted.num_calls = 0
-                communicator.wait_written("early", step)
+                communicator.wait_written("overlapped", step)
                 calls.append(counted.num_calls)
             communicator.barrier("waiting for all to have asked")
             communicator.end_stream()
@@ -51,18 +51,18 @@ def test_a_mark_to_come_is_waited_for() -> None:
     def work(communicator: Communicator) -> None:
         communicator.begin_stream()
         if communicator.rank == 0:
-            communicator.mark_written("late", 1)
+            communicator.mark_written("urgent", 1)
         communicator.barrier("waiting for the first mark")
         if communicator.rank == 1:
-            communicator.wait_written("late", 1)
+            communicator.wait_written("urgent", 1)
             communicator.barrier("waiting for rank 1 to have asked")
-            communicator.wait_written("late", 4)
+            communicator.wait_written("urgent", 4)
             happened.append("waited for")
         else:
             communicator.barrier("waiting for rank 1 to have asked")
             time.sleep(0.2)  # in which a rank that does not wait would go on
             happened.append("written")
-            communicator.mark_written("late", 4)
+            communicator.mark_written("urgent", 4)
 
     run_ranks(2, work, timeout_s=20.0)
     assert happened == ["written", "waited for"]

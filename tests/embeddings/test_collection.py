@@ -206,10 +206,10 @@ def test_backward_after_the_next_batch_was_asked_for_is_refused(
     embeddings: EmbeddingBagCollection,
 ) -> None:
     stream = iter(bagpipe.lookahead([BATCH] * 3, embeddings))
-    late = embeddings(next(stream))["user"].sum()
+    urgent = embeddings(next(stream))["user"].sum()
     next(stream)
     with pytest.raises(UsageError, match="step 0: backward ran after the next batch was asked for"):
-        late.backward()
+        urgent.backward()
 
 
 def test_tensors_of_another_device_are_refused(embeddings: EmbeddingBagCollection) -> None:

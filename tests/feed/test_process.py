@@ -69,14 +69,14 @@ def test_plans_and_batches_are_those_of_a_thread() -> None:
     num_items = 0
     for one, other in zip(plan_stream(batches, options()), process.items(), strict=True):
         mine, theirs = one.plan.groups[0], other.plan.groups[0]
-        assert (one.plan.step, one.plan.early_tick, one.peak_slots) == (
+        assert (one.plan.step, one.plan.issue_tick, one.peak_slots) == (
             other.plan.step,
-            other.plan.early_tick,
+            other.plan.issue_tick,
             other.peak_slots,
         )
         np.testing.assert_array_equal(mine.lookup_slots, theirs.lookup_slots)
         np.testing.assert_array_equal(mine.schedule.bags, theirs.schedule.bags)
-        np.testing.assert_array_equal(mine.early.fetch_rows, theirs.early.fetch_rows)
+        np.testing.assert_array_equal(mine.overlapped.fetch_rows, theirs.overlapped.fetch_rows)
         assert other.batch["number"] == num_items
         assert other.sparse is other.batch["sparse"]
         np.testing.assert_array_equal(other.sparse.values, one.sparse.values)

@@ -136,12 +136,12 @@ def test_a_function_is_not_read_between_the_writing_of_its_index_and_its_code(
     is_between, may_go_on = threading.Event(), threading.Event()
     save_data = writer._save_data
 
-    def save_late(*arguments: object) -> None:
+    def save_urgent(*arguments: object) -> None:
         is_between.set()
         may_go_on.wait(30)
         save_data(*arguments)
 
-    writer._save_data = save_late
+    writer._save_data = save_urgent
     with ThreadPoolExecutor(2) as pool:
         writing = pool.submit(writer.save, "key", "code")
         assert is_between.wait(30)

@@ -16,7 +16,7 @@ from tests.oracle.rank_replay import Messages, Planned, applied, exchange_of, me
 
 from bagpipe.plan import GradientSchedule, RowExchange, StepPlan
 
-WHEN = ("now", "later")
+WHEN = ("urgent", "overlapped")
 Edit = Callable[["Step"], bool]
 """Whether the step had a place for it."""
 
@@ -37,8 +37,10 @@ class Step:
             {row for share in planned.lookups[beside] for row in share}
             for beside in (index - 1, index + 1)
         )
-        self.late = {row for plan in self.plans for row in plan.groups[0].late.fetch_rows.tolist()}
-        self.is_late_next = planned.plans[index + 1][0].has_late
+        self.urgent = {
+            row for plan in self.plans for row in plan.groups[0].urgent.fetch_rows.tolist()
+        }
+        self.is_urgent_next = planned.plans[index + 1][0].has_urgent
         self._before_edit = [self._replicas(rank) for rank in self.ranks]
         self.rows_of_replicas = {
             place: self.rows[rank][
@@ -88,7 +90,7 @@ class Step:
         """(sender, its slot) of what the rank receives, in order."""
         return [
             (by, slot)
-            for when in ("later", "now")
+            for when in ("overlapped", "urgent")
             for by in self.ranks
             for slot in self.sends[f"replicas_{when}"][by, rank]
         ]
@@ -152,35 +154,35 @@ def drop_gradient(step: Step, *, is_own: bool, is_sent: bool) -> bool:
     """Drops a contribution, the owner's or another's, from an apply schedule; another's is sent all
     the same or not.
     """
-    if (found := step.find_update("now")) is None:
+    if (found := step.find_update("urgent")) is None:
         return False
     owner, slot = found
-    parts = step.applies["now"][owner][slot]
+    parts = step.applies["urgent"][owner][slot]
     part = next(part for part in parts if (part[0] == owner) == is_own)
     parts.remove(part)
     if not is_own and not is_sent:
-        step.sends["sync_now"][part[0], owner].remove(part[1])
+        step.sends["sync_urgent"][part[0], owner].remove(part[1])
     return True
 
 
 def swap_gradients(step: Step) -> bool:
     """Adds up a row's gradients in the order of ranks from last to first."""
-    if (found := step.find_update("now")) is None:
+    if (found := step.find_update("urgent")) is None:
         return False
     owner, slot = found
-    step.applies["now"][owner][slot].reverse()
+    step.applies["urgent"][owner][slot].reverse()
     return True
 
 
 def update_twice(step: Step) -> bool:
     """Applies a row's gradients now and later."""
-    if (found := step.find_update("now")) is None:
+    if (found := step.find_update("urgent")) is None:
         return False
     owner, slot = found
-    parts = step.applies["later"][owner][slot] = step.applies["now"][owner][slot]
+    parts = step.applies["overlapped"][owner][slot] = step.applies["urgent"][owner][slot]
     for by, unique in parts:
         if by != owner:
-            step.sends["sync_later"][by, owner].append(unique)
+            step.sends["sync_overlapped"][by, owner].append(unique)
     return True
 
 
@@ -193,37 +195,37 @@ def send_for_nothing(step: Step) -> bool:
         for slot in slots
         if slot < exchange_of(step.plans[0]).first_replica and slot not in sent
     ]
-    step.sends["replicas_now"][0, 1] += unneeded[:1]
+    step.sends["replicas_urgent"][0, 1] += unneeded[:1]
     return bool(unneeded)
 
 
 _CHANGES = "what is sent behind compute changes meanwhile"
 
 _OLD = "a replica that travels behind compute is of a row which that compute updates"
-_BEHIND = r"a replica is sent before its gradients are applied \(later\)"
-_EMPTY = r"an empty slot is sent as a replica \(later\)"
+_BEHIND = r"a replica is sent before its gradients are applied \(overlapped\)"
+_EMPTY = r"an empty slot is sent as a replica \(overlapped\)"
 _NOT_ALL = "a row does not get the gradients of all its users"
 
 FAULTS: dict[str, tuple[Edit, str, str]] = {
     "a replica a step early": (
-        lambda step: step.move_replica("now", "later", lambda row: row in step.before),
+        lambda step: step.move_replica("urgent", "overlapped", lambda row: row in step.before),
         rf"{_CHANGES}|a lookup of row",
         rf"{_OLD}|{_BEHIND}",
     ),
     "a replica before its fetch": (
         lambda step: step.move_replica(
-            "now", "later", lambda row: row in step.late and row not in step.before
+            "urgent", "overlapped", lambda row: row in step.urgent and row not in step.before
         ),
         rf"{_CHANGES}|a lookup of row",
         rf"{_EMPTY}|{_OLD}|{_BEHIND}|a row is not in its slot",
     ),
     "a gradient a step too late": (
         lambda step: (
-            not step.is_late_next
-            and step.move_update("now", "later", lambda row: row in step.after)
+            not step.is_urgent_next
+            and step.move_update("urgent", "overlapped", lambda row: row in step.after)
         ),
         rf"{_CHANGES}|a lookup of row \d+ finds \(",
-        r"a replica is sent before its gradients are applied \(now\)"
+        r"a replica is sent before its gradients are applied \(urgent\)"
         r"|a row is looked up before its gradients are applied",
     ),
     "another's gradient dropped": (
@@ -262,10 +264,10 @@ FAULTS: dict[str, tuple[Edit, str, str]] = {
 HARMLESS: dict[str, Edit] = {
     "nothing": lambda step: True,
     "a replica later than it could be": lambda step: step.move_replica(
-        "later", "now", lambda row: True
+        "overlapped", "urgent", lambda row: True
     ),
     "a gradient sooner than it need be": lambda step: step.move_update(
-        "later", "now", lambda row: True
+        "overlapped", "urgent", lambda row: True
     ),
 }
 """Edits that cost time alone."""

@@ -54,7 +54,7 @@ class Planned:
         return self.trainers.num_replica_slots[0]
 
     def rows(self, index: int, rank: int) -> list[int]:
-        """A rank's distinct rows in one step, as it numbers them."""
+        """A rank's unique rows in one step, as it numbers them."""
         return reference.in_order(self.lookups[index][rank])
 
 
@@ -138,11 +138,11 @@ def exchange_of(plan: StepPlan) -> GroupExchange:
 def applied(plan: StepPlan, when: str) -> GradientSchedule:
     """What a rank applies "now" or "later"."""
     exchange = exchange_of(plan)
-    return exchange.apply_now if when == "now" else exchange.apply_later
+    return exchange.apply_urgent if when == "urgent" else exchange.apply_overlapped
 
 
 def moved_by(plan: StepPlan) -> tuple[Transfers, Transfers]:
-    return plan.groups[0].early, plan.groups[0].late
+    return plan.groups[0].overlapped, plan.groups[0].urgent
 
 
 def messages(plans: Sequence[StepPlan], name: str) -> Messages:
@@ -196,7 +196,7 @@ class Replay:
             self.look_up(index)
             self.apply_deferred(index - 1)
             self.send_ahead(index + 1)
-            self.apply_now(index)
+            self.apply_urgent(index)
         self.apply_deferred(len(self.plans) - 1)
         for slots in self.slots:
             self.store.update(dict(slots.values()))
@@ -204,38 +204,40 @@ class Replay:
 
     def tick(self, index: int) -> None:
         """Evictions happen before the deferred gradients of the step before are applied, but where
-        there are late ones.
+        there are urgent ones.
         """
         plans = self.plans[index]
-        late = [plan.groups[0].late for plan in plans]
-        has_late = any(len(moved.evict_rows) + len(moved.fetch_rows) > 0 for moved in late)
-        expect(all(plan.has_late == has_late for plan in plans), "has_late is not what there is")
+        urgent = [plan.groups[0].urgent for plan in plans]
+        has_urgent = any(len(moved.evict_rows) + len(moved.fetch_rows) > 0 for moved in urgent)
         expect(
-            len({(plan.step, plan.early_tick) for plan in plans}) == 1,
+            all(plan.has_urgent == has_urgent for plan in plans), "has_urgent is not what there is"
+        )
+        expect(
+            len({(plan.step, plan.issue_tick) for plan in plans}) == 1,
             "ranks differ in a step's number or tick",
         )
-        expect(plans[0].early_tick <= plans[0].step, "early transfers come after their step")
+        expect(plans[0].issue_tick <= plans[0].step, "overlapped transfers come after their step")
         if self.num_issued == index:
-            self.issue_early(index)
-        self.arrived = self.sent(index, "replicas_later")
+            self.issue_overlapped(index)
+        self.arrived = self.sent(index, "replicas_overlapped")
         if self.sent_earliest is not None:
             expect(
                 self.arrived == self.sent_earliest,
                 f"step {index}: what is sent behind compute changes meanwhile",
             )
-        if has_late:
+        if has_urgent:
             self.apply_deferred(index - 1)
-        self.transfer(late, plans[0].step)
+        self.transfer(urgent, plans[0].step)
         while self.num_issued < len(self.plans) and self.is_due(self.num_issued, plans[0].step):
-            self.issue_early(self.num_issued)
+            self.issue_overlapped(self.num_issued)
 
     def is_due(self, index: int, tick: int) -> bool:
         plan = self.plans[index][0]
-        return max(plan.early_tick, plan.step - self.ahead) <= tick
+        return max(plan.issue_tick, plan.step - self.ahead) <= tick
 
-    def issue_early(self, index: int) -> None:
+    def issue_overlapped(self, index: int) -> None:
         plans = self.plans[index]
-        self.transfer([plan.groups[0].early for plan in plans], plans[0].early_tick)
+        self.transfer([plan.groups[0].overlapped for plan in plans], plans[0].issue_tick)
         self.num_issued += 1
 
     def transfer(self, moved: list[Transfers], tick: int) -> None:
@@ -286,15 +288,14 @@ class Replay:
         }
 
     def send_ahead(self, index: int) -> None:
-        """The earliest that a step's later replicas may be sent: behind the compute of the step
-        before, their fetches issued.
-        """
+        """The earliest that a step's overlapped replicas may be sent: behind the compute of the
+        step before, their fetches issued."""
         is_sent = index < len(self.plans) and self.num_issued > index
-        self.sent_earliest = self.sent(index, "replicas_later") if is_sent else None
+        self.sent_earliest = self.sent(index, "replicas_overlapped") if is_sent else None
 
     def replicas(self, index: int, rank: int) -> dict[int, Held]:
         """What a rank's replica slots hold in the compute of a step."""
-        parts = self.arrived, self.sent(index, "replicas_now")
+        parts = self.arrived, self.sent(index, "replicas_urgent")
         in_order = [part[key] for part in parts for key in sorted(part) if key[0] == rank]
         first, size = (
             exchange_of(self.plans[index][rank]).first_replica,
@@ -341,7 +342,7 @@ class Replay:
                 set(replicas) <= set(unique_slots), f"{where}: it is sent rows that it does not use"
             )
 
-    def apply_now(self, index: int) -> None:
+    def apply_urgent(self, index: int) -> None:
         users: dict[int, tuple[int, ...]] = {}
         for rank in self.ranks:
             for row in self.planned.rows(index, rank):
@@ -349,17 +350,17 @@ class Replay:
         updated = [
             row
             for rank in self.ranks
-            for when in ("now", "later")
+            for when in ("urgent", "overlapped")
             for row in self.rows_updated(index, rank, when)
         ]
         expect(sorted(updated) == sorted(users), f"step {index}: a row is not updated once")
-        self.apply(index, "now")
+        self.apply(index, "urgent")
         for row, ranks in users.items():
             self.complete[row] = (*self.complete.get(row, ()), (self.plans[index][0].step, ranks))
 
     def apply_deferred(self, index: int) -> None:
         while self.num_deferred_done <= index:
-            self.apply(self.num_deferred_done, "later")
+            self.apply(self.num_deferred_done, "overlapped")
             self.num_deferred_done += 1
 
     def rows_updated(self, index: int, rank: int, when: str) -> list[int]:

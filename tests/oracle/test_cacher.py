@@ -66,8 +66,8 @@ def test_plans_keep_the_invariants_and_fetch_what_the_naive_oracle_fetches(
     )
     assert len(plans) == len(naive)
     for plan, (fetched, evicted) in zip(plans, naive, strict=True):
-        assert {*plan.early.fetch_rows, *plan.late.fetch_rows} == set(fetched)
-        assert {*plan.early.evict_rows, *plan.late.evict_rows} == evicted
+        assert {*plan.overlapped.fetch_rows, *plan.urgent.fetch_rows} == set(fetched)
+        assert {*plan.overlapped.evict_rows, *plan.urgent.evict_rows} == evicted
 
 
 @given(strategies.group_traces(), st.integers(0, 30), st.integers(1, 30))
@@ -84,8 +84,8 @@ def test_plans_are_deterministic(
 
     for one, other in zip(plan(), plan(), strict=True):
         np.testing.assert_array_equal(one.lookup_slots, other.lookup_slots)
-        np.testing.assert_array_equal(one.early.fetch_rows, other.early.fetch_rows)
-        np.testing.assert_array_equal(one.late.evict_slots, other.late.evict_slots)
+        np.testing.assert_array_equal(one.overlapped.fetch_rows, other.overlapped.fetch_rows)
+        np.testing.assert_array_equal(one.urgent.evict_slots, other.urgent.evict_slots)
 
 
 @given(strategies.group_traces(), st.integers(0, 30))
@@ -183,14 +183,14 @@ def test_what_a_tight_cache_can_move_ahead_it_does() -> None:
     num_slots, depth = int(2.5 * smallest_cache(group, batches)), 2
     oracle = Oracle([group], num_slots=[num_slots], lookahead=8, prefetch_depth=depth)
     last_use: dict[int, int] = {}
-    num_early = 0
+    num_overlapped = 0
     for plan, batch in checked([group], [num_slots], oracle.plan(deduped(group, batches))):
-        early, late = plan.groups[0].early.evict_rows, plan.groups[0].late.evict_rows
-        assert all(last_use[row] < plan.step - depth for row in early.tolist())
-        assert all(last_use[row] >= plan.step - depth for row in late.tolist())
-        num_early += len(early)
+        overlapped, urgent = plan.groups[0].overlapped.evict_rows, plan.groups[0].urgent.evict_rows
+        assert all(last_use[row] < plan.step - depth for row in overlapped.tolist())
+        assert all(last_use[row] >= plan.step - depth for row in urgent.tolist())
+        num_overlapped += len(overlapped)
         last_use.update(dict.fromkeys(batch.groups[0].unique_rows.tolist(), plan.step))
-    assert num_early > 100
+    assert num_overlapped > 100
 
 
 def test_the_report_counts_rows_bytes_slots_and_lookahead() -> None:
@@ -232,7 +232,7 @@ def test_a_cache_too_small_for_one_batch_is_refused_with_step_need_and_limit() -
     oracle = Oracle([group], num_slots=[10], lookahead=1, first_step=40)
     with pytest.raises(
         CacheTooSmallError,
-        match=r"step 40 uses \d+ distinct rows of group 0 .*cache has 10 slots: give",
+        match=r"step 40 uses \d+ unique rows of group 0 .*cache has 10 slots: give",
     ):
         list(oracle.plan(deduped(group, batches)))
 
@@ -298,42 +298,54 @@ def test_numbers_of_occurrences_wrap_round_and_their_ring_grows_unseen() -> None
 
     for one, other in zip(plans(0, 1 << 16), plans(2**31 - 3000, 4), strict=True):
         np.testing.assert_array_equal(one.lookup_slots, other.lookup_slots)
-        np.testing.assert_array_equal(one.early.fetch_rows, other.early.fetch_rows)
+        np.testing.assert_array_equal(one.overlapped.fetch_rows, other.overlapped.fetch_rows)
 
 
 def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
     """The plan with one fault planted; None where this plan has no place for it."""
-    early, slots = plan.early, plan.schedule.unique_slots
+    overlapped, slots = plan.overlapped, plan.schedule.unique_slots
     if fault == "flip a slot" and len(slots) > 1:
         flipped = slots.copy()
         flipped[:2] = slots[1::-1]
         return replace(plan, schedule=replace(plan.schedule, unique_slots=flipped))
-    if fault == "drop a write-back" and len(early.evict_rows):
+    if fault == "drop a write-back" and len(overlapped.evict_rows):
         return replace(
             plan,
-            early=replace(
-                early, evict_rows=early.evict_rows[1:], evict_slots=early.evict_slots[1:]
+            overlapped=replace(
+                overlapped,
+                evict_rows=overlapped.evict_rows[1:],
+                evict_slots=overlapped.evict_slots[1:],
             ),
         )
-    if fault == "drop a fetch" and len(early.fetch_rows):
+    if fault == "drop a fetch" and len(overlapped.fetch_rows):
         return replace(
             plan,
-            early=replace(
-                early, fetch_rows=early.fetch_rows[1:], fetch_slots=early.fetch_slots[1:]
+            overlapped=replace(
+                overlapped,
+                fetch_rows=overlapped.fetch_rows[1:],
+                fetch_slots=overlapped.fetch_slots[1:],
             ),
         )
-    if fault == "forget a fence" and max(early.fence_tick, plan.late.fence_tick) >= 0:
+    if fault == "forget a fence" and max(overlapped.fence_tick, plan.urgent.fence_tick) >= 0:
         return replace(
-            plan, early=replace(early, fence_tick=-1), late=replace(plan.late, fence_tick=-1)
+            plan,
+            overlapped=replace(overlapped, fence_tick=-1),
+            urgent=replace(plan.urgent, fence_tick=-1),
         )
-    if fault == "slot out of range" and len(early.fetch_slots):
-        return replace(plan, early=replace(early, fetch_slots=early.fetch_slots + 10_000))
+    if fault == "slot out of range" and len(overlapped.fetch_slots):
+        return replace(
+            plan, overlapped=replace(overlapped, fetch_slots=overlapped.fetch_slots + 10_000)
+        )
     if (
         fault == "re-use a slot too early"
-        and len(plan.late.evict_rows)
-        and len(plan.late.fetch_rows)
+        and len(plan.urgent.evict_rows)
+        and len(plan.urgent.fetch_rows)
     ):
-        return replace(plan, early=merged(early, plan.late), late=merged(plan.late, plan.late, 0))
+        return replace(
+            plan,
+            overlapped=merged(overlapped, plan.urgent),
+            urgent=merged(plan.urgent, plan.urgent, 0),
+        )
     return None
 
 
@@ -433,7 +445,7 @@ def test_the_linker_forgets_what_is_so_old_that_it_could_be_taken_for_something_
 
 def assert_same(one: GroupPlan, other: GroupPlan) -> None:
     np.testing.assert_array_equal(one.lookup_slots, other.lookup_slots)
-    for mine, theirs in ((one.early, other.early), (one.late, other.late)):
+    for mine, theirs in ((one.overlapped, other.overlapped), (one.urgent, other.urgent)):
         assert mine.fence_tick == theirs.fence_tick
         for name in ("evict_rows", "evict_slots", "fetch_rows", "fetch_slots"):
             np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))

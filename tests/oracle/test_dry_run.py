@@ -127,8 +127,8 @@ def test_the_largest_batch_and_the_smallest_cache_are_named(trace: Trace, result
         assert sizes.index(max(sizes)) == largest.step
     first, second = result.largest
     assert describe_largest(result) == (
-        f"Largest of the first 60 batches: {first.num_uniques} distinct rows of "
-        f"{trace.groups[0].name} in step {first.step}, {second.num_uniques} distinct rows of "
+        f"Largest of the first 60 batches: {first.num_uniques} unique rows of "
+        f"{trace.groups[0].name} in step {first.step}, {second.num_uniques} unique rows of "
         f"{trace.groups[1].name} in step {second.step}. They train with a cache of at least "
         f"{trace.smallest_cache} rows."
     )

@@ -224,7 +224,12 @@ def test_a_dry_run_counts_what_leaves_a_host_and_knows_the_smallest_cache(num_ho
             [
                 sum(
                     getattr(exchange_of(plan), name).send_counts
-                    for name in ("replicas_now", "replicas_later", "sync_now", "sync_later")
+                    for name in (
+                        "replicas_urgent",
+                        "replicas_overlapped",
+                        "sync_urgent",
+                        "sync_overlapped",
+                    )
                 )
                 for plan in plans
             ]

@@ -1,4 +1,4 @@
-"""The distinct rows of several trainers' shares and who uses them, against dicts."""
+"""The unique rows of several trainers' shares and who uses them, against dicts."""
 
 from __future__ import annotations
 

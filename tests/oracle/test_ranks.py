@@ -70,7 +70,8 @@ def test_every_rank_finds_current_rows_and_every_gradient_is_applied_once(
     if not overlap:
         exchanges = [exchange_of(plan) for plans in planned.plans for plan in plans]
         assert all(
-            len(each.replicas_later.send) == len(each.sync_later.send) == 0 for each in exchanges
+            len(each.replicas_overlapped.send) == len(each.sync_overlapped.send) == 0
+            for each in exchanges
         )
     naive = reference.naive_oracle(
         # rank by rank
@@ -172,7 +173,7 @@ def test_replicas_that_fit_exactly_are_planned_and_one_less_room_is_refused() ->
         exchange_of(plan) for plans in plan_all(group, batches, 3, 60).plans for plan in plans
     ]
     needed = max(
-        exchange.replicas_later.num_received + exchange.replicas_now.num_received
+        exchange.replicas_overlapped.num_received + exchange.replicas_urgent.num_received
         for exchange in exchanges
     )
     Replay(plan_all(group, batches, 3, 60, num_replica_slots=needed)).run()
@@ -206,11 +207,16 @@ def test_ranks_share_memory_work_and_traffic_evenly(
             assert owned.tolist() == [num_slots] * 4
             exchanges = [exchange_of(plan) for plan in plans]
             updated += [
-                len(each.apply_now.unique_slots) + len(each.apply_later.unique_slots)
+                len(each.apply_urgent.unique_slots) + len(each.apply_overlapped.unique_slots)
                 for each in exchanges
             ]
             parts = [
-                (each.replicas_now, each.replicas_later, each.sync_now, each.sync_later)
+                (
+                    each.replicas_urgent,
+                    each.replicas_overlapped,
+                    each.sync_urgent,
+                    each.sync_overlapped,
+                )
                 for each in exchanges
             ]
             sent += [sum(len(part.send) for part in of_rank) for of_rank in parts]
@@ -272,29 +278,29 @@ def test_only_what_a_step_beside_forces_is_on_the_critical_path(two_caches: list
         for when in WHEN:
             for (by, user), slots in step.sends[f"replicas_{when}"].items():
                 rows = {step.rows_of_replicas[by, user, slot] for slot in slots}
-                assert rows & (step.before | step.late) == (rows if when == "now" else set())
+                assert rows & (step.before | step.urgent) == (rows if when == "urgent" else set())
             for owner in step.ranks:
                 for parts in step.applies[when][owner].values():
                     row = step.rows[parts[0][0]][parts[0][1]]
                     waits_for_nobody = all(user == owner for user, _ in parts)
-                    assert (row in step.after or waits_for_nobody) == (when == "now")
+                    assert (row in step.after or waits_for_nobody) == (when == "urgent")
 
 
 def unfenced(plan: StepPlan) -> StepPlan:
-    early, late = (replace(part, fence_tick=-1) for part in moved_by(plan))
-    return replace(plan, groups=(replace(plan.groups[0], early=early, late=late),))
+    overlapped, urgent = (replace(part, fence_tick=-1) for part in moved_by(plan))
+    return replace(plan, groups=(replace(plan.groups[0], overlapped=overlapped, urgent=urgent),))
 
 
-def without_late(plan: StepPlan) -> StepPlan:
-    return replace(plan, has_late=False)
+def without_urgent(plan: StepPlan) -> StepPlan:
+    return replace(plan, has_urgent=False)
 
 
 def short_of_a_contribution(plan: StepPlan) -> StepPlan:
     """The pieces of what is applied now end before its contributions do."""
     exchange = exchange_of(plan)
-    offsets = exchange.apply_now.piece_offsets.copy()
+    offsets = exchange.apply_urgent.piece_offsets.copy()
     offsets[-1] -= 1
-    exchange = replace(exchange, apply_now=replace(exchange.apply_now, piece_offsets=offsets))
+    exchange = replace(exchange, apply_urgent=replace(exchange.apply_urgent, piece_offsets=offsets))
     return replace(plan, groups=(replace(plan.groups[0], exchange=exchange),))
 
 
@@ -302,7 +308,7 @@ def short_of_a_contribution(plan: StepPlan) -> StepPlan:
     ("fault", "message", "checked"),
     [
         (unfenced, "is fetched before it is written", "does not wait for the write-back of tick"),
-        (without_late, "has_late is not what there is", "has_late is not set"),
+        (without_urgent, "has_urgent is not what there is", "has_urgent is not set"),
         (
             short_of_a_contribution,
             "pieces and bags differ",

@@ -53,11 +53,15 @@ def plans_of(
 
 
 def fetched(plans: Sequence[GroupPlan]) -> list[set[int]]:
-    return [{*plan.early.fetch_rows.tolist(), *plan.late.fetch_rows.tolist()} for plan in plans]
+    return [
+        {*plan.overlapped.fetch_rows.tolist(), *plan.urgent.fetch_rows.tolist()} for plan in plans
+    ]
 
 
 def evicted(plans: Sequence[GroupPlan]) -> list[set[int]]:
-    return [{*plan.early.evict_rows.tolist(), *plan.late.evict_rows.tolist()} for plan in plans]
+    return [
+        {*plan.overlapped.evict_rows.tolist(), *plan.urgent.evict_rows.tolist()} for plan in plans
+    ]
 
 
 def zipf_trace(num_rows: int, num_batches: int, batch_size: int) -> tuple[Group, list[Jagged]]:

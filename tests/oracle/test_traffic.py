@@ -19,9 +19,9 @@ from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.row_trace import Trace, read_trace
 from bagpipe.oracle.traffic import (
     GRADIENT,
-    LATER,
-    NOW,
+    OVERLAPPED,
     REPLICA,
+    URGENT,
     Balance,
     Traffic,
     hashed_owners,
@@ -112,7 +112,9 @@ def test_rows_that_one_rank_alone_uses_never_travel() -> None:
 
 
 @pytest.mark.parametrize(("data_type", "replica"), [("fp32", 16), ("bf16", 8)])
-def test_a_shared_row_goes_to_and_fro_now_or_later(data_type: DataType, replica: int) -> None:
+def test_a_shared_row_goes_to_and_fro_urgently_or_overlapped(
+    data_type: DataType, replica: int
+) -> None:
     # Both ranks use row 0 in each of three steps, so that one of the two owns it. Its replica can
     # go later before step 0 only, which nothing has changed before; its gradient after step 2 only,
     # after which nobody needs it. Rows 1 to 6 fill up and are each one rank's, hence stay: rank 0
@@ -124,10 +126,10 @@ def test_a_shared_row_goes_to_and_fro_now_or_later(data_type: DataType, replica:
         num_trainers=2,
     )
     traffic = counted(trace, 4, 3)
-    assert traffic.rows[REPLICA, LATER] == 1
-    assert traffic.rows[REPLICA, NOW] == 2
-    assert traffic.rows[GRADIENT, NOW] == 2
-    assert traffic.rows[GRADIENT, LATER] == 1
+    assert traffic.rows[REPLICA, OVERLAPPED] == 1
+    assert traffic.rows[REPLICA, URGENT] == 2
+    assert traffic.rows[GRADIENT, URGENT] == 2
+    assert traffic.rows[GRADIENT, OVERLAPPED] == 1
     assert traffic.sent_bytes.tolist() == [[replica, 2 * replica], [16, 32]]
     assert traffic.critical_share == pytest.approx(2 / 3)
     assert (traffic.num_uniques, traffic.num_uses) == (9, 12)
@@ -169,10 +171,10 @@ def test_hashed_owners_are_even() -> None:
 
 def test_what_is_sent_is_received_and_each_row_has_one_owner(trace: Trace) -> None:
     names = {
-        (REPLICA, LATER): "replicas_later",
-        (REPLICA, NOW): "replicas_now",
-        (GRADIENT, LATER): "sync_later",
-        (GRADIENT, NOW): "sync_now",
+        (REPLICA, OVERLAPPED): "replicas_overlapped",
+        (REPLICA, URGENT): "replicas_urgent",
+        (GRADIENT, OVERLAPPED): "sync_overlapped",
+        (GRADIENT, URGENT): "sync_urgent",
     }
     for _, plans, batch in steps(trace, 60):
         sent = sent_rows(plans)
@@ -215,7 +217,7 @@ def test_the_report_adds_up_all_ranks(trace: Trace) -> None:
     report = replay(trace, grid, 60, 3).report
     assert report is not None
     fetched = sum(
-        len(plan.early.fetch_rows) + len(plan.late.fetch_rows)
+        len(plan.overlapped.fetch_rows) + len(plan.urgent.fetch_rows)
         for _, plans, _ in steps(trace, 60)
         for plan in plans
     )
@@ -274,7 +276,12 @@ def test_table_and_json(result: DryRun) -> None:
     assert small["too_small_for_batch_of"] > 2
     for point in rest:
         traffic = point["traffic"]
-        kinds = ("replicas_now", "replicas_later", "gradients_now", "gradients_later")
+        kinds = (
+            "replicas_urgent",
+            "replicas_overlapped",
+            "gradients_urgent",
+            "gradients_overlapped",
+        )
         assert sum(traffic[f"{kind}_rows_per_step"] for kind in kinds) == pytest.approx(
             traffic["sent_rows_per_step"]
         )

@@ -28,15 +28,15 @@ def run_ranks(
 
     def run(rank: int) -> None:
         try:
-            now, later, alike = (
+            now, overlapped, alike = (
                 dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, num_trainers, timeout)
-                for name in ("now", "later", "alike")
+                for name in ("urgent", "overlapped", "alike")
             )
             communicator = Communicator(
                 rank=rank,
                 num_trainers=num_trainers,
                 now=now,
-                later=later,
+                overlapped=overlapped,
                 alike=alike,
                 store=store,
                 num_hosts=num_hosts,

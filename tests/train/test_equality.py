@@ -337,11 +337,11 @@ def flip_a_slot(plan: GroupPlan) -> GroupPlan:
 
 
 def drop_a_write_back(plan: GroupPlan) -> GroupPlan:
-    early, late = (
+    overlapped, urgent = (
         replace(moved, evict_rows=moved.evict_rows[1:], evict_slots=moved.evict_slots[1:])
-        for moved in (plan.early, plan.late)
+        for moved in (plan.overlapped, plan.urgent)
     )
-    return replace(plan, early=early, late=late)
+    return replace(plan, overlapped=overlapped, urgent=urgent)
 
 
 def drop_a_gradient(plan: GroupPlan) -> GroupPlan:

@@ -114,7 +114,7 @@ def test_what_was_trained_before_a_bad_batch_is_saved(
 
 
 def rows_of_batches(config: RunConfig) -> list[int]:
-    """Distinct rows of each batch of an epoch."""
+    """Unique rows of each batch of an epoch."""
     source = open_source(config.data, "train")
     groups = group_tables(make_tables(source.features, config), SGD(lr=1.0))
     sparse = (batch.sparse for batch in source.batches(batch_size=config.train.batch_size))
@@ -132,7 +132,7 @@ def test_a_cache_too_small_for_a_later_batch_loses_nothing_and_the_size_told_is_
     assert needs[refused] < max(needs)  # or any error would tell enough
     with pytest.raises(CacheTooSmallError) as caught:
         train(small_config(tmp_path, cache={"size": size}), reporter=SilentReporter())
-    assert f"step {refused} uses {needs[refused]} distinct rows" in str(caught.value)
+    assert f"step {refused} uses {needs[refused]} unique rows" in str(caught.value)
     assert f"give the cache at least {max(needs)} rows" in str(caught.value)
     assert steps_saved(tmp_path) == [refused]
     goes_on(tmp_path, undisturbed, cache={"size": caught.value.cache_rows})

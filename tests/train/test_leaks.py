@@ -70,9 +70,9 @@ def test_memory_stays(device: str, batch_size: int, num_steps: int, tmp_path: Pa
     )
     result = train(config, reporter=watch)
     assert result.step == num_steps
-    first, *later = watch.seen
+    first, *overlapped = watch.seen
     assert "bagpipe-oracle" in first
-    for seen in later:
+    for seen in overlapped:
         assert seen.keys() == first.keys()
         for kind, found in seen.items():
             # what the C library keeps, and a larger batch's buffers

@@ -425,7 +425,7 @@ def clear(marks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankPlanner, "__init__", init)
 
 
-def send_all_replicas_early(monkeypatch: pytest.MonkeyPatch) -> None:
+def send_all_replicas_overlapped(monkeypatch: pytest.MonkeyPatch) -> None:
     clear("was_used_before", monkeypatch)
 
 
@@ -434,22 +434,22 @@ def defer_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drop_a_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Exchange._apply_later
+    original = Exchange._apply_overlapped
 
-    def apply_later(self: Exchange, step: Any) -> None:
+    def apply_overlapped(self: Exchange, step: Any) -> None:
         for sums in step.sums.values():
             sums[:1] = 0.0
         original(self, step)
 
-    monkeypatch.setattr(Exchange, "_apply_later", apply_later)
+    monkeypatch.setattr(Exchange, "_apply_overlapped", apply_overlapped)
 
 
 ROOMY: dict[str, Any] = {"cache": [150, 50], "lookahead": 4}
-"""Without late transfers, before which deferred gradients would be waited for."""
+"""Without urgent transfers, before which deferred gradients would be waited for."""
 
 
 @pytest.mark.parametrize(
-    "fault", [send_all_replicas_early, defer_all_gradients, drop_a_contribution]
+    "fault", [send_all_replicas_overlapped, defer_all_gradients, drop_a_contribution]
 )
 def test_a_planted_fault_is_found(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make_batches(14)
@@ -469,7 +469,7 @@ def test_a_planted_fault_is_found(fault: Any, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-@pytest.mark.parametrize("fault", [send_all_replicas_early, defer_all_gradients])
+@pytest.mark.parametrize("fault", [send_all_replicas_overlapped, defer_all_gradients])
 def test_a_planted_fault_is_found_by_the_check_of_plans_before_it_is_trained(
     fault: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

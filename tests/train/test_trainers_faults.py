@@ -97,7 +97,9 @@ def test_a_row_evicted_late_and_fetched_at_the_same_tick_is_no_circle(depth: int
     )
     plans = [planned.plan for planned in plan_stream(batches, options)]
     # or it shows nothing
-    assert any(plan.groups[0].early.fence_tick == plan.early_tick for plan in plans) or depth == 3
+    assert (
+        any(plan.groups[0].overlapped.fence_tick == plan.issue_tick for plan in plans) or depth == 3
+    )
     found = train(2, batches, cache=[2], replicas=50, lookahead=3, prefetch_depth=depth)
     np.testing.assert_array_equal(found, train(1, batches, cache=[4], lookahead=3))
 
@@ -131,9 +133,8 @@ def test_plans_that_come_late_on_one_rank_change_nothing(
 
 
 def test_a_late_plan_releases_none_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step's later gradients are sent as its plan says up to the second tick after it; its place
-    is reused then.
-    """
+    """A step's overlapped gradients are sent as its plan says up to the second tick after it; its
+    place is reused then."""
     released: list[tuple[int, bool]] = []  # (step, whether its gradients are still on their way)
     submit = Executor.submit
 
@@ -187,28 +188,28 @@ def test_a_learning_rate_is_that_of_the_gradients_step() -> None:
 def test_a_late_gradient_has_the_rate_of_its_step_when_the_next_one_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batches, was_late = random_batches(20, 8), list[bool]()
-    original = Exchange._apply_later
+    batches, was_urgent = random_batches(20, 8), list[bool]()
+    original = Exchange._apply_overlapped
 
     def rate_of(step: int) -> float:
         return 0.5 ** (step % 4 + 1)
 
-    def apply_later(exchange: Exchange, step: Any) -> None:
+    def apply_overlapped(exchange: Exchange, step: Any) -> None:
         deadline = time.monotonic() + 0.2  # where a step waits for it, or none comes any more
         while exchange._caches[0].lr == rate_of(step.plan.step) and time.monotonic() < deadline:
             time.sleep(0.001)
-        was_late.append(exchange._caches[0].lr != rate_of(step.plan.step))
+        was_urgent.append(exchange._caches[0].lr != rate_of(step.plan.step))
         original(exchange, step)
 
     def set_rate(embeddings: EmbeddingBagCollection, step: int) -> None:
         embeddings.set_learning_rate(rate_of(step))
 
-    monkeypatch.setattr(Exchange, "_apply_later", apply_later)
+    monkeypatch.setattr(Exchange, "_apply_overlapped", apply_overlapped)
     np.testing.assert_array_equal(
         train(2, batches, set_rate, cache=[50], replicas=50, lookahead=3),
         train(1, batches, set_rate, cache=[50]),
     )
-    assert sum(was_late) >= 20
+    assert sum(was_urgent) >= 20
 
 
 def test_an_error_on_one_rank_is_raised_there_at_once_as_it_is() -> None:

@@ -210,7 +210,7 @@ def flush_before_backward_alone(rank: Rank, batch: Jagged, step: int) -> None:
     backward(rank, batch, step)
 
 
-def leave_early(rank: Rank, batch: Jagged, step: int) -> str:
+def leave_overlapped(rank: Rank, batch: Jagged, step: int) -> str:
     backward(rank, batch, step)
     return "break" if rank.is_odd_one and step == 5 else ""
 
@@ -245,7 +245,7 @@ ODD_ACTS = [
     (evaluate_alone, r"rank 1 writes its rows back at step 5 \(for an evaluation"),
     (flush_alone, r"rank 1 writes its rows back at step 5"),
     (flush_before_backward_alone, r"rank 1 writes its rows back at step 5"),
-    (leave_early, r"rank 1 writes its rows back at step 5 .*since its batches are over"),
+    (leave_overlapped, r"rank 1 writes its rows back at step 5 .*since its batches are over"),
     (other_rate, r"in step 5 at the learning rate 0\.5, .*in step 5 at the learning rate 0\.25"),
     (other_rate_at_the_end, r"rank 1 updates its rows in step 13 at the learning rate 0\.25"),
     (ask_alone, r"rank 1 compares a number"),
@@ -269,7 +269,7 @@ def test_what_one_rank_does_otherwise_is_an_error_on_all(
         assert re.search(message, str(error))
 
 
-@pytest.mark.parametrize("do_step", [evaluate_alone, flush_alone, leave_early])
+@pytest.mark.parametrize("do_step", [evaluate_alone, flush_alone, leave_overlapped])
 def test_on_two_hosts_too(do_step: Callable[[Rank, Jagged, int], object]) -> None:
     for _, error in outcomes([BATCHES, BATCHES], do_step, num_hosts=2):
         assert isinstance(error, UsageError)

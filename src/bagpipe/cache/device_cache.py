@@ -82,7 +82,7 @@ class DeviceCache:
         )
 
     def sum_by_row(self, plan: DevicePlan, grads: Tensor, *, scale: float, room: int) -> Tensor:
-        """The sums of `grads` (B, F, D) by distinct row, times `scale`, as `update` adds them up:
+        """The sums of `grads` (B, F, D) by unique row, times `scale`, as `update` adds them up:
         (U + room, D), zeros behind.
         """
         num_uniques = len(plan.unique_slots)

@@ -191,7 +191,7 @@ class DeviceTransfers:
 
     @classmethod
     def of(cls, transfers: Transfers, device: torch.device) -> DeviceTransfers:
-        """Moves late transfers to `device` on the current stream."""
+        """Moves urgent transfers to `device` on the current stream."""
         evict_slots, fetch_slots = all_to_device(
             [transfers.evict_slots, transfers.fetch_slots], device
         )
@@ -204,12 +204,12 @@ class DeviceExchange:
     what to apply.
     """
 
-    replicas_later: Tensor  # (num_sent,) int32 own slots
-    replicas_now: Tensor
-    sync_now: Tensor  # (num_sent,) int32 places in the own sums
-    sync_later: Tensor
-    apply_now: DevicePlan  # its bags are the own sums, then those received
-    apply_later: DevicePlan
+    replicas_overlapped: Tensor  # (num_sent,) int32 own slots
+    replicas_urgent: Tensor
+    sync_urgent: Tensor  # (num_sent,) int32 places in the own sums
+    sync_overlapped: Tensor
+    apply_urgent: DevicePlan  # its bags are the own sums, then those received
+    apply_overlapped: DevicePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,14 +217,14 @@ class DeviceGroup:
     """One group's plan of a step, all that is moved at its early tick."""
 
     plan: DevicePlan
-    early: DeviceTransfers
+    overlapped: DeviceTransfers
     exchange: DeviceExchange | None
     along: tuple[Tensor, ...]  # what moved with it
 
 
 _SCHEDULE: Final = ("unique_slots", "bags", "piece_offsets", "long_uniques", "long_offsets")
-_SENT: Final = ("replicas_later", "replicas_now", "sync_now", "sync_later")
-_APPLIED: Final = ("apply_now", "apply_later")
+_SENT: Final = ("replicas_overlapped", "replicas_urgent", "sync_urgent", "sync_overlapped")
+_APPLIED: Final = ("apply_urgent", "apply_overlapped")
 
 
 def plan_to_device(
@@ -236,9 +236,8 @@ def plan_to_device(
     device: torch.device,
     along: Sequence[MovedArray] = (),
 ) -> DeviceGroup:
-    """Moves one group's plan, early transfers, exchanges and what goes `along` to `device` on the
-    current stream, by one copy.
-    """
+    """Moves one group's plan, overlapped transfers, exchanges and what goes `along` to `device` on
+    the current stream, by one copy."""
     schedule, exchange = plan.schedule, plan.exchange
     arrays = {
         "inverse": plan.inverse,
@@ -251,8 +250,8 @@ def plan_to_device(
         "piece_offsets": schedule.piece_offsets,
         "long_uniques": schedule.long_uniques,
         "long_offsets": schedule.long_offsets,
-        "evict_slots": plan.early.evict_slots,
-        "fetch_slots": plan.early.fetch_slots,
+        "evict_slots": plan.overlapped.evict_slots,
+        "fetch_slots": plan.overlapped.fetch_slots,
     }
     if exchange is not None:
         arrays |= {name: getattr(exchange, name).send for name in _SENT}
@@ -265,7 +264,7 @@ def plan_to_device(
     moved_along = tuple(tensors.pop(f"along.{index}") for index in range(len(along)))
     # 5 us here, 0.35 ms in the planner
     tensors["lookup_slots"] = tensors["unique_slots"].index_select(0, tensors.pop("inverse"))
-    early = DeviceTransfers(
+    overlapped = DeviceTransfers(
         evict_slots=tensors.pop("evict_slots"), fetch_slots=tensors.pop("fetch_slots")
     )
     on_device = None
@@ -281,7 +280,9 @@ def plan_to_device(
         }
         on_device = DeviceExchange(**{name: tensors.pop(name) for name in _SENT}, **applied)
     device_plan = DevicePlan(step=step, batch_size=batch_size, num_features=num_features, **tensors)
-    return DeviceGroup(plan=device_plan, early=early, exchange=on_device, along=moved_along)
+    return DeviceGroup(
+        plan=device_plan, overlapped=overlapped, exchange=on_device, along=moved_along
+    )
 
 
 def _move(

@@ -7,7 +7,7 @@ Around the compute of step t, in the order in which all ranks do it:
     (background)                   replicas that step t - 1 does not change -> users
     tick t                         replicas that step t - 1 has changed -> users
     (trainer's thread)
-    backward of t                  the trainer sums its own bags by distinct row; once it has for
+    backward of t                  the trainer sums its own bags by unique row; once it has for
     (trainer's thread)             all groups, gradients of rows that step t + 1 uses -> owners, who
                                    apply them
 
@@ -51,7 +51,9 @@ class _Step:
     """
 
     plan: StepPlan
-    on_device: Sequence[DeviceExchange] = ()  # by group, once its early rows are in their slots
+    on_device: Sequence[
+        DeviceExchange
+    ] = ()  # by group, once its overlapped rows are in their slots
     finish_replicas: Callable[[], object] | None = None
     finish_deferred: Callable[[], object] | None = None
     sums: dict[int, Tensor] = field(default_factory=dict)  # by group (U + room, D)
@@ -94,7 +96,7 @@ class Exchange:
         act = f"ends step {number} with gradients of {', '.join(names) or 'nothing'} alone"
         if step.sums:
             self.communicator.do_together(act)
-            self._sync_all(step, "now")
+            self._sync_all(step, "urgent")
         else:
             self.communicator.tell(act, needed_at=number + 1)
 
@@ -108,20 +110,23 @@ class Exchange:
     def ask_for_replicas(
         self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]
     ) -> None:
-        """Hands out a step's later replicas, unless that is done.
+        """Hands out a step's overlapped replicas, unless that is done.
 
-        They are sent once `filled` returns: it waits for the step's early rows.
+        They are sent once `filled` returns: it waits for the step's overlapped rows.
         """
         if plan.step not in self._steps:
             step = self._steps[plan.step] = _Step(plan=plan)
-            step.finish_replicas = self._background.start(self._send_replicas_later, step, filled)
+            step.finish_replicas = self._background.start(
+                self._send_replicas_overlapped, step, filled
+            )
 
     def finish_replicas(self, plan: StepPlan) -> None:
-        """Waits for a step's later replicas and exchanges those that could not be sent before."""
+        """Waits for a step's overlapped replicas and exchanges those that could not be sent
+        before."""
         step = self._steps[plan.step]
         assert step.finish_replicas is not None
         step.finish_replicas()
-        self._send_replicas(step, "now")
+        self._send_replicas(step, "urgent")
 
     def update(self, index: int, plan: DevicePlan, grads: Tensor, *, number: int) -> None:
         """Takes a step's gradients (B, F, D) of group `index`, for its `number`th update, from 1.
@@ -142,16 +147,16 @@ class Exchange:
             )
         step.sums[index] = sums
         if is_last:
-            self._sync_all(step, "now")
+            self._sync_all(step, "urgent")
 
     def defer(self, number: int) -> None:
-        """Hands out the later gradients of the computed step `number`, unless that is done."""
+        """Hands out the overlapped gradients of the computed step `number`, unless that is done."""
         step = self._steps.get(number)
         if step is not None and step.finish_deferred is None:
-            step.finish_deferred = self._background.start(self._apply_later, step)
+            step.finish_deferred = self._background.start(self._apply_overlapped, step)
 
     def finish_deferred(self, last_step: int) -> None:
-        """Waits for the later gradients of all steps up to `last_step` that are handed out."""
+        """Waits for the overlapped gradients of all steps up to `last_step` that are handed out."""
         for number, step in list(self._steps.items()):
             if number <= last_step and step.finish_deferred is not None:
                 step.finish_deferred()
@@ -173,11 +178,11 @@ class Exchange:
         self._background.close(wait=wait)
         self.communicator.end_stream(has_failed=not wait)
 
-    def _send_replicas_later(
+    def _send_replicas_overlapped(
         self, step: _Step, filled: Callable[[], Sequence[DeviceExchange]]
     ) -> None:
         step.on_device = filled()
-        self._send_replicas(step, "later")
+        self._send_replicas(step, "overlapped")
 
     def _send_replicas(self, step: _Step, moment: Moment) -> None:
         for cache, group, on_device in zip(
@@ -185,19 +190,19 @@ class Exchange:
         ):
             exchange = _of(group.exchange)
             begin = exchange.first_replica
-            if moment == "later":
-                rows, send = exchange.replicas_later, on_device.replicas_later
+            if moment == "overlapped":
+                rows, send = exchange.replicas_overlapped, on_device.replicas_overlapped
             else:
-                rows, send = exchange.replicas_now, on_device.replicas_now
-                begin += exchange.replicas_later.num_received
+                rows, send = exchange.replicas_urgent, on_device.replicas_urgent
+                begin += exchange.replicas_overlapped.num_received
             with span(f"replicas_{moment}"):
                 into = cache.words[begin : begin + rows.num_received]
                 self._exchange(
                     cache.words, send, into, rows, moment, step, f"replicas of {cache.group.name}"
                 )
 
-    def _apply_later(self, step: _Step) -> None:
-        self._sync_all(step, "later")
+    def _apply_overlapped(self, step: _Step) -> None:
+        self._sync_all(step, "overlapped")
 
     def _sync_all(self, step: _Step, moment: Moment) -> None:
         for index in sorted(step.sums):  # none where no rank has called backward
@@ -214,10 +219,14 @@ class Exchange:
             step.sums[index],
         )
         exchange, num_uniques = _of(group.exchange), group.schedule.num_uniques
-        if moment == "later":
-            rows, send, apply = exchange.sync_later, on_device.sync_later, on_device.apply_later
+        if moment == "overlapped":
+            rows, send, apply = (
+                exchange.sync_overlapped,
+                on_device.sync_overlapped,
+                on_device.apply_overlapped,
+            )
         else:
-            rows, send, apply = exchange.sync_now, on_device.sync_now, on_device.apply_now
+            rows, send, apply = exchange.sync_urgent, on_device.sync_urgent, on_device.apply_urgent
         with span(f"sync_{moment}"):
             into = sums[num_uniques : num_uniques + rows.num_received]
             self._exchange(sums, send, into, rows, moment, step, f"gradients of {cache.group.name}")

@@ -1,13 +1,13 @@
 """Executes plans: says at each tick which records move, and when a step's rows are there.
 
 Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At
-each tick the trainer's thread hands out what is due (the late transfers of step t, then the early
+each tick the trainer's thread hands out what is due (the urgent transfers of step t, then the early
 ones of later steps) and goes on; `bagpipe.cache.transfers` moves them, and with other trainers
 `bagpipe.cache.exchange` what passes between their caches.
 
 The only waits of the trainer's thread are for the rows of the step that it is about to compute: for
-the early ones, asked for `prefetch_depth` steps ago ("rows"), for the late ones ("slots"), and for
-those of other trainers ("replicas").
+the overlapped ones, asked for `prefetch_depth` steps ago ("rows"), for the urgent ones ("slots"),
+and for those of other trainers ("replicas").
 
 A failure in a background thread is raised by the next call here, with its cause. On CUDA, forward
 and backward must run on the stream that is current when the next batch is asked for.
@@ -61,8 +61,8 @@ class _Pending:
     release: Callable[[], None] | None
     along: Sequence[MovedArray]
     on_device: tuple[DeviceGroup, ...] = ()  # by group
-    early: IssuedTransfers | None = None
-    late: IssuedTransfers | None = None
+    overlapped: IssuedTransfers | None = None
+    urgent: IssuedTransfers | None = None
     is_over: bool = False  # everything that reads its plan is done, or on CUDA issued
     computed: torch.cuda.Event | None = None  # on CUDA after that
 
@@ -141,34 +141,35 @@ class Executor:
                 self._exchange.finish_deferred(tick - 2)
             self._note_computed()
             self._release_ended()
-            # A plan that came too late to be issued ahead: its own early transfers still come
-            # before its late ones, which may fill a slot that an early one empties. Early ones of
-            # later steps come last: they may fetch what this step's late ones evict.
-            self._issue_early(pending)
+            # A plan that came too late to be issued ahead: its own overlapped transfers still come
+            # before its urgent ones, which may fill a slot that an overlapped one empties.
+            # Overlapped ones of later steps come last: they may fetch what this step's urgent ones
+            # evict.
+            self._issue_overlapped(pending)
             if self._exchange is not None:
                 self._exchange_behind(self._exchange, pending)
-            if any(_moves_anything(group.late) for group in pending.plan.groups):
-                self._issue_late(pending)
-            # Before the early ones of later steps: other ranks may wait for it before they do what
-            # those wait for.
-            self._mover.mark_written("late", tick)
+            if any(_moves_anything(group.urgent) for group in pending.plan.groups):
+                self._issue_urgent(pending)
+            # Before the overlapped ones of later steps: other ranks may wait for it before they do
+            # what those wait for.
+            self._mover.mark_written("urgent", tick)
             for due in self._pending:
-                if due.plan.early_tick <= tick:
-                    self._issue_early(due)
+                if due.plan.issue_tick <= tick:
+                    self._issue_overlapped(due)
             self._mover.raise_failed_writes()
             self._wait_for_rows(pending)
             # Before replicas go out: rows that came late are among them.
-            self._wait_on_device(pending.early)
-            self._wait_on_device(pending.late)
+            self._wait_on_device(pending.overlapped)
+            self._wait_on_device(pending.urgent)
             if self._exchange is not None:
                 self._wait_for_replicas(self._exchange, pending)
             for due in self._pending:
                 if (
-                    due.early is not None
-                    and not due.early.is_filled
-                    and due.early.gathered.has_succeeded
+                    due.overlapped is not None
+                    and not due.overlapped.is_filled
+                    and due.overlapped.gathered.has_succeeded
                 ):
-                    self._mover.fill(due.early)
+                    self._mover.fill(due.overlapped)
         self.current = tuple(group.plan for group in pending.on_device)
         self.moved_along = self._for_compute(pending.on_device[-1].along)
 
@@ -247,7 +248,7 @@ class Executor:
             self._exchange.begin_flush()
         for pending in self._pending:
             with naming_step(pending.plan.step):
-                for transfer in (pending.early, pending.late):
+                for transfer in (pending.overlapped, pending.urgent):
                     if transfer is not None:
                         self._mover.fill(transfer)
         self._mover.finish_writes()
@@ -286,24 +287,26 @@ class Executor:
             self.at_close[0]()
             self.at_close.pop(0)
 
-    def _issue_early(self, pending: _Pending) -> None:
-        """Hands out a step's early transfers and its plan's way to the device, unless that is
+    def _issue_overlapped(self, pending: _Pending) -> None:
+        """Hands out a step's overlapped transfers and its plan's way to the device, unless that is
         done.
         """
-        if pending.early is None:
+        if pending.overlapped is None:
             plan = pending.plan
-            transfers = tuple(group.early for group in plan.groups)
+            transfers = tuple(group.overlapped for group in plan.groups)
             to_device = partial(self._plan_to_device, pending)
             with self.undivided():
-                pending.early = self._mover.issue(plan, transfers, plan.early_tick, to_device)
-            self._mover.mark_written("early", plan.step)
+                pending.overlapped = self._mover.issue(plan, transfers, plan.issue_tick, to_device)
+            self._mover.mark_written("overlapped", plan.step)
 
-    def _issue_late(self, pending: _Pending) -> None:
-        """Hands out the late transfers of the step that comes now."""
-        transfers = tuple(group.late for group in pending.plan.groups)
+    def _issue_urgent(self, pending: _Pending) -> None:
+        """Hands out the urgent transfers of the step that comes now."""
+        transfers = tuple(group.urgent for group in pending.plan.groups)
         to_device = partial(_slots_to_device, transfers, self._device)
         with self.undivided():
-            pending.late = self._mover.issue(pending.plan, transfers, pending.plan.step, to_device)
+            pending.urgent = self._mover.issue(
+                pending.plan, transfers, pending.plan.step, to_device
+            )
 
     def _plan_to_device(self, pending: _Pending) -> tuple[DeviceTransfers, ...]:
         plan, last = pending.plan, len(self.caches) - 1
@@ -321,7 +324,7 @@ class Executor:
                     zip(plan.groups, self.caches, strict=True)
                 )
             )
-        return tuple(group.early for group in pending.on_device)
+        return tuple(group.overlapped for group in pending.on_device)
 
     def _for_compute(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Tensors for the user, who may keep them: their memory, made on another stream, must
@@ -339,10 +342,10 @@ class Executor:
         exchange.ask_for_replicas(pending.plan, partial(self._filled, pending))
         if self._ended:
             exchange.defer(self._ended[-1].plan.step)
-        if pending.plan.has_late:
+        if pending.plan.has_urgent:
             exchange.finish_deferred(pending.plan.step - 1)
             if self._streams is not None:
-                self._streams.record_compute()  # late evictions follow what was deferred
+                self._streams.record_compute()  # urgent evictions follow what was deferred
 
     def _wait_for_replicas(self, exchange: Exchange, pending: _Pending) -> None:
         """Waits for the replicas of the step that comes now, and asks for those of the next one."""
@@ -350,33 +353,32 @@ class Executor:
         exchange.finish_replicas(pending.plan)
         self.waits.replicas_s += time.perf_counter() - started
         following = self._pending[1] if len(self._pending) > 1 else None
-        if following is not None and following.early is not None:
+        if following is not None and following.overlapped is not None:
             exchange.ask_for_replicas(following.plan, partial(self._filled, following))
 
     def _filled(self, pending: _Pending) -> list[DeviceExchange]:
-        """Waits until a step's early rows are in their slots, on CUDA on the current stream; what
-        it exchanges, by group.
-        """
-        assert pending.early is not None
-        self._mover.fill(pending.early)
-        self._wait_on_device(pending.early)
+        """Waits until a step's overlapped rows are in their slots, on CUDA on the current stream;
+        what it exchanges, by group."""
+        assert pending.overlapped is not None
+        self._mover.fill(pending.overlapped)
+        self._wait_on_device(pending.overlapped)
         return [group.exchange for group in pending.on_device if group.exchange is not None]
 
     def _wait_for_rows(self, pending: _Pending) -> None:
         """Fills the rows of the step that comes now, and accounts for the time that they are not
         gathered yet.
         """
-        assert pending.early is not None
+        assert pending.overlapped is not None
         started = time.perf_counter()
-        pending.early.gathered.result()
+        pending.overlapped.gathered.result()
         rows_done = time.perf_counter()
         self.waits.rows_s += rows_done - started
-        self._mover.fill(pending.early)
-        if pending.late is not None:
+        self._mover.fill(pending.overlapped)
+        if pending.urgent is not None:
             started = time.perf_counter()
-            pending.late.gathered.result()
+            pending.urgent.gathered.result()
             self.waits.slots_s += time.perf_counter() - started
-            self._mover.fill(pending.late)
+            self._mover.fill(pending.urgent)
 
     def _wait_on_device(self, transfer: IssuedTransfers | None) -> None:
         """Lets the current stream follow a transfer's fills."""
@@ -404,7 +406,7 @@ class Executor:
             if computed is not None and not computed.query():  # type: ignore[no-untyped-call]
                 break
             ended = self._ended.pop(0)
-            for transfers in (ended.early, ended.late):
+            for transfers in (ended.overlapped, ended.urgent):
                 if transfers is not None:
                     self._mover.give_back(transfers)
             if ended.release is not None:

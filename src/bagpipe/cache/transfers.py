@@ -59,7 +59,7 @@ than for rows with fewer (docs/results.md)."""
 
 @dataclass(kw_only=True)
 class IssuedTransfers:
-    """A step's early or late transfers, handed out."""
+    """A step's early or urgent transfers, handed out."""
 
     on_device: tuple[DeviceTransfers, ...]  # by group, as what is gathered
     gathered: Call[list[Buffer]]
@@ -290,12 +290,12 @@ class RecordMover:
         """
         fence = max(moved.fence_tick for moved in transfers)
         if self._communicator is not None and fence >= 0:
-            # What other ranks evict up to the fence and this plan knows of, the early transfers of
-            # these steps do. Each waits for earlier steps' alone, so ranks never wait for each
-            # other in a circle.
-            depth = plan.step - plan.early_tick
-            self._communicator.wait_written("early", min(fence + depth, plan.step - 1))
-            self._communicator.wait_written("late", fence)
+            # What other ranks evict up to the fence and this plan knows of, the overlapped
+            # transfers of these steps do. Each waits for earlier steps' alone, so ranks never wait
+            # for each other in a circle.
+            depth = plan.step - plan.issue_tick
+            self._communicator.wait_written("overlapped", min(fence + depth, plan.step - 1))
+            self._communicator.wait_written("urgent", fence)
         # all that was evicted before these transfers is among them
         for tick, write in list(self._writes):
             if tick <= fence:

@@ -26,7 +26,7 @@ COLUMNS_A_BLOCK: Final = 8
 and 2 k + 1.
 
 The counter of weight `column` of unique row `unique` of a step is (unique, step, column // 8,
-ROUNDING): a row's place among the batch's distinct rows is the same whatever the cache, and no step
+ROUNDING): a row's place among the batch's unique rows is the same whatever the cache, and no step
 has two rows at one place. """
 
 

@@ -44,8 +44,8 @@ from bagpipe.topology import check_hosts, home_hosts, host_of, neighbours_on
 from bagpipe.types import Float32Array, Group, Int64Array
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-Moment = Literal["now", "later"]
-TransferKind = Literal["early", "late"]
+Moment = Literal["urgent", "overlapped"]
+TransferKind = Literal["overlapped", "urgent"]
 _LOOK_AFTER = timedelta(seconds=1)
 """How long to wait for another rank before looking whether it lives."""
 _STOPS_WITHIN = timedelta(seconds=30)
@@ -67,7 +67,7 @@ class Communicator:
     rank: int
     num_trainers: int
     now: Any  # a ProcessGroup or one of its backends
-    later: Any
+    overlapped: Any
     alike: Any  # gloo's
     store: Any
     num_hosts: int = 1
@@ -137,14 +137,14 @@ class Communicator:
         timeout = timeout or timedelta(minutes=5)
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-        now, later, alike = (
+        now, overlapped, alike = (
             dist.new_group(timeout=timeout, backend=each) for each in (backend, backend, "gloo")
         )
         return cls(
             rank=dist.get_rank(),
             num_trainers=dist.get_world_size(),
             now=now,
-            later=later,
+            overlapped=overlapped,
             alike=alike,
             store=dist.distributed_c10d._get_default_store(),
             num_hosts=num_hosts,
@@ -183,7 +183,7 @@ class Communicator:
         Raises BackgroundError, naming `what` and the step, when a rank can't be reached.
         """
         with self._naming(f"exchanging {what} of step {step}"):
-            group = self.now if moment == "now" else self.later
+            group = self.now if moment == "urgent" else self.overlapped
             message = group.alltoall_base(
                 received, rows, plan.receive_counts.tolist(), plan.send_counts.tolist()
             )

@@ -37,7 +37,7 @@ def checked(
     for plan, batch in planned:
         for checker, group_plan, deduped in zip(checkers, plan.groups, batch.groups, strict=True):
             assert isinstance(deduped, DedupedGroup)  # one trainer's
-            checker.check(plan.step, plan.early_tick, group_plan, deduped)
+            checker.check(plan.step, plan.issue_tick, group_plan, deduped)
         yield plan, batch
     for checker in checkers:
         checker.finish()
@@ -56,10 +56,10 @@ class PlanChecker:
         self._free_after = np.full(num_slots, -1, np.int64)  # the last step that used the slot
         self._waiting: deque[tuple[int, int, GroupPlan, DedupedGroup]] = deque()
         self._num_issued = (
-            0  # how many of the waiting plans have had their early transfers replayed
+            0  # how many of the waiting plans have had their overlapped transfers replayed
         )
 
-    def check(self, step: int, early_tick: int, plan: GroupPlan, batch: DedupedGroup) -> None:
+    def check(self, step: int, issue_tick: int, plan: GroupPlan, batch: DedupedGroup) -> None:
         """Takes the plan of the next step; replays all ticks before the one at which its early
         transfers are issued.
         """
@@ -67,13 +67,13 @@ class PlanChecker:
             not self._waiting or step == self._waiting[-1][0] + 1, step, 7, "steps are not in order"
         )
         self._expect(
-            0 <= early_tick <= step,
+            0 <= issue_tick <= step,
             step,
             4,
-            f"early transfers at tick {early_tick}, after the step itself",
+            f"overlapped transfers at tick {issue_tick}, after the step itself",
         )
-        self._waiting.append((step, early_tick, plan, batch))
-        while self._waiting[0][0] < early_tick:
+        self._waiting.append((step, issue_tick, plan, batch))
+        while self._waiting[0][0] < issue_tick:
             self._replay_step()
 
     def finish(self) -> None:
@@ -82,17 +82,16 @@ class PlanChecker:
             self._replay_step()
 
     def _replay_step(self) -> None:
-        """Tick and compute of the oldest waiting step: its late transfers, all early ones that are
-        due, then residency.
-        """
-        step, early_tick, plan, batch = self._waiting[0]
-        # a prefetch depth of 0: its own early transfers are due at this very tick
+        """Tick and compute of the oldest waiting step: its urgent transfers, all overlapped ones
+        that are due, then residency."""
+        step, issue_tick, plan, batch = self._waiting[0]
+        # a prefetch depth of 0: its own overlapped transfers are due at this very tick
         if self._num_issued == 0:
-            self._expect(early_tick == step, step, 4, "early transfers were never issued")
-        self._replay(step, step, plan.late)
+            self._expect(issue_tick == step, step, 4, "overlapped transfers were never issued")
+        self._replay(step, step, plan.urgent)
         while self._num_issued < len(self._waiting) and self._waiting[self._num_issued][1] <= step:
             due_step, due_tick, due, _ = self._waiting[self._num_issued]
-            self._replay(due_step, due_tick, due.early)
+            self._replay(due_step, due_tick, due.overlapped)
             self._num_issued += 1
         self._check_residency(step, plan, batch)
         self._free_after[plan.schedule.unique_slots] = step

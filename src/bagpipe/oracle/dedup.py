@@ -1,16 +1,16 @@
-"""De-duplication: from the ids of one batch to its distinct rows and the order of its backward
+"""De-duplication: from the ids of one batch to its unique rows and the order of its backward
 sums.
 
 Stateless, so that any number of batches run at a time on any number of threads (the kernels release
 the GIL), and pure: the same ids give the same arrays on any machine. One pass over the lookups
-finds the distinct rows, which are then put shard by shard (see `bagpipe.oracle.shards`), and a
+finds the unique rows, which are then put shard by shard (see `bagpipe.oracle.shards`), and a
 second one groups the bags by row (a counting sort); nothing is sorted by comparison.
 
 Tables are taken one after the other, so that the hash table in use holds one table's ids and stays
 in the CPU's cache. A table whose ids fit the hash table is addressed directly. Cost: about 5 ms for
 425,984 lookups on one core (docs/results.md).
 
-A `DedupedGroup` keeps 12 bytes a lookup (8 where all bags hold one id) and about 16 a distinct row
+A `DedupedGroup` keeps 12 bytes a lookup (8 where all bags hold one id) and about 16 a unique row
 while its batch is in the window; a running call needs 4 to 8 bytes a lookup more.
 """
 
@@ -70,7 +70,7 @@ class DedupedGroup:
 
 
 def dedup(group: Group, batch: Jagged) -> DedupedGroup:
-    """Finds the distinct rows of `batch` in `group` and its gradient schedule.
+    """Finds the unique rows of `batch` in `group` and its gradient schedule.
 
     Raises DataError when a feature of the group is missing, an id lies outside its table, or the
     offsets are inconsistent.
@@ -186,10 +186,10 @@ def number_rows(
     unique_rows: Int64Array,
     counts: Int32Array,
 ) -> tuple[int, int, int]:
-    """Numbers the distinct rows in first-use order; fills `inverse`, `unique_rows` and `counts`.
+    """Numbers the unique rows in first-use order; fills `inverse`, `unique_rows` and `counts`.
 
     Features of one table follow each other; `first_rows` and `sizes` are each table's first row and
-    number of ids. Returns (number of distinct rows, feature and lookup of the first id outside its
+    number of ids. Returns (number of unique rows, feature and lookup of the first id outside its
     table or -1, -1). Open addressing with linear probing over at most half-full power-of-two
     tables, multiplicative hashing (Knuth 6.4).
     """
@@ -281,7 +281,7 @@ def _number_block(
     num_uniques: int,
     inverse: Int32Array,
 ) -> int:
-    """Numbers the rows of a block; returns how many distinct ones there are now."""
+    """Numbers the rows of a block; returns how many unique ones there are now."""
     mask = np.uint32(len(heads) - 1)
     for index in range(len(values)):
         row = first_row + np.int64(values[index])
@@ -368,7 +368,7 @@ def _group_bags(
     bags: Int32Array,
     bag_weights: Float32Array,
 ) -> None:
-    """Fills `bags` (L,): the output rows grouped by distinct row, in lookup order within a row; and
+    """Fills `bags` (L,): the output rows grouped by unique row, in lookup order within a row; and
     so `bag_weights`, if any.
     """
     lookup = 0

@@ -1,8 +1,8 @@
 """The dry run: what a cache of each size would fetch with each lookahead, from the ids alone. No
 rows, no model, no device.
 
-Slots, fetches and evictions depend only on the distinct rows of each batch. So batches are read and
-de-duplicated once, on a thread pool, and only their distinct rows are kept (a `Trace`); the oracle
+Slots, fetches and evictions depend only on the unique rows of each batch. So batches are read and
+de-duplicated once, on a thread pool, and only their unique rows are kept (a `Trace`); the oracle
 that trains then replays the trace for each point of a grid of cache sizes and lookaheads, several
 points at a time.
 
@@ -22,9 +22,9 @@ Several trainers. A batch of the stream is then a global one, split among them
 (`bagpipe.jagged.share_of`); cache sizes are of each trainer; and what they send each other is
 counted too (`bagpipe.oracle.traffic`).
 
-Memory: 8 bytes a distinct row and batch for the trace, of several trainers 8 more and 4 a trainer
+Memory: 8 bytes a unique row and batch for the trace, of several trainers 8 more and 4 a trainer
 that uses it; for each point under way what a `Cacher` takes (8 bytes a row of the tables, 36 a
-slot, 8 a distinct row and 8 KiB a batch of lookahead). No more points are under way than
+slot, 8 a unique row and 8 KiB a batch of lookahead). No more points are under way than
 `CACHERS_BYTES` has room for.
 """
 

@@ -22,7 +22,7 @@ def render_points(result: DryRun) -> Table:
     )
     table = Table(
         title=f"Oracle replayed: {result.num_counted_steps:,} steps of "
-        f"{result.uniques_per_step:,.0f} distinct rows on average",
+        f"{result.uniques_per_step:,.0f} unique rows on average",
         caption="in, out: fetched and written back a step; late: rows a step on the critical "
         f"path; waits: steps with any{note}",
         box=SIMPLE_HEAD,
@@ -39,7 +39,7 @@ def render_points(result: DryRun) -> Table:
         "in",
         "rows out",
         "out",
-        "late",
+        "urgent",
         "waits",
         "peak",
     )
@@ -72,7 +72,7 @@ def render_smallest(result: DryRun) -> Table:
 def describe_largest(result: DryRun) -> str:
     """The largest batch of each group, and hence the smallest cache that works: a sentence."""
     largest = ", ".join(
-        f"{batch.num_uniques:,} distinct rows of {batch.group} in step {batch.step:,}"
+        f"{batch.num_uniques:,} unique rows of {batch.group} in step {batch.step:,}"
         for batch in result.largest
     )
     whose = "" if result.num_trainers == 1 else f" for each of the {result.num_trainers} trainers"
@@ -175,7 +175,7 @@ def _point_cells(point: Point) -> tuple[str, ...]:
         format_bytes(report.fetched_bytes / steps),
         f"{report.written_back_rows_per_step:,.0f}",
         format_bytes(report.written_back_bytes / steps),
-        f"{report.num_fetched_late / steps:,.0f}",
+        f"{report.num_fetched_urgent / steps:,.0f}",
         f"{report.num_waiting_steps / steps:.0%}",
         format_count(report.peak_slots),
     )
@@ -196,7 +196,7 @@ def _point_dict(result: DryRun, point: Point) -> dict[str, Any]:
         "bytes_fetched_per_step": report.fetched_bytes / report.num_steps,
         "rows_written_back_per_step": report.written_back_rows_per_step,
         "bytes_written_back_per_step": report.written_back_bytes / report.num_steps,
-        "rows_fetched_late_per_step": report.num_fetched_late / report.num_steps,
+        "rows_fetched_urgent_per_step": report.num_fetched_urgent / report.num_steps,
         "waiting_steps_share": report.num_waiting_steps / report.num_steps,
         "peak_slots": report.peak_slots,
         **({} if point.traffic is None else {"traffic": point.traffic.as_dict()}),

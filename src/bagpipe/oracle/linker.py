@@ -1,7 +1,7 @@
 """The first sequential stage of planning: tells each use of a row when and where the row comes
 next. Pure; knows no slots.
 
-Distinct rows of batches are *occurrences*, numbered on and on. Linking a batch finds each row's
+Unique rows of batches are *occurrences*, numbered on and on. Linking a batch finds each row's
 previous occurrence and writes there the batch's step and the row's index in it. The Cacher reads
 that later, when it settles the earlier batch, and ignores what lies beyond its window; so the
 linker may run any number of batches ahead, in a thread of its own, and plans stay the same.
@@ -51,7 +51,7 @@ _AHEAD = 16
 
 @dataclass(frozen=True, kw_only=True)
 class LinkedGroup:
-    """A batch's distinct rows with their previous uses."""
+    """A batch's unique rows with their previous uses."""
 
     batch: DedupedGroup | MergedGroup
     first_occurrence: int

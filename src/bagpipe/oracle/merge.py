@@ -1,4 +1,4 @@
-"""One global batch of several trainers: which distinct rows they use together, and who uses which.
+"""One global batch of several trainers: which unique rows they use together, and who uses which.
 Stateless.
 """
 
@@ -18,14 +18,14 @@ from bagpipe.types import Group, Int32Array, Int64Array, UInt64Array
 
 @dataclass(frozen=True, kw_only=True)
 class MergedGroup:
-    """What a global batch asks of one group: the distinct rows of all its shares, one share a
+    """What a global batch asks of one group: the unique rows of all its shares, one share a
     trainer.
     """
 
     unique_rows: Int64Array  # (U,) shard by shard, in each in first-use order, rank by rank
     users: UInt64Array  # (U,) bit r: rank r uses the row
     shares: tuple[DedupedGroup, ...]  # by rank
-    # by rank, (U_r,): where in unique_rows each of the share's distinct rows is
+    # by rank, (U_r,): where in unique_rows each of the share's unique rows is
     places: tuple[Int32Array, ...]
 
     @property

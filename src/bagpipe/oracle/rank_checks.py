@@ -68,10 +68,10 @@ class _Step:
     """What all ranks do in one step with the group."""
 
     step: int
-    early_tick: int
-    has_late: bool
+    issue_tick: int
+    has_urgent: bool
     plans: tuple[GroupPlan, ...]  # by rank
-    shares: tuple[Int64Array, ...]  # by rank (U_r,) the distinct rows of its samples
+    shares: tuple[Int64Array, ...]  # by rank (U_r,) the unique rows of its samples
     inverses: tuple[Int32Array, ...]
 
     @property
@@ -112,10 +112,10 @@ class RankChecker:
         self._users = np.zeros(group.num_rows, np.uint64)  # of the step at hand, a bit a rank
         self._waiting: deque[_Step] = deque()
         self._num_issued = (
-            0  # how many of the waiting steps have had their early transfers replayed
+            0  # how many of the waiting steps have had their overlapped transfers replayed
         )
         self._deferred: _Step | None = (
-            None  # the last computed step, until its later gradients are applied
+            None  # the last computed step, until its overlapped gradients are applied
         )
         self._step = -1
         self._first_replica = _NOWHERE  # of the step before
@@ -124,7 +124,7 @@ class RankChecker:
         self, plans: Sequence[StepPlan], batch: MergedGroup, share_sizes: Sequence[int]
     ) -> None:
         """Takes the plans of all ranks for the next step; replays all ticks before that of its
-        early transfers.
+        overlapped transfers.
         """
         first = plans[0]
         self._step = first.step
@@ -134,17 +134,17 @@ class RankChecker:
             "steps are not in order",
         )
         self._expect(
-            0 <= first.early_tick <= first.step,
+            0 <= first.issue_tick <= first.step,
             4,
-            f"early transfers at tick {first.early_tick}, after the step itself",
+            f"overlapped transfers at tick {first.issue_tick}, after the step itself",
         )
         for rank, plan in enumerate(plans):
-            same = (plan.step, plan.early_tick, plan.has_late) == (
+            same = (plan.step, plan.issue_tick, plan.has_urgent) == (
                 first.step,
-                first.early_tick,
-                first.has_late,
+                first.issue_tick,
+                first.has_urgent,
             )
-            self._expect(same, 7, "its step, early tick or has_late is not rank 0's", rank)
+            self._expect(same, 7, "its step, issue tick or has_urgent is not rank 0's", rank)
             self._expect(
                 plan.batch_size == share_sizes[rank],
                 7,
@@ -154,14 +154,14 @@ class RankChecker:
         self._waiting.append(
             _Step(
                 step=first.step,
-                early_tick=first.early_tick,
-                has_late=first.has_late,
+                issue_tick=first.issue_tick,
+                has_urgent=first.has_urgent,
                 plans=tuple(plan.groups[self._index] for plan in plans),
                 shares=tuple(share.unique_rows for share in batch.shares),
                 inverses=tuple(share.inverse for share in batch.shares),
             )
         )
-        while self._waiting[0].step < first.early_tick:
+        while self._waiting[0].step < first.issue_tick:
             self._replay_step()
 
     def finish(self) -> None:
@@ -174,27 +174,30 @@ class RankChecker:
         """Tick and compute of the oldest waiting step."""
         now = self._waiting[0]
         self._step = now.step
-        # a prefetch depth of 0: its own early transfers are due at this very tick
+        # a prefetch depth of 0: its own overlapped transfers are due at this very tick
         if self._num_issued == 0:
-            self._expect(now.early_tick == now.step, 4, "early transfers were never issued")
-            self._issue_early(now)
-        later = self._replicas(now, "later")
-        late = [plan.late for plan in now.plans]
-        has_late = any(len(moved.evict_rows) + len(moved.fetch_rows) > 0 for moved in late)
+            self._expect(now.issue_tick == now.step, 4, "overlapped transfers were never issued")
+            self._issue_overlapped(now)
+        overlapped = self._replicas(now, "overlapped")
+        urgent = [plan.urgent for plan in now.plans]
+        has_urgent = any(len(moved.evict_rows) + len(moved.fetch_rows) > 0 for moved in urgent)
         self._expect(
-            now.has_late or not has_late, 5, "there are late transfers, but has_late is not set"
+            now.has_urgent or not has_urgent,
+            5,
+            "there are urgent transfers, but has_urgent is not set",
         )
-        if now.has_late:
+        if now.has_urgent:
             self._apply_deferred()
-        self._transfer(late, now.step)
+        self._transfer(urgent, now.step)
         while (
             self._num_issued < len(self._waiting)
-            and self._waiting[self._num_issued].early_tick <= now.step
+            and self._waiting[self._num_issued].issue_tick <= now.step
         ):
-            self._issue_early(self._waiting[self._num_issued])
+            self._issue_overlapped(self._waiting[self._num_issued])
         self._step = now.step
         replicas = [
-            np.concatenate(both) for both in zip(later, self._replicas(now, "now"), strict=True)
+            np.concatenate(both)
+            for both in zip(overlapped, self._replicas(now, "urgent"), strict=True)
         ]
         for rank in self._ranks:
             self._check_lookups(now, rank, replicas[rank])
@@ -204,9 +207,9 @@ class RankChecker:
         self._waiting.popleft()
         self._num_issued -= 1
 
-    def _issue_early(self, issued: _Step) -> None:
+    def _issue_overlapped(self, issued: _Step) -> None:
         self._step = issued.step
-        self._transfer([plan.early for plan in issued.plans], issued.early_tick)
+        self._transfer([plan.overlapped for plan in issued.plans], issued.issue_tick)
         self._num_issued += 1
 
     def _transfer(self, transfers: Sequence[Transfers], tick: int) -> None:
@@ -298,7 +301,7 @@ class RankChecker:
                 f"a replica is sent before its gradients are applied ({moment})",
                 rank,
             )
-            if moment == "later":
+            if moment == "overlapped":
                 is_old = bool((self._last_used[rows] < now.step - 1).all())
                 self._expect(
                     is_old,
@@ -354,8 +357,8 @@ class RankChecker:
         """Applies what is applied now, and notes what is not."""
         for rank, rows in enumerate(now.shares):
             self._users[rows] |= np.uint64(1) << np.uint64(rank)
-        soon, late = (self._updated(now, moment) for moment in ("now", "later"))
-        updated = np.concatenate([soon, late])
+        soon, urgent = (self._updated(now, moment) for moment in ("urgent", "overlapped"))
+        updated = np.concatenate([soon, urgent])
         num_used = int(np.count_nonzero(self._users[updated]))
         self._expect(
             len(np.unique(updated)) == len(updated) == num_used,
@@ -366,14 +369,14 @@ class RankChecker:
         for rank, rows in enumerate(now.shares):
             self._expect(not self._users[rows].any(), 8, "a row that it uses is not updated", rank)
             self._last_used[rows] = now.step
-        self._is_behind[late] = True
+        self._is_behind[urgent] = True
         self._deferred = now
 
     def _apply_deferred(self) -> None:
-        """Applies the later gradients of the last computed step, unless that is done."""
+        """Applies the overlapped gradients of the last computed step, unless that is done."""
         if self._deferred is not None:
             for rank, exchange in enumerate(self._deferred.exchanges):
-                rows = self._rows_of_slots[rank, exchange.apply_later.unique_slots]
+                rows = self._rows_of_slots[rank, exchange.apply_overlapped.unique_slots]
                 self._is_behind[rows] = False
             self._deferred = None
 

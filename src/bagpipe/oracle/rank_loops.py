@@ -22,12 +22,12 @@ class Exchanges(NamedTuple):
     now; flat arrays are ordered in the way that each says.
     """
 
-    # (R,) by rank: where a rank finds its distinct rows, own slots or those of replicas
+    # (R,) by rank: where a rank finds its unique rows, own slots or those of replicas
     unique_slots: Int32Array
     replica_counts: Int64Array  # (N, 2, N)
     replicas: Int32Array  # own slots to send, by owner, now and rank
     grad_counts: Int64Array  # (N, 2, N)
-    grads: Int32Array  # which of a rank's distinct rows, by rank, now and owner
+    grads: Int32Array  # which of a rank's unique rows, by rank, now and owner
     row_counts: Int64Array  # (N, 2)
     rows: Int32Array  # (U,) own slots to update, by owner and now
     offsets: (
@@ -50,7 +50,7 @@ _Exchanges: TypeAlias = tuple[
     Int32Array,
 ]
 
-_OWNER_MASK, _COMES_NOW_BIT, _GOES_NOW_BIT = np.uint32(63), np.uint32(6), np.uint32(7)
+_OWNER_MASK, _COMES_URGENT_BIT, _GOES_URGENT_BIT = np.uint32(63), np.uint32(6), np.uint32(7)
 """In a row's code: its owner, one of up to `MAX_TRAINERS`, and whether its replicas and its
 gradients travel now."""
 _NUM_CODES = 256
@@ -63,21 +63,20 @@ slot and the row's code."""
 def plan_exchanges(
     joint_slots: Int32Array,
     users: UInt64Array,
-    comes_now: BoolArray,
-    goes_now: BoolArray,
+    comes_urgent: BoolArray,
+    goes_urgent: BoolArray,
     places: Int32Array,
     ends: Int64Array,
     first_replica: int,
 ) -> _Exchanges:
-    """Of the distinct rows (U,) that N ranks use together, `places` (R,) says, by rank up to `ends`
+    """Of the unique rows (U,) that N ranks use together, `places` (R,) says, by rank up to `ends`
     (N,), which each uses. Returns the parts of `Exchanges`.
 
-    `comes_now` and `goes_now` (U,) say whether a row's replicas and its gradients travel on the
-    critical path.
-    """
+    `comes_urgent` and `goes_urgent` (U,) say whether a row's replicas and its gradients travel on
+    the critical path."""
     num_trainers = len(ends)
     slots, codes, kinds, num_users, row_counts, contribution_counts = _describe_rows(
-        joint_slots, users, comes_now, goes_now, num_trainers
+        joint_slots, users, comes_urgent, goes_urgent, num_trainers
     )
     rows, offsets, nexts = _lay_out_rows(slots, kinds, num_users, row_counts, contribution_counts)
     unique_slots, contributions = np.empty(len(places), np.int32), np.empty(len(places), np.int32)
@@ -104,10 +103,10 @@ def plan_exchanges(
                 travellers[index, _SLOT],
             )
             code = np.uint32(travellers[index, _CODE])
-            comes = (code & _OWNER_MASK) + (code >> _COMES_NOW_BIT & np.uint32(1)) * np.uint32(
+            comes = (code & _OWNER_MASK) + (code >> _COMES_URGENT_BIT & np.uint32(1)) * np.uint32(
                 num_trainers
             )
-            goes = (code & _OWNER_MASK) + (code >> _GOES_NOW_BIT) * np.uint32(num_trainers)
+            goes = (code & _OWNER_MASK) + (code >> _GOES_URGENT_BIT) * np.uint32(num_trainers)
             replica, grad = to_replica[comes], to_grad[goes]
             unique_slots[place] = replica + replica_distance
             replicas[replica + sent_distance[comes]] = slot
@@ -176,8 +175,8 @@ def _firsts(counts: Int64Array) -> Int64Array:
 def _describe_rows(
     joint_slots: Int32Array,
     users: UInt64Array,
-    comes_now: BoolArray,
-    goes_now: BoolArray,
+    comes_urgent: BoolArray,
+    goes_urgent: BoolArray,
     num_trainers: int,
 ) -> tuple[Int32Array, UInt8Array, UInt8Array, UInt8Array, Int64Array, Int64Array]:
     """Of each row (U,) the own slot; the code, for what travels; the kind, for what its owner does:
@@ -195,12 +194,12 @@ def _describe_rows(
         owner = np.uint32(joint_slots[row] - slots[row] * num_trainers)
         codes[row] = (
             owner
-            | np.uint32(comes_now[row]) << _COMES_NOW_BIT
-            | np.uint32(goes_now[row]) << _GOES_NOW_BIT
+            | np.uint32(comes_urgent[row]) << _COMES_URGENT_BIT
+            | np.uint32(goes_urgent[row]) << _GOES_URGENT_BIT
         )
         # A row that its owner alone uses waits for nobody.
-        is_updated_now = goes_now[row] | (users[row] == np.uint64(1) << np.uint64(owner))
-        kind = 2 * owner + np.uint32(is_updated_now)
+        is_updated_urgent = goes_urgent[row] | (users[row] == np.uint64(1) << np.uint64(owner))
+        kind = 2 * owner + np.uint32(is_updated_urgent)
         kinds[row] = kind
         num_users[row] = count_bits(users[row])
         row_counts[kind] += 1
@@ -284,6 +283,6 @@ def _count_travellers(travellers: Int32Array, firsts: Int64Array) -> tuple[Int64
         for code in range(_NUM_CODES):
             owner = code & _OWNER_MASK
             if owner < num_trainers:
-                replica_counts[rank, code >> _COMES_NOW_BIT & 1, owner] += counts[code]
-                grad_counts[rank, code >> _GOES_NOW_BIT, owner] += counts[code]
+                replica_counts[rank, code >> _COMES_URGENT_BIT & 1, owner] += counts[code]
+                grad_counts[rank, code >> _GOES_URGENT_BIT, owner] += counts[code]
     return replica_counts, grad_counts

@@ -20,7 +20,7 @@ from bagpipe.oracle.rank_loops import Exchanges, plan_exchanges, sort_by_rank
 from bagpipe.plan import GradientSchedule, GroupExchange, GroupPlan, RowExchange, Transfers
 from bagpipe.types import Group, Int64Array
 
-LATER, NOW = 0, 1
+OVERLAPPED, URGENT = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,17 @@ class RankPlanner:
         self._merged = merged = planned.batch
         self._first_replica = cache.num_slots + step % 2 * cache.num_replica_slots
         self._ends = np.cumsum([len(places) for places in merged.places])
-        comes_now, goes_now = planned.was_used_before, planned.is_used_next
-        if len(planned.late.fetch_slots):
-            comes_now = comes_now | np.isin(planned.unique_slots, planned.late.fetch_slots)
+        comes_urgent, goes_urgent = planned.was_used_before, planned.is_used_next
+        if len(planned.urgent.fetch_slots):
+            comes_urgent = comes_urgent | np.isin(planned.unique_slots, planned.urgent.fetch_slots)
         if not overlap:
-            comes_now = goes_now = np.ones(len(goes_now), np.bool_)
+            comes_urgent = goes_urgent = np.ones(len(goes_urgent), np.bool_)
         self._all = Exchanges(
             *plan_exchanges(
                 planned.unique_slots,
                 merged.users,
-                comes_now,
-                goes_now,
+                comes_urgent,
+                goes_urgent,
                 np.concatenate(merged.places),
                 self._ends,
                 self._first_replica,
@@ -79,8 +79,8 @@ class RankPlanner:
                     "with smaller batches"
                 )
         num_trainers = len(merged.shares)
-        self._early, self._late = (
-            _split(transfers, num_trainers) for transfers in (planned.early, planned.late)
+        self._overlapped, self._urgent = (
+            _split(transfers, num_trainers) for transfers in (planned.overlapped, planned.urgent)
         )
 
     def plan(self, rank: int) -> GroupPlan:
@@ -96,16 +96,16 @@ class RankPlanner:
                     self._ends[rank] - len(self._merged.places[rank]) : self._ends[rank]
                 ]
             ),
-            early=self._early[rank],
-            late=self._late[rank],
+            overlapped=self._overlapped[rank],
+            urgent=self._urgent[rank],
             exchange=GroupExchange(
                 first_replica=self._first_replica,
-                replicas_later=self._replica_exchange(rank, LATER),
-                replicas_now=self._replica_exchange(rank, NOW),
-                sync_now=self._grad_exchange(rank, NOW),
-                sync_later=self._grad_exchange(rank, LATER),
-                apply_now=self._apply(rank, NOW),
-                apply_later=self._apply(rank, LATER),
+                replicas_overlapped=self._replica_exchange(rank, OVERLAPPED),
+                replicas_urgent=self._replica_exchange(rank, URGENT),
+                sync_urgent=self._grad_exchange(rank, URGENT),
+                sync_overlapped=self._grad_exchange(rank, OVERLAPPED),
+                apply_urgent=self._apply(rank, URGENT),
+                apply_overlapped=self._apply(rank, OVERLAPPED),
             ),
         )
 

@@ -19,11 +19,11 @@ class OracleReport:
 
     num_steps: int = 0
     num_lookups: int = 0
-    num_uniques: int = 0  # distinct rows used, summed over steps
+    num_uniques: int = 0  # unique rows used, summed over steps
     num_fetched: int = 0
-    num_fetched_late: int = 0  # of them on the critical path
+    num_fetched_urgent: int = 0  # of them on the critical path
     num_written_back: int = 0
-    num_waiting_steps: int = 0  # steps with a late transfer
+    num_waiting_steps: int = 0  # steps with a urgent transfer
     fetched_bytes: int = 0
     written_back_bytes: int = 0
     peak_slots: int = 0
@@ -38,7 +38,7 @@ class OracleReport:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the distinct rows of each step that were in the cache already."""
+        """Share of the unique rows of each step that were in the cache already."""
         return 1.0 - self.num_fetched / self.num_uniques if self.num_uniques else 0.0
 
     @property
@@ -65,7 +65,7 @@ class OracleReport:
     def add_ranks(
         self, plans: Sequence[StepPlan], num_uniques: int, peak_slots: Sequence[int]
     ) -> None:
-        """Counts one step's plans, one a trainer. `num_uniques`: the global batch's distinct rows;
+        """Counts one step's plans, one a trainer. `num_uniques`: the global batch's unique rows;
         `peak_slots` for each group.
         """
         first = plans[0]
@@ -74,24 +74,24 @@ class OracleReport:
         self.total_lookahead += first.lookahead
         self.max_lookahead = max(self.max_lookahead, first.lookahead)
         self.peak_slots = sum(peak_slots)
-        num_late = sum(self._add_transfers(plan) for plan in plans)
-        self.num_waiting_steps += num_late > 0 or first.has_late
+        num_urgent = sum(self._add_transfers(plan) for plan in plans)
+        self.num_waiting_steps += num_urgent > 0 or first.has_urgent
 
     def _add_transfers(self, plan: StepPlan) -> int:
-        """Counts what one trainer looks up and moves; the rows fetched late."""
-        num_all_late = 0
+        """Counts what one trainer looks up and moves; the rows fetched urgently."""
+        num_all_urgent = 0
         for group, record_bytes in zip(plan.groups, self._record_bytes, strict=True):
-            num_late = len(group.late.fetch_rows)
-            num_fetched = len(group.early.fetch_rows) + num_late
-            num_written_back = len(group.early.evict_rows) + len(group.late.evict_rows)
+            num_urgent = len(group.urgent.fetch_rows)
+            num_fetched = len(group.overlapped.fetch_rows) + num_urgent
+            num_written_back = len(group.overlapped.evict_rows) + len(group.urgent.evict_rows)
             self.num_lookups += len(group.inverse)
             self.num_fetched += num_fetched
-            self.num_fetched_late += num_late
+            self.num_fetched_urgent += num_urgent
             self.num_written_back += num_written_back
             self.fetched_bytes += num_fetched * record_bytes
             self.written_back_bytes += num_written_back * record_bytes
-            num_all_late += num_late
-        return num_all_late
+            num_all_urgent += num_urgent
+        return num_all_urgent
 
     def as_dict(self) -> dict[str, float]:
         """All totals and rates by name."""

@@ -1,4 +1,4 @@
-"""The distinct rows of the batches of a stream, all that a Cacher looks at: read once, replayed
+"""The unique rows of the batches of a stream, all that a Cacher looks at: read once, replayed
 often (`bagpipe.oracle.dry_run`).
 """
 
@@ -45,7 +45,7 @@ class LargestBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The distinct rows of each batch of a stream; of several trainers, of each global batch."""
+    """The unique rows of each batch of a stream; of several trainers, of each global batch."""
 
     groups: tuple[Group, ...]
     batches: tuple[DedupedBatch[None], ...]
@@ -60,7 +60,7 @@ class Trace:
 
     @property
     def uniques_per_step(self) -> float:
-        """Distinct rows of a batch, on average."""
+        """Unique rows of a batch, on average."""
         return sum(num_uniques(batch) for batch in self.batches) / len(self.batches)
 
     @property
@@ -166,12 +166,12 @@ def read_trace(
 
 
 def num_uniques(batch: DedupedBatch[None]) -> int:
-    """Distinct rows of a batch, over all groups."""
+    """Unique rows of a batch, over all groups."""
     return sum(len(group.unique_rows) for group in batch.groups)
 
 
 def _distinct_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) -> DedupedBatch[None]:
-    """De-duplicates one batch and drops all but its distinct rows; a Cacher looks at nothing
+    """De-duplicates one batch and drops all but its unique rows; a Cacher looks at nothing
     else.
     """
     if num_trainers == 1:

@@ -11,7 +11,7 @@ On several hosts a row's record lives on one of them, its home, and only trainer
 own the row: the shards are dealt out to the hosts, and their slots with them. A small cache is then
 one shard for each host, which has all of that host's shards.
 
-The distinct rows of a batch stand shard by shard, whatever the cache's size, so that a shard's part
+The unique rows of a batch stand shard by shard, whatever the cache's size, so that a shard's part
 of an array by row is a slice.
 """
 

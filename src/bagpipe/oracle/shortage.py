@@ -16,7 +16,7 @@ from bagpipe.oracle.sizes import rows_that_hold, slots_of
 from bagpipe.types import Group
 
 
-def with_later_needs(
+def with_overlapped_needs(
     error: CacheTooSmallError,
     batches: Iterator[Sequence[LinkedGroup]],
     *,

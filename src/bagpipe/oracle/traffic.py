@@ -4,13 +4,14 @@ counted from the same ids.
 The plans' way is LRPP (logically replicated, physically partitioned; Agarwal et al., BagPipe, SOSP
 2023, section 3.4): one owner for each cached row; another rank that uses the row gets a *replica*
 for that step and sends a *gradient* back. A row-send is one row, as replica or gradient, from one
-rank to one other. What goes *now* is on the critical path, *later* goes behind compute.
+rank to one other. What is *urgent* is on the critical path, what is *overlapped* goes behind
+compute.
 
 Compared with, on the same batches of N trainers:
 
 - *copies* (a replicated cache): every trainer keeps a copy of each cached row, and gradients are
-  all-reduced. Each distinct row of the global batch must reach the N - 1 other trainers: (N - 1)
-  row-sends a distinct row, of a gradient. A ring all-reduce sends twice as many (Patarasuk and
+  all-reduced. Each unique row of the global batch must reach the N - 1 other trainers: (N - 1)
+  row-sends a unique row, of a gradient. A ring all-reduce sends twice as many (Patarasuk and
   Yuan, JPDC 69(2), 2009), so the count favours this way.
 - *hashed* owners without lookahead: each row lives on rank hash(row) % N for ever. A use by another
   rank costs one row sent for the lookup and one gradient sent back, both on the critical path.
@@ -33,7 +34,7 @@ from bagpipe.types import Group, Int64Array, UInt64Array
 
 REPLICA, GRADIENT = 0, 1
 """First axis of what is counted: what travels."""
-LATER, NOW = 0, 1
+OVERLAPPED, URGENT = 0, 1
 """Second axis: when it does."""
 
 
@@ -57,21 +58,21 @@ def sent_rows(plans: Sequence[GroupPlan]) -> Int64Array:
     for rank, plan in enumerate(plans):
         exchange = plan.exchange
         assert exchange is not None
-        sent[REPLICA, LATER, rank] = exchange.replicas_later.send_counts
-        sent[REPLICA, NOW, rank] = exchange.replicas_now.send_counts
-        sent[GRADIENT, LATER, rank] = exchange.sync_later.send_counts
-        sent[GRADIENT, NOW, rank] = exchange.sync_now.send_counts
+        sent[REPLICA, OVERLAPPED, rank] = exchange.replicas_overlapped.send_counts
+        sent[REPLICA, URGENT, rank] = exchange.replicas_urgent.send_counts
+        sent[GRADIENT, OVERLAPPED, rank] = exchange.sync_overlapped.send_counts
+        sent[GRADIENT, URGENT, rank] = exchange.sync_urgent.send_counts
     return sent
 
 
 def owned_rows(plans: Sequence[GroupPlan]) -> Int64Array:
-    """How many of the distinct rows of a global batch each rank owns: (N,). An owner applies each
-    of them once, now or later.
+    """How many of the unique rows of a global batch each rank owns: (N,). An owner applies each
+    of them once, urgent or overlapped.
     """
     exchanges = [plan.exchange for plan in plans]
     return np.array(
         [
-            sum(len(s.unique_slots) for s in (e.apply_now, e.apply_later))
+            sum(len(s.unique_slots) for s in (e.apply_urgent, e.apply_overlapped))
             for e in exchanges
             if e is not None
         ],
@@ -82,7 +83,7 @@ def owned_rows(plans: Sequence[GroupPlan]) -> Int64Array:
 def fetched_rows(plans: Sequence[GroupPlan]) -> Int64Array:
     """Rows that each rank fetches from the store: (N,)."""
     return np.array(
-        [len(plan.early.fetch_rows) + len(plan.late.fetch_rows) for plan in plans], np.int64
+        [len(plan.overlapped.fetch_rows) + len(plan.urgent.fetch_rows) for plan in plans], np.int64
     )
 
 
@@ -107,7 +108,7 @@ def hashed_remote_uses(batch: MergedGroup, num_trainers: int) -> int:
 
 
 def num_uses(batch: MergedGroup) -> int:
-    """(rank, row) uses of a global batch: the distinct rows of each share, summed over the
+    """(rank, row) uses of a global batch: the unique rows of each share, summed over the
     shares.
     """
     return int(np.bitwise_count(batch.users).sum(dtype=np.int64))
@@ -142,7 +143,7 @@ class Traffic:
     num_hosts: int = 1
     groups: tuple[Group, ...] = field(repr=False)
     num_steps: int = 0
-    num_uniques: int = 0  # distinct rows of global batches
+    num_uniques: int = 0  # unique rows of global batches
     num_uses: int = 0  # (rank, row)
     # (2 what, 2 when) row-sends
     rows: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))
@@ -152,14 +153,14 @@ class Traffic:
     copies_bytes: int = 0
     hashed_rows: int = 0
     hashed_bytes: int = 0
-    owned: Balance = field(default_factory=Balance)  # of the distinct rows of a global batch
+    owned: Balance = field(default_factory=Balance)  # of the unique rows of a global batch
     fetched: Balance = field(default_factory=Balance)
     sent: Balance = field(default_factory=Balance)  # row-sends
 
     @property
     def critical_share(self) -> float:
         """Share of the bytes sent that is on the critical path."""
-        return _ratio(self.sent_bytes[:, NOW].sum(), self.sent_bytes.sum())
+        return _ratio(self.sent_bytes[:, URGENT].sum(), self.sent_bytes.sum())
 
     @property
     def between_hosts_share(self) -> float:
@@ -173,7 +174,7 @@ class Traffic:
 
     @property
     def copies_rows(self) -> int:
-        """Row-sends with copies: (N - 1) a distinct row of the global batch."""
+        """Row-sends with copies: (N - 1) a unique row of the global batch."""
         return (self.num_trainers - 1) * self.num_uniques
 
     @property
@@ -202,7 +203,7 @@ class Traffic:
         """All that was counted, by name; rows and bytes are a step's, of all trainers together."""
         whats, moments = (
             (("replicas", REPLICA), ("gradients", GRADIENT)),
-            (("now", NOW), ("later", LATER)),
+            (("urgent", URGENT), ("overlapped", OVERLAPPED)),
         )
         kinds = [(f"{what}_{when}", (i, j)) for what, i in whats for when, j in moments]
         totals: dict[str, float] = {

@@ -7,17 +7,17 @@ from rich.table import Table
 
 from bagpipe.oracle.dry_run import DryRun, Point
 from bagpipe.oracle.dry_run_view import format_bytes, format_count
-from bagpipe.oracle.traffic import LATER, NOW, Traffic
+from bagpipe.oracle.traffic import OVERLAPPED, URGENT, Traffic
 
 _HEADINGS = (
     *(
         "ahead",
         "cache",
-        "rows\nnow",
-        "\nnow",
-        "rows\nlater",
-        "\nlater",
-        "of it\nnow",
+        "rows\nurgent",
+        "\nurgent",
+        "rows\nbehind",
+        "\nbehind",
+        "of it\nurgent",
         "uses\nlocal",
     ),
     *("most\nown", "most\nfetch", "most\nsend", "rows/\ncopies"),
@@ -34,10 +34,9 @@ def render_traffic(result: DryRun) -> Table:
     )
     table = Table(
         title=f"Sent between {result.num_trainers} trainers{on_hosts} a step",
-        caption="rows: replicas and gradients; now: on the critical path, later: behind compute; "
-        "uses local: share of the "
-        "ranks' distinct rows that they own; most: of one rank over the mean; copies: all-reduce "
-        "of copies on every trainer; " + last_column,
+        caption="rows: replicas and gradients; urgent: on the critical path, behind: behind "
+        "compute; uses local: share of the ranks' unique rows that they own; most: of one rank "
+        "over the mean; copies: all-reduce of copies on every trainer; " + last_column,
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -65,10 +64,10 @@ def _cells(point: Point, traffic: Traffic) -> tuple[str, ...]:
     return (
         str(point.lookahead),
         format_count(point.cache_rows),
-        format_count(rows[NOW]),
-        format_bytes(sent_bytes[NOW]),
-        format_count(rows[LATER]),
-        format_bytes(sent_bytes[LATER]),
+        format_count(rows[URGENT]),
+        format_bytes(sent_bytes[URGENT]),
+        format_count(rows[OVERLAPPED]),
+        format_bytes(sent_bytes[OVERLAPPED]),
         f"{traffic.critical_share:.1%}",
         f"{traffic.local_share:.1%}",
         *(f"{balance.ratio(traffic.num_trainers):.2f}" for balance in balances),

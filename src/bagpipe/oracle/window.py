@@ -30,7 +30,7 @@ from bagpipe.oracle.eviction.cacher import CachePlan, Cacher
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.ranks import RankPlanner, TrainerCache
-from bagpipe.oracle.shortage import with_later_needs
+from bagpipe.oracle.shortage import with_overlapped_needs
 from bagpipe.plan import StepPlan
 from bagpipe.topology import SINGLE_TRAINER, Trainers
 from bagpipe.types import Group
@@ -120,7 +120,7 @@ def _hash_of(groups: Sequence[CachePlan]) -> str:
         hasher.update(group.unique_slots.data)
         hasher.update(group.was_used_before.data)
         hasher.update(group.is_used_next.data)
-        for moved in (group.early, group.late):
+        for moved in (group.overlapped, group.urgent):
             hasher.update(str(moved.fence_tick).encode())
             for array in (moved.evict_rows, moved.evict_slots, moved.fetch_rows, moved.fetch_slots):
                 hasher.update(array.data)
@@ -274,15 +274,15 @@ class Oracle:
             self._adapt(window_bytes, batch.nbytes)
             step += 1
         if isinstance(failure, CacheTooSmallError):
-            later = islice(source, max(self._lookahead, _SEEN_BEHIND_REFUSED))
-            failure = self._with_later_needs(failure, chain([linked], later))
+            overlapped = islice(source, max(self._lookahead, _SEEN_BEHIND_REFUSED))
+            failure = self._with_overlapped_needs(failure, chain([linked], overlapped))
         if failure is not None:
             raise failure
 
-    def _with_later_needs(
+    def _with_overlapped_needs(
         self, error: CacheTooSmallError, batches: Iterator[LinkedBatch[Payload]]
     ) -> CacheTooSmallError:
-        return with_later_needs(
+        return with_overlapped_needs(
             error,
             (linked.groups for linked in batches),
             groups=self._groups,
@@ -305,12 +305,12 @@ class Oracle:
         may be planned at a time.
         """
         step, batch = planned.step, planned.batch
-        early_tick = max(self._first_step, step - self._prefetch_depth)
+        issue_tick = max(self._first_step, step - self._prefetch_depth)
         if self._trainers.num_trainers == 1:
             groups = tuple(group.of_single_trainer() for group in planned.groups)
             plan = StepPlan(
                 step=step,
-                early_tick=early_tick,
+                issue_tick=issue_tick,
                 batch_size=batch.batch_size,
                 groups=groups,
                 lookahead=planned.num_ahead,
@@ -333,20 +333,20 @@ class Oracle:
             )
             for group, cache_plan, slots, num_replicas in caches
         ]
-        has_late = any(
+        has_urgent = any(
             len(moved) > 0
             for group in planned.groups
-            for moved in (group.late.evict_slots, group.late.fetch_slots)
+            for moved in (group.urgent.evict_slots, group.urgent.fetch_slots)
         )
         joint_hash = _hash_of(planned.groups) if self._hash_plans else None
         plans = tuple(
             StepPlan(
                 step=step,
-                early_tick=early_tick,
+                issue_tick=issue_tick,
                 batch_size=batch.share_sizes[rank],
                 groups=tuple(planner.plan(rank) for planner in planners),
                 lookahead=planned.num_ahead,
-                has_late=has_late,
+                has_urgent=has_urgent,
                 joint_hash=joint_hash,
                 failure=planned.failure,
             )

@@ -12,9 +12,7 @@ class Progress:
 
     loss: float
     examples_per_s: float
-    hit_rate: (
-        float  # share of the distinct rows of each planned step that were in the cache already
-    )
+    hit_rate: float  # share of the unique rows of each planned step that were in the cache already
     wait_plan_ms: float
     wait_rows_ms: float
     wait_slots_ms: float

@@ -71,8 +71,8 @@ class CachePlan:
 
     linked: LinkedGroup
     unique_slots: Int32Array  # (U,)
-    early: Transfers
-    late: Transfers
+    overlapped: Transfers
+    urgent: Transfers
     before: tuple[int, int]  # the step before's first occurrence, and how many rows it uses
     after: Int32Array  # (V,) `previous` of the step after
 
@@ -100,8 +100,8 @@ class CachePlan:
             bag_scales=self.batch.bag_scales,
             lookup_weights=self.batch.lookup_weights,
             schedule=self.batch.schedule(self.unique_slots),
-            early=self.early,
-            late=self.late,
+            overlapped=self.overlapped,
+            urgent=self.urgent,
         )
 
 
@@ -198,7 +198,7 @@ class Cacher:
     def plan_cache(self) -> CachePlan:
         """Plans the oldest admitted batch that is not planned yet."""
         step, last_seen = self._next_step, self._next_admitted - 1
-        early_tick = max(self._first_step, step - self.prefetch_depth)
+        issue_tick = max(self._first_step, step - self.prefetch_depth)
         if step == self._first_step:
             self._state.oldest_unsettled[:] = self._admitted[0].first_occurrence
         newest = self._take_new()
@@ -216,7 +216,7 @@ class Cacher:
             newest,
             _as_batch(linked),
             np.array([each.first_occurrence + each.bounds for each in (settled, *self._unsettled)]),
-            shard_loops.Ticks(step=step, early=early_tick, last_seen=last_seen),
+            shard_loops.Ticks(step=step, overlapped=issue_tick, last_seen=last_seen),
             shard_loops.Uses(next_uses=self.linker.next_uses, slots_of_uses=self._slots_of_uses),
             self._ranks,
         )
@@ -224,9 +224,9 @@ class Cacher:
             self._num_unsettled -= settled.num_uniques
             self.linker.settled = settled.step
         evicted, fetched = shard_loops.Moved(*moved_out), shard_loops.Moved(*moved_in)
-        num_evicted_early, num_early = (
-            counts[shard_loops.EVICTED_EARLY],
-            counts[shard_loops.FETCHED_EARLY],
+        num_evicted_overlapped, num_overlapped = (
+            counts[shard_loops.EVICTED_OVERLAPPED],
+            counts[shard_loops.FETCHED_OVERLAPPED],
         )
         self.evicted_blindly = bool(counts[shard_loops.EVICTED_BLINDLY])
         self._unsettled.append(
@@ -238,19 +238,19 @@ class Cacher:
             unique_slots=slots,
             before=(before.first_occurrence, before.num_uniques),
             after=self._admitted[0].previous if self._admitted else _NO_USES,
-            early=Transfers(
-                evict_rows=evicted.rows[:num_evicted_early],
-                evict_slots=evicted.slots[:num_evicted_early],
-                fetch_rows=fetched.rows[:num_early],
-                fetch_slots=fetched.slots[:num_early],
-                fence_tick=int(counts[shard_loops.EARLY_FENCE]),
+            overlapped=Transfers(
+                evict_rows=evicted.rows[:num_evicted_overlapped],
+                evict_slots=evicted.slots[:num_evicted_overlapped],
+                fetch_rows=fetched.rows[:num_overlapped],
+                fetch_slots=fetched.slots[:num_overlapped],
+                fence_tick=int(counts[shard_loops.OVERLAPPED_FENCE]),
             ),
-            late=Transfers(
-                evict_rows=evicted.rows[num_evicted_early:],
-                evict_slots=evicted.slots[num_evicted_early:],
-                fetch_rows=fetched.rows[num_early:],
-                fetch_slots=fetched.slots[num_early:],
-                fence_tick=int(counts[shard_loops.LATE_FENCE]),
+            urgent=Transfers(
+                evict_rows=evicted.rows[num_evicted_overlapped:],
+                evict_slots=evicted.slots[num_evicted_overlapped:],
+                fetch_rows=fetched.rows[num_overlapped:],
+                fetch_slots=fetched.slots[num_overlapped:],
+                fence_tick=int(counts[shard_loops.URGENT_FENCE]),
             ),
         )
 

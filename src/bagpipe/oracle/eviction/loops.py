@@ -21,12 +21,12 @@ from bagpipe.native.jit import NUM_CRITICAL_THREADS, parallel_jit, prange, threa
 from bagpipe.oracle.eviction.queues import DueQueues, UnknownQueue
 from bagpipe.oracle.eviction.shard_loops import (
     DONE,
-    EARLY_FENCE,
     EVICTED,
-    EVICTED_EARLY,
+    EVICTED_OVERLAPPED,
     FETCHED,
-    FETCHED_EARLY,
-    LATE_FENCE,
+    FETCHED_OVERLAPPED,
+    OVERLAPPED_FENCE,
+    URGENT_FENCE,
     Batch,
     Moved,
     Ranks,
@@ -112,7 +112,7 @@ def plan(
         uses.next_uses,
         uses.slots_of_uses,
     )
-    step, early, last_seen = ticks.step, ticks.early, ticks.last_seen
+    step, overlapped, last_seen = ticks.step, ticks.overlapped, ticks.last_seen
     num_trainers, num_hosts, host_slots = (
         ranks.num_trainers,
         ranks.num_hosts,
@@ -154,7 +154,7 @@ def plan(
             bounds[shard + 1],
             recent[:, shard : shard + 2],
             oldest_unsettled[shard],
-            Ticks(step, early, last_seen),
+            Ticks(step, overlapped, last_seen),
             Uses(next_uses, slots_of_uses),
             Ranks(num_trainers, num_hosts),
             slots,
@@ -170,7 +170,7 @@ def plan(
             "a shard could not be planned: it has fewer slots than rows, which admit checks, or "
             "memory is full"
         )
-    for fence in (EARLY_FENCE, LATE_FENCE):
+    for fence in (OVERLAPPED_FENCE, URGENT_FENCE):
         totals[fence] = counts[:, fence].max()
     evicted_rows, evicted_slots = (
         np.empty(totals[EVICTED], np.int64),
@@ -186,7 +186,7 @@ def plan(
             shard,
             begin,
             counts[:, EVICTED],
-            counts[:, EVICTED_EARLY],
+            counts[:, EVICTED_OVERLAPPED],
             Moved(evict_rows, evict_slots),
             Moved(evicted_rows, evicted_slots),
         )
@@ -194,7 +194,7 @@ def plan(
             shard,
             begin,
             counts[:, FETCHED],
-            counts[:, FETCHED_EARLY],
+            counts[:, FETCHED_OVERLAPPED],
             Moved(fetch_rows, fetch_slots),
             Moved(fetched_rows, fetched_slots),
         )

@@ -123,19 +123,18 @@ def evict(
     rows_of_slots: Int64Array,
     slots: Int32Array,
     rows: Int64Array,
-    num_early: int,
-    early_tick: int,
-    late_tick: int,
+    num_overlapped: int,
+    issue_tick: int,
+    urgent_tick: int,
 ) -> None:
-    """Takes slots (n,) from their rows, which it tells: the first `num_early` at `early_tick`, the
-    others at `late_tick`.
-    """
+    """Takes slots (n,) from their rows, which it tells: the first `num_overlapped` at `issue_tick`,
+    the others at `urgent_tick`."""
     for index in range(len(slots)):
         rows[index] = rows_of_slots[np.uint32(slots[index])]
     for index in range(len(slots)):
         prefetch(slots_of_rows, rows[min(index + _AHEAD, len(slots) - 1)], 0)
         slots_of_rows[np.uint64(rows[index]), 0] = -2 - (
-            early_tick if index < num_early else late_tick
+            issue_tick if index < num_overlapped else urgent_tick
         )
 
 
@@ -190,34 +189,34 @@ def old_first(
 
 
 @jit
-def early_first(
+def overlapped_first(
     missing_rows: Int64Array,
     evicted_at: Int32Array,
     freed: Int32Array,
     num_ahead: int,
-    early_tick: int,
+    issue_tick: int,
     fetch_rows: Int64Array,
     fetch_slots: Int32Array,
 ) -> tuple[int, int, int]:
     """Puts the fetches that may be early before the others: to one of the first `num_ahead` slots,
     which can be filled ahead, of a row not evicted later.
 
-    Returns how many are early, the latest eviction among the early rows and among the late ones.
-    """
-    num_early, num_late = 0, 0
-    early_fence, late_fence = -1, -1
+    Returns how many are early, the latest eviction among the overlapped rows and among the urgent
+    ones."""
+    num_overlapped, num_urgent = 0, 0
+    overlapped_fence, urgent_fence = -1, -1
     for index in range(len(freed)):
-        if index < num_ahead and evicted_at[index] <= early_tick:
-            place = num_early
-            num_early += 1
-            early_fence = max(early_fence, evicted_at[index])
+        if index < num_ahead and evicted_at[index] <= issue_tick:
+            place = num_overlapped
+            num_overlapped += 1
+            overlapped_fence = max(overlapped_fence, evicted_at[index])
         else:
-            num_late += 1
-            place = len(freed) - num_late
-            late_fence = max(late_fence, evicted_at[index])
+            num_urgent += 1
+            place = len(freed) - num_urgent
+            urgent_fence = max(urgent_fence, evicted_at[index])
         fetch_rows[place] = missing_rows[index]
         fetch_slots[place] = freed[index]
-    return num_early, early_fence, late_fence
+    return num_overlapped, overlapped_fence, urgent_fence
 
 
 @jit

@@ -19,13 +19,13 @@ from bagpipe.oracle.eviction.queues import (
     take_due,
 )
 from bagpipe.oracle.eviction.row_loops import (
-    early_first,
     evict,
     find_resident,
     find_unsettled,
     is_before,
     keep_uses,
     old_first,
+    overlapped_first,
     sort_out,
     take_slots,
 )
@@ -33,15 +33,22 @@ from bagpipe.oracle.owners import choose_owners
 from bagpipe.oracle.shards import slot_at
 from bagpipe.types import Int32Array, Int64Array, UInt64Array
 
-EVICTED, EVICTED_EARLY, EVICTED_BLINDLY, FETCHED, FETCHED_EARLY, EARLY_FENCE, LATE_FENCE, DONE = (
-    range(8)
-)
+(
+    EVICTED,
+    EVICTED_OVERLAPPED,
+    EVICTED_BLINDLY,
+    FETCHED,
+    FETCHED_OVERLAPPED,
+    OVERLAPPED_FENCE,
+    URGENT_FENCE,
+    DONE,
+) = range(8)
 """What is counted of a step: rows of each kind, the latest evictions of rows fetched early and
 late, -1 for none, and shards."""
 
 
 class Batch(NamedTuple):
-    """The distinct rows of a batch."""
+    """The unique rows of a batch."""
 
     rows: Int64Array  # (U,)
     previous: Int32Array  # (U,) their previous uses
@@ -54,7 +61,7 @@ class Ticks(NamedTuple):
     """The clock of a step."""
 
     step: int
-    early: int  # the tick of its early transfers
+    overlapped: int  # the tick of its overlapped transfers
     last_seen: int  # the last step in the window
 
 
@@ -73,7 +80,8 @@ class Uses(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Rows that are evicted or fetched, with their slots: the early ones before the late ones."""
+    """Rows that are evicted or fetched, with their slots: the overlapped ones before the urgent
+    ones."""
 
     rows: Int64Array
     slots: Int32Array
@@ -163,20 +171,20 @@ def plan_shard(
     if ranks.num_trainers > 1:
         missing = choose_owners(missing, batch.users[begin:end], freed, ranks.num_trainers)
 
-    num_evicted, num_early = num_missing - num_fresh, num_ahead - num_fresh
+    num_evicted, num_overlapped = num_missing - num_fresh, num_ahead - num_fresh
     evicted.slots[begin : begin + num_evicted] = freed[num_fresh:]
     evict(
         shard.slots_of_rows,
         shard.rows_of_slots,
         freed[num_fresh:],
         evicted.rows[begin : begin + num_evicted],
-        num_early,
-        ticks.early,
+        num_overlapped,
+        ticks.overlapped,
         ticks.step,
     )
-    counts[EVICTED], counts[EVICTED_EARLY], counts[EVICTED_BLINDLY] = (
+    counts[EVICTED], counts[EVICTED_OVERLAPPED], counts[EVICTED_BLINDLY] = (
         num_evicted,
-        num_early,
+        num_overlapped,
         num_unknown - num_fresh,
     )
 
@@ -192,12 +200,12 @@ def plan_shard(
         evicted_at,
     )
     counts[FETCHED] = num_missing
-    counts[FETCHED_EARLY], counts[EARLY_FENCE], counts[LATE_FENCE] = early_first(
+    counts[FETCHED_OVERLAPPED], counts[OVERLAPPED_FENCE], counts[URGENT_FENCE] = overlapped_first(
         missing_rows,
         evicted_at,
         freed,
         num_ahead,
-        ticks.early,
+        ticks.overlapped,
         fetched.rows[begin:end],
         fetched.slots[begin:end],
     )
@@ -283,17 +291,25 @@ def join_shard(
     shard: int,
     begin: int,
     num_moved: Int64Array,
-    num_early: Int64Array,
+    num_overlapped: Int64Array,
     parts: Moved,
     joined: Moved,
 ) -> None:
     """Copies a shard's part, which begins at `begin`, behind those of the shards before it; numbers
     are of all shards (S,).
     """
-    early, late = num_early[shard], num_moved[shard] - num_early[shard]
-    first_early = num_early[:shard].sum()
-    first_late = num_early.sum() + num_moved[:shard].sum() - first_early
-    joined.rows[first_early : first_early + early] = parts.rows[begin : begin + early]
-    joined.slots[first_early : first_early + early] = parts.slots[begin : begin + early]
-    joined.rows[first_late : first_late + late] = parts.rows[begin + early : begin + early + late]
-    joined.slots[first_late : first_late + late] = parts.slots[begin + early : begin + early + late]
+    overlapped, urgent = num_overlapped[shard], num_moved[shard] - num_overlapped[shard]
+    first_overlapped = num_overlapped[:shard].sum()
+    first_urgent = num_overlapped.sum() + num_moved[:shard].sum() - first_overlapped
+    joined.rows[first_overlapped : first_overlapped + overlapped] = parts.rows[
+        begin : begin + overlapped
+    ]
+    joined.slots[first_overlapped : first_overlapped + overlapped] = parts.slots[
+        begin : begin + overlapped
+    ]
+    joined.rows[first_urgent : first_urgent + urgent] = parts.rows[
+        begin + overlapped : begin + overlapped + urgent
+    ]
+    joined.slots[first_urgent : first_urgent + urgent] = parts.slots[
+        begin + overlapped : begin + overlapped + urgent
+    ]
