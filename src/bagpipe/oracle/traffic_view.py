@@ -34,7 +34,7 @@ def render_traffic(result: DryRun) -> Table:
     )
     table = Table(
         title=f"Sent between {result.num_trainers} trainers{on_hosts} a step",
-        caption="rows: replicas and gradients; urgent: on the critical path, behind: behind "
+        caption="rows: replicas and gradients; urgent: on the critical path, behind: hidden by "
         "compute; uses local: share of the ranks' unique rows that they own; most: of one rank "
         "over the mean; copies: all-reduce of copies on every trainer; " + last_column,
         box=SIMPLE_HEAD,
