@@ -60,7 +60,7 @@ class PlanChecker:
         )
 
     def check(self, step: int, issue_tick: int, plan: GroupPlan, batch: DedupedGroup) -> None:
-        """Takes the plan of the next step; replays all ticks before the one at which its early
+        """Takes the plan of the next step; replays all ticks before the one at which its overlapped
         transfers are issued.
         """
         self._expect(
