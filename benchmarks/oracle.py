@@ -33,7 +33,7 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.plan import GroupPlan
-from bagpipe.topology import SINGLE_TRAINER, Trainers
+from bagpipe.topology import ONE_TRAINER, Topology
 from bagpipe.types import Group, Jagged
 from benchmarks.measure import Progress, Result, Timing, resident_bytes
 from benchmarks.streams import SKEW, kaggle_group, make_batches
@@ -207,7 +207,7 @@ def _run_live(
         lookahead=lookahead,
         prefetch_depth=PREFETCH_DEPTH,
         dedup_threads=sizes.dedup_threads,
-        trainers=_trainers(num_trainers, len(batches[0].values)),
+        topology=_topology(num_trainers, len(batches[0].values)),
     )
     plans = BackgroundIterator(
         plan_ranks_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle"
@@ -253,11 +253,11 @@ def _deduped(group: Group, batch: Jagged, num_trainers: int) -> DedupedGroup | M
     )
 
 
-def _trainers(num_trainers: int, max_replicas: int) -> Trainers:
+def _topology(num_trainers: int, max_replicas: int) -> Topology:
     """Plans for all of so many trainers."""
     if num_trainers == 1:
-        return SINGLE_TRAINER
-    return Trainers(
+        return ONE_TRAINER
+    return Topology(
         num_trainers=num_trainers,
         ranks=tuple(range(num_trainers)),
         num_replica_slots=(max_replicas,),

@@ -83,7 +83,7 @@ MAX_TRAINERS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainers:
+class Topology:
     """How many trainers share the batches and the caches, on how many hosts, and for which of them
     plans are made.
     """
@@ -119,4 +119,4 @@ class Trainers:
             )
 
 
-SINGLE_TRAINER = Trainers(num_trainers=1, ranks=(0,))
+ONE_TRAINER = Topology(num_trainers=1, ranks=(0,))

@@ -20,7 +20,7 @@ from tests.oracle.ends import end_as
 from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError
 from bagpipe.feed.process import OracleProcess
 from bagpipe.feed.stream import Deferred, StreamOptions, plan_stream
-from bagpipe.topology import Trainers
+from bagpipe.topology import Topology
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
 GROUPS = group_tables(
@@ -209,10 +209,10 @@ def test_more_trainers_have_more_threads(
     num_cores: int, num_trainers: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
-    trainers = Trainers(
+    topology = Topology(
         num_trainers=num_trainers, ranks=(0,), num_replica_slots=(50,) * (num_trainers > 1)
     )
-    assert replace(options(), trainers=trainers).num_dedup_threads == 2
+    assert replace(options(), topology=topology).num_dedup_threads == 2
     assert (
-        replace(options(), trainers=trainers, dedup_threads=None).num_dedup_threads == num_threads
+        replace(options(), topology=topology, dedup_threads=None).num_dedup_threads == num_threads
     )

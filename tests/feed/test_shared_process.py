@@ -26,7 +26,7 @@ from bagpipe.feed import process
 from bagpipe.feed.process import OracleProcess, SharedOracle
 from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.jagged import share_of
-from bagpipe.topology import Trainers
+from bagpipe.topology import Topology
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
 GROUPS = group_tables(
@@ -83,14 +83,14 @@ def share(batch: dict[str, Any], rank: int, num_trainers: int) -> dict[str, Any]
 
 
 def options(num_trainers: int, rank: int = 0) -> StreamOptions:
-    trainers = Trainers(num_trainers=num_trainers, ranks=(rank,), num_replica_slots=(2000, 50))
+    topology = Topology(num_trainers=num_trainers, ranks=(rank,), num_replica_slots=(2000, 50))
     return StreamOptions(
         groups=GROUPS,
         num_slots=(900, 50),
         lookahead=5,
         first_step=3,
         dedup_threads=2,
-        trainers=trainers,
+        topology=topology,
     )
 
 

@@ -23,7 +23,7 @@ from bagpipe.feed.stream import StreamOptions, plan_ranks_stream
 from bagpipe.native.jit import jit
 from bagpipe.oracle import ranks
 from bagpipe.oracle.eviction import loops
-from bagpipe.topology import Trainers
+from bagpipe.topology import Topology
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
 NUMBERS = "from bagpipe.native.jit import jit, inline_jit\nLIMIT = {limit}\n"
@@ -197,7 +197,7 @@ def test_a_compiled_call_runs_no_python_in_which_a_signal_could_raise(
 
         return call
 
-    trainers = Trainers(
+    topology = Topology(
         num_trainers=num_trainers,
         ranks=tuple(range(num_trainers)),
         num_replica_slots=(60,) * (num_trainers > 1),
@@ -210,7 +210,7 @@ def test_a_compiled_call_runs_no_python_in_which_a_signal_could_raise(
         [TableConfig(name="t", num_embeddings=99, embedding_dim=4, feature_names=["f"])],
         SGD(lr=1.0),
     )
-    options = StreamOptions(groups=groups, num_slots=(60,), lookahead=2, trainers=trainers)
+    options = StreamOptions(groups=groups, num_slots=(60,), lookahead=2, topology=topology)
     list(plan_ranks_stream(batches, options))  # compiles, which is Python
     monkeypatch.setattr(loops, "plan", watched(loops.plan))
     monkeypatch.setattr(ranks, "plan_exchanges", watched(ranks.plan_exchanges))

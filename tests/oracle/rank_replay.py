@@ -19,7 +19,7 @@ from bagpipe.oracle import DedupedBatch, Oracle, dedup
 from bagpipe.oracle.merge import merge
 from bagpipe.oracle.rank_checks import checked_ranks
 from bagpipe.plan import GradientSchedule, GroupExchange, RowExchange, StepPlan, Transfers
-from bagpipe.topology import Trainers
+from bagpipe.topology import Topology
 from bagpipe.types import Group, Jagged
 
 History = tuple[tuple[int, tuple[int, ...]], ...]  # (step, ranks) of each update
@@ -43,7 +43,7 @@ class Planned:
 
     group: Group
     num_slots: int
-    trainers: Trainers
+    topology: Topology
     batches: list[DedupedBatch[None]]
     plans: list[tuple[StepPlan, ...]]  # by step, by rank
     lookups: list[list[list[int]]]  # by step, by rank: the row of each lookup
@@ -51,7 +51,7 @@ class Planned:
 
     @property
     def num_replica_slots(self) -> int:
-        return self.trainers.num_replica_slots[0]
+        return self.topology.num_replica_slots[0]
 
     def rows(self, index: int, rank: int) -> list[int]:
         """A rank's unique rows in one step, as it numbers them."""
@@ -77,7 +77,7 @@ def plan_all(
     ]
     num_replicas = group.num_rows if num_replica_slots is None else num_replica_slots
     ranks = ranks or tuple(range(num_trainers))
-    trainers = Trainers(
+    topology = Topology(
         num_trainers=num_trainers,
         num_hosts=num_hosts,
         ranks=ranks,
@@ -90,7 +90,7 @@ def plan_all(
         lookahead=lookahead,
         prefetch_depth=depth,
         first_step=first_step,
-        trainers=trainers,
+        topology=topology,
     )
     merged = [
         DedupedBatch(
@@ -104,7 +104,7 @@ def plan_all(
     return Planned(
         group=group,
         num_slots=num_slots,
-        trainers=trainers,
+        topology=topology,
         batches=merged,
         plans=[plans for plans, _ in oracle.plan_ranks(oracle.link(merged))],
         lookups=[
@@ -118,7 +118,7 @@ def plan_all(
 def check(planned: Planned) -> None:
     """What the package's own replay says: PlanError, or nothing."""
     pairs = zip(planned.plans, planned.batches, strict=True)
-    for _ in checked_ranks([planned.group], [planned.num_slots], planned.trainers, pairs):
+    for _ in checked_ranks([planned.group], [planned.num_slots], planned.topology, pairs):
         pass
 
 

@@ -19,7 +19,7 @@ from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle import Cacher, DedupedBatch, Oracle, OracleReport, checked, dedup
 from bagpipe.oracle.linker import Linker
 from bagpipe.plan import GroupPlan, StepPlan, Transfers
-from bagpipe.topology import Trainers
+from bagpipe.topology import Topology
 from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
 
@@ -247,7 +247,7 @@ def test_a_cache_too_small_for_one_batch_is_refused_with_step_need_and_limit() -
         (
             {
                 "num_slots": [2**30],
-                "trainers": Trainers(num_trainers=2, ranks=(0,), num_replica_slots=(1,)),
+                "topology": Topology(num_trainers=2, ranks=(0,), num_replica_slots=(1,)),
             },
             "a cache of 1,073,741,824 slots, must be from 1 to 1,073,741,823",
         ),

@@ -23,7 +23,7 @@ from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.dry_run import Grid, dry_run
 from bagpipe.oracle.row_trace import read_trace
 from bagpipe.plan import StepPlan
-from bagpipe.topology import Trainers, home_hosts
+from bagpipe.topology import Topology, home_hosts
 from bagpipe.types import Group, Jagged
 
 LAYOUTS = [(2, 2), (4, 2), (6, 2), (4, 4), (8, 4), (8, 8)]
@@ -152,9 +152,9 @@ def test_hosts_look_ahead_alike_where_the_window_grows_until_memory_is_full(hand
     ]
 
     def plans_for(ranks: tuple[int, ...]) -> list[tuple[StepPlan, ...]]:
-        trainers = Trainers(num_trainers=4, num_hosts=2, ranks=ranks, num_replica_slots=(30_000,))
+        topology = Topology(num_trainers=4, num_hosts=2, ranks=ranks, num_replica_slots=(30_000,))
         options = StreamOptions(
-            groups=(group,), num_slots=(60,), lookahead_bytes=500_000, trainers=trainers
+            groups=(group,), num_slots=(60,), lookahead_bytes=500_000, topology=topology
         )
         with closing(plan_ranks_stream(batches, options, BatchAdapter(hand_out=hand_out))) as steps:
             return [tuple(planned.plan for planned in step) for step in steps]
@@ -196,7 +196,7 @@ def test_a_row_fetched_on_another_host_is_found() -> None:
     with pytest.raises(
         PlanError, match=r"rank \d: a row is fetched whose record another host has \(invariant 6"
     ):
-        check(replace(planned, trainers=replace(planned.trainers, num_hosts=2)))
+        check(replace(planned, topology=replace(planned.topology, num_hosts=2)))
 
 
 def test_a_batch_that_would_overflow_one_host_is_refused_with_a_size_that_holds_it() -> None:
@@ -264,8 +264,8 @@ def test_hosts_that_can_not_share_evenly_are_refused(
     num_trainers: int, num_hosts: int, message: str
 ) -> None:
     group, _ = zipf_trace(40, 1, 4)
-    trainers = Trainers(
+    topology = Topology(
         num_trainers=num_trainers, num_hosts=num_hosts, ranks=(0,), num_replica_slots=(9,)
     )
     with pytest.raises(ConfigError, match=message):
-        trainers.check([group])
+        topology.check([group])

@@ -91,8 +91,8 @@ def result(trace: Trace) -> DryRun:
 
 def steps(trace: Trace, cache_rows: int) -> Iterator[tuple[int, list[GroupPlan], MergedGroup]]:
     """Step by step and group by group the plans of all ranks and the global batch."""
-    trainers = trace.trainers(range(trace.num_trainers))
-    oracle = Oracle(trace.groups, num_slots=trace.slots(cache_rows), lookahead=3, trainers=trainers)
+    topology = trace.topology(range(trace.num_trainers))
+    oracle = Oracle(trace.groups, num_slots=trace.slots(cache_rows), lookahead=3, topology=topology)
     for plans, batch in oracle.plan_ranks(oracle.link(trace.batches)):
         for group, merged in enumerate(batch.groups):
             assert isinstance(merged, MergedGroup)

@@ -28,7 +28,7 @@ from bagpipe.feed.stream import StreamOptions, plan_stream
 from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.plan import StepPlan
 from bagpipe.store import MemoryStore
-from bagpipe.topology import Trainers
+from bagpipe.topology import Topology
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
 TABLES = [TableConfig(name="t", num_embeddings=50, embedding_dim=2, feature_names=["a"])]
@@ -92,9 +92,9 @@ def train(
 def test_a_row_evicted_late_and_fetched_at_the_same_tick_is_no_circle(depth: int) -> None:
     """It leaves while nobody knows that it is needed so soon."""
     batches = random_batches(60, 3, num_ids=12)
-    trainers = Trainers(num_trainers=2, ranks=(0,), num_replica_slots=(50,))
+    topology = Topology(num_trainers=2, ranks=(0,), num_replica_slots=(50,))
     options = StreamOptions(
-        groups=(GROUP,), num_slots=(4,), trainers=trainers, lookahead=1, prefetch_depth=depth
+        groups=(GROUP,), num_slots=(4,), topology=topology, lookahead=1, prefetch_depth=depth
     )
     plans = [planned.plan for planned in plan_stream(batches, options)]
     # or it shows nothing

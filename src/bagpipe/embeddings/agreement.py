@@ -36,7 +36,7 @@ def check_same_settings(communicator: Communicator, options: StreamOptions, *, s
     own = {
         "tables and optimizer": repr(options.groups),
         "cache (slots by group)": list(options.num_slots),
-        "replicas (by group)": list(options.trainers.num_replica_slots),
+        "replicas (by group)": list(options.topology.num_replica_slots),
         "lookahead": options.lookahead,
         "lookahead_memory (bytes)": options.lookahead_bytes,
         "prefetch_depth": options.prefetch_depth,

@@ -43,7 +43,7 @@ from bagpipe.native.fork import check_same_process
 from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.sizes import parse_bytes
-from bagpipe.topology import SINGLE_TRAINER, Trainers
+from bagpipe.topology import ONE_TRAINER, Topology
 from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
@@ -146,7 +146,7 @@ def lookahead(
     options = StreamOptions(
         groups=embeddings.groups,
         num_slots=tuple(num_slots),
-        trainers=_trainers(embeddings, num_slots, replicas, overlap),
+        topology=_topology(embeddings, num_slots, replicas, overlap),
         lookahead=lookahead,
         lookahead_bytes=parse_bytes(lookahead_memory, "lookahead_memory"),
         prefetch_depth=prefetch_depth,
@@ -160,20 +160,20 @@ def lookahead(
     return Lookahead(batches, embeddings, options, adapter, move, in_process=oracle == "process")
 
 
-def _trainers(
+def _topology(
     embeddings: EmbeddingBagCollection,
     num_slots: Sequence[int],
     replicas: int | Sequence[int] | None,
     overlap: bool,
-) -> Trainers:
+) -> Topology:
     communicator = embeddings.communicator
     if communicator is None:
-        return SINGLE_TRAINER
+        return ONE_TRAINER
     if replicas is None:
         replicas = [max(slots // 2, _MIN_REPLICAS) for slots in num_slots]
     elif isinstance(replicas, int):
         replicas = [replicas] * len(num_slots)
-    return Trainers(
+    return Topology(
         num_trainers=communicator.num_trainers,
         num_hosts=communicator.num_hosts,
         ranks=(communicator.rank,),
@@ -219,7 +219,7 @@ class Lookahead(Generic[BatchT]):
         self._is_closed = False
         self._failure = ""  # which error has ended the stream
         self._executor = embeddings.start(
-            options.num_slots, options.trainers.num_replica_slots or None
+            options.num_slots, options.topology.num_replica_slots or None
         )
         try:
             if in_process:

@@ -62,7 +62,7 @@ def run_child(
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     lines = _Lines(num_places)
-    lines.add(_Line(options.trainers.ranks[0], first, reduction.recv_handle(first), num_places))
+    lines.add(_Line(options.topology.ranks[0], first, reduction.recv_handle(first), num_places))
     if door is not None:
         failure = _admit_others(door, lines, options)
         if failure is not None:
@@ -98,7 +98,7 @@ def _admit_others(door: Door, lines: _Lines, options: StreamOptions) -> Failure 
     """Waits for all trainers; a failure if one does not come, or goes."""
     deadline = time.monotonic() + door.timeout_s
     with contextlib.closing(Porch(door)) as porch:
-        while missing := [rank for rank in options.trainers.ranks if rank not in lines.ranks]:
+        while missing := [rank for rank in options.topology.ranks if rank not in lines.ranks]:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 return Failure(

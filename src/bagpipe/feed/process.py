@@ -204,11 +204,11 @@ class OracleProcess(SharedOracle[BatchT]):
         """
         file, door = _shared_memory(), None
         self.address = ""
-        ranks = options.trainers.ranks_of_host
+        ranks = options.topology.ranks_of_host
         if len(ranks) > 1:
             door = Door.open(join_timeout_s)
             self.address = door.address
-            options = replace(options, trainers=replace(options.trainers, ranks=ranks))
+            options = replace(options, topology=replace(options.topology, ranks=ranks))
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=run_child,

@@ -39,7 +39,7 @@ from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.rank_checks import checked_ranks
 from bagpipe.oracle.window import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
 from bagpipe.plan import StepPlan
-from bagpipe.topology import SINGLE_TRAINER, Trainers
+from bagpipe.topology import ONE_TRAINER, Topology
 from bagpipe.types import Group, Jagged
 
 BatchT = TypeVar("BatchT")
@@ -61,18 +61,18 @@ class StreamOptions:
     first_step: int = 0
     dedup_threads: int | None = None  # None: see `num_dedup_threads`
     check: bool = False
-    trainers: Trainers = SINGLE_TRAINER
+    topology: Topology = ONE_TRAINER
     """Of several, batches are those of all of them together, and plans and what is handed out the
     shares of `ranks`."""
 
     def __post_init__(self) -> None:
-        self.trainers.check(self.groups)
+        self.topology.check(self.groups)
         check_window(
             self.groups,
             num_slots=self.num_slots,
             lookahead=self.lookahead,
             prefetch_depth=self.prefetch_depth,
-            num_trainers=self.trainers.num_trainers,
+            num_trainers=self.topology.num_trainers,
         )
 
     @property
@@ -83,16 +83,16 @@ class StreamOptions:
         No more than keep up: on shared memory they slow the sequential stages, which set the pace.
         """
         return self.dedup_threads or max(
-            1, (2 + (self.trainers.num_trainers > 1)) * (os.cpu_count() or 1) // 8
+            1, (2 + (self.topology.num_trainers > 1)) * (os.cpu_count() or 1) // 8
         )
 
     def make_oracle(self) -> Oracle:
         """The oracle that these options describe; where plans are checked it makes those of all
         ranks.
         """
-        trainers = self.trainers
+        topology = self.topology
         if self.check:
-            trainers = replace(trainers, ranks=tuple(range(trainers.num_trainers)))
+            topology = replace(topology, ranks=tuple(range(topology.num_trainers)))
         return Oracle(
             self.groups,
             num_slots=self.num_slots,
@@ -100,7 +100,7 @@ class StreamOptions:
             lookahead_bytes=self.lookahead_bytes,
             prefetch_depth=self.prefetch_depth,
             first_step=self.first_step,
-            trainers=trainers,
+            topology=topology,
             hash_plans=self.is_planned_elsewhere,
         )
 
@@ -109,7 +109,7 @@ class StreamOptions:
         """Whether there are trainers whose plans are made in another place, from batches that are
         read there.
         """
-        return len(self.trainers.ranks) < self.trainers.num_trainers
+        return len(self.topology.ranks) < self.topology.num_trainers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,14 +226,14 @@ def _checked(
     options: StreamOptions, planned: Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]
 ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
     """Takes the plans of all ranks, and passes on those of `ranks`."""
-    if options.trainers.num_trainers == 1:
+    if options.topology.num_trainers == 1:
         firsts = ((plans[0], batch) for plans, batch in planned)
         return (
             ((plan,), batch) for plan, batch in checked(options.groups, options.num_slots, firsts)
         )
-    every = checked_ranks(options.groups, options.num_slots, options.trainers, planned)
+    every = checked_ranks(options.groups, options.num_slots, options.topology, planned)
     return (
-        (tuple(plans[rank] for rank in options.trainers.ranks), batch) for plans, batch in every
+        (tuple(plans[rank] for rank in options.topology.ranks), batch) for plans, batch in every
     )
 
 
@@ -257,7 +257,7 @@ def _dedup(
 ) -> DedupedBatch[tuple[list[tuple[BatchT, Any, Seal | None]], str | None]]:
     step, item, seal = read
     batch = item.read() if isinstance(item, Deferred) else item
-    num_trainers = options.trainers.num_trainers
+    num_trainers = options.topology.num_trainers
     try:
         sparse = adapter.sparse(batch)
         jagged = as_jagged(sparse)
@@ -269,7 +269,7 @@ def _dedup(
             own_parts = [(batch, sparse)]
         else:
             check_ids(jagged)
-            ranks = options.trainers.ranks
+            ranks = options.topology.ranks
             own = {rank: _share_of(batch, jagged, rank, num_trainers, adapter) for rank in ranks}
             shares = [
                 own[rank][2] if rank in own else share_of(jagged, rank, num_trainers)

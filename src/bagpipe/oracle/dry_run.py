@@ -201,13 +201,13 @@ def replay(
     """
     num_trainers = trace.num_trainers
     # one rank's plan tells whether any waits
-    trainers = trace.trainers(range(1 if until_it_waits else num_trainers))
+    topology = trace.topology(range(1 if until_it_waits else num_trainers))
     oracle = Oracle(
         trace.groups,
         num_slots=trace.slots(cache_rows),
         lookahead=lookahead,
         prefetch_depth=grid.prefetch_depth,
-        trainers=trainers,
+        topology=topology,
     )
     report = OracleReport.for_groups(trace.groups)
     counts_traffic = num_trainers > 1 and not until_it_waits

@@ -30,7 +30,7 @@ from bagpipe.plan import (
     StepPlan,
     Transfers,
 )
-from bagpipe.topology import Trainers, home_hosts, host_of
+from bagpipe.topology import Topology, home_hosts, host_of
 from bagpipe.types import Group, Int32Array, Int64Array
 
 Payload = TypeVar("Payload")
@@ -41,7 +41,7 @@ _NOBODY = np.uint64(0)
 def checked_ranks(
     groups: Sequence[Group],
     num_slots: Sequence[int],
-    trainers: Trainers,
+    topology: Topology,
     planned: Iterable[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]],
 ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
     """Passes plans of all ranks on and raises PlanError, naming step, group, rank and invariant, at
@@ -49,9 +49,9 @@ def checked_ranks(
 
     Slots are those of one trainer, for each group.
     """
-    sizes = zip(groups, num_slots, trainers.num_replica_slots, strict=True)
+    sizes = zip(groups, num_slots, topology.num_replica_slots, strict=True)
     checkers = [
-        RankChecker(group, index, trainers, num_slots=slots, num_replica_slots=num_replicas)
+        RankChecker(group, index, topology, num_slots=slots, num_replica_slots=num_replicas)
         for index, (group, slots, num_replicas) in enumerate(sizes)
     ]
     for plans, batch in planned:
@@ -90,17 +90,17 @@ class RankChecker:
         self,
         group: Group,
         index: int,
-        trainers: Trainers,
+        topology: Topology,
         *,
         num_slots: int,
         num_replica_slots: int,
     ) -> None:
         """`index` is that of the group in plans; slots are those of each trainer."""
-        num_trainers = trainers.num_trainers
+        num_trainers = topology.num_trainers
         self._group, self._index, self._ranks = group, index, range(num_trainers)
         self._num_hosts, self._hosts = (
-            trainers.num_hosts,
-            [host_of(rank, num_trainers, trainers.num_hosts) for rank in self._ranks],
+            topology.num_hosts,
+            [host_of(rank, num_trainers, topology.num_hosts) for rank in self._ranks],
         )
         self._num_slots, self._num_replica_slots = num_slots, num_replica_slots
         self._rows_of_slots = np.full((num_trainers, num_slots), _NOWHERE, np.int64)

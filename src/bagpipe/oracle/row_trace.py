@@ -22,7 +22,7 @@ from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.shards import num_slots_needed
 from bagpipe.oracle.sizes import rows_that_hold, slots_of
 from bagpipe.oracle.window import DedupedBatch
-from bagpipe.topology import Trainers
+from bagpipe.topology import Topology
 from bagpipe.types import Group, Int64Array, Jagged
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -97,7 +97,7 @@ class Trace:
             for count, group in zip(slots, self.groups, strict=True)
         ]
 
-    def trainers(self, ranks: Sequence[int]) -> Trainers:
+    def topology(self, ranks: Sequence[int]) -> Topology:
         """Plans for these ranks, with room for all replicas that a share can need."""
         num_replicas = [
             max(
@@ -109,7 +109,7 @@ class Trace:
             for groups in zip(*(batch.groups for batch in self.batches), strict=True)
             if self.num_trainers > 1
         ]
-        return Trainers(
+        return Topology(
             num_trainers=self.num_trainers,
             num_hosts=self.num_hosts,
             ranks=tuple(ranks),
@@ -139,7 +139,7 @@ def read_trace(
     Raises DataError: there is none, or what `batches` and `dedup` raise; ConfigError: too many
     trainers, or uneven hosts.
     """
-    Trainers(
+    Topology(
         num_trainers=num_trainers,
         num_hosts=num_hosts,
         ranks=(0,),

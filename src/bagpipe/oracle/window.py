@@ -32,7 +32,7 @@ from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.ranks import RankPlanner, TrainerCache
 from bagpipe.oracle.shortage import with_overlapped_needs
 from bagpipe.plan import StepPlan
-from bagpipe.topology import SINGLE_TRAINER, Trainers
+from bagpipe.topology import ONE_TRAINER, Topology
 from bagpipe.types import Group
 
 Payload = TypeVar("Payload")
@@ -139,7 +139,7 @@ class Oracle:
         lookahead_bytes: int = DEFAULT_LOOKAHEAD_BYTES,
         prefetch_depth: int = 2,
         first_step: int = 0,
-        trainers: Trainers = SINGLE_TRAINER,
+        topology: Topology = ONE_TRAINER,
         hash_plans: bool = False,
     ) -> None:
         """`num_slots` for each group, and of each trainer. With `hash_plans` every step tells
@@ -147,15 +147,15 @@ class Oracle:
 
         Raises ConfigError for values out of range.
         """
-        trainers.check(groups)
+        topology.check(groups)
         check_window(
             groups,
             num_slots=num_slots,
             lookahead=lookahead,
             prefetch_depth=prefetch_depth,
-            num_trainers=trainers.num_trainers,
+            num_trainers=topology.num_trainers,
         )
-        self._groups, self._num_slots, self._trainers = tuple(groups), tuple(num_slots), trainers
+        self._groups, self._num_slots, self._topology = tuple(groups), tuple(num_slots), topology
         self._hash_plans = hash_plans
         self._is_auto = lookahead == "auto"
         self._lookahead = AUTO_START if lookahead == "auto" else lookahead
@@ -165,12 +165,12 @@ class Oracle:
         self._cachers = [
             Cacher(
                 group,
-                num_slots=slots * trainers.num_trainers,
+                num_slots=slots * topology.num_trainers,
                 max_lookahead=MAX_LOOKAHEAD if lookahead == "auto" else lookahead,
                 prefetch_depth=prefetch_depth,
                 first_step=first_step,
-                num_trainers=trainers.num_trainers,
-                num_hosts=trainers.num_hosts,
+                num_trainers=topology.num_trainers,
+                num_hosts=topology.num_hosts,
             )
             for group, slots in zip(groups, num_slots, strict=True)
         ]
@@ -223,7 +223,7 @@ class Oracle:
         on `workers`, if any.
         """
         steps = self._plan_caches(batches)
-        if workers is None or self._trainers.num_trainers == 1:
+        if workers is None or self._topology.num_trainers == 1:
             planned: Iterator[tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]] = map(
                 self._plan_trainers, steps
             )
@@ -287,8 +287,8 @@ class Oracle:
             (linked.groups for linked in batches),
             groups=self._groups,
             num_slots=self._num_slots,
-            num_trainers=self._trainers.num_trainers,
-            num_hosts=self._trainers.num_hosts,
+            num_trainers=self._topology.num_trainers,
+            num_hosts=self._topology.num_hosts,
         )
 
     def _admit(self, linked: LinkedBatch[Payload]) -> None:
@@ -306,7 +306,7 @@ class Oracle:
         """
         step, batch = planned.step, planned.batch
         issue_tick = max(self._first_step, step - self._prefetch_depth)
-        if self._trainers.num_trainers == 1:
+        if self._topology.num_trainers == 1:
             groups = tuple(group.of_single_trainer() for group in planned.groups)
             plan = StepPlan(
                 step=step,
@@ -320,7 +320,7 @@ class Oracle:
             self._groups,
             planned.groups,
             self._num_slots,
-            self._trainers.num_replica_slots,
+            self._topology.num_replica_slots,
             strict=True,
         )
         planners = [
@@ -329,7 +329,7 @@ class Oracle:
                 cache_plan,
                 TrainerCache(num_slots=slots, num_replica_slots=num_replicas),
                 step=step,
-                overlap=self._trainers.overlap,
+                overlap=self._topology.overlap,
             )
             for group, cache_plan, slots, num_replicas in caches
         ]
@@ -350,7 +350,7 @@ class Oracle:
                 joint_hash=joint_hash,
                 failure=planned.failure,
             )
-            for rank in self._trainers.ranks
+            for rank in self._topology.ranks
         )
         return planned, plans
 
