@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bagpipe.data.base import Batch
+from bagpipe.data.base import Batch, Position
 from bagpipe.data.manifest import FeatureEntry, PreparedManifest, SourceEntry
 from bagpipe.data.prepared import PreparedSource
 from bagpipe.data.synthetic import SyntheticSource
@@ -27,7 +27,7 @@ from bagpipe.data.writer import SplitWriter, prepared_schema, record_batch
 from bagpipe.native.jit import jit
 from bagpipe.native.pipeline import ordered_map
 from bagpipe.native.workers import Workers
-from bagpipe.train.schedule import Position, RemainingBatches, Schedule
+from bagpipe.train.schedule import RemainingBatches, Schedule
 from bagpipe.types import Int64Array
 from benchmarks.measure import Progress
 from benchmarks.workloads import NUM_DENSE, Workload

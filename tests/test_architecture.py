@@ -34,9 +34,9 @@ ALLOWED = {
     "data": BASE | {"config", "plots"},
     "distributed": BASE | {"store"},
     "cache": BASE | {"store", "distributed"},
-    "embeddings": BASE | {"config", "oracle", "feed", "store", "distributed", "cache"},
+    "embeddings": BASE | {"oracle", "feed", "store", "distributed", "cache"},
     "models": {"errors"},
-    "checkpoint": BASE | {"config", "store", "train"},
+    "checkpoint": BASE | {"config", "data", "store", "distributed"},
     "train": BASE
     | {"config", "oracle", "feed", "store", "data", "distributed", "cache", "models"}
     | {"embeddings", "checkpoint"},

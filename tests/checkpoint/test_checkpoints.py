@@ -20,8 +20,8 @@ from bagpipe.checkpoint.checkpoints import (
     save_checkpoint,
 )
 from bagpipe.checkpoint.files import CheckpointWriter, _checksum, read_manifest
+from bagpipe.data.base import Position
 from bagpipe.errors import CheckpointError
-from bagpipe.train.schedule import Position
 
 CONFIG: dict[str, Any] = {"train": {"batch_size": 8, "seed": 0}, "cache": {"size": "auto"}}
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from bagpipe.config.run import RunConfig, TrainConfig
-from bagpipe.data.base import Batch, FeatureSpec, count_batches
+from bagpipe.data.base import Batch, FeatureSpec, Position, count_batches
 from bagpipe.errors import ConfigError
 from bagpipe.train.batches import TorchBatch
 from bagpipe.train.build import make_schedule, make_tables
-from bagpipe.train.schedule import Position, RemainingBatches, Schedule
+from bagpipe.train.schedule import RemainingBatches, Schedule
 from bagpipe.types import Int64Array, Jagged
 
 

@@ -44,8 +44,9 @@ import bagpipe
 from bagpipe.checkpoint.checkpoints import State, load_checkpoint, open_checkpoint, save_checkpoint
 from bagpipe.checkpoint.files import CheckpointFiles, list_checkpoints
 from bagpipe.checkpoint.run_folder import check_seen_by_all
+from bagpipe.data.base import Position
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.embeddings.agreement import check_same_run
+from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import (
     CheckpointError,
@@ -57,8 +58,7 @@ from bagpipe.errors import (
 )
 from bagpipe.oracle import shards, window
 from bagpipe.store import MemoryStore
-from bagpipe.train.schedule import Position
-from bagpipe.train.trainers import Trainers
+from bagpipe.train.settings import check_same_run
 from bagpipe.types import SGD, Adam, Group, Jagged, Optimizer, TableConfig, group_tables
 
 Stores = dict[tuple[int, int], MemoryStore]  # by host and group

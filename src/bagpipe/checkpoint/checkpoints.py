@@ -35,11 +35,11 @@ from bagpipe.checkpoint.files import (
     verify_files,
 )
 from bagpipe.config.compare import Difference, compare_configs
+from bagpipe.data.base import Position
+from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import CheckpointError
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.topology import home_hosts
-from bagpipe.train.schedule import Position
-from bagpipe.train.trainers import Trainers
 from bagpipe.types import Group
 
 _DENSE = "dense.pt"

@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from bagpipe.checkpoint.files import list_checkpoints, remove_temporary, step_of
+from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import make_folder
 from bagpipe.native.fork import in_child
-from bagpipe.train.trainers import Trainers
 
 
 @contextmanager

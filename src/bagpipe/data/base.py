@@ -53,6 +53,14 @@ class Batch:
         return Batch(dense=self.dense[begin:end], sparse=sparse, labels=self.labels[begin:end])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where the reader continues: the next batch to train."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
 class BatchSource(Protocol):
     """A split of a data set that can be read from any batch on, always in the same order."""
 

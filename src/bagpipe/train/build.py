@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +30,7 @@ from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
 from bagpipe.train.schedule import Schedule
+from bagpipe.train.settings import describe_run
 from bagpipe.types import Group
 
 _MODELS: Mapping[str, Callable[..., RankingModel]] = {
@@ -230,22 +230,6 @@ def _matrix_products(precision: Precision, device: torch.device) -> Iterator[Non
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def describe_run(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON values, with what it leaves to the model, and for prepared data
-    what tells its training split from another one.
-    """
-    settings = config.model_dump(mode="json")
-    if (init := config.table_init) is not None:
-        settings["embeddings"]["init"] = init.model_dump(mode="json")
-    settings["train"]["optimizer"] = config.dense_optimizer.model_dump(mode="json")
-    if config.data.kind == "prepared":
-        files = PreparedManifest.load(config.data.folder).splits.get("train", ())
-        settings["data"]["content"] = xxhash.xxh3_128(
-            "".join(file.checksum for file in files).encode()
-        ).hexdigest()
-    return settings
 
 
 def _has_validation(config: DataConfig) -> bool:

@@ -9,16 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from bagpipe.data.base import Batch, BatchSource
+from bagpipe.data.base import Batch, BatchSource, Position
 from bagpipe.feed.stream import Deferred
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where the reader continues: the next batch to train."""
-
-    epoch: int = 0
-    batch: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bagpipe.checkpoint.checkpoints import (
@@ -37,11 +37,11 @@ from bagpipe.checkpoint.run_folder import check_seen_by_all, claim_run_folder, s
 from bagpipe.config.run import RunConfig
 from bagpipe.data.base import Batch
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.embeddings.agreement import check_same_run
+from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.lookahead import Lookahead, lookahead
 from bagpipe.errors import BagpipeError, CheckpointError, LossError
 from bagpipe.train.batches import TorchBatch
-from bagpipe.train.build import Run, build_run, choose_device, describe_run
+from bagpipe.train.build import Run, build_run, choose_device
 from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.evaluate import evaluate
 from bagpipe.train.logs import NoLog, RunLog
@@ -49,9 +49,9 @@ from bagpipe.train.meter import Meter
 from bagpipe.train.metrics import Scores
 from bagpipe.train.report import Reporter
 from bagpipe.train.schedule import RemainingBatches
+from bagpipe.train.settings import check_same_run, describe_run
 from bagpipe.train.signals import StopRequest
 from bagpipe.train.trace import Trace, TraceOptions
-from bagpipe.train.trainers import Trainers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,12 @@ class _Loop:
     def _write_progress(self, stream: Lookahead[TorchBatch]) -> None:
         progress = self._meter.take(stream)
         if progress is not None:
-            progress = self._trainers.together(progress)
+            trainers = self._trainers
+            progress = replace(
+                progress,
+                loss=trainers.mean(progress.loss),
+                examples_per_s=trainers.num_trainers * trainers.mean(progress.examples_per_s),
+            )
             self._log.write("train", self._step, **asdict(progress))
             self._reporter.show(progress)
 

@@ -6,12 +6,10 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError
-from bagpipe.train.report import Progress
 
 
 class Trainers:
@@ -27,6 +25,7 @@ class Trainers:
         """Whether this one saves, scores and logs."""
         self.is_first_of_host = communicator is None or communicator.is_first_of_host
         """Whether this one saves and loads the records of its host."""
+        self.num_trainers = 1 if communicator is None else communicator.num_trainers
         self.num_hosts = 1 if communicator is None else communicator.num_hosts
         self.host = 0 if communicator is None else communicator.host
         self._asked: Callable[[], float] = lambda: 0.0
@@ -103,14 +102,6 @@ class Trainers:
         self._asked = self._communicator.ask_for_largest(0 if received is None else received)
         return signal.Signals(number) if number else None
 
-    def together(self, progress: Progress) -> Progress:
-        """The mean loss, and the speed of all ranks."""
-        if self._communicator is None:
-            return progress
-        num_trainers = self._communicator.num_trainers
-        loss = self._communicator.mean(progress.loss)
-        return replace(
-            progress,
-            loss=loss,
-            examples_per_s=num_trainers * self._communicator.mean(progress.examples_per_s),
-        )
+    def mean(self, value: float) -> float:
+        """The mean of all ranks' values, the same on each."""
+        return value if self._communicator is None else self._communicator.mean(value)

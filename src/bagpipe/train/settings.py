@@ -1,0 +1,52 @@
+"""What decides the numbers of a run, as JSON values, and whether all trainers start from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+
+from bagpipe.config.compare import compare_configs
+from bagpipe.config.run import RunConfig
+from bagpipe.data.manifest import PreparedManifest
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.errors import ConfigError
+
+_MAY_DIFFER = ("log.folder", "data.folder", "prepare", "embeddings.store", "cache.threads")
+"""Keys of a run's configuration that belong to a host, so that each may have its own."""
+
+
+def describe_run(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON values, as a checkpoint remembers it.
+
+    It includes what the configuration leaves to the model. For prepared data it has a hash of the
+    training split, so that another split is noticed wherever the folder lies.
+    """
+    settings = config.model_dump(mode="json")
+    if (init := config.table_init) is not None:
+        settings["embeddings"]["init"] = init.model_dump(mode="json")
+    settings["train"]["optimizer"] = config.dense_optimizer.model_dump(mode="json")
+    if config.data.kind == "prepared":
+        files = PreparedManifest.load(config.data.folder).splits.get("train", ())
+        checksums = "".join(file.checksum for file in files).encode()
+        settings["data"]["content"] = xxhash.xxh3_128(checksums).hexdigest()
+    return settings
+
+
+def check_same_run(communicator: Communicator, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError on every rank where one has another configuration.
+
+    All ranks must call it. `settings` are nested mappings of JSON values.
+    """
+    texts = communicator.gather_texts("the run's settings", json.dumps(settings))
+    first, *others = (json.loads(text) for text in texts)
+    for rank, other in enumerate(others, 1):
+        for difference in compare_configs(first, other):
+            if not difference.is_within(_MAY_DIFFER):
+                raise ConfigError(
+                    f"ranks train with other settings: {difference.key} is {difference.old!r} on "
+                    f"rank 0 and {difference.new!r} on rank {rank}; start all with the same file "
+                    "and options"
+                )
