@@ -18,7 +18,7 @@ SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 VOCABULARY = DOCS / "vocabulary.md"
 FREE = {VOCABULARY, ROOT / "CHANGELOG.md", *LAB}
 """The notebook quotes what was said before the vocabulary; a changelog names what was renamed."""
-WIDE = {ROOT / "README.md", ROOT / "CHANGELOG.md"}
+WIDE = {ROOT / "CHANGELOG.md"}
 COMMAND = re.compile(r"python -m benchmarks\s+(\w+)((?:\s+\\?\s*--[\w-]+(?:\s+[\w./:%-]+)?)*)")
 
 

@@ -1,6 +1,4 @@
-"""README's code and commands run as they stand there, one after the other, as a newcomer pastes
-them.
-"""
+"""README's code and commands run as they stand there, in their order, as a newcomer pastes them."""
 
 from __future__ import annotations
 
@@ -32,11 +30,14 @@ SMALL = {
 
 
 def commands(heading: str, *programs: str) -> list[list[str]]:
-    """The commands of a section, without their comments."""
+    """The commands of a section, without their comments; a backslash continues a line."""
     section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("    ")]
+    joined = section.replace("\\\n", " ")
+    lines = [line for line in joined.splitlines() if line.startswith("    ")]
     parsed = [shlex.split(line, comments=True) for line in lines]
-    return [words for words in parsed if words[0] in programs and "--nnodes=2" not in words]
+    return [
+        words for words in parsed if words and words[0] in programs and "--nnodes=2" not in words
+    ]
 
 
 def made_small(words: list[str]) -> list[str]:
