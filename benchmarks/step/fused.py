@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bagpipe.cache import kernels_cpu
-from bagpipe.cache.device_cache import update_rate
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.jagged import group_lookups, group_rows
@@ -77,7 +76,7 @@ class FusedTables(nn.Module):
         """Sums `grads` (B, F, D) float32 by row and applies the optimizer."""
         num_samples, num_features = batch.sparse.batch_size, len(self.group.features)
         flat = grads.reshape(num_samples * num_features, -1).contiguous()
-        rate = update_rate(self.group.optimizer, self.group.optimizer.lr, self.step + 1)
+        rate = self.group.optimizer.update_rate(self.group.optimizer.lr, self.step + 1)
         for part in self._pool.map(
             lambda part: part.dedup(batch.sparse, num_features), self._parts
         ):

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -135,11 +135,45 @@ class TableConfig:
         return self.init if self.init is not None else Uniform(low=-bound, high=bound)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SGD:
-    """``w -= lr * g``; equals ``torch.optim.SGD``. Momentum is refused: it would move rows that no
-    batch touches.
+class UpdateConstants(NamedTuple):
+    """The numbers of one update, in the order in which every kernel takes them.
+
+    A number that an optimizer does not use is 0. Kernels round each one to float32.
     """
+
+    rate: float
+    """The learning rate, with Adam's bias corrections in it."""
+    eps: float = 0.0
+    first_rate: float = 0.0
+    """How far a first moment moves towards the gradient: 1 - beta1."""
+    second_rate: float = 0.0
+    """How far a second moment moves towards the squared gradient: 1 - beta2."""
+
+
+class _Update:
+    """What every optimizer says about its update; each kernel computes the formula of its class.
+
+    A formula works on one row: ``w`` its weights, ``g`` its gradient, summed over the batch, and
+    the state, float32, in the layout that the class names. Every operation rounds to float32 as
+    written, and no multiply-add is fused.
+    """
+
+    kind: ClassVar[int]
+    """The number by which compiled kernels know the optimizer."""
+
+    def update_rate(self, lr: float, number: int) -> float:
+        """The rate of the ``number``th update, from 1, at the learning rate ``lr``."""
+        return lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(_Update):
+    """``w -= g * lr``, without state; equals ``torch.optim.SGD``.
+
+    Momentum is refused: it would move rows that no batch touches.
+    """
+
+    kind: ClassVar[int] = 0
 
     lr: float
     momentum: float = 0.0
@@ -150,20 +184,27 @@ class SGD:
         if self.momentum != 0.0:
             raise ConfigError(
                 f"SGD(momentum={self.momentum}): momentum moves every row at every step, touched "
-                "or not, so it can't be "
-                "exact for rows outside the cache: use momentum=0, Adagrad, RowWiseAdagrad or Adam"
+                "or not, so it can't be exact for rows outside the cache: use momentum=0, Adagrad, "
+                "RowWiseAdagrad or Adam"
             )
 
     def state_width(self, embedding_dim: int) -> int:
-        """Floats of optimizer state a row."""
+        """Floats of optimizer state a row: none."""
         return 0
+
+    def update_constants(self, rate: float) -> UpdateConstants:
+        """The numbers of an update at ``rate``."""
+        return UpdateConstants(rate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adagrad:
-    """``s += g * g; w -= lr * g / (sqrt(s) + eps)``; equals ``torch.optim.Adagrad`` on sparse
-    gradients.
+class Adagrad(_Update):
+    """``s += g * g; w -= g / (sqrt(s) + eps) * lr``, with one ``s`` for each weight.
+
+    Equals ``torch.optim.Adagrad`` on sparse gradients.
     """
+
+    kind: ClassVar[int] = 1
 
     lr: float
     eps: float = 1e-10
@@ -174,15 +215,22 @@ class Adagrad:
             check_number(self, name)
 
     def state_width(self, embedding_dim: int) -> int:
-        """Floats of optimizer state a row."""
+        """Floats of optimizer state a row: ``s`` of each weight."""
         return embedding_dim
+
+    def update_constants(self, rate: float) -> UpdateConstants:
+        """The numbers of an update at ``rate``."""
+        return UpdateConstants(rate, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowWiseAdagrad:
-    """``s += mean(g * g); w -= lr * g / (sqrt(s) + eps)`` with one s a row; equals
-    ``torchrec.optim.RowWiseAdagrad``.
+class RowWiseAdagrad(_Update):
+    """``s += mean(g * g); w -= g / (sqrt(s) + eps) * lr``, with one ``s`` for the row.
+
+    Equals ``torchrec.optim.RowWiseAdagrad``. Each kernel adds the mean up in an order of its own.
     """
+
+    kind: ClassVar[int] = 2
 
     lr: float
     eps: float = 1e-8
@@ -193,17 +241,25 @@ class RowWiseAdagrad:
             check_number(self, name)
 
     def state_width(self, embedding_dim: int) -> int:
-        """Floats of optimizer state a row."""
+        """Floats of optimizer state a row: its one ``s``."""
         return 1
+
+    def update_constants(self, rate: float) -> UpdateConstants:
+        """The numbers of an update at ``rate``."""
+        return UpdateConstants(rate, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam:
-    """Lazy Adam: a row's moments move only when it is touched; bias correction by the number of
-    updates, each group of tables counting its own. A batch without backward is none.
+class Adam(_Update):
+    """``m += (g - m) * (1 - beta1); v += (g * g - v) * (1 - beta2); w -= m / (sqrt(v) + eps) * r``.
 
-    Equals ``torch.optim.SparseAdam``.
+    ``m`` and ``v`` are a row's moments, and ``r`` is ``update_rate``: the learning rate with both
+    bias corrections in it, by the number of updates. Each group of tables counts its own updates; a
+    batch without backward is none. This Adam is lazy: a row's moments move only when a batch
+    touches the row. Equals ``torch.optim.SparseAdam``.
     """
+
+    kind: ClassVar[int] = 3
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -222,11 +278,16 @@ class Adam:
         object.__setattr__(self, "betas", tuple(betas))
 
     def state_width(self, embedding_dim: int) -> int:
-        """Floats of optimizer state a row: the first moments, then the second."""
+        """Floats of optimizer state a row: ``m`` of each weight, then ``v`` of each."""
         return 2 * embedding_dim
 
-    def step_size(self, lr: float, number: int) -> float:
-        """The learning rate with both bias corrections of the `number`th update, from 1."""
+    def update_constants(self, rate: float) -> UpdateConstants:
+        """The numbers of an update at ``rate``."""
+        beta1, beta2 = self.betas
+        return UpdateConstants(rate, self.eps, 1.0 - beta1, 1.0 - beta2)
+
+    def update_rate(self, lr: float, number: int) -> float:
+        """``lr`` with both bias corrections of the ``number``th update, from 1."""
         beta1, beta2 = self.betas
         return lr * math.sqrt(1.0 - beta2**number) / (1.0 - beta1**number)
 

@@ -78,7 +78,7 @@ def update(
     bag_scales: Float32Array,
     bag_weights: Float32Array,
     kind: int,
-    scalars: Float32Array,
+    constants: Float32Array,
     code: int,
     seed: np.uint64,
     step: np.uint64,
@@ -120,7 +120,7 @@ def update(
         slot = unique_slots[unique]
         for column in range(dim):
             row[0, column] = widen(np.uint32(weights[np.uint32(slot), column]), code)
-        apply(row, 0, state, slot, total, kind, scalars)
+        apply(row, 0, state, slot, total, kind, constants)
         _write_back(weights, slot, row, code, seed, np.uint64(unique) | step << np.uint64(32))
 
 

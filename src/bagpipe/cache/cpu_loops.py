@@ -6,10 +6,9 @@ import numpy as np
 
 from bagpipe.native.jit import jit
 from bagpipe.native.prefetch import LINE_FLOATS, prefetch
-from bagpipe.types import Float32Array, Int32Array
+from bagpipe.types import SGD, Adagrad, Float32Array, Int32Array, RowWiseAdagrad
 
-SGD_KIND, ADAGRAD_KIND, ROW_WISE_ADAGRAD_KIND, ADAM_KIND = range(4)
-"""What compiled loops call an optimizer."""
+_SGD, _ADAGRAD, _ROW_WISE_ADAGRAD = SGD.kind, Adagrad.kind, RowWiseAdagrad.kind
 ROWS_AHEAD, _GRADS_AHEAD = 4, 6
 """How far ahead rows of the cache and of the gradient are asked for."""
 
@@ -89,7 +88,7 @@ def update(
     bag_scales: Float32Array,
     bag_weights: Float32Array,
     kind: int,
-    scalars: Float32Array,
+    constants: Float32Array,
 ) -> None:
     """One optimizer step of the unique rows [begin, end)."""
     dim = weights.shape[1]
@@ -124,7 +123,7 @@ def update(
             for index in range(dim):
                 total[index] += further[index]
             long += 1
-        apply(weights, unique_slots[unique], state, unique_slots[unique], total, kind, scalars)
+        apply(weights, unique_slots[unique], state, unique_slots[unique], total, kind, constants)
 
 
 @jit
@@ -180,35 +179,35 @@ def apply(
     state_row: int,
     grad: Float32Array,
     kind: int,
-    scalars: Float32Array,
+    constants: Float32Array,
 ) -> None:
     """One row's optimizer step in place: the formula of its class in `bagpipe.types`."""
     row, slot = np.uint32(weight_row), np.uint32(state_row)
     dim = len(grad)
-    lr = scalars[0]
-    if kind == SGD_KIND:
+    rate, eps, first_rate, second_rate = constants[0], constants[1], constants[2], constants[3]
+    if kind == _SGD:
         for index in range(dim):
-            weights[row, index] -= grad[index] * lr
-    elif kind == ADAGRAD_KIND:
+            weights[row, index] -= grad[index] * rate
+    elif kind == _ADAGRAD:
         for index in range(dim):
             state[slot, index] += grad[index] * grad[index]
-            weights[row, index] -= grad[index] / (np.sqrt(state[slot, index]) + scalars[1]) * lr
-    elif kind == ROW_WISE_ADAGRAD_KIND:
+            weights[row, index] -= grad[index] / (np.sqrt(state[slot, index]) + eps) * rate
+    elif kind == _ROW_WISE_ADAGRAD:
         total = state[slot, 0] + _mean_of_squares(grad)
         state[slot, 0] = total
-        divisor = np.sqrt(total) + scalars[1]
+        divisor = np.sqrt(total) + eps
         for index in range(dim):
-            weights[row, index] -= grad[index] / divisor * lr
+            weights[row, index] -= grad[index] / divisor * rate
     else:
         for index in range(dim):
-            first = state[slot, index] + (grad[index] - state[slot, index]) * scalars[2]
+            first = state[slot, index] + (grad[index] - state[slot, index]) * first_rate
             second = (
                 state[slot, dim + index]
-                + (grad[index] * grad[index] - state[slot, dim + index]) * scalars[3]
+                + (grad[index] * grad[index] - state[slot, dim + index]) * second_rate
             )
             state[slot, index] = first
             state[slot, dim + index] = second
-            weights[row, index] -= first / (np.sqrt(second) + scalars[1]) * lr
+            weights[row, index] -= first / (np.sqrt(second) + eps) * rate
 
 
 @jit

@@ -14,7 +14,7 @@ from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import empty_weights, rounding_seed, words_of
 from bagpipe.errors import ConfigError
-from bagpipe.types import SGD, Adam, Group, Optimizer
+from bagpipe.types import SGD, Group
 
 _SUM = SGD(lr=1.0)
 
@@ -73,7 +73,7 @@ class DeviceCache:
 
     def rate_of(self, number: int) -> float:
         """The rate that `apply` needs for the tables' `number`th update."""
-        return update_rate(self.group.optimizer, self.lr, number)
+        return self.group.optimizer.update_rate(self.lr, number)
 
     def apply(self, plan: DevicePlan, grads: Tensor, *, rate: float) -> None:
         """`update` with gradients by bag (num_bags, D)."""
@@ -117,11 +117,6 @@ class DeviceCache:
         return (grads if grads.is_contiguous() else grads.contiguous()).view(
             plan.num_bags, self.group.embedding_dim
         )
-
-
-def update_rate(optimizer: Optimizer, lr: float, number: int) -> float:
-    """The rate of the `number`th update, from 1, with Adam's bias corrections in it."""
-    return optimizer.step_size(lr, number) if isinstance(optimizer, Adam) else lr
 
 
 def kernels_of(device: torch.device) -> ModuleType:

@@ -37,7 +37,7 @@ from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import words_of
 from bagpipe.native.workers import Workers
 from bagpipe.store.half import CODES
-from bagpipe.types import SGD, Adagrad, Adam, Float32Array, Optimizer, RowWiseAdagrad
+from bagpipe.types import Optimizer
 
 _CHUNKS_A_THREAD = 4
 _MIN_CHUNK = 256
@@ -116,7 +116,6 @@ def update(
     `rate` is the learning rate, with Adam's bias corrections in it. New weights of 16 bits are
     rounded by chance, which `seed` decides.
     """
-    kind, scalars = _constants(optimizer, rate)
     table, code = _table(weights)
     arguments = (
         table,
@@ -129,8 +128,8 @@ def update(
         plan.long_offsets.numpy(),
         _optional(plan.bag_scales, np.float32),
         _optional(plan.bag_weights, np.float32),
-        kind,
-        scalars,
+        optimizer.kind,
+        np.array(optimizer.update_constants(rate), np.float32),
     )
     if weights.dtype == torch.float32:
         _in_chunks(
@@ -170,21 +169,3 @@ def _table(weights: Tensor) -> tuple[npt.NDArray[Any], int]:
 
 def _optional(tensor: Tensor | None, dtype: type[np.generic]) -> npt.NDArray[Any]:
     return np.empty(0, dtype) if tensor is None else tensor.numpy()
-
-
-def _constants(optimizer: Optimizer, rate: float) -> tuple[int, Float32Array]:
-    """What `_apply` needs to know: which optimizer, and its numbers rounded as torch rounds a
-    Python scalar.
-    """
-    match optimizer:
-        case SGD():
-            return cpu_loops.SGD_KIND, np.array([rate], np.float32)
-        case Adagrad():
-            return cpu_loops.ADAGRAD_KIND, np.array([rate, optimizer.eps], np.float32)
-        case RowWiseAdagrad():
-            return cpu_loops.ROW_WISE_ADAGRAD_KIND, np.array([rate, optimizer.eps], np.float32)
-        case Adam():
-            beta1, beta2 = optimizer.betas
-            return cpu_loops.ADAM_KIND, np.array(
-                [rate, optimizer.eps, 1.0 - beta1, 1.0 - beta2], np.float32
-            )

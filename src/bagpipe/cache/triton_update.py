@@ -11,28 +11,13 @@ So no program adds more than MAX_PIECE_LENGTH rows in stage 1, whatever the skew
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.cache.triton_launch import (
-    Kernel,
-    Tiling,
-    aligned,
-    device_function,
-    on_device_of,
-    sum_rows,
-)
-from bagpipe.cache.triton_round import round_by_chance
+from bagpipe.cache.triton_launch import Tiling, aligned, on_device_of
+from bagpipe.cache.triton_update_kernels import update_long_rows, update_pieces
 from bagpipe.cache.weights import COLUMNS_A_BLOCK
-from bagpipe.plan import MAX_PIECE_LENGTH
-from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
-
-_SGD = tl.constexpr(0)
-_ADAGRAD = tl.constexpr(1)
-_ROW_WISE_ADAGRAD = tl.constexpr(2)
-_ADAM = tl.constexpr(3)
-_MAX_PIECE = tl.constexpr(MAX_PIECE_LENGTH)
+from bagpipe.types import Optimizer
 
 _PIECES = Tiling(elements=256, per_thread=8)
 _LONG_ROWS = Tiling(elements=64, per_thread=8)
@@ -63,15 +48,15 @@ def update(
     if num_uniques == 0:
         return
     dim, num_further = grads.shape[1], num_pieces - num_uniques
-    kind, scalars = _constants(optimizer, rate)
+    update_constants = optimizer.update_constants(rate)
     rounding = _rounding(weights, plan.step, seed)
     width = dim if weights.dtype == torch.float32 else max(dim, COLUMNS_A_BLOCK)
     tile, long_tile = _PIECES.of(width), _LONG_ROWS.of(width)
-    constants = {"DIM": dim, "STRIDE": weights.shape[1], "KIND": kind}
+    constants = {"DIM": dim, "STRIDE": weights.shape[1], "KIND": optimizer.kind}
     with on_device_of(weights):
         # First the sums of further pieces, then those of the first pieces of long rows.
         sums = torch.empty(num_further + num_long, dim, device=weights.device)
-        _update.launch(
+        update_pieces.launch(
             tile.count(num_further) + tile.count(num_uniques),
             (
                 weights,
@@ -88,14 +73,14 @@ def update(
                 num_pieces,
                 num_long,
                 1 << num_long.bit_length() >> 1,
-                *scalars,
+                *update_constants,
                 *rounding,
             ),
             constants | {"ROWS": tile.rows, "COLUMNS": tile.columns, "UNROLL": _UNROLL},
             tile.num_warps,
         )
         if num_long > 0:
-            _update_long.launch(
+            update_long_rows.launch(
                 long_tile.count(num_long),
                 (
                     weights,
@@ -107,7 +92,7 @@ def update(
                     num_uniques,
                     num_pieces,
                     num_long,
-                    *scalars,
+                    *update_constants,
                     *rounding,
                 ),
                 constants
@@ -128,291 +113,3 @@ def _rounding(
         (word & 0xFFFFFFFF ^ 1 << 31) - (1 << 31) for word in (step, seed, seed >> 32)
     )
     return step, low, high
-
-
-def _constants(optimizer: Optimizer, rate: float) -> tuple[int, tuple[float, float, float, float]]:
-    """What `_apply` needs to know: which optimizer, and its numbers."""
-    match optimizer:
-        case SGD():
-            return _SGD.value, (rate, 0.0, 0.0, 0.0)
-        case Adagrad():
-            return _ADAGRAD.value, (rate, optimizer.eps, 0.0, 0.0)
-        case RowWiseAdagrad():
-            return _ROW_WISE_ADAGRAD.value, (rate, optimizer.eps, 0.0, 0.0)
-        case Adam():
-            beta1, beta2 = optimizer.betas
-            return _ADAM.value, (rate, optimizer.eps, 1.0 - beta1, 1.0 - beta2)
-
-
-@Kernel
-def _update(
-    weights: tl.tensor,
-    state: tl.tensor,
-    grads: tl.tensor,
-    unique_slots: tl.tensor,
-    bags: tl.tensor,
-    bag_weights: tl.tensor,
-    piece_offsets: tl.tensor,
-    bag_scales: tl.tensor,
-    long_uniques: tl.tensor,
-    sums: tl.tensor,
-    num_uniques: tl.tensor,
-    num_pieces: tl.tensor,
-    num_long: tl.tensor,
-    search_step: tl.tensor,
-    lr: tl.tensor,
-    eps: tl.tensor,
-    first_rate: tl.tensor,
-    second_rate: tl.tensor,
-    step: tl.tensor,
-    seed_low: tl.tensor,
-    seed_high: tl.tensor,
-    DIM: tl.constexpr,
-    STRIDE: tl.constexpr,
-    KIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    UNROLL: tl.constexpr,
-) -> None:
-    num_further = num_pieces - num_uniques
-    further_tiles = tl.cdiv(num_further, ROWS)
-    tile = tl.program_id(0)
-    is_further = tile < further_tiles
-    piece = tl.where(
-        is_further, num_uniques + tile * ROWS, (tile - further_tiles) * ROWS
-    ) + tl.arange(0, ROWS)
-    is_piece = piece < tl.where(is_further, num_pieces, num_uniques)
-    begin = tl.load(piece_offsets + piece, mask=is_piece, other=0)
-    end = tl.load(piece_offsets + piece + 1, mask=is_piece, other=0)
-    is_unique = piece < num_uniques
-    slot = tl.load(unique_slots + piece, mask=is_unique, other=0).to(tl.int64)
-    # Before the sums, so that these loads are under way meanwhile.
-    weight, first, second = _load_record(
-        weights, state, slot, is_unique, DIM, STRIDE, KIND, COLUMNS
-    )
-    total = sum_rows(
-        grads, bags, bag_scales, bag_weights, begin, end, DIM, DIM, ROWS, COLUMNS, UNROLL
-    )
-    long = tl.full((ROWS,), -1, tl.int32)
-    if num_long > 0:
-        if (tile >= further_tiles) & (tl.max(end - begin, axis=0) == _MAX_PIECE):
-            long = _find(long_uniques, num_long, search_step, piece, is_unique)
-        sum_row = tl.where(is_further, piece - num_uniques, num_further + long).to(tl.int64)
-        columns = tl.arange(0, COLUMNS)
-        is_kept = is_piece & ((piece >= num_uniques) | (long >= 0))
-        inside = is_kept[:, None] & (columns < DIM)[None, :]
-        tl.store(sums + sum_row[:, None] * DIM + columns[None, :], total, mask=inside)
-    is_done = is_unique & (long < 0)
-    inside = is_done[:, None] & (tl.arange(0, COLUMNS) < DIM)[None, :]
-    weight = _apply(
-        state,
-        slot,
-        is_done,
-        inside,
-        weight,
-        first,
-        second,
-        total,
-        lr,
-        eps,
-        first_rate,
-        second_rate,
-        DIM,
-        KIND,
-        COLUMNS,
-    )
-    _store_weights(
-        weights, slot, inside, weight, piece, step, seed_low, seed_high, STRIDE, ROWS, COLUMNS
-    )
-
-
-@device_function
-def _find(
-    long_uniques: tl.tensor,
-    num_long: tl.tensor,
-    search_step: tl.tensor,
-    unique: tl.tensor,
-    is_unique: tl.tensor,
-) -> tl.tensor:
-    """Index of each `unique` in the ascending `long_uniques`, -1 if it is none; `search_step` is
-    the top bit of `num_long`.
-    """
-    below = tl.zeros_like(unique)  # how many are smaller, bit by bit from the top
-    step = search_step
-    while step > 0:
-        probe = below + step
-        value = tl.load(long_uniques + probe - 1, mask=probe <= num_long, other=2147483647)
-        below = tl.where(value < unique, probe, below)
-        step = step // 2
-    value = tl.load(long_uniques + below, mask=is_unique & (below < num_long), other=-1)
-    return tl.where(is_unique & (value == unique), below, -1)
-
-
-@Kernel
-def _update_long(
-    weights: tl.tensor,
-    state: tl.tensor,
-    unique_slots: tl.tensor,
-    long_uniques: tl.tensor,
-    long_offsets: tl.tensor,
-    sums: tl.tensor,
-    num_uniques: tl.tensor,
-    num_pieces: tl.tensor,
-    num_long: tl.tensor,
-    lr: tl.tensor,
-    eps: tl.tensor,
-    first_rate: tl.tensor,
-    second_rate: tl.tensor,
-    step: tl.tensor,
-    seed_low: tl.tensor,
-    seed_high: tl.tensor,
-    DIM: tl.constexpr,
-    STRIDE: tl.constexpr,
-    KIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    UNROLL: tl.constexpr,
-) -> None:
-    long = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_long = long < num_long
-    begin = tl.load(long_offsets + long, mask=is_long, other=0)
-    end = tl.load(long_offsets + long + 1, mask=is_long, other=0)
-    unique = tl.load(long_uniques + long, mask=is_long, other=0)
-    slot = tl.load(unique_slots + unique, mask=is_long, other=0).to(tl.int64)
-    weight, first, second = _load_record(weights, state, slot, is_long, DIM, STRIDE, KIND, COLUMNS)
-    columns = tl.arange(0, COLUMNS)
-    inside = is_long[:, None] & (columns < DIM)[None, :]
-    sum_row = (num_pieces - num_uniques + long).to(tl.int64)
-    total = tl.load(sums + sum_row[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
-    further = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, tl.max(end - begin, axis=0), UNROLL):
-        for ahead in tl.static_range(UNROLL):
-            piece = begin + start + ahead
-            inside = (piece < end)[:, None] & (columns < DIM)[None, :]
-            further += tl.load(
-                sums + piece.to(tl.int64)[:, None] * DIM + columns[None, :], mask=inside, other=0.0
-            )
-    total += further
-    inside = is_long[:, None] & (tl.arange(0, COLUMNS) < DIM)[None, :]
-    weight = _apply(
-        state,
-        slot,
-        is_long,
-        inside,
-        weight,
-        first,
-        second,
-        total,
-        lr,
-        eps,
-        first_rate,
-        second_rate,
-        DIM,
-        KIND,
-        COLUMNS,
-    )
-    _store_weights(
-        weights, slot, inside, weight, unique, step, seed_low, seed_high, STRIDE, ROWS, COLUMNS
-    )
-
-
-@device_function
-def _load_record(
-    weights: tl.tensor,
-    state: tl.tensor,
-    slot: tl.tensor,
-    is_row: tl.tensor,
-    DIM: tl.constexpr,
-    STRIDE: tl.constexpr,
-    KIND: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> tl.tensor:
-    """Weights (ROWS, COLUMNS) and the optimizer's state in one or two tiles; what an optimizer has
-    not is the weights again.
-    """
-    columns = tl.arange(0, COLUMNS)
-    inside = is_row[:, None] & (columns < DIM)[None, :]
-    weight = tl.load(
-        weights + slot[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0
-    ).to(tl.float32)
-    first = weight
-    second = weight
-    if KIND == _ADAGRAD:
-        first = tl.load(state + slot[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
-    elif KIND == _ROW_WISE_ADAGRAD:
-        first = tl.load(state + slot, mask=is_row, other=0.0)
-    elif KIND == _ADAM:
-        first = tl.load(
-            state + slot[:, None] * (2 * DIM) + columns[None, :], mask=inside, other=0.0
-        )
-        second = tl.load(
-            state + slot[:, None] * (2 * DIM) + DIM + columns[None, :], mask=inside, other=0.0
-        )
-    return weight, first, second
-
-
-@device_function
-def _apply(
-    state: tl.tensor,
-    slot: tl.tensor,
-    is_row: tl.tensor,
-    inside: tl.tensor,
-    weight: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
-    grad: tl.tensor,
-    lr: tl.tensor,
-    eps: tl.tensor,
-    first_rate: tl.tensor,
-    second_rate: tl.tensor,
-    DIM: tl.constexpr,
-    KIND: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> tl.tensor:
-    """The optimizer's step on the records of a tile: stores their state and returns their weights;
-    see the formulas in
-    `bagpipe.types`.
-    """
-    columns = tl.arange(0, COLUMNS)
-    if KIND == _SGD:
-        weight -= grad * lr
-    elif KIND == _ADAGRAD:
-        first += grad * grad
-        tl.store(state + slot[:, None] * DIM + columns[None, :], first, mask=inside)
-        weight -= tl.div_rn(grad, tl.sqrt_rn(first) + eps) * lr
-    elif KIND == _ROW_WISE_ADAGRAD:
-        squares = tl.sum(grad * grad, axis=1)
-        first += tl.div_rn(squares, tl.full(squares.shape, DIM, tl.float32))
-        tl.store(state + slot, first, mask=is_row)
-        divisor = (tl.sqrt_rn(first) + eps)[:, None]
-        weight -= tl.div_rn(grad, tl.broadcast_to(divisor, grad.shape)) * lr
-    else:
-        first += (grad - first) * first_rate
-        second += (grad * grad - second) * second_rate
-        tl.store(state + slot[:, None] * (2 * DIM) + columns[None, :], first, mask=inside)
-        tl.store(state + slot[:, None] * (2 * DIM) + DIM + columns[None, :], second, mask=inside)
-        weight -= tl.div_rn(first, tl.sqrt_rn(second) + eps) * lr
-    return weight
-
-
-@device_function
-def _store_weights(
-    weights: tl.tensor,
-    slot: tl.tensor,
-    inside: tl.tensor,
-    weight: tl.tensor,
-    unique: tl.tensor,
-    step: tl.tensor,
-    seed_low: tl.tensor,
-    seed_high: tl.tensor,
-    STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """Puts a tile's weights into their slots, rounded if these have 16 bits."""
-    columns = tl.arange(0, COLUMNS)
-    if seed_low is not None:
-        is_bf16: tl.constexpr = weights.dtype.element_ty == tl.bfloat16
-        halves = round_by_chance(weight, unique, step, seed_low, seed_high, is_bf16, ROWS, COLUMNS)
-        weight = halves.to(weights.dtype.element_ty, bitcast=True)
-    tl.store(weights + slot[:, None] * STRIDE + columns[None, :], weight, mask=inside)
