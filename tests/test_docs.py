@@ -18,7 +18,6 @@ SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 VOCABULARY = DOCS / "vocabulary.md"
 FREE = {VOCABULARY, ROOT / "CHANGELOG.md", *LAB}
 """The notebook quotes what was said before the vocabulary; a changelog names what was renamed."""
-WIDE = {ROOT / "CHANGELOG.md"}
 COMMAND = re.compile(r"python -m benchmarks\s+(\w+)((?:\s+\\?\s*--[\w-]+(?:\s+[\w./:%-]+)?)*)")
 
 
@@ -67,7 +66,7 @@ def forbidden_words(text: str) -> list[str]:
     return [word for word in never if re.search(rf"\b{re.escape(word.lower())}\b", flat)]
 
 
-@pytest.mark.parametrize("page", sorted({*PAGES} - WIDE), ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_lines_have_at_most_100_columns(page: Path) -> None:
     assert wide_lines(page) == []
 
