@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.data.base import Batch
-from bagpipe.distributed.communicator import Communicator, Moment
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.write_marks import Moment
 from bagpipe.plan import RowExchange
 from bagpipe.types import Group, Jagged
 from benchmarks.gpu.arms import BagpipeArm, DenseArm, StepArm
@@ -85,7 +86,7 @@ class CountingCommunicator(Communicator):
         Several arms share the key-value store, so this one's keys begin with `name`.
         """
         settings = {each.name: getattr(base, each.name) for each in fields(base) if each.init}
-        return cls(**settings | {"store": dist.PrefixStore(name, base.store)})  # type: ignore[attr-defined]
+        return cls(**settings | {"kv_store": dist.PrefixStore(name, base.kv_store)})  # type: ignore[attr-defined]
 
     def exchange(
         self,

@@ -26,7 +26,8 @@ class Counted:
 @pytest.mark.parametrize("num_trainers", [2, 4])
 def test_what_is_known_to_be_written_is_not_asked_again(num_trainers: int) -> None:
     def work(communicator: Communicator) -> list[int]:
-        counted = communicator._waiting = Counted(communicator._waiting)
+        waiter = communicator._waiter
+        counted = waiter.connection = Counted(waiter.connection)
         calls = []
         for _ in range(2):
             communicator.begin_stream()

@@ -22,14 +22,14 @@ def run_ranks(
     """What `work` returns on each rank; raises the first failure once all have ended. All hosts are
     this one.
     """
-    store, timeout = dist.HashStore(), timedelta(seconds=timeout_s)
+    kv_store, timeout = dist.HashStore(), timedelta(seconds=timeout_s)
     results: list[Any] = [None] * num_trainers
     failures: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
             now, overlapped, alike = (
-                dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, num_trainers, timeout)
+                dist.ProcessGroupGloo(dist.PrefixStore(name, kv_store), rank, num_trainers, timeout)
                 for name in ("urgent", "overlapped", "alike")
             )
             communicator = Communicator(
@@ -38,7 +38,7 @@ def run_ranks(
                 now=now,
                 overlapped=overlapped,
                 alike=alike,
-                store=store,
+                kv_store=kv_store,
                 num_hosts=num_hosts,
                 timeout=timeout,
             )

@@ -450,7 +450,7 @@ def test_hosts_that_are_not_as_told_are_refused_on_all_ranks(
 
     names: dict[int, str] = {}
     monkeypatch.setattr(
-        "bagpipe.distributed.communicator._machine", lambda: names.get(threading.get_ident(), "a")
+        "bagpipe.distributed.machines._machine", lambda: names.get(threading.get_ident(), "a")
     )
     assert run_ranks(4, work) == [True] * 4
 

@@ -39,7 +39,8 @@ from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceExchange, DevicePlan
 from bagpipe.cache.spans import span
 from bagpipe.cache.streams import Streams
-from bagpipe.distributed.communicator import Communicator, Moment
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.write_marks import Moment
 from bagpipe.native.workers import Workers
 from bagpipe.plan import GroupExchange, RowExchange, StepPlan
 

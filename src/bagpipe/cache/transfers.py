@@ -39,7 +39,8 @@ from bagpipe.cache.device_plan import DeviceTransfers
 from bagpipe.cache.spans import span
 from bagpipe.cache.staging import Buffer, Staging
 from bagpipe.cache.streams import Streams
-from bagpipe.distributed.communicator import Communicator, TransferKind
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.write_marks import Moment
 from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
 from bagpipe.native.workers import Call, Workers
@@ -151,7 +152,7 @@ class RecordMover:
         for buffer in issued.gathered.result():
             self._staging.give_back(buffer)
 
-    def mark_written(self, kind: TransferKind, step: int) -> None:
+    def mark_written(self, kind: Moment, step: int) -> None:
         """Tells the other trainers, if there are any, once what has been issued so far is
         written.
         """
@@ -258,12 +259,12 @@ class RecordMover:
             self._writes.popleft()
         self._writes.append((tick, threads.submit(work, *arguments)))
 
-    def _hand_out_mark(self, kind: TransferKind, step: int) -> None:
+    def _hand_out_mark(self, kind: Moment, step: int) -> None:
         assert self._mark_thread is not None
         earlier = [write for _, write in self._writes]
         self._hand_out(self._mark_thread, step, self._mark_written, earlier, kind, step)
 
-    def _mark_written(self, earlier: Sequence[Call[None]], kind: TransferKind, step: int) -> None:
+    def _mark_written(self, earlier: Sequence[Call[None]], kind: Moment, step: int) -> None:
         """Runs on the mark thread: a write-back thread would wait here for the other and leave the
         next step's rows lying.
         """

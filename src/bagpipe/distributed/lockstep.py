@@ -1,18 +1,18 @@
-"""What trainers do alike, told to each other step by step, so that they see where they part.
+"""Ranks tell each other step by step what they do, so that they see where they part.
 
 Messages fit together only if all ranks read the same batches, plan them alike and do the same with
-each: gloo ends a process that is sent more than it waits for, and a rank waits for a message that
-another never sends. So before it sends any a rank tells in one sentence what it does next, its
-*acts*, all ranks in the same order. Acts have one size and a process group of their own, so they
-fit whatever a rank does, and a rank whose act is another one is named on all.
+each. Otherwise gloo ends a process that is sent more than it waits for, or a rank waits for a
+message that another never sends. So before a rank sends anything, it tells in one sentence what it
+does next: its *act*. All ranks tell their acts in the same order. Acts have one size and a process
+group of their own, so they fit whatever a rank does, and a rank whose act differs is named on all.
 
     tick t          tells that step t begins; compares what all did up to the end of step t - 1
     backward of t   tells what is updated, and at which rate
     end of step t   tells where there was no backward, or through some of the tables alone
     anything else that all ranks do together    tells it, and compares at once
 
-What the tick compares was told a step ago, so it waits for nobody who is not far behind. While a
-rank waits for any message it compares too, and sees whether another has told that it failed.
+What the tick compares was told a step ago, so it waits only for a rank that is far behind. A rank
+that waits for any message compares meanwhile, and sees whether another one has failed.
 """
 
 from __future__ import annotations
@@ -60,15 +60,19 @@ class _Told:
 
 
 class Lockstep:
-    """One rank's acts. `tell` and `compare` are called by the thread that trains, `wait_for` by any
-    thread.
+    """One rank's acts.
+
+    `tell` and `compare` are called by the thread that trains, `wait_for` by any thread.
     """
 
-    def __init__(self, group: Any, store: Any, *, rank: int, num_trainers: int, key: str) -> None:
-        """`group` is a gloo process group for nothing else. A rank that failed leaves word under
-        `key` in the key-value store.
+    def __init__(
+        self, group: Any, kv_store: Any, *, rank: int, num_trainers: int, key: str
+    ) -> None:
+        """Of a gloo process group that is used for nothing else.
+
+        A rank that failed leaves word under `key` in the key-value store.
         """
-        self._group, self._store, self._key = group, store, f"{key}/failed"
+        self._group, self._kv_store, self._key = group, kv_store, f"{key}/failed"
         self._rank, self._num_trainers = rank, num_trainers
         self._told: deque[_Told] = deque()
         self._num_told = 0
@@ -76,8 +80,15 @@ class Lockstep:
         self._parted: BagpipeError | None = None
 
     def tell(self, act: str, *, needed_at: int, note: str = "") -> None:
-        """Sends an act, and returns at once; a `note`, which is not compared, explains it. Raises
-        RuntimeError where a rank is gone.
+        """Sends an act and returns at once.
+
+        Args:
+            act: one sentence, the same on all ranks.
+            needed_at: the first tick whose messages depend on it.
+            note: explains the act in errors; it is not compared.
+
+        Raises:
+            RuntimeError: a rank is gone.
         """
         text = _padded(act, _ACT_BYTES) + _padded(note, _NOTE_BYTES)
         sent = bytearray(text * self._num_trainers)
@@ -89,8 +100,12 @@ class Lockstep:
         )
 
     def compare(self, tick: int | None = None) -> None:
-        """Waits for all acts up to the last that is needed at `tick`, by default all. Raises
-        UsageError or DataError where ranks part, RuntimeError where one has failed or is gone.
+        """Waits for all acts up to the last that is needed at `tick`, by default for all.
+
+        Raises:
+            UsageError: ranks do different things.
+            DataError: ranks read different batches.
+            RuntimeError: a rank has failed or is gone.
         """
         told = list(self._told)
         while told and tick is not None and told[-1].needed_at > tick:
@@ -98,7 +113,7 @@ class Lockstep:
         for each in told:
             if not each.message.is_completed():
                 self.wait_for(each.message)
-        # those behind may be there or not: all ranks must part at the same tick
+        # Later acts may be there or not, and all ranks must part at the same tick.
         self._look(told[-1].number if told else 0)
 
     def do_together(self, act: str) -> None:
@@ -123,8 +138,8 @@ class Lockstep:
     def tell_failed(self, error: BaseException) -> None:
         """Leaves word for those that wait for this rank; the first that fails is the one named."""
         text = f"rank {self._rank} has failed: {type(error).__name__}: {error}"
-        with contextlib.suppress(RuntimeError):  # the store's process may be gone, too
-            self._store.compare_set(self._key, "", text)
+        with contextlib.suppress(RuntimeError):  # the key-value store's process may be gone, too
+            self._kv_store.compare_set(self._key, "", text)
 
     def _look(self, last: int | None = None) -> None:
         """Compares what has come, up to number `last`."""
@@ -146,9 +161,9 @@ class Lockstep:
 
     def _raise_if_failed(self) -> None:
         reason = ""
-        with contextlib.suppress(RuntimeError):  # the store's process may be gone, too
-            if self._store.check([self._key]):
-                reason = self._store.get(self._key).decode()
+        with contextlib.suppress(RuntimeError):  # the key-value store's process may be gone, too
+            if self._kv_store.check([self._key]):
+                reason = self._kv_store.get(self._key).decode()
         if reason:
             raise RuntimeError(reason)
 
