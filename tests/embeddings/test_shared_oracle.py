@@ -31,6 +31,7 @@ from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.errors import BackgroundError, ConfigError, LostError
+from bagpipe.feed.source import ProcessSource
 from bagpipe.types import SGD, Adam, Jagged
 
 SOON_S = 20.0
@@ -183,9 +184,9 @@ def test_what_cannot_be_sent_to_a_process_is_refused_on_all_ranks() -> None:
 def test_the_death_of_the_process_ends_all_ranks() -> None:
     def kill(communicator: Communicator, stream: Lookahead[Any], number: int) -> None:
         if communicator.rank == 0 and number == 5:
-            assert stream._process is not None
-            assert stream._process._process is not None
-            os.kill(stream._process._process.pid or 0, signal.SIGKILL)
+            assert isinstance(stream._source, ProcessSource)
+            assert stream._source.process._process is not None
+            os.kill(stream._source.process._process.pid or 0, signal.SIGKILL)
 
     for _, error in failures_of(2, make_batches(1000), kill):
         assert isinstance(error, LostError)
@@ -195,8 +196,9 @@ def test_the_death_of_the_process_ends_all_ranks() -> None:
 def test_ranks_that_have_come_to_different_steps_do_not_wait_for_each_other() -> None:
     def hang_up(communicator: Communicator, stream: Lookahead[Any], number: int) -> None:
         if communicator.rank == 1 and number == 5:
-            assert stream._process is not None
-            with socket.socket(fileno=os.dup(stream._process._connection.fileno())) as connection:
+            assert isinstance(stream._source, ProcessSource)
+            end = stream._source.process._connection.fileno()
+            with socket.socket(fileno=os.dup(end)) as connection:
                 connection.shutdown(socket.SHUT_RDWR)
 
     (_, first), (_, second) = failures_of(2, make_batches(1000), hang_up)

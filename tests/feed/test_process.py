@@ -170,7 +170,7 @@ def test_a_program_that_leaves_it_running_still_ends(tmp_path: Path) -> None:
         "finalizer = weakref.finalize(finalized, int)\n"
         "if __name__ == '__main__':\n"
         f"    import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-        "    from tests.oracle import test_process\n"
+        "    from tests.feed import test_process\n"
         "    process = test_process.start(test_process.Batches(10**6))\n"
         "    items = process.items()\n"
         "    next(items)\n"

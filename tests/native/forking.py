@@ -19,6 +19,7 @@ from tests.embeddings.test_lookahead import Batch, Picklable, make_embeddings
 import bagpipe
 from bagpipe.checkpoint.run_folder import claim_run_folder
 from bagpipe.errors import UsageError
+from bagpipe.feed.source import ProcessSource
 from bagpipe.types import Jagged
 
 NUM_BATCHES = 60
@@ -68,10 +69,10 @@ def die(folder: Path) -> None:
     with claim_run_folder(folder):
         stream = bagpipe.lookahead(Picklable(10**6), embeddings, cache=70, oracle="process")
         next(stream)
-        assert stream._process is not None
-        assert stream._process._process is not None
+        assert isinstance(stream._source, ProcessSource)
+        assert stream._source.process._process is not None
         child = fork(lambda: (signal.alarm(0), time.sleep(CHILD_S)))
-        (folder / "pids").write_text(f"{child} {stream._process._process.pid}")
+        (folder / "pids").write_text(f"{child} {stream._source.process._process.pid}")
         os.kill(os.getpid(), signal.SIGKILL)
 
 

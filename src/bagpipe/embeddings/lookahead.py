@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bagpipe.cache.device_plan import MovedArray
@@ -33,26 +32,21 @@ from bagpipe.distributed.lockstep import plan_act
 from bagpipe.embeddings.agreement import check_same_settings
 from bagpipe.embeddings.capacity import slots_for
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.embeddings.oracle_process import start_oracle
+from bagpipe.embeddings.oracle_process import PinnedMemory, start_oracle
 from bagpipe.errors import BackgroundError, ConfigError, LostError, UsageError
-from bagpipe.feed.process import SharedOracle
-from bagpipe.feed.seals import OpenBatches
-from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
+from bagpipe.feed.source import PLANS_AHEAD, PlanSource, ProcessSource, ThreadSource
+from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions
 from bagpipe.jagged import find_sparse, share_batch
 from bagpipe.native.fork import check_same_process
-from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.topology import ONE_TRAINER, Topology
-from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
 Move: TypeAlias = Callable[[Any], tuple[Sequence[MovedArray], Callable[[Sequence[Tensor]], Any]]]
 """Takes a batch apart: arrays that go to the device, and what makes of their tensors the batch to
 hand out."""
 
-_PLANS_AHEAD = 2
-"""Finished plans that wait for the trainer beyond those already being executed."""
 _MAX_THREADS = 256
 _MIN_REPLICAS = 4096
 _STOP_TIMEOUT_S = 5.0
@@ -210,9 +204,7 @@ class Lookahead(Generic[BatchT]):
         self.has_failed_alike = False
         """Whether the plans ended in an error at the same step on all of several ranks, so that all
         rows were written back."""
-        self._open_batches = OpenBatches()
         self._communicator = embeddings.communicator
-        self._process: SharedOracle[Any] | None = None
         self._pid = os.getpid()
         # Held while a batch is asked for, and for ever by a call that was interrupted.
         self._turn = threading.Lock()
@@ -222,16 +214,12 @@ class Lookahead(Generic[BatchT]):
             options.num_slots, options.topology.num_replica_slots or None
         )
         try:
-            if in_process:
-                self._process = self._start_process(batches, options, adapter)
-            if self._process is None:
-                planned = plan_stream(batches, options, adapter, self._open_batches)
-            else:
-                planned = self._process.items(copy_batches=move is None)
-            self._plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="oracle")
+            self._source: PlanSource[Any] = (
+                self._process_source(batches, options, adapter)
+                if in_process
+                else ThreadSource(batches, options, adapter)
+            )
         except BaseException:
-            if self._process is not None:
-                self._process.stop()
             embeddings.stop()
             raise
 
@@ -278,7 +266,7 @@ class Lookahead(Generic[BatchT]):
                 "can't go on"
             )
         self._end_step()
-        self._open_batches.end(self._embeddings.step - 1)
+        self._source.end_step(self._embeddings.step - 1)
         if not self._submit_ahead():
             self.close()
             raise StopIteration
@@ -289,9 +277,7 @@ class Lookahead(Generic[BatchT]):
             self._embeddings.fail(error)
             raise
         batch = make_batch(self._executor.moved_along)
-        if planned.seal is not None:
-            planned.seal.check()
-        self._open_batches.check(planned.plan.step)
+        self._source.check(planned)
         self.report.add(planned.plan, planned.peak_slots)
         self.oracle_bytes = planned.oracle_bytes
         return batch
@@ -302,7 +288,7 @@ class Lookahead(Generic[BatchT]):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
-            self._open_batches.end(self._embeddings.step - 1)
+            self._source.end_step(self._embeddings.step - 1)
         else:
             self._give_up(error)
 
@@ -325,7 +311,7 @@ class Lookahead(Generic[BatchT]):
     def __del__(self) -> None:
         # A loop left by `break` drops the iterator: its threads must not outlive it. The rows stay
         # in the embeddings' cache.
-        is_made = getattr(self, "_plans", None) is not None
+        is_made = getattr(self, "_source", None) is not None
         if is_made and not self._is_closed and not self._is_forked:
             self._end_threads()
             self._end_step()
@@ -335,7 +321,7 @@ class Lookahead(Generic[BatchT]):
         iteration goes on. With other trainers all must call it.
         """
         self._end_step()
-        self._open_batches.end(self._embeddings.step - 1)
+        self._source.end_step(self._embeddings.step - 1)
         self._embeddings.flush()
 
     def _give_up(self, error: BaseException) -> None:
@@ -377,9 +363,7 @@ class Lookahead(Generic[BatchT]):
         return os.getpid() != self._pid
 
     def _end_threads(self) -> None:
-        if self._process is not None:
-            self._process.stop()
-        if not self._plans.close(timeout_s=_STOP_TIMEOUT_S):
+        if not self._source.stop(timeout_s=_STOP_TIMEOUT_S):
             warnings.warn(
                 f"bagpipe.lookahead has ended, but its reader has not come back within "
                 f"{_STOP_TIMEOUT_S:.0f} s from the loader (or from `sparse`, `share` or "
@@ -388,15 +372,15 @@ class Lookahead(Generic[BatchT]):
                 stacklevel=2,
             )
 
-    def _start_process(
+    def _process_source(
         self,
         batches: Iterable[Any],
         options: StreamOptions,
         adapter: BatchAdapter,
-    ) -> SharedOracle[Any]:
+    ) -> ProcessSource[Any]:
         # Nothing that outlives this object may hold it, or it would never end the threads of a loop
         # left by `break`.
-        pinned = _PinnedMemory()
+        pinned = PinnedMemory()
         process = start_oracle(
             batches,
             options,
@@ -405,7 +389,7 @@ class Lookahead(Generic[BatchT]):
             # Of several trainers a step's plan is held until the next one's gradients are under
             # way.
             num_places=options.prefetch_depth
-            + 2 * _PLANS_AHEAD
+            + 2 * PLANS_AHEAD
             + int(self._communicator is not None),
             on_region=pinned.pin if self._embeddings.device.type == "cuda" else lambda _: None,
         )
@@ -413,7 +397,7 @@ class Lookahead(Generic[BatchT]):
         # ended.
         self._executor.at_close.append(pinned.unpin)
         self._executor.at_close.append(process.close)
-        return process
+        return ProcessSource(process, copy_batches=self._move is None)
 
     def _end_step(self) -> None:
         if self._owns_embeddings:
@@ -425,7 +409,7 @@ class Lookahead(Generic[BatchT]):
         """
         if not self._submitted:
             try:
-                planned = self._wait_for_plan(partial(next, self._plans, None))
+                planned = self._wait_for_plan(partial(next, self._source, None))
             except Exception as error:
                 self._plans_error = error
                 raise
@@ -436,9 +420,9 @@ class Lookahead(Generic[BatchT]):
         others = self._communicator is not None
         while len(self._submitted) <= max(self._prefetch_depth, 1 if others else 0):
             planned = (
-                self._wait_for_plan(self._plans.next_or_none)
+                self._wait_for_plan(self._source.next_or_none)
                 if others
-                else self._plans.next_if_ready()
+                else self._source.next_if_ready()
             )
             if planned is None:
                 break
@@ -447,7 +431,7 @@ class Lookahead(Generic[BatchT]):
 
     def _wait_for_plan(self, wait: Callable[[], Planned[BatchT] | None]) -> Planned[BatchT] | None:
         """The next plan, or what `wait` returns where none is ready."""
-        planned = self._plans.next_if_ready()
+        planned = self._source.next_if_ready()
         if planned is None:
             started = time.perf_counter()
             self._executor.release_computed()
@@ -503,24 +487,3 @@ def _take_apart(
                 "convert it in hand_out, as by np.ascontiguousarray(x, np.float32)"
             )
     return moved
-
-
-class _PinnedMemory:
-    """Shared memory that the device may copy from directly."""
-
-    def __init__(self) -> None:
-        self._regions: list[UInt8Array] = []
-
-    def pin(self, memory: UInt8Array) -> None:
-        """Pins a region; where the system refuses, plans go through pinned memory of torch's, one
-        copy more.
-        """
-        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
-        if int(error) == 0:
-            self._regions.append(memory)
-
-    def unpin(self) -> None:
-        """Gives all regions back."""
-        for memory in self._regions:
-            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
-        self._regions.clear()

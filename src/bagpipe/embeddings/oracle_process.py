@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import ConfigError
 from bagpipe.feed.process import OracleProcess, SharedOracle
@@ -59,3 +61,24 @@ def start_oracle(
     if communicator is not None:
         communicator.share_text(_NAME, f"{_STARTED}{process.address}")
     return process
+
+
+class PinnedMemory:
+    """Shared memory that the device may copy from directly."""
+
+    def __init__(self) -> None:
+        self._regions: list[UInt8Array] = []
+
+    def pin(self, memory: UInt8Array) -> None:
+        """Pins a region; where the system refuses, plans go through pinned memory of torch's, one
+        copy more.
+        """
+        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
+        if int(error) == 0:
+            self._regions.append(memory)
+
+    def unpin(self) -> None:
+        """Gives all regions back."""
+        for memory in self._regions:
+            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
+        self._regions.clear()
