@@ -1,5 +1,4 @@
-"""Bagpipe: train recommendation models whose embedding tables do not fit the GPU as if they did,
-with the same result.
+"""Train recommendation models whose embedding tables do not fit the GPU, with the same result.
 
 Importing this package loads no torch: names that need it are imported on first use.
 """

@@ -1,5 +1,7 @@
-"""The door to matplotlib, which is an extra of the distribution: figures, and files that can't be
-written told before the work that they would show.
+"""The door to matplotlib, which is an extra of the distribution.
+
+A command checks its output file before the work that the file would show, since an hour of work is
+lost otherwise.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DISTRIBUTION = "bagpipe-recsys"
-"""What pip calls this package; the package index has another project under the name `bagpipe`."""
+"""The name of this package for pip; the package index has another project under `bagpipe`."""
 
 
 def check_can_plot(path: Path) -> None:
-    """ConfigError: matplotlib is not installed, does not know the path's ending, or the file can't
-    be written.
+    """Checks that a plot can be saved at a path.
+
+    Raises:
+        ConfigError: matplotlib is not installed, does not know the path's ending, or the file can't
+            be written.
     """
     known = sorted(new_figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
@@ -30,12 +35,14 @@ def check_can_plot(path: Path) -> None:
 
 
 def check_can_write(path: Path) -> None:
-    """ConfigError: the file can't be written. Leaves what is there, and nothing where nothing
-    was.
+    """Checks that a file can be written, and leaves the path as it was.
+
+    Raises:
+        ConfigError: The file can't be written.
     """
     is_new = not path.exists()
     try:
-        path.open("ab").close()
+        path.open("ab").close()  # only the file system knows; permission bits are not all
         if is_new:
             path.unlink()
     except OSError as error:
@@ -43,7 +50,15 @@ def check_can_write(path: Path) -> None:
 
 
 def new_figure(*, width: float = 8.0, height: float = 5.0) -> Figure:
-    """An empty figure of so many inches. ConfigError: matplotlib is not installed."""
+    """Makes an empty figure.
+
+    Args:
+        width: In inches.
+        height: In inches.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -54,8 +69,10 @@ def new_figure(*, width: float = 8.0, height: float = 5.0) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Saves it in the format of the path's ending. ConfigError: it can't be, and a file that was
-    there is as it was.
+    """Saves a figure in the format of the path's ending.
+
+    Raises:
+        ConfigError: The figure can't be saved. A file that was there stays as it was.
     """
     with replaced(path) as temporary:
         try:

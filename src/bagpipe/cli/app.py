@@ -1,8 +1,9 @@
-"""The `bagpipe` command. Commands import what they need when they run, so that `--help` is quick
-and torch sees its settings.
+"""The `bagpipe` command.
+
+Commands import what they need when they run, so that `--help` is quick and torch sees its settings.
 
 A user's mistake prints one message on stderr and ends with status 2, without a traceback. A run
-that a signal ended at a step boundary, with a checkpoint, ends with 128 + the signal's number. A
+that a signal ends at a step boundary, with a checkpoint, has status 128 + the signal's number. A
 traceback means a defect of ours.
 """
 
@@ -96,7 +97,7 @@ def train(
         from bagpipe.config.run import RunConfig
 
         config = load_config(RunConfig, file, overrides)
-        prepare_environment(config.train.device)
+        prepare_environment(config.train.device)  # before the import of torch below
         traced = {"path": trace, "num_steps": trace_steps, "after": trace_after}
         from bagpipe.launch.torchrun import joined_trainers
 

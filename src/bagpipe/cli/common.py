@@ -1,6 +1,4 @@
-"""What the modules of the `bagpipe` command share: arguments, how mistakes are told, what torch
-must find when it is loaded.
-"""
+"""What the subcommands of `bagpipe` share: arguments, messages, and the environment of torch."""
 
 from __future__ import annotations
 
@@ -41,6 +39,7 @@ def mistakes_told() -> Iterator[None]:
         yield
     except BagpipeError as error:
         cause = error.__cause__ if isinstance(error, BackgroundError) else error
+        # a wrong plan, or an error of a thread that is none of ours, is a defect: show where it is
         if (
             isinstance(error, PlanError)
             or not isinstance(cause, BagpipeError)
@@ -53,12 +52,12 @@ def mistakes_told() -> Iterator[None]:
 
 
 def tell(console: Console, text: str, style: str | None = None) -> None:
-    """Prints a sentence as it stands: no word of it is markup, and no path in it is cut in two."""
+    """Prints a sentence as it stands: no word is taken for markup, and no path is cut in two."""
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def prepare_environment(device: str) -> None:
-    """Settings that torch reads when it is loaded.
+    """Sets what torch reads when it is loaded; a setting of the user's stays.
 
     Without transparent huge pages the pooled output page-faults anew at every step on a CPU, and a
     forward takes two to three times as long. Deterministic matrix products on CUDA need a fixed
@@ -74,8 +73,14 @@ def prepare_environment(device: str) -> None:
 def console_progress(
     console: Console, *, counted: bool = True
 ) -> Iterator[Callable[[str, int, int], None]]:
-    """Draws a bar for each stage of a long command; yields what is to be told (stage, how much is
-    done, how much there is), and shows these numbers where they are `counted`.
+    """Draws a bar for each stage of a long command.
+
+    Args:
+        console: Where to draw.
+        counted: Whether the numbers are shown beside the bar.
+
+    Yields:
+        A function to call with the stage, how much is done, and how much there is.
     """
     from rich.progress import (
         BarColumn,
@@ -104,7 +109,15 @@ def console_progress(
 
 
 def save_json(values: Mapping[str, Any], path: Path) -> None:
-    """Writes `values` to `path`, or to stdout for "-". ConfigError: the file can't be written."""
+    """Writes values as JSON.
+
+    Args:
+        values: What `json` can write.
+        path: The file, or "-" for stdout.
+
+    Raises:
+        ConfigError: The file can't be written.
+    """
     text = json.dumps(values, indent=2) + "\n"
     if str(path) == "-":
         typer.echo(text, nl=False)

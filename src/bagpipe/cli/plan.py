@@ -1,7 +1,7 @@
-"""`bagpipe plan`: the dry run. Replays the oracle over a run's data for several cache sizes and
-lookaheads; loads no torch.
+"""`bagpipe plan`, the dry run: replays the oracle over a run's data, without torch.
 
-For several trainers, which share each batch, it also says what they would send each other.
+It compares cache sizes and lookaheads. With several trainers, which share each batch, it also says
+what they would send each other.
 """
 
 from __future__ import annotations
@@ -60,16 +60,15 @@ def plan(
         typer.Option(
             min=1,
             help="Trainers that share the tables and each batch, as `torchrun -m bagpipe train` "
-            "has them; --cache is that of each. "
-            "Also says what they send each other.",
+            "has them; --cache is that of each. Also says what they send each other.",
         ),
     ] = 1,
     hosts: Annotated[
         int,
         typer.Option(
             min=1,
-            help="On which the trainers are, as many on each: 1, 2, 4 or 8. A row is owned on the "
-            "host that has it.",
+            help="Hosts on which the trainers are, as many on each: 1, 2, 4 or 8. A row is owned "
+            "on the host that has it.",
         ),
     ] = 1,
     plot: Annotated[
@@ -127,7 +126,16 @@ def _dry_run(
     trainers: tuple[int, int],
     progress: Progress,
 ) -> DryRun:
-    """`trainers` are how many, and on how many hosts."""
+    """Reads a trace of the data once and replays it at each point of the grid.
+
+    Args:
+        config: The run.
+        caches: Cache sizes as the command line spells them; none: `DEFAULT_CACHES`.
+        lookaheads: In batches.
+        num_steps: Steps to replay.
+        trainers: How many trainers there are, and on how many hosts.
+        progress: Is told how far it is.
+    """
     from dataclasses import replace
 
     from bagpipe.config.tables import make_tables
@@ -157,6 +165,8 @@ def _dry_run(
         progress=progress,
     )
     if not caches:
+        # a default below what the largest batch needs could not be planned, so it is raised, and
+        # twice the least shows what a little more would save
         sizes = [
             max(parse_rows(size, groups, "--cache"), trace.smallest_cache)
             for size in DEFAULT_CACHES

@@ -1,8 +1,7 @@
-"""What every section of a configuration file is: a frozen pydantic model that refuses keys it does
-not know; and what its numbers may be.
+"""The base of all sections of a configuration file, and the limits of their numbers.
 
-Every number has an upper limit, far beyond what makes sense: a digit too many is told at once and
-by name, not by a program that hangs or by an error from deep within.
+Every number has an upper limit, far beyond what makes sense. So a digit too many is told at once
+and by name, not by a program that hangs or by an error from deep within.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ Steps: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 Samples: TypeAlias = Annotated[int, Field(gt=0, le=10**12)]
 BatchSize: TypeAlias = Annotated[int, Field(gt=0, le=2**24)]
 Batches: TypeAlias = Annotated[int, Field(gt=0, le=4096)]
-"""Of a window over batches, as the oracle has it."""
+"""The size of a window over batches, as the oracle has it."""
 Count: TypeAlias = Annotated[int, Field(gt=0, le=10**6)]
-"""Of files, epochs and the like."""
+"""A number of files, epochs and the like."""
 Threads: TypeAlias = Annotated[int, Field(gt=0, le=256)]
 Width: TypeAlias = Annotated[int, Field(gt=0, le=MAX_EMBEDDING_DIM)]
-"""Of a layer or an embedding."""
+"""The width of a layer or an embedding."""
 Depth: TypeAlias = Annotated[int, Field(gt=0, le=64)]
-"""Layers, one upon the other."""
+"""The number of layers, one upon the other."""
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Rate: TypeAlias = Annotated[float, Field(ge=0.0, le=MAX_RATE)]
 Weight: TypeAlias = Annotated[float, Field(ge=-MAX_RATE, le=MAX_RATE)]
 
 
 class Section(BaseModel):
-    """One table of a TOML file. Frozen; an unknown key is an error, which the loader answers with
-    the nearest right key.
+    """One table of a TOML file.
+
+    It is frozen. An unknown key is an error, which the loader answers with the nearest right key.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""What a run may change when it resumes, and what would make its numbers those of another run."""
+"""Which keys a run may change when it resumes, and which would change its numbers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FREE = (
 )
 """Keys, or whole sections, that leave every trained number as it is, to the last bit."""
 _ROUNDING = ("train.device", "train.dense")
-"""Keys that change numbers by rounding only, if at all."""
+"""Keys that change numbers by rounding at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One key that two configurations set differently; None where one of them leaves it out."""
+    """One key that two configurations set differently; None where one leaves it out."""
 
     key: str
     old: object
@@ -49,8 +49,14 @@ class Difference:
 
 
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Every key in which two configurations, as nested mappings, differ; in the order of their
-    keys.
+    """Finds every key in which two configurations differ.
+
+    Args:
+        old: The earlier configuration, as nested mappings.
+        new: The later one.
+
+    Returns:
+        The differences, sorted by key.
     """
     old_keys, new_keys = dict(_flatten(old)), dict(_flatten(new))
     keys = sorted(old_keys.keys() | new_keys.keys())

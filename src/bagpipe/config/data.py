@@ -1,8 +1,8 @@
-"""The data sections: `DataConfig`, what a run reads, and `PrepareConfig`, what `bagpipe data
-prepare` turns into files.
+"""The data sections: what a run reads, and what `bagpipe data prepare` turns into files.
 
-Both are told apart by their `kind`. Only shapes and limits are checked here; whether files exist
-and columns are there is the reader's to say, as a DataError.
+`DataConfig` is the one, `PrepareConfig` the other. A `kind` tells their variants apart. Only shapes
+and limits are checked here. Whether files and columns exist is for the reader to say, with a
+DataError.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class SyntheticData(Section):
     skew: float = Field(default=1.1, ge=0.0, le=8.0)
     """Zipf exponent: 0 draws ids uniformly."""
     multi_hot: dict[str, BagLength | tuple[BagLength, BagLength]] = Field(default_factory=dict)
-    """Feature name -> ids in each of its bags: a number, or [least, most] to draw uniformly. Others
-    have one id."""
+    """Feature name -> ids in each of its bags: a number, or [least, most] to draw uniformly. Other
+    features have one."""
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -58,30 +58,31 @@ class PreparedData(Section):
     kind: Literal["prepared"]
     folder: Path
     features: tuple[Name, ...] | None = None
-    """Only these, in this order; all of them when left out."""
+    """The features to read, in this order; all of them when left out."""
     shuffle: bool = False
-    """Whether the training split is read in another order each epoch; the validation split never
-    is."""
+    """Whether each epoch reads the training split in another order. The validation split keeps its
+    order."""
     seed: Seed = 0
     verify: bool = True
-    """Whether the checksum of every file is compared before the first batch (reads all of the split
-    once)."""
+    """Whether the checksum of every file is compared before the first batch, which reads all of the
+    split once."""
 
 
 DataConfig: TypeAlias = Annotated[SyntheticData | PreparedData, Field(discriminator="kind")]
 
 
 class CriteoFiles(Section):
-    """Criteo's raw text: label, I1..I13, C1..C26, tabs between, no header; plain or gzip (by the
-    name's `.gz`).
+    """Criteo's raw text: label, I1..I13, C1..C26, tabs between, no header.
+
+    A file is gzip where its name ends in `.gz`, else plain.
     """
 
     kind: Literal["criteo"]
     files: tuple[Name, ...] = Field(min_length=1)
-    """Paths or glob patterns, read in this order; the files of one pattern are sorted by name. What
-    exists by the very name given is meant by it."""
+    """Paths or glob patterns, read in this order. The files of one pattern are sorted by name. A
+    name with brackets or stars that exists is that file, not a pattern."""
     num_embeddings: Literal["kaggle", "terabyte"] | NumEmbeddings | Cardinalities | None = None
-    """Rows a table: a data set's own counts, one number for all tables, or 26 of them."""
+    """Rows per table: the counts of a data set, one number for all tables, or 26 numbers."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -94,9 +95,7 @@ class CriteoFiles(Section):
 
 
 class LabelColumn(Section):
-    """The column that holds the label, a number in [0, 1], or any number when there is a
-    threshold.
-    """
+    """The column with the label: a number in [0, 1], or any number with a threshold."""
 
     column: Name
     at_least: float | None = None
@@ -104,13 +103,11 @@ class LabelColumn(Section):
 
 
 class SparseColumn(Section):
-    """One categorical feature: integers, strings or booleans, lists of them, or strings to be
-    split.
-    """
+    """One categorical feature: integers, strings, booleans, lists of them, or strings to split."""
 
     column: Name
     name: Name | None = None
-    """The feature's name; the column's when left out."""
+    """The feature's name; the column's name when left out."""
     table: Name | None = None
     """Features with the same table share its rows; the feature's name when left out."""
     num_embeddings: NumEmbeddings | None = None
@@ -137,8 +134,8 @@ class ParquetFiles(Section):
     dense: tuple[Name, ...] = ()
     sparse: tuple[SparseColumn, ...] = Field(min_length=1)
     time: Name | None = None
-    """Integers, floats, dates or timestamps; what a split by time goes by. Row order when left
-    out."""
+    """The column by which a split by time goes: integers, floats, dates or timestamps. Left out:
+    the order of rows."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -153,32 +150,31 @@ class ParquetFiles(Section):
                 raise ValueError(f"dense column {name!r} is given more than once")
         if self.label.column in (*self.dense, *(c.column for c in self.sparse), self.time):
             raise ValueError(
-                f"column {self.label.column!r} is the label, so it can't be a feature or the time "
-                "too"
+                f"column {self.label.column!r} is the label, so it can't be a feature or the "
+                "time too"
             )
         sizes: dict[str, int | None] = {}
         for column in self.sparse:
             if sizes.setdefault(column.table_name, column.num_embeddings) != column.num_embeddings:
                 raise ValueError(
                     f"table {column.table_name!r} has num_embeddings {sizes[column.table_name]} "
-                    "for one feature "
-                    f"and {column.num_embeddings} for {column.feature!r}: give the same number to "
-                    "both"
+                    f"for one feature and {column.num_embeddings} for {column.feature!r}: give the "
+                    "same number to both"
                 )
         return self
 
 
 class HashConfig(Section):
-    """Ids are a hash of the value, modulo the table's num_embeddings."""
+    """An id is a hash of the value, modulo the table's num_embeddings."""
 
     kind: Literal["hash"]
 
 
 class DictionaryConfig(Section):
-    """Ids from 1 by falling frequency in the training split; id 0 is every value that is rarer than
-    the cut, or new.
+    """Ids count from 1 by falling frequency in the training split.
 
-    num_embeddings, where it is given, keeps only that many of the most frequent.
+    Id 0 is every value that is new, or rarer than `min_count`. `num_embeddings`, where it is given,
+    keeps only the most frequent values.
     """
 
     kind: Literal["dictionary"]
@@ -189,8 +185,8 @@ class SplitConfig(Section):
     """Which rows are held out for validation."""
 
     by: Literal["time", "share"] = "time"
-    """time: the last rows (by the time column, else in order of reading); share: a hash of the
-    row's number."""
+    """time: the last rows by the time column, or in the order of reading; share: rows by a hash of
+    their number."""
     validation_share: Share = 0.1
     seed: Seed = 0
 
@@ -204,8 +200,8 @@ class PrepareConfig(Section):
         kind="hash"
     )
     dense_transform: Literal["log", "none"] | None = None
-    """log: log(max(x, 0) + 1), as the DLRM reference does, so that values below 0 become 0; the
-    default for Criteo. none: the default for Parquet. Missing values are 0 either way."""
+    """log: log(max(x, 0) + 1), as the DLRM reference does, the default for Criteo. Values below 0
+    become 0. none: values as they are, the default for Parquet. Missing values are 0 either way."""
     split: SplitConfig = SplitConfig()
     on_error: Literal["raise", "skip"] = "raise"
     """skip: rows that can't be read are left out, counted and reported."""
@@ -215,7 +211,7 @@ class PrepareConfig(Section):
 
     @property
     def transform(self) -> Literal["log", "none"]:
-        """The dense_transform, given or by default."""
+        """The dense transform, given or by default."""
         return self.dense_transform or ("log" if self.source.kind == "criteo" else "none")
 
     @model_validator(mode="after")

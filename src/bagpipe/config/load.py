@@ -1,9 +1,8 @@
-"""From TOML and `--set` to a checked section, with every mistake told at once in the file's own
-terms.
+"""From TOML and `--set` to a checked section; one error lists every mistake in the file's terms.
 
-pydantic finds the mistakes; this module words them: the key as it stands in the file, its value,
-what it must be, and for an unknown key the nearest right one. Values are checked strictly: 1 is no
-string, "1" no number.
+pydantic finds the mistakes, and this module words them: the key as it stands in the file, its
+value, what it must be, and for an unknown key the nearest right one. Values are checked strictly:
+1 is no string, "1" no number.
 """
 
 from __future__ import annotations
@@ -33,13 +32,16 @@ def load_config(
     """Reads a TOML file, applies `section.key=value` overrides and checks the whole.
 
     Args:
-        model: the section that the file as a whole is.
-        path: the file.
-        overrides: each `section.key=value`; the value is TOML, or else a string, as it stands.
-        only: top-level keys to look at; the others are left out. All of them by default.
+        model: The section that the file as a whole is.
+        path: The file.
+        overrides: Each is `section.key=value`. The value is TOML, or else a string as it stands.
+        only: The top-level keys to look at; all of them by default.
+
+    Returns:
+        The checked section.
 
     Raises:
-        ConfigError: the file can't be read, or lists every mistake in it.
+        ConfigError: The file can't be read, or has mistakes, all of which it lists.
     """
     settings = read_toml(path)
     for override in overrides:
@@ -50,7 +52,11 @@ def load_config(
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The file's content. ConfigError: there is no such file, or it is not TOML."""
+    """Reads a TOML file.
+
+    Raises:
+        ConfigError: The file can't be read, or is not TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -63,10 +69,19 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def check_config(model: type[S], settings: dict[str, Any], *, source: str) -> S:
-    """The section that `settings` describe. ConfigError: lists every mistake; `source` says where
-    they come from.
+    """Makes the section that settings describe.
+
+    Args:
+        model: The section.
+        settings: Its keys and values, as TOML has them.
+        source: Where the settings come from, for the error.
+
+    Raises:
+        ConfigError: The settings have mistakes, all of which it lists.
     """
     try:
+        # as JSON, since only there pydantic's strict mode takes a list for a tuple, a string for a
+        # path
         return model.model_validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as error:
         mistakes = list(dict.fromkeys(_mistakes(model, settings, error.errors(include_url=False))))
@@ -92,12 +107,11 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(override: str, text: str) -> object:
-    """What a shell leaves without quotes is a string, such as 2% or a path, unless it was to be a
-    list, a table or a quoted string.
-    """
+    """Reads TOML, or else a string that a shell left without quotes, such as 2% or a path."""
     try:
         read = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError) as error:
+        # what starts like a list, a table or a quoted string was meant to be TOML
         if text and not text.startswith(_OPENS_TOML):
             return text
         raise ConfigError(f"--set {override}: the value is not TOML: {error}") from error
@@ -131,7 +145,7 @@ def _mistakes(
 
 
 def _shown(path: str, value: object) -> str:
-    """The key with its value, of which the end is left out where it is long."""
+    """The key with its value; a long value is cut."""
     if isinstance(value, dict):
         return path
     text = json.dumps(value, default=str)
@@ -142,8 +156,9 @@ def _shown(path: str, value: object) -> str:
 def _locate(
     settings: dict[str, Any], location: tuple[int | str, ...], *, missing: bool
 ) -> tuple[str, object]:
-    """The key as it stands in the file, and its value: pydantic's location without the union
-    members that it names.
+    """The key as it stands in the file, and its value.
+
+    pydantic's location also names members of unions, which are no keys and are left out.
     """
     path = ""
     value: Any = settings
@@ -168,9 +183,8 @@ def _unknown_key(model: type[Section], location: tuple[int | str, ...], path: st
 
 
 def _unknown_kind(path: str, context: dict[str, Any]) -> str:
-    """What a section with a `kind` that no member of its union has is told; pydantic lists the
-    known ones as one text.
-    """
+    """The message for a `kind` that no member of a union has."""
+    # pydantic lists the known ones as one text: "'hash', 'dictionary'"
     kind, known = context["tag"], context["expected_tags"]
     nearest = difflib.get_close_matches(kind, re.findall(r"'(\w+)'", known), n=1, cutoff=0.5)
     remedy = f"did you mean {nearest[0]!r}?" if nearest else f"there are {known}"
@@ -178,8 +192,9 @@ def _unknown_kind(path: str, context: dict[str, Any]) -> str:
 
 
 def _known_keys(model: type[Section], location: tuple[int | str, ...]) -> list[str]:
-    """Keys of the section at pydantic's location, which names a key, a list's index or the `kind`
-    of a union member.
+    """The keys of the section at pydantic's location.
+
+    Each part of a location is a key, an index into a list, or the `kind` of a union's member.
     """
     sections = [model]
     for part in location:

@@ -1,7 +1,6 @@
 """The model sections, told apart by their `kind`; a section without one is a DLRM's.
 
-A section's keys are the arguments of the model in `bagpipe.models` that it stands for, where their
-meaning is written.
+The keys of a section are the arguments of its model in `bagpipe.models`, which says what they mean.
 """
 
 from __future__ import annotations
@@ -17,17 +16,20 @@ LayerSizes: TypeAlias = Annotated[tuple[Width, ...], Field(min_length=1, max_len
 
 class _Model(Section):
     table_bound: ClassVar[float | None] = None
-    """Tables start uniformly in [-bound, bound) where `embeddings.init` is left out; None: as
-    `TableConfig` has it."""
+    """Tables start uniformly in [-bound, bound) where `embeddings.init` is left out. None: as
+    `TableConfig` says."""
     dense_lr: ClassVar[float] = 0.02
-    """The rate of Adagrad where `train.optimizer` is left out."""
+    """Adagrad's learning rate where `train.optimizer` is left out."""
 
     top: LayerSizes
-    """Layers over what the model makes of its features; the last one must have size 1, the
-    logit."""
+    """Layers over the features that the model makes. The last layer is the logit, of size 1."""
 
     def check(self, embedding_dim: int) -> None:
-        """ValueError: the sizes do not fit together, or not the embedding dimension."""
+        """Checks the sizes of layers.
+
+        Raises:
+            ValueError: The sizes do not fit together, or do not fit the embedding dimension.
+        """
         if self.top[-1] != 1:
             raise ValueError(
                 f"model.top ends with {self.top[-1]}: its last layer is the logit, so it must be 1"
@@ -39,16 +41,15 @@ class DLRMConfig(_Model):
 
     kind: Literal["dlrm"] = "dlrm"
     bottom: LayerSizes = (512, 256, 64)
-    """Layers over dense features; the last one must have the embedding dimension."""
+    """Layers over dense features. The last layer must have the size `embedding_dim`."""
     top: LayerSizes = (512, 256, 1)
 
     def check(self, embedding_dim: int) -> None:
-        """ValueError: the sizes do not fit together, or not the embedding dimension."""
+        """Checks the sizes of layers, as `_Model.check` does."""
         if self.bottom[-1] != embedding_dim:
             raise ValueError(
                 f"model.bottom ends with {self.bottom[-1]} but embeddings.embedding_dim is "
-                f"{embedding_dim}: "
-                "the interaction combines vectors of both, so make them equal"
+                f"{embedding_dim}: the interaction combines vectors of both, so make them equal"
             )
         super().check(embedding_dim)
 
@@ -73,12 +74,11 @@ class WideDeepConfig(_Model):
     top: LayerSizes = (1024, 512, 256, 1)
 
     def check(self, embedding_dim: int) -> None:
-        """ValueError: the sizes do not fit together, or not the embedding dimension."""
+        """Checks the sizes of layers, as `_Model.check` does."""
         if embedding_dim < 2:
             raise ValueError(
                 f"embeddings.embedding_dim is {embedding_dim} but model.kind = {self.kind!r} keeps "
-                "linear weights in the last "
-                "column, so it must be at least 2"
+                "linear weights in the last column, so it must be at least 2"
             )
         super().check(embedding_dim)
 

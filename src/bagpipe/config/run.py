@@ -1,7 +1,7 @@
 """The configuration of a run: one section for each part, checked one by one and then together.
 
-Sections translate themselves into the values of `bagpipe.types` (`build`), so that nothing but this
-package knows how a file spells them.
+A section's `build` makes the value of `bagpipe.types` that it describes, so that nothing but this
+package knows how a file spells it.
 """
 
 from __future__ import annotations
@@ -144,13 +144,13 @@ class NormalInit(Section):
 
 
 class MemoryStoreConfig(Section):
-    """All rows in this process's memory."""
+    """All rows are in memory."""
 
     kind: Literal["memory"] = "memory"
 
 
 class FileStoreConfig(Section):
-    """All rows in memory-mapped files of a folder, for tables beyond RAM."""
+    """All rows are in memory-mapped files of a folder, for tables beyond RAM."""
 
     kind: Literal["file"]
     folder: Path
@@ -160,16 +160,16 @@ StoreConfig: TypeAlias = Annotated[MemoryStoreConfig | FileStoreConfig, Field(di
 
 
 class EmbeddingsConfig(Section):
-    """The embedding tables; how many rows each has is the data's to say."""
+    """The embedding tables; the data say how many rows each has."""
 
     embedding_dim: Width = 64
     data_type: DataType = "fp32"
-    """Of the weights, "fp32", "bf16" or "fp16"; see `bagpipe.TableConfig`."""
+    """The data type of weights; see `bagpipe.TableConfig`."""
     pooling: Pooling = "sum"
     optimizer: EmbeddingOptimizerConfig = EmbeddingRowWiseAdagrad(kind="rowwise_adagrad", lr=0.02)
     init: Annotated[UniformInit | NormalInit, Field(discriminator="kind")] | None = None
-    """Left out: uniform in +-1/sqrt(rows of the table), as TorchRec and the DLRM reference do; of
-    DeepFM in +-0.0173."""
+    """How rows start. Left out: uniform in +-1/sqrt(rows of the table), as with TorchRec and the
+    DLRM reference; with DeepFM in +-0.0173."""
     store: StoreConfig = MemoryStoreConfig()
 
 
@@ -177,19 +177,19 @@ class CacheConfig(Section):
     """The embedding cache and the oracle that plans for it. Nothing here changes a result."""
 
     size: Literal["auto"] | Rows | MemorySize | RowShare = "auto"
-    """Rows, a share of all rows, e.g. "2%", or memory for records, e.g. "4GiB"."""
+    """Rows, a share of all rows (e.g. "2%"), or memory for records (e.g. "4GiB")."""
     lookahead: Literal["auto"] | Batches = "auto"
-    """Batches that the oracle sees ahead."""
+    """How many batches the oracle sees ahead."""
     lookahead_memory: MemorySize = "1GiB"
     prefetch_depth: Batches = 2
-    """Steps before its use that a fetch may be issued."""
+    """How many steps before its use a row may be fetched."""
     threads: Threads | None = None
-    """Threads that read and de-duplicate; the library's choice when left out."""
+    """Threads that read and de-duplicate. Left out: as many as suit the machine."""
     oracle: Literal["auto", "thread", "process"] = "auto"
     """Where batches are read and planned: in threads of the trainer, or in a process of its own,
-    one for all trainers of a host. "auto" means the process on a GPU and with several trainers."""
+    which serves all trainers of a host. "auto": the process on a GPU and with several trainers."""
     check: bool = False
-    """Whether every plan is checked against its invariants while running (slow)."""
+    """Whether every plan is checked against its invariants before it is used (slow)."""
 
 
 class DenseOptimizerConfig(Section):
@@ -205,23 +205,24 @@ class TrainConfig(Section):
 
     batch_size: BatchSize = 2048
     epochs: Count | None = None
-    """Times to read the training split; 1 when neither this nor `steps` is given."""
+    """How often to read the training split; once when neither this nor `steps` is given."""
     steps: Steps | None = None
-    """Steps to train, over as many epochs as it takes."""
+    """Steps to train, over as many epochs as they take."""
     drop_last: bool = False
     """Whether the smaller batch at the end of an epoch is left out."""
     optimizer: DenseOptimizerConfig | None = None
-    """Of the dense part. Left out: Adagrad at 0.02, of DCN at 0.005."""
+    """The dense part's. Left out: Adagrad at 0.02, for DCN at 0.005."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of the dense part: "tf32" rounds what its matrix products read (on a GPU), "bf16" is
-    autocast, with pooled embeddings of that type. Records stay float32."""
+    """The precision of the dense part. "tf32" rounds what its matrix products read (on a GPU).
+    "bf16" is autocast, with pooled embeddings of that type. Records stay as they are."""
     dense: Literal["auto", "eager", "graph", "compile"] = "auto"
-    """How the dense part runs: as written, replayed as a CUDA graph ("auto" on a GPU, with several
-    trainers where `batch_size` is a multiple of their number), or so after torch.compile."""
+    """How the dense part runs: "eager" as written, "graph" replayed as a CUDA graph, "compile" so
+    after torch.compile. "auto" is the graph on a GPU; with several trainers only where `batch_size`
+    is a multiple of their number."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every_steps: Steps | None = None
-    """Steps between evaluations on the validation split; there is always one at the end."""
+    """Steps between evaluations on the validation split. There is always one at the end."""
     eval_batch_size: BatchSize = 8192
 
     @model_validator(mode="after")
@@ -239,7 +240,7 @@ class CheckpointConfig(Section):
 
     every_steps: Steps | None = None
     keep: Count = 2
-    """Checkpoints to keep, the last ones."""
+    """How many of the newest checkpoints to keep."""
     at_end: bool = True
 
 
@@ -262,7 +263,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     prepare: PrepareConfig | None = None
-    """What `bagpipe data prepare` does with the same file; training does not look at it."""
+    """What `bagpipe data prepare` does. Training does not look at it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -279,7 +280,7 @@ class RunConfig(Section):
 
     @property
     def dense_optimizer(self) -> DenseOptimizerConfig:
-        """As the file says, else as suits the model."""
+        """The dense part's optimizer: as the file says, else as suits the model."""
         return self.train.optimizer or DenseOptimizerConfig(lr=self.model.dense_lr)
 
 

@@ -1,4 +1,4 @@
-"""From the features of a data set and a run's configuration to tables. Loads no torch."""
+"""Makes tables from the features of a data set and a run's configuration, without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def make_tables(features: Sequence[FeatureSpec], config: RunConfig) -> list[TableConfig]:
-    """One table for each that the features name, in order of first appearance."""
+    """Makes every table that the features name, in the order in which they first appear."""
     names = list(dict.fromkeys(feature.table for feature in features))
     sizes = {feature.table: feature.num_embeddings for feature in features}
     init = config.table_init
