@@ -20,14 +20,15 @@ COVERED = """
 import sys
 from pathlib import Path
 from tests.train.runs import Listener, small_config
-from bagpipe.oracle import _loops, linker
+from bagpipe.oracle import linker
 from bagpipe.oracle.dedup import _dedup
+from bagpipe.oracle.eviction import loops
 from bagpipe.store import array
 from bagpipe.train.compile_ahead import compile_planning, compile_the_rest
 from bagpipe.train.trainer import train
 
 functions = [
-    *(_loops.plan.__wrapped__, _loops.admit.__wrapped__, _dedup, linker._link.__wrapped__),
+    *(loops.plan.__wrapped__, loops.admit.__wrapped__, _dedup, linker._link.__wrapped__),
     *(linker._forget, linker._copy_ring, array._gather, array._scatter),
 ]
 compile_planning()

@@ -1,4 +1,4 @@
-"""The control plane: from ids to plans. Numpy, numba and pyarrow's buffers; never imports torch."""
+"""The oracle: from ids to plans. Numpy and numba; never imports torch."""
 
 from bagpipe.oracle.checks import PlanChecker, checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup

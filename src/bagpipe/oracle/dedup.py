@@ -1,17 +1,16 @@
-"""De-duplication: from the ids of one batch to its unique rows and the order of its backward
-sums.
+"""De-duplication: from the ids of one batch to its unique rows and its gradient schedule.
 
-Stateless, so that any number of batches run at a time on any number of threads (the kernels release
-the GIL), and pure: the same ids give the same arrays on any machine. One pass over the lookups
-finds the unique rows, which are then put shard by shard (see `bagpipe.oracle.shards`), and a
-second one groups the bags by row (a counting sort); nothing is sorted by comparison.
+It is stateless, so any number of batches run at a time on any number of threads (the compiled code
+releases the GIL), and pure: the same ids give the same arrays on any machine. One pass over the
+lookups finds the unique rows. They are then put shard by shard (`bagpipe.oracle.shards`). A second
+pass groups the bags by row (`bagpipe.oracle.pieces`). Nothing is sorted by comparison.
 
 Tables are taken one after the other, so that the hash table in use holds one table's ids and stays
-in the CPU's cache. A table whose ids fit the hash table is addressed directly. Cost: about 5 ms for
-425,984 lookups on one core (docs/results.md).
+in the CPU's cache. A table whose ids all fit the hash table is addressed directly. Cost: about 5 ms
+for 425,984 lookups on one core (docs/results.md).
 
-A `DedupedGroup` keeps 12 bytes a lookup (8 where all bags hold one id) and about 16 a unique row
-while its batch is in the window; a running call needs 4 to 8 bytes a lookup more.
+While its batch is in the window, a `DedupedGroup` keeps 12 bytes a lookup (8 where all bags hold
+one id) and about 16 a unique row. A running call needs 4 to 8 bytes a lookup more.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from bagpipe.errors import DataError
 from bagpipe.jagged import group_lookups, id_outside_table
 from bagpipe.native.jit import jit
 from bagpipe.native.prefetch import prefetch
+from bagpipe.oracle.pieces import cut_pieces, group_bags
 from bagpipe.oracle.shards import order_by_shard
 from bagpipe.plan import MAX_PIECE_LENGTH, GradientSchedule
 from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, Jagged, UInt32Array
@@ -37,8 +37,9 @@ _BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class DedupedGroup:
-    """What one batch asks of one group, before slots are known. The schedule's arrays are those of
-    `GradientSchedule`.
+    """What one batch asks of one group, before slots are known.
+
+    The arrays from `bags` on are those of `GradientSchedule`.
     """
 
     unique_rows: Int64Array  # (U,) shard by shard, in each in first-use order
@@ -58,7 +59,7 @@ class DedupedGroup:
         return sum(array.nbytes for array in vars(self).values() if array is not None)
 
     def schedule(self, unique_slots: Int32Array) -> GradientSchedule:
-        """The gradient schedule, once its rows have slots (U,)."""
+        """Returns the gradient schedule, now that the unique rows have slots (U,)."""
         return GradientSchedule(
             unique_slots=unique_slots,
             bags=self.bags,
@@ -70,10 +71,11 @@ class DedupedGroup:
 
 
 def dedup(group: Group, batch: Jagged) -> DedupedGroup:
-    """Finds the unique rows of `batch` in `group` and its gradient schedule.
+    """Finds the unique rows of a batch in one group, and its gradient schedule.
 
-    Raises DataError when a feature of the group is missing, an id lies outside its table, or the
-    offsets are inconsistent.
+    Raises:
+        DataError: A feature of the group is missing, an id lies outside its table, the offsets are
+            inconsistent, or there are 2**31 lookups or more.
     """
     lookups = group_lookups(group, batch)
     num_lookups = lookups.num_lookups
@@ -129,11 +131,13 @@ def _dedup(
     bags: Int32Array,
     bag_weights: Float32Array,
 ) -> tuple[Int64Array, Int32Array, Int32Array, Int32Array, int, int]:
-    """All of it in one call, since each waits for the GIL when it returns. Fills `inverse`, `bags`
-    and `bag_weights`.
+    """Does all of it in one call, since each call waits for the GIL when it returns.
 
-    Returns (unique_rows, piece_offsets, long_uniques, long_offsets, and what `number_rows` says of
-    bad ids).
+    Fills `inverse`, `bags` and `bag_weights` (L,).
+
+    Returns:
+        unique_rows, piece_offsets, long_uniques, long_offsets, and what `number_rows` says of bad
+        ids.
     """
     table_lookups = np.zeros(len(row_offsets) - 1, np.int64)
     for feature in range(len(feature_tables)):
@@ -156,12 +160,12 @@ def _dedup(
     ordered_rows, ordered_counts, places = order_by_shard(
         unique_rows[:num_uniques], counts[:num_uniques]
     )
-    piece_offsets, long_uniques, long_offsets, cursors = _cut_pieces(
+    piece_offsets, long_uniques, long_offsets, cursors = cut_pieces(
         ordered_counts, MAX_PIECE_LENGTH
     )
     if bad_feature < 0:
         _renumber(inverse, places)
-        _group_bags(
+        group_bags(
             inverse,
             bag_offsets,
             batch_size,
@@ -188,10 +192,23 @@ def number_rows(
 ) -> tuple[int, int, int]:
     """Numbers the unique rows in first-use order; fills `inverse`, `unique_rows` and `counts`.
 
-    Features of one table follow each other; `first_rows` and `sizes` are each table's first row and
-    number of ids. Returns (number of unique rows, feature and lookup of the first id outside its
-    table or -1, -1). Open addressing with linear probing over at most half-full power-of-two
-    tables, multiplicative hashing (Knuth 6.4).
+    The hash tables are powers of two and at most half full, with open addressing, linear probing
+    and multiplicative hashing (Knuth, The Art of Computer Programming, 6.4).
+
+    Args:
+        values: The ids of all lookups.
+        feature_starts: (F,) where in `values` the lookups of each feature begin.
+        feature_lengths: (F,) how many there are.
+        feature_tables: (F,) each feature's table; features of one table follow each other.
+        first_rows: (T,) the first row of each table.
+        sizes: (T,) how many ids each table has.
+        inverse: (L,) is filled with the number of each lookup's row.
+        unique_rows: (at least U,) is filled with the rows.
+        counts: (at least U,) is filled with the number of lookups of each row.
+
+    Returns:
+        The number of unique rows; the feature and lookup of the first id outside its table, or -1
+        and -1.
     """
     num_features = len(feature_starts)
     num_uniques = 0
@@ -212,10 +229,8 @@ def number_rows(
         shift = np.uint32(0 if sizes[table] <= (1 << bits) else 32 - bits)
         heads = np.full((1 << bits, 1), -1, np.int32)
         for current in range(feature, last):
-            start, stop = (
-                feature_starts[current],
-                feature_starts[current] + feature_lengths[current],
-            )
+            start = feature_starts[current]
+            stop = start + feature_lengths[current]
             for begin in range(start, stop, _BLOCK):
                 block = values[begin : min(begin + _BLOCK, stop)]
                 if _place_block(block, sizes[table], shift, heads, places):
@@ -247,11 +262,10 @@ def _place_block(
     heads: Int32Array,
     places: UInt32Array,
 ) -> bool:
-    """Writes where in the hash table each id stands at first, and asks for it; says whether an id
-    is out of range.
+    """Writes each id's first place in the hash table and prefetches it; tells whether an id is bad.
 
-    By blocks, since these loops run over vectors, and the next one finds its places in the CPU's
-    cache.
+    Work is cut into blocks because these loops compile to vector code, and so that `_number_block`
+    finds its places in the CPU's cache.
     """
     is_bad = False
     if shift == 0:
@@ -281,7 +295,7 @@ def _number_block(
     num_uniques: int,
     inverse: Int32Array,
 ) -> int:
-    """Numbers the rows of a block; returns how many unique ones there are now."""
+    """Numbers the rows of a block; returns how many unique rows there are so far."""
     mask = np.uint32(len(heads) - 1)
     for index in range(len(values)):
         row = first_row + np.int64(values[index])
@@ -303,93 +317,8 @@ def _number_block(
 
 
 @jit
-def _cut_pieces(
-    counts: Int32Array, max_length: int
-) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
-    """Lays out the pieces of all rows: (piece_offsets, long_uniques, long_offsets) of
-    `GradientSchedule`, and `cursors`.
-
-    `cursors` (U, 3) holds for each row where its first piece begins, and of long ones where that
-    ends, else -1, and where further ones begin.
-    """
-    num_uniques = len(counts)
-    num_long = 0
-    num_pieces = num_uniques
-    for unique in range(num_uniques):
-        if counts[unique] > max_length:
-            num_long += 1
-            num_pieces += (counts[unique] - 1) // max_length
-    piece_offsets = np.empty(num_pieces + 1, np.int32)
-    long_uniques = np.empty(num_long, np.int32)
-    long_offsets = np.empty(num_long + 1, np.int32)
-    cursors = np.empty((num_uniques, 3), np.int32)
-    end = 0
-    for unique in range(num_uniques):
-        piece_offsets[unique] = end
-        cursors[unique, 0] = end
-        end += min(counts[unique], max_length)
-        cursors[unique, 1] = -1
-    long_offsets[0] = 0
-    long = 0
-    piece = num_uniques
-    for unique in range(num_uniques):
-        rest = counts[unique] - max_length
-        if rest > 0:
-            cursors[unique, 1], cursors[unique, 2] = piece_offsets[unique] + max_length, end
-            long_uniques[long] = unique
-            while rest > 0:
-                piece_offsets[piece] = end
-                end += min(rest, max_length)
-                rest -= max_length
-                piece += 1
-            long += 1
-            long_offsets[long] = piece - num_uniques
-    piece_offsets[num_pieces] = end
-    return piece_offsets, long_uniques, long_offsets, cursors
-
-
-@jit
 def _renumber(inverse: Int32Array, places: Int32Array) -> None:
-    """Puts `places[u]` for each u of `inverse`: nearly free in a loop of its own, a third of
-    `_group_bags` within that.
-    """
+    """Replaces each u of `inverse` by `places[u]`."""
+    # A loop of its own is nearly free; within `group_bags` this would take a third of its time.
     for lookup in range(len(inverse)):
         inverse[lookup] = places[np.uint32(inverse[lookup])]
-
-
-@jit
-def _group_bags(
-    inverse: Int32Array,
-    bag_offsets: Int32Array,
-    batch_size: int,
-    num_features: int,
-    weights: Float32Array,
-    cursors: Int32Array,
-    bags: Int32Array,
-    bag_weights: Float32Array,
-) -> None:
-    """Fills `bags` (L,): the output rows grouped by unique row, in lookup order within a row; and
-    so `bag_weights`, if any.
-    """
-    lookup = 0
-    for feature in range(num_features):
-        bag = feature
-        for sample in range(batch_size):
-            end = lookup + 1
-            if len(bag_offsets) > 0:
-                end = bag_offsets[feature * batch_size + sample + 1]
-            while lookup < end:
-                unique = np.uint32(inverse[lookup])
-                place = cursors[unique, 0]
-                bags[np.uint32(place)] = bag
-                if len(weights) > 0:
-                    bag_weights[np.uint32(place)] = weights[lookup]
-                place += 1
-                # Past its first piece a row goes on with its further ones, which lie in one run. So
-                # rare a branch is foreseen, where a choice without one would have each lookup of a
-                # row wait for the one before.
-                if place == cursors[unique, 1]:
-                    place = cursors[unique, 2]
-                cursors[unique, 0] = place
-                lookup += 1
-            bag += num_features

@@ -1,31 +1,29 @@
-"""The dry run: what a cache of each size would fetch with each lookahead, from the ids alone. No
-rows, no model, no device.
+"""The dry run: what a cache of each size would fetch with each lookahead, from the ids alone.
 
-Slots, fetches and evictions depend only on the unique rows of each batch. So batches are read and
-de-duplicated once, on a thread pool, and only their unique rows are kept (a `Trace`); the oracle
-that trains then replays the trace for each point of a grid of cache sizes and lookaheads, several
-points at a time.
+It needs no rows, no model and no device, because slots, fetches and evictions depend only on the
+unique rows of each batch. Batches are read and de-duplicated once, on a thread pool, and only their
+unique rows are kept (a `Trace`). The oracle that trains then replays the trace for each point of a
+grid of cache sizes and lookaheads, several points at a time.
 
-Counting. The first `warmup_steps` fill the cache and are left out; the others are counted, the same
-ones for every point. A trace longer than the counted steps is only looked ahead into, so that the
-last of them are planned with a full window.
+Counting. The first `warmup_steps` fill the cache and are left out. All others are counted, the same
+ones for every point. Batches behind the counted steps are only looked ahead into, so that the last
+counted steps are planned with a full window.
 
-A step *waits* when some of its transfers are late: a row's slot, or the row itself, is not free
-`prefetch_depth` steps ahead, so that its fetch stands on the critical path. A cache *never stalls*
-when no counted step waits. Whether the store then delivers in time depends on its speed and the
-step's length: compare them with the bytes a step. The smallest such cache is looked for between the
-smallest never-stalling size of the grid and the next smaller size that stalls or is too small for a
-batch, by bisection to within `RESOLUTION`. A size below it stalls, or was not tried because a
-larger one does.
+A step *waits* when it has urgent transfers: a row's slot, or the row itself, is not free
+`prefetch_depth` steps ahead. A cache *never stalls* when no counted step waits. Whether the store
+then delivers in time depends on its speed and the step's length: compare them with the bytes a
+step. The smallest cache that never stalls is found by bisection to within `RESOLUTION`, between the
+smallest such size of the grid and the next smaller size, which stalls or is too small for a batch.
+Sizes below the result stall, or were not tried because a larger one stalls.
 
-Several trainers. A batch of the stream is then a global one, split among them
-(`bagpipe.jagged.share_of`); cache sizes are of each trainer; and what they send each other is
-counted too (`bagpipe.oracle.traffic`).
+Several trainers. A batch of the stream is then the global batch, and each trainer is handed its
+share (`bagpipe.jagged.share_of`). Cache sizes are those of each trainer. What the trainers send
+each other is counted too (`bagpipe.oracle.traffic`).
 
-Memory: 8 bytes a unique row and batch for the trace, of several trainers 8 more and 4 a trainer
-that uses it; for each point under way what a `Cacher` takes (8 bytes a row of the tables, 36 a
-slot, 8 a unique row and 8 KiB a batch of lookahead). No more points are under way than
-`CACHERS_BYTES` has room for.
+Memory. The trace takes 8 bytes for each unique row of each batch; with several trainers it takes 8
+more, and 4 for each trainer that uses the row. Each point under way takes what a `Cacher` does: 8
+bytes a row of the tables, 36 a slot, and 8 a unique row and 8 KiB for each batch of lookahead. No
+more points are under way than `CACHERS_BYTES` has room for.
 """
 
 from __future__ import annotations
@@ -46,21 +44,19 @@ from bagpipe.oracle.window import Oracle
 from bagpipe.types import Group
 
 RESOLUTION = 0.01
-"""How near to the border between stalling and never stalling the bisection goes, as a share of the
-cache."""
+"""How near the bisection comes to the smallest cache that never stalls, as a share of that."""
 CACHERS_BYTES = 4 << 30
-"""Memory that points under way may take together; one always may."""
+"""Memory that all points under way may take together; a single one may always run."""
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What to replay: each cache size (rows over all groups, of each trainer) with each
-    lookahead.
-    """
+    """What to replay: each cache size with each lookahead."""
 
     cache_rows: Sequence[int]
+    """Rows over all groups, of each trainer."""
     lookaheads: Sequence[int]
     num_steps: int
     prefetch_depth: int = 2
@@ -83,26 +79,23 @@ class Grid:
 
     @property
     def num_batches(self) -> int:
-        """Batches of which a trace can make use."""
+        """How many batches a trace can make use of."""
         return self.num_steps + max(self.lookaheads)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One cache size with one lookahead. `report` counts the steps after the warm-up; None when a
-    batch alone needs more slots.
-
-    Of several trainers the size is that of each; `report` adds up what all of them fetch and write
-    back, `traffic` what they send each other.
-    """
+    """What came of one cache size with one lookahead."""
 
     cache_rows: int
+    """Rows over all groups, of each trainer."""
     lookahead: int
     report: OracleReport | None
-    num_needed: int = (
-        0  # slots that the batch needs for which the cache is too small, of each trainer
-    )
+    """The steps after the warm-up, added up over all trainers; None if a batch did not fit."""
+    num_needed: int = 0
+    """Slots of each trainer that the batch needs which did not fit."""
     traffic: Traffic | None = None
+    """What several trainers send each other."""
 
     @property
     def never_stalls(self) -> bool:
@@ -112,31 +105,29 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """The points by lookahead and then cache size; for each lookahead the smallest cache that never
-    stalls.
-    """
+    """All that a dry run found."""
 
     groups: tuple[Group, ...]
     grid: Grid
     num_counted_steps: int
     uniques_per_step: float
     points: tuple[Point, ...]
+    """By lookahead, then by cache size."""
     smallest: dict[int, int]
+    """For each lookahead the rows of the smallest cache that never stalls."""
     num_batches: int
-    """Read, of which the last ones were only looked ahead into."""
+    """Batches that were read; the last of them were only looked ahead into."""
     largest: tuple[LargestBatch, ...]
     """By group."""
     smallest_cache: int
-    """That holds any of these batches; rows over all groups, of each trainer."""
+    """Rows over all groups, of each trainer, of the smallest cache that holds each batch."""
     num_trainers: int = 1
     num_hosts: int = 1
 
     def cache_bytes(self, cache_rows: int) -> int:
-        """Bytes of records in a cache of `cache_rows` rows over all groups, of each trainer."""
-        slots = slots_of(cache_rows, self.groups)
-        return sum(
-            count * group.record_bytes for count, group in zip(slots, self.groups, strict=True)
-        )
+        """Returns the bytes of records in one trainer's cache of `cache_rows` rows."""
+        pairs = zip(slots_of(cache_rows, self.groups), self.groups, strict=True)
+        return sum(count * group.record_bytes for count, group in pairs)
 
 
 def dry_run(
@@ -147,8 +138,17 @@ def dry_run(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> DryRun:
-    """Replays `trace` for every point of `grid`. ConfigError: the trace ends before the first
-    counted step, or a bad lookahead.
+    """Replays a trace for every point of a grid.
+
+    Args:
+        trace: The batches.
+        grid: The points.
+        find_smallest: Whether to look for the smallest cache that never stalls.
+        threads: Points under way at a time, at most; by default one for each core.
+        progress: Is told how much is done.
+
+    Raises:
+        ConfigError: The trace ends before the first counted step, or a lookahead is out of range.
     """
     num_steps = min(grid.num_steps, len(trace.batches))
     if num_steps <= grid.num_warmup_steps:
@@ -159,25 +159,16 @@ def dry_run(
         )
     cache_rows, lookaheads = sorted(set(grid.cache_rows)), sorted(set(grid.lookaheads))
     todo = [(rows, lookahead) for lookahead in lookaheads for rows in cache_rows]
-    with ThreadPoolExecutor(
-        _num_threads(trace, grid, threads), thread_name_prefix="bagpipe-replay"
-    ) as pool:
-        points = tuple(
-            _told(
-                pool.map(lambda point: replay(trace, grid, *point), todo),
-                "replaying",
-                len(todo),
-                progress,
-            )
-        )
+    num_threads = _num_threads(trace, grid, threads)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="bagpipe-replay") as pool:
+        found = pool.map(lambda point: replay(trace, grid, *point), todo)
+        points = tuple(_told(found, "replaying", len(todo), progress))
     smallest: dict[int, int] = {}
-    for lookahead in _told(
-        lookaheads if find_smallest else (), "finding the smallest cache", len(lookaheads), progress
-    ):
+    searched = lookaheads if find_smallest else []
+    for lookahead in _told(searched, "finding the smallest cache", len(searched), progress):
         guess = next(reversed(smallest.values()), None)
-        smallest[lookahead] = _find_smallest(
-            trace, grid, [point for point in points if point.lookahead == lookahead], guess
-        )
+        points_of_lookahead = [point for point in points if point.lookahead == lookahead]
+        smallest[lookahead] = _find_smallest(trace, grid, points_of_lookahead, guess)
     return DryRun(
         groups=trace.groups,
         grid=grid,
@@ -196,11 +187,9 @@ def dry_run(
 def replay(
     trace: Trace, grid: Grid, cache_rows: int, lookahead: int, *, until_it_waits: bool = False
 ) -> Point:
-    """Replays one point; with `until_it_waits` no further than the first counted step that
-    waits.
-    """
+    """Replays one point; with `until_it_waits`, only up to the first counted step that waits."""
     num_trainers = trace.num_trainers
-    # one rank's plan tells whether any waits
+    # One rank's plan tells whether any rank waits.
     topology = trace.topology(range(1 if until_it_waits else num_trainers))
     oracle = Oracle(
         trace.groups,
@@ -210,20 +199,14 @@ def replay(
         topology=topology,
     )
     report = OracleReport.for_groups(trace.groups)
-    counts_traffic = num_trainers > 1 and not until_it_waits
-    traffic = (
-        Traffic(num_trainers=num_trainers, num_hosts=trace.num_hosts, groups=trace.groups)
-        if counts_traffic
-        else None
-    )
+    traffic = None
+    if num_trainers > 1 and not until_it_waits:
+        traffic = Traffic(num_trainers=num_trainers, num_hosts=trace.num_hosts, groups=trace.groups)
     try:
         for plans, batch in islice(oracle.plan_ranks(oracle.link(trace.batches)), grid.num_steps):
             if plans[0].step >= grid.num_warmup_steps:
-                report.add_ranks(
-                    plans,
-                    num_uniques(batch),
-                    [-(-peak // num_trainers) for peak in oracle.peak_slots],
-                )
+                peak_slots = [-(-peak // num_trainers) for peak in oracle.peak_slots]
+                report.add_ranks(plans, num_uniques(batch), peak_slots)
                 if traffic is not None:
                     traffic.add(plans, batch.groups)
             if until_it_waits and report.num_waiting_steps:
@@ -235,11 +218,10 @@ def replay(
 
 
 def _find_smallest(trace: Trace, grid: Grid, points: Sequence[Point], guess: int | None) -> int:
-    """The module's bisection among the points of one lookahead. A cache that holds all rows never
-    stalls.
+    """Bisects, as the module says, among the points of one lookahead.
 
-    `guess`, the result for a shorter lookahead, is tried first: the border hardly depends on the
-    lookahead.
+    `guess`, the result for a shorter lookahead, is tried first, because the border hardly depends
+    on the lookahead. A cache that holds all rows never stalls.
     """
     low, high = trace.smallest_cache - 1, sum(group.num_rows for group in trace.groups)
     for point in reversed(points):  # the largest cache first
@@ -260,13 +242,14 @@ def _find_smallest(trace: Trace, grid: Grid, points: Sequence[Point], guess: int
 
 
 def _resolution(cache_rows: int) -> int:
+    """Returns `RESOLUTION` in rows of a cache near this size."""
     return max(1, int(RESOLUTION * cache_rows))
 
 
 def _told(
     items: Iterable[Item], stage: str, total: int, progress: Progress | None
 ) -> Iterator[Item]:
-    """Passes `items` on and tells of each once the next one is asked for."""
+    """Passes items on and reports each as done when the next one is asked for."""
     for done, item in enumerate(items, start=1):
         yield item
         if progress is not None:
@@ -274,8 +257,10 @@ def _told(
 
 
 def _num_threads(trace: Trace, grid: Grid, threads: int | None) -> int:
+    """Returns how many points may be under way at a time."""
     num_rows = sum(group.num_rows for group in trace.groups)
-    # Rings are powers of two, hence twice what is in use at most.
+    # The bytes are those of the module's docstring. Rings are powers of two, hence up to twice as
+    # large as what is in use.
     num_slots = min(trace.num_trainers * max(grid.cache_rows), num_rows)
     cacher_bytes = (
         8 * num_rows

@@ -14,17 +14,15 @@ from bagpipe.plots import new_figure, save_figure
 
 
 def render_points(result: DryRun) -> Table:
-    """One line a point: a rich table."""
-    note = (
-        ""
-        if result.num_trainers == 1
-        else f"; cache, memory, peak: of each of {result.num_trainers} trainers, others: of all"
-    )
+    """Returns a rich table with a line for each point."""
+    note = ""
+    if result.num_trainers > 1:
+        note = f"; cache, memory, peak: of each of {result.num_trainers} trainers, others: of all"
     table = Table(
         title=f"Oracle replayed: {result.num_counted_steps:,} steps of "
         f"{result.uniques_per_step:,.0f} unique rows on average",
-        caption="in, out: fetched and written back a step; late: rows a step on the critical "
-        f"path; waits: steps with any{note}",
+        caption="in, out: fetched and written back a step; urgent: rows fetched a step on the "
+        f"critical path; waits: steps with any{note}",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -57,11 +55,9 @@ def render_points(result: DryRun) -> Table:
 
 
 def render_smallest(result: DryRun) -> Table:
-    """For each lookahead the smallest cache that never stalls: a rich table."""
-    table = Table(
-        title="Smallest cache that never "
-        f"stalls{'' if result.num_trainers == 1 else ', of each trainer'}"
-    )
+    """Returns a rich table of the smallest cache that never stalls with each lookahead."""
+    whose = "" if result.num_trainers == 1 else ", of each trainer"
+    table = Table(title=f"Smallest cache that never stalls{whose}")
     for heading in ("lookahead", "cache rows", "of all", "memory"):
         table.add_column(heading, justify="right")
     for lookahead, rows in result.smallest.items():
@@ -70,7 +66,7 @@ def render_smallest(result: DryRun) -> Table:
 
 
 def describe_largest(result: DryRun) -> str:
-    """The largest batch of each group, and hence the smallest cache that works: a sentence."""
+    """Says what each group's largest batch is, and which is the smallest cache that trains."""
     largest = ", ".join(
         f"{batch.num_uniques:,} unique rows of {batch.group} in step {batch.step:,}"
         for batch in result.largest
@@ -83,7 +79,9 @@ def describe_largest(result: DryRun) -> str:
 
 
 def as_dict(result: DryRun) -> dict[str, Any]:
-    """All of a dry run as JSON values; those of several trainers say so, and what they send each
+    """Returns all of a dry run as JSON values.
+
+    With several trainers these say how many there are, on how many hosts, and what they send each
     other.
     """
     several = {"num_trainers": result.num_trainers, "num_hosts": result.num_hosts}
@@ -108,24 +106,24 @@ def as_dict(result: DryRun) -> dict[str, Any]:
 
 
 def save_plot(result: DryRun, path: Path) -> None:
-    """Draws rows fetched a step over cache size, one curve a lookahead, and saves it in the format
-    of the path's ending.
+    """Plots the rows fetched a step over the cache size, one curve for each lookahead.
 
-    ConfigError: matplotlib is not installed, or can't write there.
+    Args:
+        result: The dry run.
+        path: Where to save the plot; its ending names the format.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or can't write there.
     """
     figure = new_figure()
     num_rows = sum(group.num_rows for group in result.groups)
     axes = figure.add_subplot()
     for lookahead in sorted({point.lookahead for point in result.points}):
-        points = [
-            point
-            for point in result.points
-            if point.lookahead == lookahead and point.report is not None
-        ]
-        shares = [100 * point.cache_rows / num_rows for point in points]
-        fetched = [
-            point.report.fetched_rows_per_step for point in points if point.report is not None
-        ]
+        shares, fetched = [], []
+        for point in result.points:
+            if point.lookahead == lookahead and point.report is not None:
+                shares.append(100 * point.cache_rows / num_rows)
+                fetched.append(point.report.fetched_rows_per_step)
         axes.plot(shares, fetched, marker="o", markersize=3, label=f"lookahead {lookahead}")
     cache = (
         "cache" if result.num_trainers == 1 else f"cache of each of {result.num_trainers} trainers"
@@ -138,7 +136,7 @@ def save_plot(result: DryRun, path: Path) -> None:
 
 
 def format_count(count: float) -> str:
-    """For example "1.50M"."""
+    """Writes a count in three digits, for example "1.5M"."""
     for unit in ("", "k"):
         if count < 1000:
             return f"{count:.3g}{unit}"
@@ -147,7 +145,7 @@ def format_count(count: float) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """For example "1.5G", in powers of 1024."""
+    """Writes bytes in three digits and powers of 1024, for example "1.5G"."""
     for unit in ("", "K", "M"):
         if size < 1024:
             return f"{size:.3g}{unit}" if size < 1000 else f"{size:.0f}{unit}"

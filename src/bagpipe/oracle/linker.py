@@ -1,18 +1,18 @@
-"""The first sequential stage of planning: tells each use of a row when and where the row comes
-next. Pure; knows no slots.
+"""The first sequential stage of planning: tells each occurrence of a row when the row comes next.
 
-Unique rows of batches are *occurrences*, numbered on and on. Linking a batch finds each row's
-previous occurrence and writes there the batch's step and the row's index in it. The Cacher reads
-that later, when it settles the earlier batch, and ignores what lies beyond its window; so the
-linker may run any number of batches ahead, in a thread of its own, and plans stay the same.
+An *occurrence* is one use of a row by one batch. Occurrences are numbered in the order in which the
+linker meets them. Linking a batch finds each row's previous occurrence and writes there the batch's
+step and the row's index in it. The Cacher reads that when it settles the previous batch, and
+ignores what lies beyond its window. So the linker, which knows no slots, may run any number of
+batches ahead in a thread of its own, and plans stay the same.
 
-State: per row 4 bytes, its latest occurrence; per occurrence that the Cacher has not settled 8
-bytes in a ring. An occurrence's low bits are its place in the ring. Numbers wrap round at 2**31, so
-before one could be taken for a later one a slow sweep over all rows, a few of them with each batch,
-forgets it.
+State: 4 bytes a row, its latest occurrence; 8 bytes in a ring for each occurrence that the Cacher
+has not settled. An occurrence's low bits are its place in the ring. Numbers wrap round at 2**31. A
+slow sweep over all rows, a few of them with each batch, forgets an occurrence before its number
+could be taken for that of a newer one.
 
-Cost: one random read and write of the rows' array an occurrence, which is what bounds it
-(docs/results.md).
+Cost: one random read and write of the rows' array for each occurrence, which is what bounds the
+linker (docs/results.md).
 """
 
 from __future__ import annotations
@@ -39,27 +39,28 @@ from bagpipe.oracle.shards import shard_bounds
 from bagpipe.types import Group, Int32Array, Int64Array
 
 OCCURRENCES = (1 << 31) - 1
-"""Mask of occurrence numbers; rings are powers of two, so a number's low bits stay its place when
-numbers wrap round."""
+"""Mask of occurrence numbers.
+
+Rings are powers of two, so a number's low bits are still its place when numbers wrap round.
+"""
 STEP, INDEX = 0, 1
+"""What the ring holds of a next use: its step, and the row's index in that step's batch."""
 _FORGOTTEN_AGE, _SWEEP = 1 << 29, 1 << 28
-"""Occurrences after which one is forgotten, at the latest when the sweep comes by; a sweep takes so
-many."""
+"""The age in occurrences from which the sweep forgets one, and how many a whole sweep takes."""
 _AHEAD = 16
-"""Rows ahead for which a row's state is asked for."""
+"""How many rows ahead of its use a row's state is prefetched."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkedGroup:
-    """A batch's unique rows with their previous uses."""
+    """A batch's unique rows with their previous occurrences."""
 
     batch: DedupedGroup | MergedGroup
     first_occurrence: int
-    # (num_shards + 1,) where in its rows each shard of the cache begins, found here as it
-    # runs ahead
+    # (num_shards + 1,) where in the rows each shard of the cache begins; found here because the
+    # linker runs ahead of the stage that sets the pace
     bounds: Int64Array
-    # (U,) each row's previous occurrence, -1 for none; one settled long ago may be told or
-    # not
+    # (U,) each row's previous occurrence, or -1; one settled long ago may be missing
     previous: Int32Array
 
 
@@ -75,12 +76,14 @@ class Linker:
     """Links one group's batches in order. Used by one thread; `settled` may be set by another."""
 
     def __init__(self, group: Group, *, num_shards: int = 1, first_step: int = 0) -> None:
-        """For a cache of so many shards; `first_step` is the number of the first batch."""
+        """Prepares for a cache of `num_shards` shards; `first_step` is the first batch's step."""
         self.next_uses = np.empty((1 << 16, 2), np.int32)
-        """By occurrence the `STEP` (-1: none known) and the `INDEX` of the row's next use; replaced
-        when it must grow."""
+        """By occurrence the `STEP` (-1: none known) and `INDEX` of the row's next use.
+
+        It is replaced when it must grow.
+        """
         self.settled = first_step - 1
-        """The last step whose occurrences nobody reads any more."""
+        """The last step whose occurrences nobody will read again."""
         self._last_uses = np.full((group.num_rows, 1), -1, np.int32)
         self._num_shards = num_shards
         self._next_step, self._next_occurrence = first_step, 0
@@ -94,7 +97,7 @@ class Linker:
         return self._last_uses.nbytes + self.next_uses.nbytes
 
     def link(self, batch: DedupedGroup | MergedGroup) -> LinkedGroup:
-        """Links the next batch."""
+        """Links the next batch: tells its rows' previous occurrences of this step."""
         rows, first, step = batch.unique_rows, self._next_occurrence, self._next_step
         while self._kept and self._kept[0].step <= self.settled:
             self._num_kept -= self._kept.popleft().num_uniques
@@ -112,7 +115,7 @@ class Linker:
         return LinkedGroup(batch=batch, first_occurrence=first, bounds=bounds, previous=previous)
 
     def _sweep(self, num_uniques: int) -> None:
-        """Forgets old occurrences of as many rows as keep the sweep's pace."""
+        """Sweeps as many rows as this batch's share of a whole sweep."""
         num_rows, begin = len(self._last_uses), int(self._num_swept)
         self._num_swept += num_uniques * num_rows / _SWEEP
         _forget(self._last_uses[begin : int(self._num_swept)], self._next_occurrence)
@@ -121,8 +124,9 @@ class Linker:
 
 
 def roomy_ring(ring: Int32Array, first_occurrence: int, num_kept: int, num_more: int) -> Int32Array:
-    """`ring`, or where it has no room for `num_more` occurrences after `num_kept`, a copy that
-    has.
+    """Returns a ring with room for `num_more` occurrences after the `num_kept` ones in `ring`.
+
+    That is `ring` itself where it has room, else a larger copy.
     """
     size = len(ring)
     while size < num_kept + num_more:
@@ -146,6 +150,7 @@ def _link(
     num_shards: int,
 ) -> tuple[Int32Array, Int64Array]:
     """Returns `previous` and `bounds` of a `LinkedGroup`."""
+    # A batch's rows are unique, so parts of them never touch the same entry.
     previous = np.empty(len(rows), np.int32)
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
@@ -173,9 +178,9 @@ def _link_part(
     next_uses: Int32Array,
     previous: Int32Array,
 ) -> None:
-    """Gathers first and decides then: with a branch in the gathering loop each wrong guess waits
-    for memory, thrice as long.
-    """
+    """Links a part of a batch's rows; fills `previous`."""
+    # The first loop gathers, the second decides. With a branch in the gathering loop each wrong
+    # prediction waits for memory, and the loop takes three times as long.
     mask = len(next_uses) - 1
     first = first_occurrence + first_index
     for index in range(len(rows)):
@@ -184,8 +189,8 @@ def _link_part(
         previous[index] = last_uses[row, 0]
         last_uses[row, 0] = (first + index) & OCCURRENCES
     for index in range(len(rows)):
-        # What has no place in the ring any more is written to the row's own place, which is cleared
-        # afterwards.
+        # A previous occurrence that has left the ring must not be written to: the row's own place
+        # takes that write, and is cleared afterwards.
         age = (first_occurrence - previous[index]) & OCCURRENCES
         occurrence = (
             previous[index] if (previous[index] >= 0) & (age <= num_kept) else first + index
@@ -198,6 +203,7 @@ def _link_part(
 
 @jit
 def _forget(last_uses: Int32Array, next_occurrence: int) -> None:
+    """Forgets the occurrences of these rows that are too old."""
     for row in range(len(last_uses)):
         if ((next_occurrence - last_uses[row, 0]) & OCCURRENCES) > _FORGOTTEN_AGE:
             last_uses[row, 0] = -1

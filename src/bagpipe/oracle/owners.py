@@ -1,10 +1,12 @@
 """Which trainer owns a row, from the time that it is fetched to the time that it is evicted.
 
 A slot of the joint cache belongs to the rank that its number says (see
-`bagpipe.oracle.eviction.cacher.CachePlan`), so ranks own equally many rows once the cache is full,
+`bagpipe.oracle.eviction.cacher.CachePlan`). So ranks own equally many rows once the cache is full,
 and rows are evicted as from one cache, by Belady's rule. What is left to choose is which missing
-row gets which of the freed slots: a row that one rank alone uses goes to that rank where it can,
-and never travels while that stays so; of several users the one with most slots left gets it."""
+row gets which of the freed slots. A row that only one rank uses goes to that rank where it can, and
+does not travel as long as nobody else uses it. A row of several users goes to the one of them with
+most slots left.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,22 @@ from bagpipe.types import Int32Array, Int64Array, UInt64Array
 def choose_owners(
     missing: Int32Array, users: UInt64Array, freed: Int32Array, num_trainers: int
 ) -> Int32Array:
-    """Orders the missing rows (n,), indices of `users` (U,), so that the i-th gets the i-th freed
-    slot (n,).
+    """Orders the missing rows so that the i-th of them gets the i-th freed slot.
+
+    Args:
+        missing: (n,) indices of the missing rows among the batch's.
+        users: (U,) for each row of the batch the set of ranks that use it.
+        freed: (n,) slots of the joint cache.
+        num_trainers: How many ranks there are.
+
+    Returns:
+        `missing` in another order.
     """
     left, ends, positions = _by_rank(freed, num_trainers)
     chosen = np.empty(len(missing), np.int32)
     rest, num_rest = np.empty(len(missing), np.int32), 0
-    for index in missing:  # rows of one rank first: they have most to lose
+    # Rows of one rank choose first: with another owner they would travel without need.
+    for index in missing:
         rank = _only_user(users[index])
         if rank >= 0 and left[rank] > 0:
             chosen[positions[ends[rank] - left[rank]]] = index
@@ -51,8 +62,10 @@ def choose_owners(
 
 @jit
 def _by_rank(slots: Int32Array, num_trainers: int) -> tuple[Int64Array, Int64Array, Int32Array]:
-    """How many slots each rank has, where in `positions` its own end, and the positions of all by
-    rank.
+    """Sorts the positions of slots (n,) by the rank that has them.
+
+    Returns:
+        How many each rank has (N,), where its own end (N,), and the positions (n,).
     """
     counts = np.zeros(num_trainers, np.int64)
     for slot in slots:
@@ -68,14 +81,14 @@ def _by_rank(slots: Int32Array, num_trainers: int) -> tuple[Int64Array, Int64Arr
 
 @jit
 def _only_user(users: np.uint64) -> np.int64:
-    """The rank in a set of one; -1 for a larger set. None is empty."""
+    """Returns the rank in a set of one rank, -1 for a larger set; no set is empty."""
     lowest = users & (~users + np.uint64(1))
     return np.int64(count_bits(lowest - np.uint64(1))) if users == lowest else np.int64(-1)
 
 
 @jit
 def _best_user(users: np.uint64, left: Int64Array) -> int:
-    """Of a row's users the rank with most slots left; -1 where none has any."""
+    """Returns the one of a row's users that has most slots left, -1 if none has any."""
     best = -1
     for rank in range(len(left)):
         if (

@@ -1,8 +1,7 @@
-"""How a step of the joint cache falls apart into those of several trainers, compiled;
-`bagpipe.oracle.ranks` gives out the parts.
+"""Compiled loops that cut a step of the joint cache into the steps of its trainers.
 
-One call for all ranks: each returns into Python's lock, for which the threads of an oracle process
-queue.
+`bagpipe.oracle.ranks` hands out the parts. One call serves all ranks, because each call that
+returns to Python waits for the GIL, for which the threads of an oracle process queue.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from bagpipe.types import BoolArray, Int32Array, Int64Array, UInt8Array, UInt64A
 class Exchanges(NamedTuple):
     """All that N trainers exchange and apply in one step of one group.
 
-    Counts are (N, 2, N) by rank, now and owner, or (N, 2) by owner and now, where 0 is later and 1
-    now; flat arrays are ordered in the way that each says.
+    The axis of length 2 is the *moment*: 0 for what is overlapped, 1 for what is urgent. Counts are
+    (N, 2, N) by rank, moment and owner, or (N, 2) by owner and moment. Flat arrays are sorted by
+    what their comments name.
     """
 
-    # (R,) by rank: where a rank finds its unique rows, own slots or those of replicas
+    # (R,) by rank: where a rank finds its unique rows, in its own slots or in those of replicas
     unique_slots: Int32Array
     replica_counts: Int64Array  # (N, 2, N)
-    replicas: Int32Array  # own slots to send, by owner, now and rank
+    replicas: Int32Array  # the owner's slots to send, by owner, moment and rank
     grad_counts: Int64Array  # (N, 2, N)
-    grads: Int32Array  # which of a rank's unique rows, by rank, now and owner
+    grads: Int32Array  # which of a rank's unique rows, by rank, moment and owner
     row_counts: Int64Array  # (N, 2)
-    rows: Int32Array  # (U,) own slots to update, by owner and now
-    offsets: (
-        Int32Array  # (U + 2 * N,) of their contributions, by owner and now, each of these from 0 on
-    )
+    rows: Int32Array  # (U,) the owner's slots to update, by owner and moment
+    # (U + 2 * N,) of the rows' contributions, by owner and moment, each of these from 0 on
+    offsets: Int32Array
     contribution_counts: Int64Array  # (N, 2)
-    contributions: Int32Array  # (R,) by owner and now, those of a row in the order of ranks
+    contributions: Int32Array  # (R,) by owner and moment, those of a row in the order of ranks
 
 
 _Exchanges: TypeAlias = tuple[
@@ -51,12 +50,17 @@ _Exchanges: TypeAlias = tuple[
 ]
 
 _OWNER_MASK, _COMES_URGENT_BIT, _GOES_URGENT_BIT = np.uint32(63), np.uint32(6), np.uint32(7)
-"""In a row's code: its owner, one of up to `MAX_TRAINERS`, and whether its replicas and its
-gradients travel now."""
+"""Parts of a row's code: its owner, and whether its replicas and its gradients are urgent.
+
+An owner is one of up to `MAX_TRAINERS`, hence six bits.
+"""
 _NUM_CODES = 256
 _PLACE, _CONTRIBUTION, _SLOT, _CODE = range(4)
-"""What is noted of a rank's row that another owns: its place, that of its contribution, the owner's
-slot and the row's code."""
+"""What is noted of a rank's row that another rank owns, here called a traveller.
+
+That is its place among the ranks' rows, the place of its contribution, the owner's slot, and its
+code.
+"""
 
 
 @jit
@@ -69,11 +73,20 @@ def plan_exchanges(
     ends: Int64Array,
     first_replica: int,
 ) -> _Exchanges:
-    """Of the unique rows (U,) that N ranks use together, `places` (R,) says, by rank up to `ends`
-    (N,), which each uses. Returns the parts of `Exchanges`.
+    """Plans what N ranks, which together use the unique rows (U,) of a batch, send each other.
 
-    `comes_urgent` and `goes_urgent` (U,) say whether a row's replicas and its gradients travel on
-    the critical path."""
+    Args:
+        joint_slots: (U,) each row's slot in the joint cache.
+        users: (U,) the set of ranks that use each row.
+        comes_urgent: (U,) whether a row's replicas are urgent.
+        goes_urgent: (U,) whether a row's gradients are urgent.
+        places: (R,) which of the rows each rank uses, rank by rank.
+        ends: (N,) where in `places` each rank's part ends.
+        first_replica: The slot of a rank's first replica.
+
+    Returns:
+        The parts of `Exchanges`, as a plain tuple: numba must hand Python no named one.
+    """
     num_trainers = len(ends)
     slots, codes, kinds, num_users, row_counts, contribution_counts = _describe_rows(
         joint_slots, users, comes_urgent, goes_urgent, num_trainers
@@ -83,25 +96,25 @@ def plan_exchanges(
     travellers, firsts = _place_own(slots, codes, nexts, places, ends, unique_slots, contributions)
     replica_counts, grad_counts = _count_travellers(travellers, firsts)
     next_replicas, next_grads = _firsts(replica_counts), _firsts(grad_counts)
-    next_sent = _firsts(replica_counts.transpose(2, 1, 0).copy())  # by owner, now and rank
+    # by owner, moment and rank
+    next_sent = _firsts(replica_counts.transpose(2, 1, 0).copy())
     replicas, grads = np.empty(len(travellers), np.int32), np.empty(len(travellers), np.int32)
-    # by now and owner: behind its own sums lie those that it receives, by rank
+    # by moment and owner: behind an owner's own sums lie those that it receives, by rank
     received = np.empty(2 * num_trainers, np.int64)
     received[:num_trainers] = received[num_trainers:] = np.diff(np.append(0, ends))
     begin = 0
     for rank in range(num_trainers):
-        # By now and owner, flat. What is sent and received lies at a fixed distance from what is
-        # replicated and handed in.
+        # Flat, by moment and owner. A row's place among what the owner sends lies at a fixed
+        # distance from its place among this rank's replicas, and likewise for gradients, so one
+        # cursor serves both sides.
         to_replica, to_grad = next_replicas[rank].ravel(), next_grads[rank].ravel()
         sent_distance = next_sent[:, :, rank].T.copy().ravel() - to_replica
         received_distance = received - to_grad
         replica_distance = first_replica - next_replicas[rank, 0, 0]
         for index in range(firsts[rank], firsts[rank + 1]):
-            place, contribution, slot = (
-                travellers[index, _PLACE],
-                travellers[index, _CONTRIBUTION],
-                travellers[index, _SLOT],
-            )
+            place = travellers[index, _PLACE]
+            contribution = travellers[index, _CONTRIBUTION]
+            slot = travellers[index, _SLOT]
             code = np.uint32(travellers[index, _CODE])
             comes = (code & _OWNER_MASK) + (code >> _COMES_URGENT_BIT & np.uint32(1)) * np.uint32(
                 num_trainers
@@ -133,8 +146,11 @@ def plan_exchanges(
 def sort_by_rank(
     rows: Int64Array, joint_slots: Int32Array, num_trainers: int
 ) -> tuple[Int64Array, Int64Array, Int32Array]:
-    """Moves (n,) by the rank whose slot it is: how many each rank has, and by rank the rows and the
-    own slots.
+    """Sorts rows (n,) that are fetched or evicted by the rank that has their slot.
+
+    Returns:
+        How many rows each rank has (N,); by rank the rows (n,) and their slots in that rank's own
+        cache (n,).
     """
     counts = np.zeros(num_trainers, np.int64)
     for slot in joint_slots:
@@ -153,8 +169,9 @@ def sort_by_rank(
 
 @jit
 def count_bits(bits: np.uint64) -> np.uint64:
-    """How many are set, by sums of ever wider fields (Knuth, The Art of Computer Programming,
-    7.1.3).
+    """Counts the bits that are set, by sums of ever wider fields.
+
+    Source: Knuth, The Art of Computer Programming, 7.1.3.
     """
     bits -= bits >> np.uint64(1) & np.uint64(0x5555555555555555)
     bits = (bits & np.uint64(0x3333333333333333)) + (
@@ -166,7 +183,7 @@ def count_bits(bits: np.uint64) -> np.uint64:
 
 @jit
 def _firsts(counts: Int64Array) -> Int64Array:
-    """Where each of so many begins, of the same shape."""
+    """Returns where each part begins, given how long the parts are, in the same shape."""
     flat = counts.ravel()
     return (np.cumsum(flat) - flat).reshape(counts.shape)
 
@@ -179,16 +196,17 @@ def _describe_rows(
     goes_urgent: BoolArray,
     num_trainers: int,
 ) -> tuple[Int32Array, UInt8Array, UInt8Array, UInt8Array, Int64Array, Int64Array]:
-    """Of each row (U,) the own slot; the code, for what travels; the kind, for what its owner does:
-    twice the owner and whether it updates the row now; and how many users it has. Then how many
-    rows there are of each kind, and contributions to them: (2 * N,).
+    """Describes each row in small numbers, which later loops read at random places.
+
+    Returns:
+        For each row (U,) its slot in the owner's cache; its code; its kind, which is twice the
+        owner, and one more where the owner's update of it is urgent; and its number of users. For
+        each kind (2 * N,) the number of rows, and of contributions to them.
     """
     slots, codes = np.empty(len(joint_slots), np.int32), np.empty(len(joint_slots), np.uint8)
     kinds, num_users = np.empty(len(joint_slots), np.uint8), np.empty(len(joint_slots), np.uint8)
-    row_counts, contribution_counts = (
-        np.zeros(2 * num_trainers, np.int64),
-        np.zeros(2 * num_trainers, np.int64),
-    )
+    row_counts = np.zeros(2 * num_trainers, np.int64)
+    contribution_counts = np.zeros(2 * num_trainers, np.int64)
     for row in range(len(joint_slots)):
         slots[row] = np.uint32(joint_slots[row]) // np.uint32(num_trainers)
         owner = np.uint32(joint_slots[row] - slots[row] * num_trainers)
@@ -197,7 +215,7 @@ def _describe_rows(
             | np.uint32(comes_urgent[row]) << _COMES_URGENT_BIT
             | np.uint32(goes_urgent[row]) << _GOES_URGENT_BIT
         )
-        # A row that its owner alone uses waits for nobody.
+        # A row that only its owner uses waits for nobody, so it can be updated at once.
         is_updated_urgent = goes_urgent[row] | (users[row] == np.uint64(1) << np.uint64(owner))
         kind = 2 * owner + np.uint32(is_updated_urgent)
         kinds[row] = kind
@@ -215,8 +233,11 @@ def _lay_out_rows(
     row_counts: Int64Array,
     contribution_counts: Int64Array,
 ) -> tuple[Int32Array, Int32Array, Int32Array]:
-    """`rows` and `offsets` of `Exchanges`, and where among all contributions those of each row (U,)
-    begin.
+    """Lays out the owners' updates.
+
+    Returns:
+        `rows` and `offsets` of `Exchanges`, and where among all contributions those of each row
+        begin (U,).
     """
     rows, offsets = np.empty(len(slots), np.int32), np.empty(len(slots) + len(row_counts), np.int32)
     begins = np.empty(len(slots), np.int32)
@@ -227,7 +248,8 @@ def _lay_out_rows(
         place = np.uint64(next_rows[kind])
         next_rows[kind] += 1
         rows[place] = slots[row]
-        offsets[place + kind] = nexts[kind]  # one more for each kind before
+        # Each kind has one offset more than rows: its end.
+        offsets[place + kind] = nexts[kind]
         begins[row] = first_contributions[kind] + nexts[kind]
         nexts[kind] += num_users[row]
     for kind in range(len(row_counts)):
@@ -245,10 +267,14 @@ def _place_own(
     unique_slots: Int32Array,
     contributions: Int32Array,
 ) -> tuple[Int32Array, Int64Array]:
-    """Fills `unique_slots` and `contributions` (R,) as far as ranks own their rows, and notes the
-    others: (T, 4), and each rank's first and the end of all (N + 1,). Without branches, which could
-    not be foreseen.
+    """Fills `unique_slots` and `contributions` (R,) for rows that ranks own; notes the travellers.
+
+    Returns:
+        The travellers (T, 4), rank by rank, and where each rank's begin, with the end of all
+        (N + 1,).
     """
+    # Every row is written as if its rank owned it and as if it travelled, and what is wrong is
+    # overwritten: the CPU could not predict a branch.
     travellers, num_travellers = np.empty((len(places) + 1, 4), np.int32), 0
     firsts = np.zeros(len(ends) + 1, np.int64)
     begin = 0
@@ -270,9 +296,7 @@ def _place_own(
 
 @jit
 def _count_travellers(travellers: Int32Array, firsts: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """How many rows of each rank others own, by rank, now and owner: (N, 2, N), for replicas and
-    for gradients.
-    """
+    """Counts the replicas and the gradients of travellers, (N, 2, N) each."""
     num_trainers = len(firsts) - 1
     replica_counts = np.zeros((num_trainers, 2, num_trainers), np.int64)
     grad_counts = np.zeros((num_trainers, 2, num_trainers), np.int64)

@@ -1,6 +1,4 @@
-"""What the oracle saw and decided, added up from the plans alone: hit rate, rows and bytes each
-way, slots, lookahead.
-"""
+"""What the oracle saw and decided, added up from plans: hits, rows and bytes, slots, lookahead."""
 
 from __future__ import annotations
 
@@ -13,17 +11,18 @@ from bagpipe.types import Group
 
 @dataclass(kw_only=True)
 class OracleReport:
-    """Totals over the steps planned so far, over all groups. Rows are records moved; bytes are
-    records' bytes.
+    """Totals over all steps counted so far and over all groups and trainers.
+
+    Rows that are fetched and written back are records; bytes are those of the records.
     """
 
     num_steps: int = 0
     num_lookups: int = 0
     num_uniques: int = 0  # unique rows used, summed over steps
     num_fetched: int = 0
-    num_fetched_urgent: int = 0  # of them on the critical path
+    num_fetched_urgent: int = 0  # those of them that are urgent
     num_written_back: int = 0
-    num_waiting_steps: int = 0  # steps with a urgent transfer
+    num_waiting_steps: int = 0  # steps with an urgent transfer
     fetched_bytes: int = 0
     written_back_bytes: int = 0
     peak_slots: int = 0
@@ -33,7 +32,7 @@ class OracleReport:
 
     @classmethod
     def for_groups(cls, groups: Sequence[Group]) -> OracleReport:
-        """An empty report for plans of these groups."""
+        """Returns an empty report for plans of these groups."""
         return cls(_record_bytes=[group.record_bytes for group in groups])
 
     @property
@@ -43,21 +42,21 @@ class OracleReport:
 
     @property
     def fetched_rows_per_step(self) -> float:
+        """Rows fetched a step, on average."""
         return self.num_fetched / max(1, self.num_steps)
 
     @property
     def written_back_rows_per_step(self) -> float:
+        """Rows written back a step, on average."""
         return self.num_written_back / max(1, self.num_steps)
 
     @property
     def mean_lookahead(self) -> float:
-        """Batches that the oracle had seen beyond the one it planned, on average: the effective
-        lookahead.
-        """
+        """How many batches beyond the one that it planned the oracle had seen, on average."""
         return self.total_lookahead / max(1, self.num_steps)
 
     def add(self, plan: StepPlan, peak_slots: Sequence[int]) -> None:
-        """Counts one step's plan; `peak_slots` for each group."""
+        """Counts the plan of a step with one trainer; `peak_slots` is by group."""
         self.add_ranks(
             (plan,), sum(group.schedule.num_uniques for group in plan.groups), peak_slots
         )
@@ -65,8 +64,12 @@ class OracleReport:
     def add_ranks(
         self, plans: Sequence[StepPlan], num_uniques: int, peak_slots: Sequence[int]
     ) -> None:
-        """Counts one step's plans, one a trainer. `num_uniques`: the global batch's unique rows;
-        `peak_slots` for each group.
+        """Counts the plans of all ranks for one step.
+
+        Args:
+            plans: One plan for each rank.
+            num_uniques: Unique rows of the global batch, over all groups.
+            peak_slots: For each group the most slots that were in use at a time.
         """
         first = plans[0]
         self.num_steps += 1
@@ -78,7 +81,7 @@ class OracleReport:
         self.num_waiting_steps += num_urgent > 0 or first.has_urgent
 
     def _add_transfers(self, plan: StepPlan) -> int:
-        """Counts what one trainer looks up and moves; the rows fetched urgently."""
+        """Counts what one trainer looks up and moves; returns how many rows it fetches urgently."""
         num_all_urgent = 0
         for group, record_bytes in zip(plan.groups, self._record_bytes, strict=True):
             num_urgent = len(group.urgent.fetch_rows)

@@ -1,5 +1,6 @@
-"""The unique rows of the batches of a stream, all that a Cacher looks at: read once, replayed
-often (`bagpipe.oracle.dry_run`).
+"""The unique rows of a stream's batches, read once and replayed often (`bagpipe.oracle.dry_run`).
+
+They are all that a Cacher looks at.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bagpipe.topology import Topology
 from bagpipe.types import Group, Int64Array, Jagged
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Is told of a stage's name, how much of it is done, and how much there is."""
+"""Is called with a stage's name, how much of it is done, and how much there is."""
 
 _NO_ROWS = np.empty(0, np.int64)
 _NO_LOOKUPS = np.empty(0, np.int32)
@@ -35,23 +36,23 @@ _NO_PIECES = np.zeros(1, np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class LargestBatch:
-    """The batch of a trace that needs most slots of a group's cache, of all trainers together."""
+    """The batch of a trace that needs the most slots of a group's joint cache."""
 
     group: str
     step: int
     num_uniques: int
-    num_needed: int  # more than the rows where shards are uneven
+    num_needed: int  # slots; more than the rows where shards are uneven
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The unique rows of each batch of a stream; of several trainers, of each global batch."""
+    """The unique rows of each batch of a stream; with several trainers a batch is a global one."""
 
     groups: tuple[Group, ...]
     batches: tuple[DedupedBatch[None], ...]
     num_trainers: int = 1
     num_hosts: int = 1
-    """On which the trainers are, as many on each."""
+    """How many hosts the trainers are on, equally many on each."""
 
     @property
     def nbytes(self) -> int:
@@ -65,15 +66,13 @@ class Trace:
 
     @property
     def smallest_cache(self) -> int:
-        """The fewest rows over all groups, of each trainer, from which on no batch alone needs more
-        slots than its group gets.
-        """
+        """Rows over all groups, of each trainer, of the smallest cache that holds each batch."""
         needed = np.array([batch.num_needed for batch in self.largest])
         return rows_that_hold(-(-needed // self.num_trainers), self.groups, self.slots)
 
     @property
     def largest(self) -> tuple[LargestBatch, ...]:
-        """For each group the batch that needs most slots."""
+        """For each group the batch that needs the most slots."""
         needed = np.array([self._slots_needed(batch) for batch in self.batches])
         return tuple(
             LargestBatch(
@@ -88,17 +87,19 @@ class Trace:
         )
 
     def slots(self, cache_rows: int) -> list[int]:
-        """Slots of each trainer for each group; those of a host together have no more than a group
-        has rows, but for rounding.
+        """Returns the slots of each trainer by group, for a cache of so many rows each.
+
+        The trainers of a host together get no more slots than a group has rows, but for rounding.
         """
-        slots, num_on_host = slots_of(cache_rows, self.groups), self.num_trainers // self.num_hosts
-        return [
-            min(count, -(-group.num_rows // num_on_host))
-            for count, group in zip(slots, self.groups, strict=True)
-        ]
+        num_on_host = self.num_trainers // self.num_hosts
+        pairs = zip(slots_of(cache_rows, self.groups), self.groups, strict=True)
+        return [min(count, -(-group.num_rows // num_on_host)) for count, group in pairs]
 
     def topology(self, ranks: Sequence[int]) -> Topology:
-        """Plans for these ranks, with room for all replicas that a share can need."""
+        """Returns the topology for plans of these ranks.
+
+        Each rank has replica slots for all rows of its largest share.
+        """
         num_replicas = [
             max(
                 len(places)
@@ -134,10 +135,20 @@ def read_trace(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Trace:
-    """De-duplicates up to `max_batches` batches, of several trainers global ones.
+    """Reads and de-duplicates up to `max_batches` batches.
 
-    Raises DataError: there is none, or what `batches` and `dedup` raise; ConfigError: too many
-    trainers, or uneven hosts.
+    Args:
+        groups: The groups whose rows to keep.
+        batches: The batches; with several trainers the global ones.
+        max_batches: How many to read at most.
+        num_trainers: How many trainers share each batch.
+        num_hosts: On how many hosts they are.
+        threads: How many threads de-duplicate; by default one for each core.
+        progress: Is told how much is done.
+
+    Raises:
+        ConfigError: There are too many trainers, or the hosts are uneven.
+        DataError: There is no batch, or one can't be read or de-duplicated.
     """
     Topology(
         num_trainers=num_trainers,
@@ -149,7 +160,7 @@ def read_trace(
     kept = []
     with Workers("bagpipe-dedup", num_threads) as workers:
         found = ordered_map(
-            partial(_distinct_rows, groups, num_trainers),
+            partial(_unique_rows, groups, num_trainers),
             islice(batches, max_batches),
             workers,
             ahead=2 * num_threads,
@@ -166,14 +177,12 @@ def read_trace(
 
 
 def num_uniques(batch: DedupedBatch[None]) -> int:
-    """Unique rows of a batch, over all groups."""
+    """Counts the unique rows of a batch over all groups."""
     return sum(len(group.unique_rows) for group in batch.groups)
 
 
-def _distinct_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) -> DedupedBatch[None]:
-    """De-duplicates one batch and drops all but its unique rows; a Cacher looks at nothing
-    else.
-    """
+def _unique_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) -> DedupedBatch[None]:
+    """De-duplicates one batch and keeps only its unique rows."""
     if num_trainers == 1:
         rows = tuple(_rows_only(dedup(group, batch).unique_rows) for group in groups)
         return DedupedBatch(payload=None, batch_size=batch.batch_size, groups=rows)
@@ -189,14 +198,14 @@ def _distinct_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) ->
 
 
 def _merged_rows_only(group: Group, shares: Sequence[DedupedGroup]) -> MergedGroup:
-    """The shares' rows are the merged ones at `places`, from which the ranks' plans are made: they
-    need not be kept twice.
-    """
+    """Merges the unique rows of all shares, and drops the shares themselves."""
+    # The ranks' plans are made from the merged rows and `places`, which say the same.
     merged = merge(group, [_rows_only(share.unique_rows) for share in shares])
     return replace(merged, shares=(_rows_only(_NO_ROWS),) * len(shares))
 
 
 def _rows_only(unique_rows: Int64Array) -> DedupedGroup:
+    """Returns a batch with unique rows but without lookups."""
     return DedupedGroup(
         unique_rows=unique_rows,
         inverse=_NO_LOOKUPS,

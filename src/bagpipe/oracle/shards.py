@@ -1,18 +1,17 @@
-"""Shards: the parts into which the Cacher's work is cut, so that threads plan side by side in one
-compiled call.
+"""Shards: the parts of a group's rows that threads plan side by side in one compiled call.
 
-A row belongs to one of `NUM_SHARDS` shards by a hash of its number (`bagpipe.topology`). Each
-shard has its own slots and eviction queues and plans its rows as a small cache would; shards never
-meet, so plans are the same for any number of threads. Rows are spread evenly, so the shards of a
-cache together fetch what one would (docs/results.md). A small cache is one shard: several would be
-uneven, and there is little to share.
+A hash of its number puts a row into one of `NUM_SHARDS` shards (`bagpipe.topology`). Each shard has
+its own slots and eviction queues and plans its rows as a small cache would. Shards never meet, so
+plans are the same for any number of threads. Rows are spread evenly, so the shards of a cache fetch
+about what one undivided cache would (docs/results.md). A small cache is a single shard: several
+would be uneven, and there is little work to divide.
 
-On several hosts a row's record lives on one of them, its home, and only trainers of that host may
-own the row: the shards are dealt out to the hosts, and their slots with them. A small cache is then
-one shard for each host, which has all of that host's shards.
+With several hosts a row's record lives on one of them, its home, and only trainers of that host may
+own the row. So the shards are dealt out to the hosts, and their slots with them. A small cache then
+has one shard for each host, which joins all of that host's shards.
 
-The unique rows of a batch stand shard by shard, whatever the cache's size, so that a shard's part
-of an array by row is a slice.
+The unique rows of a batch stand shard by shard, whatever the cache's size, so a shard's part of any
+array with an entry for each row is a slice.
 """
 
 from __future__ import annotations
@@ -34,8 +33,10 @@ MIN_SLOTS = 1 << 15
 def order_by_shard(
     rows: Int64Array, counts: Int32Array
 ) -> tuple[Int64Array, Int32Array, Int32Array]:
-    """Rows (U,) and their counts shard by shard, else in the order given; and where each of the
-    given ones now stands (U,).
+    """Puts rows (U,) and their counts (U,) shard by shard, in the order given within a shard.
+
+    Returns:
+        The rows, the counts, and the new place of each row given, (U,) each.
     """
     nexts = np.zeros(NUM_SHARDS + 1, np.int64)
     for row in rows:
@@ -55,8 +56,9 @@ def order_by_shard(
 
 @jit
 def shard_bounds(rows: Int64Array, num_shards: int) -> Int64Array:
-    """Where in rows (U,), which stand shard by shard, each of so many shards begins (num_shards +
-    1,); fewer have several each.
+    """Finds where in rows (U,), which stand shard by shard, each shard begins: (num_shards + 1,).
+
+    With fewer than `NUM_SHARDS` shards, each of them joins several neighbours.
     """
     bounds = np.zeros(num_shards + 1, np.int64)
     bounds[num_shards] = len(rows)
@@ -73,16 +75,16 @@ def shard_bounds(rows: Int64Array, num_shards: int) -> Int64Array:
 
 
 def slot_bounds(num_slots: int, num_rows: int, num_hosts: int = 1) -> Int64Array:
-    """Which slots each shard of a cache has, from one bound to the next: as many as its share of
-    its host's rows.
+    """Divides a cache's slots among its shards, in proportion to the rows that each of them has.
 
-    Slots are counted host by host, of which each has as many; which ones of the joint cache they
-    are says `slot_at`.
+    All hosts have equally many slots. Slots are counted one host after the other; `slot_at` tells
+    which slots of the joint cache they are.
+
+    Returns:
+        (num_shards + 1,): a shard has the slots from one bound to the next.
     """
-    num_shards, host_slots = (
-        num_hosts if num_slots < MIN_SLOTS else NUM_SHARDS,
-        num_slots // num_hosts,
-    )
+    num_shards = num_hosts if num_slots < MIN_SLOTS else NUM_SHARDS
+    host_slots = num_slots // num_hosts
     counts = _num_rows_by_shard(num_rows, num_shards)
     bounds = [0]
     for host in range(num_hosts):
@@ -96,9 +98,10 @@ def slot_bounds(num_slots: int, num_rows: int, num_hosts: int = 1) -> Int64Array
 
 @jit
 def slot_at(place: int, host_slots: int, num_trainers: int, num_hosts: int) -> int:
-    """The slot of the joint cache at a place among those of all hosts, one host after the other.
+    """Returns the slot of the joint cache that a place counted host by host stands for.
 
-    Slot s is slot s // n of rank s % n of n, and the ranks of a host are neighbours.
+    Slot s of the joint cache of N trainers is slot s // N of rank s % N. The ranks of a host are
+    neighbours.
     """
     host, host_trainers = place // host_slots, num_trainers // num_hosts
     within = place - host * host_slots
@@ -106,22 +109,25 @@ def slot_at(place: int, host_slots: int, num_trainers: int, num_hosts: int) -> i
 
 
 def num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int = 1) -> int:
-    """Any cache of at least so many slots holds rows (U,), which stand shard by shard, of a group's
-    `num_rows`.
+    """Returns a number of slots such that every cache with at least as many holds these rows.
+
+    That is more than there are rows where they spread unevenly over the shards.
+
+    Args:
+        rows: (U,) the rows, shard by shard.
+        num_rows: How many rows the group has.
+        num_hosts: The hosts among which the cache is divided.
     """
     in_shards = _num_slots_needed(rows, num_rows, num_hosts, NUM_SHARDS)
-    return (
-        _num_slots_needed(rows, num_rows, num_hosts, num_hosts)
-        if in_shards < MIN_SLOTS
-        else in_shards
-    )
+    if in_shards >= MIN_SLOTS:
+        return in_shards
+    return _num_slots_needed(rows, num_rows, num_hosts, num_hosts)
 
 
 def _num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int, num_shards: int) -> int:
-    used, all_rows = (
-        np.diff(shard_bounds(rows, num_shards)).tolist(),
-        _num_rows_by_shard(num_rows, num_shards),
-    )
+    """Returns the slots of the smallest cache of `num_shards` shards that holds these rows."""
+    used = np.diff(shard_bounds(rows, num_shards)).tolist()
+    all_rows = _num_rows_by_shard(num_rows, num_shards)
     needed = [0]
     for host in range(num_hosts):
         own = neighbours_on(host, num_shards, num_hosts)
@@ -134,12 +140,13 @@ def _num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int, num_shard
 
 @lru_cache
 def _num_rows_by_shard(num_rows: int, num_shards: int) -> tuple[int, ...]:
-    """How many of a group's rows each of so many shards has."""
+    """Counts the rows of a group in each of its shards."""
     return tuple(_count_rows(num_rows).reshape(num_shards, -1).sum(axis=1).tolist())
 
 
 @jit
 def _count_rows(num_rows: int) -> Int64Array:
+    """Counts the rows from 0 to `num_rows` in each of `NUM_SHARDS` shards."""
     counts = np.zeros(NUM_SHARDS, np.int64)
     for first_row in range(0, num_rows, 1 << LINE_BITS):
         counts[shard_of(first_row)] += min(1 << LINE_BITS, num_rows - first_row)

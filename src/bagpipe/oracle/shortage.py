@@ -1,5 +1,7 @@
-"""What to say when a batch needs more slots than the cache has: the size that holds it and the
-batches behind it, so that the next attempt does not end a few batches later.
+"""What to say when a batch needs more slots than the cache has: the size that would do.
+
+The error names a cache that holds this batch and those behind it in the window, so that the next
+attempt does not end a few batches further on.
 """
 
 from __future__ import annotations
@@ -25,12 +27,19 @@ def with_overlapped_needs(
     num_trainers: int,
     num_hosts: int,
 ) -> CacheTooSmallError:
-    """The error, once `batches`, of which the refused one is the first, have been looked at.
+    """Returns the error with the cache size that all of these batches need.
 
-    `num_slots`, of each trainer by group, are what the batches before it fitted into.
+    Args:
+        error: What refused the first of the batches.
+        batches: The refused batch and those behind it, by group.
+        groups: The groups of the run.
+        num_slots: For each group the slots of each trainer, into which all batches before fitted.
+        num_trainers: How many trainers share the cache.
+        num_hosts: On how many hosts they are.
     """
     num_needed, num_seen = num_trainers * np.array(num_slots), 0
-    with suppress(Exception):  # that a later batch can't be read is no matter yet
+    # A batch behind the refused one that can't be read is no matter yet.
+    with suppress(Exception):
         for batch in batches:
             needed = [
                 num_slots_needed(linked.batch.unique_rows, group.num_rows, num_hosts)

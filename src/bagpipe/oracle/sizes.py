@@ -1,5 +1,6 @@
-"""What a user may call a size: rows (675_000), a share of all rows ("2%") or memory ("4GiB"); and
-slots for each group from it.
+"""Cache sizes as users write them, and the slots that each group gets from one.
+
+A size is a number of rows (675_000), a share of all rows ("2%") or memory ("4GiB").
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ _UNITS = {"B": 1} | {
 }
 _SIZE = re.compile(r"(?P<number>\d[\d_]{0,30}(?:\.\d{1,30})?)\s*(?P<unit>%|[A-Za-z]+)?")
 _FLOOR_SHARE = 0.1
-"""Share of a cache that is divided evenly among the groups, so that one with few rows is not
-starved by one with many."""
+"""Share of a cache that is divided evenly, so that no group starves beside one with many rows."""
 
 
 def parse_bytes(size: int | str, name: str) -> int:
-    """Bytes of "512MiB", "4GB", "1.5GiB" or a plain number, at least 1. Raises ConfigError naming
-    `name`.
+    """Returns the bytes that "512MiB", "4GB", "1.5GiB" or a plain number stands for, at least 1.
+
+    Raises:
+        ConfigError: It is no such size; the message calls it `name`.
     """
     number, unit = _parse(str(size))
     if number is None or (unit is not None and unit not in _UNITS) or number < 1:
@@ -35,8 +37,10 @@ def parse_bytes(size: int | str, name: str) -> int:
 
 
 def parse_rows(size: int | str, groups: Sequence[Group], name: str) -> int:
-    """Rows over all groups that `size` stands for, at most all there are. ConfigError, naming
-    `name`, when it is none or zero.
+    """Returns the rows over all groups that `size` stands for, at most all there are.
+
+    Raises:
+        ConfigError: It is no size, or less than a row for each group; the message calls it `name`.
     """
     num_rows = sum(group.num_rows for group in groups)
     number, unit = _parse(str(size))
@@ -50,12 +54,8 @@ def parse_rows(size: int | str, groups: Sequence[Group], name: str) -> int:
     elif unit is None:
         rows = number
     else:
-        rows = (
-            number
-            * _UNITS[unit]
-            * num_rows
-            / sum(group.num_rows * group.record_bytes for group in groups)
-        )
+        num_bytes = sum(group.num_rows * group.record_bytes for group in groups)
+        rows = number * _UNITS[unit] * num_rows / num_bytes
     if rows < len(groups):
         raise ConfigError(
             f"{name} is {size!r}, less than a row for each of {len(groups)} groups with "
@@ -65,18 +65,17 @@ def parse_rows(size: int | str, groups: Sequence[Group], name: str) -> int:
 
 
 def slots_of(cache_rows: int, groups: Sequence[Group]) -> list[int]:
-    """Slots for each group of a cache of `cache_rows`, which is at least one a group and at most
-    all rows.
+    """Divides a cache of `cache_rows` rows among the groups; returns the slots of each.
 
-    A tenth is shared evenly, the rest in proportion to the groups' rows; no group gets more slots
-    than it has rows.
+    A tenth is divided evenly, the rest in proportion to the groups' rows. No group gets more slots
+    than it has rows. `cache_rows` is at least one for each group and at most all rows.
     """
     num_rows = np.array([group.num_rows for group in groups])
     slots = np.minimum(num_rows, max(1, int(_FLOOR_SHARE * cache_rows / len(groups))))
     share = (cache_rows - slots.sum()) / max(1, (num_rows - slots).sum())
-    return [
-        int(count) for count in slots + np.floor(share * (num_rows - slots) + 1e-9).astype(np.int64)
-    ]
+    # The sum in floats may fall just short of a whole slot, hence the 1e-9.
+    slots += np.floor(share * (num_rows - slots) + 1e-9).astype(np.int64)
+    return [int(count) for count in slots]
 
 
 def rows_that_hold(
@@ -84,8 +83,15 @@ def rows_that_hold(
     groups: Sequence[Group],
     slots: Callable[[int], Sequence[int]],
 ) -> int:
-    """The smallest cache, in rows over all groups, of which `slots` gives each group at least
-    `num_needed`; that of all rows where none does.
+    """Returns the smallest cache, in rows over all groups, that gives each group what it needs.
+
+    Args:
+        num_needed: Slots that each group needs.
+        groups: The groups.
+        slots: Gives the slots of each group for a cache of so many rows.
+
+    Returns:
+        The cache's rows; all rows of the groups where no cache does.
     """
     sizes = range(len(groups), sum(group.num_rows for group in groups))
     needed = np.asarray(num_needed)
@@ -95,7 +101,8 @@ def rows_that_hold(
 
 
 def _parse(size: str) -> tuple[float | None, str | None]:
+    """Splits a size into number and unit, None for what it lacks."""
     match = _SIZE.fullmatch(size.strip())
-    return (
-        (None, None) if match is None else (float(match["number"].replace("_", "")), match["unit"])
-    )
+    if match is None:
+        return None, None
+    return float(match["number"].replace("_", "")), match["unit"]

@@ -1,22 +1,22 @@
-"""What travels between trainers, counted from their plans, and what two other ways would send,
-counted from the same ids.
+"""What travels between trainers, counted from their plans, and what two other schemes would send.
 
-The plans' way is LRPP (logically replicated, physically partitioned; Agarwal et al., BagPipe, SOSP
-2023, section 3.4): one owner for each cached row; another rank that uses the row gets a *replica*
-for that step and sends a *gradient* back. A row-send is one row, as replica or gradient, from one
-rank to one other. What is *urgent* is on the critical path, what is *overlapped* goes behind
+The plans follow LRPP (logically replicated, physically partitioned; Agarwal et al., BagPipe, SOSP
+2023, section 3.4). Each cached row has one owner. Another rank that uses the row gets a *replica*
+for that step and sends a *gradient* back. A row-send is one row, as replica or gradient, sent from
+one rank to one other. What is *urgent* is on the critical path. What is *overlapped* travels behind
 compute.
 
-Compared with, on the same batches of N trainers:
+Two schemes are compared with it, on the same batches of N trainers:
 
 - *copies* (a replicated cache): every trainer keeps a copy of each cached row, and gradients are
-  all-reduced. Each unique row of the global batch must reach the N - 1 other trainers: (N - 1)
-  row-sends a unique row, of a gradient. A ring all-reduce sends twice as many (Patarasuk and
-  Yuan, JPDC 69(2), 2009), so the count favours this way.
-- *hashed* owners without lookahead: each row lives on rank hash(row) % N for ever. A use by another
+  all-reduced. The gradient of each unique row of the global batch must reach the N - 1 other
+  trainers, which makes N - 1 row-sends. A ring all-reduce sends twice as many (Patarasuk and Yuan,
+  JPDC 69(2), 2009), so this count favours the scheme.
+- *hashed* owners without lookahead: each row always lives on rank hash(row) % N. A use by another
   rank costs one row sent for the lookup and one gradient sent back, both on the critical path.
 
-Only what trainers send each other is counted: no ids, no sizes, and no traffic with the store.
+Only the rows that trainers send each other are counted: no ids, no sizes, and no traffic with the
+store.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from bagpipe.topology import host_of
 from bagpipe.types import Group, Int64Array, UInt64Array
 
 REPLICA, GRADIENT = 0, 1
-"""First axis of what is counted: what travels."""
+"""The first axis of counts: what travels."""
 OVERLAPPED, URGENT = 0, 1
-"""Second axis: when it does."""
+"""The second axis: when it travels."""
 
 
 def replica_bytes(group: Group) -> int:
-    """Bytes of one row's weights: `embedding_dim` values of the table's data type."""
+    """Returns the bytes of one row's weights, in the table's data type."""
     return group.embedding_dim * (4 if group.data_type == "fp32" else 2)
 
 
 def gradient_bytes(group: Group) -> int:
-    """Bytes of one row's gradient: `embedding_dim` float32 values, whatever the table's data type
-    is.
-    """
+    """Returns the bytes of one row's gradient, which is float32 whatever the table's data type."""
     return group.embedding_dim * 4
 
 
 def sent_rows(plans: Sequence[GroupPlan]) -> Int64Array:
-    """Rows that ranks send each other in one step of one group: (2 what, 2 when, N senders, N
-    receivers), from all ranks' plans.
+    """Counts the row-sends in one step of one group, from all ranks' plans.
+
+    Returns:
+        (2 what, 2 when, N senders, N receivers).
     """
     sent = np.zeros((2, 2, len(plans), len(plans)), np.int64)
     for rank, plan in enumerate(plans):
@@ -66,30 +66,28 @@ def sent_rows(plans: Sequence[GroupPlan]) -> Int64Array:
 
 
 def owned_rows(plans: Sequence[GroupPlan]) -> Int64Array:
-    """How many of the unique rows of a global batch each rank owns: (N,). An owner applies each
-    of them once, urgent or overlapped.
-    """
-    exchanges = [plan.exchange for plan in plans]
-    return np.array(
-        [
-            sum(len(s.unique_slots) for s in (e.apply_urgent, e.apply_overlapped))
-            for e in exchanges
-            if e is not None
-        ],
-        np.int64,
-    )
+    """Counts how many of the unique rows of a global batch each rank owns: (N,)."""
+    owned = np.zeros(len(plans), np.int64)
+    for rank, plan in enumerate(plans):
+        exchange = plan.exchange
+        assert exchange is not None
+        # An owner updates each of its rows once, either urgently or overlapped.
+        for schedule in (exchange.apply_urgent, exchange.apply_overlapped):
+            owned[rank] += schedule.num_uniques
+    return owned
 
 
 def fetched_rows(plans: Sequence[GroupPlan]) -> Int64Array:
-    """Rows that each rank fetches from the store: (N,)."""
+    """Counts the rows that each rank fetches from the store: (N,)."""
     return np.array(
         [len(plan.overlapped.fetch_rows) + len(plan.urgent.fetch_rows) for plan in plans], np.int64
     )
 
 
 def hashed_owners(rows: Int64Array, num_trainers: int) -> UInt64Array:
-    """hash(row) % N for each row (n,); the hash is SplitMix64's (Steele, Lea and Flood, OOPSLA
-    2014), which leaves no pattern.
+    """Returns hash(row) % N for each row (n,).
+
+    The hash is that of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), which leaves no pattern.
     """
     bits = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -98,46 +96,46 @@ def hashed_owners(rows: Int64Array, num_trainers: int) -> UInt64Array:
 
 
 def hashed_remote_uses(batch: MergedGroup, num_trainers: int) -> int:
-    """(rank, row) uses of a global batch by others than the row's hashed owner: as many rows
-    travel, and as many gradients.
+    """Counts the (rank, row) uses of a global batch by other ranks than the row's hashed owner.
+
+    As many rows travel, and as many gradients.
     """
-    is_used_by_owner = (batch.users >> hashed_owners(batch.unique_rows, num_trainers)) & np.uint64(
-        1
-    )
+    owners = hashed_owners(batch.unique_rows, num_trainers)
+    is_used_by_owner = batch.users >> owners & np.uint64(1)
     return num_uses(batch) - int(is_used_by_owner.sum())
 
 
 def num_uses(batch: MergedGroup) -> int:
-    """(rank, row) uses of a global batch: the unique rows of each share, summed over the
-    shares.
-    """
+    """Counts the (rank, row) uses of a global batch: the unique rows of its shares, added up."""
     return int(np.bitwise_count(batch.users).sum(dtype=np.int64))
 
 
 @dataclass(kw_only=True)
 class Balance:
-    """How evenly ranks share something; the slowest rank sets a step's pace, so that steps are
-    compared one by one.
+    """How evenly something is divided among ranks.
+
+    Steps are compared one by one, because in each the rank with most sets the pace.
     """
 
     total: int = 0
     total_of_largest: int = 0
 
     def add(self, by_rank: Int64Array) -> None:
-        """Counts one step (N,)."""
+        """Counts one step: what each rank has (N,)."""
         self.total += int(by_rank.sum())
         self.total_of_largest += int(by_rank.max())
 
     def ratio(self, num_trainers: int) -> float:
-        """The largest rank's over the mean of ranks, both summed over steps; 1 is even, and what
-        nothing at all gives.
+        """Returns the largest rank's part over the mean part, both summed over steps.
+
+        It is 1 if all parts are equal, or if there is nothing to divide.
         """
         return num_trainers * self.total_of_largest / self.total if self.total else 1.0
 
 
 @dataclass(kw_only=True)
 class Traffic:
-    """Totals over steps, groups and ranks; what is named a step is divided by the steps."""
+    """Totals over steps, groups and ranks."""
 
     num_trainers: int
     num_hosts: int = 1
@@ -145,9 +143,8 @@ class Traffic:
     num_steps: int = 0
     num_uniques: int = 0  # unique rows of global batches
     num_uses: int = 0  # (rank, row)
-    # (2 what, 2 when) row-sends
+    # row-sends (2 what, 2 when), and their bytes
     rows: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))
-    # (2 what, 2 when)
     sent_bytes: Int64Array = field(default_factory=lambda: np.zeros((2, 2), np.int64))
     between_hosts_bytes: int = 0
     copies_bytes: int = 0
@@ -159,27 +156,27 @@ class Traffic:
 
     @property
     def critical_share(self) -> float:
-        """Share of the bytes sent that is on the critical path."""
+        """Share of the bytes sent that are urgent."""
         return _ratio(self.sent_bytes[:, URGENT].sum(), self.sent_bytes.sum())
 
     @property
     def between_hosts_share(self) -> float:
-        """Share of the bytes sent that leaves a host."""
+        """Share of the bytes sent that leave a host."""
         return _ratio(self.between_hosts_bytes, self.sent_bytes.sum())
 
     @property
     def local_share(self) -> float:
-        """Share of (rank, row) uses that never travel, because the rank owns the row."""
+        """Share of (rank, row) uses for which nothing travels, because the rank owns the row."""
         return 1.0 - _ratio(self.rows[REPLICA].sum(), self.num_uses)
 
     @property
     def copies_rows(self) -> int:
-        """Row-sends with copies: (N - 1) a unique row of the global batch."""
+        """Row-sends with copies: N - 1 for each unique row of the global batch."""
         return (self.num_trainers - 1) * self.num_uniques
 
     @property
     def rows_over_copies(self) -> float:
-        """Row-sends, replicas and gradients, over those with copies."""
+        """Row-sends over those with copies."""
         return _ratio(self.rows.sum(), self.copies_rows)
 
     @property
@@ -188,8 +185,11 @@ class Traffic:
         return _ratio(self.sent_bytes.sum(), self.hashed_bytes)
 
     def add(self, plans: Sequence[StepPlan], batch: Sequence[DedupedGroup | MergedGroup]) -> None:
-        """Counts one step: the plans of all ranks, in their order, and the global batch by
-        group.
+        """Counts one step.
+
+        Args:
+            plans: The plans of all ranks, in their order.
+            batch: The global batch, by group.
         """
         by_rank = np.zeros((3, self.num_trainers), np.int64)  # owned, fetched, sent
         for index, (group, merged) in enumerate(zip(self.groups, batch, strict=True)):
@@ -200,14 +200,15 @@ class Traffic:
         self.num_steps += 1
 
     def as_dict(self) -> dict[str, float]:
-        """All that was counted, by name; rows and bytes are a step's, of all trainers together."""
-        whats, moments = (
-            (("replicas", REPLICA), ("gradients", GRADIENT)),
-            (("urgent", URGENT), ("overlapped", OVERLAPPED)),
-        )
+        """Returns all that was counted, by name.
+
+        Rows and bytes are those of all trainers together, in a step on average.
+        """
+        whats = (("replicas", REPLICA), ("gradients", GRADIENT))
+        moments = (("urgent", URGENT), ("overlapped", OVERLAPPED))
         kinds = [(f"{what}_{when}", (i, j)) for what, i in whats for when, j in moments]
         totals: dict[str, float] = {
-            "distinct_rows": self.num_uniques,
+            "unique_rows": self.num_uniques,
             "row_uses": self.num_uses,
             "sent_rows": int(self.rows.sum()),
             "sent_bytes": int(self.sent_bytes.sum()),
@@ -218,9 +219,8 @@ class Traffic:
             "hashed_rows": self.hashed_rows,
             "hashed_bytes": self.hashed_bytes,
         }
-        return {
-            f"{name}_per_step": total / max(1, self.num_steps) for name, total in totals.items()
-        } | {
+        steps = max(1, self.num_steps)
+        return {f"{name}_per_step": total / steps for name, total in totals.items()} | {
             "critical_share_of_bytes": self.critical_share,
             "between_hosts_share_of_bytes": self.between_hosts_share,
             "local_share_of_uses": self.local_share,
@@ -234,26 +234,23 @@ class Traffic:
     def _add_group(
         self, group: Group, plans: Sequence[GroupPlan], batch: MergedGroup
     ) -> Int64Array:
-        """Counts one group of a step; rows owned, fetched and sent by each rank (3, N)."""
+        """Counts one group of a step; returns rows owned, fetched and sent by rank: (3, N)."""
         sent = sent_rows(plans)
         rows = sent.sum(axis=(2, 3))  # (2, 2)
         row_bytes = np.array([replica_bytes(group), gradient_bytes(group)])
         self.rows += rows
         self.sent_bytes += rows * row_bytes[:, None]
-        hosts = np.array(
-            [host_of(rank, self.num_trainers, self.num_hosts) for rank in range(self.num_trainers)]
-        )
-        self.between_hosts_bytes += int(
-            sent[:, :, hosts[:, None] != hosts].sum(axis=(1, 2)) @ row_bytes
-        )
+        ranks = range(self.num_trainers)
+        hosts = np.array([host_of(rank, self.num_trainers, self.num_hosts) for rank in ranks])
+        leaving = sent[:, :, hosts[:, None] != hosts].sum(axis=(1, 2))  # (2 what,)
+        self.between_hosts_bytes += int(leaving @ row_bytes)
         remote_uses = hashed_remote_uses(batch, self.num_trainers)
         self.hashed_rows += 2 * remote_uses
         self.hashed_bytes += remote_uses * (replica_bytes(group) + gradient_bytes(group))
         self.num_uses += num_uses(batch)
         self.num_uniques += len(batch.unique_rows)
-        self.copies_bytes += (
-            (self.num_trainers - 1) * len(batch.unique_rows) * gradient_bytes(group)
-        )
+        num_copies = (self.num_trainers - 1) * len(batch.unique_rows)
+        self.copies_bytes += num_copies * gradient_bytes(group)
         return np.stack([owned_rows(plans), fetched_rows(plans), sent.sum(axis=(0, 1, 3))])
 
 

@@ -10,28 +10,19 @@ from bagpipe.oracle.dry_run_view import format_bytes, format_count
 from bagpipe.oracle.traffic import OVERLAPPED, URGENT, Traffic
 
 _HEADINGS = (
-    *(
-        "ahead",
-        "cache",
-        "rows\nurgent",
-        "\nurgent",
-        "rows\nbehind",
-        "\nbehind",
-        "of it\nurgent",
-        "uses\nlocal",
-    ),
-    *("most\nown", "most\nfetch", "most\nsend", "rows/\ncopies"),
+    *("ahead", "cache", "rows\nurgent", "\nurgent", "rows\nbehind", "\nbehind"),
+    *("of it\nurgent", "uses\nlocal", "most\nown", "most\nfetch", "most\nsend", "rows/\ncopies"),
 )
 
 
 def render_traffic(result: DryRun) -> Table:
-    """One line for each point that has room for its batches: a rich table."""
-    on_hosts = f" on {result.num_hosts} hosts" if result.num_hosts > 1 else ""
-    last_column = (
-        "off host: share of the bytes that leaves one"
-        if on_hosts
-        else "hashed: fixed owners, no lookahead"
-    )
+    """Returns a rich table with a line for each point that has room for its batches."""
+    # There is room for one of the two last columns only.
+    on_hosts, last_heading = "", "bytes/\nhashed"
+    last_column = "hashed: fixed owners, no lookahead"
+    if result.num_hosts > 1:
+        on_hosts, last_heading = f" on {result.num_hosts} hosts", "off\nhost"
+        last_column = "off host: share of the bytes that leaves one"
     table = Table(
         title=f"Sent between {result.num_trainers} trainers{on_hosts} a step",
         caption="rows: replicas and gradients; urgent: on the critical path, behind: hidden by "
@@ -41,7 +32,7 @@ def render_traffic(result: DryRun) -> Table:
         padding=0,
         pad_edge=False,
     )
-    for heading in (*_HEADINGS, "off\nhost" if on_hosts else "bytes/\nhashed"):  # no room for both
+    for heading in (*_HEADINGS, last_heading):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for point in result.points:
@@ -55,11 +46,11 @@ def render_traffic(result: DryRun) -> Table:
 
 
 def _cells(point: Point, traffic: Traffic) -> tuple[str, ...]:
-    # (2 when,)
-    rows, sent_bytes = (
-        traffic.rows.sum(axis=0) / traffic.num_steps,
-        traffic.sent_bytes.sum(axis=0) / traffic.num_steps,
-    )
+    rows = traffic.rows.sum(axis=0) / traffic.num_steps  # (2 when,)
+    sent_bytes = traffic.sent_bytes.sum(axis=0) / traffic.num_steps  # (2 when,)
+    last_cell = f"{traffic.bytes_over_hashed:.3f}"
+    if traffic.num_hosts > 1:
+        last_cell = f"{traffic.between_hosts_share:.1%}"
     balances = (traffic.owned, traffic.fetched, traffic.sent)
     return (
         str(point.lookahead),
@@ -72,7 +63,5 @@ def _cells(point: Point, traffic: Traffic) -> tuple[str, ...]:
         f"{traffic.local_share:.1%}",
         *(f"{balance.ratio(traffic.num_trainers):.2f}" for balance in balances),
         f"{traffic.rows_over_copies:.3f}",
-        f"{traffic.between_hosts_share:.1%}"
-        if traffic.num_hosts > 1
-        else f"{traffic.bytes_over_hashed:.3f}",
+        last_cell,
     )
