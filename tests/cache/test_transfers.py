@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bagpipe.cache import transfers
-from bagpipe.cache.staging import Staging
+from bagpipe.cache.overlap import Staging
 from bagpipe.cache.transfers import RecordMover
 from bagpipe.types import Float32Array, Int64Array
 

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceExchange, DevicePlan
+from bagpipe.cache.overlap import Streams
 from bagpipe.cache.spans import span
-from bagpipe.cache.streams import Streams
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.write_marks import Moment
 from bagpipe.native.workers import Workers

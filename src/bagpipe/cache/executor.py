@@ -34,8 +34,8 @@ from bagpipe.cache.device_plan import (
     plan_to_device,
 )
 from bagpipe.cache.exchange import Exchange
+from bagpipe.cache.overlap import Streams
 from bagpipe.cache.spans import span
-from bagpipe.cache.streams import Streams
 from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import UsageError

@@ -17,7 +17,7 @@ fills follow the evictions before them, and compute follows the fills of its own
 events, so that the host waits for neither. Device work is asked for by one thread, since threads
 that do so take turns for Python's lock: a thread of its own for the transfers took 1.5 ms a step,
 most of it waiting (docs/results.md). Device buffers come from torch's caching allocator, which
-reuses one on its own stream; pinned ones from `bagpipe.cache.staging`.
+reuses one on its own stream; pinned ones from `bagpipe.cache.overlap`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceTransfers
+from bagpipe.cache.overlap import Buffer, Staging, Streams
 from bagpipe.cache.spans import span
-from bagpipe.cache.staging import Buffer, Staging
-from bagpipe.cache.streams import Streams
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.write_marks import Moment
 from bagpipe.errors import BackgroundError, DataError, UsageError

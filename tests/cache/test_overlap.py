@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bagpipe.cache.staging import Staging
+from bagpipe.cache.overlap import Staging
 
 
 def test_a_buffer_is_one_memory_for_torch_and_numpy() -> None:

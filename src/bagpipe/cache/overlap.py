@@ -1,0 +1,92 @@
+"""What lets records travel behind compute: streams of a GPU, and host memory that it copies with.
+
+A GPU copies behind compute only from and to pinned memory. Torch's allocator of pinned memory asks
+the driver about events each time it is asked for memory, and calls of the driver take turns: beside
+a busy trainer's thread that cost a tenth of a millisecond for each transfer (docs/results.md).
+Buffers here are used again and again without asking the driver: whoever takes a buffer gives it
+back once the device is done with it, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bagpipe.types import Float32Array
+
+_MIN_FLOATS = 1 << 14
+
+
+class Streams:
+    """The streams of one executor on a CUDA device.
+
+    Records leave the cache on `out` and enter it on `into`. `compute` is the trainer's own stream:
+    the one that was current at the last `record_compute`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.out: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.into: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.compute: torch.cuda.Stream
+        self.computed: torch.cuda.Event
+        self.record_compute()
+
+    def record_compute(self) -> torch.cuda.Event:
+        """Makes `computed` an event after all compute issued so far, and returns it."""
+        self.compute = torch.cuda.current_stream(self._device)
+        self.computed = self.compute.record_event()
+        return self.computed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffer:
+    """Host memory for records, (num_records, record_width) float32."""
+
+    whole: Tensor
+    """(a power of two,); the records are its beginning."""
+    shape: tuple[int, int]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The records for torch."""
+        return self.whole.as_strided(self.shape, (self.shape[1], 1))
+
+    @property
+    def array(self) -> Float32Array:
+        """The records for numpy."""
+        array: Float32Array = self.whole.numpy()[: math.prod(self.shape)].reshape(self.shape)
+        return array
+
+
+class Staging:
+    """Owns buffers by size; any thread may call it.
+
+    It grows to as many buffers as are in use at one time.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        # No lock: a deque's operations are atomic.
+        self._free: dict[int, deque[Tensor]] = defaultdict(deque)
+
+    def take(self, num_records: int, record_width: int) -> Buffer:
+        """A buffer with undefined content; it is the taker's until `give_back`."""
+        num_floats = num_records * record_width
+        size = max(_MIN_FLOATS, 1 << (num_floats - 1).bit_length())
+        try:
+            whole = self._free[size].pop()
+        except IndexError:
+            whole = torch.empty(size, pin_memory=self._pinned)
+        return Buffer(whole=whole, shape=(num_records, record_width))
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Takes a buffer back that neither a thread nor the device uses any more.
+
+        A buffer that never comes back is freed as any tensor is.
+        """
+        self._free[len(buffer.whole)].append(buffer.whole)
