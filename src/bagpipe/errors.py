@@ -47,11 +47,19 @@ class CacheTooSmallError(ConfigError):
         cache_rows: int | None = None,
         last_step: int | None = None,
     ) -> None:
-        """`num_needed` is more than the batch's `num_uniques` rows where these are unevenly spread
-        over the cache's shards. Both are, as `num_slots`, of all trainers together.
+        """Says which batch doesn't fit, and how large a cache would do.
 
-        `cache_rows`, of each trainer and over all groups, hold any of the batches seen, up to that
-        of `last_step`; by default the refused batch is the last one, and its group the only one.
+        Args:
+            step: The step of the batch.
+            group: The group whose cache is too small.
+            num_uniques: Unique rows of the batch, over all trainers.
+            num_needed: Slots that would do, over all trainers. They are more than `num_uniques` if
+                the rows are spread unevenly over the cache's shards.
+            num_slots: Slots that the cache has, over all trainers.
+            num_trainers: How many trainers share the batch.
+            cache_rows: Rows per trainer, over all groups, that hold any of the batches seen. By
+                default the refused batch is the only one, and its group too.
+            last_step: Step of the last batch seen; by default `step`.
         """
         cache_rows = -(-num_needed // num_trainers) if cache_rows is None else cache_rows
         last_step = step if last_step is None else last_step
@@ -72,8 +80,8 @@ class CacheTooSmallError(ConfigError):
         of_each = f" of each of the {num_trainers} trainers" if num_trainers > 1 else ""
         super().__init__(
             f"step {step} uses {num_uniques:,} unique rows of {group}, but its cache has "
-            f"{num_slots:,} slots{in_shards}: give "
-            f"the cache{of_each} at least {cache_rows:,} rows, which all batches seen, up to step "
+            f"{num_slots:,} slots{in_shards}: give the cache{of_each} at least "
+            f"{cache_rows:,} rows, which all batches seen, up to step "
             f"{last_step}, fit into (`bagpipe plan` names the largest batch of a run), or train "
             "with smaller batches"
         )
@@ -121,6 +129,7 @@ class BackgroundError(BagpipeError, RuntimeError):
 
 
 class LostError(BackgroundError):
-    """The oracle process is gone, or one of the trainers that share it; the trainers may have come
-    to different steps.
+    """The oracle process is gone, or one of the trainers that share it.
+
+    The trainers may have come to different steps.
     """

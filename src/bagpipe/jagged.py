@@ -1,8 +1,7 @@
-"""Jagged ids: what a batch's sparse part may be, and which of its lookups belong to a group. Numpy
-only.
+"""What the sparse part of a batch may be, and which of its lookups belong to a group.
 
-TorchRec's KeyedJaggedTensor, and anything with its methods, is recognised by them, so that TorchRec
-need not be installed.
+Only numpy is needed: TorchRec's KeyedJaggedTensor, and anything with its methods, is recognised by
+these methods, so TorchRec need not be installed.
 """
 
 from __future__ import annotations
@@ -24,10 +23,14 @@ _METHODS = ("keys", "values", "lengths", "offsets", "stride")
 
 
 def as_jagged(sparse: Any) -> Jagged:
-    """`sparse` as numpy: a `Jagged`, or anything with the methods of TorchRec's KeyedJaggedTensor.
+    """Makes the sparse part of a batch a `Jagged`; nothing is copied if its tensors are on the CPU.
 
-    Nothing is copied when its tensors are on the CPU. Raises DataError for other types, per-sample
-    weights that want a gradient and batch sizes that differ between keys.
+    Args:
+        sparse: A `Jagged`, or anything with the methods of TorchRec's KeyedJaggedTensor.
+
+    Raises:
+        DataError: It is something else, its per-sample weights want a gradient, or its keys have
+            different batch sizes.
     """
     if isinstance(sparse, Jagged):
         return sparse
@@ -35,8 +38,7 @@ def as_jagged(sparse: Any) -> Jagged:
     if missing:
         raise DataError(
             "the sparse part of a batch must be a bagpipe.types.Jagged or a KeyedJaggedTensor, is "
-            f"{type(sparse).__name__}, "
-            f"which has no method {missing[0]}()"
+            f"{type(sparse).__name__}, which has no method {missing[0]}()"
         )
     weights = (
         sparse.weights_or_none() if callable(getattr(sparse, "weights_or_none", None)) else None
@@ -80,8 +82,12 @@ def _missing_methods(value: Any) -> list[str]:
 
 
 def find_sparse(batch: Any) -> Any:
-    """The jagged part of a batch: itself, or its attribute or key `sparse` or `sparse_features`.
-    DataError: it has none.
+    """The jagged part of a batch.
+
+    It is the batch itself, or its attribute or key `sparse` or `sparse_features`.
+
+    Raises:
+        DataError: The batch has none.
     """
     if isinstance(batch, Jagged) or callable(getattr(batch, "offsets", None)):
         return batch
@@ -92,8 +98,8 @@ def find_sparse(batch: Any) -> Any:
             return getattr(batch, name)
     raise DataError(
         f"a batch of type {type(batch).__name__} has no attribute or key "
-        f"{' or '.join(_SPARSE_NAMES)}: tell bagpipe.lookahead "
-        "where its jagged ids are, for example sparse=lambda batch: batch[1]"
+        f"{' or '.join(_SPARSE_NAMES)}: tell bagpipe.lookahead where its jagged ids are, for "
+        "example sparse=lambda batch: batch[1]"
     )
 
 
@@ -108,15 +114,17 @@ def same_ids(one: Jagged, other: Jagged) -> bool:
 
 
 def _offsets(ids: Jagged) -> npt.NDArray[Any]:
-    """Those of bags of one id each are not always written down."""
+    """The offsets, which bags of one id each may leave out."""
     return np.arange(len(ids.values) + 1) if ids.offsets is None else ids.offsets
 
 
 def is_share(ids: Jagged, batch: Jagged, rank: int, num_trainers: int) -> bool:
-    """Whether `ids` are a rank's samples of a global batch, as `share_of` takes them; of bags of
-    one id none is copied.
+    """Whether `ids` are one rank's samples of a global batch, as `share_of` takes them.
 
-    Raises DataError for inconsistent arrays.
+    Bags of one id are compared without a copy.
+
+    Raises:
+        DataError: The arrays are inconsistent.
     """
     if batch.offsets is not None or ids.offsets is not None:
         return same_ids(ids, share_of(batch, rank, num_trainers))
@@ -138,7 +146,7 @@ def _is_span(array: npt.NDArray[Any], span: npt.NDArray[Any]) -> bool:
 
 
 def hash_ids(batch: Jagged) -> str:
-    """What tells a batch's features, ids and weights from others'."""
+    """A hash of a batch's features, ids and weights."""
     hasher = xxhash.xxh3_128(repr((batch.keys, batch.batch_size)).encode())
     for array in (batch.values, batch.offsets, batch.weights):
         if array is not None:
@@ -147,20 +155,29 @@ def hash_ids(batch: Jagged) -> str:
 
 
 def check_ids(batch: Jagged) -> None:
-    """Raises DataError for inconsistent arrays."""
+    """Checks that the arrays of a batch fit together.
+
+    Raises:
+        DataError: They don't.
+    """
     _check_arrays(batch)
     _check_offsets(batch)
 
 
 def share_bounds(batch_size: int, rank: int, num_trainers: int) -> tuple[int, int]:
-    """Which samples of a global batch are a rank's: first and end; shares differ by at most one
-    sample.
+    """The first sample of a rank's share of a global batch, and the end of it.
+
+    Shares differ by at most one sample.
     """
     return rank * batch_size // num_trainers, (rank + 1) * batch_size // num_trainers
 
 
 def share_of(batch: Jagged, rank: int, num_trainers: int) -> Jagged:
-    """A rank's samples of a global batch. Raises DataError for inconsistent arrays."""
+    """One rank's samples of a global batch.
+
+    Raises:
+        DataError: The arrays are inconsistent.
+    """
     check_ids(batch)
     begin, end = share_bounds(batch.batch_size, rank, num_trainers)
     if batch.offsets is None:
@@ -195,10 +212,15 @@ def share_of(batch: Jagged, rank: int, num_trainers: int) -> Jagged:
 
 
 def share_batch(batch: Any, rank: int, num_trainers: int) -> Any:
-    """A rank's samples of a global batch: of jagged ids, or of a batch with a method ``share(rank,
-    num_trainers)``.
+    """One rank's samples of a global batch.
 
-    Raises DataError for anything else.
+    Args:
+        batch: Jagged ids, or anything with a method ``share(rank, num_trainers)``.
+        rank: The rank of the trainer.
+        num_trainers: How many trainers share the batch.
+
+    Raises:
+        DataError: The batch is something else.
     """
     if isinstance(batch, Jagged):
         return share_of(batch, rank, num_trainers)
@@ -206,8 +228,8 @@ def share_batch(batch: Any, rank: int, num_trainers: int) -> Any:
         return batch.share(rank, num_trainers)
     raise DataError(
         f"a batch of type {type(batch).__name__} has no method share(rank, num_trainers): tell "
-        "bagpipe.lookahead how to take a "
-        "trainer's samples from a global batch, share=lambda batch, rank, num_trainers: ..."
+        "bagpipe.lookahead how to take a trainer's samples from a global batch, "
+        "share=lambda batch, rank, num_trainers: ..."
     )
 
 
@@ -236,10 +258,11 @@ class GroupLookups:
 
 
 def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
-    """Finds the group's features in `batch`.
+    """Finds the group's features in a batch.
 
-    Raises DataError when one is missing, the offsets are inconsistent, or a batch with per-sample
-    weights pools by mean.
+    Raises:
+        DataError: A feature is missing, the arrays are inconsistent, or a batch with per-sample
+            weights pools by mean.
     """
     keys = _find_keys(group.name, group.features, tuple(batch.keys))
     check_ids(batch)
@@ -270,8 +293,9 @@ def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
 
 @lru_cache(maxsize=64)
 def _find_keys(group: str, features: tuple[str, ...], keys: tuple[str, ...]) -> Int64Array:
-    """Where in `keys` each of a group's features is (F,); found once, since the batches of a stream
-    have the same keys.
+    """Where in `keys` each of a group's features is (F,).
+
+    The result is kept, since all batches of a stream have the same keys.
     """
     position = {key: index for index, key in enumerate(keys)}
     missing = [feature for feature in features if feature not in position]
@@ -284,22 +308,26 @@ def _find_keys(group: str, features: tuple[str, ...], keys: tuple[str, ...]) -> 
 
 
 def check_features(groups: Sequence[Group], batch: Jagged) -> None:
-    """Raises DataError when a feature of `batch` belongs to no table: its ids would be dropped in
-    silence.
+    """Checks that every feature of a batch belongs to a table, lest its ids are dropped in silence.
+
+    Raises:
+        DataError: One does not.
     """
     known = dict.fromkeys(feature for group in groups for feature in group.features)
     strangers = [key for key in batch.keys if key not in known]
     if strangers:
         raise DataError(
             f"the batch has feature {strangers[0]!r}, which no table looks up; the tables' "
-            f"features are {', '.join(known)}: add it "
-            "to a table's feature_names or leave it out of the batch"
+            f"features are {', '.join(known)}: add it to a table's feature_names or leave it out "
+            "of the batch"
         )
 
 
 def group_rows(group: Group, batch: Jagged, lookups: GroupLookups) -> Int64Array:
-    """The row of each lookup of the group, feature-major: (L,). Raises DataError for an id outside
-    its table.
+    """The row of each lookup of the group, feature-major (L,).
+
+    Raises:
+        DataError: An id lies outside its table.
     """
     rows = np.empty(lookups.num_lookups, np.int64)
     begin = 0
@@ -318,7 +346,7 @@ def group_rows(group: Group, batch: Jagged, lookups: GroupLookups) -> Int64Array
 def id_outside_table(
     group: Group, batch: Jagged, lookups: GroupLookups, feature: int, lookup: int
 ) -> DataError:
-    """The error for the given lookup of the given feature of the group."""
+    """The error for one lookup of one of the group's features."""
     table = group.tables[group.feature_tables[feature]]
     return DataError(
         f"feature {group.features[feature]!r}: id "
@@ -329,7 +357,7 @@ def id_outside_table(
 
 
 def _check_arrays(batch: Jagged) -> None:
-    """Refuses what the compiled loops would misread."""
+    """Refuses arrays that the compiled loops would misread."""
     for name, array in (("ids", batch.values), ("offsets", batch.offsets)):
         if array is None and name == "offsets":
             continue
@@ -389,17 +417,13 @@ def _weights(
 
 
 def _check_offsets(batch: Jagged) -> None:
-    num_bags, num_lookups, offsets = (
-        batch.batch_size * len(batch.keys),
-        len(batch.values),
-        batch.offsets,
-    )
+    num_bags, num_lookups = batch.batch_size * len(batch.keys), len(batch.values)
+    offsets = batch.offsets
     if offsets is None:
         if num_lookups != num_bags:
             raise DataError(
                 f"the batch has {num_lookups:,} ids for {len(batch.keys)} features x "
-                f"{batch.batch_size:,} samples: "
-                "without offsets each bag holds exactly one id"
+                f"{batch.batch_size:,} samples: without offsets each bag holds exactly one id"
             )
     elif (
         len(offsets) != num_bags + 1
@@ -409,14 +433,15 @@ def _check_offsets(batch: Jagged) -> None:
     ):
         raise DataError(
             f"the batch's offsets must be {num_bags + 1:,} non-decreasing numbers from 0 to "
-            f"{num_lookups:,}, "
-            f"are {len(offsets):,} from {offsets[:1].tolist()} to {offsets[-1:].tolist()}"
+            f"{num_lookups:,}, are {len(offsets):,} from {offsets[:1].tolist()} to "
+            f"{offsets[-1:].tolist()}"
         )
 
 
 def _bag_scales(group: Group, bag_lengths: npt.NDArray[np.integer]) -> Float32Array | None:
-    """1 / length of each bag of a mean-pooled feature and 1 elsewhere, by output row, from lengths
-    (F, B).
+    """What each bag's sum is multiplied by (B * F,), by output row.
+
+    That is 1 / length for features that pool by mean, and 1 for others. `bag_lengths` is (F, B).
     """
     is_mean = np.array([group.tables[table].pooling == "mean" for table in group.feature_tables])
     if not is_mean.any():

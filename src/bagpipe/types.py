@@ -1,12 +1,11 @@
-"""The values that every part of Bagpipe speaks: tables, groups, jagged ids, optimizers, plans. No
-behaviour.
+"""The values that every part of Bagpipe speaks: tables, optimizers, groups and jagged ids.
 
-Numpy only, so that the control plane (reader, oracle, stores) never loads torch. Arrays in these
-values are never changed after construction.
+They have no behaviour and need numpy only, so that the control plane (reader, oracle, stores) never
+loads torch. Arrays in these values are never changed after construction.
 
-Sizes in the shape comments: F features, B samples, L lookups, U unique rows of one batch, all of
-one group. A *bag* is one feature of one sample. Lookups and ``bag_offsets`` are feature-major as in
-TorchRec's KeyedJaggedTensor (bag ``f * B + b``); pooled output and its gradient are sample-major
+Sizes in the shape comments are those of one group in one batch: F features, B samples, L lookups, U
+unique rows. A *bag* is one feature of one sample. Lookups and ``bag_offsets`` are feature-major as
+in TorchRec's KeyedJaggedTensor (bag ``f * B + b``). Pooled output and its gradient are sample-major
 (output row ``b * F + f``), as a dense layer reads them.
 """
 
@@ -34,6 +33,7 @@ from bagpipe.limits import (
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
+Float64Array: TypeAlias = npt.NDArray[np.float64]
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 UInt32Array: TypeAlias = npt.NDArray[np.uint32]
@@ -78,11 +78,14 @@ Initializer: TypeAlias = Uniform | Normal
 class TableConfig:
     """One embedding table; the fields are those of TorchRec's ``EmbeddingBagConfig``.
 
-    With a ``data_type`` of 16 bits, ``"bf16"`` or ``"fp16"``, weights take half the space,
+    With a ``data_type`` of 16 bits, ``"bf16"`` or ``"fp16"``, weights take half the space
     everywhere. An update computes in float32 and rounds its result up or down by chance (stochastic
     rounding), so that steps too small for 16 bits count on average. ``init`` defaults to
-    ``Uniform(-1/sqrt(n), 1/sqrt(n))`` with n = num_embeddings, as TorchRec and the DLRM reference
-    do.
+    ``Uniform(-1/sqrt(n), 1/sqrt(n))`` with n = num_embeddings, as in TorchRec and the DLRM
+    reference.
+
+    Raises:
+        ConfigError: A field is of the wrong type or out of its range.
     """
 
     name: str
@@ -297,11 +300,10 @@ Optimizer: TypeAlias = SGD | Adagrad | RowWiseAdagrad | Adam
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tables of one dimension, one data type and one optimizer, which share a row space, a cache
-    and a store.
+    """Tables of one dimension, one data type and one optimizer.
 
-    Tables keep the order in which they were given; features are table by table. ``row`` =
-    ``row_offsets[table] + id``.
+    They share a row space, a cache and a store. Tables keep the order in which they were given, and
+    features go table by table. ``row = row_offsets[table] + id``.
     """
 
     index: int
@@ -310,7 +312,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """As error messages and reports call it."""
+        """What error messages and reports call it."""
         data_type = "" if self.data_type == "fp32" else f", {self.data_type}"
         return f"group {self.index} (dim {self.embedding_dim}{data_type})"
 
@@ -324,8 +326,9 @@ class Group:
 
     @property
     def weight_words(self) -> int:
-        """Words of 4 bytes that a record's weights take: weights of 16 bits lie two to a word, the
-        lower half first.
+        """Number of 4-byte words that a record's weights take.
+
+        Weights of 16 bits lie two to a word, the lower half first.
         """
         return self.embedding_dim if self.data_type == "fp32" else -(-self.embedding_dim // 2)
 
@@ -335,7 +338,7 @@ class Group:
 
     @property
     def record_width(self) -> int:
-        """Words a record: the weights, then the optimizer state."""
+        """Number of 4-byte words in a record: the weights, then the optimizer state."""
         return self.weight_words + self.state_width
 
     @property
@@ -344,7 +347,7 @@ class Group:
 
     @cached_property
     def row_offsets(self) -> Int64Array:
-        """First row of each table, then the number of rows."""  # (num_tables + 1,)
+        """First row of each table, then the number of rows: (num_tables + 1,)."""
         return np.concatenate(
             [[0], np.cumsum([table.num_embeddings for table in self.tables])]
         ).astype(np.int64)
@@ -360,14 +363,15 @@ class Group:
 
     @cached_property
     def feature_tables(self) -> tuple[int, ...]:
-        """For each feature the index of its table."""
+        """The index of each feature's table."""
         return tuple(index for index, table in enumerate(self.tables) for _ in table.feature_names)
 
 
 def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[Group, ...]:
     """Groups tables by dimension and data type, in order of first appearance.
 
-    Refuses duplicate table names and features with two tables.
+    Raises:
+        ConfigError: There are no tables, two have one name, or two look up the same feature.
     """
     names = [table.name for table in tables]
     features = [feature for table in tables for feature in table.feature_names]
@@ -388,14 +392,14 @@ def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[G
 
 @dataclass(frozen=True, kw_only=True)
 class Jagged:
-    """Multi-hot ids of one batch, feature-major: a KeyedJaggedTensor in numpy. ``offsets`` None:
-    one id in every bag.
+    """Multi-hot ids of one batch, feature-major: a KeyedJaggedTensor in numpy.
+
+    Without ``offsets`` every bag holds one id.
     """
 
     keys: tuple[str, ...]
     values: npt.NDArray[np.integer]  # (num_lookups,) ids, each within its table
     batch_size: int
     offsets: npt.NDArray[np.integer] | None = None  # (F * B + 1,), bag f * B + b
-    weights: npt.NDArray[np.floating] | None = (
-        None  # (num_lookups,) per-sample weights, by which rows are multiplied; None: 1
-    )
+    # (num_lookups,) per-sample weights, by which rows are multiplied; None: 1
+    weights: npt.NDArray[np.floating] | None = None

@@ -1,6 +1,4 @@
-"""Independent, plain re-implementations that the data tests compare against, and makers of small
-raw files.
-"""
+"""Plain re-implementations that the data tests compare against, and makers of small raw files."""
 
 from __future__ import annotations
 

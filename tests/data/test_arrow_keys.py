@@ -1,5 +1,7 @@
-"""One value, one key: every Arrow type and encoding of the same values, flat and in every kind of
-list, straight and through a Parquet file.
+"""One value has one key.
+
+Every Arrow type and encoding of the same values is tried, flat and in every kind of list, straight
+and through a Parquet file.
 """
 
 from __future__ import annotations
@@ -69,8 +71,9 @@ ARRAYS = [
 
 
 def lists_of(items: Any) -> Iterator[Any]:
-    """Rows [0, 1, 2], null, [], [3, 4], [5, 6, 7] of the items in each kind of list; in the view
-    kinds the items lie in another order, and pairs where sizes are fixed.
+    """Rows [0, 1, 2], null, [], [3, 4], [5, 6, 7] of the items in each kind of list.
+
+    In list views the items lie in another order. Lists of a fixed size hold pairs.
     """
     offsets, nulls = [0, 3, 3, 3, 5, 8], pa.array([False, True, False, False, False])
     yield pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items, mask=nulls)

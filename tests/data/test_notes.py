@@ -1,5 +1,7 @@
-"""What is counted while data are prepared, and told of them: clipped values, validation's values
-that training does not have, and training rows that lie grouped by label.
+"""What is counted while data are prepared, and said about them afterwards.
+
+These are clipped values, validation's values that training does not have, and training rows that
+lie grouped by label.
 """
 
 from __future__ import annotations

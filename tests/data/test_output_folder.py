@@ -1,6 +1,4 @@
-"""What preparing does to its folder: it removes what it made there, and nothing else; one process
-at a time.
-"""
+"""Preparing removes from its folder what it made there and nothing else; one process at a time."""
 
 from __future__ import annotations
 

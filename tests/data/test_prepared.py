@@ -60,8 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unpack(batches: list[Batch], keys: tuple[str, ...]) -> list[int]:
-    """The numbers of the rows in the order read, after checking that each row's parts belong
-    together.
+    """The numbers of the rows in the order read.
+
+    Checks on the way that the parts of each row belong together.
     """
     read: list[int] = []
     for batch in batches:

@@ -1,7 +1,7 @@
-"""Real data, prepared and read back, against a plain parse. The data are not part of the project:
-skipped where they are absent.
+"""Real data, prepared and read back, equal a plain parse.
 
-The folder is BAGPIPE_SHARED_DATA, or `shared/data` beside the repository.
+The data are not part of the project, and the tests are skipped without them. They are looked for in
+BAGPIPE_SHARED_DATA, or in `shared/data` beside the repository.
 """
 
 from __future__ import annotations

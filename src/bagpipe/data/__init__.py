@@ -16,8 +16,14 @@ __all__ = ["open_source"]
 
 
 def open_source(config: DataConfig, split: Split) -> BatchSource:
-    """The split of the data that the configuration names. DataError: prepared files are missing or
-    damaged.
+    """Opens a split of the data that the configuration names.
+
+    Args:
+        config: What the data are: prepared files or a synthetic stream.
+        split: Which part of them; only training data are shuffled.
+
+    Raises:
+        DataError: The prepared files are missing or damaged.
     """
     if config.kind == "synthetic":
         return _open_synthetic(config, split)

@@ -1,8 +1,8 @@
-"""Arrow columns to 64-bit keys, one a row or a list of them a row.
+"""Arrow columns to 64-bit keys: one key per row, or a list of them.
 
-A value has one key, however Arrow encodes it: an integer of any width, or a boolean, is its own key
-(`bagpipe.data.raw` says which two are not), a string or binary of any layout has the hash of its
-bytes. Dictionaries, views and extension types are taken for the values that they stand for.
+A value has one key, however Arrow encodes it. An integer of any width, or a boolean, is its own key
+(`bagpipe.data.raw` names the two exceptions). A string or binary of any layout has the hash of its
+bytes. Dictionaries, views and extension types are read as the values that they stand for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LEAST: Final = -(2**63)
 
 
 def is_list(kind: Any) -> bool:
-    """Whether an Arrow type holds several values a row."""
+    """Whether an Arrow type holds several values per row."""
     return bool(
         pa.types.is_list(kind)
         or pa.types.is_large_list(kind)
@@ -34,8 +34,10 @@ def is_list(kind: Any) -> bool:
 
 
 def key_kind(kind: Any) -> KeyKind:
-    """What the values of an Arrow type, or those in its lists, are as keys: two types of one kind
-    give a value the same key. "nothing" holds nulls only, "other" can't be keys.
+    """What the values of an Arrow type, or of its lists, are as keys.
+
+    Two types of one kind give a value the same key. A "nothing" type holds nulls only, and values
+    of an "other" type can't be keys.
     """
     if isinstance(kind, pa.BaseExtensionType):
         return key_kind(kind.storage_type)
@@ -49,15 +51,29 @@ def key_kind(kind: Any) -> KeyKind:
 
 
 def single_keys(column: Any, where: str) -> Keys:
-    """One key a row of an Arrow array of integers, strings, binaries or booleans; null is
-    MISSING_KEY.
+    """The key of each row of an Arrow array of integers, strings, binaries or booleans.
+
+    Args:
+        column: The array (n,); null has the key MISSING_KEY.
+        where: The file and column, for error messages.
+
+    Raises:
+        DataError: The array is of another type.
     """
     return Keys(values=_keys(_plain(column), where), offsets=None)
 
 
 def list_keys(column: Any, where: str) -> Keys:
-    """The keys of each row of a list array. A null or empty list is an empty bag; null items and ""
-    are left out.
+    """The keys of each row of a list array.
+
+    A null or empty list is an empty bag. Null items and empty strings are left out.
+
+    Args:
+        column: The list array (n,).
+        where: The file and column, for error messages.
+
+    Raises:
+        DataError: The items are of a type that can't be keys.
     """
     # Never by a cast to another type of list: pyarrow 26 loses rows of a sliced list_view in it.
     lengths = pc.fill_null(pc.list_value_length(column), 0)
@@ -75,7 +91,16 @@ def list_keys(column: Any, where: str) -> Keys:
 
 
 def split_keys(column: Any, separator: str, where: str) -> Keys:
-    """The keys of a string column whose values hold several, e.g. ``"Drama|War"``."""
+    """The keys of a string column whose values hold several each, e.g. ``"Drama|War"``.
+
+    Args:
+        column: The array of strings (n,).
+        separator: What stands between the values.
+        where: The file and column, for error messages.
+
+    Raises:
+        DataError: The column doesn't hold strings.
+    """
     kind, column = column.type, _plain(column)
     if pa.types.is_null(column.type):
         column = column.cast(pa.string())
@@ -85,7 +110,7 @@ def split_keys(column: Any, separator: str, where: str) -> Keys:
 
 
 def _plain(column: Any) -> Any:
-    """The array's values without an encoding, strings and binaries in a layout that has kernels."""
+    """The array's values without an encoding, and texts in a layout that has kernels."""
     kind = column.type
     if isinstance(kind, pa.BaseExtensionType):
         return _plain(column.storage)

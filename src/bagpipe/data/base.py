@@ -1,5 +1,6 @@
-"""What a reader yields: batches of numpy arrays, in an order that depends on nothing but the data
-and the configuration.
+"""What a reader yields: batches of numpy arrays.
+
+Their order depends on nothing but the data and the configuration.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NO_IDS = np.empty(0, np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """A categorical feature of a data set, and the table that its ids are of."""
+    """A categorical feature of a data set, and the table that its ids belong to."""
 
     name: str
     table: str
@@ -41,13 +42,14 @@ class Batch:
         return len(self.labels)
 
     def without_ids(self) -> Batch:
-        """The batch with no features: for training loops, which need no ids once they are
-        planned.
+        """The same batch with no features.
+
+        Training loops get it: once the ids are planned nobody needs them.
         """
         return replace(self, sparse=Jagged(keys=(), values=_NO_IDS, batch_size=self.batch_size))
 
     def share(self, rank: int, num_trainers: int) -> Batch:
-        """A rank's samples, where this is the batch of several trainers."""
+        """The samples of one rank, when this is the global batch of several trainers."""
         begin, end = share_bounds(self.batch_size, rank, num_trainers)
         sparse = share_of(self.sparse, rank, num_trainers)
         return Batch(dense=self.dense[begin:end], sparse=sparse, labels=self.labels[begin:end])
@@ -70,29 +72,39 @@ class BatchSource(Protocol):
 
     @property
     def num_dense(self) -> int:
-        """Dense features a sample."""
+        """Number of dense features per sample."""
 
     @property
     def num_samples(self) -> int:
-        """Samples in one epoch."""
+        """Number of samples in one epoch."""
 
     def batches(
         self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
     ) -> Iterator[Batch]:
-        """Yields the batches of one epoch from batch number `start` on; the last one may be smaller
-        unless dropped.
+        """Yields the batches of one epoch.
+
+        Args:
+            batch_size: Samples per batch; the last batch may have fewer.
+            epoch: Number of the epoch, from 0.
+            start: Number of the first batch to yield.
+            drop_last: Whether a last batch with fewer samples is left out.
         """
 
     def reads(
         self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
     ) -> Iterator[Callable[[], Batch]]:
-        """The batches of `batches`, not read yet: calls that may run in any thread, beside each
-        other and in any order.
+        """Yields the batches of `batches` as calls that read them.
+
+        The calls may run in any order, and in several threads at once.
         """
 
 
 def count_batches(num_samples: int, batch_size: int, *, drop_last: bool = False) -> int:
-    """Batches in an epoch of `num_samples`."""
+    """Number of batches in an epoch of `num_samples`.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     return num_samples // batch_size if drop_last else -(-num_samples // batch_size)

@@ -1,5 +1,6 @@
-"""Refuses a batch that would train on nonsense: numbers not finite, ids outside their table,
-offsets that don't fit.
+"""Refuses a batch that would train on nonsense.
+
+That is a batch with numbers that are not finite, ids outside their table or offsets that don't fit.
 """
 
 from __future__ import annotations
@@ -21,19 +22,27 @@ _EXPONENT = np.int32(0x7F800000)
 def check_batch(
     batch: Batch, features: Sequence[FeatureSpec], *, where: str, dense_names: Sequence[str] = ()
 ) -> None:
-    """Raises DataError for the first fault of `batch`; `where` says which batch of what, e.g.
-    ``"batch 7 of train"``.
+    """Raises DataError for the first fault of a batch.
 
-    Checked are: labels and dense features are finite; every key has a table in `features`; ``0 <=
-    id < num_embeddings``; offsets start at 0, never fall and end at the number of ids. Costs one
-    pass over the batch.
+    Labels and dense features must be finite. Every key must have a table, and ``0 <= id <
+    num_embeddings``. Offsets must start at 0, never fall and end at the number of ids. The check
+    costs one pass over the batch.
+
+    Args:
+        batch: The batch as it was read.
+        features: The features that the tables know.
+        where: Which batch it is, for the message, e.g. ``"batch 7 of train"``.
+        dense_names: Names of the dense features, as far as they are known.
+
+    Raises:
+        DataError: The batch has a fault; the message says where.
     """
     _check_finite(batch, where, dense_names)
     check_jagged(batch.sparse, features, where=where)
 
 
 def check_jagged(sparse: Jagged, features: Sequence[FeatureSpec], *, where: str) -> None:
-    """The part of `check_batch` that concerns ids."""
+    """Checks the ids and offsets of a batch as `check_batch` does."""
     offsets = _feature_offsets(sparse, where)
     by_name = {feature.name: feature for feature in features}
     sizes = np.empty(len(sparse.keys), np.int64)
@@ -49,13 +58,8 @@ def check_jagged(sparse: Jagged, features: Sequence[FeatureSpec], *, where: str)
     # turns for the GIL.
     bad = _first_bad_feature(sparse.values, offsets, sizes)
     if bad >= 0:
-        _refuse_id(
-            sparse,
-            bad,
-            by_name[sparse.keys[bad]],
-            sparse.values[offsets[bad] : offsets[bad + 1]],
-            where,
-        )
+        ids = sparse.values[offsets[bad] : offsets[bad + 1]]
+        _refuse_id(sparse, bad, by_name[sparse.keys[bad]], ids, where)
 
 
 def _check_finite(batch: Batch, where: str, dense_names: Sequence[str]) -> None:
@@ -69,14 +73,13 @@ def _check_finite(batch: Batch, where: str, dense_names: Sequence[str]) -> None:
         name = repr(dense_names[column]) if column < len(dense_names) else str(column)
         raise DataError(
             f"{where}: dense feature {name} of sample {sample} is {batch.dense[sample, column]}, "
-            "must be finite: "
-            "replace or drop such values before training"
+            "must be finite: replace or drop such values before training"
         )
 
 
 @jit
 def _are_finite(numbers: Float32Array) -> bool:
-    """Whether all numbers (n,) are, by their exponents."""
+    """Whether all numbers (n,) are finite, judged by their exponents."""
     most = np.int32(0)
     for bits in numbers.view(np.int32):
         most = max(most, bits & _EXPONENT)
@@ -87,7 +90,7 @@ def _are_finite(numbers: Float32Array) -> bool:
 def _first_bad_feature(
     ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], sizes: Int64Array
 ) -> int:
-    """The first feature of which an id is negative or not below its size; -1: there is none."""
+    """The first feature with an id that is negative or not below its size, or -1."""
     for feature in range(len(sizes)):
         part = ids[offsets[feature] : offsets[feature + 1]]
         if len(part) > 0:
@@ -106,8 +109,7 @@ def _feature_offsets(sparse: Jagged, where: str) -> npt.NDArray[np.integer]:
         if len(sparse.values) != num_bags:
             raise DataError(
                 f"{where}: {len(sparse.values)} ids for {len(sparse.keys)} features of "
-                f"{sparse.batch_size} samples, "
-                f"must be {num_bags} when there are no offsets"
+                f"{sparse.batch_size} samples, must be {num_bags} when there are no offsets"
             )
         return np.arange(len(sparse.keys) + 1) * sparse.batch_size
     offsets = sparse.offsets
@@ -137,6 +139,6 @@ def _refuse_id(
         sample = int(np.searchsorted(bags - bags[0], position, side="right")) - 1
     raise DataError(
         f"{where}: feature {spec.name!r} of sample {sample} has id {int(ids[position])}, but table "
-        f"{spec.table!r} holds ids "
-        f"0 to {spec.num_embeddings - 1}: raise its num_embeddings or map the ids into it"
+        f"{spec.table!r} holds ids 0 to {spec.num_embeddings - 1}: raise its num_embeddings or map "
+        "the ids into it"
     )

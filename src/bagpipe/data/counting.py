@@ -1,5 +1,6 @@
-"""Exact counts of 64-bit keys. Memory is 16 bytes a distinct key, three times that while
-merging.
+"""Exact counts of 64-bit keys.
+
+Memory is 16 bytes per unique key, and three times that while merging.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ _LEAST_PENDING: Final = 1 << 20
 
 
 class KeyCounter:
-    """Counts keys. New ones wait until as many have come as are known, so each key is merged a
-    logarithmic number of times.
+    """Counts how often each key occurs.
+
+    New keys wait until there are as many of them as known ones. So each key is merged a logarithmic
+    number of times.
     """
 
     def __init__(self) -> None:
@@ -35,7 +38,7 @@ class KeyCounter:
             self._merge()
 
     def counts(self) -> tuple[Int64Array, Int64Array]:
-        """The distinct keys, ascending (m,), and how often each came (m,)."""
+        """The unique keys, ascending (m,), and how often each has come (m,)."""
         if self._pending:
             self._merge()
         return self._keys, self._counts

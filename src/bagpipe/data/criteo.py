@@ -1,8 +1,8 @@
 """Criteo's raw text files, plain or gzip, read in blocks of a few MiB.
 
-A block ends at its last newline; what follows is carried to the next. Memory is the block and its
-arrays, about three times BLOCK_BYTES. A line longer than MAX_LINE_BYTES is refused: the file is not
-Criteo text.
+A block ends at its last newline; what follows is carried over to the next block. Memory is the
+block and its arrays, about three times BLOCK_BYTES. A line longer than MAX_LINE_BYTES is refused,
+since a file that has one is not Criteo text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import BinaryIO, Final, cast
 import numpy as np
 
 from bagpipe.data import criteo_lines
-from bagpipe.data.criteo_lines import NUM_COLUMNS, NUM_DENSE, NUM_SPARSE, UInt8Array, parse_lines
+from bagpipe.data.criteo_lines import NUM_COLUMNS, NUM_DENSE, NUM_SPARSE, parse_lines
 from bagpipe.data.raw import Keys, Problems, Progress, RawBlock, RawFeature
 from bagpipe.errors import DataError
-from bagpipe.types import Int64Array
+from bagpipe.types import Int64Array, UInt8Array
 
 BLOCK_BYTES: Final = 8 << 20
 MAX_LINE_BYTES: Final = 1 << 20
@@ -39,8 +39,11 @@ _REASONS: Final = {
 
 
 class CriteoSource:
-    """Criteo files in the given order, as a `RawSource`. `num_embeddings`: rows of each of the 26
-    tables, or None.
+    """Criteo files in the given order, as a `RawSource`.
+
+    Args:
+        files: The files to read.
+        num_embeddings: Rows of each of the 26 tables; None leaves the size to a dictionary.
     """
 
     def __init__(self, files: Sequence[Path], num_embeddings: Sequence[int | None]) -> None:
@@ -53,7 +56,11 @@ class CriteoSource:
         self.has_time = False
 
     def num_rows(self) -> int:
-        """Lines of all files. DataError: damaged gzip, an empty file."""
+        """Number of lines in all files.
+
+        Raises:
+            DataError: A file is empty or damaged gzip.
+        """
         total = 0
         for file in self._files:
             total += sum(int(np.count_nonzero(text == _NEWLINE)) for text, _ in _whole_lines(file))
@@ -66,7 +73,7 @@ class CriteoSource:
     def blocks(
         self, problems: Problems, progress: Callable[[Progress], None], stage: str
     ) -> Iterator[RawBlock]:
-        """All well-formed lines; the others go to `problems` with file and line."""
+        """Yields all well-formed lines; the others go to `problems`."""
         total = sum(file.stat().st_size for file in self._files)
         before, row = 0, 0
         for file in self._files:
@@ -124,8 +131,9 @@ def _translated(file: Path) -> Iterator[None]:
 def _parse(
     text: UInt8Array, row: int, file: Path, line: int, problems: Problems
 ) -> tuple[RawBlock, int]:
-    """The block that begins at row number `row` and line number `line`, and how many lines it
-    has.
+    """One block of rows, and how many lines its text has.
+
+    The block begins at row number `row` of the input and at line number `line` of the file.
     """
     ends = np.flatnonzero(text == _NEWLINE)
     n = len(ends)
@@ -155,9 +163,9 @@ def _report(
     problems: Problems,
 ) -> None:
     codes = faults[:, 0]
-    order = np.unique(codes[codes != criteo_lines.OK], return_index=True)
+    kinds, firsts = np.unique(codes[codes != criteo_lines.OK], return_index=True)
     # by first appearance, so that the earliest line is the one raised
-    for code in order[0][np.argsort(order[1])]:
+    for code in kinds[np.argsort(firsts)]:
         index = int(np.argmax(codes == code))
         begin = 0 if index == 0 else int(ends[index - 1]) + 1
         content = text[begin : int(ends[index])].tobytes().decode("utf-8", "replace").rstrip("\r")

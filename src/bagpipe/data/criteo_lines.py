@@ -1,8 +1,9 @@
-"""The compiled parser of Criteo's lines: ``label \\t I1..I13 \\t C1..C26``, decimal integers and
-hexadecimal, empty = missing.
+"""The compiled parser of Criteo's lines.
 
-One pass that writes straight into arrays and gives, for each line that is not well-formed, what is
-wrong and in which column, so that nothing has to be read a second time to name the fault.
+A line is ``label \\t I1..I13 \\t C1..C26``: decimal integers, then hexadecimal ones; an empty field
+is a missing value. The parser writes straight into arrays in one pass. For each line that is not
+well-formed it says what is wrong and in which column, so that nothing has to be read a second time
+to name the fault.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from bagpipe.data.raw import MISSING_KEY
 from bagpipe.native.jit import jit
-from bagpipe.types import Float32Array, Int64Array
-
-UInt8Array = npt.NDArray[np.uint8]
+from bagpipe.types import Float32Array, Int64Array, UInt8Array
 
 NUM_DENSE: Final = 13
 NUM_SPARSE: Final = 26
@@ -28,7 +27,7 @@ BAD_LABEL: Final = 2
 BAD_DENSE: Final = 3
 BAD_CATEGORY: Final = 4
 
-_MISSING = np.int64(-(2**63))
+_MISSING = np.int64(MISSING_KEY)
 _TAB: Final = 9
 _RETURN: Final = 13
 _MINUS: Final = 45
@@ -44,11 +43,16 @@ def parse_lines(
     keys: Int64Array,
     faults: Int64Array,
 ) -> None:
-    """Parses line i = text[ends[i - 1] + 1 : ends[i]] into labels (n,), dense (n, 13), keys (26,
-    n), faults (n, 2).
+    """Parses lines into arrays.
 
-    A fault is (code, column from 0), (OK, 0) for a good line; a faulty line leaves its other
-    outputs undefined.
+    Args:
+        text: The text; line i is ``text[ends[i - 1] + 1 : ends[i]]``.
+        ends: (n,) where the lines end.
+        labels: (n,) is filled.
+        dense: (n, 13) is filled; 0 where a value is missing.
+        keys: (26, n) is filled.
+        faults: (n, 2) is filled with (code, column from 0), which is (OK, 0) for a good line. The
+            other outputs of a faulty line are undefined.
     """
     begin = 0
     for line in range(len(ends)):
@@ -102,7 +106,7 @@ def _parse_line(
 
 @jit
 def _parse_integer(text: UInt8Array, start: int, stop: int) -> tuple[bool, np.int64]:
-    """Decimal with an optional minus; empty is 0. At most 18 digits, so that it fits 64 bits."""
+    """Decimal digits, at most 18 to fit 64 bits, after an optional minus; empty is 0."""
     number = np.int64(0)
     first = start
     if start < stop and text[start] == _MINUS:
@@ -121,7 +125,7 @@ def _parse_integer(text: UInt8Array, start: int, stop: int) -> tuple[bool, np.in
 
 @jit
 def _parse_hex(text: UInt8Array, start: int, stop: int) -> tuple[bool, np.int64]:
-    """One to eight hexadecimal digits of either case; empty is missing."""
+    """One to eight hexadecimal digits of either case; empty means missing."""
     if start == stop:
         return True, _MISSING
     number = np.int64(0)

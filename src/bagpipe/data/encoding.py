@@ -1,5 +1,6 @@
-"""Raw blocks to the record batches that are written; what a person should be told is counted on the
-way.
+"""Turns raw blocks into the record batches that are written.
+
+What a person should know about the data is counted on the way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ STRETCH_ROWS: Final = 1024
 
 
 class Encoder:
-    """Turns blocks of one source into record batches of `schema`."""
+    """Turns blocks of one source into record batches of `schema`.
+
+    Args:
+        source: Where the blocks come from.
+        vocabularies: The vocabulary of each table.
+        transform: What is done to dense features.
+    """
 
     def __init__(
         self,
@@ -41,7 +48,7 @@ class Encoder:
         self._num_clipped = np.zeros(len(source.dense_names), np.int64)
 
     def encode(self, block: RawBlock, split: Split) -> Any:
-        """The record batch of rows that go to `split`."""
+        """The record batch of a block whose rows all go to `split`."""
         ids = []
         for feature, keys in zip(self.features, block.keys, strict=True):
             values = self._vocabularies[feature.table].ids(keys.values)
@@ -58,23 +65,26 @@ class Encoder:
 
     @property
     def num_clipped(self) -> dict[str, int]:
-        """Values below 0 that the transform has made 0, of each dense feature that had any."""
+        """How many values below 0 the transform has made 0, by dense feature."""
         counts = zip(self._dense_names, self._num_clipped.tolist(), strict=True)
         return {name: count for name, count in counts if count}
 
 
 def log_transform(dense: Float32Array) -> Float32Array:
-    """``log(max(x, 0) + 1)`` as the DLRM reference does (facebookresearch/dlrm, data_utils.py), in
-    float32.
+    """``log(max(x, 0) + 1)`` in float32, as the DLRM reference does.
+
+    Source: facebookresearch/dlrm, data_utils.py.
     """
     transformed: Float32Array = np.log(np.maximum(dense, np.float32(0)) + np.float32(1))
     return transformed
 
 
 class LabelClustering:
-    """How much of the label's variance lies between stretches of STRETCH_ROWS rows, beyond what it
-    would in random order: 0 where rows come as if shuffled, 1 where they are sorted by label. That
-    is the intraclass correlation.
+    """Measures how much the labels of neighbouring rows are alike.
+
+    The share is the part of the label's variance that lies between stretches of STRETCH_ROWS rows,
+    beyond what it would be in random order: the intraclass correlation. It is 0 when rows come as
+    if shuffled, and 1 when they are sorted by label.
     """
 
     def __init__(self) -> None:
@@ -82,7 +92,7 @@ class LabelClustering:
         self._sum = self._sum_of_squares = self._sum_of_squared_means = 0.0
 
     def add(self, labels: Float32Array) -> None:
-        """Takes the next labels (n,); those after the last whole stretch of them are left out."""
+        """Takes the next labels (n,); those after their last whole stretch are left out."""
         whole = len(labels) // STRETCH_ROWS
         stretches = labels[: whole * STRETCH_ROWS].astype(np.float64).reshape(whole, STRETCH_ROWS)
         means = stretches.mean(axis=1)
@@ -93,7 +103,7 @@ class LabelClustering:
 
     @property
     def share(self) -> float | None:
-        """From 0 to 1; None where there are fewer than two stretches or labels do not differ."""
+        """From 0 to 1, or None with fewer than two stretches or with equal labels."""
         if self._num_stretches < 2:
             return None
         mean = self._sum / self._num_stretches

@@ -15,8 +15,9 @@ _CHUNK_BYTES: Final = 4 << 20
 
 
 class HashingFile:
-    """A binary file open for writing that knows its size and xxh3_128; it is on disk once closed
-    without an error.
+    """A binary file open for writing that knows its size and its xxh3_128.
+
+    Once it is closed without an error, its content is on disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,12 +27,12 @@ class HashingFile:
 
     @property
     def checksum(self) -> str:
-        """xxh3_128 of what was written, in hexadecimal."""
+        """The xxh3_128 of what was written, in hexadecimal."""
         return self._hash.hexdigest()
 
     @property
     def closed(self) -> bool:
-        """As Arrow asks of a file."""
+        """Whether it is closed; Arrow asks a file for it."""
         return self._file.closed
 
     def write(self, data: Any) -> int:
@@ -42,7 +43,7 @@ class HashingFile:
         return num_bytes
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Number of bytes written so far."""
         return self.num_bytes
 
     def flush(self) -> None:
@@ -50,7 +51,7 @@ class HashingFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Syncs and closes; again is allowed."""
+        """Syncs and closes the file; may be called again."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -72,7 +73,7 @@ class HashingFile:
 
 
 def checksum_file(path: Path) -> str:
-    """xxh3_128 of a file's bytes, in hexadecimal."""
+    """The xxh3_128 of a file's bytes, in hexadecimal."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -81,8 +82,9 @@ def checksum_file(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content` such that a reader, or a crash, sees all of it or nothing of
-    it.
+    """Replaces a file by `content`.
+
+    A reader, or what is left after a crash, sees all of the new content or nothing of it.
     """
     temporary = path.with_name(path.name + ".tmp")
     with HashingFile(temporary) as file:

@@ -1,8 +1,8 @@
-"""Counter-based randomness and hashing of ids: one 64-bit mixer, the finaliser of SplitMix64.
+"""Counter-based randomness and hashing of ids.
 
-Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014), with
-David Stafford's constants (variant 13). The mixer is a bijection of 64-bit numbers, so distinct
-keys collide only in the modulo.
+Both come from one 64-bit mixer, the finaliser of SplitMix64 with David Stafford's constants
+(variant 13). Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA
+2014). The mixer is a bijection of 64-bit numbers, so distinct keys collide only in the modulo.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _UNIT = 2.0**-53
 
 @jit
 def mix64(x: np.uint64) -> np.uint64:
-    """A bijective scramble of 64 bits."""
+    """Scrambles 64 bits, one to one."""
     x = (x ^ (x >> _S30)) * _FIRST
     x = (x ^ (x >> _S27)) * _SECOND
     return x ^ (x >> _S31)
@@ -42,7 +42,7 @@ def unit(state: np.uint64) -> float:
 
 @jit
 def hash_ids(keys: Int64Array, num_embeddings: int) -> Int32Array:
-    """`mix64(key) % num_embeddings` for keys (n,); ids (n,)."""
+    """The ids (n,) ``mix64(key) % num_embeddings`` of keys (n,)."""
     ids = np.empty(len(keys), np.int32)
     limit = np.uint64(num_embeddings)
     for i in range(len(keys)):
@@ -52,7 +52,7 @@ def hash_ids(keys: Int64Array, num_embeddings: int) -> Int32Array:
 
 @jit
 def hashed_units(numbers: Int64Array, seed: int) -> npt.NDArray[np.float64]:
-    """A float64 in [0, 1) for each of `numbers` (n,) that depends on it and the seed only."""
+    """A float64 in [0, 1) for each number (n,), from it and the seed alone."""
     units = np.empty(len(numbers), np.float64)
     base = mix64(np.uint64(seed) + GOLDEN)
     for i in range(len(numbers)):

@@ -1,6 +1,7 @@
-"""How large and how skewed the tables of a data set are: what decides how small a cache may be.
+"""How large and how skewed the tables of a data set are.
 
-Ids are counted exactly; memory is 16 bytes for each distinct id, three times that while merging.
+That decides how small a cache may be. Ids are counted exactly; memory is 16 bytes per unique id,
+and three times that while merging.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from rich.table import Table
 from rich.text import Text
 
 from bagpipe.data.base import BatchSource
 from bagpipe.data.counting import KeyCounter
 from bagpipe.plots import new_figure, save_figure
-from bagpipe.types import Int64Array
+from bagpipe.types import Float64Array, Int64Array
 
 ALL_TABLES: Final = "all tables"
 _NUM_CURVE_POINTS: Final = 64
@@ -28,38 +28,42 @@ _TOP_SHARE: Final = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class TableStats:
-    """The accesses to one table, or to all of them. Shares are of its lookups, from 0 to 1."""
+    """How one table, or all of them together, are accessed.
+
+    Shares are of its lookups, from 0 to 1.
+    """
 
     table: str
     num_embeddings: int
-    num_seen: int  # distinct ids
+    num_seen: int  # unique ids
     num_lookups: int
     num_bags: int
-    num_seen_once: int  # ids that came once
-    top_seen_share: (
-        float  # of lookups, that go to the most frequent 1 % of the ids seen (at least one id)
-    )
-    # of lookups, that go to as many of the most frequent ids as 1 % of num_embeddings is (at
-    # least one)
+    num_seen_once: int  # ids that came once only
+    # of the most frequent 1 % of the ids seen, at least one id
+    top_seen_share: float
+    # of as many of the most frequent ids as 1 % of num_embeddings is, at least one
     top_rows_share: float
-    curve: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] = field(
-        repr=False, compare=False
-    )
     # (points,) most frequent rows as a share of num_embeddings, and (points,) the share of lookups
     # that they take
+    curve: tuple[Float64Array, Float64Array] = field(repr=False, compare=False)
 
     @property
     def mean_bag_length(self) -> float:
-        """Ids a bag."""
+        """Mean number of ids per bag."""
         return self.num_lookups / self.num_bags if self.num_bags else 0.0
 
 
 def inspect_source(
     source: BatchSource, max_batches: int | None = None, batch_size: int = 16_384
 ) -> list[TableStats]:
-    """Statistics of each table over the first `max_batches` batches, in the order of the features.
+    """Statistics of each table, in the order of the features.
 
-    Where there are several tables, a last entry named ALL_TABLES pools them.
+    With several tables a last entry named ALL_TABLES pools them.
+
+    Args:
+        source: The data to look at.
+        max_batches: How many batches to read; None reads all of an epoch.
+        batch_size: Samples per batch.
     """
     tables = {feature.table: feature.num_embeddings for feature in source.features}
     counters = {table: KeyCounter() for table in tables}
@@ -84,15 +88,8 @@ def render_table(stats: Sequence[TableStats]) -> Table:
     """The statistics as a rich table."""
     table = Table(title="Embedding tables")
     table.add_column("table", no_wrap=True)
-    for heading in (
-        "rows",
-        "ids seen",
-        "seen once",
-        "lookups",
-        "ids a bag",
-        "top 1 % of seen",
-        "top 1 % of rows",
-    ):
+    headings = "rows", "ids seen", "seen once", "lookups", "ids a bag"
+    for heading in (*headings, "top 1 % of seen", "top 1 % of rows"):
         table.add_column(heading, justify="right")
     for entry in stats:
         table.add_row(
@@ -110,9 +107,14 @@ def render_table(stats: Sequence[TableStats]) -> Table:
 
 
 def save_plot(stats: Sequence[TableStats], path: Path) -> None:
-    """Draws the share of lookups against the share of rows that takes them, one line a table, and
-    saves it in the format of the path's ending. ConfigError: matplotlib is not installed, or
-    can't write there.
+    """Plots the share of lookups against the share of rows that takes them, one line per table.
+
+    Args:
+        stats: What `inspect_source` has returned.
+        path: Where the plot goes; its ending names the format.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or can't write there.
     """
     figure = new_figure()
     axes = figure.add_subplot()
@@ -149,17 +151,16 @@ def _stats(table: str, num_embeddings: int, num_bags: int, counts: Int64Array) -
 
 
 def _share(taken: Int64Array, num_rows: float) -> float:
-    """The share of lookups that go to the `num_rows` most frequent ids; `taken` (m,) are running
-    sums, most frequent first.
+    """The share of lookups that go to the `num_rows` most frequent ids.
+
+    `taken` (m,) are running sums of the lookups, most frequent id first.
     """
-    return (
-        float(taken[min(max(int(num_rows), 1), len(taken)) - 1] / taken[-1]) if len(taken) else 0.0
-    )
+    if len(taken) == 0:
+        return 0.0
+    return float(taken[min(max(int(num_rows), 1), len(taken)) - 1] / taken[-1])
 
 
-def _curve(
-    taken: Int64Array, num_embeddings: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _curve(taken: Int64Array, num_embeddings: int) -> tuple[Float64Array, Float64Array]:
     if len(taken) == 0:
         return np.empty(0), np.empty(0)
     rows = np.unique(np.geomspace(1, len(taken), _NUM_CURVE_POINTS).astype(np.int64))

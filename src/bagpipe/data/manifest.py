@@ -1,8 +1,7 @@
-"""`manifest.json`: what a folder of prepared data holds. It is written last, so a folder without
-one is not finished.
+"""`manifest.json`: what a folder of prepared data holds.
 
-It carries a checksum of itself, so that an edited or damaged manifest is refused like an altered
-data file.
+It is written last, so a folder without one is not finished. It carries a checksum of itself, so an
+edited or damaged manifest is refused just as an altered data file is.
 """
 
 from __future__ import annotations
@@ -68,8 +67,9 @@ class UnseenEntry(_Entry):
 
     @property
     def share(self) -> float | None:
-        """The share of lookups that are of values training does not have, with hashing about. None:
-        it can't be told.
+        """The share of lookups that are of values training does not have.
+
+        With hashing it is an estimate. It is None when it can't be told.
         """
         if self.used_share > _MOST_USED_SHARE:
             return None
@@ -91,8 +91,9 @@ class SourceEntry(_Entry):
 
 
 class PreparedManifest(_Entry):
-    """The whole of `manifest.json`. Every data file's record batches have `rows_per_batch` rows,
-    but for its last one.
+    """The content of `manifest.json`.
+
+    The record batches of a data file have `rows_per_batch` rows each, except for its last one.
     """
 
     format_version: Literal[1] = 1
@@ -133,7 +134,7 @@ class PreparedManifest(_Entry):
         )
 
     def num_rows(self, split: Split) -> int:
-        """Rows of a split, 0 where there is none."""
+        """Number of rows of a split; 0 if there is no such split."""
         return sum(file.num_rows for file in self.splits.get(split, ()))
 
     def save(self, folder: Path) -> None:
@@ -145,8 +146,10 @@ class PreparedManifest(_Entry):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Reads the manifest of `folder`. DataError: there is none, it was altered, or another
-        version wrote it.
+        """Reads the manifest of a folder.
+
+        Raises:
+            DataError: There is none, it was altered, or another version of the format is in it.
         """
         path = folder / MANIFEST_NAME
         try:
@@ -154,8 +157,7 @@ class PreparedManifest(_Entry):
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(
                 f"{folder} holds no {MANIFEST_NAME}, so it is not prepared data, or preparing was "
-                "interrupted: "
-                "run `bagpipe data prepare` again"
+                "interrupted: run `bagpipe data prepare` again"
             ) from error
         except ValueError as error:
             raise _altered(path) from error
@@ -175,8 +177,16 @@ class PreparedManifest(_Entry):
 
 
 def check_file(folder: Path, entry: FileEntry, *, verify: bool) -> Path:
-    """The path of a file of the folder. DataError: it is missing or of another size, or with
-    `verify` of another checksum.
+    """The path of a file of the folder, after checking that it is the one that was written.
+
+    Args:
+        folder: The folder of prepared data.
+        entry: What the manifest says of the file.
+        verify: Whether to compare its checksum, which means reading all of it. Sizes are always
+            compared.
+
+    Raises:
+        DataError: The file is missing, truncated or altered.
     """
     path = folder / entry.name
     try:
@@ -188,8 +198,7 @@ def check_file(folder: Path, entry: FileEntry, *, verify: bool) -> Path:
     if num_bytes != entry.num_bytes:
         raise DataError(
             f"{path} has {num_bytes:,} bytes, but {entry.num_bytes:,} were written: it is "
-            "truncated or altered, "
-            "so prepare the data again"
+            "truncated or altered, so prepare the data again"
         )
     if verify and (checksum := checksum_file(path)) != entry.checksum:
         raise DataError(

@@ -1,8 +1,8 @@
 """One Arrow file of prepared data, in mapped memory.
 
-Compiled loops read ids and offsets where they lie, without a look at bounds. So what a record batch
-holds is compared with what the manifest says before it is used: whoever has written the file, it
-is read within its bounds or refused.
+Compiled loops read ids and offsets where they lie, without checking bounds. So what a record batch
+holds is compared with the manifest before it is used. Whoever wrote the file, it is read within its
+bounds or refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ class View:
 
 
 class MappedFile:
-    """The record batches of a file. DataError: it is no Arrow file, or of another schema."""
+    """The record batches of one file.
+
+    Raises:
+        DataError: The file is not an Arrow file, or has another schema.
+    """
 
     def __init__(self, path: Path, schema: Any) -> None:
         self._path = path
@@ -48,8 +52,16 @@ class MappedFile:
         self.num_record_batches: int = self._reader.num_record_batches
 
     def view(self, number: int, num_rows: int, columns: Sequence[int]) -> View:
-        """The features in `columns` of a record batch. DataError: it has not `num_rows`, or is not
-        laid out as one that was prepared.
+        """The chosen features of one record batch.
+
+        Args:
+            number: The record batch's number in the file.
+            num_rows: How many rows the manifest says it has.
+            columns: The features' numbers in the file.
+
+        Raises:
+            DataError: It has another number of rows, or is laid out differently from what is
+                prepared.
         """
         try:
             batch = self._reader.get_batch(number)
@@ -78,8 +90,9 @@ class MappedFile:
         )
 
     def _place(self, column: Any) -> int:
-        """Where in the file's words the numbers of an int32 column begin; an empty one begins
-        anywhere.
+        """Where in the file's words the numbers of an int32 column begin.
+
+        An empty column begins anywhere.
         """
         if len(column) == 0:
             return 0

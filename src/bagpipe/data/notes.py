@@ -1,4 +1,4 @@
-"""What a person should know of prepared data, a sentence each."""
+"""What a person should know about prepared data, one sentence each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ _MOST_NAMES: Final = 8
 
 
 def prepare_notes(manifest: PreparedManifest) -> list[str]:
-    """What whoever has prepared the data is told."""
+    """What is said to whoever has prepared the data."""
     return [*_clipped(manifest), *_unseen(manifest), *_clustered(manifest)]
 
 
 def run_notes(config: DataConfig) -> list[str]:
-    """What whoever trains with the data, or looks at them, is told; of synthetic data nothing.
-    DataError: prepared data are not there.
+    """What is said to whoever trains with the data or inspects them.
+
+    There is nothing to say about synthetic data.
+
+    Raises:
+        DataError: The prepared data are not there.
     """
     if config.kind != "prepared":
         return []
@@ -35,7 +39,7 @@ def run_notes(config: DataConfig) -> list[str]:
 
 
 def _unseen(manifest: PreparedManifest, features: Sequence[str] | None = None) -> Iterator[str]:
-    """On validation's lookups of values that training does not have, of `features` or of all."""
+    """On validation's lookups of values that training does not have."""
     shares = {
         name: entry.share
         for name, entry in manifest.unseen.items()

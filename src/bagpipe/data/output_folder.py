@@ -1,9 +1,10 @@
-"""The folder that is prepared into: held by one process, and cleared of what an earlier preparation
-left in it and of nothing else.
+"""The folder that is prepared into, which one process holds at a time.
 
-While a preparation is under way, `bagpipe-prepare.lock` in it is locked, which ends with the
-process, however it ends, and lists the files that it has begun. So the next one knows what a killed
-one left behind. A finished one has a manifest that lists them, and no such file any more.
+It is cleared of what an earlier preparation has left in it, and of nothing else. While a
+preparation is under way, `bagpipe-prepare.lock` in the folder is locked and lists the files that
+were begun. The lock ends with the process, however that ends. So the next preparation knows what a
+killed one left behind. A finished one has a manifest that lists its files, and no lock file any
+more.
 """
 
 from __future__ import annotations
@@ -30,11 +31,15 @@ _IS_OWN_NAME: Final = re.compile(
 class OutputFolder:
     """A context manager that holds the folder; when its body fails, what it made is removed.
 
+    Args:
+        folder: The folder; it is made if it doesn't exist.
+        overwrite: Whether prepared data in it may be replaced.
+
     Raises:
-        DataError: the folder is a file; another process prepares into it; it holds prepared data
-            and `overwrite` is not set, or files with names that prepared ones have and that no
+        DataError: The folder is a file; another process prepares into it; it holds prepared data
+            and `overwrite` is not set; or it holds files with names of prepared ones that no
             preparation has made.
-        OSError: the folder can't be written.
+        OSError: The folder can't be written.
     """
 
     def __init__(self, folder: Path, *, overwrite: bool) -> None:
@@ -73,14 +78,18 @@ class OutputFolder:
             self._let_go()
 
     def claim(self, name: str) -> Path:
-        """The path of a file to be made, empty so far. OSError: there is one of that name."""
+        """Makes an empty file and returns its path.
+
+        Raises:
+            OSError: There already is a file of that name.
+        """
         path = self.path / name
         path.open("xb").close()
         self._list({name})
         return path
 
     def save(self, manifest: PreparedManifest) -> None:
-        """Makes the files' names durable, and then whole data of them."""
+        """Makes the files' names durable, then writes the manifest that completes them."""
         sync_folder(self.path)
         self.claim(MANIFEST_NAME + ".tmp")
         manifest.save(self.path)
@@ -124,7 +133,10 @@ class OutputFolder:
         os.fsync(self._lock)
 
     def _remove_own(self) -> None:
-        """The manifest goes first, so that nothing is ever taken for whole data that is not."""
+        """Removes what a preparation has made.
+
+        The manifest goes first, so that nothing is ever taken for whole data that is not.
+        """
         (self.path / MANIFEST_NAME).unlink(missing_ok=True)
         sync_folder(self.path)
         for name in sorted(self._own):
@@ -134,7 +146,10 @@ class OutputFolder:
         os.ftruncate(self._lock, 0)
 
     def _let_go(self) -> None:
-        """Only an empty list is removed, and before the lock is given up."""
+        """Gives up the lock.
+
+        Its file goes only when its list is empty, and before the lock is given up.
+        """
         with suppress(OSError):
             if not self._own:
                 (self.path / LOCK_NAME).unlink(missing_ok=True)

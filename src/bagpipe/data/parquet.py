@@ -1,11 +1,11 @@
-"""Any Parquet files as a raw source, by a mapping of their columns; only the mapped columns are
-read.
+"""Any Parquet files as a raw source, by a mapping of their columns.
 
-Row groups are read in blocks of BLOCK_ROWS; page checksums, where a file has them, are compared.
-Row positions in messages count from 0 within a file, as data frames do.
+Only the mapped columns are read. Row groups are read in blocks of BLOCK_ROWS, and page checksums
+are compared in files that have them. Row positions in messages count from 0 within a file, as data
+frames do.
 
-A column may be of one type in one file and of another in the next where both give a value the same
-meaning, e.g. pandas' categories with an index of 8 bits on one day and of 16 on the other.
+A column may have different types in different files if both types give a value the same meaning,
+e.g. pandas' categories with an index of 8 bits on one day and of 16 bits on the next.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from bagpipe.data.arrow_keys import is_list, key_kind, list_keys, single_keys, split_keys
 from bagpipe.data.raw import Keys, Problems, Progress, RawBlock, RawFeature
 from bagpipe.errors import DataError
-from bagpipe.types import Float32Array, Int64Array
+from bagpipe.types import BoolArray, Float32Array, Float64Array, Int64Array
 
 if TYPE_CHECKING:
     from bagpipe.config.data import ParquetFiles, SparseColumn
@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 BLOCK_ROWS: Final = 65_536
 _FLOAT_SIGN: Final = 0x7FFF_FFFF_FFFF_FFFF
 
-BoolArray = npt.NDArray[np.bool_]
-
 
 class ParquetSource:
-    """Parquet files in the given order, as a `RawSource`. DataError: a mapped column is missing, or
-    a file can't be read.
+    """Parquet files in the given order, as a `RawSource`.
+
+    Args:
+        files: The files to read.
+        config: Which columns they are read by, and as what.
+
+    Raises:
+        DataError: A mapped column is missing or of different types, there are no rows, or a file
+            can't be read.
     """
 
     def __init__(self, files: Sequence[Path], config: ParquetFiles) -> None:
@@ -48,11 +53,11 @@ class ParquetSource:
         self.has_time = config.time is not None
 
     def num_rows(self) -> int:
-        """Rows of all files, from their footers."""
+        """Number of rows in all files, from their footers."""
         return sum(_open(file).metadata.num_rows for file in self._files)
 
     def times(self) -> Iterator[Int64Array]:
-        """The time column, rows without a time left out."""
+        """Yields the time column without the rows that have no time."""
         name = str(self._config.time)
         for file in self._files:
             for batch in _batches(file, [name]):
@@ -62,7 +67,7 @@ class ParquetSource:
     def blocks(
         self, problems: Problems, progress: Callable[[Progress], None], stage: str
     ) -> Iterator[RawBlock]:
-        """All rows that can be read; the others go to `problems` with file and row."""
+        """Yields all rows that can be read; the others go to `problems`."""
         total, row = self.num_rows(), 0
         for file in self._files:
             first_row = row
@@ -96,7 +101,7 @@ class ParquetSource:
         return {name for name, (kind, _) in first.items() if is_list(kind)}
 
     def _meaning(self, name: str, kind: Any) -> list[object]:
-        """What of a column's type must be the same in all files, for each use of the column."""
+        """What about a column's type must be the same in all files, for each of its uses."""
         config = self._config
         uses: list[object] = [str(kind)] if name == config.time else []
         if name in (config.label.column, *config.dense):
@@ -147,7 +152,7 @@ class ParquetSource:
 
 
 class _Place:
-    """Where a block lies, to name its bad rows."""
+    """Where a block lies, so that its bad rows can be named."""
 
     def __init__(self, file: Path, first_row: int, problems: Problems) -> None:
         self.file, self._first_row, self._problems = file, first_row, problems
@@ -232,7 +237,7 @@ def _dense(array: Any, name: str, good: BoolArray, place: _Place) -> Float32Arra
     return narrow
 
 
-def _numbers(array: Any, name: str, file: Path) -> tuple[npt.NDArray[np.float64], BoolArray]:
+def _numbers(array: Any, name: str, file: Path) -> tuple[Float64Array, BoolArray]:
     """Values as float64 (0 where missing), and where they are present."""
     kind = array.type
     if not _is_number(kind):

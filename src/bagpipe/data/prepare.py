@@ -1,11 +1,12 @@
-"""Raw files to prepared ones: the work behind `bagpipe data prepare`.
+"""Turns raw files into prepared ones: the work behind `bagpipe data prepare`.
 
-Passes over the input, each in bounded memory (a block, a record batch a split, the dictionaries):
-1. only for a split by time: the time column, or a count of the rows;
-2. only for a dictionary: the keys of the training rows are counted;
-3. rows are turned into ids and written, split by split. `manifest.json` comes last, so that an
-   interrupted preparation leaves nothing that a reader would take for whole data;
-4. the validation files are read again, to count the lookups of values that training does not have.
+It passes over the input up to four times, each time in bounded memory (a block, a record batch per
+split, the dictionaries):
+1. Only for a split by time: the time column is read, or the rows are counted.
+2. Only for a dictionary: the keys of the training rows are counted.
+3. Rows are turned into ids and written, split by split. `manifest.json` comes last, so that an
+   interrupted preparation leaves nothing that a reader would take for whole data.
+4. The validation files are read again, to count the lookups of values that training does not have.
 
 One process at a time prepares into a folder, and it removes only what a preparation has made there
 (`bagpipe.data.output_folder`).
@@ -43,13 +44,17 @@ _SPLITS: Final[tuple[Split, Split]] = ("train", "validation")
 
 
 def prepare(config: PrepareConfig, progress: ProgressCallback = lambda _: None) -> PreparedManifest:
-    """Writes the folder `config.output` and returns its manifest; `progress` is called after every
-    block.
+    """Prepares the data that the configuration names, and returns their manifest.
 
-    DataError: a file is missing, empty or damaged; a column is missing or of a type that can't be
-    used; a row can't be read and `on_error` is "raise"; no row is left to train on; the folder
-    holds prepared data and `overwrite` is not set, or files of somebody else with the names of
-    prepared ones; another process prepares into it, or it can't be written.
+    Args:
+        config: What to prepare, how, and into which folder.
+        progress: Is called after every block.
+
+    Raises:
+        DataError: A file is missing, empty or damaged; a column is missing or of a type that can't
+            be used; a row can't be read and `on_error` is "raise"; no row is left to train on; the
+            folder holds prepared data and `overwrite` is not set, or somebody else's files with the
+            names of prepared ones; another process prepares into it; or it can't be written.
     """
     try:
         return _prepare(config, progress)
@@ -78,7 +83,11 @@ def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManif
 
 
 def open_raw(config: PrepareConfig) -> RawSource:
-    """The raw source that the configuration names."""
+    """Opens the raw source that the configuration names.
+
+    Raises:
+        DataError: A file or a mapped column is missing, or a file is empty or can't be read.
+    """
     files = find_files(config.source.files)
     if config.source.kind == "parquet":
         return ParquetSource(files, config.source)

@@ -1,9 +1,9 @@
-"""Reads prepared data: Arrow IPC files, memory-mapped, in batches of any size across record batches
-and files.
+"""Reads prepared data in batches of any size, across record batches and files.
 
-A batch is copied out of the mapped columns once, feature-major, so it stays good when the source is
-closed. With only single-hot features there are no offsets; with any multi-hot one there are offsets
-for all. Ids and numbers of every batch are checked as they are read (`bagpipe.data.check`).
+The files are Arrow IPC files in mapped memory. A batch is copied out of them once, feature-major,
+so it stays good when the source is closed. With only single-hot features there are no offsets; with
+any multi-hot feature there are offsets for all. The ids and numbers of every batch are checked as
+they are read (`bagpipe.data.check`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,18 @@ _NUM_CACHED_VIEWS: Final = 2 * PARTS_PER_BATCH * WINDOW_BATCHES
 class PreparedSource:
     """One split of a folder of prepared data, as a `BatchSource`.
 
-    `features` chooses some, in that order. `shuffle` reads in another order each epoch, by `seed`.
-    `verify` compares the checksums of the split's files first; sizes are compared either way.
-    DataError: a file is missing, truncated or altered, or the split is empty. ConfigError: a chosen
-    feature does not exist.
+    Args:
+        folder: The folder of prepared data.
+        split: Which split of them.
+        features: The features to read, in this order; None reads all of them.
+        shuffle: Whether rows are read in another order in each epoch.
+        seed: What that order depends on, besides the epoch.
+        verify: Whether the checksums of the split's files are compared first. Sizes are always
+            compared.
+
+    Raises:
+        DataError: A file is missing, truncated or altered, or the split is empty.
+        ConfigError: A chosen feature does not exist, or is chosen twice.
     """
 
     def __init__(
@@ -82,24 +90,26 @@ class PreparedSource:
         )
 
     def __reduce__(self) -> tuple[Callable[[], PreparedSource], tuple[()]]:
-        """Another process opens the files anew; their checksums have been compared here."""
+        """Lets another process open the files anew; their checksums were compared here."""
         return self._reopen, ()
 
     @property
     def num_dense(self) -> int:
-        """Dense features a sample."""
+        """Number of dense features per sample."""
         return len(self.manifest.dense_names)
 
     @property
     def num_samples(self) -> int:
-        """Samples in one epoch."""
+        """Number of samples in one epoch."""
         return int(self._starts[-1])
 
     def batches(
         self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
     ) -> Iterator[Batch]:
-        """Yields an epoch's batches from number `start` on. DataError: a number is not finite, an
-        id not of its table.
+        """Yields the batches of one epoch; see `BatchSource.batches`.
+
+        Raises:
+            DataError: A number is not finite, or an id lies outside its table.
         """
         for read in self.reads(
             batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last
@@ -143,8 +153,9 @@ class PreparedSource:
     def _gather_ids(
         self, places: list[tuple[Int64Array, Int64Array, bool]], views: list[View], size: int
     ) -> Jagged:
-        """Three compiled calls a piece at most: with one a feature its threads would mostly wait
-        for the GIL.
+        """The ids of a batch, in at most three compiled calls per piece.
+
+        With a call per feature, threads that read batches would mostly wait for the GIL.
         """
         num_bags = len(self._columns) * size
         offsets: Int32Array | None = None
@@ -194,7 +205,7 @@ def _gather_numbers(
     labels_out: Float32Array,
     dense_out: Float32Array,
 ) -> None:
-    """Copies rows to positions; in a run, as in the functions below, both are consecutive."""
+    """Copies rows to positions. In a run (here and below) both are consecutive."""
     if is_run:
         first, position = rows[0], positions[0]
         copy_run(labels[first : first + len(rows)], labels_out[position:])
@@ -235,7 +246,7 @@ def _gather_lengths(
     size: int,
     lengths: Int32Array,
 ) -> None:
-    """Writes the length of each multi-hot bag to its place in `lengths` (F * size + 1,), one on."""
+    """Writes bag b's length to ``lengths[b + 1]`` (F * size + 1,), for multi-hot bags."""
     for feature in range(len(first_offsets)):
         if first_offsets[feature] >= 0:
             bounds = words[first_offsets[feature] :]
@@ -246,7 +257,7 @@ def _gather_lengths(
 
 @jit
 def _add_up(lengths: Int32Array) -> None:
-    """Makes offsets of what `_gather_lengths` has left."""
+    """Turns what `_gather_lengths` has left into offsets."""
     lengths[0] = 0
     for bag in range(1, len(lengths)):
         lengths[bag] += lengths[bag - 1]
@@ -307,8 +318,11 @@ def _chosen_columns(manifest: PreparedManifest, features: Sequence[str] | None) 
 def _record_batches(
     files: list[MappedFile], num_rows: list[int], manifest: PreparedManifest, folder: Path
 ) -> tuple[list[tuple[int, int]], Int64Array]:
-    """For each record batch of the split its (file, number), and the first row of each, then the
-    number of rows.
+    """Where each record batch of the split lies, and which row is its first.
+
+    Returns:
+        (file, number) of each of the R record batches; and their first rows (R + 1,), of which the
+        last is the number of rows.
     """
     where: list[tuple[int, int]] = []
     starts = [0]

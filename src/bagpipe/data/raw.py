@@ -1,13 +1,12 @@
-"""What every raw source turns into before it is prepared: blocks of labels, dense numbers and
-64-bit keys.
+"""What every raw source yields: blocks of labels, dense numbers and 64-bit keys.
 
-A *key* stands for a categorical value: an integer is its own key (from 2**63 on less 2**64), a
-string's is its xxh3_64, a missing value's is MISSING_KEY, a value like any other. The two integers
-whose key would be that, -2**63 and 2**63, have the keys of their decimal digits. Ids come from keys
-by a vocabulary (`bagpipe.data.vocabulary`).
+A *key* stands for a categorical value. An integer is its own key (from 2**63 on, less 2**64). A
+string's key is its xxh3_64. A missing value has the key MISSING_KEY and is a value like any other.
+Two integers would have that key too, -2**63 and 2**63: they have the keys of their decimal digits.
+A vocabulary turns keys into ids (`bagpipe.data.vocabulary`).
 
-A *row number* counts all rows of the input in reading order, from 0, rows that can't be read
-included, so that a split by row number stays the same whether bad rows are skipped or repaired.
+A *row number* counts all rows of the input in reading order, from 0, including those that can't be
+read. So a split by row number stays the same whether bad rows are skipped or repaired.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ MISSING_KEY: Final = -(2**63)
 
 @dataclass(frozen=True, kw_only=True)
 class RawFeature:
-    """A categorical feature of a raw source; `num_embeddings` None leaves the size to a
-    dictionary.
+    """A categorical feature of a raw source.
+
+    When `num_embeddings` is None, a dictionary decides the size.
     """
 
     name: str
@@ -40,7 +40,7 @@ class RawFeature:
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """One feature of a block. `offsets` None: one key a row."""
+    """One feature of a block; without `offsets` there is one key per row."""
 
     values: Int64Array  # (num_keys,)
     offsets: Int64Array | None  # (n + 1,)
@@ -57,7 +57,7 @@ class Keys:
 
 @dataclass(frozen=True, kw_only=True)
 class RawBlock:
-    """Rows that could be read; F features, D dense columns."""
+    """Rows that could be read, with F features and D dense columns."""
 
     rows: Int64Array  # (n,) row numbers, ascending
     labels: Float32Array  # (n,) in [0, 1]
@@ -78,7 +78,7 @@ class RawBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a stage of preparing is; `unit` is "bytes" of the input files or "rows"."""
+    """How far a stage of preparing has come, in bytes of the input files or in rows."""
 
     stage: str
     done: int
@@ -96,16 +96,21 @@ class Skipped:
 
 @dataclass(kw_only=True)
 class Problems:
-    """What becomes of rows that can't be read: the first one is raised, or all are counted by
-    reason.
-    """
+    """What becomes of rows that can't be read: the first is raised, or all are counted."""
 
     on_error: Literal["raise", "skip"] = "raise"
     skipped: dict[str, Skipped] = field(default_factory=dict)
 
     def add(self, reason: str, count: int, first: str) -> None:
-        """Notes `count` rows; `first` says where the first is and what is wrong. DataError where
-        on_error is "raise".
+        """Notes rows that can't be read for one reason.
+
+        Args:
+            reason: What is wrong, in words that are the same for all such rows.
+            count: How many rows there are.
+            first: Where the first of them is, and what is wrong with it.
+
+        Raises:
+            DataError: `on_error` is "raise".
         """
         if self.on_error == "raise":
             raise DataError(
@@ -120,36 +125,40 @@ class RawSource(Protocol):
 
     @property
     def features(self) -> tuple[RawFeature, ...]:
-        """In the order of `RawBlock.keys`."""
+        """The features, in the order of `RawBlock.keys`."""
 
     @property
     def dense_names(self) -> tuple[str, ...]:
-        """In the order of `RawBlock.dense`."""
+        """The dense columns, in the order of `RawBlock.dense`."""
 
     @property
     def has_time(self) -> bool:
         """Whether there is a time column."""
 
     def num_rows(self) -> int:
-        """Rows of all files, those that can't be read included. DataError: a file is missing,
-        damaged or empty.
+        """Number of rows in all files, including those that can't be read.
+
+        Raises:
+            DataError: A file is missing, damaged or empty.
         """
 
     def times(self) -> Iterator[Int64Array]:
-        """The time column alone, in blocks; only where there is one."""
+        """Yields the time column alone, in blocks; only if `has_time`."""
 
     def blocks(
         self, problems: Problems, progress: Callable[[Progress], None], stage: str
     ) -> Iterator[RawBlock]:
-        """All rows that can be read; the others go to `problems`."""
+        """Yields all rows that can be read; the others go to `problems`."""
 
 
 def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
-    """The files of paths and glob patterns. DataError: one of them stands for no file, or for an
-    empty one.
+    """The files that paths and glob patterns name.
 
-    What exists by the very name that is given is meant by it, whatever brackets or stars the name
-    has.
+    A pattern that is the very name of something that exists means just that, even if the name has
+    brackets or stars.
+
+    Raises:
+        DataError: A pattern matches no file, or an empty one.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -166,8 +175,9 @@ def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
 
 
 def _literal_part(path: Path) -> tuple[Path, str]:
-    """The longest beginning of `path` that exists (a folder, unless all of it does), and the rest,
-    empty where nothing is left.
+    """The longest beginning of `path` that exists, and the rest.
+
+    The beginning is a folder, unless all of `path` exists and is a file. Then the rest is empty.
     """
     if path.is_file():
         return path, ""

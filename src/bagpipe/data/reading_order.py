@@ -1,12 +1,13 @@
-"""In which order the rows of a split are read: front to back, or shuffled within bounds that keep
-reading local.
+"""The order in which the rows of a split are read: front to back, or shuffled.
 
-Shuffled, a split of at most WINDOW_BATCHES record batches is mixed wholly. A larger one is read in
-windows of as many rows, each mixed, so that each moment reads from one window only. A window has
-one part, a quarter of a record batch, out of each of as many stretches of the split, at random. So
-whatever changes along the split (the label in data sorted by it, the day, the user) has in each
-window nearly its share of the whole. All of it is a pure function of (seed, epoch), and any
-position is found without what comes before it.
+Shuffling keeps reading local. A split of at most WINDOW_BATCHES record batches is mixed as a whole.
+A larger one is read in windows of that many rows, each mixed, so that at any moment only one window
+is being read. The split is cut into as many stretches as a window has parts. From each stretch a
+window gets one random part, a quarter of a record batch. So whatever changes along the split (the
+label in data sorted by it, the day, the user) has nearly its share of the whole in each window.
+
+All of it is a pure function of (seed, epoch), and any position is found without going through what
+comes before it.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ class Piece:
 
 
 class FrontToBack:
-    """The order of the files. `starts` (R + 1,) is the first row of each of the R record batches,
-    then the number of rows.
+    """The order of the files.
+
+    `starts` (R + 1,) has the first row of each of the R record batches, then the number of rows.
     """
 
     def __init__(self, starts: Int64Array) -> None:
         self._starts = starts
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
-        """What makes up the rows at positions [begin, end) of the order."""
+        """The pieces that make up positions [begin, end) of the order."""
         index = int(np.searchsorted(self._starts, begin, side="right")) - 1
         position = begin
         while position < end:
@@ -57,7 +59,7 @@ class FrontToBack:
 
 
 class Shuffled:
-    """The order of one epoch; see the module. Memory: 8 bytes a row of one window."""
+    """The order of one epoch; see the module. Memory is 8 bytes per row of one window."""
 
     def __init__(self, starts: Int64Array, *, seed: int, epoch: int) -> None:
         self._key = (seed, epoch)
@@ -79,7 +81,7 @@ class Shuffled:
         self._mixed = np.empty(0, np.int64)
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
-        """What makes up the rows at positions [begin, end) of the order."""
+        """The pieces that make up positions [begin, end) of the order."""
         ends = np.append(self._window_starts[1:], self._starts[-1])
         position = begin
         while position < end:
@@ -91,8 +93,9 @@ class Shuffled:
             position = stop
 
     def _pieces_of(self, rows: Int64Array, base: int) -> Iterator[Piece]:
-        """`rows` (n,) are positions in the order of parts; the first goes to `base`. Each piece's
-        rows ascend.
+        """The pieces that hold `rows` (n,), positions in the order of parts.
+
+        They fill the batch from position `base` on. The rows of a piece ascend.
         """
         order = np.argsort(rows)
         rows = rows[order]
@@ -115,10 +118,10 @@ class Shuffled:
 def _spread(
     num_parts: int, most: int, random: np.random.Generator
 ) -> tuple[Int64Array, Int64Array]:
-    """An order of the parts (P,) and the window of each (P,), which has at most `most` parts.
+    """An order of the parts (P,), and the window of each (P,), which has at most `most` parts.
 
-    The parts are cut into stretches, as many as a window has parts, and each stretch gives its
-    parts to windows that are evenly far apart, in a random order.
+    The parts are cut into stretches, as many as a window has parts. Each stretch deals its parts to
+    windows that are evenly far apart, in a random order.
     """
     num_windows = -(-num_parts // most)
     num_stretches = -(-num_parts // num_windows)
@@ -136,8 +139,10 @@ def _spread(
 
 
 def _cut(sizes: Int64Array, parts_per_batch: int) -> tuple[Int64Array, Int64Array]:
-    """Each part's first row in its record batch and its number of rows (P,), both in the order of
-    the record batches, of `sizes` (R,).
+    """Cuts record batches of `sizes` (R,) into parts.
+
+    Returns:
+        Each part's first row in its record batch (P,), and its number of rows (P,).
     """
     bounds = sizes[:, None] * np.arange(parts_per_batch + 1) // parts_per_batch
     return bounds[:, :-1].reshape(-1), np.diff(bounds, axis=1).reshape(-1)

@@ -1,9 +1,9 @@
-"""Which rows are held out for validation: the last ones by time, or a share by a hash of the row
-number.
+"""Which rows are held out for validation.
 
-Every rule is a pure function of a row's number and time. The cut by a time column is exact and
-takes bounded memory: four passes over that column, each counting 16 more bits of the wanted rank's
-value (a radix selection).
+They are the last ones by time, or a share by a hash of the row number. Every rule is a pure
+function of a row's number and time. The cut by a time column is exact and takes bounded memory: it
+passes over that column four times, and each pass finds 16 more bits of the value at the cut (a
+radix selection).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from bagpipe.data.hashing import hashed_units
 from bagpipe.data.raw import RawBlock, RawSource
-from bagpipe.types import Int64Array
+from bagpipe.types import BoolArray, Int64Array
 
 if TYPE_CHECKING:
     from bagpipe.config.data import SplitConfig
@@ -24,14 +23,12 @@ if TYPE_CHECKING:
 _DIGIT_BITS: Final = 16
 _SIGN: Final = np.uint64(1 << 63)
 
-BoolArray = npt.NDArray[np.bool_]
-
 
 class Splitter(Protocol):
     """Tells validation rows from training rows."""
 
     def is_validation(self, block: RawBlock) -> BoolArray:
-        """For each row of the block (n,)."""
+        """Whether each row of the block (n,) is held out."""
 
 
 class ByShare:
@@ -41,7 +38,7 @@ class ByShare:
         self._share, self._seed = share, seed
 
     def is_validation(self, block: RawBlock) -> BoolArray:
-        """For each row of the block (n,)."""
+        """Whether each row of the block (n,) is held out."""
         return hashed_units(block.rows, self._seed) < self._share
 
 
@@ -52,7 +49,7 @@ class ByRow:
         self._first = first
 
     def is_validation(self, block: RawBlock) -> BoolArray:
-        """For each row of the block (n,)."""
+        """Whether each row of the block (n,) is held out."""
         return block.rows >= self._first
 
 
@@ -63,14 +60,15 @@ class ByTime:
         self._first = first
 
     def is_validation(self, block: RawBlock) -> BoolArray:
-        """For each row of the block (n,)."""
+        """Whether each row of the block (n,) is held out."""
         assert block.times is not None
         return block.times >= self._first
 
 
 def make_splitter(config: SplitConfig, source: RawSource) -> Splitter:
-    """The splitter that the configuration asks for; by time it reads the source's time column or
-    counts its rows.
+    """The splitter that the configuration asks for.
+
+    For a split by time it reads the source's time column, or counts its rows.
     """
     if config.by == "share" or config.validation_share == 0.0:
         return ByShare(config.validation_share, config.seed)
@@ -84,8 +82,11 @@ def make_splitter(config: SplitConfig, source: RawSource) -> Splitter:
 
 
 def nth_smallest(blocks: Callable[[], Iterable[Int64Array]], rank: int) -> int:
-    """The value with exactly `rank` values before it in ascending order; `blocks()` is iterated
-    four times.
+    """The value that has exactly `rank` values before it in ascending order.
+
+    Args:
+        blocks: Returns the values in blocks; it is called four times.
+        rank: A number from 0 to below the number of values.
     """
     prefix = 0
     for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):

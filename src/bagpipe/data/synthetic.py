@@ -1,22 +1,22 @@
-"""A Criteo-shaped stream made on the fly, from nothing but a seed and a sample's number.
+"""A Criteo-shaped stream made on the fly from a seed and the samples' numbers.
 
-Every value of sample n comes from a counter-based generator keyed by (seed, what, n): batches of
-any size, from any position, on any thread, hold the same samples. Epochs repeat them in the same
-order. Training samples are numbered from 0, validation ones from 2**40, so the two never overlap
-and a longer training split changes no validation sample.
+Every value of sample n comes from a counter-based generator keyed by (seed, what, n). So batches of
+any size, from any position, on any thread, hold the same samples. Every epoch repeats them in the
+same order. Training samples are numbered from 0, and validation samples from 2**40. So the two
+never overlap, and a longer training split changes no validation sample.
 
-- ids: the rank is Zipf (`bagpipe.data.zipf`), and ``rank * a + b mod n`` with `a` coprime to n
-  spreads the frequent ranks over the table, as real ids are;
-- bags: one id, or for the features of `bag_lengths` a number of ids drawn uniformly from [least,
-  most], 0 and repeats included;
-- dense: the sum of two uniform numbers in [0, 1), small and not negative as Criteo's are after the
-  log transform;
-- labels: 1 with the probability of a planted logistic model: a hidden effect for each id, products
-  of two hidden factors for some pairs of features, and a line in the dense features. It is scaled
-  once, on samples numbered from 2**41, to a click rate of 0.25 and a spread for which the model
-  itself, the best there can be, reaches an AUC of about 0.80.
+- Ids: the rank is Zipf (`bagpipe.data.zipf`). ``rank * a + b mod n`` with `a` coprime to n spreads
+  the frequent ranks over the table, as real ids are spread.
+- Bags hold one id. For the features of `bag_lengths` they hold a number of ids drawn uniformly from
+  [least, most]; empty bags and repeated ids are possible.
+- Dense features are the sum of two uniform numbers in [0, 1): small and not negative, as Criteo's
+  are after the log transform.
+- Labels are 1 with the probability of a planted logistic model: a hidden effect for each id,
+  products of two hidden factors for some pairs of features, and a linear part in the dense
+  features. It is scaled once, on samples numbered from 2**41, to a click rate of 0.25 and a spread
+  for which the model itself, the best there can be, reaches an AUC of about 0.80.
 
-Memory: a batch. Time: about 16 ms for 16,384 samples of 26 ids on one core.
+Memory is one batch. Time is about 16 ms for 16,384 samples of 26 ids on one core.
 """
 
 from __future__ import annotations
@@ -28,14 +28,21 @@ from math import exp, gcd, sqrt
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from bagpipe.data.base import Batch, FeatureSpec, Split, count_batches
 from bagpipe.data.hashing import GOLDEN, mix64, stream, unit
-from bagpipe.data.zipf import UInt32Array, Zipf, draw_rank
+from bagpipe.data.zipf import Zipf, draw_rank
 from bagpipe.errors import ConfigError
 from bagpipe.native.jit import jit
-from bagpipe.types import Float32Array, Int32Array, Int64Array, Jagged
+from bagpipe.types import (
+    Float32Array,
+    Float64Array,
+    Int32Array,
+    Int64Array,
+    Jagged,
+    UInt32Array,
+    UInt64Array,
+)
 
 CLICK_RATE: Final = 0.25
 LOGIT_SPREAD: Final = 1.36
@@ -50,9 +57,6 @@ _LOW: Final = np.uint64(0xFFFFFFFF)
 # from one id of a bag to the next; odd, and not the step between trials
 _NEXT_ID: Final = np.uint64(0xD1342543DE82EF95)
 
-Float64Array = npt.NDArray[np.float64]
-UInt64Array = npt.NDArray[np.uint64]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Features:
@@ -66,16 +70,24 @@ class _Features:
     least: Int64Array  # (F,) bag lengths
     most: Int64Array  # (F,)
     weights: Float64Array  # (F,) of the effects
-    factor_places: (
-        Int64Array  # (F,) place among the factors; 2k and 2k + 1 are a pair; -1: in no pair
-    )
+    # (F,) place among the factors: 2k and 2k + 1 are a pair; -1: in no pair
+    factor_places: Int64Array
 
 
 class SyntheticSource:
-    """The stream as a `BatchSource`, features C1, C2, ... each with a table of its own name.
+    """The stream as a `BatchSource`; features C1, C2, ... each have a table of their own name.
 
-    `num_embeddings` gives the tables' sizes, `skew` the Zipf exponent, `bag_lengths` the (least,
-    most) ids in a bag of a feature.
+    Args:
+        num_embeddings: The sizes of the tables.
+        split: Which samples are drawn.
+        num_samples: Samples per epoch.
+        num_dense: Dense features per sample.
+        skew: The exponent of the Zipf distribution.
+        bag_lengths: (least, most) ids in a bag of each multi-hot feature, by name.
+        seed: What all samples depend on.
+
+    Raises:
+        ConfigError: `bag_lengths` names a feature that does not exist.
     """
 
     def __init__(
@@ -134,8 +146,11 @@ class SyntheticSource:
             )
 
     def probabilities(self, first: int, count: int) -> Float64Array:
-        """What a perfect model predicts for `count` samples from number `first`: the planted
-        probability of a click, (count,).
+        """The planted probabilities of a click (count,), which a perfect model would predict.
+
+        Args:
+            first: Number of the first sample, from 0.
+            count: How many samples.
         """
         return self._make(self._first + first, count)[1]
 
@@ -184,8 +199,10 @@ class SyntheticSource:
         return sparse, dense, scores
 
     def _calibrate(self) -> tuple[float, float]:
-        """Scale and intercept of the logits: spread LOGIT_SPREAD, mean probability CLICK_RATE, the
-        latter by bisection.
+        """Scale and intercept of the logits.
+
+        The scale gives them the spread LOGIT_SPREAD. Bisection finds the intercept that makes
+        CLICK_RATE the mean probability.
         """
         scores = self._draw(_FIRST_CALIBRATION_SAMPLE, _NUM_CALIBRATION_SAMPLES)[2]
         scale = LOGIT_SPREAD / max(float(scores.std()), 1e-9)
@@ -199,7 +216,7 @@ class SyntheticSource:
 
 @jit
 def _key(seed: int, number: int) -> np.uint64:
-    """The key of the `number`-th of the seed's streams."""
+    """The key of the seed's stream of that number."""
     return stream(mix64(np.uint64(seed)), np.uint64(number))
 
 
@@ -232,9 +249,7 @@ def _feature_parameters(
 
 
 def _coprime(size: int, base: int) -> int:
-    """A multiplier that makes ``rank * step mod size`` a bijection, somewhere past a third of the
-    size.
-    """
+    """A step past a third of `size` that makes ``rank * step mod size`` a bijection."""
     step = size // 3 + 1 + (base >> 32) % max(size // 3, 1)
     while gcd(step, size) != 1:
         step += 1
@@ -276,8 +291,18 @@ def _draw_ids(
     scores: Float64Array,
     factors: Float64Array,
 ) -> None:
-    """One feature: ids into values at offsets (B + 1,), mean effects onto scores (B,), mean factors
-    to factors (B,) or (0,).
+    """Draws one feature of B samples.
+
+    Args:
+        base: The key of the feature's stream.
+        thresholds, aliases, tail: The feature's `Zipf`.
+        bijection: Size, step and shift of rank to id.
+        weight: What the feature's effect is multiplied by.
+        first: Number of the first sample.
+        offsets: (B + 1,) where bags begin in `values`.
+        values: Is filled with ids at these offsets.
+        scores: (B,) the bags' mean effects are added to it.
+        factors: (B,) is filled with the bags' mean factors; (0,) if the feature is in no pair.
     """
     size, step, shift = np.uint64(bijection[0]), np.uint64(bijection[1]), np.uint64(bijection[2])
     hidden_base = base ^ GOLDEN
@@ -300,7 +325,7 @@ def _draw_ids(
 
 @jit
 def _standard(word: np.uint64) -> float:
-    """32 random bits as a number that is uniform with mean 0 and variance 1."""
+    """Makes 32 random bits a uniform number with mean 0 and variance 1."""
     return (float(word) * 2.0**-31 - 1.0) * _ROOT_3
 
 

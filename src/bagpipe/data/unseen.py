@@ -1,11 +1,13 @@
 """How many of validation's lookups are of values that training does not have.
 
-With a dictionary these have id 0: values that are new, or too rare in training to have an id of
-their own. With hashing a new value has the row of its hash like any other, which some value of
-training may share, and then it looks as if it had been trained. But values fall on rows evenly: of
-new ones the share that falls on rows that training uses is the share of rows that it uses. So from
-the lookups of unused rows, which are counted, the lookups of new values are estimated, unless
-training uses nearly all rows.
+With a dictionary such values have id 0: they are new, or too rare in training for an id of their
+own.
+
+With hashing a new value gets the row of its hash like any other. If a value of training shares that
+row, the new one looks as if it had been trained. But values fall on rows evenly: the share of new
+values that fall on rows that training uses is the share of rows that training uses. So the lookups
+of unused rows are counted, and from them the lookups of new values are estimated, unless training
+uses nearly all rows.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from bagpipe.types import Int32Array
 
 
 class UsedRows:
-    """Which rows of each table training looks up; a byte a row."""
+    """Which rows of each table training looks up; memory is a byte per row."""
 
     def __init__(self, vocabularies: Mapping[str, Vocabulary]) -> None:
         self._used = {
@@ -38,15 +40,18 @@ class UsedRows:
             self._used[table][1:] = True
 
     def add(self, table: str, ids: Int32Array) -> None:
-        """Notes ids (n,) of training."""
+        """Notes the ids (n,) of training rows."""
         if table not in self._dictionaries:
             self._used[table][ids] = True
 
     def count_unseen(
         self, files: Sequence[Path], features: Sequence[FeatureEntry]
     ) -> dict[str, UnseenEntry]:
-        """For each feature its lookups in the prepared `files` of validation, once all of training
-        has been added.
+        """Counts each feature's lookups in validation, once all of training has been added.
+
+        Args:
+            files: The prepared files of validation.
+            features: The features in column order.
         """
         num_lookups, num_unused = (dict.fromkeys((f.name for f in features), 0) for _ in range(2))
         for file in files:

@@ -1,10 +1,11 @@
 """From 64-bit keys to ids within a table: by hash, or by a dictionary with a frequency cut.
 
-- hash: ``mix64(key) % num_embeddings``. No pass over the data, no memory; different values may
-  share an id.
-- dictionary: ids from 1 by falling frequency in the training split (equal counts by ascending key);
-  id 0 stands for every value rarer than `min_count`, beyond the table's size, or first met in
-  validation. Costs a pass, and 16 bytes a distinct value while it is built, 12 afterwards.
+- Hash: ``mix64(key) % num_embeddings``. It takes no pass over the data and no memory, but different
+  values may share an id.
+- Dictionary: ids count from 1 by falling frequency in the training split (equal counts by ascending
+  key). Id 0 stands for every value that is rarer than `min_count`, beyond the table's size, or
+  first met in validation. It costs a pass, and 16 bytes per unique value while it is built, 12
+  afterwards.
 
 A missing value of a single-valued feature is a value like any other. All features of a table share
 its ids.
@@ -28,10 +29,10 @@ class Vocabulary(Protocol):
 
     @property
     def num_embeddings(self) -> int:
-        """Ids are 0 to this, exclusive."""
+        """Ids are below it."""
 
     def ids(self, keys: Int64Array) -> Int32Array:
-        """The ids of keys (n,); (n,)."""
+        """The ids (n,) of keys (n,)."""
 
 
 class HashVocabulary:
@@ -41,12 +42,19 @@ class HashVocabulary:
         self.num_embeddings = num_embeddings
 
     def ids(self, keys: Int64Array) -> Int32Array:
-        """The ids of keys (n,); (n,)."""
+        """The ids (n,) of keys (n,)."""
         return hash_ids(keys, self.num_embeddings)
 
 
 class DictionaryVocabulary:
-    """Ids by frequency; see the module. `keys`, ascending, and `counts` are (m,)."""
+    """Ids by frequency; see the module.
+
+    Args:
+        keys: (m,) the unique keys, ascending.
+        counts: (m,) how often each occurs in training.
+        min_count: Rarer keys have id 0.
+        max_embeddings: Most ids, id 0 among them; None sets no limit.
+    """
 
     def __init__(
         self, keys: Int64Array, counts: Int64Array, *, min_count: int, max_embeddings: int | None
@@ -62,15 +70,16 @@ class DictionaryVocabulary:
         self.num_embeddings = 1 + len(ranked)
 
     def ids(self, keys: Int64Array) -> Int32Array:
-        """The ids of keys (n,); (n,)."""
+        """The ids (n,) of keys (n,)."""
         if len(self._sorted_keys) == 0:
             return np.zeros(len(keys), np.int32)
         places = np.minimum(np.searchsorted(self._sorted_keys, keys), len(self._sorted_keys) - 1)
         return np.where(self._sorted_keys[places] == keys, self._sorted_ids[places], np.int32(0))
 
     def save(self, path: Path) -> HashingFile:
-        """Writes ids 1 and up as an Arrow file: key int64, count int64; row i holds id i + 1.
-        Returns the closed file.
+        """Writes ids 1 and up as an Arrow file and returns it, closed.
+
+        The columns are key int64 and count int64; row i belongs to id i + 1.
         """
         table = pa.table({"key": self._by_rank_keys, "count": self._by_rank_counts})
         with HashingFile(path) as file, pa.ipc.new_file(file, table.schema) as writer:

@@ -1,8 +1,8 @@
-"""Writes one split as Arrow IPC files: column 0 the label, column 1 the dense features, then the
-categorical features.
+"""Writes one split as Arrow IPC files.
 
-Every record batch holds exactly `rows_per_batch` rows but for a file's last one, so that a reader
-finds any row by a division. At most one record batch and one block are held.
+Column 0 is the label, column 1 the dense features, then come the categorical features. Every record
+batch has exactly `rows_per_batch` rows, except for a file's last one, so that a reader finds any
+row by a division. At most one record batch and one block are held in memory.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ def record_batch(
     dense: Float32Array,
     ids: Sequence[tuple[Int32Array, Int32Array | None]],
 ) -> Any:
-    """A record batch of labels (n,), dense (n, D) and for each feature its ids and, where
-    multi-hot, offsets (n + 1,).
+    """A record batch of n rows.
+
+    Args:
+        schema: What `prepared_schema` returns.
+        labels: (n,).
+        dense: (n, D).
+        ids: For each feature its ids and, if it is multi-hot, offsets (n + 1,).
     """
     # from_buffers, because FixedSizeListArray.from_arrays divides by the list size, which is 0
     # without dense features.
@@ -54,8 +59,14 @@ def record_batch(
 
 
 class SplitWriter:
-    """A context manager that cuts what it is given into record batches and files of equal sizes;
-    `claim` turns a file's name into its path.
+    """A context manager that cuts what it is given into record batches and files of equal sizes.
+
+    Args:
+        claim: Makes a file of the given name and returns its path.
+        split: What the files are named after.
+        schema: What `prepared_schema` returns.
+        rows_per_batch: Rows per record batch.
+        batches_per_file: Record batches per file.
     """
 
     def __init__(
@@ -68,10 +79,8 @@ class SplitWriter:
         batches_per_file: int,
     ) -> None:
         self._claim, self._split, self._schema = claim, split, schema
-        self._rows_per_batch, self._rows_per_file = (
-            rows_per_batch,
-            rows_per_batch * batches_per_file,
-        )
+        self._rows_per_batch = rows_per_batch
+        self._rows_per_file = rows_per_batch * batches_per_file
         self._pending: list[Any] = []
         self._num_pending = 0
         self._file: HashingFile | None = None
@@ -80,7 +89,7 @@ class SplitWriter:
         self.entries: list[FileEntry] = []
 
     def write(self, batch: Any) -> None:
-        """Appends the rows of a record batch."""
+        """Appends the rows of an Arrow record batch."""
         while len(batch):
             taken = min(len(batch), self._rows_per_batch - self._num_pending)
             self._pending.append(batch.slice(0, taken))
@@ -134,9 +143,7 @@ class SplitWriter:
 
 
 def _whole(batches: list[Any]) -> Any:
-    """One record batch of several."""
-    return (
-        batches[0]
-        if len(batches) == 1
-        else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
-    )
+    """Joins record batches into one."""
+    if len(batches) == 1:
+        return batches[0]
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]

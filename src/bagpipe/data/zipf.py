@@ -1,13 +1,12 @@
-"""Draws from the finite Zipf distribution, P(rank k) ~ k**-s for k = 1..n, in constant time
-whatever n is.
+"""Draws from the finite Zipf distribution in constant time, however many ranks it has.
 
-The HEAD_RANKS most frequent ranks, and all others as one outcome, are drawn from an alias table (M.
-D. Vose, "A linear algorithm for generating random numbers with a given distribution", IEEE TSE 17,
-1991), which holds probabilities to 2**-32. The others are then drawn by rejection-inversion (W.
-Hörmann, G. Derflinger, "Rejection-inversion to generate variates from monotone discrete
-distributions", ACM TOMACS 6, 1996): the integral of x**-s is inverted and the result rounded; few
-draws are rejected. The tail's mass is that integral, with a relative error below s (s + 1) /
-HEAD_RANKS**2. s = 0 is the uniform distribution.
+P(rank k) ~ k**-s for k = 1..n; s = 0 is the uniform distribution. The HEAD_RANKS most frequent
+ranks, and all others as one outcome, are drawn from an alias table, which holds probabilities to
+2**-32 (M. D. Vose, "A linear algorithm for generating random numbers with a given distribution",
+IEEE TSE 17, 1991). The others are then drawn by rejection-inversion: the integral of x**-s is
+inverted and the result rounded, and few draws are rejected (W. Hörmann, G. Derflinger,
+"Rejection-inversion to generate variates from monotone discrete distributions", ACM TOMACS 6,
+1996). The tail's mass is that integral, with a relative error below s (s + 1) / HEAD_RANKS**2.
 """
 
 from __future__ import annotations
@@ -17,30 +16,25 @@ from math import exp, expm1, log, log1p
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from bagpipe.data.hashing import GOLDEN, mix64, unit
 from bagpipe.native.jit import jit
-from bagpipe.types import Int32Array
+from bagpipe.types import Float64Array, Int32Array, UInt32Array
 
 HEAD_RANKS: Final = 2_048
 _TINY: Final = 1e-8
 _WORD: Final = np.uint64(32)
 _LOW: Final = np.uint64(0xFFFFFFFF)
 
-Float64Array = npt.NDArray[np.float64]
-UInt32Array = npt.NDArray[np.uint32]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Zipf:
     """The tables of one distribution, for `draw_rank`; h = min(num_ranks, HEAD_RANKS)."""
 
-    thresholds: (
-        UInt32Array  # (h,) or (h + 1,) with a tail: below it the column's own rank, else its alias
-    )
+    # (h,), or (h + 1,) with a tail: below it a column stands for its own rank, else for its alias
+    thresholds: UInt32Array
     aliases: Int32Array  # as many
-    # (5,) num_ranks, exponent, both ends of the integral, distance within which a draw is
+    # (5,) num_ranks, exponent, both ends of the integral, and the distance within which a draw is
     # accepted at once
     tail: Float64Array
 
@@ -64,7 +58,7 @@ class Zipf:
 def draw_rank(
     state: np.uint64, thresholds: UInt32Array, aliases: Int32Array, tail: Float64Array
 ) -> int:
-    """A rank from 0 (the most frequent) that depends on `state` only."""
+    """A rank, from 0 for the most frequent one, that depends on `state` only."""
     bits = mix64(state)
     column = np.int64(((bits >> _WORD) * np.uint64(len(thresholds))) >> _WORD)
     rank = int(column if (bits & _LOW) < np.uint64(thresholds[column]) else aliases[column])
@@ -87,11 +81,8 @@ def _draw_tail(state: np.uint64, tail: Float64Array) -> int:
 def _tail(num_ranks: int, exponent: float, head: int) -> tuple[float, float, float, float, float]:
     first = _integral(head + 1.5, exponent) - (head + 1.0) ** -exponent
     last = _integral(num_ranks + 0.5, exponent)
-    at_once = (
-        head
-        + 2.0
-        - _inverse_integral(_integral(head + 2.5, exponent) - (head + 2.0) ** -exponent, exponent)
-    )
+    area = _integral(head + 2.5, exponent) - (head + 2.0) ** -exponent
+    at_once = head + 2.0 - _inverse_integral(area, exponent)
     return float(num_ranks), exponent, first, last, at_once
 
 
