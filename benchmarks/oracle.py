@@ -27,7 +27,7 @@ from rich.table import Table
 from bagpipe.errors import ConfigError
 from bagpipe.feed.stream import StreamOptions, plan_ranks_stream
 from bagpipe.jagged import share_of
-from bagpipe.native.malloc import keep_freed_memory
+from bagpipe.native.memory import keep_freed_memory
 from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.eviction.cacher import Cacher

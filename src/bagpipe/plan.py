@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from bagpipe.types import Float32Array, Int32Array, Int64Array
 
 MAX_PIECE_LENGTH = 128
-"""Longest run of bags that one piece of a gradient schedule sums; bounds a kernel's work whatever
-the skew."""
+"""Longest run of bags that one piece sums; it bounds a kernel's work however skewed ids are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,7 @@ class GradientSchedule:
     piece_offsets: Int32Array  # (num_pieces + 1,) into bags
     long_uniques: Int32Array  # (num_long,) ascending
     long_offsets: Int32Array  # (num_long + 1,), 0 first
-    bag_weights: Float32Array | None = (
-        None  # (L,) by which the gradient rows of `bags` are multiplied; None: 1
-    )
+    bag_weights: Float32Array | None = None  # (L,) factors of the gradient rows in bags; None: 1
 
     @property
     def num_uniques(self) -> int:
@@ -42,11 +39,11 @@ class GradientSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfers:
-    """Records to move at one moment: first read the evicted slots, then fill the fetched ones.
+    """Records to move at one moment: evicted slots are read first, then fetched ones filled.
 
-    A slot in ``fetch_slots`` was never filled before or stands in an ``evict_slots`` not later than
-    this one. The fetch may read the store once every eviction of ticks up to ``fence_tick`` has
-    been written (-1: nothing to wait for).
+    A slot in ``fetch_slots`` was never filled before, or it stands in the ``evict_slots`` of these
+    transfers or of earlier ones. The fetch may read the store once every eviction of ticks up to
+    ``fence_tick`` has been written (-1: nothing to wait for).
     """
 
     evict_rows: Int64Array  # (num_evicted,)
@@ -58,11 +55,9 @@ class Transfers:
 
 @dataclass(frozen=True, kw_only=True)
 class RowExchange:
-    """Rows of one group that one trainer sends to the others and gets from them at one moment,
-    packed by rank.
-    """
+    """Rows of one group that one trainer sends and receives at one moment, packed by rank."""
 
-    send: Int32Array  # (num_sent,) which of its rows, those for rank 0 first
+    send: Int32Array  # (num_sent,) indices of what is sent, those for rank 0 first
     send_counts: Int64Array  # (num_trainers,)
     receive_counts: Int64Array  # (num_trainers,)
 
@@ -73,19 +68,20 @@ class RowExchange:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupExchange:
-    """What one trainer of several exchanges in one step for one group, and applies to the rows that
-    it owns.
+    """What one of several trainers exchanges in one step for one group.
 
-    Replicas arrive in the slots from ``first_replica`` on, first ``replicas_overlapped``'s, then
-    ``replicas_urgent``'s, each by rank. What is sent of them are own slots. ``sync_urgent`` and
-    ``sync_overlapped`` are gradients: what is sent are the sums of the trainer's own bags by
-    distinct row, the u-th of its schedule. What is *now* is on the critical path, right before or
-    after the step's compute; *later* replicas travel behind the compute of the step before, *later*
-    gradients behind that of the step after.
+    ``replicas_urgent`` and ``replicas_overlapped`` are copies of rows: a trainer sends slots that
+    it owns, and receives into the slots from ``first_replica`` on, the overlapped ones first, each
+    ordered by rank. ``sync_urgent`` and ``sync_overlapped`` are gradients: a trainer sends the sums
+    of its own bags, index u for the u-th unique row of its schedule.
 
-    An ``apply`` schedule gives the rows to update once; its bags are places in the trainer's own
-    sums (U,) followed by the sums received with the gradients of the same moment, so that a row's
-    contributions are added in the order of ranks.
+    Urgent ones travel on the critical path, right before or after the step's compute. Overlapped
+    replicas travel behind the compute of the step before, overlapped gradients behind that of the
+    step after.
+
+    ``apply_urgent`` and ``apply_overlapped`` say which rows the trainer then updates, each once.
+    Their bags are places in the trainer's own sums (U,) followed by the sums received with the
+    gradients of the same moment, so that a row's contributions are added in the order of ranks.
     """
 
     first_replica: int
@@ -98,19 +94,20 @@ class GroupExchange:
 
     @property
     def num_room(self) -> int:
-        """Places for the sums received, behind the trainer's own."""
+        """Places for received sums behind the trainer's own; both moments use the same ones."""
         return max(self.sync_urgent.num_received, self.sync_overlapped.num_received)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPlan:
-    """What one trainer does in one step with one group. Tick t is the moment just before the
-    compute of step t.
+    """What one trainer does in one step with one group.
 
-    ``overlapped`` transfers are issued at the plan's ``issue_tick``, behind the compute of earlier
-    steps; ``urgent`` ones at tick ``step``, on the critical path, because their slot or their row
-    is not free sooner. A plan's overlapped ones come before its urgent ones; otherwise, at one
-    tick, late ones come first."""
+    Tick t is the moment just before the compute of step t. ``overlapped`` transfers are issued at
+    the plan's ``issue_tick``, behind the compute of earlier steps. ``urgent`` ones are issued at
+    tick ``step``, on the critical path, because their slot or their row is not free sooner. A
+    plan's overlapped transfers come before its urgent ones; otherwise, at one tick, urgent ones of
+    an earlier plan come before overlapped ones of a later plan.
+    """
 
     # (L,) feature-major: for each lookup the index of its row in schedule.unique_slots
     inverse: Int32Array
@@ -120,15 +117,13 @@ class GroupPlan:
     schedule: GradientSchedule
     overlapped: Transfers
     urgent: Transfers
-    lookup_weights: Float32Array | None = (
-        None  # (L,) by which looked up rows are multiplied; None: 1
-    )
+    lookup_weights: Float32Array | None = None  # (L,) factors of the rows looked up; None: 1
     exchange: GroupExchange | None = None
-    """With the other trainers; None: there are none, and `schedule` says all about the update."""
+    """With other trainers; None if there are none, and `schedule` says all about the update."""
 
     @property
     def lookup_slots(self) -> Int32Array:
-        """The slot of each lookup (L,). The device makes its own from the same two arrays."""
+        """The slot of each lookup: (L,). The device makes its own from the same two arrays."""
         return self.schedule.unique_slots[self.inverse]
 
 
@@ -137,16 +132,17 @@ class StepPlan:
     """All that a trainer must do with embeddings in one step."""
 
     step: int
-    # when the overlapped transfers are issued: prefetch_depth steps ahead, not before the stream's
-    # first step
     issue_tick: int
+    """When overlapped transfers are issued: `prefetch_depth` steps ahead, within the stream."""
     batch_size: int
     groups: tuple[GroupPlan, ...]
     lookahead: int  # batches that the oracle had seen beyond this one when it planned it
     has_urgent: bool = False
-    """Whether any trainer has urgent transfers: then no gradient of the step before may still be on
-    its way when they are issued."""
+    """Whether any trainer has urgent transfers.
+
+    Then no gradient of the step before may still be on its way when they are issued.
+    """
     joint_hash: str | None = None
-    """Of several trainers not all planned in one place: what the plan of all of them hashes to."""
+    """A hash of the plans of all trainers; None where all of them are planned in one place."""
     failure: str = ""
-    """Why the last batch seen is the last one, unless the batches just end there."""
+    """Why the last batch seen is the last one; empty where the batches just end there."""

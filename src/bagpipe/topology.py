@@ -1,7 +1,13 @@
-"""Which shard of its group a row belongs to, by a hash of its number, and so on which of several
-hosts its record lives.
+"""Where things are: the shards of a group's rows, their records' hosts, and the trainers.
 
-The oracle cuts large caches by it, stores and checkpoints of several hosts are divided by it.
+A hash of a row's number says to which of `NUM_SHARDS` shards the row belongs. The oracle cuts large
+caches by it. With several hosts it also says on which of them a row's record lives: stores and
+checkpoints are divided by it.
+
+Hosts appear in two roles here. As machines they group trainers: as many on each, ranks of one host
+beside each other (`host_of`, `neighbours_on`). As homes they have parts of the records
+(`part_of`, `home_hosts`, `home_lines`); there `num_hosts` only says into how many parts the records
+are divided.
 """
 
 from __future__ import annotations
@@ -18,8 +24,11 @@ from bagpipe.types import Group, Int32Array, Int64Array
 _BITS = 3
 NUM_SHARDS = 1 << _BITS
 LINE_BITS = 4
-"""Binary logarithm of how many neighbouring rows share a shard: those whose 4-byte states share a
-cache line, lest threads that plan shards take lines from each other."""
+"""Binary logarithm of how many neighbouring rows share a shard.
+
+Those are the rows whose 4-byte states share a cache line, lest threads that plan different shards
+take lines from each other.
+"""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
 
 
@@ -31,15 +40,19 @@ def shard_of(row: int) -> np.int64:
 
 @jit
 def part_of(row: int, num_parts: int) -> np.int64:
-    """The row's part where shards are dealt out, neighbours together, to so many parts: hosts, or
-    the shards of a small cache.
+    """The row's part where the shards are dealt out to `num_parts` parts, neighbours together.
+
+    Parts are the homes of records, or the fewer shards into which a small cache is cut.
     """
     return shard_of(row) * num_parts // NUM_SHARDS
 
 
 @jit
 def home_hosts(rows: Int64Array, num_hosts: int) -> Int64Array:
-    """The host that has each row's record: (n,)."""
+    """The host that has each row's record: (n,).
+
+    `num_hosts` is the number of homes, into which records are divided.
+    """
     hosts = np.empty(len(rows), np.int64)
     for index in range(len(rows)):
         hosts[index] = part_of(rows[index], num_hosts)
@@ -48,8 +61,14 @@ def home_hosts(rows: Int64Array, num_hosts: int) -> Int64Array:
 
 @jit
 def home_lines(num_rows: int, host: int, num_hosts: int) -> tuple[Int32Array, int]:
-    """Of all lines of neighbouring rows the numbers of those whose home the host is, from 0 on,
-    else -1; and how many these are.
+    """Which lines of neighbouring rows have their records on a host.
+
+    A line is `2**LINE_BITS` rows of one shard. `num_hosts` is the number of homes, into which
+    records are divided.
+
+    Returns:
+        For each line of the group's rows its number among the host's own lines, from 0 on, or -1
+        where its home is another host: (num_lines,); and how many lines are the host's own.
     """
     lines = np.empty(-(-num_rows >> LINE_BITS), np.int32)
     num_own = 0
@@ -61,17 +80,17 @@ def home_lines(num_rows: int, host: int, num_hosts: int) -> tuple[Int32Array, in
 
 
 def host_of(rank: int, num_trainers: int, num_hosts: int) -> int:
-    """The host of a trainer; those of one host are neighbours."""
+    """The machine of a trainer; trainers of one machine have neighbouring ranks."""
     return rank * num_hosts // num_trainers
 
 
 def neighbours_on(host: int, num_items: int, num_hosts: int) -> range:
-    """Which trainers, or shards, of so many are a host's."""
+    """Which of `num_items` trainers, or shards, are a host's."""
     return range(host * num_items // num_hosts, (host + 1) * num_items // num_hosts)
 
 
 def check_hosts(num_trainers: int, num_hosts: int) -> None:
-    """Raises ConfigError unless shards and trainers can be divided evenly among so many hosts."""
+    """Raises ConfigError unless shards and trainers divide evenly among `num_hosts` hosts."""
     if not 1 <= num_hosts <= NUM_SHARDS or NUM_SHARDS % num_hosts:
         raise ConfigError(f"{num_hosts} hosts: rows can be divided among 1, 2, 4 or 8 hosts")
     if num_trainers % num_hosts:
@@ -79,29 +98,35 @@ def check_hosts(num_trainers: int, num_hosts: int) -> None:
 
 
 MAX_TRAINERS = 64
-"""Bits of a row's set of users."""
+"""The bits of a uint64, in which the oracle keeps which trainers use a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """How many trainers share the batches and the caches, on how many hosts, and for which of them
-    plans are made.
+    """How many trainers there are, on how many hosts, and for which of them plans are made.
+
+    Trainers share the batches and the caches.
     """
 
     num_trainers: int
     ranks: tuple[int, ...]
+    """The ranks for which this process plans."""
     num_hosts: int = 1
-    """As many trainers on each, whose ranks are neighbours; a row is owned on the host that has its
-    record."""
+    """Machines with as many trainers each, whose ranks are neighbours.
+
+    It is the number of homes of records, too: a row is owned on the host that has its record.
+    """
     num_replica_slots: tuple[int, ...] = ()
     """For each group how many replicas one trainer can hold for one step."""
     overlap: bool = True
-    """False: all that travels between trainers is on the critical path, to measure what overlapping
-    saves."""
+    """Whether what can travel behind compute does.
+
+    False puts all that travels between trainers on the critical path, to measure what it saves.
+    """
 
     @property
     def ranks_of_host(self) -> tuple[int, ...]:
-        """All ranks of the host of the first rank that is planned for."""
+        """All ranks on the host of the first of `ranks`."""
         host = host_of(self.ranks[0], self.num_trainers, self.num_hosts)
         return tuple(neighbours_on(host, self.num_trainers, self.num_hosts))
 

@@ -30,13 +30,13 @@ from bagpipe.feed.meeting import Door, Porch
 from bagpipe.feed.seals import OpenBatches
 from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_ranks_stream
 from bagpipe.feed.wire import FAILURE, ITEM, RELEASED, Failure, Packed, Region, map_region
-from bagpipe.native.malloc import keep_freed_memory
+from bagpipe.native.memory import keep_freed_memory
 from bagpipe.native.pipeline import BackgroundIterator
 
 BatchT = TypeVar("BatchT")
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Which come to all processes of a job, while the trainers decide when a run ends."""
+"""Signals that come to all processes of a job, while the trainers decide when a run ends."""
 _PLANS_AHEAD = 2
 """Finished plans that wait here."""
 _END_TIMEOUT_S = 5.0
@@ -53,8 +53,15 @@ def run_child(
     adapter: BatchAdapter,
     num_places: int,
 ) -> None:
-    """The process's main function. `first` leads to the host's first rank, the others come through
-    `door`.
+    """The process's main function; returns once a trainer wants no more, or is gone.
+
+    Args:
+        first: leads to the host's first rank, which sends its shared memory over it.
+        door: where the host's other ranks come in; None if there are none.
+        batches: global batches, read here.
+        options: how to plan, for all ranks of the host.
+        adapter: how batches are read.
+        num_places: places for items in each trainer's shared memory.
     """
     keep_freed_memory()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -81,6 +88,7 @@ def run_child(
 
 
 def _send_all(plans: BackgroundIterator[Any], lines: _Lines, open_batches: OpenBatches) -> Failure:
+    """Sends all steps; returns why no more come."""
     try:
         while (departure := lines.wait_for(plans)) is None:
             step = next(plans, None)
@@ -104,8 +112,7 @@ def _admit_others(door: Door, lines: _Lines, options: StreamOptions) -> Failure 
                 return Failure(
                     error=LostError(
                         f"rank {missing[0]} has not come to the oracle process within "
-                        f"{door.timeout_s:.0f} s; that trainer may "
-                        "have ended, or failed before"
+                        f"{door.timeout_s:.0f} s; that trainer may have ended, or failed before"
                     )
                 )
             events, here = select.poll(), [each.fileno() for each in lines.connections]
@@ -122,8 +129,9 @@ def _admit_others(door: Door, lines: _Lines, options: StreamOptions) -> Failure 
 
 
 def _end_by_force(lines: _Lines) -> None:
-    """Ends the process once a trainer is gone even if the reader never returns; until then this
-    thread sleeps.
+    """Ends the process once a trainer is gone, even if the reader never returns.
+
+    This thread sleeps until then.
     """
     events = select.poll()
     for connection in lines.connections:
@@ -136,6 +144,7 @@ def _end_by_force(lines: _Lines) -> None:
 
 
 def _exit_in_time() -> None:
+    """Gives the main thread some time to end the process by itself."""
     time.sleep(_END_TIMEOUT_S)
     os._exit(1)
 
@@ -162,7 +171,7 @@ class _Lines:
         return [line.connection for line in self._lines.values()]
 
     def add(self, line: _Line) -> None:
-        """Lines lie in the order of ranks, as plans do."""
+        """Takes a line; lines are kept in the order of ranks, as plans are."""
         number = line.connection.fileno()
         self._lines = dict(
             sorted([*self._lines.items(), (number, line)], key=lambda item: item[1].rank)
@@ -170,19 +179,19 @@ class _Lines:
         self._messages.register(number, select.POLLIN)
 
     def wake(self) -> None:
-        """Ends the waiting for a plan; called by the planner's thread, for which it must cost
-        little.
-        """
+        """Ends the waiting for a plan. The planner's thread calls it, so it must cost little."""
         if self._is_waiting:
             os.eventfd_write(self._wake, 1)
 
     def wait_for(self, plans: BackgroundIterator[Any]) -> Failure | None:
-        """Waits for a plan, or their end; what the others shall hear when a trainer wants no more
-        meanwhile.
+        """Waits for the next plan, or their end.
+
+        Returns:
+            What the other trainers shall hear, if one wants no more meanwhile.
         """
         while not plans.is_ready:
             self._is_waiting = True
-            # asked for again: what came before that did not wake
+            # asked again, since a plan that came before `_is_waiting` was set has woken nobody
             ready = [] if plans.is_ready else self._messages.poll()
             self._is_waiting = False
             for number, _ in ready:
@@ -192,8 +201,14 @@ class _Lines:
         return None
 
     def send(self, step: Sequence[Planned[Any]], open_batches: OpenBatches) -> Failure | None:
-        """Waits for the place that each trainer's item needs; what the others shall hear when one
-        wants no more.
+        """Sends a step to all trainers, once each has a place for its item.
+
+        Returns:
+            What the other trainers shall hear, if one wants no more meanwhile: then nothing is
+            sent.
+
+        Raises:
+            DataError: the loader has changed a batch.
         """
         lines = self._lines.values()
         items = [line.pack(planned) for line, planned in zip(lines, step, strict=True)]
@@ -203,7 +218,7 @@ class _Lines:
                 if departure is not None:
                     return departure
         messages = [line.write(item) for line, item in zip(lines, items, strict=True)]
-        for planned in step:  # whose arrays are copied by now
+        for planned in step:  # now, since its arrays have been copied
             if planned.seal is not None:
                 planned.seal.check()
         open_batches.end(step[0].plan.step)
@@ -214,7 +229,11 @@ class _Lines:
         return None
 
     def read(self, number: int) -> Failure | None:
-        """Reads a trainer's message; what the others shall hear if it wants no more, or is gone."""
+        """Reads what a trainer says.
+
+        Returns:
+            What the other trainers shall hear, if this one wants no more, or is gone.
+        """
         if number == self._wake:
             os.eventfd_read(self._wake)
             return None
@@ -234,7 +253,7 @@ class _Lines:
         )
 
     def departure(self, number: int) -> Failure:
-        """What the others shall hear of a trainer that is gone."""
+        """What the other trainers shall hear of one that is gone."""
         line = self._lines[number]
         line.has_departed = True
         return Failure(
@@ -277,7 +296,7 @@ class _Line:
         return self._num_sent - self.num_released >= self._region.num_places
 
     def pack(self, planned: Planned[Any]) -> Packed:
-        """An item, for which places are large enough from now on."""
+        """Packs what the trainer gets, and makes places large enough for it."""
         item = Packed.of(
             replace(planned, batch=None, sparse=None, seal=None), (planned.batch, planned.sparse)
         )
@@ -286,7 +305,7 @@ class _Line:
         return item
 
     def write(self, item: Packed) -> bytes:
-        """Puts an item into its place; the message that describes it."""
+        """Puts an item into its place; returns the message that describes it."""
         item.write(self._memory[self._region.place(self._num_sent)])
         self._num_sent += 1
         return ITEM + item.message(self._num_sent - 1, self._region)
@@ -303,18 +322,18 @@ class _Line:
             self._region, begin=self._region.begin + self._region.num_bytes, place_bytes=place_bytes
         )
         try:
-            # or a full memory would kill the process later
+            # else the process would be killed at a later write, if memory is full
             os.posix_fallocate(self._file, region.begin, region.num_bytes)
         except OSError as error:
             raise BackgroundError(
                 f"the oracle process can't get {region.num_bytes:,} bytes of shared memory for "
-                f"{region.num_places} plans "
-                f"({error}): use a smaller batch, or more memory"
+                f"{region.num_places} plans ({error}): use a smaller batch, or more memory"
             ) from error
         self._region, self._memory = region, map_region(self._file, region)
 
 
 def _describe(error: BaseException) -> Failure:
+    """What trainers are told of an error here."""
     trace = "".join(traceback.format_exception(error))
     if not isinstance(error, BagpipeError):
         return Failure(

@@ -1,9 +1,9 @@
-"""Where the trainers of a host meet the oracle process that the first of them has started: an
-abstract Unix socket.
+"""Where the trainers of a host meet the oracle process that the first of them has started.
 
-That one listens before the process runs, which inherits the socket, so that nobody comes too early.
-A trainer says the key and its rank in one message, and hands over its shared memory with it. On the
-porch many may wait for their turn to speak, strangers too, who hold up nobody.
+It is an abstract Unix socket. The first trainer listens before the process runs, and the process
+inherits the socket, so nobody can come too early. A trainer says the key and its rank in one
+message, and hands over its shared memory with it. On the porch many may wait for their turn to
+speak, strangers too; they hold up nobody.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bagpipe.topology import MAX_TRAINERS
 
 _MAX_GREETING_BYTES = 256
 _MAX_SILENT = 256
-"""Connections that have said nothing yet; of more the oldest goes."""
+"""Connections that may say nothing yet; when there are more, the oldest is closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Door:
 
     @property
     def address(self) -> str:
-        """What `connect` needs; to be told to trainers only."""
+        """What `connect` needs. Tell it to trainers only: it holds the key."""
         return f"{self.listener.getsockname()[1:].decode()} {self.key}"
 
 
@@ -65,11 +65,11 @@ class Porch:
 
     @property
     def descriptors(self) -> list[int]:
-        """The door's and those of all who have said nothing yet: where something may happen."""
+        """File descriptors to watch: the door's, and those of all who have said nothing yet."""
         return [self._door.listener.fileno(), *self._silent]
 
     def admit(self, number: int) -> Guest | None:
-        """Looks at a descriptor where something has happened; the trainer that has come, if any."""
+        """Looks at a descriptor where something has happened; returns a trainer that has come."""
         if number in self._silent:
             return self._listen(self._silent.pop(number))
         if number != self._door.listener.fileno():  # it was sent away meanwhile
@@ -88,6 +88,7 @@ class Porch:
             connection.close()
 
     def _listen(self, connection: socket.socket) -> Guest | None:
+        """Hears a greeting, if it has come: keeps who is silent, sends away who lacks the key."""
         try:
             greeting, files, _, _ = socket.recv_fds(connection, _MAX_GREETING_BYTES, 1)
         except BlockingIOError:  # a trainer says it with the knock, or nearly so
@@ -109,8 +110,16 @@ class Porch:
 
 
 def connect(address: str, rank: int, file: int, timeout_s: float) -> Connection:
-    """A trainer's way to the process behind a `Door`. Raises BackgroundError when there is none, or
-    none any more, or so many are at its door that it does not open within `timeout_s`.
+    """Connects a trainer to the process behind a `Door`.
+
+    Args:
+        address: the door's.
+        rank: the trainer's.
+        file: the descriptor of its shared memory; it stays open here.
+        timeout_s: how long it may take until the door opens, where many are at it.
+
+    Raises:
+        BackgroundError: no process is there, or none any more, or the time is over.
     """
     name, key = address.split()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -124,8 +133,8 @@ def connect(address: str, rank: int, file: int, timeout_s: float) -> Connection:
         connection.close()
         raise BackgroundError(
             f"rank {rank} can't reach the oracle process that its host's first rank has started "
-            f"({error}): it has ended, or runs "
-            "on another host, and the communicator was not told of several"
+            f"({error}): it has ended, or runs on another host, and the communicator was not told "
+            "of several"
         ) from error
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
     return Connection(connection.detach())

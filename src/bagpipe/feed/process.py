@@ -1,8 +1,8 @@
-"""The oracle in a process of its own, so that reading and planning never wait for the trainer's
-GIL, nor it for theirs.
+"""The oracle in a process of its own, so that it and the trainer never wait for one GIL.
 
-The child runs `plan_ranks_stream`; arrays of plans and batches come to the trainer in shared memory
-(`_wire`). Plans are used where they lie, batches are copied out, since the user may keep them.
+The child runs `plan_ranks_stream`. Arrays of plans and batches come to the trainer in shared memory
+(`bagpipe.feed.wire`). Plans are used where they lie; batches are copied out, since the user may
+keep them.
 
 Shared memory is a file without a name (memfd), so that nothing is left behind whatever dies. It is
 cut into `num_places` places; item k lies in place k modulo their number and stays until it is
@@ -12,13 +12,14 @@ are cut behind the old ones, twice as large as it needs.
     child -> trainer   messages of items, then the end or an error             over one
     trainer -> child   one message for each item released, or the wish to stop   socket
 
-Several trainers of one host share the child that the first of them starts: each has a socket and
-shared memory of its own, and gets its own plans and its own share of the batches (`_child`). The
-others come to an address that the first tells them (`_meeting`).
+Several trainers of one host share the child that the first of them starts. Each has a socket and
+shared memory of its own, and gets its own plans and its own share of the batches
+(`bagpipe.feed.child`). The others come to an address that the first tells them
+(`bagpipe.feed.meeting`).
 
-If the child dies, all trainers raise LostError at the next step; if one of them dies or ends its
+If the child dies, all trainers raise LostError at the next step. If a trainer dies or ends its
 stream, the others raise it once they have used what they were sent, and the child ends itself.
-Needs Linux.
+All of this needs Linux.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ _STOP_TIMEOUT_S, _JOIN_TIMEOUT_S = 5.0, 300.0
 
 
 class SharedOracle(Generic[BatchT]):
-    """One trainer's end of an oracle process; `items` yields what is planned there, from a thread
-    of the caller's.
+    """One trainer's end of an oracle process.
+
+    `items` yields what is planned there; it runs in a thread of the caller's.
     """
 
     def __init__(
@@ -65,14 +67,21 @@ class SharedOracle(Generic[BatchT]):
         process: SpawnProcess | None,
         on_region: Callable[[UInt8Array], None],
     ) -> None:
-        """Takes all that it is given; `process` is for the trainer that starts it."""
+        """Takes all that it is given.
+
+        Args:
+            connection: leads to the process.
+            file: the descriptor of this trainer's shared memory.
+            process: the process, for the trainer that has started it; None for the others.
+            on_region: is shown all shared memory before its use.
+        """
         self._connection, self._process, self._on_region = connection, process, on_region
         self._file: int | None = file
         self._mapped: tuple[Region, UInt8Array] | None = None
         self._is_stopped = False
         self._stop_at_end = weakref.finalize(self, _stop, connection, process)
-        # When the program ends multiprocessing waits for its processes, before finalizers run but
-        # after what is registered later.
+        # When the program ends, multiprocessing waits for its processes before finalizers run. What
+        # is registered later than multiprocessing itself runs before that.
         atexit.register(self._stop_at_end)
         in_child(self, SharedOracle._let_go)
 
@@ -85,9 +94,10 @@ class SharedOracle(Generic[BatchT]):
         on_region: Callable[[UInt8Array], None] = lambda _: None,
         join_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> SharedOracle[Any]:
-        """The end of a trainer other than its host's first; see `OracleProcess`.
+        """Makes the end of a trainer other than its host's first; see `OracleProcess`.
 
-        Raises BackgroundError when nobody is at the address any more.
+        Raises:
+            BackgroundError: nobody is at the address any more.
         """
         file = _shared_memory()
         try:
@@ -98,9 +108,9 @@ class SharedOracle(Generic[BatchT]):
         return cls(connection, file, None, on_region)
 
     def items(self, *, copy_batches: bool = True) -> Iterator[Planned[BatchT]]:
-        """Each planned batch, in order; raises what the child raised in its place.
+        """Yields each planned batch, in order; raises what the child raised in its place.
 
-        Without `copy_batches` a batch's arrays are good until the plan is released.
+        Without `copy_batches` a batch's arrays are good until its plan is released.
         """
         while True:
             message = self._receive()
@@ -123,8 +133,9 @@ class SharedOracle(Generic[BatchT]):
         self._forget_end()
 
     def close(self) -> None:
-        """Gives the memory back; `items` must have ended and no plan may be in use. Closing twice
-        is allowed.
+        """Gives the memory back. Closing twice is allowed.
+
+        `items` must have ended, and no plan may be in use.
         """
         self.stop()
         self._connection.close()
@@ -138,8 +149,10 @@ class SharedOracle(Generic[BatchT]):
         atexit.unregister(self._stop_at_end)
 
     def _let_go(self) -> None:
-        """Called in a forked child, whose end must not be the oracle's, and which must not keep its
-        end of the connection open: by its closing the oracle sees the trainer's death.
+        """Called in a forked child, whose end must not be the oracle's.
+
+        Nor may it keep its end of the connection open: by its closing the oracle sees the trainer's
+        death.
         """
         self._forget_end()
         self._connection.close()
@@ -159,6 +172,7 @@ class SharedOracle(Generic[BatchT]):
         return failure
 
     def _fate(self) -> str:
+        """How the process has ended, as far as this trainer can tell."""
         if self._process is None:
             return ", which the host's first rank started, ended by itself"
         self._process.join(_STOP_TIMEOUT_S)
@@ -171,6 +185,7 @@ class SharedOracle(Generic[BatchT]):
             self._connection.send_bytes(RELEASED)
 
     def _place(self, item: Received) -> UInt8Array:
+        """The memory where an item lies, mapped once for all items of its region."""
         assert self._file is not None
         if self._mapped is None or self._mapped[0] != item.region:
             self._mapped = item.region, map_region(self._file, item.region)
@@ -179,9 +194,7 @@ class SharedOracle(Generic[BatchT]):
 
 
 class OracleProcess(SharedOracle[BatchT]):
-    """The end of the trainer that starts the process, which it owns: the only one, or its host's
-    first.
-    """
+    """The end of the trainer that starts the process: the only one, or its host's first."""
 
     def __init__(
         self,
@@ -193,14 +206,21 @@ class OracleProcess(SharedOracle[BatchT]):
         on_region: Callable[[UInt8Array], None] = lambda _: None,
         join_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> None:
-        """Starts the child. `num_places` bounds the items not yet released; `on_region` is shown
-        all shared memory before its use.
+        """Starts the child.
 
-        With several trainers it plans for all of this host, who `join` at `address` within
-        `join_timeout_s`.
+        With several trainers it plans for all of this host, who `join` at `address`.
 
-        Raises ConfigError when `batches` or `adapter` can't be sent to another process, or the
-        system is not Linux.
+        Args:
+            batches: global batches; the child reads them.
+            options: how to plan.
+            adapter: how batches are read.
+            num_places: how many items may be sent and not yet released.
+            on_region: is shown all shared memory before its use.
+            join_timeout_s: how long the others may take to join.
+
+        Raises:
+            ConfigError: `batches` or `adapter` can't be sent to another process, or the system is
+                not Linux.
         """
         file, door = _shared_memory(), None
         self.address = ""
@@ -224,8 +244,7 @@ class OracleProcess(SharedOracle[BatchT]):
             self.close()
             raise ConfigError(
                 f"oracle = 'process': the batches can't be sent to another process ({error}): give "
-                "an iterable that can be "
-                "pickled, or use oracle = 'thread'"
+                "an iterable that can be pickled, or use oracle = 'thread'"
             ) from error
         finally:
             theirs.close()  # so that the child's death ends the stream
@@ -240,6 +259,7 @@ _WHAT_TO_DO = (
 
 
 def _shared_memory() -> int:
+    """The descriptor of an empty file without a name."""
     if not hasattr(os, "memfd_create"):
         raise ConfigError(
             f"oracle = 'process' needs Linux, this is {sys.platform}: use oracle = 'thread'"
@@ -249,8 +269,9 @@ def _shared_memory() -> int:
 
 @contextlib.contextmanager
 def _signals_put_off() -> Iterator[None]:
-    """A process started inside gets no signal before `run_child` ignores them: torchrun and Ctrl-C
-    send them to whole groups.
+    """Keeps signals from a process that is started inside, until `run_child` ignores them.
+
+    torchrun and Ctrl-C send them to whole groups of processes.
     """
     resource_tracker.ensure_running()  # or `start` does it, and takes the signals back
     before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
@@ -261,6 +282,7 @@ def _signals_put_off() -> Iterator[None]:
 
 
 def _stop(connection: Connection, process: SpawnProcess | None) -> None:
+    """Tells the child to stop, and ends it, by force if need be, where this trainer started it."""
     with contextlib.suppress(OSError):
         connection.send_bytes(STOP)
         # whoever receives here must not wait for a process that does not answer

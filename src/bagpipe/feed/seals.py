@@ -3,8 +3,8 @@
 Batches are read ahead, so a loader that fills the same buffers again changes batches that wait for
 their turn: they would be trained with another batch's labels, or with a plan for other ids. So a
 batch is sealed when it is read, before the loader is asked for the next one: what its arrays hold
-is hashed, and compared when it is handed out. It may also be changed later, in its step; then the
-loader has yielded the same memory again by the time that the step is over (`OpenBatches`).
+is hashed, and compared when the batch is handed out. A batch may also be changed later, in its
+step; then the loader has yielded the same memory again before the step is over (`OpenBatches`).
 
 Looked at are numpy arrays, tensors, buffers and lists of numbers, in mappings, sequences, named
 tuples, KeyedJaggedTensors and the public attributes of objects. A hash takes 0.1 ms a MB.
@@ -50,7 +50,7 @@ class Seal:
         self._batch = batch
         self._digests: dict[str, int] = {}
         self.addresses = [id(batch)]
-        """Where it and its arrays begin."""
+        """Where the batch and its arrays begin in memory."""
         for path, leaf in _leaves(batch):
             digest = _digest(leaf)
             if digest is not None:
@@ -58,7 +58,7 @@ class Seal:
                 self.addresses.append(_address(leaf))
 
     def change(self) -> str | None:
-        """What of the batch holds something else by now, and what to do about it."""
+        """Says what of the batch has changed and what to do about it; None if nothing has."""
         for path, leaf in _leaves(self._batch):
             if path in self._digests and _digest(leaf) not in (None, self._digests[path]):
                 return f"{path} {_CHANGED}"
@@ -79,11 +79,10 @@ _CHANGED = (
 
 
 class OpenBatches:
-    """The batches of a stream that are read and whose steps are not over: the loader must not use
-    their memory again.
+    """The batches of a stream that are read and whose steps are not over.
 
-    `add` and `forget_ended` are called by the reader, `check` and `end` by whoever hands out, in
-    threads of their own.
+    The loader must not use their memory again. `add` and `forget_ended` are called by the reader,
+    `check` and `end` by whoever hands out, in threads of their own.
     """
 
     def __init__(self) -> None:
@@ -91,7 +90,7 @@ class OpenBatches:
         self._seals: deque[Seal] = deque()
         self._by_address: dict[int, Seal] = {}
         self._changes: dict[int, str] = {}
-        """By step, of open batches whose memory the loader has yielded again."""
+        """By step: what has changed in open batches whose memory the loader has yielded again."""
 
     def check(self, step: int) -> None:
         """Raises DataError where the loader has changed the batch of `step` or one before."""
@@ -100,12 +99,15 @@ class OpenBatches:
                 raise DataError(f"step {changed}: {self._changes[changed]}")
 
     def end(self, step: int) -> None:
-        """`check`, and says that the step is over."""
+        """Checks as `check` does, and notes that the step is over."""
         self.check(step)
         self._first_open = step + 1
 
     def forget_ended(self) -> None:
-        """To be called before the loader is asked for more: it may use their memory again."""
+        """Forgets batches whose steps are over, just before the loader is asked for more.
+
+        It may use their memory again.
+        """
         while self._seals and self._seals[0].step < self._first_open:
             seal = self._seals.popleft()
             for address in seal.addresses:
@@ -113,8 +115,10 @@ class OpenBatches:
                     del self._by_address[address]
 
     def add(self, seal: Seal) -> None:
-        """Takes the batch that was read last, and looks whether its memory is an open one's that
-        has changed. Memory is not used twice by chance: those batches are held here.
+        """Takes the batch that was read last; notes each open batch that it has overwritten.
+
+        That two open batches share memory is the loader's doing, never chance: they are held here,
+        so their memory can't have been freed.
         """
         for other in {self._by_address.get(address) for address in seal.addresses}:
             if other is not None and other.step not in self._changes:
@@ -126,7 +130,7 @@ class OpenBatches:
 
 
 def _leaves(batch: Any) -> Iterator[tuple[str, Any]]:
-    """(path, array, tensor, buffer or sequence of numbers), each once."""
+    """Yields each array, tensor, buffer and sequence of numbers once, behind its path."""
     seen: set[int] = set()
     waiting: list[tuple[str, Any, int]] = [("batch", batch, 0)]
     while waiting:
@@ -142,7 +146,7 @@ def _leaves(batch: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
-    """What a container or an object is made of, and how Python says so."""
+    """The parts of a container or an object, each behind how Python names it."""
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", part) for key, part in list(value.items())]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -181,7 +185,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _digest(leaf: Any) -> int | None:
-    """A hash of what it holds; None where that can't be seen."""
+    """A hash of what a leaf holds; None where that can't be seen."""
     if isinstance(leaf, (list, tuple)):
         try:
             return hash(tuple(leaf))
@@ -205,7 +209,7 @@ def _digest_of_tensor(tensor: Any) -> int | None:
 
 
 def _address(leaf: Any) -> int:
-    """Where its memory begins; of a list, and of what lies elsewhere, where the object does."""
+    """Where a leaf's memory begins; for a list, and for what is not on the CPU, its `id`."""
     if isinstance(leaf, np.ndarray):
         return int(leaf.__array_interface__["data"][0])
     if _is_tensor(leaf) and leaf.is_cpu and leaf.layout == sys.modules["torch"].strided:

@@ -3,9 +3,9 @@
     reader -> de-duplication (pool) -in order-> linker -bounded queue-> Cacher -> (plan, batch)
     '------------------ one thread -----------------'               '- the caller's thread -'
 
-What must be in order has a thread of its own; between reading and linking, de-duplication of
-several batches runs at a time on a pool. A `Deferred` batch is read there too. `plan_stream` never
-loads torch, and all that it takes can be pickled, so that it also runs in a process of its own
+What must be in order has a thread of its own. Between reading and linking a pool de-duplicates
+several batches at a time; a `Deferred` batch is read there, too. `plan_stream` never loads torch,
+and all that it takes can be pickled, so that it also runs in a process of its own
 (`bagpipe.feed.process`).
 """
 
@@ -77,19 +77,18 @@ class StreamOptions:
 
     @property
     def num_dedup_threads(self) -> int:
-        """By default a quarter of the cores; with several trainers, whose batches are merged and
-        plans parted there, three eighths.
+        """How many threads de-duplicate: by default a quarter of the cores.
 
-        No more than keep up: on shared memory they slow the sequential stages, which set the pace.
+        With several trainers it is three eighths, since these threads also merge the shares of a
+        batch and part plans by rank. No more than keep up: threads share memory with the sequential
+        stages, which set the pace, and slow them.
         """
         return self.dedup_threads or max(
             1, (2 + (self.topology.num_trainers > 1)) * (os.cpu_count() or 1) // 8
         )
 
     def make_oracle(self) -> Oracle:
-        """The oracle that these options describe; where plans are checked it makes those of all
-        ranks.
-        """
+        """The oracle that these options describe; if plans are checked it plans for all ranks."""
         topology = self.topology
         if self.check:
             topology = replace(topology, ranks=tuple(range(topology.num_trainers)))
@@ -106,19 +105,17 @@ class StreamOptions:
 
     @property
     def is_planned_elsewhere(self) -> bool:
-        """Whether there are trainers whose plans are made in another place, from batches that are
-        read there.
-        """
+        """Whether plans of other trainers are made elsewhere, from batches that are read there."""
         return len(self.topology.ranks) < self.topology.num_trainers
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchAdapter:
-    """How batches of the user's type are read; all of it runs where they are planned, and is sent
-    there.
+    """How batches of the user's type are read.
 
     `sparse` finds a batch's jagged ids, `share(batch, rank, num_trainers)` takes a trainer's
-    samples, and `hand_out` makes of those what the trainer is given, ids and all by default.
+    samples, and `hand_out` makes of those what the trainer is given, by default the samples
+    themselves, with their ids. All three run where batches are planned, and are sent there.
     """
 
     sparse: Callable[[Any], Any] = find_sparse
@@ -126,7 +123,7 @@ class BatchAdapter:
     hand_out: Callable[[Any], Any] | None = None
 
     def handed_out(self, batch: Any, sparse: Any) -> tuple[Any, Any]:
-        """What the trainer is given of its samples, whose ids are `sparse`, and the ids in that."""
+        """What a trainer is given of its samples `batch` of ids `sparse`, and the ids in that."""
         if self.hand_out is None:
             return batch, sparse
         batch = self.hand_out(batch)
@@ -157,14 +154,20 @@ class Planned(Generic[BatchT]):
     peak_slots: tuple[int, ...]
     oracle_bytes: int  # of the oracle's own state
     ids_hash: str | None = None
-    """Of several trainers not all planned in one place: what the ids of the whole batch hash to, so
-    that they can see whether they read the same."""
+    """A hash of the global batch's ids, by which trainers see whether they read the same.
+
+    None where all of them are planned in one place.
+    """
     seal: Seal | None = None
-    """Tells whether the batch has changed; None where nobody could, since it was read for this
-    stream or copied out."""
+    """Tells whether the batch has changed.
+
+    None where nobody could change it, since it was read for this stream or copied out.
+    """
     release: Callable[[], None] | None = None
-    """To be called once nothing reads the plan's arrays any more, steps in order; None where they
-    live by themselves."""
+    """To be called once nothing reads the plan's arrays any more, in the order of steps.
+
+    None where the arrays live by themselves.
+    """
 
 
 def plan_stream(
@@ -173,11 +176,21 @@ def plan_stream(
     adapter: BatchAdapter = DEFAULT_ADAPTER,
     open_batches: OpenBatches | None = None,
 ) -> Iterator[Planned[BatchT]]:
-    """Yields each batch with its plan, in order; of several trainers what is the first of `ranks`'
-    share. `open_batches` are told of all that is read.
+    """Yields each batch with its plan, in order.
 
-    Raises CacheTooSmallError, DataError and what `batches` raises (as the cause of a
-    BackgroundError) after all batches before it.
+    With several trainers it yields what the first of the topology's `ranks` gets. An error is
+    raised after all batches before it.
+
+    Args:
+        batches: what to read; with several trainers, global batches.
+        options: how to plan.
+        adapter: how batches are read.
+        open_batches: is told of all that is read.
+
+    Raises:
+        CacheTooSmallError: a batch needs more rows than the cache has.
+        DataError: a batch can't be used, or has changed.
+        BackgroundError: `batches` has raised an error that is none of ours, which is the cause.
     """
     with closing(plan_ranks_stream(batches, options, adapter, open_batches)) as steps:
         for step in steps:
@@ -190,7 +203,7 @@ def plan_ranks_stream(
     adapter: BatchAdapter = DEFAULT_ADAPTER,
     open_batches: OpenBatches | None = None,
 ) -> Generator[tuple[Planned[BatchT], ...]]:
-    """`plan_stream` for all of `ranks`: yields for each batch what each of them gets."""
+    """As `plan_stream`, for all of `ranks`: yields for each batch what each of them gets."""
     oracle = options.make_oracle()
     num_threads = options.num_dedup_threads
     with Workers("bagpipe-dedup", num_threads) as workers:
@@ -225,7 +238,7 @@ def plan_ranks_stream(
 def _checked(
     options: StreamOptions, planned: Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]
 ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
-    """Takes the plans of all ranks, and passes on those of `ranks`."""
+    """Checks the plans of all trainers, and passes on those of `ranks`."""
     if options.topology.num_trainers == 1:
         firsts = ((plans[0], batch) for plans, batch in planned)
         return (
@@ -240,8 +253,9 @@ def _checked(
 def _sealed(
     batches: Iterable[BatchT | Deferred[BatchT]], first_step: int, open_batches: OpenBatches | None
 ) -> Iterator[_Read[BatchT]]:
-    """What is read, sealed before the loader, which may use its buffers again, is asked for more.
-    What a `Deferred` reads is nobody else's.
+    """Seals what is read before the loader, which may use its buffers again, is asked for more.
+
+    A `Deferred` gets no seal: what it reads is nobody else's.
     """
     for step, item in enumerate(batches, first_step):
         seal = None if isinstance(item, Deferred) else Seal(item, step)
@@ -255,6 +269,7 @@ def _sealed(
 def _dedup(
     options: StreamOptions, adapter: BatchAdapter, read: _Read[BatchT]
 ) -> DedupedBatch[tuple[list[tuple[BatchT, Any, Seal | None]], str | None]]:
+    """Finds and de-duplicates a batch's ids, and makes what each of `ranks` is handed out."""
     step, item, seal = read
     batch = item.read() if isinstance(item, Deferred) else item
     num_trainers = options.topology.num_trainers
@@ -281,11 +296,10 @@ def _dedup(
             own_parts = [own[rank][:2] for rank in ranks]
         parts = _handed_out(own_parts, adapter, batch, seal)
     except DataError as error:
-        # which may be why
-        change = None if seal is None else seal.change()
+        change = None if seal is None else seal.change()  # a change may be the error's cause
         raise DataError(f"step {step}: {change or error}") from error
-    # Of several trainers all ids, whatever is handed out: hosts must grow their windows alike, and
-    # each hands out to its own ranks.
+    # With several trainers the size of all ids, whatever is handed out: hosts must grow their
+    # windows alike, and each hands out to its own ranks only.
     handed_out = (
         [jagged]
         if adapter.hand_out is None or num_trainers > 1
@@ -303,8 +317,9 @@ def _dedup(
 def _handed_out(
     own_parts: list[tuple[BatchT, Any]], adapter: BatchAdapter, batch: BatchT, seal: Seal | None
 ) -> list[tuple[BatchT, Any, Seal | None]]:
-    """What the trainers are given of their samples, the ids in that, and its seal. DataError: the
-    batch has changed before all was made of it.
+    """What each trainer is given of its samples, the ids in that, and its seal.
+
+    Raises DataError if the batch has changed before all of that was made.
     """
     is_batch = adapter.hand_out is None and own_parts[0][0] is batch
     if seal is not None and not is_batch and (change := seal.change()) is not None:
@@ -319,8 +334,9 @@ def _handed_out(
 def _share_of(
     batch: Any, jagged: Jagged, rank: int, num_trainers: int, adapter: BatchAdapter
 ) -> tuple[Any, Any, Jagged]:
-    """A rank's samples of a batch of ids `jagged`, and their ids in both forms. DataError: they are
-    others than the rank's.
+    """A rank's samples of a batch of ids `jagged`, and their ids, as found and as `Jagged`.
+
+    Raises DataError if the user's `share` gives other samples than the rank's.
     """
     part = adapter.share(batch, rank, num_trainers)
     sparse = adapter.sparse(part)
@@ -329,8 +345,7 @@ def _share_of(
         begin, end = share_bounds(jagged.batch_size, rank, num_trainers)
         raise DataError(
             f"share(batch, {rank}, {num_trainers}) has other ids than samples {begin:,} to {end:,} "
-            "of the batch, which are planned "
-            "for that rank"
+            "of the batch, which are planned for that rank"
         )
     return part, sparse, ids
 

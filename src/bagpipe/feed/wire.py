@@ -1,10 +1,9 @@
-"""How an item crosses from one process to another: its arrays through shared memory, all else in
-one message.
+"""How an item crosses from one process to another.
 
-The message is a header, (offset, length) of each array in the item's place, and the pickles of the
-item's parts, one after the other (pickle protocol 5). Every step is packed and unpacked while other
-threads wait for the GIL, so arrays are described by type and shape alone, in half the time that
-numpy's own way takes.
+Its arrays go through shared memory, all else in one message. The message is a header, (offset,
+length) of each array in the item's place, and the pickles of the item's parts, one after the other
+(pickle protocol 5). Every step is packed and unpacked while other threads wait for the GIL, so
+arrays are described by type and shape alone, in half the time that numpy's own way takes.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from bagpipe.types import Int64Array, UInt8Array
 RELEASED, STOP = b"released", b"stop"
 """Messages to the oracle process: one more item's place is free; no more items are wanted."""
 ITEM, FAILURE = b"i", b"f"
-"""What messages from it begin with."""
+"""What messages from the oracle process begin with."""
 _ALIGNMENT = 256
 _HEADER = Struct("<6q")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What ended the stream; without an error its natural end."""
+    """What ended the stream; without an error it just ended."""
 
     error: BaseException | None = None
     cause: BaseException | None = None
@@ -44,7 +43,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """Where places lie in a shared file."""
+    """A part of a shared file, cut into places of one size."""
 
     begin: int
     place_bytes: int
@@ -67,12 +66,12 @@ def map_region(file: int, region: Region) -> UInt8Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """An item of two parts, ready to be sent: the second part's arrays come after the first's."""
+    """An item of two parts, ready to be sent; the first part's arrays come first."""
 
     pickles: bytes
     buffers: Sequence[memoryview]
     num_first: int  # buffers of the first part
-    spans: Int64Array  # (num_buffers, 2)
+    spans: Int64Array  # (num_buffers, 2) offset in the item's place, and bytes
 
     @classmethod
     def of(cls, first: object, second: object) -> Packed:
@@ -97,11 +96,11 @@ class Packed:
 
     @property
     def num_bytes(self) -> int:
-        """That the item needs in its place; none needs nothing."""
+        """How large a place the item needs; at least 1, since there are no empty places."""
         return max(1, int(self.spans[-1].sum())) if len(self.spans) else 1
 
     def write(self, place: UInt8Array) -> None:
-        """Copies the arrays into the item's place. ValueError: it is too small."""
+        """Copies the arrays into the item's place; raises ValueError if that is too small."""
         if self.num_bytes > len(place):
             raise ValueError(f"an item of {self.num_bytes:,} bytes for a place of {len(place):,}")
         # numpy takes six times as long to tell an address
@@ -113,7 +112,7 @@ class Packed:
         )
 
     def message(self, number: int, region: Region) -> bytes:
-        """What `Received.of` reads."""
+        """The message of this item, for `Received.of`; `number` counts a trainer's items."""
         header = _HEADER.pack(
             number,
             region.begin,
@@ -127,7 +126,7 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True)
 class Received:
-    """What a message says."""
+    """An item as its message describes it."""
 
     number: int
     region: Region
@@ -149,8 +148,9 @@ class Received:
         )
 
     def load(self, place: UInt8Array, *, copy_second: bool) -> tuple[Any, Any]:
-        """Both parts. Their arrays are views of the item's place; those of the second are copied
-        out if so asked.
+        """Makes both parts; their arrays are views of the item's place.
+
+        With `copy_second` those of the second part are copies.
         """
         unpickler = pickle.Unpickler(
             io.BytesIO(self.pickles), buffers=self._arrays(place, copy_second)
@@ -164,8 +164,9 @@ class Received:
 
 
 def _describe_array(array: npt.NDArray[Any]) -> tuple[Any, ...]:
-    """How to make an array again; by numpy's own way what has more to it than a type and a
-    shape.
+    """Tells pickle how to make an array again.
+
+    An array that has more to it than a type and a shape goes numpy's own way.
     """
     dtype = array.dtype
     if dtype.kind not in "biufc" or not dtype.isnative or not array.flags.c_contiguous:

@@ -16,15 +16,20 @@ from bagpipe.errors import BagpipeError, ConfigError
 def replaced(
     path: Path, failure_is: type[BagpipeError] = ConfigError, *, needs_bytes: int | None = None
 ) -> Iterator[Path]:
-    """Yields where to write what shall be at `path`, and puts it there when the body ends without
-    an error; until then, and after any error, `path` is as it was.
+    """Yields a path to write to, and puts that file at `path` when the body ends without an error.
 
-    The file yielded lies beside `path`, with the same ending. A `path` that is a device or a pipe
-    can't be replaced and is written itself; of a link what it leads to is replaced.
+    Until then, and after any error, `path` is as it was. The file yielded lies beside `path`, with
+    the same ending. A link is followed: the file that it leads to is replaced. A device or a pipe
+    can't be replaced, so it is written itself.
+
+    Args:
+        path: what to replace.
+        failure_is: the kind of error to raise.
+        needs_bytes: how much there is to write, where that is known; the error says it.
 
     Raises:
-        failure_is: the operating system refuses: the disk is full (`needs_bytes` is how much there
-        is to write, where that is known), or the folder is missing or can't be written.
+        failure_is: the operating system refuses: the disk is full, or the folder is missing or
+            can't be written.
     """
     try:
         path = path.resolve()
@@ -67,13 +72,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether `name`, which a manifest gives and anybody may have written, is that of a file in the
-    manifest's own folder: not a path, and none of the folder's names for itself and its parent.
+    """Whether `name` is that of a file in a manifest's own folder.
+
+    A manifest gives it, and anybody may have written that: a path is refused, and so are the
+    folder's names for itself and its parent.
     """
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
+    """Makes the file durable, then renames it: a crash leaves the old file or the new one."""
     if path.exists():
         shutil.copymode(path, temporary)
     with temporary.open("rb") as file:
@@ -83,6 +91,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def _refusal(path: Path, error: OSError, needs_bytes: int | None) -> str:
+    """The message of an operating system's error."""
     text = f"{path}: can't be written: {error.strerror or error}"
     if needs_bytes is not None and path.parent.is_dir():
         text += (

@@ -1,8 +1,8 @@
-"""What a forked child must not do with what it inherits: a fork copies all objects of the process
-but one thread only, and shares its files.
+"""What a forked child lets go of, and what it is refused.
 
-So a child that ends as programs do would end its parent's oracle process, and one that goes on
-would keep connections and locks open after its parent's death.
+A fork copies all objects of the process but one thread only, and shares its files. So a child that
+ends as programs do would end its parent's oracle process, and one that goes on would keep
+connections and locks open after its parent's death.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""One typed door to numba: compiled on first call, cached on disk, run without the GIL so that
-threads overlap.
+"""One typed door to numba: compiled on first call, cached on disk, run without the GIL.
 
-`parallel_jit` compiles loops over `prange`, which numba's own threads share; `threaded` is the door
-to them. A call costs microseconds, where parts handed to Python threads wait for the GIL, up to 2
-ms of a 3 ms step (docs/results.md). Where numba finds neither TBB nor OpenMP its calls take turns,
-since its own threading layer must not be entered twice. Threads start at the first call, not at
-import: with OpenMP a process that is forked after that can't use them (numba ends it and says so),
-so a fork server may import this package but not train with it.
+`parallel_jit` compiles loops over `prange`, which numba's own threads share; Python calls them
+through `threaded`. A call costs microseconds, where parts handed to Python threads wait for the
+GIL, up to 2 ms of a 3 ms step (docs/results.md). Where numba finds neither TBB nor OpenMP its calls
+take turns, since its own threading layer must not be entered twice. Threads start at the first
+call, not at import: with OpenMP a process that is forked after that can't use them (numba ends it
+and says so), so a fork server may import this package but not train with it.
 
 What a compiled function returns to Python is arrays, numbers and plain tuples of them. A named
 tuple is made by Python code, where the handler of a signal may raise in the main thread, which
@@ -51,14 +50,16 @@ NUM_PARTS = 32
 """Into how many parts a parallel loop is cut: enough that a slow one does not matter."""
 _NUM_CORES = os.cpu_count() or 1
 NUM_THREADS = max(1, min(4, _NUM_CORES // 16))
-"""That share a loop. Few: several loops run at a time, and threads that wait for their next one
-spin on a core each."""
+"""How many threads share a loop.
+
+Few: several loops run at a time, and threads that wait for their next one spin on a core each.
+"""
 NUM_STAGE_THREADS = max(2, min(4, _NUM_CORES // 8))
-"""That share a loop of a stage that would set the pace with fewer."""
+"""How many threads share a loop of a stage that would set the pace with fewer."""
 NUM_MANY_THREADS = max(2, min(8, _NUM_CORES // 4))
-"""That share a loop which would not keep up otherwise."""
+"""How many threads share a loop that would not keep up otherwise."""
 NUM_CRITICAL_THREADS = max(2, min(4, _NUM_CORES // 4))
-"""That share a loop of the stage that sets the pace."""
+"""How many threads share a loop of the stage that sets the pace."""
 # a dict would be emptied by the first compilation
 _ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]
     dict.fromkeys(
@@ -67,41 +68,45 @@ _ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]
     )
     | {"prange": True}
 )
-"""What numba must not share between threads: by itself it makes a parallel loop of every sum of 32
-numbers, a meeting each."""
+"""Has numba share nothing between threads but `prange` loops.
+
+By itself it makes a parallel loop of every sum of 32 numbers, and each costs a meeting of threads.
+"""
 _STAMP = "_bagpipe_sources"
 """Where a compiled function keeps a hash of all sources that can be part of its machine code."""
 _OF_THE_MACHINE = ("_THREADS", "_CORES")
-"""How names end of numbers that are no part of machine code, and other ones where there are more
-cores."""
+"""How names of numbers end that depend on the machine's cores and are no part of machine code."""
 _LOCK_NAME = "bagpipe.lock"
 _cache_files: list[Any] = []
 _found_on_disk: set[Any] = set()
 _thread = threading.local()
 _one_at_a_time = threading.Lock()
 _waits_for_others = False
-_may_overlap = False  # known after the first call
+_may_overlap = False  # whether calls may run at a time: known after the first one
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """Compiles `function` with numba in nopython mode. No fast-math: results are the same on every
-    machine.
+    """Compiles `function` with numba in nopython mode.
+
+    Without fast-math, so that results are the same on every machine.
     """
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True)(function)
     return _noted(compiled, function)
 
 
 def inline_jit(function: Callable[P, R]) -> Callable[P, R]:
-    """As `jit`, for a few operations within a loop, which a call would keep from becoming one over
-    vectors.
+    """As `jit`, for a few operations within a loop.
+
+    They become part of the caller: a call in a loop would keep it from running over vectors.
     """
     compiled: Callable[P, R] = numba.njit(nogil=True, inline="always")(function)
     return _noted(compiled, function)
 
 
 def parallel_jit(function: Callable[P, R]) -> Callable[P, R]:
-    """As `jit`, with `prange` loops shared by threads; results must not depend on how. To be called
-    by `threaded` functions.
+    """As `jit`, with `prange` loops shared by threads; results must not depend on how.
+
+    Only `threaded` functions may call it.
     """
     compiled: Callable[P, R] = numba.njit(nogil=True, cache=True, parallel=_ONLY_PRANGE)(function)
     return _noted(compiled, function)
@@ -114,7 +119,7 @@ def threaded(compiled: Callable[P, R], num_threads: int = NUM_THREADS) -> Callab
     @wraps(compiled)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         global _may_overlap
-        # of the loops that this thread calls
+        # numba keeps the number for each calling thread, and setting it costs more than asking here
         if getattr(_thread, "num_threads", None) != num_threads:
             numba.set_num_threads(num_threads)
             _thread.num_threads = num_threads
@@ -129,11 +134,10 @@ def threaded(compiled: Callable[P, R], num_threads: int = NUM_THREADS) -> Callab
 
 
 def _noted(compiled: Callable[P, R], function: Callable[P, R]) -> Callable[P, R]:
-    """Notes on what a function depends, and has its cache ask for that instead of the age of the
-    function's own file.
+    """Has a function's cache ask what the function depends on, not how old its own file is.
 
-    That is its file, and of the others all compiled functions and numbers that the file has
-    imported, used or not: imports come first, so they are known by now.
+    It depends on its file, and on all compiled functions and numbers that the file has imported,
+    used or not: imports come first, so they are known by now.
     """
     values = (
         (name, _content(value))
@@ -167,6 +171,7 @@ def _locked(call: Callable[P, R], cache_file: Any, kind: int) -> Callable[P, R]:
 
 @contextmanager
 def _lock(path: Path, kind: int) -> Iterator[None]:
+    """Holds a file's lock, shared or exclusive as `kind` says."""
     try:
         file = path.open("a")
     except OSError:  # there is no such folder yet, or it is read only: then nobody writes there
@@ -194,15 +199,16 @@ event.register("numba:compile", _listener)  # type: ignore[no-untyped-call]
 
 
 def is_compiling() -> bool:
-    """Whether a thread of this process compiles now, or waits for a process that does. Code that is
-    read from disk does not count.
+    """Whether a thread of this process compiles now, or waits for a process that does.
+
+    Reading code from disk does not count.
     """
     return _listener.num_in_hand > 0 or _waits_for_others
 
 
 @contextmanager
 def compiling_elsewhere() -> Iterator[None]:
-    """While this process waits for others that compile for it; in one thread at a time."""
+    """Marks that this process waits for others that compile for it; for one thread at a time."""
     global _waits_for_others
     _waits_for_others = True
     try:
@@ -212,8 +218,9 @@ def compiling_elsewhere() -> Iterator[None]:
 
 
 def is_on_disk(compiled: Callable[..., object]) -> bool:
-    """Whether there is machine code of a compiled function, for whichever types; of one that numba
-    keeps no code of: True.
+    """Whether machine code of a compiled function is on disk, for any argument types.
+
+    True, too, for functions whose code numba never keeps.
     """
     dispatcher: Any = (
         compiled if hasattr(compiled, "_cache") else getattr(compiled, "__wrapped__", compiled)
@@ -223,8 +230,9 @@ def is_on_disk(compiled: Callable[..., object]) -> bool:
 
 
 def count_compiled() -> tuple[int, int]:
-    """How many of the compiled functions that are imported have machine code on disk, whichever
-    process put it there, and how many there are. A run needs most of them, seldom all.
+    """How many imported compiled functions have machine code on disk, and how many there are.
+
+    Any process may have put it there. A run needs most of them, seldom all.
     """
     for cache_file in [file for file in _cache_files if file not in _found_on_disk]:
         if cache_file._load_index():
@@ -243,7 +251,7 @@ def _content(value: object) -> str | None:
 
 @lru_cache
 def _source_hash(code: CodeType) -> str:
-    """Of the file that it stands in, or where that can't be read, as in an archive, of itself."""
+    """A hash of the file that holds `code`; of `code` where it can't be read, as in an archive."""
     try:
         source = Path(code.co_filename).read_bytes()
     except OSError:

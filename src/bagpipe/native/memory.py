@@ -1,9 +1,11 @@
-"""Copies of memory from compiled code: numba's own, of an array's slice to another's, take several
-times as long on some CPUs.
+"""Copies of memory from compiled code, and what becomes of freed memory.
+
+numba's own copies, of one array's slice to another's, take several times as long on some CPUs.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numba.core.cgutils
@@ -16,6 +18,21 @@ from bagpipe.native.jit import NUM_PARTS, jit, parallel_jit, prange, threaded
 from bagpipe.types import Int64Array
 
 _cgutils: Any = numba.core.cgutils  # only a part of numba is typed
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep freed arrays for the process, where it is glibc.
+
+    A step's arrays are as large as the next one's. By default their pages go back to the system and
+    are faulted in again, a tenth of the oracle's time (docs/results.md). It is meant for processes
+    that hold no torch tensors.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # the highest that it takes; what is larger, rows' state, is never freed
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _copy_bytes_types(typing_context: Any, target: Any, source: Any, num_bytes: Any) -> Any:
@@ -33,8 +50,9 @@ _copy_bytes: Any = intrinsic(_copy_bytes_types)
 
 @jit
 def copy_run(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
-    """Copies all of `source` to the beginning of `target`: contiguous arrays of one type and row
-    length, not of one memory.
+    """Copies all of `source` to the beginning of `target`.
+
+    Both are contiguous, of one type and row length, and don't overlap.
     """
     assert source.size <= target.size
     _copy_bytes(target.ctypes.data, source.ctypes.data, source.size * source.itemsize)
@@ -43,11 +61,16 @@ def copy_run(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
 @threaded
 @parallel_jit
 def copy_all(sources: Int64Array, targets: Int64Array, lengths: Int64Array) -> None:
-    """Copies from address to address, so many bytes each: (n,). Nobody checks them. All bytes
-    together are cut into equal parts.
+    """Copies runs of bytes from address to address; nobody checks them.
 
-    One call, since each gives up the GIL and asks for it again.
+    One call copies all of them, since each call gives up the GIL and asks for it again.
+
+    Args:
+        sources: addresses to copy from, (n,).
+        targets: addresses to copy to, (n,).
+        lengths: bytes to copy, (n,).
     """
+    # parts of equal bytes, whichever runs they begin and end in: runs may differ much in length
     num_bytes = lengths.sum()
     for part in prange(NUM_PARTS):
         _copy_part(
@@ -63,7 +86,8 @@ def copy_all(sources: Int64Array, targets: Int64Array, lengths: Int64Array) -> N
 def _copy_part(
     sources: Int64Array, targets: Int64Array, lengths: Int64Array, begin: int, end: int
 ) -> None:
-    first = 0  # of the buffer, among all bytes
+    """Copies bytes `begin` to `end` of all runs, counted as if one lay behind the other."""
+    first = 0  # where the run begins in that count
     for index in range(len(lengths)):
         low, high = max(begin - first, 0), min(end - first, lengths[index])
         if low < high:

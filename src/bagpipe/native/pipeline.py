@@ -28,11 +28,16 @@ def ordered_map(
     *,
     urgent: bool = False,
 ) -> Iterator[Result]:
-    """`map` on `workers`, with at most `ahead` calls under way or waiting; results in the order of
-    `items`.
+    """`map` on `workers`; yields results in the order of `items`.
 
-    `urgent` calls go before the workers' others. What `items` raises is raised after the results of
-    all items before it.
+    What `items` raises is raised after the results of all items before it.
+
+    Args:
+        function: what a worker's thread does with an item.
+        items: read in the caller's thread, as results are asked for.
+        workers: the threads; they may have other calls, too.
+        ahead: how many calls may be under way or waiting.
+        urgent: whether these calls go before the workers' others.
     """
     submit = workers.submit_urgent if urgent else workers.submit
     calls: deque[Call[Result]] = deque()
@@ -98,8 +103,9 @@ class BackgroundIterator(Generic[Item]):
         return self._has_ended or self._line.is_closed or not self._line.is_empty
 
     def next_if_ready(self) -> Item | None:
-        """The next item if there is one without waiting, else None; the end, or a failure, is left
-        for `next`.
+        """The next item if there is one without waiting, else None.
+
+        The end, or a failure, is left for `next`.
         """
         return None if self._line.is_empty else self.next_or_none()
 
@@ -116,8 +122,9 @@ class BackgroundIterator(Generic[Item]):
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Ends the thread and drops what it had ready. Closing twice is allowed.
 
-        False: the thread has not come back from `items` within `timeout_s`. It ends when it does,
-        or with the program.
+        Returns:
+            False if the thread has not come back from `items` within `timeout_s`. It ends when it
+            does, or with the program.
         """
         self._line.close()
         if self._thread is not threading.current_thread():
@@ -125,6 +132,7 @@ class BackgroundIterator(Generic[Item]):
         return not self._thread.is_alive()
 
     def _deliver(self, item: object) -> Item:
+        """Returns an item; at the end, raises what ended the iteration."""
         if item is not _END:
             return item  # type: ignore[return-value]
         self.close()
@@ -140,8 +148,9 @@ _END = object()
 
 
 class _Line:
-    """The way from the thread to the consumer. The thread holds nothing else, or a consumer that is
-    dropped would never end it.
+    """The way from the thread to the consumer.
+
+    The thread holds nothing else, or a consumer that is dropped would never end it.
     """
 
     def __init__(self, ahead: int, on_item: Callable[[], None]) -> None:
@@ -159,9 +168,8 @@ class _Line:
         return self._items.empty()
 
     def put(self, item: object) -> bool:
-        """Waits for room; False when the consumer has gone. `close` makes room after it has said
-        so.
-        """
+        """Waits for room; False when the consumer has gone."""
+        # `close` makes room after it has said so: this never waits for a consumer that has gone
         if not self.is_closed:
             self._room.get()
         if self.is_closed:
@@ -186,6 +194,7 @@ class _Line:
 
 
 def _run(items: Iterable[Item], line: _Line) -> None:
+    """The thread: passes items on until they end, or the consumer has gone."""
     iterator: Iterator[Item] | None = None
     try:
         iterator = iter(items)

@@ -1,9 +1,9 @@
-"""A hint to the processor, for loops over random rows: `prefetch(array, row, column)` asks for a
-2-D array's cache line.
+"""A hint to the processor, for loops over random rows.
 
-A gather of random records waits for memory, and the processor sees only a few rows ahead. Asking
-for the record some rows ahead takes a fifth to a half off a gather (measured on 260-byte records).
-A hint changes no value and can't fault.
+`prefetch(array, row, column)` asks for the cache line of that place in a 2-D array. A gather of
+random records waits for memory, and the processor sees only a few rows ahead. Asking for the record
+some rows ahead takes a fifth to a half off a gather (measured on 260-byte records). A hint changes
+no value and can't fault.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from numba.extending import intrinsic
 from bagpipe.native.jit import jit
 
 PREFETCH_DISTANCE = 8
-"""Rows ahead: enough to cover a cache miss, few enough that the lines are still there when their
-turn comes."""
+"""How many rows ahead to ask.
 
-_cgutils: Any = numba.core.cgutils  # only a part of numba is typed
+Enough to cover a cache miss, few enough that the lines are still there when their turn comes.
+"""
 
 LINE_FLOATS = 16
 """float32 values in a cache line."""
+_cgutils: Any = numba.core.cgutils  # only a part of numba is typed
 # operands of llvm.prefetch: for reading, in all cache levels, in the data cache
 _READ, _KEEP, _DATA = (0, 3, 1)
 

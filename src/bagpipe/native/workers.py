@@ -60,8 +60,7 @@ class Call(Generic[Result]):
         except BaseException as error:  # whatever it is, it must reach who asks for the result
             self._error = error
         finally:
-            # what they hold must not live as long as the outcome
-            del (self._function, self._arguments)
+            del self._function, self._arguments  # else they would live as long as the outcome
             self._is_over.release()
 
     def drop(self) -> None:
@@ -72,13 +71,13 @@ class Call(Generic[Result]):
 
 
 class Workers:
-    """Owns threads, which end with `close`, at the end of a `with` block, or with the object
-    itself.
-    """
+    """Owns threads, which end with `close`, after a `with` block, or with the object itself."""
 
     def __init__(self, name: str, num_threads: int = 1) -> None:
-        """Calls begin in the order in which they are submitted, urgent ones first, so those of one
-        thread also end in it.
+        """Starts the threads.
+
+        Calls begin in the order in which they are submitted, urgent ones first. With one thread
+        they end in that order, too.
         """
         self._name = name
         self._urgent, self._others = deque[Call[Any]](), deque[Call[Any]]()
@@ -122,11 +121,10 @@ class Workers:
         return call
 
     def close(self, *, wait: bool = True) -> None:
-        """Waits for the calls in hand and drops those behind them, whose `result` raises
-        RuntimeError. Closing twice is allowed.
+        """Waits for the calls in hand and drops those behind them. Closing twice is allowed.
 
-        Without `wait` it returns at once: the threads end after the calls in hand, or with the
-        process.
+        The `result` of a dropped call raises RuntimeError. Without `wait` this returns at once: the
+        threads end after the calls in hand, or with the process.
         """
         with self._is_closing:
             self._closed.is_set = True
@@ -153,11 +151,9 @@ def _end(tokens: SimpleQueue[bool], num_threads: int) -> None:
 
 
 def _run(
-    tokens: SimpleQueue[bool],
-    urgent: deque[Call[Any]],
-    others: deque[Call[Any]],
-    closed: _Flag,
+    tokens: SimpleQueue[bool], urgent: deque[Call[Any]], others: deque[Call[Any]], closed: _Flag
 ) -> None:
+    """A thread: runs calls until it is ended. It holds no `Workers`, which so can be dropped."""
     is_end = False
     while not is_end:
         is_end = tokens.get()
@@ -171,6 +167,7 @@ def _run(
 
 
 def _pop(queue: deque[Call[Any]]) -> Call[Any] | None:
+    """The first call, or None."""
     try:
         return queue.popleft()
     except IndexError:  # asking first would not do: another thread may be faster
