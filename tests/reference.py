@@ -1,8 +1,7 @@
-"""Slow and obvious twins of what the library does, written without it: a naive oracle and an
-in-memory trainer.
+"""Slow and obvious twins of what the library does: a naive oracle and an in-memory trainer.
 
-They share only the value types with the code under test. Rows are plain integers, sets and dicts;
-floats are numpy float32 with one rounding an operation.
+They share only the value types with the code under test. Rows are plain integers in sets and dicts.
+Floats are numpy float32 with one rounding for each operation.
 """
 
 from __future__ import annotations
@@ -66,8 +65,10 @@ def unique_rows(group: Group, batch: Jagged) -> list[int]:
 def naive_oracle(
     batches: Sequence[list[int]], *, num_slots: int, lookahead: int, prefetch_depth: int
 ) -> list[tuple[list[int], set[int]]]:
-    """For each step the rows fetched, in batch order, and the set of rows evicted, by scanning for
-    the farthest next use.
+    """Plans by scanning for the farthest next use.
+
+    Returns:
+        For each step the rows fetched, in batch order, and the set of rows evicted.
     """
     cached: set[int] = set()
     last_use: dict[int, int] = {}
@@ -84,18 +85,17 @@ def naive_oracle(
 
         def next_use(row: int, step: int = step, window: Sequence[list[int]] = window) -> int:
             return next(
-                (step + ahead for ahead, overlapped in enumerate(window) if row in overlapped),
+                (step + ahead for ahead, used in enumerate(window) if row in used),
                 NEVER,
             )
 
         def key(row: int, step: int = step) -> tuple[int, ...]:
-            """What goes first is smallest."""
+            """Sorts rows into the order in which they leave."""
             used, due = last_use[row], next_use(row)
             if due == NEVER:
                 return (0, used, batches[used].index(row))
             seen_at = max(0, due - lookahead)
-            # it waited without a next use until the batch that uses it next came into
-            # sight
+            # It had no known next use until the batch that uses it next came into sight.
             if seen_at > settled_at[used]:
                 return (1, -due, seen_at, 0, batches[due].index(row))
             return (1, -due, settled_at[used], 1, used, batches[used].index(row))
@@ -110,19 +110,20 @@ def naive_oracle(
 
 
 class InMemoryTables:
-    """One group's tables, whole, as (num_rows, D) weights and (num_rows, S) state; trained with the
-    library's arithmetic.
+    """One group's tables, whole in memory, trained with the library's arithmetic.
+
+    They are (num_rows, D) weights and (num_rows, S) optimizer state.
     """
 
     def __init__(self, group: Group, records: np.ndarray) -> None:
-        """`records` (num_rows, D + S) are copied."""
+        """Copies `records` (num_rows, D + S)."""
         self.group = group
         self.weights = records[:, : group.embedding_dim].astype(np.float32).copy()
         self.state = records[:, group.embedding_dim :].astype(np.float32).copy()
         self.step = 0
 
     def lookup(self, batch: Jagged) -> np.ndarray:
-        """Pooled embeddings (B, F, D)."""
+        """Returns pooled embeddings (B, F, D)."""
         pooled = np.zeros(
             (batch.batch_size, len(self.group.features), self.group.embedding_dim), np.float32
         )
@@ -133,7 +134,7 @@ class InMemoryTables:
         return pooled * self._scales(batch)
 
     def update(self, batch: Jagged, grads: np.ndarray) -> None:
-        """One optimizer step with the gradient (B, F, D) of `lookup`'s result."""
+        """Takes an optimizer step with the gradient (B, F, D) of what `lookup` returned."""
         grads = grads.astype(np.float32) * self._scales(batch)
         bags: dict[int, list[np.ndarray]] = {}
         for (row, feature, sample), weight in zip(

@@ -8,7 +8,7 @@ import time
 
 
 def end_as(end: str) -> None:
-    """Fails, dies or hangs, or returns where `end` is none of these."""
+    """Fails, dies or hangs as `end` says; returns if it says none of these."""
     if end == "fail":
         raise OSError("the disk is gone")
     if end == "die":

@@ -1,8 +1,8 @@
-"""Edits of one step's plans, to plant faults: what travels and what is applied, without the places
-and counts that follow from it.
+"""Edits of one step's plans, to plant faults.
 
-An edited step is encoded into plans that agree with each other everywhere else, so that only the
-fault itself can be found.
+An edit changes what travels and what is applied. The places and counts that follow from it are made
+anew: the edited plans agree with each other everywhere else, so that only the fault itself can be
+found.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bagpipe.plan import GradientSchedule, RowExchange, StepPlan
 
 WHEN = ("urgent", "overlapped")
 Edit = Callable[["Step"], bool]
-"""Whether the step had a place for it."""
+"""Edits a step; tells whether the step had a place for the edit."""
 
 
 class Step:
@@ -67,7 +67,7 @@ class Step:
     def find_update(
         self, when: str, is_meant: Callable[[int], bool] = lambda row: True
     ) -> tuple[int, int] | None:
-        """(owner, slot) of a row updated with gradients of its owner and others."""
+        """Finds the (owner, slot) of a row updated with gradients of its owner and of others."""
         for rank in self.ranks:
             for slot, parts in self.applies[when][rank].items():
                 by, unique = parts[0]
@@ -87,7 +87,7 @@ class Step:
         return True
 
     def _replicas(self, rank: int) -> list[tuple[int, int]]:
-        """(sender, its slot) of what the rank receives, in order."""
+        """The (sender, its slot) of all that the rank receives, in order."""
         return [
             (by, slot)
             for when in ("overlapped", "urgent")
@@ -96,7 +96,7 @@ class Step:
         ]
 
     def _sums(self, rank: int, when: str) -> list[tuple[int, int]]:
-        """(sender, index of its row) of the gradients that the rank has when it applies."""
+        """The (sender, index of its row) of all gradients that the rank has when it applies."""
         received = [
             (by, unique) for by in self.ranks for unique in self.sends[f"sync_{when}"][by, rank]
         ]
@@ -151,8 +151,9 @@ class Step:
 
 
 def drop_gradient(step: Step, *, is_own: bool, is_sent: bool) -> bool:
-    """Drops a contribution, the owner's or another's, from an apply schedule; another's is sent all
-    the same or not.
+    """Drops the owner's or another rank's contribution from an apply schedule.
+
+    `is_sent` says whether another rank's is sent all the same.
     """
     if (found := step.find_update("urgent")) is None:
         return False
@@ -175,7 +176,7 @@ def swap_gradients(step: Step) -> bool:
 
 
 def update_twice(step: Step) -> bool:
-    """Applies a row's gradients now and later."""
+    """Applies a row's gradients twice, urgently and overlapped."""
     if (found := step.find_update("urgent")) is None:
         return False
     owner, slot = found

@@ -1,10 +1,10 @@
-"""Plans for several trainers, replayed by naive executors of all ranks, made of dicts, that move
-the histories of rows.
+"""Plans for several trainers, replayed by naive executors that move the histories of rows.
 
-A row's history is which steps have updated it, each with the ranks whose gradients went in, in the
-order in which they were added. What a lookup finds must be the right row with the history of all
-steps before. What may happen at any of several moments is replayed at the worst: deferred gradients
-as late as they may be, replicas both as early and as late as they may be sent.
+There is an executor for each rank, made of dicts. A row's history is which steps have updated it,
+each with the ranks whose gradients went in, in the order in which they were added. A lookup must
+find the right row with the history of all steps before. What may happen at any of several moments
+is replayed at the worst one: overlapped gradients are applied as late as they may be, overlapped
+replicas are sent both as soon and as late as they may be.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def expect(condition: bool, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """The plans of all ranks for one trace, and what the trace asks for."""
+    """The plans of all ranks for a trace, and what the trace asks for."""
 
     group: Group
     num_slots: int
@@ -116,14 +116,14 @@ def plan_all(
 
 
 def check(planned: Planned) -> None:
-    """What the package's own replay says: PlanError, or nothing."""
+    """Runs the package's own replay, which raises PlanError if the plans break a rule."""
     pairs = zip(planned.plans, planned.batches, strict=True)
     for _ in checked_ranks([planned.group], [planned.num_slots], planned.topology, pairs):
         pass
 
 
 def smallest_cache(group: Group, batches: Sequence[Jagged], num_trainers: int) -> int:
-    """Slots that each trainer needs at least."""
+    """The fewest slots with which each trainer can do."""
     return max(
         1, *(-(-len(reference.unique_rows(group, batch)) // num_trainers) for batch in batches)
     )
@@ -136,7 +136,7 @@ def exchange_of(plan: StepPlan) -> GroupExchange:
 
 
 def applied(plan: StepPlan, when: str) -> GradientSchedule:
-    """What a rank applies "now" or "later"."""
+    """What a rank applies, "urgent" or "overlapped"."""
     exchange = exchange_of(plan)
     return exchange.apply_urgent if when == "urgent" else exchange.apply_overlapped
 
@@ -146,8 +146,9 @@ def moved_by(plan: StepPlan) -> tuple[Transfers, Transfers]:
 
 
 def messages(plans: Sequence[StepPlan], name: str) -> Messages:
-    """What each rank sends to each other, in the order in which a receiver gets it: by sender. Both
-    sides must agree.
+    """What each rank sends each other one, by sender, as its receiver gets it.
+
+    Both sides must agree.
     """
     found: Messages = {}
     exchanges: list[RowExchange] = [getattr(exchange_of(plan), name) for plan in plans]
@@ -170,8 +171,9 @@ def messages(plans: Sequence[StepPlan], name: str) -> Messages:
 
 
 class Replay:
-    """All ranks' caches and the store of one group. `ahead`: how many steps ahead plans reach the
-    executors.
+    """All ranks' caches and the store of one group.
+
+    Plans reach the executors `ahead` steps ahead.
     """
 
     def __init__(self, planned: Planned, ahead: int = 100) -> None:
@@ -181,30 +183,30 @@ class Replay:
         self.owners: dict[int, int] = {}
         self.store: dict[int, History] = {}
         self.evicted_at: dict[int, int] = {}
-        self.complete: dict[
-            int, History
-        ] = {}  # of rows used so far: with the updates of all steps computed so far
-        self.num_issued = self.num_deferred_done = 0  # steps
-        self.sent_earliest: dict[tuple[int, int, int], Held] | None = (
-            None  # None: nothing could be sent before the tick
-        )
+        # of each row used so far, with the updates of all steps computed so far
+        self.complete: dict[int, History] = {}
+        self.num_issued = self.num_overlapped_done = 0  # steps
+        # None: nothing could be sent before the tick
+        self.sent_earliest: dict[tuple[int, int, int], Held] | None = None
         self.arrived: dict[tuple[int, int, int], Held] = {}
 
     def run(self) -> None:
         for index in range(len(self.plans)):
             self.tick(index)
             self.look_up(index)
-            self.apply_deferred(index - 1)
+            self.apply_overlapped(index - 1)
             self.send_ahead(index + 1)
             self.apply_urgent(index)
-        self.apply_deferred(len(self.plans) - 1)
+        self.apply_overlapped(len(self.plans) - 1)
         for slots in self.slots:
             self.store.update(dict(slots.values()))
         expect(self.store == self.complete, "after a flush the store lacks an update")
 
     def tick(self, index: int) -> None:
-        """Evictions happen before the deferred gradients of the step before are applied, but where
-        there are urgent ones.
+        """Moves all rows of a tick.
+
+        Rows are evicted before the overlapped gradients of the step before are applied, except
+        where a transfer is urgent.
         """
         plans = self.plans[index]
         urgent = [plan.groups[0].urgent for plan in plans]
@@ -226,7 +228,7 @@ class Replay:
                 f"step {index}: what is sent behind compute changes meanwhile",
             )
         if has_urgent:
-            self.apply_deferred(index - 1)
+            self.apply_overlapped(index - 1)
         self.transfer(urgent, plans[0].step)
         while self.num_issued < len(self.plans) and self.is_due(self.num_issued, plans[0].step):
             self.issue_overlapped(self.num_issued)
@@ -256,7 +258,7 @@ class Replay:
                 del self.owners[row]
         for rank in self.ranks:
             fence = moved[rank].fence_tick
-            expect(fence <= tick, f"tick {tick}: a fetch waits for what comes later")
+            expect(fence <= tick, f"tick {tick}: a fetch waits for a tick to come")
             for row, slot in zip(
                 moved[rank].fetch_rows.tolist(), moved[rank].fetch_slots.tolist(), strict=True
             ):
@@ -279,7 +281,7 @@ class Replay:
                 self.slots[rank][slot], self.owners[row] = (row, self.store.get(row, ())), rank
 
     def sent(self, index: int, name: str) -> dict[tuple[int, int, int], Held]:
-        """By (receiver, sender, place in the message) what is in the slots that are sent, now."""
+        """What the slots to send hold, by (receiver, sender, place in the message)."""
         found = messages(self.plans[index], name)
         return {
             (to, by, at): self.slots[by].get(slot, EMPTY)
@@ -288,8 +290,10 @@ class Replay:
         }
 
     def send_ahead(self, index: int) -> None:
-        """The earliest that a step's overlapped replicas may be sent: behind the compute of the
-        step before, their fetches issued."""
+        """Notes what a step's overlapped replicas hold if they are sent as soon as may be.
+
+        That is behind the compute of the step before, if their fetches have been issued.
+        """
         is_sent = index < len(self.plans) and self.num_issued > index
         self.sent_earliest = self.sent(index, "replicas_overlapped") if is_sent else None
 
@@ -297,10 +301,8 @@ class Replay:
         """What a rank's replica slots hold in the compute of a step."""
         parts = self.arrived, self.sent(index, "replicas_urgent")
         in_order = [part[key] for part in parts for key in sorted(part) if key[0] == rank]
-        first, size = (
-            exchange_of(self.plans[index][rank]).first_replica,
-            self.planned.num_replica_slots,
-        )
+        first = exchange_of(self.plans[index][rank]).first_replica
+        size = self.planned.num_replica_slots
         expect(
             len(in_order) <= size,
             f"step {index}: rank {rank} gets more replicas than it has room for",
@@ -358,17 +360,17 @@ class Replay:
         for row, ranks in users.items():
             self.complete[row] = (*self.complete.get(row, ()), (self.plans[index][0].step, ranks))
 
-    def apply_deferred(self, index: int) -> None:
-        while self.num_deferred_done <= index:
-            self.apply(self.num_deferred_done, "overlapped")
-            self.num_deferred_done += 1
+    def apply_overlapped(self, index: int) -> None:
+        while self.num_overlapped_done <= index:
+            self.apply(self.num_overlapped_done, "overlapped")
+            self.num_overlapped_done += 1
 
     def rows_updated(self, index: int, rank: int, when: str) -> list[int]:
         slots = applied(self.plans[index][rank], when).unique_slots.tolist()
         return [self.slots[rank].get(slot, EMPTY)[0] for slot in slots]
 
     def apply(self, index: int, when: str) -> None:
-        """Updates rows on their owners with the gradients that are there, as the schedule says."""
+        """Updates rows on their owners with the gradients that are there, by the schedule."""
         sums = [[(rank, row) for row in self.planned.rows(index, rank)] for rank in self.ranks]
         received: list[list[tuple[int, int]]] = [[] for _ in self.ranks]
         for (sender, receiver), sent in sorted(messages(self.plans[index], f"sync_{when}").items()):

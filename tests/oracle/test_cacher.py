@@ -1,5 +1,6 @@
-"""Plans against the naive oracle and the invariants, over random traces, caches, lookaheads and
-prefetch depths.
+"""Plans against the naive oracle and the invariants.
+
+Traces, caches, lookaheads and prefetch depths are random.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def test_a_longer_lookahead_and_a_bigger_cache_fetch_less() -> None:
 
 
 def fewest_fetches(batches: list[list[int]], num_slots: int) -> int:
-    """Belady's MIN, which knows all batches."""
+    """Counts the fetches of Belady's MIN, which knows all batches."""
     uses: dict[int, list[int]] = {}
     for step, rows in enumerate(batches):
         for row in rows:
@@ -178,7 +179,7 @@ def test_a_tight_cache_fetches_little_more_than_if_all_were_known(
 
 
 def test_what_a_tight_cache_can_move_ahead_it_does() -> None:
-    """Slots of rows unused for longer than the prefetch depth are filled early there, too."""
+    """There, too, slots of rows unused for longer than the prefetch depth are filled ahead."""
     group, batches = zipf_batches(100)
     num_slots, depth = int(2.5 * smallest_cache(group, batches)), 2
     oracle = Oracle([group], num_slots=[num_slots], lookahead=8, prefetch_depth=depth)
@@ -290,7 +291,9 @@ def test_numbers_of_occurrences_wrap_round_and_their_ring_grows_unseen() -> None
     def plans(first_occurrence: int, ring_size: int) -> list[GroupPlan]:
         oracle = Oracle([group], num_slots=[150], lookahead=20)
         (cacher,) = oracle._cachers
-        cacher._next_occurrence, cacher._next_uses = first_occurrence, np.empty(ring_size, np.int32)
+        cacher.linker._next_occurrence = first_occurrence
+        cacher.linker.next_uses = np.empty((ring_size, 2), np.int32)
+        cacher._slots_of_uses = np.empty(ring_size, np.int32)
         return [
             plan.groups[0]
             for plan, _ in checked([group], [150], oracle.plan(deduped(group, batches)))
@@ -302,7 +305,7 @@ def test_numbers_of_occurrences_wrap_round_and_their_ring_grows_unseen() -> None
 
 
 def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
-    """The plan with one fault planted; None where this plan has no place for it."""
+    """Returns the plan with a fault planted, or None if it has no place for that fault."""
     overlapped, slots = plan.overlapped, plan.schedule.unique_slots
     if fault == "flip a slot" and len(slots) > 1:
         flipped = slots.copy()
@@ -337,7 +340,7 @@ def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
             plan, overlapped=replace(overlapped, fetch_slots=overlapped.fetch_slots + 10_000)
         )
     if (
-        fault == "re-use a slot too early"
+        fault == "re-use a slot too soon"
         and len(plan.urgent.evict_rows)
         and len(plan.urgent.fetch_rows)
     ):
@@ -350,7 +353,7 @@ def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
 
 
 def merged(one: Transfers, other: Transfers, length: int | None = None) -> Transfers:
-    """`one` and then `other`, cut to `length` entries."""
+    """Returns `one` and then `other`, cut to `length` entries."""
     names = ("evict_rows", "evict_slots", "fetch_rows", "fetch_slots")
     arrays = {
         name: np.concatenate([getattr(one, name), getattr(other, name)])[:length] for name in names
@@ -366,7 +369,7 @@ def merged(one: Transfers, other: Transfers, length: int | None = None) -> Trans
         ("drop a fetch", 200, "1"),
         ("forget a fence", 100, "4"),
         ("slot out of range", 200, "3"),
-        ("re-use a slot too early", 64, "[56]"),
+        ("re-use a slot too soon", 64, "[56]"),
     ],
 )
 def test_a_planted_fault_is_found(fault: str, num_slots: int, invariants: str) -> None:

@@ -1,6 +1,4 @@
-"""De-duplication against the naive reading of a batch, and the gradient schedule against its
-definition.
-"""
+"""De-duplication against the naive reading of a batch, the gradient schedule by its definition."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
 
 def bags_of_pieces(deduped: DedupedGroup) -> list[list[tuple[int, float]]]:
-    """By piece the output rows, with their weights."""
+    """The output rows of each piece, with their weights."""
     offsets = deduped.piece_offsets
     weights = np.ones(len(deduped.bags)) if deduped.bag_weights is None else deduped.bag_weights
     bags = list(zip(deduped.bags.tolist(), weights.tolist(), strict=True))
@@ -27,8 +25,9 @@ def bags_of_pieces(deduped: DedupedGroup) -> list[list[tuple[int, float]]]:
 
 
 def check_schedule(group: Group, batch: Jagged, deduped: DedupedGroup) -> None:
-    """Every bag feeds its row exactly once, with its weight, in lookup order, in pieces of bounded
-    length.
+    """Checks that every bag feeds its row exactly once, with its weight and in lookup order.
+
+    Pieces must have bounded length.
     """
     expected: dict[int, list[tuple[int, float]]] = {}
     weights = reference.lookup_weights(group, batch)

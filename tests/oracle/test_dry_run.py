@@ -1,5 +1,6 @@
-"""The dry run: what it counts equals what training's plans say, the border it finds is one, and
-what it prints and saves.
+"""The dry run: it counts what training's plans say, and the border that it finds is one.
+
+Also what it prints and saves.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Plans for trainers on several hosts, each of which has the records of its own rows, and caches
-only those.
+"""Plans for trainers on several hosts.
+
+Each host has the records of its own rows, and caches only those.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def home_of(row: int, num_hosts: int) -> int:
 def smallest_cache(
     group: Group, batches: Sequence[Jagged], num_trainers: int, num_hosts: int
 ) -> int:
-    """Slots that each trainer needs at least."""
+    """The fewest slots with which each trainer can do."""
     needed = max(
         shards.num_slots_needed(dedup(group, batch).unique_rows, group.num_rows, num_hosts)
         for batch in batches
@@ -139,7 +140,10 @@ def test_each_host_plans_the_same_for_its_ranks_as_for_all() -> None:
 
 @pytest.mark.parametrize("hand_out", [None, lambda batch: batch], ids=["all", "ids"])
 def test_hosts_look_ahead_alike_where_the_window_grows_until_memory_is_full(hand_out: Any) -> None:
-    """Whatever they hand out to their own ranks, whose shares differ: in one all bags are large."""
+    """Whatever they hand out to their own ranks, whose shares differ.
+
+    In one share all bags are large.
+    """
     group, _ = zipf_trace(30_000, 1, 1)
     rng = np.random.default_rng(0)
     lengths = np.repeat([1, 1, 100, 1], 10)

@@ -1,5 +1,6 @@
-"""Plans for several trainers: replayed on random traces, faults planted in them, and what they
-promise of balance and limits.
+"""Plans for several trainers, replayed on random traces and with faults planted in them.
+
+Also what they promise of balance and limits.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def test_every_rank_finds_current_rows_and_every_gradient_is_applied_once(
         [reference.in_order(row for rows in step for row in rows) for step in planned.lookups],
         num_slots=num_slots * num_trainers,
         lookahead=lookahead,
-        prefetch_depth=depth + 1,  # rows of several trainers are settled a step later
+        prefetch_depth=depth + 1,  # with several trainers rows settle one step after that
     )
     for plans, (fetched, evicted) in zip(planned.plans, naive, strict=True):
         moved = [part for plan in plans for part in moved_by(plan)]
@@ -109,8 +110,9 @@ def zipf_trace(num_batches: int, batch_size: int, num_rows: int) -> Trace:
 
 
 def power_trace(num_batches: int, batch_size: int, num_rows: int) -> Trace:
-    """Odds fall as the row's number to the power of -0.75: a heavier tail than that of
-    `zipf_trace`.
+    """Odds fall with the row's number to the power of -0.75.
+
+    That is a heavier tail than that of `zipf_trace`.
     """
     ids = num_rows * np.random.default_rng(7).random((num_batches, batch_size)) ** 4
     return trace_of(ids.astype(np.int64), num_rows)
@@ -152,7 +154,7 @@ def test_plans_are_deterministic_and_do_not_depend_on_who_else_is_planned_for() 
 
 def test_all_caches_together_fetch_as_one_of_one_trainer() -> None:
     group, batches = power_trace(30, 120, 3000)
-    # rows of several trainers are settled a step later
+    # With several trainers rows settle one step after those of one trainer, hence a depth of 3.
     one = Oracle([group], num_slots=[450], lookahead=6, prefetch_depth=3)
     single = one.plan(
         DedupedBatch(payload=None, batch_size=120, groups=(dedup(group, batch),))
@@ -235,7 +237,7 @@ def two_caches() -> list[Planned]:
 
 
 def with_edit(two_caches: list[Planned], edit: Edit) -> list[Planned]:
-    """The plans with an edit, each time of another step that has a place for it."""
+    """Returns the plans with an edit, once for each step that has a place for it."""
     found = []
     for planned in two_caches:
         for index in range(3, len(planned.plans) - 1):
@@ -296,7 +298,7 @@ def without_urgent(plan: StepPlan) -> StepPlan:
 
 
 def short_of_a_contribution(plan: StepPlan) -> StepPlan:
-    """The pieces of what is applied now end before its contributions do."""
+    """Returns a plan whose pieces of urgent updates end before their contributions do."""
     exchange = exchange_of(plan)
     offsets = exchange.apply_urgent.piece_offsets.copy()
     offsets[-1] -= 1

@@ -1,5 +1,6 @@
-"""Caches cut into shards, which only large ones are unless told otherwise: each shard plans as a
-small cache of its own would.
+"""Caches cut into shards: each shard plans as a small cache of its own would.
+
+Only large caches are cut, unless a test says otherwise.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def test_a_dry_run_knows_how_large_a_cache_must_be_for_its_shards() -> None:
 
 
 def test_every_cache_of_the_size_that_an_error_names_holds_the_batch() -> None:
-    """Also where a cache of one shard would hold it, but not a larger one of several."""
+    """That holds, too, where a cache of one shard has room but a larger one of several has not."""
     (group,) = group_tables(
         [TableConfig(name="t", num_embeddings=400_000, embedding_dim=4, feature_names=["f"])],
         SGD(lr=1.0),
@@ -216,7 +217,7 @@ def test_every_cache_of_the_size_that_an_error_names_holds_the_batch() -> None:
 def test_a_shard_without_enough_slots_is_an_error_and_no_plan(
     cut_always: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever let the batch pass, and whichever thread plans the shard."""
+    """That holds whatever let the batch pass, and whichever thread plans the shard."""
     monkeypatch.setattr(Cacher, "check_fits", lambda cacher, linked: None)
     group, batches = zipf_trace(3000, 5, 400)
     with pytest.raises(AssertionError, match="a shard could not be planned"):

@@ -1,5 +1,6 @@
-"""What travels between trainers: hand-worked counts, what is sent is received, and one trainer's
-dry run as it was.
+"""What travels between trainers, counted by hand and by plain sets.
+
+Also: what is sent is received, and one trainer's dry run is as it was.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def random_batches(num_batches: int = NUM_BATCHES, batch_size: int = 32) -> Iter
 
 
 def counted(trace: Trace, cache_rows: int, num_steps: int) -> Traffic:
-    """All steps, none to warm up."""
+    """Counts all steps, without a warm-up."""
     grid = Grid(cache_rows=[cache_rows], lookaheads=[2], num_steps=num_steps, warmup_steps=0)
     traffic = replay(trace, grid, cache_rows, 2).traffic
     assert traffic is not None
@@ -90,7 +91,7 @@ def result(trace: Trace) -> DryRun:
 
 
 def steps(trace: Trace, cache_rows: int) -> Iterator[tuple[int, list[GroupPlan], MergedGroup]]:
-    """Step by step and group by group the plans of all ranks and the global batch."""
+    """Yields the plans of all ranks and the global batch, step by step and group by group."""
     topology = trace.topology(range(trace.num_trainers))
     oracle = Oracle(trace.groups, num_slots=trace.slots(cache_rows), lookahead=3, topology=topology)
     for plans, batch in oracle.plan_ranks(oracle.link(trace.batches)):
@@ -115,10 +116,11 @@ def test_rows_that_one_rank_alone_uses_never_travel() -> None:
 def test_a_shared_row_goes_to_and_fro_urgently_or_overlapped(
     data_type: DataType, replica: int
 ) -> None:
-    # Both ranks use row 0 in each of three steps, so that one of the two owns it. Its replica can
-    # go later before step 0 only, which nothing has changed before; its gradient after step 2 only,
-    # after which nobody needs it. Rows 1 to 6 fill up and are each one rank's, hence stay: rank 0
-    # has ids 0 and 1, rank 1 has 0 and 2; and so on.
+    # Both ranks use row 0 in each of three steps, so one of them owns it. Its replica is overlapped
+    # before step 0 only, since nothing has changed the row before. Its gradient is overlapped after
+    # step 2 only, since nobody needs the row after that. Rows 1 to 6 fill the batches. Each is used
+    # by one rank alone, so it does not travel: rank 0 has ids 0 and 1, rank 1 has 0 and 2, then 0
+    # and 3, and so on.
     trace = read_trace(
         one_group(8, data_type),
         batches_of([0, 1, 0, 2], [0, 3, 0, 4], [0, 5, 0, 6]),
@@ -255,7 +257,7 @@ def test_the_cache_of_all_trainers_together_holds_what_one_large_one_does(trace:
     assert report is not None
     assert report_alone is not None
     assert report.num_uniques == report_alone.num_uniques
-    # Not the same: rows of several trainers settle one step later, hence leave a little later.
+    # Not the same: with several trainers rows settle one step after, and so stay a little longer.
     assert report.num_fetched == pytest.approx(report_alone.num_fetched, rel=0.05)
 
 

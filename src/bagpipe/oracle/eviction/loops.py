@@ -1,13 +1,14 @@
-"""The Cacher's step, compiled. It works in place on the arrays of `State`, which
-`bagpipe.oracle.eviction.cacher.Cacher` owns.
+"""The Cacher's step, compiled: all shards side by side.
 
-`slots_of_uses`, a ring by occurrence (see `bagpipe.oracle.linker`), holds the slots that recently
-planned batches use: a row used again so soon, as most are, is found there unless it has settled
-early, and its far-away state is not touched.
+It works in place on the arrays of `State`, which `bagpipe.oracle.eviction.cacher.Cacher` owns.
 
-A step is one call, so that its thread seldom has to ask for the GIL. Threads share its shards (see
-`bagpipe.oracle.shards`): each shard plans its part of the step from end to end, and the threads
-meet only to join the parts.
+`slots_of_uses`, a ring by occurrence (`bagpipe.oracle.linker`), holds the slots that recently
+planned batches use. Most rows are used again soon. Such a row's slot is found in the ring, near by
+in memory, unless a tight cache has settled the row already.
+
+A step is one call, so that its thread seldom has to ask for the GIL. Threads divide its shards
+among them (`bagpipe.oracle.shards`). Each shard plans its part of the step from end to end, and the
+threads meet only to join the parts.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ from bagpipe.types import Int32Array, Int64Array
 
 
 class State(NamedTuple):
-    """What the Cacher knows of rows and slots. Each of S shards has queues of its own."""
+    """What the Cacher knows of rows and slots; each of the S shards has queues of its own."""
 
-    # (num_rows, 1) each row's slot; -1: never evicted, -2 - tick: evicted at that tick
+    # (num_rows, 1) each row's slot; -1 for a row never cached, -2 - tick for one evicted at a tick
     slots_of_rows: Int32Array
     rows_of_slots: Int64Array  # (num_slots,)
     # (S + 1,) a shard has the slots from one bound to the next, counted as `slot_at` does
     slot_bounds: Int64Array
-    num_used: Int64Array  # (S,) how many of these were ever filled
+    num_used: Int64Array  # (S,) how many of a shard's slots were ever filled
     oldest_unsettled: Int64Array  # (S,) the first occurrence that is not settled
     unknown: UnknownQueue
     due: DueQueues
@@ -57,7 +58,7 @@ class State(NamedTuple):
 @partial(threaded, num_threads=NUM_CRITICAL_THREADS)
 @parallel_jit
 def admit(state: State, batch: Batch, step: int) -> None:
-    """Makes a new batch's settled rows, which had no known next use, due at its step."""
+    """Makes those rows of a new batch that are settled and cached due at its step."""
     slots_of_rows, places = state.slots_of_rows, state.unknown.places
     chunks, chains, queues = state.due.chunks, state.due.chains, state.due.queues
     rows, previous, bounds = batch.rows, batch.previous, batch.bounds
@@ -77,7 +78,8 @@ def admit(state: State, batch: Batch, step: int) -> None:
             step,
         )
         is_done[shard] = True
-    if not is_done.all():  # an error in a parallel loop ends the loop, and is lost
+    # numba ends a parallel loop at an error and drops the error, so shards say that they are done.
+    if not is_done.all():
         raise AssertionError("a batch could not be admitted: memory is full")
 
 
@@ -92,14 +94,24 @@ def plan(
     uses: Uses,
     ranks: Ranks,
 ) -> tuple[Int32Array, tuple[Int64Array, Int32Array], tuple[Int64Array, Int32Array], Int64Array]:
-    """Admits the window's last batch, unless it has no rows, and plans a step.
+    """Admits the window's last batch and plans a step.
 
-    `recent` (n, S + 1) are the bounds of planned batches' occurrences by shard: of the batch that
-    is old enough to settle, then of younger ones, the oldest first. Returns slots (U,), who is
-    evicted, who is fetched, each as rows and slots, and what is counted of that.
+    Args:
+        state: The Cacher's arrays, changed in place.
+        admitted: The batch to admit; it has no rows where there is none.
+        batch: The batch to plan.
+        recent: (n, S + 1) for planned batches the bounds of their occurrences by shard. The first
+            is the batch that is old enough to settle; younger ones follow, the oldest first.
+        ticks: The clock.
+        uses: The rings of occurrences.
+        ranks: Whose slots they are.
+
+    Returns:
+        The slots of the batch's rows (U,); the rows evicted and their slots; the rows fetched and
+        their slots; and the counts that `shard_loops` names.
     """
-    # numba hands no tuples to parallel loops, and drops what they write to an array that came from
-    # unpacking one.
+    # numba hands no tuples to parallel loops, and loses what they write to an array that was
+    # unpacked from a tuple inside the loop.
     slots_of_rows, rows_of_slots = state.slots_of_rows, state.rows_of_slots
     slot_bounds, num_used = state.slot_bounds, state.num_used
     oldest_unsettled = state.oldest_unsettled
@@ -107,17 +119,11 @@ def plan(
     chunks, chains, queues = state.due.chunks, state.due.chains, state.due.queues
     new_rows, new_previous, new_bounds = admitted.rows, admitted.previous, admitted.bounds
     rows, previous, users, bounds = batch.rows, batch.previous, batch.users, batch.bounds
-    first_occurrence, next_uses, slots_of_uses = (
-        batch.first_occurrence,
-        uses.next_uses,
-        uses.slots_of_uses,
-    )
+    first_occurrence = batch.first_occurrence
+    next_uses, slots_of_uses = uses.next_uses, uses.slots_of_uses
     step, overlapped, last_seen = ticks.step, ticks.overlapped, ticks.last_seen
-    num_trainers, num_hosts, host_slots = (
-        ranks.num_trainers,
-        ranks.num_hosts,
-        slot_bounds[-1] // ranks.num_hosts,
-    )
+    num_trainers, num_hosts = ranks.num_trainers, ranks.num_hosts
+    host_slots = slot_bounds[-1] // num_hosts
     slots = np.empty(len(rows), np.int32)
     evict_rows, evict_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
     fetch_rows, fetch_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
@@ -162,24 +168,20 @@ def plan(
             Moved(fetch_rows, fetch_slots),
             counts[shard],
         )
-        # what nobody had to leave was fresh
+        # A fetch for which no row was evicted took a slot that was never filled before.
         num_used[shard] += counts[shard, FETCHED] - counts[shard, EVICTED]
     totals = counts.sum(axis=0)
-    if totals[DONE] < len(num_used):  # as in `admit`
+    # As in `admit`: an error in the loop would be lost.
+    if totals[DONE] < len(num_used):
         raise AssertionError(
             "a shard could not be planned: it has fewer slots than rows, which admit checks, or "
             "memory is full"
         )
     for fence in (OVERLAPPED_FENCE, URGENT_FENCE):
         totals[fence] = counts[:, fence].max()
-    evicted_rows, evicted_slots = (
-        np.empty(totals[EVICTED], np.int64),
-        np.empty(totals[EVICTED], np.int32),
-    )
-    fetched_rows, fetched_slots = (
-        np.empty(totals[FETCHED], np.int64),
-        np.empty(totals[FETCHED], np.int32),
-    )
+    num_evicted, num_fetched = totals[EVICTED], totals[FETCHED]
+    evicted_rows, evicted_slots = np.empty(num_evicted, np.int64), np.empty(num_evicted, np.int32)
+    fetched_rows, fetched_slots = np.empty(num_fetched, np.int64), np.empty(num_fetched, np.int32)
     for shard in prange(len(num_used)):
         begin = bounds[shard]
         join_shard(

@@ -1,8 +1,8 @@
 """The Cacher's eviction queues, compiled: slots of settled rows in the order in which they may go.
 
-Each shard of a cache (see `bagpipe.oracle.shards`) has its own, and functions are given the arrays
-of one. They take many slots at once: a call from compiled code costs a reference count of every
-array that it passes, so one a slot took five times as long.
+Each shard of a cache (`bagpipe.oracle.shards`) has its own queues, and the compiled functions are
+given those of one shard. They take many slots in one call, because each call from compiled code
+counts references to every array that it passes. A call for each slot took five times as long.
 """
 
 from __future__ import annotations
@@ -16,48 +16,51 @@ from bagpipe.native.prefetch import prefetch
 from bagpipe.types import Int32Array, Int64Array
 
 NOT_QUEUED = -1
+"""The place of a slot that stands in no `UnknownQueue`."""
 _AHEAD = 16
-"""Entries ahead for which a slot's place is asked for."""
+"""How many entries ahead of its use a slot's place is prefetched."""
 CHUNK = 64
+"""Entries in a chunk of `DueQueues`."""
 SLOT, INDEX = 0, 1
+"""What an entry of a chunk holds: a slot, and the index of its row in the batch that needs it."""
 FIRST, LAST, BEGIN, END = range(4)
+"""What is kept of a queue: its first and last chunk, where it begins in the one and ends in the
+other."""
 _NO_CHUNK = -1
 
 
 class UnknownQueue(NamedTuple):
     """Slots of rows without a known next use, the longest unused first.
 
-    `places` says where a slot stands, `NOT_QUEUED` if it doesn't; taking a slot out is forgetting
-    its place, and an entry whose slot says otherwise is stale and passed over. Stale entries are
-    dropped when the ring is full.
+    `places` says where each slot stands in the ring. To take a slot out of the queue is to forget
+    its place. An entry that is not at its slot's place is stale, and is passed over. Stale entries
+    are dropped when the ring is full.
     """
 
     slots: Int32Array  # (a power of two, at least twice the shard's slots,) a ring
-    ends: Int64Array  # (2,) where the queue begins and ends; their low bits are places in the ring
+    ends: Int64Array  # (2,) where the queue begins and ends; the low bits are places in the ring
     places: Int32Array  # (num_slots, 1) of all shards
 
 
 class DueQueues(NamedTuple):
-    """One queue for each step of the window: the settled rows that it needs, their slots and their
-    indices in the step's batch.
+    """For each step of the window a queue of the settled rows that it needs.
 
-    Queues are chains of chunks of `CHUNK` entries, so that filling and emptying them runs through
-    memory in order. An entry leaves from the front, when its row is evicted, or with all others
-    when its step comes. A slot stands in one queue at a time, and only a queue's first and last
-    chunk are not full, so as many chunks as the shard's slots fill and two more for each queue
-    suffice.
+    An entry is a row's slot and the row's index in the step's batch. Queues are chains of chunks,
+    so that filling and emptying them runs through memory in order. An entry leaves from the front,
+    when its row is evicted, or with all others when its step comes. A slot stands in one queue at a
+    time, and only the first and the last chunk of a queue may be partly filled. So the chunks that
+    the shard's slots fill, and two more for each queue, always suffice.
     """
 
     chunks: Int32Array  # (num_chunks, CHUNK, 2) entries: SLOT, INDEX
     chains: Int32Array  # (num_chunks,) the next chunk of a chain
-    # (num_queues + 1, 4) FIRST and LAST chunk, and where in them it BEGINs and ENDs; last the
-    # free chunks
-    queues: Int32Array
+    queues: Int32Array  # (num_queues + 1, 4) FIRST, LAST, BEGIN, END; the last is the free chunks
 
 
 def make_unknown_queues(num_shards: int, shard_slots: int, num_slots: int) -> UnknownQueue:
-    """Empty queues of shards with up to `shard_slots`; but for `places` each array has one for each
-    shard.
+    """Makes empty queues for shards of up to `shard_slots` slots.
+
+    Each array but `places` has a first axis of shards.
     """
     size = 1 << (2 * shard_slots - 1).bit_length()
     return UnknownQueue(
@@ -68,7 +71,7 @@ def make_unknown_queues(num_shards: int, shard_slots: int, num_slots: int) -> Un
 
 
 def make_due_queues(num_shards: int, shard_slots: int, num_queues: int) -> DueQueues:
-    """Empty queues of shards with up to `shard_slots`; each array has one for each shard."""
+    """Makes empty queues for shards of up to `shard_slots` slots; the first axis is of shards."""
     num_chunks = -(-shard_slots // CHUNK) + 2 * num_queues
     chains = np.arange(1, num_chunks + 1, dtype=np.int32)
     chains[-1] = _NO_CHUNK
@@ -98,7 +101,7 @@ def push_unknown(unknown: UnknownQueue, slots: Int32Array) -> None:
 
 @jit
 def _compact(queue: Int32Array, ends: Int64Array, places: Int32Array) -> None:
-    """Drops the stale entries."""
+    """Drops the stale entries of an `UnknownQueue`."""
     mask, end = len(queue) - 1, ends[0]
     for entry in range(ends[0], ends[1]):
         slot = queue[entry & mask]
@@ -111,7 +114,7 @@ def _compact(queue: Int32Array, ends: Int64Array, places: Int32Array) -> None:
 
 @jit
 def forget_unknown(places: Int32Array, slots: Int32Array) -> None:
-    """Takes slots (n,) out of an `UnknownQueue`, where they may stand or not."""
+    """Takes slots (n,) out of an `UnknownQueue`; some of them may not stand in it."""
     for index in range(len(slots)):
         prefetch(places, slots[min(index + _AHEAD, len(slots) - 1)], 0)
         places[np.uint32(slots[index]), 0] = NOT_QUEUED
@@ -119,11 +122,11 @@ def forget_unknown(places: Int32Array, slots: Int32Array) -> None:
 
 @jit
 def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
-    """Moves slots from the front of the queue to `freed` until it is full; returns how many."""
+    """Moves slots from the front of the queue into `freed` until that is full; returns how many."""
     queue, ends, places = unknown.slots, unknown.ends, unknown.places
     mask, num_freed, entry = len(queue) - 1, 0, ends[0]
     while num_freed < len(freed) and entry < ends[1]:
-        # No more entries than slots are wanted: what of them is current can all go.
+        # Of no more entries than slots are still wanted, all that are not stale can be taken.
         last = min(entry + len(freed) - num_freed, ends[1])
         while entry < last:
             prefetch(places, queue[min(entry + _AHEAD, last - 1) & mask], 0)
@@ -131,6 +134,7 @@ def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
             is_current = places[np.uint32(slot), 0] == entry & mask
             if is_current:
                 places[np.uint32(slot), 0] = NOT_QUEUED
+            # Always written, but kept only if current: a branch here could not be predicted.
             freed[num_freed] = slot
             num_freed += is_current
             entry += 1
@@ -140,12 +144,13 @@ def pop_unknown(unknown: UnknownQueue, freed: Int32Array) -> int:
 
 @jit
 def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int32Array) -> None:
-    """Puts each row (n,) at the end of the queue of the step (n,) that needs it. Step s has queue s
-    modulo their number.
+    """Puts each slot (n,) at the end of the queue of the step (n,) that needs its row.
+
+    Step s has queue s modulo the number of queues.
     """
     chunks, chains, queues = due.chunks, due.chains, due.queues
     free = len(queues) - 1
-    # One division for all: the steps lie within one turn of the queues.
+    # One division serves all, because the steps lie within one turn of the queues.
     first = np.int64(0) if len(steps) == 0 else np.int64(steps[0]) - np.int64(steps[0]) % free
     for entry in range(len(slots)):
         queue = steps[entry] - first
@@ -174,9 +179,7 @@ def push_due(due: DueQueues, steps: Int32Array, indices: Int32Array, slots: Int3
 
 @jit
 def pop_due(due: DueQueues, step: int, freed: Int32Array) -> int:
-    """Moves slots from the front of a step's queue to `freed` until it is full; returns how
-    many.
-    """
+    """Moves slots from a step's queue into `freed` until that is full; returns how many."""
     chunks, chains, queues = due.chunks, due.chains, due.queues
     queue = step % (len(queues) - 1)
     num_freed = 0
@@ -195,7 +198,7 @@ def pop_due(due: DueQueues, step: int, freed: Int32Array) -> int:
 
 @jit
 def take_due(due: DueQueues, step: int, slots: Int32Array) -> None:
-    """Empties a step's queue: writes each slot to its index in `slots`."""
+    """Empties a step's queue: writes each slot to its row's index in `slots`."""
     chunks, chains, queues = due.chunks, due.chains, due.queues
     queue, free = step % (len(queues) - 1), len(queues) - 1
     first, last = queues[queue, FIRST], queues[queue, LAST]
@@ -206,13 +209,14 @@ def take_due(due: DueQueues, step: int, slots: Int32Array) -> None:
             slots[np.uint32(entries[entry, INDEX])] = entries[entry, SLOT]
         begin, chunk = 0, chains[chunk]
     if first != _NO_CHUNK:
-        # the whole chain is free now
-        chains[last], queues[free, FIRST] = (queues[free, FIRST], first)
+        # The whole chain goes before the other free chunks.
+        chains[last], queues[free, FIRST] = queues[free, FIRST], first
         queues[queue, FIRST], queues[queue, BEGIN] = _NO_CHUNK, 0
 
 
 @jit
 def _free_first_chunk(chains: Int32Array, queues: Int32Array, queue: int) -> None:
+    """Moves a queue's first chunk to the free ones."""
     free = len(queues) - 1
     chunk = queues[queue, FIRST]
     queues[queue, FIRST] = chains[chunk]

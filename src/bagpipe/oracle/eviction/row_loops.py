@@ -1,8 +1,8 @@
-"""The Cacher's loops over one shard of a batch, compiled; `bagpipe.oracle.eviction.loops` runs them
-for all shards side by side.
+"""The Cacher's compiled loops over the rows of one shard of a batch.
 
-Each first gathers what is far away into a small buffer without branching on it, so that many cache
-misses are under way at a time, and then decides.
+`bagpipe.oracle.eviction.shard_loops` calls them in turn. Each first gathers what is far away in
+memory into a small buffer without branching on it, so that many cache misses are under way at a
+time. Then it decides.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from bagpipe.oracle.linker import INDEX, OCCURRENCES, STEP
 from bagpipe.types import Int32Array, Int64Array
 
 _AHEAD = 16
-"""Rows ahead for which a row's state is asked for."""
+"""How many rows ahead of its use a row's state is prefetched."""
 _RECENT = 1 << 30
-"""Occurrence numbers wrap round: one that lies less than this behind another is later."""
+"""Occurrence numbers wrap round: those less than this above another one come after it."""
 
 
 @jit
@@ -36,10 +36,19 @@ def find_resident(
     slots: Int32Array,
     first_index: int,
 ) -> int:
-    """Puts those of rows (n,) that are settled and have a slot into `slots`, and where they stand
-    in their batch into `indices`.
+    """Finds those of a batch's rows that are settled and have a slot.
 
-    Returns how many these are. The first of the rows stands at `first_index`.
+    Args:
+        slots_of_rows: (num_rows, 1) as in `State`.
+        rows: (n,) the rows.
+        previous: (n,) their previous occurrences.
+        oldest_unsettled: The first occurrence that is not settled.
+        indices: (n,) is filled with the indices of the rows found in their batch.
+        slots: (n,) is filled with their slots.
+        first_index: The index in the batch of the first of `rows`.
+
+    Returns:
+        How many rows were found.
     """
     num_settled = 0
     for index in range(len(rows)):
@@ -67,8 +76,17 @@ def find_unsettled(
     slots: Int32Array,
     missing: Int32Array,
 ) -> int:
-    """Writes the slots of unsettled rows, and the indices of rows without one to `missing`; returns
-    how many these are.
+    """Finds the slots of rows that are not settled, and then the rows that have no slot.
+
+    Args:
+        previous: (n,) the rows' previous occurrences.
+        oldest_unsettled: The first occurrence that is not settled.
+        slots_of_uses: The ring of slots by occurrence.
+        slots: (n,) the rows' slots as far as they are known, else -1; unsettled ones are filled in.
+        missing: (n,) is filled with the indices of rows without a slot.
+
+    Returns:
+        How many rows have no slot.
     """
     mask = len(slots_of_uses) - 1
     for index in range(len(previous)):
@@ -96,11 +114,23 @@ def sort_out(
     indices: Int32Array,
     slots: Int32Array,
 ) -> tuple[int, int]:
-    """Sorts out a batch's occurrences, n between two bounds, that are to settle and that no step up
-    to `step` uses again.
+    """Sorts out which occurrences that settle have no known next use, and which are due when.
 
-    Fills `unknown` with the slots of those without a known next use, the others, (n,) each, with
-    what is known of the next use of the rest. Returns how many there are of both kinds.
+    Rows that a step up to `step` uses again are left out.
+
+    Args:
+        settled: (2,) the bounds of the n occurrences that settle.
+        step: The step that is planned.
+        last_seen: The last step of the window.
+        next_uses: The linker's ring of next uses.
+        slots_of_uses: The ring of slots by occurrence.
+        unknown: (n,) is filled with the slots of rows without a known next use.
+        steps: (n,) is filled with the next uses' steps of the other rows.
+        indices: (n,) is filled with their indices in the batches of those steps.
+        slots: (n,) is filled with their slots.
+
+    Returns:
+        How many rows there are without and with a known next use.
     """
     mask, slots_mask = len(next_uses) - 1, len(slots_of_uses) - 1
     num_unknown = num_due = 0
@@ -127,8 +157,10 @@ def evict(
     issue_tick: int,
     urgent_tick: int,
 ) -> None:
-    """Takes slots (n,) from their rows, which it tells: the first `num_overlapped` at `issue_tick`,
-    the others at `urgent_tick`."""
+    """Takes slots (n,) from their rows, and writes these to `rows` (n,).
+
+    The first `num_overlapped` of them are evicted at `issue_tick`, the others at `urgent_tick`.
+    """
     for index in range(len(slots)):
         rows[index] = rows_of_slots[np.uint32(slots[index])]
     for index in range(len(slots)):
@@ -149,7 +181,9 @@ def take_slots(
     missing_rows: Int64Array,
     evicted_at: Int32Array,
 ) -> None:
-    """Gives the i-th freed slot to the i-th missing row; tells which row that is and when it was
+    """Gives the i-th freed slot to the i-th missing row.
+
+    Fills `missing_rows` with these rows, and `evicted_at` with the ticks at which they were last
     evicted, -1 for never.
     """
     for index in range(len(missing)):
@@ -166,15 +200,24 @@ def take_slots(
 def old_first(
     freed: Int32Array, young: Int64Array, slots_of_uses: Int32Array, num_slots: int
 ) -> int:
-    """Puts the slots (n,) of rows not used in `young` batches, n pairs of bounds of occurrences,
-    before the others; else keeps their order. Returns how many these are.
+    """Puts the slots of rows that no young batch uses before the others; else keeps their order.
+
+    Args:
+        freed: (n,) the slots, reordered in place.
+        young: (m, 2) the bounds of the young batches' occurrences.
+        slots_of_uses: The ring of slots by occurrence.
+        num_slots: Slots of the cache.
+
+    Returns:
+        How many slots come first.
     """
     if len(young) == 0:
         return len(freed)
     mask, is_young = len(slots_of_uses) - 1, np.zeros(num_slots, np.bool_)
     for batch in range(len(young)):
         for occurrence in range(young[batch, 0], young[batch, 1]):
-            # A slot that has another row since then is marked, too: that row is used later still.
+            # A slot that has got another row since then is marked, too. That is right: that row's
+            # last use is younger still.
             is_young[slots_of_uses[occurrence & mask]] = True
     kept, num_old, num_young = np.empty(len(freed), np.int32), 0, 0
     for slot in freed:
@@ -198,11 +241,24 @@ def overlapped_first(
     fetch_rows: Int64Array,
     fetch_slots: Int32Array,
 ) -> tuple[int, int, int]:
-    """Puts the fetches that may be early before the others: to one of the first `num_ahead` slots,
-    which can be filled ahead, of a row not evicted later.
+    """Puts the overlapped fetches before the urgent ones.
 
-    Returns how many are early, the latest eviction among the overlapped rows and among the urgent
-    ones."""
+    A fetch can be overlapped if its slot can be filled ahead and its row was evicted no later than
+    `issue_tick`.
+
+    Args:
+        missing_rows: (n,) the rows to fetch.
+        evicted_at: (n,) the ticks at which they were last evicted, -1 for never.
+        freed: (n,) their slots.
+        num_ahead: How many of these, the first ones, can be filled ahead.
+        issue_tick: The tick of the step's overlapped transfers.
+        fetch_rows: (n,) is filled with the rows.
+        fetch_slots: (n,) is filled with their slots.
+
+    Returns:
+        How many fetches are overlapped, and the latest eviction among the overlapped rows and among
+        the urgent ones, -1 for none.
+    """
     num_overlapped, num_urgent = 0, 0
     overlapped_fence, urgent_fence = -1, -1
     for index in range(len(freed)):
@@ -221,7 +277,7 @@ def overlapped_first(
 
 @jit
 def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Array) -> None:
-    """Writes the slots of consecutive occurrences into the ring."""
+    """Writes the slots (n,) of consecutive occurrences into the ring."""
     begin = first_occurrence & (len(slots_of_uses) - 1)
     num_first = min(len(slots), len(slots_of_uses) - begin)
     slots_of_uses[begin : begin + num_first] = slots[:num_first]

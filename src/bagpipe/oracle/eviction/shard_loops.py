@@ -1,5 +1,7 @@
-"""What the Cacher does for one shard of a step, compiled; `bagpipe.oracle.eviction.loops` runs all
-of them side by side."""
+"""What the Cacher does for one shard in a step, compiled.
+
+`bagpipe.oracle.eviction.loops` runs all shards side by side.
+"""
 
 from __future__ import annotations
 
@@ -43,16 +45,20 @@ from bagpipe.types import Int32Array, Int64Array, UInt64Array
     URGENT_FENCE,
     DONE,
 ) = range(8)
-"""What is counted of a step: rows of each kind, the latest evictions of rows fetched early and
-late, -1 for none, and shards."""
+"""What is counted of a step.
+
+These are the rows evicted and fetched, and how many of them are overlapped; the rows evicted
+although nobody knows their next use; the latest eviction among rows of overlapped and of urgent
+fetches, -1 for none; and the shards that are done.
+"""
 
 
 class Batch(NamedTuple):
     """The unique rows of a batch."""
 
     rows: Int64Array  # (U,)
-    previous: Int32Array  # (U,) their previous uses
-    users: UInt64Array  # (U,) sets of ranks; only of several trainers
+    previous: Int32Array  # (U,) their previous occurrences
+    users: UInt64Array  # (U,) the sets of ranks that use them; empty with one trainer
     bounds: Int64Array  # (S + 1,) a shard has the rows from one bound to the next
     first_occurrence: int
 
@@ -80,8 +86,7 @@ class Uses(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Rows that are evicted or fetched, with their slots: the overlapped ones before the urgent
-    ones."""
+    """Rows that are evicted or fetched, and their slots; the overlapped ones come first."""
 
     rows: Int64Array
     slots: Int32Array
@@ -92,8 +97,8 @@ class Shard(NamedTuple):
 
     slots_of_rows: Int32Array
     rows_of_slots: Int64Array
-    first_fresh: int  # where its slots lie that were never filled
-    last_fresh: int  # behind these
+    first_fresh: int  # where those of its slots begin that were never filled
+    last_fresh: int  # where they end
     num_slots: int
     host_slots: int
     unknown: UnknownQueue
@@ -112,8 +117,9 @@ def admit_shard(
     oldest_unsettled: int,
     step: int,
 ) -> None:
-    """Makes those of a new batch's rows in one shard due at its step that are settled, and had no
-    known next use.
+    """Makes those rows of a new batch in one shard that are settled and cached due at its step.
+
+    Until now they had no known next use.
     """
     indices, slots = np.empty(end - begin, np.int32), np.empty(end - begin, np.int32)
     count = find_resident(
@@ -141,9 +147,26 @@ def plan_shard(
 ) -> int:
     """Plans a step for one shard, which has the batch's rows from `begin` to `end`.
 
-    Finds their slots, settles, frees as many slots as are missing, evicts, assigns and remembers.
-    Fills `all_slots`, `evicted` and `fetched` from `begin` on; counts itself once it is done.
-    Returns the first occurrence that is not settled now.
+    It finds the rows' slots, settles older rows, frees as many slots as are missing, evicts the
+    rows in them, gives the slots to the missing rows, and remembers what slots the batch uses.
+
+    Args:
+        shard: The state of the shard.
+        batch: The batch to plan.
+        begin: Where in the batch the shard's rows begin.
+        end: Where they end.
+        recent: (n, 2) as in `loops.plan`, for this shard.
+        oldest_unsettled: The first occurrence that is not settled before the step.
+        ticks: The clock.
+        uses: The rings of occurrences.
+        ranks: Whose slots they are.
+        all_slots: (U,) is filled from `begin` to `end` with the rows' slots.
+        evicted: (U,) each, are filled from `begin` on.
+        fetched: (U,) each, are filled from `begin` on.
+        counts: (DONE + 1,) is filled; `DONE` last, so that a shard that failed lacks it.
+
+    Returns:
+        The first occurrence that is not settled after the step.
     """
     rows, slots = batch.rows[begin:end], all_slots[begin:end]
     slots[:] = -1
@@ -160,8 +183,8 @@ def plan_shard(
     num_fresh, num_unknown, num_freed = _free(shard, ticks, ranks, freed)
     if num_freed < num_missing:
         return first_unsettled
-    # Slots of rows that were used so recently that they have only settled because the cache is
-    # tight can't be filled ahead.
+    # Some rows were used so recently that they have settled only because the cache is tight. Their
+    # slots can't be filled ahead.
     num_ahead = num_fresh + old_first(
         freed[num_fresh:],
         recent[1:num_settled],
@@ -182,11 +205,8 @@ def plan_shard(
         ticks.overlapped,
         ticks.step,
     )
-    counts[EVICTED], counts[EVICTED_OVERLAPPED], counts[EVICTED_BLINDLY] = (
-        num_evicted,
-        num_overlapped,
-        num_unknown - num_fresh,
-    )
+    counts[EVICTED], counts[EVICTED_OVERLAPPED] = num_evicted, num_overlapped
+    counts[EVICTED_BLINDLY] = num_unknown - num_fresh
 
     missing_rows, evicted_at = np.empty(num_missing, np.int64), np.empty(num_missing, np.int32)
     take_slots(
@@ -223,10 +243,13 @@ def _settle_all(
     ticks: Ticks,
     uses: Uses,
 ) -> int:
-    """Settles the batch that is old enough, and in a tight cache all: where the younger ones and
-    this one, of `num_rows`, could not be held together.
+    """Settles the batch that is old enough, and all younger ones if the cache is tight.
 
-    Returns how many of `recent` are settled now; some may have been before.
+    It is tight if it could not hold the younger batches together with the planned one, which has
+    `num_rows` rows in this shard.
+
+    Returns:
+        How many of `recent` are settled, with those that were settled before.
     """
     num_held = num_rows
     for batch in range(1, len(recent)):
@@ -244,8 +267,9 @@ def _settle_all(
 
 @jit
 def _settle(shard: Shard, settled: Int64Array, ticks: Ticks, uses: Uses) -> None:
-    """Puts the rows of a batch's occurrences, between two bounds, into the eviction queues unless
-    they are in use again.
+    """Puts the slots of a batch's occurrences between two bounds into the eviction queues.
+
+    Rows that are in use again are left out: they settle with their next occurrence.
     """
     num_settled = settled[1] - settled[0]
     unknown, steps = np.empty(num_settled, np.int32), np.empty(num_settled, np.int32)
@@ -267,10 +291,13 @@ def _settle(shard: Shard, settled: Int64Array, ticks: Ticks, uses: Uses) -> None
 
 @jit
 def _free(shard: Shard, ticks: Ticks, ranks: Ranks, freed: Int32Array) -> tuple[int, int, int]:
-    """Fills `freed` with slots never filled, of rows without a next use, and of those with the
-    farthest.
+    """Fills `freed` with slots, by Belady's rule.
 
-    Returns how many are of the first kind, of the first two, and of all.
+    First come slots that were never filled, then those of rows without a known next use, then those
+    of the rows with the farthest next use.
+
+    Returns:
+        How many slots are of the first kind, of the first two kinds, and of all kinds.
     """
     num_fresh = min(len(freed), shard.last_fresh - shard.first_fresh)
     for index in range(num_fresh):
@@ -295,21 +322,28 @@ def join_shard(
     parts: Moved,
     joined: Moved,
 ) -> None:
-    """Copies a shard's part, which begins at `begin`, behind those of the shards before it; numbers
-    are of all shards (S,).
+    """Copies what one shard moves to its place among what all shards move.
+
+    The overlapped parts of all shards come first, then the urgent ones, each in the order of the
+    shards.
+
+    Args:
+        shard: The shard.
+        begin: Where in `parts` its rows begin.
+        num_moved: (S,) how many rows each shard moves.
+        num_overlapped: (S,) how many of them, the first ones, are overlapped.
+        parts: What the shards have written.
+        joined: Is filled.
     """
-    overlapped, urgent = num_overlapped[shard], num_moved[shard] - num_overlapped[shard]
     first_overlapped = num_overlapped[:shard].sum()
     first_urgent = num_overlapped.sum() + num_moved[:shard].sum() - first_overlapped
-    joined.rows[first_overlapped : first_overlapped + overlapped] = parts.rows[
-        begin : begin + overlapped
-    ]
-    joined.slots[first_overlapped : first_overlapped + overlapped] = parts.slots[
-        begin : begin + overlapped
-    ]
-    joined.rows[first_urgent : first_urgent + urgent] = parts.rows[
-        begin + overlapped : begin + overlapped + urgent
-    ]
-    joined.slots[first_urgent : first_urgent + urgent] = parts.slots[
-        begin + overlapped : begin + overlapped + urgent
-    ]
+    middle, end = begin + num_overlapped[shard], begin + num_moved[shard]
+    _copy_moved(parts, begin, middle, joined, first_overlapped)
+    _copy_moved(parts, middle, end, joined, first_urgent)
+
+
+@jit
+def _copy_moved(parts: Moved, begin: int, end: int, joined: Moved, first: int) -> None:
+    """Copies the rows and slots of `parts` from `begin` to `end` into `joined` from `first` on."""
+    joined.rows[first : first + end - begin] = parts.rows[begin:end]
+    joined.slots[first : first + end - begin] = parts.slots[begin:end]
