@@ -27,7 +27,7 @@ from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.lookahead import Lookahead, lookahead
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.train.batches import TorchBatch
+from bagpipe.train.dense_step import TorchBatch
 from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad
 from benchmarks.prepared_stream import ResidentBatch, Stream
 from benchmarks.workloads import Workload

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.lookahead import Lookahead, lookahead
 from bagpipe.embeddings.pooled import PooledEmbeddings
-from bagpipe.train.batches import TorchBatch
+from bagpipe.train.dense_step import TorchBatch
 from bagpipe.types import Float32Array, Group, Jagged, RowWiseAdagrad, TableConfig
 from benchmarks.step.fused import FusedTables
 

@@ -16,7 +16,7 @@ import bagpipe
 from bagpipe.data.base import Batch
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import UsageError
-from bagpipe.train.batches import TorchBatch
+from bagpipe.train.dense_step import TorchBatch
 from bagpipe.types import SGD
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

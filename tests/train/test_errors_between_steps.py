@@ -30,7 +30,7 @@ from bagpipe.errors import (
 )
 from bagpipe.feed.stream import Deferred
 from bagpipe.oracle.row_trace import read_trace
-from bagpipe.train import trainer
+from bagpipe.train import loop
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.trainer import train
@@ -102,7 +102,7 @@ def test_what_was_trained_before_a_bad_batch_is_saved(
 ) -> None:
     config = small_config(tmp_path, cache={"oracle": oracle}, checkpoint={"at_end": False})
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "RemainingBatches", batches)
+        patch.setattr(loop, "RemainingBatches", batches)
         with pytest.raises(raised, match=fact) as caught:
             train(config, reporter=SilentReporter())
     (step,) = steps_saved(tmp_path)
@@ -161,7 +161,7 @@ def test_an_evaluation_that_fails_loses_nothing(
 
     config = small_config(tmp_path, train={"eval_every_steps": 5})
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", fail)
+        patch.setattr(loop, "evaluate", fail)
         with pytest.raises(DataError) as caught:
             train(config, reporter=SilentReporter())
     assert steps_saved(tmp_path) == [5]
@@ -175,8 +175,8 @@ def test_where_saving_fails_too_both_are_told(
     def fail(*arguments: Any, **options: Any) -> None:
         raise CheckpointError("no space left")
 
-    monkeypatch.setattr(trainer, "RemainingBatches", BadValue)
-    monkeypatch.setattr(trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(loop, "RemainingBatches", BadValue)
+    monkeypatch.setattr(loop, "save_checkpoint", fail)
     with pytest.raises(DataError, match="a null") as caught:
         train(small_config(tmp_path), reporter=SilentReporter())
     assert caught.value.__notes__ == [f"the {NUM_GOOD} steps before can't be saved: no space left"]
@@ -192,7 +192,7 @@ def test_a_step_that_fails_and_a_loss_that_is_not_finite_are_not_saved(
     with pytest.raises(LossError):
         train(small_config(tmp_path / "loss", **diverging), reporter=SilentReporter())
     assert steps_saved(tmp_path / "loss") == []
-    monkeypatch.setattr(trainer, "RemainingBatches", BadValue)
+    monkeypatch.setattr(loop, "RemainingBatches", BadValue)
     config = small_config(tmp_path / "bad", **diverging, log={"every_steps": 100})
     with pytest.raises(DataError, match="a null") as caught:  # before anybody looked at the loss
         train(config, reporter=SilentReporter())

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from bagpipe.data.synthetic import SyntheticSource
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.train.evaluate import evaluate
-from bagpipe.train.metrics import Scores
+from bagpipe.train.evaluate import Scores, evaluate
 from bagpipe.train.progress import ConsoleReporter
 from bagpipe.types import Jagged
 

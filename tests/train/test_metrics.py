@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bagpipe.errors import LossError
-from bagpipe.train.metrics import BinaryScores, LossWindow
+from bagpipe.train.evaluate import BinaryScores
+from bagpipe.train.report import LossWindow
 
 
 def scores_of(logits: list[float], labels: list[float]) -> BinaryScores:

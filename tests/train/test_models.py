@@ -18,8 +18,8 @@ from bagpipe.config.run import RunConfig
 from bagpipe.errors import CheckpointError
 from bagpipe.models import DeepFM
 from bagpipe.store import MemoryStore
-from bagpipe.train.batches import TorchBatch
 from bagpipe.train.build import Run, build_run
+from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 

@@ -15,10 +15,10 @@ from tests.train.runs import NUM_STEPS, small_config
 from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.native import jit
 from bagpipe.train.progress import ConsoleReporter
-from bagpipe.train.report import Progress, SilentReporter
+from bagpipe.train.report import SilentReporter, StepAverages
 from bagpipe.train.trainer import train
 
-NUMBERS = Progress(
+NUMBERS = StepAverages(
     loss=0.5,
     examples_per_s=1234.0,
     hit_rate=0.75,
@@ -93,7 +93,7 @@ def test_the_last_rate_is_taken_before_the_stream_is_closed(
         close(self)
 
     class Listener(SilentReporter):
-        def show(self, progress: Progress) -> None:
+        def show(self, averages: StepAverages) -> None:
             seen.append("shown")
 
     monkeypatch.setattr(Lookahead, "close", noted_close)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from bagpipe.train.signals import StopRequest
+from bagpipe.train.trainer import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -25,7 +25,7 @@ def test_the_first_signal_is_remembered(number: signal.Signals) -> None:
 def test_the_second_signal_kills() -> None:
     code = """
 import os, signal
-from bagpipe.train.signals import StopRequest
+from bagpipe.train.trainer import StopRequest
 with StopRequest():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)

@@ -30,7 +30,7 @@ from bagpipe.cli.plan import plan
 if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
     from bagpipe.distributed.communicator import Communicator
-    from bagpipe.train.trainer import Result
+    from bagpipe.train.loop import Result
 
 # rich's own markup would swallow words in brackets, such as a section's name
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")

@@ -19,14 +19,13 @@ what no graph can hold, every batch runs eagerly: a sentence says so, nothing el
 
 With several trainers the dense part may be a DistributedDataParallel, which averages gradients
 itself but is not captured, or `average` is given: then there are two graphs, and between them one
-message averages the gradients (`bagpipe.train.averaging`). A capture sends none, so it does not
-matter when, or whether, the other trainers capture theirs.
+message averages the gradients. A capture sends no message, so it does not matter when, or whether,
+the other trainers capture theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -36,7 +35,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bagpipe.cache.spans import span
-from bagpipe.train.averaging import AveragedGradients
+from bagpipe.data.base import Batch
+from bagpipe.train.capture import captured_graph, parameters_of, unchanged
+from bagpipe.types import Float32Array, Jagged
 
 DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,)."""
@@ -45,9 +46,37 @@ Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 
 _NUM_WARMUPS = 3
 """Before a capture, as torch asks for: libraries choose their algorithms then."""
-_FAILED_GRAPHS: list[torch.cuda.CUDAGraph] = []
-"""Kept for as long as the process lives: torch's allocator of pinned memory asks them about
-streams."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchBatch:
+    """One step's data, which shares the memory of the reader's arrays or lies on the device.
+
+    The sparse part stays on the host.
+    """
+
+    dense: Tensor  # (B, num_dense) float32
+    sparse: Jagged
+    labels: Tensor  # (B,) float32
+
+    @classmethod
+    def of(cls, batch: Batch) -> TorchBatch:
+        """Shares the arrays' memory."""
+        dense, labels = torch.from_numpy(batch.dense), torch.from_numpy(batch.labels)
+        return cls(dense=dense, sparse=batch.sparse, labels=labels)
+
+    @classmethod
+    def moved(
+        cls, batch: Batch
+    ) -> tuple[Sequence[Float32Array], Callable[[Sequence[Tensor]], TorchBatch]]:
+        """For `bagpipe.lookahead(move=...)`: dense features and labels go to the device."""
+        return (batch.dense, batch.labels), lambda tensors: cls(
+            dense=tensors[0], sparse=batch.sparse, labels=tensors[1]
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +101,53 @@ class _Way:
     otherwise: str
 
 
+class AveragedGradients:
+    """The dense part's gradients of several trainers, averaged by one message.
+
+    DistributedDataParallel averages while backward runs, in messages of some layers each. A CUDA
+    graph that held its messages would hold the process group too. So where the dense part is
+    captured, its gradients end up in one tensor, which is averaged between the graph that computes
+    them and the graph of the optimizer.
+
+    The parameters are all of one dtype and on one device. `average` replaces
+    a tensor (n,) by its mean over the trainers, in place.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], average: Callable[[Tensor], None]) -> None:
+        self._parameters, self._average = list(parameters), average
+        self._all = torch.cat(
+            [
+                torch.zeros_like(parameter, requires_grad=False).flatten()
+                for parameter in self._parameters
+            ]
+        )
+        parts = torch.split(self._all, [parameter.numel() for parameter in self._parameters])
+        self._parts = [
+            part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)
+        ]
+
+    def collect(self) -> None:
+        """Copies what backward has left.
+
+        Until `zero_grad` the parameters' gradients are then parts of the one tensor.
+        """
+        for parameter, part in zip(self._parameters, self._parts, strict=True):
+            # a parameter that this trainer's share does not use, but perhaps another's
+            if parameter.grad is None:
+                part.zero_()
+            else:
+                part.copy_(parameter.grad)
+            parameter.grad = part
+
+    def average(self) -> None:
+        """Averages what is collected over the trainers."""
+        self._average(self._all)
+
+
 class DenseStep:
-    """See the module. `optimizer` holds the dense part's parameters; the loss is binary
-    cross-entropy on logits.
+    """Forward, loss, backward and optimizer of the dense part; see the module.
+
+    The loss is binary cross-entropy on logits.
     """
 
     def __init__(
@@ -91,21 +164,29 @@ class DenseStep:
         average: Callable[[Tensor], None] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`groups` are (number of features, embedding_dim) of the pooled embeddings.
+        """Makes a step that captures nothing yet.
 
-        `average`, with several trainers, averages the gradients (n,) over them, in place and on the
-        current stream. `compile_part` captures what torch.compile makes of the dense part, and
-        needs `graph`. `say` is told what does not work.
+        Args:
+            dense_part: from dense features and pooled embeddings to logits.
+            optimizer: holds the dense part's parameters.
+            groups: number of features and embedding_dim of each group of pooled embeddings.
+            device: where the dense part computes.
+            batch_size: samples of the batches that replay a graph.
+            precision: bf16 computes under autocast; pooled embeddings are bfloat16 then.
+            graph: whether to capture.
+            compile_part: captures what torch.compile makes of the dense part; needs `graph`.
+            average: with several trainers, averages the gradients (n,) over them, in place and on
+                the current stream.
+            say: told what does not work.
         """
         self._part, self._optimizer, self._device = dense_part, optimizer, device
         self._groups, self._batch_size = tuple(groups), batch_size
         self._precision, self._say = precision, say
         self._averaged = (
-            None if average is None else AveragedGradients(_parameters(optimizer), average)
+            None if average is None else AveragedGradients(parameters_of(optimizer), average)
         )
-        self._ways: list[
-            _Way
-        ] = []  # in which the dense part may be captured; the first that works is taken
+        # in which the dense part may be captured; the first that works is taken
+        self._ways: list[_Way] = []
         if compile_part:
             compiled = partial(torch.compile, dense_part, dynamic=False)
             self._ways.append(
@@ -133,8 +214,9 @@ class DenseStep:
         return torch.bfloat16 if self._precision == "bf16" else torch.float32
 
     def pooled(self, batch_size: int) -> list[Tensor]:
-        """Where a batch's pooled embeddings (B, F, D) belong, one tensor a group; the same ones at
-        each call.
+        """Where a batch's pooled embeddings (B, F, D) belong, one tensor a group.
+
+        They are the same at each call.
         """
         if batch_size not in self._buffers:
             kept = {
@@ -153,11 +235,16 @@ class DenseStep:
     def __call__(
         self, dense: Tensor, labels: Tensor, weight: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
-        """One step on the embeddings in `pooled`: the loss (), and their gradients (B, F, D), good
-        until the next call.
+        """Makes one step on the embeddings in `pooled`.
 
-        `dense` (B, num_dense) and `labels` (B,) float32 lie on the device or in host memory. The
-        loss is multiplied by `weight`, as for a trainer with more or fewer samples than the others.
+        Args:
+            dense: (B, num_dense) float32, on the device or in host memory.
+            labels: (B,) float32, likewise.
+            weight: by what the loss is multiplied, for a trainer with more or fewer samples than
+                the others.
+
+        Returns:
+            The loss () and the gradients (B, F, D) of `pooled`, good until the next call.
         """
         with span("dense"):
             if (
@@ -175,8 +262,9 @@ class DenseStep:
             return self._compute(self._part, dense, labels, pooled, weight)
 
     def settle(self) -> None:
-        """Brings what the optimizer counts on the host up to date with the replays; to be called
-        before its state is saved.
+        """Brings what the optimizer counts on the host up to date with the replays.
+
+        It must be called before the optimizer's state is saved.
         """
         for state in self._optimizer.state.values():
             if "step" in state and state["step"].device.type == "cpu":
@@ -245,11 +333,9 @@ class DenseStep:
         while self._ways:
             way = self._ways[0]
             try:
-                with _unchanged(self._optimizer, self._device):
+                with unchanged(self._optimizer, self._device):
                     return self._capture(way.make(), dense, labels)
-            except (
-                RuntimeError
-            ) as error:  # torch raises its compilers', CUDA's and memory's errors as such
+            except RuntimeError as error:  # as torch raises those of compilers, CUDA and memory
                 self._ways.pop(0)
                 # leaving a capture fails too
                 first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
@@ -272,13 +358,13 @@ class DenseStep:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         for leaf in pooled:
             leaf.grad = None
-        with _capture(stream) as graph:
+        with captured_graph(stream) as graph:
             loss = self._backward(part, dense, labels, pooled)
             if self._averaged is None:
                 self._optimizer.step()
         optimizer_graph = None
         if self._averaged is not None:
-            with _capture(stream) as optimizer_graph:
+            with captured_graph(stream) as optimizer_graph:
                 self._optimizer.step()
         return _Captured(
             graph=graph,
@@ -288,86 +374,6 @@ class DenseStep:
             loss=loss,
             grads=[_grad(leaf) for leaf in pooled],
         )
-
-
-@contextmanager
-def _capture(stream: torch.cuda.Stream) -> Iterator[torch.cuda.CUDAGraph]:
-    """Captures what is done inside. The executor's threads go on meanwhile: only this one must not
-    do what a capture forbids.
-    """
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            yield graph
-    except RuntimeError:
-        _leave_failed_capture(graph, pool, stream)
-        raise
-
-
-def _leave_failed_capture(
-    graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream
-) -> None:
-    """Brings torch back from a capture that CUDA has ended with an error, from which `capture_end`
-    leaves too early.
-
-    Then the device's allocator takes the capture for unfinished and never reuses memory that
-    another stream has read: a leak in each step from there on
-    (https://github.com/pytorch/pytorch/pull/180395, not yet in torch 2.11). That of pinned memory
-    goes on asking the graph, which is kept. And random numbers are refused as inside of a capture
-    ("Offset increment outside graph capture"), until another one ends well.
-    """
-    try:
-        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-    except (RuntimeError, AttributeError):
-        # by `capture_end`: then torch has nothing to end, or in versions to come no such
-        # function
-        was_left = True
-    else:
-        was_left = False
-    if not was_left:  # else the end of the graph releases its pool
-        torch._C._cuda_releasePool(stream.device_index, pool)
-        _FAILED_GRAPHS.append(graph)
-    counter = torch.zeros(1, device=stream.device)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
-        counter.add_(1)
-
-
-@contextmanager
-def _unchanged(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[None]:
-    """Puts parameters, optimizer state, random numbers and the current stream back, also after an
-    error.
-
-    Values are put back in place: a captured graph knows their addresses. What a capture counts on
-    the host is among them.
-    """
-    is_cuda = device.type == "cuda"
-    stream = torch.cuda.current_stream(device) if is_cuda else None
-    parameters = _parameters(optimizer)
-    weights = [parameter.detach().clone() for parameter in parameters]
-    before = {
-        parameter: {name: value.clone() for name, value in state.items()}
-        for parameter, state in optimizer.state.items()
-    }
-    with torch.random.fork_rng([device] if is_cuda else []):
-        try:
-            yield
-        finally:
-            if stream is not None:
-                torch.cuda.set_stream(stream)  # a capture that fails leaves its own
-                torch.cuda.synchronize(device)  # a warm-up that fails leaves work there
-            with torch.no_grad():
-                for parameter, weight in zip(parameters, weights, strict=True):
-                    parameter.copy_(weight)
-                for parameter, state in optimizer.state.items():
-                    for name, value in state.items():
-                        old = before.get(parameter, {}).get(name)
-                        # State that the first step has made starts from zero, with every optimizer
-                        # of `bagpipe train`.
-                        value.copy_(torch.zeros_like(value) if old is None else old)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _grad(leaf: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bagpipe.native.jit import count_compiled, is_compiling
-from bagpipe.train.report import Progress
+from bagpipe.train.report import StepAverages
 
 _NUMBERS = "{speed}/s loss {loss} hit {hit_rate} wait plan {plan} rows {rows} slots {slots} ms"
 _NOTHING_YET = _NUMBERS.format(
@@ -84,16 +84,16 @@ class ConsoleReporter:
         if self._training is not None:
             self._bar.update(self._training, completed=step)
 
-    def show(self, progress: Progress) -> None:
+    def show(self, averages: StepAverages) -> None:
         """Puts new numbers on the line."""
         if self._training is not None:
             numbers = _NUMBERS.format(
-                loss=f"{progress.loss:.4f}",
-                speed=f"{progress.examples_per_s:,.0f}",
-                hit_rate=f"{progress.hit_rate:.1%}",
-                plan=f"{progress.wait_plan_ms:.1f}",
-                rows=f"{progress.wait_rows_ms:.1f}",
-                slots=f"{progress.wait_slots_ms:.1f}",
+                loss=f"{averages.loss:.4f}",
+                speed=f"{averages.examples_per_s:,.0f}",
+                hit_rate=f"{averages.hit_rate:.1%}",
+                plan=f"{averages.wait_plan_ms:.1f}",
+                rows=f"{averages.wait_rows_ms:.1f}",
+                slots=f"{averages.wait_slots_ms:.1f}",
             )
             self._bar.update(self._training, description=numbers)
 

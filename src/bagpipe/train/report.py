@@ -1,14 +1,21 @@
-"""What a run tells while it runs: the seam between the loop and whoever watches it."""
+"""What a run measures and tells while it runs: the seam between the loop and whoever watches it."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bagpipe.embeddings.lookahead import Lookahead
+from bagpipe.errors import LossError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """The steps since the last look. Waits are what a step waited on average, in milliseconds."""
+class StepAverages:
+    """The steps since the last look; waits are what a step waited on average."""
 
     loss: float
     examples_per_s: float
@@ -27,7 +34,7 @@ class Reporter(Protocol):
     def advance(self, step: int) -> None:
         """`step` is done."""
 
-    def show(self, progress: Progress) -> None:
+    def show(self, averages: StepAverages) -> None:
         """New numbers."""
 
     def evaluating(self, num_done: int, num_batches: int) -> None:
@@ -46,7 +53,7 @@ class SilentReporter:
     def advance(self, step: int) -> None:
         """Does nothing."""
 
-    def show(self, progress: Progress) -> None:
+    def show(self, averages: StepAverages) -> None:
         """Does nothing."""
 
     def evaluating(self, num_done: int, num_batches: int) -> None:
@@ -54,3 +61,108 @@ class SilentReporter:
 
     def say(self, text: str) -> None:
         """Does nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    """What a stream has added up at one moment."""
+
+    num_uniques: int
+    num_fetched: int
+    plan_s: float
+    rows_s: float
+    slots_s: float
+
+    @classmethod
+    def of(cls, stream: Lookahead[Any]) -> _Totals:
+        report, waits = stream.report, stream.waits
+        return cls(
+            num_uniques=report.num_uniques,
+            num_fetched=report.num_fetched,
+            plan_s=waits.plan_s,
+            rows_s=waits.rows_s,
+            slots_s=waits.slots_s,
+        )
+
+
+class Meter:
+    """Adds up steps until someone looks.
+
+    `restart` begins a window, `take` ends one and begins the next.
+    """
+
+    def __init__(self) -> None:
+        self._losses = LossWindow()
+        self._num_steps = 0
+        self._num_examples = 0
+        self._started = 0.0
+        self._before: _Totals | None = None
+
+    def restart(self, stream: Lookahead[Any]) -> None:
+        """Begins a window now."""
+        self._num_steps = self._num_examples = 0
+        self._before = _Totals.of(stream)
+        self._started = time.perf_counter()
+
+    def add(self, step: int, loss: Tensor, num_examples: int) -> None:
+        """Adds a step and its loss, a scalar, which stays on its device."""
+        self._losses.add(step, loss)
+        self._num_steps += 1
+        self._num_examples += num_examples
+
+    def take(self, stream: Lookahead[Any]) -> StepAverages | None:
+        """The window's numbers, None when it has no step. LossError: a loss in it is not finite."""
+        loss = self._losses.take()  # waits for the device, so the time is taken after it
+        elapsed_s = time.perf_counter() - self._started
+        before, num_steps, num_examples = self._before, self._num_steps, self._num_examples
+        self.restart(stream)
+        now = self._before
+        if loss is None or before is None or now is None:
+            return None
+        num_uniques = now.num_uniques - before.num_uniques
+        num_fetched = now.num_fetched - before.num_fetched
+        return StepAverages(
+            loss=loss,
+            examples_per_s=num_examples / elapsed_s,
+            hit_rate=1.0 - num_fetched / num_uniques if num_uniques else 1.0,
+            wait_plan_ms=1e3 * (now.plan_s - before.plan_s) / num_steps,
+            wait_rows_ms=1e3 * (now.rows_s - before.rows_s) / num_steps,
+            wait_slots_ms=1e3 * (now.slots_s - before.slots_s) / num_steps,
+        )
+
+
+class LossWindow:
+    """The losses of the steps since the last look.
+
+    They stay on their device, so that no step waits for its loss.
+    """
+
+    def __init__(self) -> None:
+        self._first_step = 0
+        self._losses: list[Tensor] = []
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """Adds the loss of `step`, a scalar; steps come one after the other."""
+        if not self._losses:
+            self._first_step = step
+        self._losses.append(loss.detach())
+
+    def take(self) -> float | None:
+        """The mean of the losses since the last call, None when there are none.
+
+        Raises:
+            LossError: one of them is not finite.
+        """
+        if not self._losses:
+            return None
+        losses = torch.stack(self._losses).double().cpu()
+        self._losses = []
+        finite = torch.isfinite(losses)
+        if not bool(finite.all()):
+            first = int(torch.nonzero(~finite)[0])
+            raise LossError(
+                f"step {self._first_step + first}: the loss is {losses[first].item()}: training "
+                "has diverged, and nothing was saved since. Start again with smaller learning "
+                "rates (train.optimizer.lr, embeddings.optimizer.lr)"
+            )
+        return float(losses.mean())

@@ -42,7 +42,7 @@ class TraceOptions:
             )
 
 
-class Trace:
+class StepProfiler:
     """A context manager around the loop, told of each step's end. Writes the file after the last
     traced step, or at the end.
     """

@@ -1,0 +1,258 @@
+"""The steps of a run, and what happens between them.
+
+One step is: forward, loss, backward, dense optimizer, update of the embeddings. Between two steps,
+and only there, the run logs, evaluates, saves and ends.
+
+A checkpoint that can't be written, because the disk is full or the folder became read-only, does
+not end the run: it goes on, says so, and tries again at the next interval. The checkpoints before
+it stay good. One that is whole counts, even where an older one can't be removed. Only if the last
+one, at the end or on a signal, can't be written, the run fails with its error.
+
+An error between two steps, as of a batch that can't be read or that the cache is too small for,
+comes after all batches before it have been trained. They are saved as on a signal, and a note of
+the error says where. With several trainers that takes the same error on all. A loss that is not
+finite ends the run before it can be saved.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from bagpipe.checkpoint.checkpoints import SavedRun, environment, save_checkpoint
+from bagpipe.data.base import Batch
+from bagpipe.distributed.trainers import Trainers
+from bagpipe.embeddings.lookahead import Lookahead, lookahead
+from bagpipe.errors import BagpipeError, CheckpointError, LossError
+from bagpipe.train.build import Run
+from bagpipe.train.dense_step import TorchBatch
+from bagpipe.train.evaluate import Scores, evaluate
+from bagpipe.train.logs import NoLog, RunLog
+from bagpipe.train.report import Meter, Reporter
+from bagpipe.train.schedule import RemainingBatches
+from bagpipe.train.trace import StepProfiler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    scores: Scores | None
+    """On the validation split at the last step; None: there is none, or a signal ended the run."""
+    checkpoint: Path | None
+    """The newest one."""
+    stopped_by: signal.Signals | None
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Trains what is left of a run; used once."""
+
+    parts: Run
+    checkpoints: Path
+    """The folder that they are in."""
+    trainers: Trainers
+    log: RunLog | NoLog
+    reporter: Reporter
+    profiler: StepProfiler
+    stop_signal: Callable[[], signal.Signals | None]
+    """The signal that has asked this trainer to end, if one has."""
+    _meter: Meter = field(init=False, default_factory=Meter)
+    _step: int = field(init=False)
+    _started_at: int = field(init=False)
+    _in_step: bool = field(init=False, default=False)
+    _newest: Path | None = field(init=False, default=None)
+    _saved_step: int = field(init=False, default=-1)
+    _stopped_by: signal.Signals | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._step = self._started_at = self.parts.embeddings.step
+
+    def run(self, saved: SavedRun | None, ready: Callable[[], None]) -> Result:
+        """Trains what is left after `saved`, once `ready` returns."""
+        parts = self.parts
+        if saved is not None:
+            self._newest, self._saved_step = saved.path, saved.step
+        self.log.write(
+            "start",
+            self._step,
+            config=parts.settings,
+            environment=environment(),
+            device=str(parts.device),
+        )
+        self.reporter.start(self._step, parts.schedule.num_steps)
+        ready()
+        started = time.perf_counter()
+        with self._open_stream() as stream:
+            try:
+                scores = self._train(stream)
+            except Exception as error:
+                self._save_after(error, stream)
+                raise
+            elapsed_s = time.perf_counter() - started
+            self.log.write("end", self._step, elapsed_s=elapsed_s, **stream.report.as_dict())
+            # By a signal a rank ends as one that failed, and then torchrun ends the others.
+            self.trainers.wait("rank 0 to save and score")
+        return Result(
+            step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stopped_by
+        )
+
+    def _train(self, stream: Lookahead[TorchBatch]) -> Scores | None:
+        """Trains all that is left, up to the last checkpoint and evaluation."""
+        config = self.parts.config
+        self._meter.restart(stream)
+        for batch in stream:
+            self._train_step(batch)
+            self.profiler.step_done()
+            self.reporter.advance(self._step)
+            # the last one here, too: outside of the loop the stream has been closed
+            if self._is_due(config.log.every_steps) or self._step == self.parts.schedule.num_steps:
+                self._write_averages(stream)
+            if self._is_due(config.train.eval_every_steps):
+                self._pause(stream, self._evaluate)
+            if self._is_due(config.checkpoint.every_steps):
+                self._pause(stream, self._try_to_save)
+            self._stopped_by = self.trainers.agree_on(self.stop_signal())
+            if self._stopped_by is not None:
+                break
+        self._write_averages(stream)
+        stream.flush()
+        if self._stopped_by is not None or config.checkpoint.at_end:
+            self._save()
+        return self._evaluate() if self._stopped_by is None else None
+
+    def _is_due(self, every_steps: int | None) -> bool:
+        """Whether an interval ends here; the last step has its own evaluation and checkpoint."""
+        return (
+            every_steps is not None
+            and self._step % every_steps == 0
+            and self._step < self.parts.schedule.num_steps
+        )
+
+    def _open_stream(self) -> Lookahead[TorchBatch]:
+        parts, cache = self.parts, self.parts.config.cache
+        start = parts.schedule.position_after(self._step)
+        is_better_apart = parts.device.type == "cuda" or parts.embeddings.communicator is not None
+        in_process = cache.oracle == "process" or (cache.oracle == "auto" and is_better_apart)
+        return lookahead(
+            RemainingBatches(source=parts.source, schedule=parts.schedule, start=start),
+            parts.embeddings,
+            cache=cache.size,
+            lookahead=cache.lookahead,
+            lookahead_memory=cache.lookahead_memory,
+            prefetch_depth=cache.prefetch_depth,
+            dedup_threads=cache.threads,
+            check=cache.check,
+            oracle="process" if in_process else "thread",
+            hand_out=Batch.without_ids,
+            move=TorchBatch.moved,
+        )
+
+    def _train_step(self, batch: TorchBatch) -> None:
+        parts = self.parts
+        self._in_step = True
+        parts.embeddings.lookup(batch.sparse, out=parts.dense_step.pooled(batch.batch_size))
+        weight = self.trainers.weight(
+            batch.batch_size, parts.schedule.batch_size_of(self._step, parts.source.num_samples)
+        )
+        with self.trainers.averaging(self._step):
+            loss, grads = parts.dense_step(batch.dense, batch.labels, weight)
+        parts.embeddings.update(grads)
+        self._step += 1
+        self._in_step = False
+        self._meter.add(self._step, loss, batch.batch_size)
+
+    def _write_averages(self, stream: Lookahead[TorchBatch]) -> None:
+        averages, trainers = self._meter.take(stream), self.trainers
+        if averages is None:
+            return
+        averages = replace(
+            averages,
+            loss=trainers.mean(averages.loss),
+            examples_per_s=trainers.num_trainers * trainers.mean(averages.examples_per_s),
+        )
+        self.log.write("train", self._step, **asdict(averages))
+        self.reporter.show(averages)
+
+    def _pause(self, stream: Lookahead[TorchBatch], work: Callable[[], object]) -> None:
+        """Does something between two steps that needs all records in the stores.
+
+        Its time does not count as the training's.
+        """
+        self._write_averages(stream)
+        stream.flush()
+        work()
+        self._meter.restart(stream)
+
+    def _evaluate(self) -> Scores | None:
+        parts = self.parts
+        if parts.validation is None:
+            return None
+        scores = evaluate(
+            parts.model,
+            parts.validation,
+            batch_size=parts.config.train.eval_batch_size,
+            device=parts.device,
+            precision=parts.config.train.precision,
+            communicator=parts.embeddings.communicator,
+            on_batch=self.reporter.evaluating,
+            on_no_batch=parts.embeddings.join_reading,
+        )
+        if scores is None:  # rank 0 has them
+            return None
+        self.log.write("evaluation", self._step, **asdict(scores))
+        self.reporter.say(f"step {self._step:,}: {scores}")
+        return scores
+
+    def _try_to_save(self) -> None:
+        try:
+            self._save()
+        except CheckpointError as error:
+            self.log.write("checkpoint_failed", self._step, reason=str(error))
+            self.reporter.say(
+                f"step {self._step:,}: no checkpoint, the run goes on without it: {error}"
+            )
+
+    def _save(self) -> None:
+        parts, step = self.parts, self._step
+        if step == self._saved_step:
+            return
+        started = time.perf_counter()
+        parts.dense_step.settle()
+        self._newest = save_checkpoint(
+            self.checkpoints,
+            state=parts.state,
+            position=parts.schedule.position_after(step),
+            config=parts.settings,
+            keep=parts.config.checkpoint.keep,
+            trainers=self.trainers,
+            say=self.reporter.say,
+        )
+        self._saved_step = step
+        elapsed_s = time.perf_counter() - started
+        self.log.write("checkpoint", step, path=str(self._newest), elapsed_s=elapsed_s)
+
+    def _save_after(self, error: Exception, stream: Lookahead[TorchBatch]) -> None:
+        """Saves what was trained before an error, if that is whole on all ranks.
+
+        A note of the error says where it is.
+        """
+        is_whole = not self._in_step and (self.trainers.are_alone or stream.has_failed_alike)
+        if not is_whole or isinstance(error, LossError | CheckpointError):
+            return
+        try:
+            if self._step > self._started_at:
+                self._write_averages(stream)
+                stream.flush()
+                self._save()
+        except BagpipeError as failure:
+            error.add_note(f"the {self._step:,} steps before can't be saved: {failure}")
+        if self._newest is not None:
+            error.add_note(
+                f"{self._saved_step:,} steps are saved in {self._newest}: with the cause mended, "
+                "--resume goes on from there"
+            )
