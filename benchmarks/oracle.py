@@ -29,6 +29,7 @@ from bagpipe.feed.stream import StreamOptions, plan_ranks_stream
 from bagpipe.jagged import share_of
 from bagpipe.native.memory import keep_freed_memory
 from bagpipe.native.pipeline import BackgroundIterator
+from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.merge import MergedGroup, merge
@@ -158,14 +159,14 @@ def _time_slots(
         group, num_slots=num_slots, max_lookahead=lookahead, prefetch_depth=PREFETCH_DEPTH
     )
     for batch in batches[:lookahead]:
-        cacher.admit(cacher.linker.link(batch))
+        cacher.admit(cacher.link(batch))
     linking, assigning, both = [], [], []
     num_fetched = 0
     num_steps = sizes.num_warmup + sizes.num_measured
     for step in range(num_steps):
         batch = batches[step + lookahead]
         started = time.perf_counter()
-        linked = cacher.linker.link(batch)
+        linked = cacher.link(batch)
         linked_at = time.perf_counter()
         cacher.admit(linked)
         plan = cacher.plan()
@@ -185,7 +186,7 @@ def _time_slots(
     }
 
 
-def _num_fetched(plan: GroupPlan) -> int:
+def _num_fetched(plan: CachePlan | GroupPlan) -> int:
     return len(plan.overlapped.fetch_rows) + len(plan.urgent.fetch_rows)
 
 

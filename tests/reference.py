@@ -1,4 +1,4 @@
-"""Slow and obvious twins of what the library does: a naive oracle and an in-memory trainer.
+"""Slow and obvious twins of what the library does: an oracle, an eviction policy, a trainer.
 
 They share only the value types with the code under test. Rows are plain integers in sets and dicts.
 Floats are numpy float32 with one rounding for each operation.
@@ -6,11 +6,16 @@ Floats are numpy float32 with one rounding for each operation.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bagpipe.plan import MAX_PIECE_LENGTH
+from bagpipe.oracle.cache_plan import CachePlan, Neighbours
+from bagpipe.oracle.dedup import DedupedGroup
+from bagpipe.oracle.linker import LinkedGroup
+from bagpipe.oracle.merge import MergedGroup
+from bagpipe.plan import MAX_PIECE_LENGTH, Transfers
 from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, RowWiseAdagrad
 
 NEVER = 10**9
@@ -107,6 +112,95 @@ def naive_oracle(
         last_use.update(dict.fromkeys(rows, step))
         result.append((missing, set(victims)))
     return result
+
+
+class LeastRecentlyUsed:
+    """A second eviction policy, to which the future means nothing; it moves all rows at the last
+    moment.
+    """
+
+    evicted_blindly = False
+    nbytes = 0
+
+    def __init__(self, group: Group, *, num_slots: int, first_step: int, **_: int) -> None:
+        self._num_slots, self._step = num_slots, first_step
+        self._last_uses: dict[int, int] = {}
+        self._num_linked = 0
+        self._admitted: deque[LinkedGroup] = deque()
+        self._before = (0, 0)
+        self._slots: dict[int, int] = {}  # by row, the least recently used first
+        self._evicted_at: dict[int, int] = {}
+
+    @property
+    def num_used_slots(self) -> int:
+        return len(self._slots)
+
+    def link(self, batch: DedupedGroup | MergedGroup) -> LinkedGroup:
+        rows, first = batch.unique_rows.tolist(), self._num_linked
+        previous = [self._last_uses.get(row, -1) for row in rows]
+        self._last_uses.update((row, first + index) for index, row in enumerate(rows))
+        self._num_linked += len(rows)
+        return LinkedGroup(
+            batch=batch,
+            first_occurrence=first,
+            bounds=np.array([0, len(rows)]),
+            previous=np.array(previous, np.int32),
+        )
+
+    def check_fits(self, linked: LinkedGroup) -> None:
+        assert len(linked.batch.unique_rows) <= self._num_slots
+
+    def admit(self, linked: LinkedGroup) -> None:
+        self._admitted.append(linked)
+
+    def plan(self) -> CachePlan:
+        linked, step = self._admitted.popleft(), self._step
+        rows = linked.batch.unique_rows.tolist()
+        for row in rows:
+            if row in self._slots:
+                self._slots[row] = self._slots.pop(row)
+        missing = [row for row in rows if row not in self._slots]
+        evicted: list[int] = []
+        evicted_slots: list[int] = []
+        for row in missing:
+            slot = len(self._slots)
+            if slot == self._num_slots:
+                evicted.append(next(iter(self._slots)))
+                slot = self._slots.pop(evicted[-1])
+                evicted_slots.append(slot)
+            self._slots[row] = slot
+        fence_tick = max([-1, *(self._evicted_at.get(row, -1) for row in missing)])
+        self._evicted_at.update(dict.fromkeys(evicted, step))
+        before, self._before = self._before, (linked.first_occurrence, len(rows))
+        self._step += 1
+        return CachePlan(
+            batch=linked.batch,
+            unique_slots=self._slots_of(rows),
+            overlapped=transfers([], [], [], [], -1),
+            urgent=transfers(evicted, evicted_slots, missing, self._slots_of(missing), fence_tick),
+            neighbours=Neighbours(
+                linked, before=before, after=self._admitted[0] if self._admitted else None
+            ),
+        )
+
+    def _slots_of(self, rows: Sequence[int]) -> np.ndarray:
+        return np.array([self._slots[row] for row in rows], np.int32)
+
+
+def transfers(
+    evict_rows: Sequence[int],
+    evict_slots: Sequence[int],
+    fetch_rows: Sequence[int],
+    fetch_slots: Sequence[int],
+    fence_tick: int,
+) -> Transfers:
+    return Transfers(
+        evict_rows=np.array(evict_rows, np.int64),
+        evict_slots=np.array(evict_slots, np.int32),
+        fetch_rows=np.array(fetch_rows, np.int64),
+        fetch_slots=np.array(fetch_slots, np.int32),
+        fence_tick=fence_tick,
+    )
 
 
 class InMemoryTables:

@@ -20,7 +20,7 @@ from bagpipe.config.run import RunConfig
 from bagpipe.config.tables import make_tables
 from bagpipe.data.base import FeatureSpec
 from bagpipe.errors import ConfigError
-from bagpipe.oracle.window import MAX_LOOKAHEAD
+from bagpipe.oracle.oracle import MAX_LOOKAHEAD
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1},

@@ -290,7 +290,8 @@ def test_numbers_of_occurrences_wrap_round_and_their_ring_grows_unseen() -> None
 
     def plans(first_occurrence: int, ring_size: int) -> list[GroupPlan]:
         oracle = Oracle([group], num_slots=[150], lookahead=20)
-        (cacher,) = oracle._cachers
+        (cacher,) = oracle._policies
+        assert isinstance(cacher, Cacher)
         cacher.linker._next_occurrence = first_occurrence
         cacher.linker.next_uses = np.empty((ring_size, 2), np.int32)
         cacher._slots_of_uses = np.empty(ring_size, np.int32)
@@ -418,7 +419,7 @@ def test_plans_do_not_depend_on_the_numbers_of_occurrences(first_occurrence: int
         plans = []
         for batch in batches_of_group[10:]:
             cacher.admit(cacher.linker.link(batch))
-            plans.append(cacher.plan())
+            plans.append(cacher.plan().of_single_trainer())
         return plans
 
     for one, other in zip(plan(0), plan(first_occurrence), strict=True):

@@ -17,6 +17,7 @@ from bagpipe.errors import ConfigError
 from bagpipe.oracle.dry_run import DryRun, Grid, dry_run, replay
 from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest
 from bagpipe.oracle.merge import MergedGroup
+from bagpipe.oracle.oracle import Oracle
 from bagpipe.oracle.row_trace import Trace, read_trace
 from bagpipe.oracle.traffic import (
     GRADIENT,
@@ -30,7 +31,6 @@ from bagpipe.oracle.traffic import (
     sent_rows,
 )
 from bagpipe.oracle.traffic_view import render_traffic
-from bagpipe.oracle.window import Oracle
 from bagpipe.plan import GroupPlan, RowExchange
 from bagpipe.types import Adagrad, DataType, Group, Jagged, TableConfig, group_tables
 

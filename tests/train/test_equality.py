@@ -25,7 +25,8 @@ import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle import shards
-from bagpipe.oracle.eviction.cacher import CachePlan
+from bagpipe.oracle.cache_plan import CachePlan
+from bagpipe.oracle.policy import POLICIES
 from bagpipe.plan import GroupPlan
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
@@ -321,6 +322,16 @@ def test_every_lookahead_and_prefetch_depth(lookahead: int, prefetch_depth: int)
         extra_slots=20,
         lookahead=lookahead,
         prefetch_depth=prefetch_depth,
+    )
+
+
+@pytest.mark.parametrize("lookahead", [1, 20])
+def test_another_eviction_policy_trains_the_same(
+    lookahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POLICIES, "min", reference.LeastRecentlyUsed)
+    check_equal(
+        TABLES, RowWiseAdagrad(lr=0.1), skewed_batches(40), extra_slots=20, lookahead=lookahead
     )
 
 

@@ -56,7 +56,8 @@ from bagpipe.errors import (
     StoreError,
     UsageError,
 )
-from bagpipe.oracle import shards, window
+from bagpipe.oracle import shards
+from bagpipe.oracle.policy import POLICIES
 from bagpipe.store import MemoryStore
 from bagpipe.train.settings import check_same_run
 from bagpipe.types import SGD, Adam, Group, Jagged, Optimizer, TableConfig, group_tables
@@ -599,9 +600,11 @@ def test_a_row_that_another_host_caches_is_seen(
     check: bool, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted fault: plans as for one host, by which any rank may own any row."""
-    original = window.Cacher
-    monkeypatch.setattr(
-        window, "Cacher", lambda *arguments, num_hosts, **options: original(*arguments, **options)
+    original = POLICIES["min"]
+    monkeypatch.setitem(
+        POLICIES,
+        "min",
+        lambda group, *, num_hosts, **options: original(group, num_hosts=1, **options),
     )
     with pytest.raises(error, match=message):
         train_on_hosts(make_tables(), SGD(lr=0.5), make_batches(14), 2, 2, lookahead=3, check=check)

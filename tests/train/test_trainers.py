@@ -419,7 +419,7 @@ def clear(marks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = RankPlanner.__init__
 
     def init(self: RankPlanner, group: Any, planned: Any, cache: Any, **options: Any) -> None:
-        getattr(planned, marks)[:] = False
+        getattr(planned.neighbours, marks)[:] = False
         original(self, group, planned, cache, **options)
 
     monkeypatch.setattr(RankPlanner, "__init__", init)

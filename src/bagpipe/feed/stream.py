@@ -36,8 +36,8 @@ from bagpipe.native.workers import Workers
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
+from bagpipe.oracle.oracle import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
 from bagpipe.oracle.rank_checks import checked_ranks
-from bagpipe.oracle.window import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
 from bagpipe.plan import StepPlan
 from bagpipe.topology import ONE_TRAINER, Topology
 from bagpipe.types import Group, Jagged
@@ -61,6 +61,7 @@ class StreamOptions:
     first_step: int = 0
     dedup_threads: int | None = None  # None: see `num_dedup_threads`
     check: bool = False
+    policy: str = "min"  # one of `bagpipe.oracle.policy.POLICIES`
     topology: Topology = ONE_TRAINER
     """Of several, batches are those of all of them together, and plans and what is handed out the
     shares of `ranks`."""
@@ -73,6 +74,7 @@ class StreamOptions:
             lookahead=self.lookahead,
             prefetch_depth=self.prefetch_depth,
             num_trainers=self.topology.num_trainers,
+            policy=self.policy,
         )
 
     @property
@@ -100,6 +102,7 @@ class StreamOptions:
             prefetch_depth=self.prefetch_depth,
             first_step=self.first_step,
             topology=topology,
+            policy=self.policy,
             hash_plans=self.is_planned_elsewhere,
         )
 

@@ -3,8 +3,8 @@
 from bagpipe.oracle.checks import PlanChecker, checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.eviction.cacher import Cacher
+from bagpipe.oracle.oracle import DedupedBatch, Oracle
 from bagpipe.oracle.report import OracleReport
-from bagpipe.oracle.window import DedupedBatch, Oracle
 
 __all__ = [
     "Cacher",

@@ -17,7 +17,7 @@ import numpy as np
 
 from bagpipe.errors import PlanError
 from bagpipe.oracle.dedup import DedupedGroup
-from bagpipe.oracle.window import DedupedBatch
+from bagpipe.oracle.oracle import DedupedBatch
 from bagpipe.plan import GroupPlan, StepPlan, Transfers
 from bagpipe.types import Group, Int64Array
 

@@ -36,11 +36,11 @@ from itertools import islice
 from typing import TypeVar
 
 from bagpipe.errors import CacheTooSmallError, ConfigError
+from bagpipe.oracle.oracle import Oracle
 from bagpipe.oracle.report import OracleReport
 from bagpipe.oracle.row_trace import LargestBatch, Progress, Trace, num_uniques
 from bagpipe.oracle.sizes import slots_of
 from bagpipe.oracle.traffic import Traffic
-from bagpipe.oracle.window import Oracle
 from bagpipe.types import Group
 
 RESOLUTION = 0.01

@@ -21,7 +21,7 @@ import numpy as np
 
 from bagpipe.errors import PlanError
 from bagpipe.oracle.merge import MergedGroup
-from bagpipe.oracle.window import DedupedBatch
+from bagpipe.oracle.oracle import DedupedBatch
 from bagpipe.plan import (
     GradientSchedule,
     GroupExchange,

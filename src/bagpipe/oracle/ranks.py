@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bagpipe.errors import ConfigError
-from bagpipe.oracle.eviction.cacher import CachePlan
+from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.rank_loops import Exchanges, plan_exchanges, sort_by_rank
 from bagpipe.plan import GradientSchedule, GroupExchange, GroupPlan, RowExchange, Transfers
@@ -53,7 +53,10 @@ class RankPlanner:
         self._merged = merged = planned.batch
         self._first_replica = cache.num_slots + step % 2 * cache.num_replica_slots
         self._ends = np.cumsum([len(places) for places in merged.places])
-        comes_urgent, goes_urgent = planned.was_used_before, planned.is_used_next
+        comes_urgent, goes_urgent = (
+            planned.neighbours.was_used_before,
+            planned.neighbours.is_used_next,
+        )
         if len(planned.urgent.fetch_slots):
             comes_urgent = comes_urgent | np.isin(planned.unique_slots, planned.urgent.fetch_slots)
         if not overlap:

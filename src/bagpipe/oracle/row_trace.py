@@ -20,9 +20,9 @@ from bagpipe.native.pipeline import ordered_map
 from bagpipe.native.workers import Workers
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.merge import MergedGroup, merge
+from bagpipe.oracle.oracle import DedupedBatch
 from bagpipe.oracle.shards import num_slots_needed
 from bagpipe.oracle.sizes import rows_that_hold, slots_of
-from bagpipe.oracle.window import DedupedBatch
 from bagpipe.topology import Topology
 from bagpipe.types import Group, Int64Array, Jagged
 

@@ -1,5 +1,6 @@
-"""The Oracle Cacher of one group: turns de-duplicated batches into slots, fetches and evictions.
-Sequential and pure.
+"""The policy `min`: turns one group's batches into slots, fetches and evictions, by Belady's MIN.
+
+It is sequential and pure.
 
 A batch, linked by `bagpipe.oracle.linker`, is first *admitted* to the window, so that its rows'
 next use is known; later it is *planned*, which gives each of its rows a slot. Between the two lie
@@ -23,7 +24,7 @@ Where a planned batch finds a row's slot depends on the row's last use: in a sma
 not settled yet, as for most rows; in the queue of settled rows that wait for this step; and nowhere
 when the row must be fetched.
 
-State, all flat arrays so that one step is a few loops without a hash table (`_loops`, `_queues`):
+State, all flat arrays so that one step is a few loops without a hash table (`loops`, `queues`):
 per row 4 bytes, its slot or when it was evicted; per slot 28 to 36 bytes, its row and its place in
 the eviction queues; per unsettled use 4 bytes. The linker's is besides.
 """
@@ -32,20 +33,19 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 
 import numpy as np
 
 from bagpipe.errors import CacheTooSmallError
-from bagpipe.native.jit import jit
+from bagpipe.oracle.cache_plan import CachePlan, Neighbours
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.eviction import loops, queues, shard_loops
-from bagpipe.oracle.linker import OCCURRENCES, LinkedGroup, Linker, roomy_ring
+from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.shards import num_slots_needed, slot_bounds
-from bagpipe.plan import GroupPlan, Transfers
-from bagpipe.types import BoolArray, Group, Int32Array, Int64Array
+from bagpipe.plan import Transfers
+from bagpipe.types import Group, Int64Array
 
 _NO_ROWS, _NO_USES, _NO_USERS = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint64)
 
@@ -63,51 +63,10 @@ class _Planned:
         return int(self.bounds[-1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class CachePlan:
-    """A step of the cache of one group, or of the caches of all trainers: slot s is then slot s //
-    n of rank s % n of n.
-    """
-
-    linked: LinkedGroup
-    unique_slots: Int32Array  # (U,)
-    overlapped: Transfers
-    urgent: Transfers
-    before: tuple[int, int]  # the step before's first occurrence, and how many rows it uses
-    after: Int32Array  # (V,) `previous` of the step after
-
-    @property
-    def batch(self) -> DedupedGroup | MergedGroup:
-        """What the step uses."""
-        return self.linked.batch
-
-    @cached_property
-    def was_used_before(self) -> BoolArray:
-        """Whether the step before uses a row, too: (U,)."""
-        return _are_among(self.linked.previous, *self.before)
-
-    @cached_property
-    def is_used_next(self) -> BoolArray:
-        """Whether the step after uses a row, too: (U,)."""
-        return _come_again(self.after, self.linked.first_occurrence, len(self.linked.previous))
-
-    def of_single_trainer(self) -> GroupPlan:
-        """The plan of the only trainer."""
-        assert isinstance(self.batch, DedupedGroup)
-        return GroupPlan(
-            inverse=self.batch.inverse,
-            bag_offsets=self.batch.bag_offsets,
-            bag_scales=self.batch.bag_scales,
-            lookup_weights=self.batch.lookup_weights,
-            schedule=self.batch.schedule(self.unique_slots),
-            overlapped=self.overlapped,
-            urgent=self.urgent,
-        )
-
-
 class Cacher:
-    """Plans one group's cache step by step. `admit` batches in order, then `plan` them in the same
-    order.
+    """The eviction policy of one group's cache that knows the future as far as the window shows it.
+
+    Batches are linked, admitted and planned, each in the same order.
     """
 
     def __init__(
@@ -121,11 +80,9 @@ class Cacher:
         num_trainers: int = 1,
         num_hosts: int = 1,
     ) -> None:
-        """`max_lookahead` bounds how many batches are ever admitted ahead; `first_step` is the
-        number of the first batch.
+        """Makes an empty cache; see `bagpipe.oracle.policy.MakePolicy` for the arguments.
 
-        Of several trainers, as many on each host, it plans all caches as one of `num_slots`, and
-        batches are `MergedGroup`s.
+        Hosts have equally many trainers. The caches of all trainers are planned as one.
         """
         self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
         self._ranks = shard_loops.Ranks(num_trainers=num_trainers, num_hosts=num_hosts)
@@ -135,7 +92,6 @@ class Cacher:
         bounds = slot_bounds(num_slots, group.num_rows, num_hosts)
         num_shards, shard_slots = len(bounds) - 1, int(np.diff(bounds).max())
         self.linker = Linker(group, num_shards=num_shards, first_step=first_step)
-        """Links batches before they are admitted; may run ahead in another thread."""
         self._first_step = self._next_step = self._next_admitted = self._next_taken = first_step
         self._state = loops.State(
             slots_of_rows=np.full((group.num_rows, 1), -1, np.int32),
@@ -149,7 +105,7 @@ class Cacher:
         self._nothing = _Planned(
             step=-1, first_occurrence=0, bounds=np.zeros(num_shards + 1, np.int64)
         )
-        self._slots_of_uses = np.empty(1 << 16, np.int32)  # see _loops
+        self._slots_of_uses = np.empty(1 << 16, np.int32)  # see `loops`
         self._num_unsettled = 0  # occurrences
         self._admitted: deque[LinkedGroup] = deque()
         self._unsettled: deque[_Planned] = deque()
@@ -168,9 +124,15 @@ class Cacher:
         arrays = (*self._state[:5], *self._state.unknown, *self._state.due, self._slots_of_uses)
         return self.linker.nbytes + sum(array.nbytes for array in arrays)
 
+    def link(self, batch: DedupedGroup | MergedGroup) -> LinkedGroup:
+        """Links the next batch; may run ahead in another thread."""
+        return self.linker.link(batch)
+
     def check_fits(self, linked: LinkedGroup) -> None:
-        """Raises CacheTooSmallError when the batch to be admitted next alone needs more slots than
-        there are.
+        """Checks the batch that is to be admitted next.
+
+        Raises:
+            CacheTooSmallError: The batch alone needs more slots than there are.
         """
         if (np.diff(linked.bounds) > np.diff(self._state.slot_bounds)).any():
             rows = linked.batch.unique_rows
@@ -184,18 +146,12 @@ class Cacher:
             )
 
     def admit(self, linked: LinkedGroup) -> None:
-        """Lets the window see one more batch, which must fit; the next plan takes it into
-        account.
-        """
+        """Lets the window see one more batch, which must fit."""
         self.check_fits(linked)
         self._admitted.append(linked)
         self._next_admitted += 1
 
-    def plan(self) -> GroupPlan:
-        """Plans the oldest admitted batch that is not planned yet, for a single trainer."""
-        return self.plan_cache().of_single_trainer()
-
-    def plan_cache(self) -> CachePlan:
+    def plan(self) -> CachePlan:
         """Plans the oldest admitted batch that is not planned yet."""
         step, last_seen = self._next_step, self._next_admitted - 1
         issue_tick = max(self._first_step, step - self.prefetch_depth)
@@ -234,10 +190,13 @@ class Cacher:
         )
         self._num_unsettled += len(slots)
         return CachePlan(
-            linked=linked,
+            batch=linked.batch,
             unique_slots=slots,
-            before=(before.first_occurrence, before.num_uniques),
-            after=self._admitted[0].previous if self._admitted else _NO_USES,
+            neighbours=Neighbours(
+                linked,
+                before=(before.first_occurrence, before.num_uniques),
+                after=self._admitted[0] if self._admitted else None,
+            ),
             overlapped=Transfers(
                 evict_rows=evicted.rows[:num_evicted_overlapped],
                 evict_slots=evicted.slots[:num_evicted_overlapped],
@@ -255,8 +214,9 @@ class Cacher:
         )
 
     def _take_new(self) -> shard_loops.Batch:
-        """The last batch that is new since the last plan, without rows if none is, once those
-        before it are taken in.
+        """Takes in all batches that are new since the last plan but the last one, and returns that.
+
+        Without a new batch it returns one without rows.
         """
         newest: LinkedGroup | None = None
         for linked in islice(self._admitted, self._next_taken - self._next_step, None):
@@ -287,25 +247,3 @@ def _as_batch(linked: LinkedGroup) -> shard_loops.Batch:
         bounds=linked.bounds,
         first_occurrence=linked.first_occurrence,
     )
-
-
-@jit
-def _are_among(uses: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
-    """Whether each of `uses` (n,) is one of so many occurrences."""
-    found = np.empty(len(uses), np.bool_)
-    for index in range(len(uses)):
-        found[index] = (uses[index] >= 0) & (
-            ((uses[index] - first_occurrence) & OCCURRENCES) < num_uniques
-        )
-    return found
-
-
-@jit
-def _come_again(previous: Int32Array, first_occurrence: int, num_uniques: int) -> BoolArray:
-    """Whether each of so many occurrences (num_uniques,) is among `previous` (n,)."""
-    # the last one for uses before: a branch could not be foreseen
-    found = np.zeros(num_uniques + 1, np.bool_)
-    for use in previous:
-        index = (use - first_occurrence) & OCCURRENCES
-        found[np.uint32(index if (use >= 0) & (index < num_uniques) else num_uniques)] = True
-    return found[:num_uniques]

@@ -1,15 +1,15 @@
-"""The lookahead window: which batches the Cacher has seen when it plans a step. Pure and lazy.
+"""The oracle: from de-duplicated batches to the plans of all ranks.
 
-Two sequential stages, which may run in two threads: `link` (what comes next where) and
-`plan_linked` (which slots).
+It works in two sequential stages, which may run in two threads. The first one links: it finds where
+each row comes next. The second one plans: it lets the eviction policy see each batch once the
+window reaches it, and asks the policy for slots and transfers. From these it makes each rank's
+plan.
 
-`Oracle.plan` pulls batches only as it needs them, so that whoever consumes the plans sets the pace
-(back-pressure), and it plans step t once the window holds `lookahead` batches beyond it or the data
-end.
-
-With `lookahead="auto"` the window starts small and grows by one batch a step while that can still
-save a fetch, that is while rows leave the cache whose next use nobody knows, and while the window's
-own memory stays within its budget.
+The oracle pulls batches only as it needs them, so whoever consumes the plans sets the pace. It
+plans step t once the window holds `lookahead` batches beyond it or the data end. With
+`lookahead="auto"` the window starts small. It grows by one batch a step while that can still save a
+fetch, that is while rows leave the cache whose next use nobody knows, and while the window's own
+memory stays within its budget.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import xxhash
 from bagpipe.errors import CacheTooSmallError, ConfigError
 from bagpipe.native.pipeline import ordered_map
 from bagpipe.native.workers import Workers
+from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.dedup import DedupedGroup
-from bagpipe.oracle.eviction.cacher import CachePlan, Cacher
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
+from bagpipe.oracle.policy import POLICIES
 from bagpipe.oracle.ranks import RankPlanner, TrainerCache
 from bagpipe.oracle.shortage import with_overlapped_needs
 from bagpipe.plan import StepPlan
@@ -93,8 +94,11 @@ def check_window(
     lookahead: int | Literal["auto"],
     prefetch_depth: int,
     num_trainers: int = 1,
+    policy: str = "min",
 ) -> None:
     """Raises ConfigError for values out of range."""
+    if policy not in POLICIES:
+        raise ConfigError(f"no eviction policy is called {policy!r}, take one of {[*POLICIES]}")
     if lookahead != "auto" and not 1 <= lookahead <= MAX_LOOKAHEAD:
         raise ConfigError(
             f"lookahead is {lookahead}, must be 'auto' or from 1 to {MAX_LOOKAHEAD:,} batches"
@@ -118,8 +122,8 @@ def _hash_of(groups: Sequence[CachePlan]) -> str:
     hasher = xxhash.xxh3_128()
     for group in groups:
         hasher.update(group.unique_slots.data)
-        hasher.update(group.was_used_before.data)
-        hasher.update(group.is_used_next.data)
+        hasher.update(group.neighbours.was_used_before.data)
+        hasher.update(group.neighbours.is_used_next.data)
         for moved in (group.overlapped, group.urgent):
             hasher.update(str(moved.fence_tick).encode())
             for array in (moved.evict_rows, moved.evict_slots, moved.fetch_rows, moved.fetch_slots):
@@ -140,12 +144,25 @@ class Oracle:
         prefetch_depth: int = 2,
         first_step: int = 0,
         topology: Topology = ONE_TRAINER,
+        policy: str = "min",
         hash_plans: bool = False,
     ) -> None:
-        """`num_slots` for each group, and of each trainer. With `hash_plans` every step tells
-        what the joint plan of several trainers hashes to, for ranks that are planned elsewhere.
+        """Makes the policies of all groups.
 
-        Raises ConfigError for values out of range.
+        Args:
+            groups: The groups to plan for.
+            num_slots: Slots of each trainer's cache, for each group.
+            lookahead: Batches ahead that the window holds; "auto" lets it grow.
+            lookahead_bytes: Memory up to which an automatic window grows.
+            prefetch_depth: Steps before its use at which a row's overlapped transfer is issued.
+            first_step: Number of the first batch.
+            topology: The trainers that share the caches, and those to plan for.
+            policy: Which of `POLICIES` decides what leaves the caches.
+            hash_plans: Whether each step tells the hash of the joint plan, for ranks that are
+                planned elsewhere.
+
+        Raises:
+            ConfigError: A value is out of range.
         """
         topology.check(groups)
         check_window(
@@ -154,6 +171,7 @@ class Oracle:
             lookahead=lookahead,
             prefetch_depth=prefetch_depth,
             num_trainers=topology.num_trainers,
+            policy=policy,
         )
         self._groups, self._num_slots, self._topology = tuple(groups), tuple(num_slots), topology
         self._hash_plans = hash_plans
@@ -162,8 +180,8 @@ class Oracle:
         self._lookahead_bytes = lookahead_bytes
         self._prefetch_depth, self._first_step = prefetch_depth, first_step
         self._peak_slots = (0,) * len(groups)
-        self._cachers = [
-            Cacher(
+        self._policies = [
+            POLICIES[policy](
                 group,
                 num_slots=slots * topology.num_trainers,
                 max_lookahead=MAX_LOOKAHEAD if lookahead == "auto" else lookahead,
@@ -182,8 +200,8 @@ class Oracle:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cachers' own state; the window's batches not included."""
-        return sum(cacher.nbytes for cacher in self._cachers)
+        """Bytes of the policies' own state; the window's batches are not included."""
+        return sum(policy.nbytes for policy in self._policies)
 
     def plan(
         self, batches: Iterable[DedupedBatch[Payload]]
@@ -199,8 +217,8 @@ class Oracle:
         """The first stage. May be any number of batches ahead of the second."""
         for batch in batches:
             linked = (
-                cacher.linker.link(group)
-                for cacher, group in zip(self._cachers, batch.groups, strict=True)
+                policy.link(group)
+                for policy, group in zip(self._policies, batch.groups, strict=True)
             )
             yield LinkedBatch(batch=batch, groups=tuple(linked))
 
@@ -261,8 +279,8 @@ class Oracle:
                 break
             batch = window.popleft()
             window_bytes -= batch.nbytes
-            planned = tuple(cacher.plan_cache() for cacher in self._cachers)
-            peak_slots = tuple(cacher.num_used_slots for cacher in self._cachers)
+            planned = tuple(policy.plan() for policy in self._policies)
+            peak_slots = tuple(policy.num_used_slots for policy in self._policies)
             yield _PlannedStep(
                 step=step,
                 batch=batch,
@@ -293,10 +311,10 @@ class Oracle:
 
     def _admit(self, linked: LinkedBatch[Payload]) -> None:
         """Lets all groups see the batch, or none."""
-        for cacher, group in zip(self._cachers, linked.groups, strict=True):
-            cacher.check_fits(group)
-        for cacher, group in zip(self._cachers, linked.groups, strict=True):
-            cacher.admit(group)
+        for policy, group in zip(self._policies, linked.groups, strict=True):
+            policy.check_fits(group)
+        for policy, group in zip(self._policies, linked.groups, strict=True):
+            policy.admit(group)
 
     def _plan_trainers(
         self, planned: _PlannedStep[Payload]
@@ -362,5 +380,5 @@ class Oracle:
             return
         if window_bytes + 2 * batch_bytes > self._lookahead_bytes:
             return
-        if any(cacher.evicted_blindly for cacher in self._cachers):
+        if any(policy.evicted_blindly for policy in self._policies):
             self._lookahead += 1
