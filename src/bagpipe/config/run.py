@@ -1,13 +1,14 @@
 """The configuration of a run: one section for each part, checked one by one and then together.
 
 A section's `build` makes the value of `bagpipe.types` that it describes, so that nothing but this
-package knows how a file spells it.
+package knows how a file spells it. Defaults are stated there; a section adds limits, which tell a
+mistake by its key.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -38,6 +39,7 @@ from bagpipe.types import (
     Uniform,
 )
 
+V = TypeVar("V")
 Rows: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 MemorySize: TypeAlias = Annotated[
     str, Field(pattern=r"^[0-9]{1,15}(\.[0-9]{1,15})?(B|KiB|MiB|GiB|TiB)$")
@@ -48,64 +50,57 @@ RowShare: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,3}(\.[0-9]{1,15})?
 Beta: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class EmbeddingSGD(Section):
-    """`bagpipe.SGD`. `momentum` is there to be refused with its reason."""
-
-    kind: Literal["sgd"]
-    lr: Rate
-    momentum: Weight = 0.0
+class _Description(Section, Generic[V]):
+    describes: ClassVar[type[Any]]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self.build()
+        self.build()  # what only the value itself can tell: momentum, bounds that cross
         return self
 
-    def build(self) -> Optimizer:
-        """The optimizer that this section describes."""
-        return SGD(lr=self.lr, momentum=self.momentum)
+    def build(self) -> V:
+        """Makes the value that this section describes."""
+        value: V = self.describes(**self.model_dump(exclude={"kind"}))
+        return value
 
 
-class EmbeddingAdagrad(Section):
+class EmbeddingSGD(_Description[Optimizer]):
+    """`bagpipe.SGD`. `momentum` is there to be refused with its reason."""
+
+    describes = SGD
+    kind: Literal["sgd"]
+    lr: Rate
+    momentum: Weight = SGD.momentum
+
+
+class EmbeddingAdagrad(_Description[Optimizer]):
     """`bagpipe.Adagrad`."""
 
+    describes = Adagrad
     kind: Literal["adagrad"]
     lr: Rate
-    eps: Rate = 1e-10
-    initial_accumulator_value: Rate = 0.0
-
-    def build(self) -> Optimizer:
-        """The optimizer that this section describes."""
-        return Adagrad(
-            lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value
-        )
+    eps: Rate = Adagrad.eps
+    initial_accumulator_value: Rate = Adagrad.initial_accumulator_value
 
 
-class EmbeddingRowWiseAdagrad(Section):
+class EmbeddingRowWiseAdagrad(_Description[Optimizer]):
     """`bagpipe.RowWiseAdagrad`."""
 
+    describes = RowWiseAdagrad
     kind: Literal["rowwise_adagrad"]
     lr: Rate
-    eps: Rate = 1e-8
-    initial_accumulator_value: Rate = 0.0
-
-    def build(self) -> Optimizer:
-        """The optimizer that this section describes."""
-        return RowWiseAdagrad(
-            lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value
-        )
+    eps: Rate = RowWiseAdagrad.eps
+    initial_accumulator_value: Rate = RowWiseAdagrad.initial_accumulator_value
 
 
-class EmbeddingAdam(Section):
+class EmbeddingAdam(_Description[Optimizer]):
     """`bagpipe.Adam`, which is lazy."""
 
+    describes = Adam
     kind: Literal["adam"]
     lr: Rate
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Rate = 1e-8
-
-    def build(self) -> Optimizer:
-        """The optimizer that this section describes."""
-        return Adam(lr=self.lr, betas=self.betas, eps=self.eps)
+    betas: tuple[Beta, Beta] = Adam.betas
+    eps: Rate = Adam.eps
 
 
 EmbeddingOptimizerConfig: TypeAlias = Annotated[
@@ -114,33 +109,22 @@ EmbeddingOptimizerConfig: TypeAlias = Annotated[
 ]
 
 
-class UniformInit(Section):
-    """Initial weights drawn uniformly from [low, high)."""
+class UniformInit(_Description[Initializer]):
+    """`bagpipe.Uniform`: initial weights drawn uniformly from [low, high)."""
 
+    describes = Uniform
     kind: Literal["uniform"]
     low: Weight
     high: Weight
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self.build()
-        return self
 
-    def build(self) -> Initializer:
-        """The initializer that this section describes."""
-        return Uniform(low=self.low, high=self.high)
+class NormalInit(_Description[Initializer]):
+    """`bagpipe.Normal`: initial weights drawn from a normal distribution."""
 
-
-class NormalInit(Section):
-    """Initial weights drawn from a normal distribution."""
-
+    describes = Normal
     kind: Literal["normal"]
-    mean: Weight = 0.0
-    std: Rate = 1.0
-
-    def build(self) -> Initializer:
-        """The initializer that this section describes."""
-        return Normal(mean=self.mean, std=self.std)
+    mean: Weight = Normal.mean
+    std: Rate = Normal.std
 
 
 class MemoryStoreConfig(Section):
