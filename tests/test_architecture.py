@@ -17,7 +17,7 @@ from bagpipe.plots import DISTRIBUTION
 
 PACKAGE = Path(bagpipe.__file__).parent
 
-BASE = {"types", "errors", "plan", "topology", "jagged", "limits", "native"}
+BASE = {"types", "errors", "plan", "topology", "jagged", "lookups", "limits", "native"}
 ALLOWED = {
     "errors": set(),
     "limits": {"errors"},
@@ -27,6 +27,7 @@ ALLOWED = {
     "plots": {"errors", "native"},
     "topology": {"types", "errors", "native"},
     "jagged": {"types", "errors"},
+    "lookups": {"types", "errors", "jagged"},
     "config": BASE,
     "oracle": BASE | {"plots"},
     "feed": BASE | {"oracle"},

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.embeddings.pooled import PooledEmbeddings
-from bagpipe.jagged import group_lookups, group_rows
+from bagpipe.lookups import group_lookups, group_rows
 from bagpipe.native.jit import jit
 from bagpipe.oracle.dedup import dedup
 from bagpipe.types import Group, Int32Array, Jagged, group_tables

@@ -29,7 +29,7 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache, kernels_of
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.jagged import group_lookups, group_rows
+from bagpipe.lookups import group_lookups, group_rows
 from bagpipe.oracle.dedup import dedup
 from bagpipe.oracle.merge import merge
 from bagpipe.types import Float32Array, Group, Int64Array, Jagged

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagpipe.jagged import group_lookups
+from bagpipe.lookups import group_lookups
 from bagpipe.types import Float32Array, Group, Int64Array, Jagged, RowWiseAdagrad
 from benchmarks.gpu.arms import load_tables
 from benchmarks.gpu.fbgemm import cache_sets

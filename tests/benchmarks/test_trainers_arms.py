@@ -16,7 +16,8 @@ from tests.train.ranks import run_ranks
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.data.base import Batch
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.jagged import group_lookups, group_rows, share_of
+from bagpipe.jagged import share_of
+from bagpipe.lookups import group_lookups, group_rows
 from bagpipe.oracle import dedup
 from bagpipe.store import MemoryStore
 from bagpipe.types import SGD, Float32Array, Group, Int64Array, Jagged, TableConfig, group_tables

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from bagpipe.jagged import GroupLookups
+from bagpipe.lookups import GroupLookups
 from bagpipe.plan import GroupPlan, Transfers
 from bagpipe.types import Int32Array, UInt8Array
 

@@ -34,7 +34,8 @@ from bagpipe.embeddings.tables import (
 )
 from bagpipe.embeddings.user_tensors import check_dtype, check_stays, check_tensors
 from bagpipe.errors import ConfigError, UsageError
-from bagpipe.jagged import as_jagged, check_features, group_lookups, group_rows, same_ids
+from bagpipe.jagged import as_jagged, same_ids
+from bagpipe.lookups import check_features, group_lookups, group_rows
 from bagpipe.native.fork import check_same_process
 from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore

@@ -22,7 +22,6 @@ from bagpipe.errors import DataError
 from bagpipe.feed.seals import OpenBatches, Seal
 from bagpipe.jagged import (
     as_jagged,
-    check_features,
     check_ids,
     find_sparse,
     hash_ids,
@@ -31,6 +30,7 @@ from bagpipe.jagged import (
     share_bounds,
     share_of,
 )
+from bagpipe.lookups import check_features
 from bagpipe.native.pipeline import BackgroundIterator, ordered_map
 from bagpipe.native.workers import Workers
 from bagpipe.oracle.checks import checked

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bagpipe.errors import DataError
-from bagpipe.jagged import group_lookups, id_outside_table
+from bagpipe.lookups import group_lookups, id_outside_table
 from bagpipe.native.jit import jit
 from bagpipe.native.prefetch import prefetch
 from bagpipe.oracle.pieces import cut_pieces, group_bags
