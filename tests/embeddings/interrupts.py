@@ -63,4 +63,8 @@ def interrupted(at: int | None, *, by_line: bool = False) -> Iterator[Moments]:
         yield moments
     finally:
         sys.settrace(None)
-        signal.signal(signal.SIGINT, before)
+        is_restored = False
+        while not is_restored:  # one that is pending comes here at the latest
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.signal(signal.SIGINT, before)
+                is_restored = True

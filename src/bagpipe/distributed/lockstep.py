@@ -49,7 +49,7 @@ def plan_act(step: int, num_ahead: int, ids_hash: str, plan_hash: str) -> str:
     return f"plans step {step}, sees {num_ahead} batches behind it, ids {ids_hash}, as {plan_hash}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Told:
     """An act that is on its way."""
 
@@ -57,6 +57,7 @@ class _Told:
     needed_at: int  # the first tick whose messages depend on it
     message: Any  # the work of a process group
     acts: bytearray  # of all ranks, one after the other, once the message is there
+    has_come: bool = False
 
 
 class Lockstep:
@@ -111,8 +112,10 @@ class Lockstep:
         while told and tick is not None and told[-1].needed_at > tick:
             told.pop()
         for each in told:
-            if not each.message.is_completed():
-                self.wait_for(each.message)
+            # One call of the message, not several: each gives Python's lock up, for which the
+            # threads of a process that trains queue.
+            self.wait_for(each.message)
+            each.has_come = True
         # Later acts may be there or not, and all ranks must part at the same tick.
         self._look(told[-1].number if told else 0)
 
@@ -144,11 +147,15 @@ class Lockstep:
     def _look(self, last: int | None = None) -> None:
         """Compares what has come, up to number `last`."""
         with self._looking:
-            while self._parted is None and self._told and self._told[0].message.is_completed():
-                if last is not None and self._told[0].number > last:
+            while self._parted is None and self._told:
+                told = self._told[0]
+                if last is not None and told.number > last:
                     break
-                told = self._told.popleft()
-                told.message.wait()
+                if not told.has_come:
+                    if not told.message.is_completed():
+                        break
+                    told.message.wait()
+                self._told.popleft()
                 told_by_rank = [
                     told.acts[begin : begin + _BYTES] for begin in range(0, len(told.acts), _BYTES)
                 ]
