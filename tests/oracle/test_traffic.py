@@ -15,7 +15,12 @@ from rich.console import Console
 
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.dry_run import DryRun, Grid, dry_run, replay
-from bagpipe.oracle.dry_run_view import as_dict, render_points, render_smallest
+from bagpipe.oracle.dry_run_view import (
+    as_dict,
+    render_points,
+    render_smallest,
+    render_traffic,
+)
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.oracle import Oracle
 from bagpipe.oracle.row_trace import Trace, read_trace
@@ -30,7 +35,6 @@ from bagpipe.oracle.traffic import (
     owned_rows,
     sent_rows,
 )
-from bagpipe.oracle.traffic_view import render_traffic
 from bagpipe.plan import GroupPlan, RowExchange
 from bagpipe.types import Adagrad, DataType, Group, Jagged, TableConfig, group_tables
 

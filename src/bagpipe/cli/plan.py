@@ -87,9 +87,9 @@ def plan(
             describe_largest,
             render_points,
             render_smallest,
+            render_traffic,
             save_plot,
         )
-        from bagpipe.oracle.traffic_view import render_traffic
         from bagpipe.plots import check_can_plot, check_can_write
 
         config = load_config(RunConfig, file, overrides)

@@ -10,7 +10,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bagpipe.oracle.dry_run import DryRun, Point
+from bagpipe.oracle.traffic import OVERLAPPED, URGENT, Traffic
 from bagpipe.plots import new_figure, save_figure
+
+_TRAFFIC_HEADINGS = (
+    *("ahead", "cache", "rows\nurgent", "\nurgent", "rows\nbehind", "\nbehind"),
+    *("of it\nurgent", "uses\nlocal", "most\nown", "most\nfetch", "most\nsend", "rows/\ncopies"),
+)
 
 
 def render_points(result: DryRun) -> Table:
@@ -27,21 +33,8 @@ def render_points(result: DryRun) -> Table:
         padding=0,
         pad_edge=False,
     )
-    headings = (
-        "ahead",
-        "cache",
-        "of all",
-        "memory",
-        "hits",
-        "rows in",
-        "in",
-        "rows out",
-        "out",
-        "urgent",
-        "waits",
-        "peak",
-    )
-    for heading in headings:
+    headings = "ahead,cache,of all,memory,hits,rows in,in,rows out,out,urgent,waits,peak"
+    for heading in headings.split(","):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for point in result.points:
@@ -62,6 +55,36 @@ def render_smallest(result: DryRun) -> Table:
         table.add_column(heading, justify="right")
     for lookahead, rows in result.smallest.items():
         table.add_row(str(lookahead), *_size_cells(result, rows))
+    return table
+
+
+def render_traffic(result: DryRun) -> Table:
+    """Returns a rich table of what trainers send, with a line for each point that fits."""
+    # There is room for one of the two last columns only.
+    on_hosts, last_heading = "", "bytes/\nhashed"
+    last_column = "hashed: fixed owners, no lookahead"
+    if result.num_hosts > 1:
+        on_hosts, last_heading = f" on {result.num_hosts} hosts", "off\nhost"
+        last_column = "off host: share of the bytes that leaves one"
+    table = Table(
+        title=f"Sent between {result.num_trainers} trainers{on_hosts} a step",
+        caption="rows: replicas and gradients; urgent: on the critical path, behind: hidden by "
+        "compute; uses local: share of the ranks' unique rows that they own; most: of one rank "
+        "over the mean; copies: all-reduce of copies on every trainer; " + last_column,
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    for heading in (*_TRAFFIC_HEADINGS, last_heading):
+        table.add_column(heading, justify="right", no_wrap=True)
+    last = None
+    for point in result.points:
+        if point.traffic is None:
+            continue
+        if last is not None and point.lookahead != last:
+            table.add_section()
+        last = point.lookahead
+        table.add_row(*_traffic_cells(point, point.traffic))
     return table
 
 
@@ -176,6 +199,28 @@ def _point_cells(point: Point) -> tuple[str, ...]:
         f"{report.num_fetched_urgent / steps:,.0f}",
         f"{report.num_waiting_steps / steps:.0%}",
         format_count(report.peak_slots),
+    )
+
+
+def _traffic_cells(point: Point, traffic: Traffic) -> tuple[str, ...]:
+    rows = traffic.rows.sum(axis=0) / traffic.num_steps  # (2 when,)
+    sent_bytes = traffic.sent_bytes.sum(axis=0) / traffic.num_steps  # (2 when,)
+    last_cell = f"{traffic.bytes_over_hashed:.3f}"
+    if traffic.num_hosts > 1:
+        last_cell = f"{traffic.between_hosts_share:.1%}"
+    balances = (traffic.owned, traffic.fetched, traffic.sent)
+    return (
+        str(point.lookahead),
+        format_count(point.cache_rows),
+        format_count(rows[URGENT]),
+        format_bytes(sent_bytes[URGENT]),
+        format_count(rows[OVERLAPPED]),
+        format_bytes(sent_bytes[OVERLAPPED]),
+        f"{traffic.critical_share:.1%}",
+        f"{traffic.local_share:.1%}",
+        *(f"{balance.ratio(traffic.num_trainers):.2f}" for balance in balances),
+        f"{traffic.rows_over_copies:.3f}",
+        last_cell,
     )
 
 
