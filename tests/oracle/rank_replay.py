@@ -262,22 +262,11 @@ class Replay:
             for row, slot in zip(
                 moved[rank].fetch_rows.tolist(), moved[rank].fetch_slots.tolist(), strict=True
             ):
-                expect(
-                    row not in self.owners,
-                    f"tick {tick}: row {row} is fetched while a rank owns it",
-                )
-                expect(
-                    0 <= slot < self.planned.num_slots,
-                    f"tick {tick}: slot {slot} is outside the cache",
-                )
-                expect(
-                    slot not in self.slots[rank],
-                    f"tick {tick}: slot {slot} is filled while it is in use",
-                )
-                expect(
-                    self.evicted_at.get(row, -1) <= fence,
-                    f"tick {tick}: row {row} is fetched before it is written",
-                )
+                fetch, fill = f"tick {tick}: row {row} is fetched", f"tick {tick}: slot {slot} is"
+                expect(row not in self.owners, f"{fetch} while a rank owns it")
+                expect(0 <= slot < self.planned.num_slots, f"{fill} outside the cache")
+                expect(slot not in self.slots[rank], f"{fill} filled while it is in use")
+                expect(self.evicted_at.get(row, -1) <= fence, f"{fetch} before it is written")
                 self.slots[rank][slot], self.owners[row] = (row, self.store.get(row, ())), rank
 
     def sent(self, index: int, name: str) -> dict[tuple[int, int, int], Held]:

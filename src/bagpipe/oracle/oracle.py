@@ -31,7 +31,7 @@ from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.policy import POLICIES
 from bagpipe.oracle.ranks import RankPlanner, TrainerCache
-from bagpipe.oracle.shortage import with_overlapped_needs
+from bagpipe.oracle.shortage import with_needs_ahead
 from bagpipe.plan import StepPlan
 from bagpipe.topology import ONE_TRAINER, Topology
 from bagpipe.types import Group
@@ -292,15 +292,15 @@ class Oracle:
             self._adapt(window_bytes, batch.nbytes)
             step += 1
         if isinstance(failure, CacheTooSmallError):
-            overlapped = islice(source, max(self._lookahead, _SEEN_BEHIND_REFUSED))
-            failure = self._with_overlapped_needs(failure, chain([linked], overlapped))
+            behind = islice(source, max(self._lookahead, _SEEN_BEHIND_REFUSED))
+            failure = self._with_needs_ahead(failure, chain([linked], behind))
         if failure is not None:
             raise failure
 
-    def _with_overlapped_needs(
+    def _with_needs_ahead(
         self, error: CacheTooSmallError, batches: Iterator[LinkedBatch[Payload]]
     ) -> CacheTooSmallError:
-        return with_overlapped_needs(
+        return with_needs_ahead(
             error,
             (linked.groups for linked in batches),
             groups=self._groups,

@@ -18,7 +18,7 @@ from bagpipe.oracle.sizes import rows_that_hold, slots_of
 from bagpipe.types import Group
 
 
-def with_overlapped_needs(
+def with_needs_ahead(
     error: CacheTooSmallError,
     batches: Iterator[Sequence[LinkedGroup]],
     *,
