@@ -63,8 +63,7 @@ class StreamOptions:
     check: bool = False
     policy: str = "min"  # one of `bagpipe.oracle.policy.POLICIES`
     topology: Topology = ONE_TRAINER
-    """Of several, batches are those of all of them together, and plans and what is handed out the
-    shares of `ranks`."""
+    """The trainers. With several a batch is global, and each of `ranks` gets its share of it."""
 
     def __post_init__(self) -> None:
         self.topology.check(self.groups)
