@@ -8,9 +8,9 @@ continues as if nothing had happened, bit for bit.
 Rows that were never written are not stored: their initial record follows from the seed. The cost is
 that of all rows touched since the run began.
 
-Of several trainers rank 0 writes it, and of several hosts the first rank of each the records that
-this host has, into a folder that all of them see. Any number of hosts can resume from it: each
-reads all records, and keeps those whose home it is.
+With several trainers rank 0 writes the checkpoint. With several hosts the first rank of each writes
+the records that its host has, into a folder that all hosts see. Any number of hosts can resume from
+it: each reads all records, and keeps those whose home it is.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def save_checkpoint(
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Writes the checkpoint of the step that `state` is at, and removes all but the last `keep`.
+
     All `trainers` must call it.
 
     Args:
@@ -112,6 +113,9 @@ def save_checkpoint(
         keep: how many checkpoints to leave.
         trainers: those of the run; rank 0 writes, and the first rank of each host its records.
         say: told about an earlier one that can't be removed. The new one is whole.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
         CheckpointError: the disk is full or the folder can't be written, by any of them; earlier
@@ -145,10 +149,8 @@ def save_checkpoint(
         def put_in_place(parts: Sequence[Mapping[str, Any]]) -> None:
             if not trainers.is_first:
                 return
-            nums_records = [
-                sum(of_group)
-                for of_group in zip(*(part["nums_records"] for part in parts), strict=True)
-            ]
+            by_host = [part["nums_records"] for part in parts]
+            nums_records = [sum(of_group) for of_group in zip(*by_host, strict=True)]
             content = {
                 "step": step,
                 "num_skipped": list(state.embeddings.num_skipped),
@@ -178,8 +180,9 @@ def save_checkpoint(
 def find_checkpoint(
     folder: Path, *, on_damaged: Callable[[CheckpointError], None]
 ) -> SavedRun | None:
-    """The newest valid checkpoint in `folder`, every checksum compared; None when there is no
-    checkpoint at all.
+    """The newest valid checkpoint in `folder`, or None when there is no checkpoint at all.
+
+    The checksum of every file is compared.
 
     Args:
         folder: where the run's checkpoints are.
@@ -203,8 +206,10 @@ def find_checkpoint(
 
 
 def open_checkpoint(path: Path) -> SavedRun:
-    """Reads a checkpoint's manifest and compares every file's checksum. CheckpointError: names the
-    file that is damaged.
+    """Reads a checkpoint's manifest and compares every file's checksum.
+
+    Raises:
+        CheckpointError: a file is damaged; names it.
     """
     saved = read_checkpoint(path)
     verify_files(path, saved.files)
@@ -212,8 +217,10 @@ def open_checkpoint(path: Path) -> SavedRun:
 
 
 def read_checkpoint(path: Path) -> SavedRun:
-    """As `open_checkpoint`, for a checkpoint whose files have been compared. CheckpointError: the
-    manifest is damaged.
+    """As `open_checkpoint`, for a checkpoint whose files have been compared.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
     """
     try:
         return _saved_run(path, read_manifest(path))
@@ -238,7 +245,7 @@ def _saved_run(path: Path, manifest: Mapping[str, Any]) -> SavedRun:
     return SavedRun(
         path=path,
         step=manifest["step"],
-        # which older ones did not count
+        # older versions did not count them
         num_skipped=manifest.get("num_skipped", [0] * len(groups)),
         position=Position(**manifest["position"]),
         config=manifest["config"],
@@ -250,10 +257,10 @@ def _saved_run(path: Path, manifest: Mapping[str, Any]) -> SavedRun:
 
 
 def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """The differences between a checkpoint's configuration and `config` that leave the numbers
-    alone.
+    """The differences between a checkpoint's configuration and `config`, none of which matters.
 
-    CheckpointError: others exist; lists every difference and which of them matter.
+    Raises:
+        CheckpointError: some would change the numbers; lists every difference and which matter.
     """
     differences = compare_configs(saved.config, config)
     mattering = [difference for difference in differences if difference.matters]
@@ -272,8 +279,9 @@ def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> tuple[Differe
 
 
 def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) -> None:
-    """Puts a verified checkpoint's content into a freshly built state; of several `trainers` a
-    host's first loads its records.
+    """Puts a verified checkpoint's content into a freshly built state.
+
+    With several `trainers` the first of each host loads the host's records.
 
     Raises:
         CheckpointError: the state was built for other tables or another model.
@@ -354,8 +362,9 @@ def _load_dense_state(path: Path, state: State) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads a state that may have been saved on another kind of device: where Adam counts its steps
-    is this run's to say.
+    """Loads a state that may have been saved on another kind of device.
+
+    Adam goes on counting its steps where this run's optimizer does, on the host or the device.
     """
     capturable = [group.get("capturable") for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)

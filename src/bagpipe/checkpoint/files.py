@@ -5,8 +5,8 @@
         dense.pt            model, dense optimizer and random state, as torch.save writes them; read
                             with weights_only=True
         group-0.arrow       every touched record of one group: Arrow IPC, rows int64 and records
-                            fixed_size_list<float32>; of several hosts those of the first, the
-                            others' in group-0.host-1.arrow and so on
+                            fixed_size_list<float32>; with several hosts the first host's, those
+                            of the others are in group-0.host-1.arrow and so on
         manifest.json       step, position, configuration, sizes and xxh3_128 checksums of the
                             files; written last
       step-0000001500.tmp-4711/     being written, or left behind by a process that was killed
@@ -53,8 +53,9 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first, whether valid or not; none when there is no such
-    folder.
+    """The checkpoints in `folder`, oldest first, whether valid or not.
+
+    There are none when there is no such folder.
     """
     if not folder.is_dir():
         return []
@@ -84,10 +85,10 @@ def remove_temporary(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def prune(folder: Path, *, newest: int, keep: int, say: Callable[[str], None]) -> None:
-    """Removes all but the last `keep` checkpoints up to step `newest`; later ones belong to a run
-    that was given up.
+    """Removes all but the last `keep` checkpoints up to step `newest`.
 
-    `say` is told what can't be removed; the newer checkpoints are as good beside it.
+    Later ones belong to a run that was given up, and stay. `say` is told what can't be removed; the
+    newer checkpoints are as good beside it.
     """
     with _removal(folder, say):
         mine = [path for path in list_checkpoints(folder) if step_of(path) <= newest]
@@ -123,8 +124,10 @@ class CheckpointFiles:
 
     @classmethod
     def join(cls, folder: Path, path: Path) -> CheckpointFiles:
-        """On another host than the one that has made the folder. CheckpointError: this one can't
-        see it.
+        """The files that another host adds to the folder of rank 0.
+
+        Raises:
+            CheckpointError: this host can't see the folder.
         """
         if not folder.is_dir():
             raise CheckpointError(
@@ -142,8 +145,9 @@ class CheckpointFiles:
     def write_records(
         self, name: str, blocks: Iterable[tuple[Int64Array, Float32Array]], record_width: int
     ) -> int:
-        """Adds a file of records, block by block: rows (n,), records (n, record_width). Returns how
-        many.
+        """Adds a file of records and returns how many it holds.
+
+        They come in blocks: rows (n,) int64, records (n, record_width) float32.
         """
         num_records = 0
         schema = _record_schema(record_width)
@@ -182,8 +186,10 @@ class CheckpointFiles:
 
 
 class CheckpointWriter(CheckpointFiles):
-    """Writes one checkpoint; as a context manager it puts it in place at the end, or removes it
-    when the body fails.
+    """Writes one checkpoint.
+
+    As a context manager it puts the checkpoint in place at the end, or removes it when the body
+    fails.
 
     Raises:
         CheckpointError: as `CheckpointFiles`. What was written is removed and older checkpoints are
@@ -217,8 +223,9 @@ class CheckpointWriter(CheckpointFiles):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def write_manifest(self, content: Mapping[str, Any]) -> None:
-        """Says what the manifest holds beside the list of files; it is written when the writer
-        leaves its context.
+        """Says what the manifest holds beside the list of files.
+
+        It is written when the writer leaves its context.
         """
         self._content = dict(content)
 
@@ -236,8 +243,10 @@ class CheckpointWriter(CheckpointFiles):
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, compared with its own checksum. CheckpointError: it is missing,
-    altered or too new.
+    """The manifest of a checkpoint, compared with its own checksum.
+
+    Raises:
+        CheckpointError: it is missing, altered or too new.
     """
     path = checkpoint / MANIFEST
     try:
@@ -266,8 +275,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify_files(checkpoint: Path, files: Iterable[Mapping[str, Any]]) -> None:
-    """Compares files with what a manifest says of them. CheckpointError: names the first that is
-    missing, truncated or altered.
+    """Compares files with what a manifest says of them.
+
+    Raises:
+        CheckpointError: one is missing, truncated or altered; names the first.
     """
     for entry in files:
         path = checkpoint / entry["name"]
@@ -288,8 +299,12 @@ def verify_files(checkpoint: Path, files: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_records(path: Path, record_width: int) -> Iterator[tuple[Int64Array, Float32Array]]:
-    """The blocks that `CheckpointWriter.write_records` wrote, memory-mapped. CheckpointError: not a
-    file of such records.
+    """The blocks that `CheckpointWriter.write_records` wrote, memory-mapped.
+
+    Yields rows (n,) int64 and records (n, record_width) float32.
+
+    Raises:
+        CheckpointError: it is not a file of such records.
     """
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:

@@ -19,10 +19,10 @@ from bagpipe.native.fork import in_child
 
 @contextmanager
 def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
-    """Makes the folder and holds it for this process; yields its folder of checkpoints, cleared of
-    unfinished ones, or of what can be; `say` is told what can't.
+    """Makes the folder and holds it for this process; yields its folder of checkpoints.
 
-    The operating system lets go of it when the process ends, however it ends.
+    Unfinished checkpoints are removed; `say` is told which can't be. The operating system lets go
+    of the folder when the process ends, however it ends.
 
     Raises:
         ConfigError: the folder can't be written, or another process trains in it.
@@ -48,9 +48,7 @@ def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) 
 
 
 def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
-    """Raises ConfigError on all ranks unless each host sees in its `folder` what rank 0 puts
-    there.
-    """
+    """Raises ConfigError on all ranks unless each host sees what rank 0 puts into `folder`."""
     if trainers.num_hosts == 1:
         return
     with ExitStack() as stack:
@@ -77,8 +75,10 @@ def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
 def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:
     """Makes sure that a new run mixes with no older one.
 
-    ConfigError: an earlier run left checkpoints, and `overwrite` is not set; with it they are
-    removed, or can't be.
+    With `overwrite` the checkpoints of an earlier run are removed.
+
+    Raises:
+        ConfigError: there are some, and `overwrite` is not set, or they can't be removed.
     """
     left = list_checkpoints(checkpoints)
     if left and not overwrite:

@@ -26,7 +26,7 @@ from bagpipe.cli.common import (
 if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
     from bagpipe.oracle.dry_run import DryRun
-    from bagpipe.oracle.row_trace import Progress
+    from bagpipe.oracle.row_trace import OnProgress
 
 DEFAULT_CACHES = ("0.3%", "1%", "2%", "5%", "10%")
 DEFAULT_LOOKAHEADS = (1, 20, 100, 200)
@@ -124,7 +124,7 @@ def _dry_run(
     lookaheads: Sequence[int],
     num_steps: int,
     trainers: tuple[int, int],
-    progress: Progress,
+    progress: OnProgress,
 ) -> DryRun:
     """Reads a trace of the data once and replays it at each point of the grid.
 

@@ -1,4 +1,4 @@
-"""What a run's loop asks of the other trainers; all of it is trivial where there are none."""
+"""What a run asks of the other trainers; all of it is trivial where there are none."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError
 
 
 class Trainers:
-    """The trainers of a run, as one of them sees them. What asks all ranks must be called by all,
-    in the same order.
+    """The trainers of a run, as one of them sees them.
+
+    All ranks must call what asks all ranks, in the same order.
     """
 
     def __init__(self, communicator: Communicator | None) -> None:
@@ -37,10 +38,10 @@ class Trainers:
 
     @contextmanager
     def averaging(self, step: int) -> Iterator[None]:
-        """For a backward that averages over trainers: says that one may be gone, which gloo's own
-        error does not.
+        """Around a backward that averages over trainers: explains gloo's error.
 
-        Raises BackgroundError.
+        Raises:
+            BackgroundError: averaging failed; says that a trainer may be gone, as gloo does not.
         """
         try:
             yield
@@ -60,11 +61,13 @@ class Trainers:
     def all_do(
         self, what: str, work: Callable[[], Any], failure_is: type[BagpipeError] = CheckpointError
     ) -> list[Any]:
-        """What `work` returns on each rank, JSON values, by rank, once all have done it; None from
-        those that have nothing to do.
+        """Does `work` on each rank, and returns what it returned on each, once all have done it.
 
-        Where one raises a BagpipeError of any kind the others raise `failure_is`, and all do where
-        one raises an OSError.
+        Args:
+            what: is waited for, as an error names it.
+            work: returns JSON values; None where a rank has nothing to do.
+            failure_is: what the other ranks raise where one raises a BagpipeError of any kind, and
+                all ranks where one raises an OSError.
         """
         if self._communicator is None:
             return [work()]
@@ -83,18 +86,19 @@ class Trainers:
         return [answer["result"] for answer in answers]
 
     def weight(self, num_samples: int, batch_size: int) -> float:
-        """By what a rank's mean loss over its samples of a batch is multiplied, so that the mean
-        over ranks is the batch's.
+        """The factor of a rank's mean loss, with which the mean over ranks is the batch's.
+
+        A rank has `num_samples` of the `batch_size` samples of the global batch.
         """
         if self._communicator is None:
             return 1.0
         return num_samples * self._communicator.num_trainers / batch_size
 
     def agree_on(self, received: signal.Signals | None) -> signal.Signals | None:
-        """The signal that any rank had received at the call before, so that all end after the same
-        step and none waits for others.
+        """The signal that any rank had received at the call before.
 
-        A single trainer's is the one that it has received by now.
+        All ranks thus end after the same step, and none waits for others. A single trainer's is the
+        one that it has received by now.
         """
         if self._communicator is None:
             return received

@@ -1,5 +1,7 @@
-"""Trainers started by torchrun: `torchrun --nproc-per-node=N -m bagpipe train run.toml`, with
-`--nnodes` on several hosts.
+"""Trainers started by torchrun.
+
+The command is `torchrun --nproc-per-node=N -m bagpipe train run.toml`, with `--nnodes` on several
+hosts.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ from bagpipe.errors import ConfigError
 from bagpipe.topology import check_hosts
 
 _TIMEOUT = timedelta(minutes=30)
-"""Longer than a checkpoint or the scoring of an evaluation, for which other ranks wait; a rank that
-dies is noticed at once."""
+"""Longer than other ranks wait for a checkpoint or for the scores of an evaluation.
+
+A rank that dies is noticed at once."""
 
 _EXIT_SECONDS = 10
-"""In which a rank that failed must have ended, before it is killed."""
+"""How long a rank that failed may take to end, before it is killed."""
 
 
 @contextmanager
 def joined_trainers() -> Iterator[Communicator | None]:
     """This process's connections to the other trainers, or None where it is the only one.
 
-    Raises ConfigError when the hosts have not as many trainers each, or are not 1, 2, 4 or 8.
+    Raises:
+        ConfigError: the hosts do not have equally many trainers, or are not 1, 2, 4 or 8.
     """
     num_trainers = int(os.environ.get("WORLD_SIZE", "1"))
     if num_trainers == 1:

@@ -38,7 +38,7 @@ from typing import TypeVar
 from bagpipe.errors import CacheTooSmallError, ConfigError
 from bagpipe.oracle.oracle import Oracle
 from bagpipe.oracle.report import OracleReport
-from bagpipe.oracle.row_trace import LargestBatch, Progress, Trace, num_uniques
+from bagpipe.oracle.row_trace import LargestBatch, OnProgress, Trace, num_uniques
 from bagpipe.oracle.sizes import slots_of
 from bagpipe.oracle.traffic import Traffic
 from bagpipe.types import Group
@@ -136,7 +136,7 @@ def dry_run(
     *,
     find_smallest: bool = True,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> DryRun:
     """Replays a trace for every point of a grid.
 
@@ -247,7 +247,7 @@ def _resolution(cache_rows: int) -> int:
 
 
 def _told(
-    items: Iterable[Item], stage: str, total: int, progress: Progress | None
+    items: Iterable[Item], stage: str, total: int, progress: OnProgress | None
 ) -> Iterator[Item]:
     """Passes items on and reports each as done when the next one is asked for."""
     for done, item in enumerate(items, start=1):

@@ -26,7 +26,7 @@ from bagpipe.oracle.sizes import rows_that_hold, slots_of
 from bagpipe.topology import Topology
 from bagpipe.types import Group, Int64Array, Jagged
 
-Progress: TypeAlias = Callable[[str, int, int], None]
+OnProgress: TypeAlias = Callable[[str, int, int], None]
 """Is called with a stage's name, how much of it is done, and how much there is."""
 
 _NO_ROWS = np.empty(0, np.int64)
@@ -133,7 +133,7 @@ def read_trace(
     num_trainers: int = 1,
     num_hosts: int = 1,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Trace:
     """Reads and de-duplicates up to `max_batches` batches.
 

@@ -1,5 +1,3 @@
-"""Training: the lookahead around batches, the loop, checkpoints, metrics and logs. Joins the
-control and the data plane.
-"""
+"""Training: a run's parts, the loop, evaluation and logs. Joins the control and the data plane."""
 
 from __future__ import annotations

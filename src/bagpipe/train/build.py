@@ -1,5 +1,6 @@
-"""From a configuration to the parts of a run: everything that the loop only uses is made, and
-refused, here.
+"""From a configuration to the parts of a run.
+
+Everything that the loop only uses is made here, or refused.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ class Run:
     """The parts of a run."""
 
     config: RunConfig
-    # what a checkpoint remembers: the configuration and the identity of the data, as JSON
-    # values
     settings: Mapping[str, Any]
+    """What a checkpoint remembers: the configuration and the identity of the data, as JSON."""
     device: torch.device
     source: BatchSource
     validation: BatchSource | None
@@ -128,7 +128,11 @@ def build_run(
 
 
 def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
-    """How many steps to train. ConfigError: not one batch is left."""
+    """How many steps to train, of which batches.
+
+    Raises:
+        ConfigError: not one batch is left.
+    """
     num_batches = count_batches(num_samples, config.batch_size, drop_last=config.drop_last)
     if num_batches == 0:
         raise ConfigError(
@@ -146,8 +150,10 @@ def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
 
 
 def make_model(config: ModelConfig, embeddings: torch.nn.Module, num_dense: int) -> RankingModel:
-    """The model that a section describes: its keys are the model's arguments. ConfigError: the data
-    do not fit it.
+    """The model that a section describes: its keys are the model's arguments.
+
+    Raises:
+        ConfigError: the data do not fit it.
     """
     return _MODELS[config.kind](embeddings, num_dense, **config.model_dump(exclude={"kind"}))
 
@@ -156,8 +162,8 @@ def make_dense_optimizer(
     model: torch.nn.Module, config: DenseOptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """The torch optimizer of the dense part; embeddings have no parameters that it could see."""
-    # Adam counts its steps on the device then, which a CUDA graph needs; the others have nothing to
-    # count there.
+    # With `capturable` Adam counts its steps on the device, which a CUDA graph needs. The others
+    # count nothing.
     capturable = (
         {"capturable": True} if device.type == "cuda" and config.kind in ("adam", "adamw") else {}
     )
@@ -174,8 +180,10 @@ def make_dense_step(
     device: torch.device,
     say: Callable[[str], None],
 ) -> DenseStep:
-    """The dense part in the form that a configuration asks for. ConfigError: the device or the
-    batch does not allow it.
+    """The dense part in the form that a configuration asks for.
+
+    Raises:
+        ConfigError: the device or the size of the batch does not allow it.
     """
     if device.type == "cpu" and config.dense in ("graph", "compile"):
         raise ConfigError(
@@ -206,8 +214,9 @@ def make_dense_step(
 
 
 def has_graph(config: TrainConfig, device: torch.device, num_trainers: int) -> bool:
-    """Whether the dense part is to be a CUDA graph: where "auto" says so, on a GPU with shares of
-    one size, or where asked for.
+    """Whether the dense part is to be a CUDA graph.
+
+    It is where asked for, and with "auto" on a GPU with shares of one size.
     """
     if config.dense == "auto":
         return device.type == "cuda" and config.batch_size % num_trainers == 0
@@ -240,7 +249,9 @@ def _has_validation(config: DataConfig) -> bool:
 
 def choose_device(name: str, communicator: Communicator | None) -> torch.device:
     """The device that a configuration names; what computes there is told to be deterministic.
-    ConfigError: there is none.
+
+    Raises:
+        ConfigError: there is no such device.
     """
     num_devices, num_needed = (
         torch.cuda.device_count(),
@@ -262,8 +273,9 @@ def choose_device(name: str, communicator: Communicator | None) -> torch.device:
 
 
 def averaging_part(model: RankingModel) -> DensePart:
-    """A model's dense part, whose backward averages gradients over the trainers; the parameters are
-    the model's own.
+    """A model's dense part, whose backward averages gradients over the trainers.
+
+    The parameters are the model's own.
     """
     return DistributedDataParallel(_DensePartModule(model))
 

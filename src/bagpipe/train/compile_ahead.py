@@ -1,11 +1,11 @@
-"""Compiles the loops that take longest in processes beside a machine's first run, while it opens
-its data and makes its model.
+"""Compiles the loops that take longest in processes beside a machine's first run.
 
-Without them the first batch meets one uncompiled loop after the other on its way through the
-pipeline, and one core compiles for a minute. Threads would not help: numba compiles under a lock.
-So each process calls, on a handful of rows, what a part of the pipeline calls, which puts machine
-code on disk, where the run finds it. Nothing depends on them: what they did not compile, because
-they failed, were too slow or had other types, the run compiles itself.
+They work while the run opens its data and makes its model. Without them the first batch meets one
+uncompiled loop after the other on its way through the pipeline, and one core compiles for a minute.
+Threads would not help: numba compiles under a lock. So each process calls, on a handful of rows,
+what a part of the pipeline calls, which puts machine code on disk, where the run finds it. Nothing
+depends on them: what they did not compile, because they failed, were too slow or had other types,
+the run compiles itself.
 
 Started for one trainer only; several compile for themselves.
 """
@@ -30,13 +30,14 @@ from bagpipe.store import MemoryStore, array
 from bagpipe.types import SGD, Group, Jagged, TableConfig
 
 _LIMIT_S = 300.0
-"""For which a run waits for them at most."""
+"""How long a run waits for them at most."""
 
 
 @contextmanager
 def compiled_ahead() -> Iterator[Callable[[], None]]:
-    """Starts processes for what is not compiled yet; yields what waits for them. They end with the
-    context at the latest.
+    """Starts processes for what is not compiled yet; yields what waits for them.
+
+    They end with the context at the latest.
     """
     processes = [_start(part) for part in _parts_to_compile()]
 
@@ -58,8 +59,9 @@ def compiled_ahead() -> Iterator[Callable[[], None]]:
 
 
 def compile_planning() -> None:
-    """What plans a cache, which is half of all there is to compile: on batches as if they had been
-    linked, since what links and de-duplicates them is another part.
+    """Compiles what plans a cache, which is half of all there is to compile.
+
+    Its batches are made as if they had been linked: what de-duplicates and links is another part.
     """
     cacher = Cacher(_group(), num_slots=8, max_lookahead=4, prefetch_depth=1)
     cacher.linker.next_uses.fill(-1)
@@ -87,7 +89,7 @@ def compile_planning() -> None:
 
 
 def compile_the_rest() -> None:
-    """What de-duplicates and links a batch, and what fetches and writes rows."""
+    """Compiles what de-duplicates and links a batch, and what fetches and writes rows."""
     group = _group()
     linker = Linker(group)
     ids = Jagged(keys=("a",), values=np.array([1, 2, 1], np.int32), batch_size=3)

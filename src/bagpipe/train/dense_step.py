@@ -1,26 +1,28 @@
 """The dense part of a training step as one call, around which the embedding stages run.
 
     pooled = step.pooled(batch_size)          # write the embeddings here
-    loss, grads = step(dense, labels)         # forward, loss, backward, dense optimizer; grads are
-                                              the pooled embeddings'
+    loss, grads = step(dense, labels)         # forward, loss, backward, dense optimizer
+
+`grads` are the gradients of the pooled embeddings.
 
 With `graph`, batches of `batch_size` samples replay one CUDA graph: a step of hundreds of small
 kernels then costs the host one launch. Its inputs and outputs have fixed places, so what is
 returned is good until the next call. Other batches, such as a smaller last one, run eagerly with
 the same arithmetic.
 
-The graph is captured at the first batch of its size, after a warm-up; parameters, optimizer state
-and random numbers are as before then. `bagpipe train` restores checkpoints before.
+The graph is captured at the first batch of its size, after a warm-up. Parameters, optimizer state
+and random numbers are then put back as they were. `bagpipe train` restores checkpoints before the
+first batch.
 
-With `compile_part` the captured dense part is torch.compile's; batches of other sizes run as
-written, since each size would be compiled anew. Where compiling fails, say because the machine has
-no C compiler, the part is captured as written, and where a capture fails, because the part does
-what no graph can hold, every batch runs eagerly: a sentence says so, nothing else changes.
+With `compile_part` the captured dense part is torch.compile's. Batches of other sizes run as
+written, since each size would be compiled anew. Compiling can fail, for instance because the
+machine has no C compiler: the part is then captured as written. A capture can fail, because the
+part does what no graph can hold: every batch then runs eagerly. A sentence says so.
 
-With several trainers the dense part may be a DistributedDataParallel, which averages gradients
-itself but is not captured, or `average` is given: then there are two graphs, and between them one
-message averages the gradients. A capture sends no message, so it does not matter when, or whether,
-the other trainers capture theirs.
+With several trainers there are two ways to average gradients. The dense part may be a
+DistributedDataParallel, which averages them itself but is not captured. Or `average` is given: then
+there are two graphs, and between them one message averages the gradients. A capture sends no
+message, so it does not matter when, or whether, the other trainers capture theirs.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ class _Captured:
 
 @dataclass(frozen=True, kw_only=True)
 class _Way:
-    """A form of the dense part to capture, with what is said when that fails."""
+    """A form of the dense part to capture, and what is done where that fails."""
 
     name: str
     make: Callable[[], DensePart]

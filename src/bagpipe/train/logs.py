@@ -1,5 +1,4 @@
-"""A run's records as files: one JSON object a line in log.jsonl, and the same numbers for
-TensorBoard.
+"""A run's records as files: JSON lines in log.jsonl, and the same numbers for TensorBoard.
 
 Every record has a `kind` ("start", "train", "evaluation", "checkpoint", "end") and a `step`. A
 resumed run first drops the records of steps that it will train again, so that the log reads as that

@@ -1,5 +1,7 @@
-"""A run's progress for a person: on a terminal one live line under the sentences that scroll past,
-and a second one during an evaluation; elsewhere, as in a log file, a plain line every half minute.
+"""A run's progress for a person.
+
+On a terminal it is one live line under the sentences that scroll past, and a second one during an
+evaluation. Elsewhere, as in a log file, a plain line comes every half minute.
 
 While loops are compiled, which the first run on a machine does, the line says so and how many are.
 """
@@ -36,8 +38,9 @@ class _Description(progress.ProgressColumn):
 
 
 class ConsoleReporter:
-    """Draws progress lines on a rich console; a context manager, which leaves the last line
-    standing.
+    """Draws progress lines on a rich console.
+
+    It is a context manager, which leaves the last line standing.
 
     Args:
         console: where to.

@@ -23,8 +23,9 @@ class Schedule:
     num_steps: int
 
     def batch_size_of(self, step: int, num_samples: int) -> int:
-        """Samples of the batch of step `step`, from 0, of an epoch of `num_samples`: the last one
-        may be smaller.
+        """Samples of the batch of step `step`, from 0, where an epoch has `num_samples`.
+
+        An epoch's last batch may be smaller.
         """
         return min(self.batch_size, num_samples - step % self.num_batches * self.batch_size)
 
@@ -36,8 +37,9 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class RemainingBatches:
-    """The batches of a run from `start` to its end, to be read where they are de-duplicated. Can be
-    sent to another process.
+    """The batches of a run from `start` to its end, to be read where they are de-duplicated.
+
+    They can be sent to another process.
     """
 
     source: BatchSource

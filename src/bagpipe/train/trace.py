@@ -1,9 +1,8 @@
-"""A profile of some steps of a run, as a file that Perfetto and chrome://tracing open: every stage
-by name, in every thread.
+"""A profile of some steps of a run: every stage by name, in every thread.
 
-By default ten steps, twenty after the run's start or resumption: late enough to be steady, few
-enough for a viewer. A run too short for that is traced from its middle on. Steps are a little
-slower while traced, the first of them most.
+Perfetto and chrome://tracing open the file. By default it holds ten steps, from twenty after the
+run's start or resumption on: late enough to be steady, few enough for a viewer. A run too short for
+that is traced from its middle on. Steps are a little slower while traced, the first of them most.
 """
 
 from __future__ import annotations
@@ -43,8 +42,9 @@ class TraceOptions:
 
 
 class StepProfiler:
-    """A context manager around the loop, told of each step's end. Writes the file after the last
-    traced step, or at the end.
+    """A context manager around the loop, told of each step's end.
+
+    It writes the file after the last traced step, or at the end.
     """
 
     def __init__(
@@ -54,9 +54,17 @@ class StepProfiler:
         num_steps: int,
         on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Does nothing without `options`. `num_steps` are still to come. `on_failure` is told why
-        a trace can't be written when it is taken, as on a full disk; the run is worth more than
-        that. ConfigError: the file can't be written from the beginning.
+        """Checks that the file can be written.
+
+        Args:
+            options: what to trace; without them nothing is.
+            device: where the run computes.
+            num_steps: how many are still to come.
+            on_failure: told why a trace can't be written once it is taken, as on a full disk; the
+                run is worth more than its trace.
+
+        Raises:
+            ConfigError: the file can't be written from the beginning.
         """
         self._options, self._device, self._on_failure = options, device, on_failure
         self._steps_done = 0
@@ -119,8 +127,9 @@ class StepProfiler:
 
 
 def _write(taken: profile, path: Path) -> None:
-    """ConfigError: it can't be written. The profiler itself does not say so, but leaves half a
-    file.
+    """Writes a trace that is whole, or raises ConfigError.
+
+    The profiler itself does not say that a disk is full, but leaves half a file.
     """
     with (
         replaced(path) as temporary,
