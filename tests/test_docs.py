@@ -66,7 +66,7 @@ def forbidden_words(text: str) -> list[str]:
     return [word for word in never if re.search(rf"\b{re.escape(word.lower())}\b", flat)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("examples/*"))], ids=name_of)
 def test_lines_have_at_most_100_columns(page: Path) -> None:
     assert wide_lines(page) == []
 
