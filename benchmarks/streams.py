@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 
 from bagpipe.data.base import Batch
-from bagpipe.data.cardinalities import CARDINALITIES
+from bagpipe.data.criteo import CARDINALITIES
 from bagpipe.data.synthetic import SyntheticSource
 from bagpipe.store import MemoryStore
 from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad, TableConfig, group_tables

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from bagpipe.data.cardinalities import CARDINALITIES, DatasetName
+from bagpipe.data.criteo import CARDINALITIES, DatasetName
 from bagpipe.errors import ConfigError
 from bagpipe.types import Group, RowWiseAdagrad, TableConfig, group_tables
 

@@ -16,9 +16,9 @@ import pytest
 from tests.data.naive import criteo_line, write_criteo
 
 from bagpipe.config.data import PrepareConfig, PreparedData, SyntheticData
-from bagpipe.data.encoding import LabelClustering
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.data.notes import prepare_notes, run_notes
+from bagpipe.data.observed import LabelClustering
 from bagpipe.data.prepare import prepare
 from bagpipe.data.prepared import PreparedSource
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bagpipe.config.data import SyntheticData
 from bagpipe.data import open_source
 from bagpipe.data.base import Batch
-from bagpipe.data.cardinalities import CARDINALITIES
+from bagpipe.data.criteo import CARDINALITIES
 from bagpipe.data.hashing import stream
 from bagpipe.data.synthetic import SyntheticSource
 from bagpipe.data.zipf import HEAD_RANKS, UInt32Array, Zipf, draw_rank

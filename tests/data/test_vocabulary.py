@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.naive import frequency_ids, hash_id
 
-from bagpipe.data import counting
-from bagpipe.data.counting import KeyCounter
+from bagpipe.data import vocabulary
 from bagpipe.data.files import checksum_file
-from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary
+from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary, KeyCounter
 
 KEYS = st.lists(st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1), max_size=60)
 
@@ -48,7 +47,7 @@ def test_dictionary_equals_a_counter(
 
 
 def test_counter_merges_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "_LEAST_PENDING", 4)
+    monkeypatch.setattr(vocabulary, "_LEAST_PENDING", 4)
     random = np.random.default_rng(0)
     parts = [random.integers(0, 20, 5) for _ in range(50)]
     counter = KeyCounter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bagpipe.data.base import BatchSource, Split
-from bagpipe.data.cardinalities import CARDINALITIES
+from bagpipe.data.criteo import CARDINALITIES
 from bagpipe.data.prepared import PreparedSource
 from bagpipe.data.synthetic import SyntheticSource
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final, Literal, TypeAlias, cast
 
 import numpy as np
 
@@ -36,6 +36,24 @@ _REASONS: Final = {
     criteo_lines.BAD_DENSE: "dense value is not an integer",
     criteo_lines.BAD_CATEGORY: "category is not hexadecimal",
 }
+
+DatasetName: TypeAlias = Literal["kaggle", "terabyte"]
+
+# Sizes of the categorical columns of Criteo's two public data sets: the numbers of unique values
+# that the DLRM reference counts.
+# fmt: off
+CARDINALITIES: Final[dict[DatasetName, tuple[int, ...]]] = {
+    "kaggle": (
+        1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
+        27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
+    ),
+    # MLPerf's, over days 0 to 23.
+    "terabyte": (
+        45833188, 36746, 17245, 7413, 20243, 3, 7114, 1441, 62, 29275261, 1572176, 345138, 10,
+        2209, 11267, 128, 4, 974, 14, 48937457, 11316796, 40094537, 452104, 12606, 104, 35,
+    ),
+}
+# fmt: on
 
 
 class CriteoSource:

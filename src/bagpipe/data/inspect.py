@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bagpipe.data.base import BatchSource
-from bagpipe.data.counting import KeyCounter
+from bagpipe.data.vocabulary import KeyCounter
 from bagpipe.plots import new_figure, save_figure
 from bagpipe.types import Float64Array, Int64Array
 

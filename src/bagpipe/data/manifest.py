@@ -59,7 +59,7 @@ class SkippedEntry(_Entry):
 
 
 class UnseenEntry(_Entry):
-    """A feature's lookups in validation; `bagpipe.data.unseen` says what is counted and why."""
+    """A feature's lookups in validation; `bagpipe.data.observed` says what is counted and why."""
 
     num_lookups: int
     num_unused: int  # of them, of rows that training does not use; with a dictionary of row 0
@@ -109,7 +109,7 @@ class PreparedManifest(_Entry):
     source: SourceEntry
     num_clipped: dict[str, int] = {}  # by dense feature: values that dense_transform has made 0
     unseen: dict[str, UnseenEntry] = {}  # by feature
-    label_clustering: float | None = None  # of the training rows; see `bagpipe.data.encoding`
+    label_clustering: float | None = None  # of the training rows; see `bagpipe.data.observed`
 
     @model_validator(mode="after")
     def _check(self) -> Self:

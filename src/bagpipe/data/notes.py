@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from bagpipe.data.encoding import STRETCH_ROWS
 from bagpipe.data.manifest import PreparedManifest
+from bagpipe.data.observed import STRETCH_ROWS
 
 if TYPE_CHECKING:
     from bagpipe.config.data import DataConfig

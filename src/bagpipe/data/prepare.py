@@ -21,17 +21,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from bagpipe.data.base import Split
-from bagpipe.data.cardinalities import CARDINALITIES
-from bagpipe.data.counting import KeyCounter
-from bagpipe.data.criteo import SPARSE_NAMES, CriteoSource
-from bagpipe.data.encoding import Encoder
+from bagpipe.data.criteo import CARDINALITIES, SPARSE_NAMES, CriteoSource
 from bagpipe.data.manifest import FileEntry, PreparedManifest, SkippedEntry, SourceEntry
 from bagpipe.data.output_folder import OutputFolder
 from bagpipe.data.parquet import ParquetSource
 from bagpipe.data.raw import Problems, Progress, RawSource, find_files
 from bagpipe.data.splitting import Splitter, make_splitter
-from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary, Vocabulary
-from bagpipe.data.writer import SplitWriter
+from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary, KeyCounter, Vocabulary
+from bagpipe.data.writer import Encoder, SplitWriter
 from bagpipe.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Writes one split as Arrow IPC files.
+"""Turns raw blocks into record batches, and writes each split as Arrow IPC files.
 
 Column 0 is the label, column 1 the dense features, then come the categorical features. Every record
 batch has exactly `rows_per_batch` rows, except for a file's last one, so that a reader finds any
@@ -7,16 +7,20 @@ row by a division. At most one record batch and one block are held in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 
 from bagpipe.data.base import Split
 from bagpipe.data.files import HashingFile
 from bagpipe.data.manifest import FeatureEntry, FileEntry
+from bagpipe.data.observed import LabelClustering, UsedRows
+from bagpipe.data.raw import RawBlock, RawSource
+from bagpipe.data.vocabulary import Vocabulary
 from bagpipe.types import Float32Array, Int32Array
 
 
@@ -147,3 +151,61 @@ def _whole(batches: list[Any]) -> Any:
     if len(batches) == 1:
         return batches[0]
     return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+
+
+class Encoder:
+    """Turns blocks of one source into record batches of `schema`.
+
+    Args:
+        source: Where the blocks come from.
+        vocabularies: The vocabulary of each table.
+        transform: What is done to dense features.
+    """
+
+    def __init__(
+        self,
+        source: RawSource,
+        vocabularies: Mapping[str, Vocabulary],
+        transform: Literal["log", "none"],
+    ) -> None:
+        self.features = tuple(
+            FeatureEntry(name=feature.name, table=feature.table, multi_hot=feature.multi_hot)
+            for feature in source.features
+        )
+        self.schema = prepared_schema(self.features, len(source.dense_names))
+        self.used = UsedRows(vocabularies)
+        self.clustering = LabelClustering()
+        self._vocabularies, self._transform = vocabularies, transform
+        self._dense_names = source.dense_names
+        self._num_clipped = np.zeros(len(source.dense_names), np.int64)
+
+    def encode(self, block: RawBlock, split: Split) -> Any:
+        """The record batch of a block whose rows all go to `split`."""
+        ids = []
+        for feature, keys in zip(self.features, block.keys, strict=True):
+            values = self._vocabularies[feature.table].ids(keys.values)
+            ids.append((values, None if keys.offsets is None else keys.offsets.astype(np.int32)))
+            if split == "train":
+                self.used.add(feature.table, values)
+        if split == "train":
+            self.clustering.add(block.labels)
+        dense = block.dense
+        if self._transform == "log":
+            self._num_clipped += np.count_nonzero(dense < 0, axis=0)
+            dense = log_transform(dense)
+        return record_batch(self.schema, block.labels, dense, ids)
+
+    @property
+    def num_clipped(self) -> dict[str, int]:
+        """How many values below 0 the transform has made 0, by dense feature."""
+        counts = zip(self._dense_names, self._num_clipped.tolist(), strict=True)
+        return {name: count for name, count in counts if count}
+
+
+def log_transform(dense: Float32Array) -> Float32Array:
+    """``log(max(x, 0) + 1)`` in float32, as the DLRM reference does.
+
+    Source: facebookresearch/dlrm, data_utils.py.
+    """
+    transformed: Float32Array = np.log(np.maximum(dense, np.float32(0)) + np.float32(1))
+    return transformed
