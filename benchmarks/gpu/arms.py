@@ -24,8 +24,9 @@ from torch.nn.functional import embedding_bag
 
 from bagpipe.data.base import Batch
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.embeddings.lookahead import Lookahead, lookahead
+from bagpipe.embeddings.lookahead import lookahead
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import TorchBatch
 from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad

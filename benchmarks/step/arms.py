@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.embeddings.lookahead import Lookahead, lookahead
+from bagpipe.embeddings.lookahead import lookahead
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.train.dense_step import TorchBatch
 from bagpipe.types import Float32Array, Group, Jagged, RowWiseAdagrad, TableConfig

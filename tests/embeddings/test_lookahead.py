@@ -17,6 +17,7 @@ from tests.store_contract import touched_rows
 from torch.utils.data import DataLoader
 
 import bagpipe
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.capacity import slots_for
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import (
@@ -55,9 +56,7 @@ def make_embeddings(store: type[MemoryStore] = MemoryStore) -> EmbeddingBagColle
     return EmbeddingBagCollection(TABLES, optimizer=SGD(lr=0.1), store=store)
 
 
-def train(
-    embeddings: EmbeddingBagCollection, stream: bagpipe.embeddings.lookahead.Lookahead[Batch]
-) -> list[int]:
+def train(embeddings: EmbeddingBagCollection, stream: Lookahead[Batch]) -> list[int]:
     numbers = []
     for batch in stream:
         embeddings(batch.sparse).values().sum().backward()

@@ -28,8 +28,8 @@ from tests.train.test_trainers import (
 
 import bagpipe
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.errors import BackgroundError, ConfigError, LostError
 from bagpipe.feed.source import ProcessSource
 from bagpipe.types import SGD, Adam, Jagged

@@ -15,8 +15,8 @@ import torch
 from tests.embeddings.test_lookahead import Batch, batches, make_embeddings, train
 
 import bagpipe
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.errors import BackgroundError, UsageError
 
 
@@ -43,7 +43,7 @@ class Blocking:
 
 @pytest.fixture
 def blocking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Blocking]:
-    monkeypatch.setattr("bagpipe.embeddings.lookahead._STOP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("bagpipe.embeddings.batches._STOP_TIMEOUT_S", 0.3)
     loader = Blocking(20)
     yield loader
     loader.release()

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tests.train.runs import NUM_STEPS, small_config
 
-from bagpipe.embeddings.lookahead import Lookahead
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.native import jit
 from bagpipe.train.progress import ConsoleReporter
 from bagpipe.train.report import SilentReporter, StepAverages

@@ -29,8 +29,8 @@ from bagpipe.cache import transfers
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.transfers import RecordMover
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
 from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.ranks import RankPlanner

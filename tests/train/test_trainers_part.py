@@ -19,8 +19,8 @@ from torch import Tensor
 
 import bagpipe
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.embeddings.lookahead import Lookahead
 from bagpipe.errors import BackgroundError, BagpipeError, DataError, UsageError
 from bagpipe.jagged import share_of
 from bagpipe.types import SGD, Jagged

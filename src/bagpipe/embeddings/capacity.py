@@ -26,10 +26,17 @@ def slots_for(
 ) -> list[int]:
     """Slots for each group; none gets more than it has rows.
 
-    `cache` is a number of rows over all groups, a share of them ("2%"), memory for records
-    ("4GiB"), "auto", or a number of rows for each group. Raises ConfigError for anything else. With
-    a `communicator` it is each trainer's, and "auto" is the same for all: what the one with the
-    least free memory can have, on CPUs of memory that those of a host share.
+    Args:
+        cache: a number of rows over all groups, a share of them ("2%"), memory for records
+            ("4GiB"), "auto", or a number of rows for each group. With several trainers it is that
+            of each.
+        groups: of tables.
+        device: whose free memory "auto" divides.
+        communicator: with other trainers. "auto" is then the same for all: what the one with the
+            least free memory can have. On CPUs the trainers of a host share its memory.
+
+    Raises:
+        ConfigError: `cache` is anything else.
     """
     if isinstance(cache, bool) or not isinstance(cache, Integral | str | Sequence):
         raise ConfigError(

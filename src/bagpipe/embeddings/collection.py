@@ -8,49 +8,31 @@ fused optimizers. In evaluation (`eval()`) it reads the stores, for any batch, a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.spans import span
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.grad_scaling import GradScaling
 from bagpipe.embeddings.lookup_function import Lookup
 from bagpipe.embeddings.pooled import PooledEmbeddings
-from bagpipe.embeddings.tables import (
-    LazyTable,
-    load_tables,
-    save_tables,
-    save_tables_together,
-    warn_of_optimizer_state,
-)
+from bagpipe.embeddings.stored_tables import StoredTables
 from bagpipe.embeddings.user_tensors import check_dtype, check_stays, check_tensors
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, same_ids
-from bagpipe.lookups import check_features, group_lookups, group_rows
 from bagpipe.native.fork import check_same_process
-from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import (
-    Float32Array,
-    Group,
-    Int64Array,
-    Jagged,
-    Optimizer,
-    TableConfig,
-    group_tables,
-)
+from bagpipe.types import Group, Optimizer, TableConfig
 
 
-class EmbeddingBagCollection(nn.Module):
+class EmbeddingBagCollection(StoredTables):
     """Pooled embeddings of several tables, with the optimizer fused into backward.
 
     ``forward`` takes a batch's jagged ids (a KeyedJaggedTensor or `bagpipe.types.Jagged`) and
@@ -67,25 +49,32 @@ class EmbeddingBagCollection(nn.Module):
         store: Callable[[Group, int], EmbeddingStore] | None = None,
         communicator: Communicator | None = None,
     ) -> None:
-        """`store` makes the store of each group from the group and `seed`, from which rows are
-        initialised on first use.
+        """Makes the stores of the tables.
 
-        With a `communicator` this is one of several trainers, each of which has its share of every
-        batch. Gradients are averaged over them, and all must call `backward` on a batch, those
-        without samples too, or none. Their stores must hold the same records; the default is memory
-        that all share. On several hosts that goes for the trainers of each: there `tables`, and so
-        state dicts, can't be read but by `save_tables`, and in evaluation all trainers read
-        together (`join_reading`).
+        Args:
+            tables: tables of one dimension and data type share a group.
+            optimizer: fused into backward.
+            device: where rows are cached, looked up and updated.
+            seed: from it rows are initialised on first use.
+            store: makes a group's store of the group and `seed`; by default memory, which all
+                trainers of a host share.
+            communicator: with the other trainers, if there are any. Each trainer has its share of
+                every batch, and gradients are averaged over them. On each batch all must call
+                `backward`, those without samples too, or none.
+
+        The stores of the trainers of a host must hold the same records. With several hosts whole
+        tables, and so state dicts, are read only by `save_tables`, and in evaluation all trainers
+        read together (`join_reading`).
         """
-        super().__init__()
-        if communicator is not None and communicator.num_trainers == 1:
-            communicator = None
-        if store is None:
-            store = MemoryStore if communicator is None else communicator.shared_store
-        self.groups = group_tables(tables, optimizer)
-        self.stores = tuple(store(group, seed) for group in self.groups)
-        self.device = torch.device(device)
-        self.lr, self.seed, self.communicator = optimizer.lr, seed, communicator
+        super().__init__(
+            tables,
+            optimizer=optimizer,
+            device=device,
+            seed=seed,
+            store=store,
+            communicator=communicator,
+        )
+        self.lr = optimizer.lr
         self.step = 0
         """Steps trained so far; the number that the next one gets."""
         self.num_skipped = [0] * len(self.groups)
@@ -102,10 +91,12 @@ class EmbeddingBagCollection(nn.Module):
         self._scaling = GradScaling()
 
     def set_learning_rate(self, lr: float) -> None:
-        """Sets the embeddings' learning rate from the next backward on. ConfigError: it is no
-        number from 0 to a million.
+        """Sets the embeddings' learning rate from the next backward on.
+
+        Raises:
+            ConfigError: it is no number from 0 to a million.
         """
-        replace(self.groups[0].optimizer, lr=lr)  # which looks at it
+        replace(self.groups[0].optimizer, lr=lr)  # which checks it
         self.lr = lr = float(lr)
         for cache in self.executor.caches if self.executor else ():
             cache.lr = lr
@@ -114,8 +105,11 @@ class EmbeddingBagCollection(nn.Module):
         """Says which `torch.amp.GradScaler` scales the loss, or None: none does.
 
         From then on gradients are unscaled before they update rows. A group's gradient that is not
-        finite updates nothing, and the scaler lowers its scale, as it does for the dense part: that
-        costs a wait for the device in each backward. UsageError: there are several trainers.
+        finite updates nothing, and the scaler lowers its scale, as it does for the dense part. That
+        costs a wait for the device in each backward.
+
+        Raises:
+            UsageError: there are several trainers.
         """
         if scaler is not None and self.communicator is not None:
             raise UsageError(
@@ -125,8 +119,9 @@ class EmbeddingBagCollection(nn.Module):
         self._scaling.tell(scaler)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Whether backward updates the rows. The tables are no parameters, so that of a module
-        around this one does not reach them.
+        """Says whether backward updates the rows.
+
+        The tables are no parameters, so a call on a module around this one does not reach them.
         """
         self._anchor.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
@@ -169,10 +164,15 @@ class EmbeddingBagCollection(nn.Module):
         dtype: torch.dtype = torch.float32,
         out: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """`forward` outside of autograd, for training loops that call `update` themselves: pooled
-        embeddings (B, F, D), by group.
+        """`forward` outside of autograd, for training loops that call `update` themselves.
 
-        In `dtype`, float32 or bfloat16, or written to `out`, contiguous tensors of either type.
+        Args:
+            sparse: as in `forward`.
+            dtype: of the result, float32 or bfloat16.
+            out: contiguous tensors of either type, by group, to which the result is written.
+
+        Returns:
+            Pooled embeddings (B, F, D), by group.
         """
         with span("lookup"):
             plans = self._plans_of(sparse)
@@ -188,8 +188,14 @@ class EmbeddingBagCollection(nn.Module):
             ]
 
     def update(self, grads: Sequence[Tensor]) -> None:
-        """Updates the rows of the last `lookup` with its result's gradients (B, F, D), float32 or
-        bfloat16; once a step.
+        """Updates the rows of the last `lookup`; once a step.
+
+        Args:
+            grads: gradients of its result, (B, F, D) in float32 or bfloat16, by group.
+
+        Raises:
+            UsageError: there was no lookup in this step, it was updated already, the embeddings
+                are frozen, or a gradient has another shape, type or device.
         """
         if (
             self.executor is None
@@ -244,11 +250,12 @@ class EmbeddingBagCollection(nn.Module):
     def start(
         self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None
     ) -> Executor:
-        """Gives the tables a cache of `num_slots` for each group and an executor of plans; `stop`
-        ends the one before first.
+        """Gives the tables a cache and an executor of plans; `stop` ends the one before first.
 
-        `num_replica_slots` are for rows that other trainers own, if there are any: for each group
-        those of one step.
+        Args:
+            num_slots: of the cache, by group.
+            num_replica_slots: with several trainers, by group, for the rows of one step that others
+                own.
         """
         assert self.executor is None
         if len(num_slots) != len(self.groups):
@@ -276,8 +283,9 @@ class EmbeddingBagCollection(nn.Module):
         return self.executor
 
     def begin_step(self, sparse: object) -> None:
-        """Makes the rows of the next submitted plan ready; `sparse` is the batch's sparse part as
-        the user will pass it.
+        """Makes the rows of the next submitted plan ready.
+
+        `sparse` is the batch's sparse part as the user will pass it.
         """
         assert self.executor is not None
         self.executor.begin_step()
@@ -292,10 +300,10 @@ class EmbeddingBagCollection(nn.Module):
         self.executor.end_step()
 
     def flush(self) -> None:
-        """Writes all resident rows to the stores, which then hold the whole truth until the next
-        update.
+        """Writes all resident rows to the stores, which hold everything until the next update.
 
-        Raises UsageError when rows were lost by an earlier failure.
+        Raises:
+            UsageError: rows were lost by an earlier failure.
         """
         self._check_nothing_lost()
         self._check_not_forked()
@@ -314,8 +322,9 @@ class EmbeddingBagCollection(nn.Module):
             ) from self._failure
 
     def stop(self) -> None:
-        """Closes an open step, flushes and gives the cache back; `eval()` and a new
-        `bagpipe.lookahead` go on from here.
+        """Closes an open step, flushes and gives the cache back.
+
+        `eval()` and a new `bagpipe.lookahead` go on from here.
         """
         self._check_not_forked()
         try:
@@ -329,8 +338,9 @@ class EmbeddingBagCollection(nn.Module):
         self._end_executor()
 
     def fail(self, error: BaseException) -> None:
-        """Gives the cache back without flushing, because moving rows failed; the tables refuse all
-        use from now on.
+        """Gives the cache back without flushing, because moving rows failed.
+
+        The tables refuse all use from now on.
         """
         if self.executor is not None:
             self._failure = error
@@ -345,8 +355,9 @@ class EmbeddingBagCollection(nn.Module):
             self._current_sparse = None
 
     def close(self) -> None:
-        """Stops and closes the stores; nothing can be read afterwards. After a failure, which has
-        been raised, and in a forked child, only closes.
+        """Stops and closes the stores; nothing can be read afterwards.
+
+        After a failure, which has been raised, and in a forked child it only closes.
         """
         try:
             if self._failure is None and (self.executor is None or self._pid == os.getpid()):
@@ -354,56 +365,6 @@ class EmbeddingBagCollection(nn.Module):
         finally:
             for store in self.stores:
                 store.close()
-
-    def tables(self) -> dict[str, LazyTable]:
-        """Every table's weights by name, read block by block from the stores; flushed first.
-
-        Raises UsageError when rows were lost by an earlier failure.
-        """
-        # where they can't be read, and flushing would wait for ranks that do not ask
-        if self._has_hosts:
-            self._check_nothing_lost()
-        else:
-            self.flush()
-        return self._tables(self._make_readable)
-
-    def save_tables(self, path: str | Path) -> None:
-        """Writes all tables' weights to one safetensors file, under the keys of `state_dict`, in
-        bounded memory.
-
-        With several hosts all trainers must call it, and rank 0 writes.
-
-        Raises:
-            StoreError: the file can't be written, as on a full disk; one that was there before is
-            as it was.
-        """
-        if not self._has_hosts:
-            save_tables(
-                {_weight_key(name): table for name, table in self.tables().items()}, Path(path)
-            )
-            return
-        assert self.communicator is not None
-        self.flush()
-        tables = {_weight_key(name): table for name, table in self._tables(self.flush).items()}
-        save_tables_together(tables, Path(path), self.communicator)
-
-    def join_reading(self) -> None:
-        """With several hosts: helps other ranks to read a batch in evaluation, on a rank that has
-        none for its part.
-        """
-        for group, store in zip(self.groups, self.stores, strict=True):
-            self._fetch(store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32))
-
-    @property
-    def _has_hosts(self) -> bool:
-        return self.communicator is not None and self.communicator.num_hosts > 1
-
-    def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
-        return {
-            table.name: LazyTable(store, index, flush, self._fetch, self._check_idle)
-            for group, store in zip(self.groups, self.stores, strict=True)
-            for index, table in enumerate(group.tables)
-        }
 
     def _check_idle(self, what: str) -> None:
         """Refuses to write to the stores while the cache has newer rows, and would undo it."""
@@ -413,59 +374,12 @@ class EmbeddingBagCollection(nn.Module):
                 "call stop()"
             )
 
-    def _make_readable(self) -> None:
-        if self._has_hosts:
-            raise UsageError(
-                "the tables' rows are divided among several hosts, so one trainer can't read them: "
-                "call save_tables(path) on all, "
-                "and read the file that rank 0 writes"
-            )
-        self.flush()
-
-    def __reduce__(self) -> NoReturn:
-        raise UsageError(
-            "embedding tables are neither copied nor pickled whole, they may not fit in memory: "
-            "use save_tables(path), or load "
-            "state_dict() into another EmbeddingBagCollection"
-        )
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
-        destination.update(
-            {prefix + _weight_key(name): table for name, table in self.tables().items()}
-        )
-
-    def _load_from_state_dict(  # the signature is nn.Module's
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes each table's weights from a tensor or a `LazyTable`; optimizer state is kept, of
-        which an `OptimizerStateWarning` tells.
-        """
-        self._check_idle("load_state_dict")
-        known = {prefix + _weight_key(name): table for name, table in self.tables().items()}
-        num_loaded = load_tables(known, state_dict, missing_keys, error_msgs)
-        if num_loaded and any(group.state_width for group in self.groups):
-            warn_of_optimizer_state(num_loaded, type(self.groups[0].optimizer).__name__)
-        unexpected_keys.extend(
-            key for key in state_dict if key.startswith(prefix) and key not in known
-        )
-
     def _plans_of(self, sparse: Any) -> tuple[DevicePlan, ...]:
         """The current step's plans, after a look at whether they can be those of `sparse`."""
         if self.executor is None or self.executor.current is None:
             raise UsageError(
                 "no batch is being trained: iterate over bagpipe.lookahead(loader, embeddings) and "
-                "pass each batch's sparse part, "
-                "or call eval() to read rows without training"
+                "pass each batch's sparse part, or call eval() to read rows without training"
             )
         if self._was_served:
             raise UsageError(
@@ -477,49 +391,6 @@ class EmbeddingBagCollection(nn.Module):
         ):
             raise UsageError(
                 f"step {self.step}: forward was given other ids than those of the batch that "
-                "bagpipe.lookahead handed out last; "
-                "its plan is for that batch alone"
+                "bagpipe.lookahead handed out last; its plan is for that batch alone"
             )
         return self.executor.current
-
-    def _read(self, batch: Jagged) -> list[Tensor]:
-        """Pools rows straight from the stores."""
-        check_features(self.groups, batch)
-        self.flush()
-        return [
-            self._read_group(group, store, batch)
-            for group, store in zip(self.groups, self.stores, strict=True)
-        ]
-
-    def _read_group(self, group: Group, store: EmbeddingStore, batch: Jagged) -> Tensor:
-        lookups = group_lookups(group, batch)
-        rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
-        records = np.empty((len(rows), group.record_width), np.float32)
-        self._fetch(store, rows, records)
-        cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=self.lr)
-        cache.fill(
-            to_device(np.arange(len(rows), dtype=np.int32), self.device),
-            torch.from_numpy(records).to(self.device),
-        )
-        slots, num_features = inverse.astype(np.int32), len(group.features)
-        return cache.lookup(
-            DevicePlan.of_lookups(
-                lookups,
-                slots,
-                batch_size=batch.batch_size,
-                num_features=num_features,
-                device=self.device,
-            )
-        )
-
-    def _fetch(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
-        """Reads rows of any host."""
-        if self.communicator is None:
-            store.fetch(rows, out)
-        else:
-            self.communicator.fetch_from_homes(store, rows, out)
-
-
-def _weight_key(table: str) -> str:
-    """Where TorchRec keeps a table's weights in a state dict."""
-    return f"embedding_bags.{table}.weight"

@@ -1,9 +1,10 @@
-"""Gradients of a scaled loss: `torch.amp.GradScaler` reaches only what an optimizer of torch's
-holds, so the embeddings, which backward updates, unscale for themselves.
+"""Gradients of a scaled loss, which the embeddings unscale for themselves.
 
-They must be told of the scaler. One that nobody has told them of is looked for, since rows would
-move by thousands of times too much without a word: among what refers to its class, but only when
-that is more or less than when there was none, since it takes some ten milliseconds.
+`torch.amp.GradScaler` reaches only what an optimizer of torch's holds, and backward updates the
+embeddings. They must be told of the scaler. If nobody tells them, rows would silently move by
+thousands of times too much, so they look for a scaler among the objects that refer to its class.
+That takes some ten milliseconds, so they look only when the count of references has changed since
+there was none.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ class GradScaling:
         self._is_told, self._scaler = True, scaler
 
     def unscaled(self, grads: Tensor) -> Tensor | None:
-        """The gradient as of the loss itself; None where it is not finite, so that its step is to
-        be left out. UsageError: there is a scaler that nobody has told us of.
+        """The gradient as of the loss itself; None where it is not finite.
+
+        The step of a gradient that is not finite is left out.
+
+        Raises:
+            UsageError: there is a scaler of which nobody has told the embeddings.
         """
         if not self._is_told and _find_scaler() is not None:
             raise UsageError(

@@ -15,8 +15,9 @@ from bagpipe.errors import UsageError
 
 
 class Lookup(torch.autograd.Function):
-    """Lookup of one group; its backward sums the gradients along the plan and applies the
-    optimizer.
+    """Lookup of one group.
+
+    Its backward sums the gradients along the plan and applies the optimizer.
     """
 
     @staticmethod
@@ -41,8 +42,8 @@ class Lookup(torch.autograd.Function):
         if not ctx.executor.is_current(ctx.plan):
             raise UsageError(
                 f"step {ctx.plan.step}: backward ran after the next batch was asked for, when its "
-                "rows may have left the cache: "
-                "call backward on each batch's loss before the next iteration"
+                "rows may have left the cache: call backward on each batch's loss before the next "
+                "iteration"
             )
         if ctx.was_applied:
             raise UsageError(

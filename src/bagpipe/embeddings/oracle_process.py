@@ -1,5 +1,6 @@
-"""Which oracle process a trainer uses: its own, or of several on one host the one that the first of
-them starts for all.
+"""Which oracle process a trainer uses: its own, or one that the trainers of a host share.
+
+The first rank of the host starts it for all.
 """
 
 from __future__ import annotations
@@ -26,14 +27,43 @@ def start_oracle(
     communicator: Communicator | None,
     *,
     num_places: int,
+    device: torch.device,
+    at_close: list[Callable[[], None]],
+) -> SharedOracle[Any]:
+    """Starts the process on a host's first rank and joins it on the others; all must call it.
+
+    Args:
+        batches: read by the process; only the first rank's are.
+        num_places: how many items the process may have handed out at a time.
+        device: what reads the plans, where the process put them.
+        at_close: gets what gives their memory back, to be called when nothing reads them any more.
+
+    Raises:
+        ConfigError: the first rank can't start the process; on all ranks of the host.
+        BackgroundError: the first rank is gone.
+    """
+    pinned = _PinnedMemory()
+    process = _start_or_join(
+        batches,
+        options,
+        adapter,
+        communicator,
+        num_places=num_places,
+        on_region=pinned.pin if device.type == "cuda" else lambda _: None,
+    )
+    at_close += [pinned.unpin, process.close]
+    return process
+
+
+def _start_or_join(
+    batches: Iterable[Any],
+    options: StreamOptions,
+    adapter: BatchAdapter,
+    communicator: Communicator | None,
+    *,
+    num_places: int,
     on_region: Callable[[UInt8Array], None],
 ) -> SharedOracle[Any]:
-    """Starts the process on a host's first rank, joins it on the others; all must call it. Only the
-    first one's `batches` are read.
-
-    Raises ConfigError, on all ranks of a host, when the first can't start it, and BackgroundError
-    when that is gone.
-    """
     if communicator is not None and not communicator.is_first_of_host:
         outcome = communicator.share_text(_NAME, None)
         if not outcome.startswith(_STARTED):
@@ -63,15 +93,16 @@ def start_oracle(
     return process
 
 
-class PinnedMemory:
+class _PinnedMemory:
     """Shared memory that the device may copy from directly."""
 
     def __init__(self) -> None:
         self._regions: list[UInt8Array] = []
 
     def pin(self, memory: UInt8Array) -> None:
-        """Pins a region; where the system refuses, plans go through pinned memory of torch's, one
-        copy more.
+        """Pins a region.
+
+        Where the system refuses, plans go through pinned memory of torch's, at one copy more.
         """
         error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
         if int(error) == 0:

@@ -1,6 +1,4 @@
-"""Whole tables without whole tables in memory: read, loaded and saved block by block through their
-store.
-"""
+"""Tables that do not fit in memory: read, loaded and saved block by block through their store."""
 
 from __future__ import annotations
 
@@ -31,11 +29,10 @@ _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 
 
 class LazyTable:
-    """One table's weights, (num_embeddings, embedding_dim) in the table's data type, read from its
-    store when asked for.
+    """One table's weights, read from its store when asked for.
 
-    Slicing gives tensors: ``table[10:20]``. It is what `state_dict` holds, since the whole table
-    may not fit in memory.
+    Its shape is (num_embeddings, embedding_dim), in the table's data type. Slicing gives tensors:
+    ``table[10:20]``. `state_dict` holds this, since the whole table may not fit in memory.
     """
 
     def __init__(
@@ -46,9 +43,14 @@ class LazyTable:
         fetch: Fetch,
         check_idle: Callable[[str], None],
     ) -> None:
-        """`index` of the table in the store's group; `flush` brings the store up to date before
-        each read, `fetch` reads it. `check_idle` raises where a write, named to it, would be
-        undone.
+        """One table of a store's group.
+
+        Args:
+            store: of the group.
+            index: of the table in the group.
+            flush: brings the store up to date before each read.
+            fetch: reads the store.
+            check_idle: raises where a write, which is named to it, would be undone.
         """
         self._flush, self._fetch, self._check_idle = flush, fetch, check_idle
         group = store.group
@@ -79,11 +81,14 @@ class LazyTable:
             self._records(np.empty(0, np.int64))
 
     def load(self, weights: Any) -> None:
-        """Overwrites the table with `weights`, anything of its shape whose slices are tensors;
-        optimizer state is kept.
+        """Overwrites the table with `weights`; optimizer state is kept.
 
-        Weights of another type are rounded to the nearest. UsageError: a stream is running, or
-        they have another shape; nothing is written then.
+        Args:
+            weights: anything of the table's shape whose slices are tensors. Those of another type
+                are rounded to the nearest.
+
+        Raises:
+            UsageError: a stream is running, or the shape is another; nothing is written then.
         """
         self._check_idle(f"table {self.name!r}: load")
         if tuple(weights.shape) != self.shape:
@@ -109,8 +114,7 @@ class LazyTable:
     def __reduce__(self) -> NoReturn:
         raise UsageError(
             f"table {self.name!r} is not pickled whole, it may not fit in memory: save the tables "
-            "with "
-            "embeddings.save_tables(path), and in a state dict keep only the entries that are "
+            "with embeddings.save_tables(path), and in a state dict keep only the entries that are "
             "tensors"
         )
 
@@ -122,7 +126,8 @@ def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
     header length, a JSON header and the raw data; it is written here because the library's own
     writer wants every tensor in memory at once.
 
-    StoreError: the file can't be written, and is as it was before; or a store can't be read.
+    Raises:
+        StoreError: the file can't be written, and is as it was before; or a store can't be read.
     """
     _write_tables(tables, _all_blocks(tables), path)
 
@@ -132,7 +137,8 @@ def save_tables_together(
 ) -> None:
     """As `save_tables`, of tables that all ranks must read together: rank 0 writes.
 
-    StoreError: as there, on all ranks.
+    Raises:
+        StoreError: as there, on all ranks.
     """
     failure: StoreError | None = None
     if communicator.rank == 0:
@@ -186,8 +192,9 @@ def load_tables(
     missing_keys: list[str],
     error_msgs: list[str],
 ) -> int:
-    """Loads the tables, by key, that a state dict has; how many. What is missing or does not fit is
-    added to the lists, as `nn.Module` wants it.
+    """Loads the tables, by key, that a state dict has; returns how many.
+
+    What is missing or does not fit is added to the lists, as `nn.Module` wants it.
     """
     num_loaded = 0
     for key, table in tables.items():

@@ -1,5 +1,6 @@
-"""What the user's tensors must be. Kernels are given addresses: another device, shape or type would
-end the process, or worse.
+"""Checks of the user's tensors.
+
+Kernels are given addresses, so another device, shape or type would end the process, or worse.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def check_dtype(step: int, dtype: torch.dtype) -> None:
 
 
 def check_stays(device: torch.device, probe: Tensor) -> None:
-    """Raises UsageError where `probe`, what a module makes of a float32 tensor on `device` when it
-    is moved or converted, is something else.
+    """Raises UsageError where a module would be moved to another device or type.
+
+    `probe` is what the module's conversion makes of a float32 tensor on `device`.
     """
     if probe.device != device:
         raise UsageError(

@@ -25,7 +25,8 @@ from pathlib import Path
 from bagpipe.checkpoint.checkpoints import SavedRun, environment, save_checkpoint
 from bagpipe.data.base import Batch
 from bagpipe.distributed.trainers import Trainers
-from bagpipe.embeddings.lookahead import Lookahead, lookahead
+from bagpipe.embeddings.batches import Lookahead
+from bagpipe.embeddings.lookahead import lookahead
 from bagpipe.errors import BagpipeError, CheckpointError, LossError
 from bagpipe.train.build import Run
 from bagpipe.train.dense_step import TorchBatch

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bagpipe.embeddings.lookahead import Lookahead
+from bagpipe.embeddings.batches import Lookahead
 from bagpipe.errors import LossError
 
 

@@ -1,0 +1,211 @@
+"""Embedding tables as stores hold them: read in evaluation, whole, and as a state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bagpipe.cache.device_cache import DeviceCache
+from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.tables import (
+    LazyTable,
+    load_tables,
+    save_tables,
+    save_tables_together,
+    warn_of_optimizer_state,
+)
+from bagpipe.errors import UsageError
+from bagpipe.lookups import check_features, group_lookups, group_rows
+from bagpipe.store import MemoryStore
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import (
+    Float32Array,
+    Group,
+    Int64Array,
+    Jagged,
+    Optimizer,
+    TableConfig,
+    group_tables,
+)
+
+
+class StoredTables(nn.Module):
+    """The tables of one collection and what reads them; `EmbeddingBagCollection` trains them."""
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        *,
+        optimizer: Optimizer,
+        device: str | torch.device,
+        seed: int,
+        store: Callable[[Group, int], EmbeddingStore] | None,
+        communicator: Communicator | None,
+    ) -> None:
+        """See `EmbeddingBagCollection`."""
+        super().__init__()
+        if communicator is not None and communicator.num_trainers == 1:
+            communicator = None
+        if store is None:
+            store = MemoryStore if communicator is None else communicator.shared_store
+        self.groups = group_tables(tables, optimizer)
+        self.stores = tuple(store(group, seed) for group in self.groups)
+        self.device = torch.device(device)
+        self.seed, self.communicator = seed, communicator
+
+    def flush(self) -> None:
+        """Brings the stores up to date, as each read needs them."""
+        raise NotImplementedError
+
+    def _check_nothing_lost(self) -> None:
+        """Raises UsageError where rows were lost by an earlier failure."""
+        raise NotImplementedError
+
+    def _check_idle(self, what: str) -> None:
+        """Raises UsageError where a write to the stores would be undone."""
+        raise NotImplementedError
+
+    def tables(self) -> dict[str, LazyTable]:
+        """Every table's weights by name, read block by block from the stores; flushed first.
+
+        Raises:
+            UsageError: rows were lost by an earlier failure.
+        """
+        if self._has_hosts:
+            # They can't be read here, and flushing would wait for ranks that do not ask.
+            self._check_nothing_lost()
+        else:
+            self.flush()
+        return self._tables(self._make_readable)
+
+    def save_tables(self, path: str | Path) -> None:
+        """Writes all tables' weights to one safetensors file, in bounded memory.
+
+        They stand under the keys of `state_dict`. With several hosts all trainers must call it, and
+        rank 0 writes.
+
+        Raises:
+            StoreError: the file can't be written, as on a full disk; one that was there before is
+                as it was.
+        """
+        if not self._has_hosts:
+            save_tables(
+                {_weight_key(name): table for name, table in self.tables().items()}, Path(path)
+            )
+            return
+        assert self.communicator is not None
+        self.flush()
+        tables = {_weight_key(name): table for name, table in self._tables(self.flush).items()}
+        save_tables_together(tables, Path(path), self.communicator)
+
+    def join_reading(self) -> None:
+        """With several hosts: helps the others to read a batch in evaluation.
+
+        For a rank that has no batch for its own part.
+        """
+        for group, store in zip(self.groups, self.stores, strict=True):
+            self._fetch(store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32))
+
+    @property
+    def _has_hosts(self) -> bool:
+        return self.communicator is not None and self.communicator.num_hosts > 1
+
+    def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
+        return {
+            table.name: LazyTable(store, index, flush, self._fetch, self._check_idle)
+            for group, store in zip(self.groups, self.stores, strict=True)
+            for index, table in enumerate(group.tables)
+        }
+
+    def _make_readable(self) -> None:
+        if self._has_hosts:
+            raise UsageError(
+                "the tables' rows are divided among several hosts, so one trainer can't read them: "
+                "call save_tables(path) on all, and read the file that rank 0 writes"
+            )
+        self.flush()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "embedding tables are neither copied nor pickled whole, they may not fit in memory: "
+            "use save_tables(path), or load state_dict() into another EmbeddingBagCollection"
+        )
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
+        destination.update(
+            {prefix + _weight_key(name): table for name, table in self.tables().items()}
+        )
+
+    def _load_from_state_dict(  # the signature is nn.Module's
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes each table's weights from a tensor or a `LazyTable`.
+
+        Optimizer state is kept, and an `OptimizerStateWarning` says so.
+        """
+        self._check_idle("load_state_dict")
+        known = {prefix + _weight_key(name): table for name, table in self.tables().items()}
+        num_loaded = load_tables(known, state_dict, missing_keys, error_msgs)
+        if num_loaded and any(group.state_width for group in self.groups):
+            warn_of_optimizer_state(num_loaded, type(self.groups[0].optimizer).__name__)
+        unexpected_keys.extend(
+            key for key in state_dict if key.startswith(prefix) and key not in known
+        )
+
+    def _read(self, batch: Jagged) -> list[Tensor]:
+        """Pools rows straight from the stores."""
+        check_features(self.groups, batch)
+        self.flush()
+        return [
+            self._read_group(group, store, batch)
+            for group, store in zip(self.groups, self.stores, strict=True)
+        ]
+
+    def _read_group(self, group: Group, store: EmbeddingStore, batch: Jagged) -> Tensor:
+        lookups = group_lookups(group, batch)
+        rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
+        records = np.empty((len(rows), group.record_width), np.float32)
+        self._fetch(store, rows, records)
+        cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=0.0)
+        cache.fill(
+            to_device(np.arange(len(rows), dtype=np.int32), self.device),
+            torch.from_numpy(records).to(self.device),
+        )
+        slots, num_features = inverse.astype(np.int32), len(group.features)
+        return cache.lookup(
+            DevicePlan.of_lookups(
+                lookups,
+                slots,
+                batch_size=batch.batch_size,
+                num_features=num_features,
+                device=self.device,
+            )
+        )
+
+    def _fetch(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
+        """Reads rows of any host."""
+        if self.communicator is None:
+            store.fetch(rows, out)
+        else:
+            self.communicator.fetch_from_homes(store, rows, out)
+
+
+def _weight_key(table: str) -> str:
+    """Where TorchRec keeps a table's weights in a state dict."""
+    return f"embedding_bags.{table}.weight"
