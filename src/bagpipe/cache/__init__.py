@@ -1,3 +1,4 @@
-"""The data plane: rows on the device, moved and updated as plans say. Torch; never looks at an id
-while it trains.
+"""The data plane: rows on the device, moved and updated as plans say.
+
+It runs on torch, and never looks at an id while it trains.
 """

@@ -1,9 +1,9 @@
-"""The loops of `kernels_cpu` over weights of 16 bits: widened as they are read, rounded by chance
-as they are written.
+"""The loops of `kernels_cpu` over weights of 16 bits, compiled by numba.
 
-On CPUs 16 bits save memory, not time: each weight costs some ten instructions more, and its random
-bits about ten again. The sums are written out as in `cpu_loops.update`: a function of their own,
-with its dozen arrays, makes a step a fifth slower.
+Weights are widened to float32 as they are read, and rounded by chance as they are written. On CPUs
+16 bits save memory, not time: a weight costs some ten instructions more, and its random bits about
+ten again. `update` repeats the sums of `cpu_loops.update`: in a function of their own, which takes
+a dozen arrays, they would make a step a fifth slower.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def lookup(
     num_features: int,
     pooled: Float32Array,
 ) -> None:
-    """Fills the rows of samples [begin, end) of `pooled` (B * F, D). `bag_offsets` is empty where
-    each bag has one id.
+    """Fills the rows of samples [begin, end) of `pooled` (B * F, D).
+
+    `bag_offsets` is empty if each bag has one id, `bag_scales` if all features are summed, and
+    `lookup_weights` if all of them are 1.
     """
     dim = pooled.shape[1]
     for sample in range(begin, end):
@@ -83,14 +85,11 @@ def update(
     seed: np.uint64,
     step: np.uint64,
 ) -> None:
-    """One optimizer step of the unique rows [begin, end)."""
+    """One optimizer step of the unique rows [begin, end); see `cpu_loops.update`."""
     dim = grads.shape[1]
     num_uniques = len(unique_slots)
-    total, further, piece_sum = (
-        np.empty(dim, np.float32),
-        np.empty(dim, np.float32),
-        np.empty(dim, np.float32),
-    )
+    total = np.empty(dim, np.float32)
+    further, piece_sum = np.empty_like(total), np.empty_like(total)
     row = np.empty((1, dim), np.float32)
     long = int(np.searchsorted(long_uniques, begin))
     for unique in range(begin, end):

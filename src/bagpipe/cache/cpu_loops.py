@@ -10,7 +10,7 @@ from bagpipe.types import SGD, Adagrad, Float32Array, Int32Array, RowWiseAdagrad
 
 _SGD, _ADAGRAD, _ROW_WISE_ADAGRAD = SGD.kind, Adagrad.kind, RowWiseAdagrad.kind
 ROWS_AHEAD, _GRADS_AHEAD = 4, 6
-"""How far ahead rows of the cache and of the gradient are asked for."""
+"""How many rows ahead of their use memory is asked for: rows of the cache, and of the gradient."""
 
 
 @jit
@@ -50,8 +50,9 @@ def lookup_jagged(
     num_features: int,
     pooled: Float32Array,
 ) -> None:
-    """As `lookup_one_hot`; `bag_scales` is empty where all features are summed, `lookup_weights`
-    where all are 1.
+    """As `lookup_one_hot`, for bags of any length.
+
+    `bag_scales` is empty if all features are summed, and `lookup_weights` if all of them are 1.
     """
     dim = weights.shape[1]
     for sample in range(begin, end):
@@ -90,14 +91,15 @@ def update(
     kind: int,
     constants: Float32Array,
 ) -> None:
-    """One optimizer step of the unique rows [begin, end)."""
+    """One optimizer step of the unique rows [begin, end).
+
+    A row's gradient is the sum of its first piece plus the sum of its further pieces, if it is
+    long. `constants` are the optimizer's `UpdateConstants` as float32.
+    """
     dim = weights.shape[1]
     num_uniques = len(unique_slots)
-    total, further, piece_sum = (
-        np.empty(dim, np.float32),
-        np.empty(dim, np.float32),
-        np.empty(dim, np.float32),
-    )
+    total = np.empty(dim, np.float32)
+    further, piece_sum = np.empty_like(total), np.empty_like(total)
     long = int(np.searchsorted(long_uniques, begin))
     for unique in range(begin, end):
         next_slot = unique_slots[min(unique + ROWS_AHEAD, num_uniques - 1)]
@@ -136,8 +138,9 @@ def sum_piece(
     bag_weights: Float32Array,
     total: Float32Array,
 ) -> None:
-    """Puts the sum of a piece's gradients, in order, into `total` (D,). One of `bag_scales` and
-    `bag_weights` at least is empty.
+    """Puts the sum of a piece's gradients, added in order, into `total` (D,).
+
+    At least one of `bag_scales` and `bag_weights` is empty.
     """
     dim = len(total)
     for index in range(dim):
@@ -158,6 +161,7 @@ def sum_piece(
 
 @jit
 def _mean_of_squares(grad: Float32Array) -> np.float32:
+    """The mean of a row's squares, added up in eight lanes, which the compiler can vectorize."""
     lanes = np.zeros(8, np.float32)
     whole = len(grad) // 8 * 8
     for begin in range(0, whole, 8):
@@ -214,7 +218,7 @@ def apply(
 def fill(
     weights: Float32Array, state: Float32Array, slots: Int32Array, records: Float32Array
 ) -> None:
-    """Packed records into slots."""
+    """Copies packed records into slots."""
     dim = weights.shape[1]
     for index in range(len(slots)):
         next_slot = slots[min(index + ROWS_AHEAD, len(slots) - 1)]
@@ -231,7 +235,7 @@ def fill(
 def read(
     weights: Float32Array, state: Float32Array, slots: Int32Array, records: Float32Array
 ) -> None:
-    """Slots into packed records."""
+    """Copies slots into packed records."""
     dim = weights.shape[1]
     for index in range(len(slots)):
         next_slot = slots[min(index + ROWS_AHEAD, len(slots) - 1)]

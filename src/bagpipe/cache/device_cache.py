@@ -1,6 +1,4 @@
-"""One group's cache on the trainer's device: weights and optimizer state of the rows in its
-slots.
-"""
+"""One group's cache on the trainer's device: the records of the rows in its slots."""
 
 from __future__ import annotations
 
@@ -21,9 +19,10 @@ _SUM = SGD(lr=1.0)
 
 @dataclass(kw_only=True)
 class DeviceCache:
-    """`num_slots` records on `device`, weights and state apart so that a lookup reads weights only.
+    """`num_slots` records on `device`.
 
-    A slot's content is undefined until `fill` writes it. Slots are int32 tensors on the device.
+    Weights and state lie apart, so that a lookup reads weights only. A slot's content is undefined
+    until `fill` writes it. Slots are given as int32 tensors on the device.
     """
 
     group: Group
@@ -31,12 +30,14 @@ class DeviceCache:
     device: torch.device
     lr: float
     seed: int = 0
-    """Of the model; decides how weights of 16 bits are rounded."""
+    """The model's; it decides how weights of 16 bits are rounded."""
     num_replica_slots: int = 0
     """Slots behind the others that hold weights alone: copies of rows that other trainers own."""
     weights: Tensor = field(init=False)
-    """(num_slots + num_replica_slots, D) of the group's data type, one column more where that is 16
-    bits and D odd."""
+    """(num_slots + num_replica_slots, D) of the group's data type.
+
+    There is one column more if weights have 16 bits and D is odd.
+    """
     state: Tensor = field(init=False)  # (num_slots, S) float32
 
     def __post_init__(self) -> None:
@@ -50,8 +51,15 @@ class DeviceCache:
     def lookup(
         self, plan: DevicePlan, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None
     ) -> Tensor:
-        """Pooled embeddings, sample-major: (B, F, D) in `dtype`, float32 or bfloat16; or in `out`,
-        contiguous, and its type.
+        """The pooled embeddings of a batch, sample-major.
+
+        Args:
+            plan: Which slots each bag sums.
+            dtype: Of the result, float32 or bfloat16, if `out` is not given.
+            out: Where to put the result: (B, F, D), contiguous, float32 or bfloat16.
+
+        Returns:
+            (B, F, D): `out`, if that is given.
         """
         shape = (plan.batch_size, plan.num_features, self.group.embedding_dim)
         pooled = torch.empty(shape, dtype=dtype, device=self.device) if out is None else out
@@ -63,10 +71,13 @@ class DeviceCache:
         return pooled
 
     def update(self, plan: DevicePlan, grads: Tensor, *, number: int | None = None) -> None:
-        """Applies one optimizer step; `grads` (B, F, D), float32 or bfloat16, is the gradient of
-        `lookup`'s result.
+        """Applies one optimizer step.
 
-        It is the `number`th of these tables, from 1; by default every step before was one, too.
+        Args:
+            plan: The plan that the step's `lookup` got.
+            grads: The gradient of `lookup`'s result, (B, F, D) float32 or bfloat16.
+            number: The number of this update of these tables, from 1. By default every step before
+                this one made an update, too.
         """
         number = plan.step + 1 if number is None else number
         self.apply(plan, self._by_bag(plan, grads), rate=self.rate_of(number))
@@ -82,8 +93,16 @@ class DeviceCache:
         )
 
     def sum_by_row(self, plan: DevicePlan, grads: Tensor, *, scale: float, room: int) -> Tensor:
-        """The sums of `grads` (B, F, D) by unique row, times `scale`, as `update` adds them up:
-        (U + room, D), zeros behind.
+        """Sums gradients by unique row, in the order in which `update` adds them up.
+
+        Args:
+            plan: The step's plan.
+            grads: (B, F, D) float32 or bfloat16.
+            scale: What each sum is multiplied by.
+            room: How many rows of zeros follow the sums.
+
+        Returns:
+            (U + room, D) float32.
         """
         num_uniques = len(plan.unique_slots)
         sums = torch.zeros(num_uniques + room, self.group.embedding_dim, device=self.device)
@@ -96,9 +115,7 @@ class DeviceCache:
 
     @property
     def words(self) -> Tensor:
-        """The weights as float32 words, the same memory: (num_slots + num_replica_slots,
-        weight_words).
-        """
+        """The weights' memory as float32: (num_slots + num_replica_slots, weight_words)."""
         return words_of(self.weights)
 
     def fill(self, slots: Tensor, records: Tensor) -> None:
@@ -112,15 +129,18 @@ class DeviceCache:
 
     def _by_bag(self, plan: DevicePlan, grads: Tensor) -> Tensor:
         assert grads.dtype in (torch.float32, torch.bfloat16)
-        # Where a check tells that there is nothing to do torch is not called: each call gives up
-        # Python's lock.
+        # Torch is not called if there is nothing to do: each call gives up Python's lock.
         return (grads if grads.is_contiguous() else grads.contiguous()).view(
             plan.num_bags, self.group.embedding_dim
         )
 
 
 def kernels_of(device: torch.device) -> ModuleType:
-    """The module of kernels for a device. ConfigError: a GPU without Triton."""
+    """The module of kernels for a device.
+
+    Raises:
+        ConfigError: The device is a GPU, and Triton is not installed.
+    """
     if device.type == "cpu":
         return kernels_cpu
     try:

@@ -10,13 +10,12 @@ Four operations on one group's cache, `weights` (num_slots, D), of the data type
     read     slots into records (n, D + S)
 
 Torch alone would write each intermediate (summed gradients, squares, quotients) to memory and read
-it back; on two cores that made backward and optimizer about twice as slow as the loops here, which
+it back. On two cores that made backward and optimizer about twice as slow as the loops here, which
 keep one row's sum in the CPU's cache (docs/results.md). The arithmetic is that of the optimizers'
 formulas in `bagpipe.types`, operation for operation, without fused multiply-adds.
 
-A call splits its rows or samples into chunks that torch's number of threads work off. A row's or
-sample's result does not depend on the chunk that it falls into, so it does not depend on the number
-of threads either.
+A call splits its rows or samples into chunks, and as many threads as torch uses work them off. The
+result of a row or sample does not depend on its chunk, and so not on the number of threads either.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from bagpipe.types import Optimizer
 
 _CHUNKS_A_THREAD = 4
 _MIN_CHUNK = 256
-"""Rows or samples below which a chunk is not worth handing to another thread."""
+"""Rows or samples; a smaller chunk is not worth handing to another thread."""
 
 
 @cache
@@ -49,7 +48,8 @@ def _workers(num_threads: int) -> Workers:
     return Workers("bagpipe-kernel", num_threads)
 
 
-os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of their threads
+# A forked child has none of their threads.
+os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
 def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:
@@ -60,7 +60,7 @@ def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:
         work(0, num_items)
         return
     bounds = np.linspace(0, num_items, num_chunks + 1).astype(np.int64).tolist()
-    chunks = iter(pairwise(bounds))  # all threads take from it, so that a slow one takes fewer
+    chunks = iter(pairwise(bounds))  # all threads take from it: a slow one takes fewer
 
     def work_off() -> None:
         for begin, end in chunks:
@@ -73,8 +73,12 @@ def _in_chunks(num_items: int, work: Callable[[int, int], None]) -> None:
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
-    """Fills `out` (B * F, D), float32 or, through a float32 buffer, bfloat16, with the pooled
-    embeddings by output row.
+    """Pools the embeddings of a batch.
+
+    Args:
+        weights: The cache's weights, (num_slots, D) of the data type.
+        plan: Which slots each bag sums.
+        out: Filled by output row, (B * F, D): float32, or bfloat16 through a buffer of float32.
     """
     if out.dtype != torch.float32:
         buffer = torch.empty(out.shape)
@@ -110,11 +114,16 @@ def update(
     rate: float,
     seed: int = 0,
 ) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
-    `lookup`'s result.
+    """Applies one optimizer step in place, as the optimizer's class in `bagpipe.types` states it.
 
-    `rate` is the learning rate, with Adam's bias corrections in it. New weights of 16 bits are
-    rounded by chance, which `seed` decides.
+    Args:
+        weights: The cache's weights, (num_slots, D) of the data type.
+        state: The cache's optimizer state, (num_slots, S) float32.
+        plan: The step's plan; its schedule says in which order gradients are summed.
+        grads: The gradient of `lookup`'s result, (B * F, D) float32 or bfloat16.
+        optimizer: Whose formula is applied.
+        rate: The learning rate, with Adam's bias corrections in it.
+        seed: Decides how new weights of 16 bits are rounded by chance.
     """
     table, code = _table(weights)
     arguments = (
@@ -157,9 +166,7 @@ def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
 
 
 def _table(weights: Tensor) -> tuple[npt.NDArray[Any], int]:
-    """The weights for compiled loops, 16 bits as unsigned integers, and how these call their
-    type.
-    """
+    """The weights for compiled loops, 16 bits as unsigned integers, and the code of their type."""
     if weights.dtype == torch.float32:
         return weights.numpy(), CODES["fp32"]
     return weights.view(torch.int16).numpy().view(np.uint16), CODES[
@@ -168,4 +175,5 @@ def _table(weights: Tensor) -> tuple[npt.NDArray[Any], int]:
 
 
 def _optional(tensor: Tensor | None, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """The tensor's array, or an empty one for None: compiled loops want one type."""
     return np.empty(0, dtype) if tensor is None else tensor.numpy()

@@ -4,18 +4,18 @@ All kernels are bound by memory traffic and by the latency of dependent loads (a
 index, then a row). A program works on a tile of (rows, D) with 16 bytes a load where D is a
 multiple of 4, and asks for several rows before it adds the first.
 
-    lookup   one program a tile of bags, taken feature-major, since slots lie so and rows of one
-             table are asked for again while they are in the L2 cache. A bag is summed in lookup
-             order by one program.
-    update   `triton_update`
-    fill     staged records into slots.
-    read     slots into packed records.
+    lookup   One program takes a tile of bags, feature-major: slots lie in that order, and rows of
+             one table are asked for again while they are in the L2 cache. One program sums a bag,
+             in lookup order.
+    update   is in `triton_update`.
+    fill     copies staged records into slots.
+    read     copies slots into packed records.
 
-Arithmetic: the order of sums is the schedule's, multiply-adds are not fused, quotients and square
-roots are rounded correctly, so results equal those of `kernels_cpu` to the bit, except with
-row-wise Adagrad, whose mean of squares is added up in a tree. Weights of 16 bits are widened as
-they are read; `triton_round` rounds them. A row's result depends on its own values and pieces
-alone: not on its slot, its neighbours in a tile or the size of the cache.
+Results equal those of `kernels_cpu` to the bit: the order of sums is the schedule's, multiply-adds
+are not fused, and quotients and square roots are rounded correctly. The one exception is row-wise
+Adagrad, whose mean of squares is added up in a tree. Weights of 16 bits are widened as they are
+read, and `triton_round` rounds them. A row's result depends only on its own values and pieces: not
+on its slot, its neighbours in a tile or the size of the cache.
 
 Dimension, types and optimizer are compiled in. Nothing waits for the device, and grids come from
 the shapes of the plan's tensors.
@@ -45,12 +45,16 @@ _ONE_HOT = Tiling(elements=2048, per_thread=16)
 _BAGS = Tiling(elements=256, per_thread=4)
 _RECORDS = Tiling(elements=2048, per_thread=16)
 _UNROLL = 8
-"""Rows that a program asks for before it adds them up."""
+"""How many rows a program asks for before it adds them up."""
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
-    """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed
-    and scaled in float32.
+    """Pools the embeddings of a batch; sums and scales in float32.
+
+    Args:
+        weights: The cache's weights, (num_slots, D) of the data type.
+        plan: Which slots each bag sums.
+        out: Filled by output row, (B * F, D) float32 or bfloat16.
     """
     if plan.num_bags == 0:
         return
@@ -126,7 +130,7 @@ def _move_records(
 
 @device_function
 def _output_rows(bag: tl.tensor, batch_size: tl.tensor, num_features: tl.tensor) -> tl.tensor:
-    """From bags f * B + b to output rows b * F + f."""
+    """Turns bags f * B + b into output rows b * F + f."""
     feature = bag // batch_size
     return (bag - feature * batch_size) * num_features + feature
 
@@ -147,7 +151,7 @@ def _lookup_one_hot(
 ) -> None:
     bag = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    # (ROWS, COLUMNS), as all that follow
+    # This and all that follow are (ROWS, COLUMNS).
     inside = (bag < num_bags)[:, None] & (columns < DIM)[None, :]
     slot = tl.load(slots + bag, mask=bag < num_bags, other=0).to(tl.int64)
     values = tl.load(weights + slot[:, None] * STRIDE + columns[None, :], mask=inside).to(
@@ -208,7 +212,7 @@ def _move(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Between slots and packed records: the weights' words, then the state."""
+    """Copies between slots and packed records: the weights' words, then the state."""
     record = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_record = record < num_records
     slot = tl.load(slots + record, mask=is_record, other=0).to(tl.int64)

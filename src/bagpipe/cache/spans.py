@@ -1,6 +1,6 @@
-"""Names for the stages of a step in a profile; free unless someone is tracing.
+"""Names for the stages of a step in a profile; they cost nothing unless someone is tracing.
 
-`torch.profiler.record_function` costs microseconds even when nobody looks, and steps are short: so
+`torch.profiler.record_function` costs microseconds even when nobody looks, and steps are short. So
 stages are named only while `tracing()` is on.
 """
 
@@ -23,7 +23,7 @@ def span(name: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Names the stages of all threads."""
+    """Names the stages of all threads in the block."""
     global _is_on
     _is_on = True
     try:

@@ -1,8 +1,8 @@
 """How the Triton kernels are launched, and what they have in common.
 
-A call of a `triton.jit` function binds and classifies each argument anew, which took 50 us of the
-trainer's thread, five times a step (docs/results.md). What the kernels' variants depend on is known
-here, so each is looked up by that and launched directly. What varies from step to step (sizes,
+A call of a `triton.jit` function binds and classifies each argument anew. That took 50 us of the
+trainer's thread, five times a step (docs/results.md). What a kernel's variants depend on is known
+here, so a variant is looked up by that and launched directly. What varies from step to step (sizes,
 learning rate, where a plan's arrays begin) is never compiled in.
 """
 
@@ -30,7 +30,7 @@ _VARYING = (
 ).split()
 """Arguments whose value, or for a plan's arrays whose alignment, must not start a compilation."""
 _ALIGNMENT = 16
-"""Bytes; what Triton compiles in of an address."""
+"""Bytes: Triton compiles in whether an address is a multiple of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,27 +42,28 @@ class Tile:
     num_warps: int
 
     def count(self, num_rows: int) -> int:
-        """How many tiles cover so many rows."""
+        """How many tiles cover `num_rows` rows."""
         return -(-num_rows // self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How much one program works on: `elements` of a tile, at least one row, `per_thread` of them a
-    thread.
+    """How much one program works on.
+
+    A tile has `elements` elements, but at least one row, and each thread has `per_thread` of them.
     """
 
     elements: int
     per_thread: int
 
     def of(self, width: int) -> Tile:
-        """For rows of `width` elements."""
+        """The tile for rows of `width` elements."""
         return _tile(self.elements, self.per_thread, width)
 
 
 @cache
 def _tile(elements: int, per_thread: int, width: int) -> Tile:
-    columns = triton.next_power_of_2(width)  # as Triton wants
+    columns = triton.next_power_of_2(width)  # Triton takes no other size
     rows = max(1, elements // columns)
     return Tile(
         rows=rows, columns=columns, num_warps=min(max(rows * columns // (32 * per_thread), 1), 16)
@@ -70,14 +71,12 @@ def _tile(elements: int, per_thread: int, width: int) -> Tile:
 
 
 def device_function(function: Callable[..., Any]) -> Any:
-    """Compiles what kernels call."""
+    """A decorator for functions that kernels call."""
     return triton.jit(do_not_specialize=_VARYING)(function)
 
 
 class Kernel:
-    """A decorator: a kernel whose parameters are first arguments, then constants
-    (`tl.constexpr`).
-    """
+    """A decorator for kernels: their parameters are arguments, then constants (`tl.constexpr`)."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._jit = device_function(function)
@@ -91,8 +90,13 @@ class Kernel:
         constants: Mapping[str, object],
         num_warps: int,
     ) -> None:
-        """Runs on the current stream of the current device, where the tensors are; multiply-adds
-        are not fused.
+        """Runs the kernel on the current stream, without fusing multiply-adds.
+
+        Args:
+            num_programs: The size of the grid.
+            arguments: In the order of the kernel's parameters; tensors are on the current device.
+            constants: By the kernel's parameters, in their order.
+            num_warps: Of each program.
         """
         if not self._is_compiled:
             self._jit[(num_programs,)](*arguments, **constants)
@@ -107,7 +111,7 @@ class Kernel:
             options = {"num_warps": num_warps, "enable_fp_fusion": False}
             variant = self._jit.warmup(*arguments, **constants, **options, grid=(num_programs,))
             self._variants[key] = variant
-        # Addresses, since of a tensor Triton asks the driver whether the device can reach it.
+        # Addresses, since for a tensor Triton asks the driver whether the device can reach it.
         passed = [
             argument.data_ptr() if isinstance(argument, Tensor) else argument
             for argument in arguments
@@ -116,15 +120,16 @@ class Kernel:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one, if it is not."""
+    """A context in which the tensor's device is the current one."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if it starts at an odd place: the layout of a tile, and so the order of a
-    tree sum, may depend on that.
+    """`tensor`, or a copy if it starts at an odd address.
+
+    The layout of a tile may depend on the address, and the order of a tree sum on the layout.
     """
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
@@ -143,11 +148,10 @@ def sum_rows(
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> tl.tensor:
-    """For each row of the tile the sum of `source[indices[begin:end]]`, in that order.
+    """The sum of `source[indices[begin:end]]` for each row of the tile, in that order.
 
-    Each is multiplied by `scales[index]` and by `factors[begin:end]`, if there are such.
-
-    Rows of `source` have DIM columns and begin STRIDE apart.
+    Each summand is multiplied by `scales[index]` and by its one of `factors[begin:end]`, unless
+    these are None. Rows of `source` have DIM columns and begin STRIDE elements apart.
     """
     columns = tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)

@@ -1,5 +1,6 @@
-"""Rounding by chance on CUDA: `bagpipe.store.half.by_chance`, bit for bit, with the random bits of
-`bagpipe.cache.weights`.
+"""Rounding by chance on CUDA: `bagpipe.store.half.by_chance`, bit for bit.
+
+`bagpipe.cache.weights` says which random bits a weight gets.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ def round_by_chance(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """`values` (ROWS, COLUMNS) float32 of the rows `unique` (ROWS,) in 16 bits, which are returned
-    as an unsigned integer.
+    """`values` (ROWS, COLUMNS) float32 rounded to 16 bits, as unsigned integers.
+
+    `unique` (ROWS,) are the places of the tile's rows among the batch's unique rows.
     """
     chances = _chances(unique, step, seed_low, seed_high, ROWS, COLUMNS)
     bits = values.to(tl.uint32, bitcast=True)
@@ -54,7 +56,7 @@ def _chances(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """16 random bits for each weight: (ROWS, COLUMNS) uint32."""
+    """16 random bits for each weight, (ROWS, COLUMNS) uint32."""
     BLOCKS: tl.constexpr = COLUMNS // _COLUMNS_A_BLOCK
     zero = tl.zeros((ROWS, BLOCKS), tl.int32)
     seed = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | seed_low.to(

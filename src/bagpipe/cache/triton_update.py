@@ -1,11 +1,12 @@
 """Backward with the optimizer fused, on CUDA; see `kernels_triton`.
 
-    1. one program a tile of pieces, the further pieces of long rows first, as they take longest. A
-       piece's sum is a row's gradient, with which the optimizer is applied at once, unless the row
-       is long: then it goes to a buffer.
-    2. long rows only: their pieces' sums are added in order, then the optimizer is applied.
+    1. One program takes a tile of pieces. The further pieces of long rows come first, as they take
+       longest. Unless the row is long, a piece's sum is its row's gradient, with which the
+       optimizer is applied at once. The sums of a long row's pieces go to a buffer.
+    2. For long rows only, the sums of the pieces are added in order, then the optimizer is applied.
 
-So no program adds more than MAX_PIECE_LENGTH rows in stage 1, whatever the skew. No atomics.
+So no program of stage 1 adds more than MAX_PIECE_LENGTH rows, whatever the skew. There are no
+atomics. The kernels are in `triton_update_kernels`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bagpipe.types import Optimizer
 _PIECES = Tiling(elements=256, per_thread=8)
 _LONG_ROWS = Tiling(elements=64, per_thread=8)
 _UNROLL = 4
-"""Rows that a program asks for before it adds them up."""
+"""How many rows a program asks for before it adds them up."""
 
 
 def update(
@@ -34,11 +35,16 @@ def update(
     rate: float,
     seed: int = 0,
 ) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
-    `lookup`'s result.
+    """Applies one optimizer step in place, as the optimizer's class in `bagpipe.types` states it.
 
-    `rate` is the learning rate, with Adam's bias corrections in it. New weights of 16 bits are
-    rounded by chance, which `seed` decides.
+    Args:
+        weights: The cache's weights, (num_slots, D) of the data type.
+        state: The cache's optimizer state, (num_slots, S) float32.
+        plan: The step's plan; its schedule says in which order gradients are summed.
+        grads: The gradient of `lookup`'s result, (B * F, D) float32 or bfloat16.
+        optimizer: Whose formula is applied.
+        rate: The learning rate, with Adam's bias corrections in it.
+        seed: Decides how new weights of 16 bits are rounded by chance.
     """
     num_uniques, num_pieces, num_long = (
         plan.unique_slots.shape[0],
@@ -104,9 +110,7 @@ def update(
 def _rounding(
     weights: Tensor, step: int, seed: int
 ) -> tuple[int, int, int] | tuple[None, None, None]:
-    """What decides how weights of 16 bits are rounded: the step and the two halves of the seed, all
-    as int32.
-    """
+    """What decides how weights of 16 bits are rounded: the step and the seed's halves, as int32."""
     if weights.dtype == torch.float32:
         return None, None, None
     step, low, high = (

@@ -110,8 +110,9 @@ def _find(
     unique: tl.tensor,
     is_unique: tl.tensor,
 ) -> tl.tensor:
-    """Index of each `unique` in the ascending `long_uniques`, -1 if it is none; `search_step` is
-    the top bit of `num_long`.
+    """The index of each `unique` in the ascending `long_uniques`, or -1 if it is not there.
+
+    `search_step` is the top bit of `num_long`.
     """
     below = tl.zeros_like(unique)  # how many are smaller, bit by bit from the top
     step = search_step
@@ -203,8 +204,9 @@ def _load_record(
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """Weights (ROWS, COLUMNS) and the optimizer's state in one or two tiles; what an optimizer has
-    not is the weights again.
+    """Weights (ROWS, COLUMNS) and the optimizer's state in one or two tiles.
+
+    In place of state that the optimizer does not have come the weights again.
     """
     columns = tl.arange(0, COLUMNS)
     inside = is_row[:, None] & (columns < DIM)[None, :]
@@ -245,9 +247,9 @@ def _apply(
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """The optimizer's step on the records of a tile: stores their state and returns their weights;
-    see the formulas in
-    `bagpipe.types`.
+    """The optimizer's step on a tile of records: stores their state, returns their new weights.
+
+    The formulas are those of the optimizers' classes in `bagpipe.types`.
     """
     columns = tl.arange(0, COLUMNS)
     if KIND == _SGD:
@@ -285,7 +287,7 @@ def _store_weights(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Puts a tile's weights into their slots, rounded if these have 16 bits."""
+    """Puts a tile's weights into their slots, rounded by chance if slots have 16 bits."""
     columns = tl.arange(0, COLUMNS)
     if seed_low is not None:
         is_bf16: tl.constexpr = weights.dtype.element_ty == tl.bfloat16
