@@ -1,5 +1,6 @@
-"""Where there is no CUDA, Triton kernels run in Triton's interpreter, which must be chosen before
-triton is first imported.
+"""Without CUDA, Triton kernels run in Triton's interpreter.
+
+That must be chosen before triton is first imported.
 """
 
 from __future__ import annotations

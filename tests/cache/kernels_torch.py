@@ -1,5 +1,4 @@
-"""The data plane's operations in plain torch: the reference that the kernels of `bagpipe.cache` are
-compared with.
+"""The data plane's operations in plain torch: what `bagpipe.cache`'s kernels are compared with.
 
 Four operations on one group's cache, `weights` (num_slots, D), of the data type, and `state`
 (num_slots, S) float32:
@@ -27,20 +26,19 @@ from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
-    """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row; summed
-    and scaled in float32.
+    """Fills `out` (B * F, D), float32 or bfloat16, with the pooled embeddings by output row.
+
+    They are summed and scaled in float32.
     """
     dim = out.shape[1]
     weights = weights[:, :dim].float()
     if plan.bag_offsets is None:
-        # of shape (F * B, D)
         pooled = _weighted(weights.index_select(0, plan.lookup_slots), plan.lookup_weights)
     elif len(plan.lookup_slots) == 0:
         pooled = weights.new_zeros(plan.num_bags, dim)
     else:
-        # of shape (F * B, D)
         pooled = _sums(weights, plan.lookup_slots, plan.lookup_weights, plan.bag_offsets)
-    by_feature = pooled.view(plan.num_features, plan.batch_size, dim)
+    by_feature = pooled.view(plan.num_features, plan.batch_size, dim)  # from (F * B, D)
     by_sample = by_feature.transpose(0, 1)  # (B, F, D)
     if plan.bag_scales is not None:
         by_sample = by_sample * plan.bag_scales.view(plan.batch_size, plan.num_features, 1)
@@ -56,11 +54,11 @@ def update(
     rate: float,
     seed: int = 0,
 ) -> None:
-    """Applies one optimizer step with `grads` (B * F, D), float32 or bfloat16, the gradient of
-    `lookup`'s result.
+    """Applies one optimizer step in place.
 
-    `rate` is the learning rate, with Adam's bias corrections in it. New weights of 16 bits are
-    rounded by chance, which `seed` decides.
+    `grads` (B * F, D), float32 or bfloat16, is the gradient of `lookup`'s result. `rate` is the
+    learning rate, with Adam's bias corrections in it. New weights of 16 bits are rounded by chance,
+    which `seed` decides.
     """
     if len(plan.unique_slots) == 0:
         return
@@ -118,9 +116,7 @@ def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
 
 
 def mean_of_squares(sums: Tensor) -> Tensor:
-    """Mean of squares of each row (U, D) -> (U, 1), added up in eight lanes as the CPU kernel
-    does.
-    """
+    """Mean of squares of each row, (U, D) to (U, 1), added up in eight lanes as on CPUs."""
     squares = functional.pad(sums * sums, (0, -sums.shape[1] % 8)).view(len(sums), -1, 8)
     lanes = torch.zeros_like(squares[:, 0])
     for part in squares.unbind(1):

@@ -29,8 +29,9 @@ def round_by_chance(weights: Tensor, dtype: torch.dtype, *, seed: int, step: int
 
 
 def _chances(num_uniques: int, dim: int, seed: int, step: int) -> Tensor:
-    """16 random bits for each weight: (num_uniques, dim) int64; see
-    `bagpipe.cache.weights.COLUMNS_A_BLOCK`.
+    """16 random bits for each weight, (num_uniques, dim) int64.
+
+    `bagpipe.cache.weights.COLUMNS_A_BLOCK` says which.
     """
     unique = torch.arange(num_uniques)[:, None]
     block = torch.arange(-(-dim // COLUMNS_A_BLOCK))[None, :]

@@ -1,6 +1,4 @@
-"""The fused CPU kernels against the torch reference, and the reference against torch.nn and
-torch.optim.
-"""
+"""The CPU kernels against the torch reference, and that against torch.nn and torch.optim."""
 
 from __future__ import annotations
 
@@ -38,10 +36,9 @@ def make_case(
     *,
     is_weighted: bool = False,
 ) -> tuple[Group, Jagged, DevicePlan]:
-    """A skewed batch with rows long enough for several pieces, empty bags, repeated ids, a shared
-    table and mean pooling.
+    """A skewed batch: long rows of several pieces, empty bags, repeated ids, a shared table.
 
-    With per-sample weights all tables are summed.
+    One table is pooled by the mean, but with per-sample weights all are summed.
     """
     (group,) = group_tables(
         [

@@ -1,5 +1,6 @@
-"""Weights of 16 bits: all kernels give the reference's bits, and training gives the same bits
-whatever the cache and the store.
+"""Weights of 16 bits: all kernels give the reference's bits, and so does training.
+
+Training gives the same bits whatever the cache and the store.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The Triton kernels against the CPU kernels: on CUDA at real sizes, elsewhere in Triton's
-interpreter at tiny ones.
+"""The Triton kernels against the CPU kernels.
+
+On CUDA they run at real sizes, elsewhere in Triton's interpreter at tiny ones.
 
 The CPU kernels are themselves compared with the torch reference, and results must be theirs to the
 bit: the same sums in the same order. Only row-wise Adagrad's mean of squares is added up in another
@@ -66,8 +67,9 @@ def make_plan(
     *,
     is_weighted: bool = False,
 ) -> DevicePlan:
-    """A plan on the CPU: rows that are in half of all bags, and rows used once; with `max_length`
-    also empty bags and repeats.
+    """A plan on the CPU, with rows that are in half of all bags, and rows used once.
+
+    With `max_length` there are also empty bags and repeats.
     """
     rng = np.random.default_rng(seed)
     lengths = (

@@ -1,5 +1,6 @@
-"""What moves records between a store and a cache, on its own: an interrupt loses nothing,
-write-backs do not wait for marks.
+"""What moves records between a store and a cache, on its own.
+
+An interrupt loses nothing, and write-backs do not wait for marks.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ PLAN: Any = SimpleNamespace(step=1, issue_tick=0)
 
 
 def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, whose streams are made up here: what an interrupt kept from being done is not
-    noted by another step's gather.
+    """Another step's gather does not note what an interrupt kept from being done.
+
+    It runs as on CUDA, with streams that are made up here.
     """
     event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
