@@ -143,7 +143,7 @@ def test_a_late_plan_releases_none_that_is_still_read(monkeypatch: pytest.Monkey
         release: Callable[[], None] | None = None,
         along: Sequence[MovedArray] = (),
     ) -> None:
-        assert self._exchange is not None
+        assert isinstance(self._exchange, Exchange)
         steps = self._exchange._steps
         submit(self, plan, lambda: released.append((plan.step, plan.step in steps)))
 

@@ -1,5 +1,4 @@
-"""What one trainer's executor does besides when there are others: replicas, and gradients on their
-way to the rows' owners.
+"""What passes between trainers: replicas, and gradients on their way to the rows' owners.
 
 Around the compute of step t, in the order in which all ranks do it:
 
@@ -23,11 +22,15 @@ same messages in the same order.
 
 Owned here: for each step that is not over its sums by group, with room behind them for the sums
 received.
+
+A trainer without others has a `NoExchange`, which does the same to no effect: its gradients update
+its own rows at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,6 +42,7 @@ from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceExchange, DevicePlan
 from bagpipe.cache.overlap import Streams
 from bagpipe.cache.spans import span
+from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.write_marks import Moment
 from bagpipe.native.workers import Workers
@@ -47,14 +51,11 @@ from bagpipe.plan import GroupExchange, RowExchange, StepPlan
 
 @dataclass(kw_only=True)
 class _Step:
-    """A step from the time that its replicas are asked for to the time that its last gradient is
-    applied.
-    """
+    """A step, from asking for its replicas to applying its last gradient."""
 
     plan: StepPlan
-    on_device: Sequence[
-        DeviceExchange
-    ] = ()  # by group, once its overlapped rows are in their slots
+    # by group, once its overlapped rows are in their slots
+    on_device: Sequence[DeviceExchange] = ()
     finish_replicas: Callable[[], object] | None = None
     finish_deferred: Callable[[], object] | None = None
     sums: dict[int, Tensor] = field(default_factory=dict)  # by group (U + room, D)
@@ -62,48 +63,120 @@ class _Step:
     rates: dict[int, float] = field(default_factory=dict)
 
 
+def exchange_with(
+    peers: Peers, caches: Sequence[DeviceCache], streams: Streams | None
+) -> Exchange | NoExchange:
+    """The exchanges of one `Executor`.
+
+    `streams` are those of a CUDA device. Raises UsageError while the communicator serves another
+    stream of plans.
+    """
+    return NoExchange(caches) if isinstance(peers, Alone) else Exchange(peers, caches, streams)
+
+
+class NoExchange:
+    """The exchanges of a trainer without others; see `Exchange`."""
+
+    has_others = False
+
+    def __init__(self, caches: Sequence[DeviceCache]) -> None:
+        self._caches = tuple(caches)
+
+    def begin_step(self, number: int) -> None:
+        """Nothing to compare."""
+
+    def start_behind(self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]) -> None:
+        """Nothing travels."""
+
+    def ask_for_replicas(
+        self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]
+    ) -> None:
+        """There are none."""
+
+    def finish_replicas(self, plan: StepPlan) -> None:
+        """There are none."""
+
+    def update(self, index: int, plan: DevicePlan, grads: Tensor, *, number: int) -> None:
+        """Updates the rows at once."""
+        self._caches[index].update(plan, grads, number=number)
+
+    def end_step(self, number: int, undivided: Callable[[], AbstractContextManager[None]]) -> None:
+        """Nothing to send."""
+
+    def begin_flush(self) -> None:
+        """Nothing to compare."""
+
+    def finish_all(self, open_step: int | None) -> None:
+        """All gradients are applied."""
+
+    def end_flush(self) -> None:
+        """Nobody to wait for."""
+
+    def close(self, *, wait: bool = True) -> None:
+        """Nothing to end."""
+
+
 class Exchange:
-    """The exchanges of one `Executor`; its methods are called by the trainer's thread."""
+    """The exchanges with other trainers; its methods are called by the trainer's thread."""
+
+    has_others = True
 
     def __init__(
         self, communicator: Communicator, caches: Sequence[DeviceCache], streams: Streams | None
     ) -> None:
-        """`streams` are those of a CUDA device. Raises UsageError while the communicator serves
-        another stream of plans.
-        """
+        """See `exchange_with`."""
         communicator.begin_stream()
-        self.communicator = communicator
+        self._communicator, self._streams = communicator, streams
         self._caches = tuple(caches)
         self._background = _BackgroundThread() if streams is None else _BackgroundStream(streams)
         self._steps: dict[int, _Step] = {}
         self._newest = 0  # step that has begun
 
     def begin_step(self, number: int) -> None:
-        """Compares, before anything of the step is sent, what the ranks have done since the last
-        one.
+        """Compares what ranks have done since the last step, before anything of this one is sent.
+
+        Ends what step `number` - 2 deferred, before its rows may be evicted and its plan released.
         """
         self._newest = number
-        self.communicator.tell(f"begins step {number}", needed_at=number + 1)
-        self.communicator.compare_acts(number)
+        self._communicator.tell(f"begins step {number}", needed_at=number + 1)
+        self._communicator.compare_acts(number)
+        self.finish_deferred(number - 2)
 
-    def end_step(self, number: int) -> None:
-        """Sends what came where not all groups have gradients; no rank may wait for others in
-        vain.
+    def start_behind(self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]) -> None:
+        """Hands out what travels behind the compute of `plan`'s step, which comes now.
+
+        Its own overlapped replicas come first, unless they could be asked for a step ago.
         """
+        self.ask_for_replicas(plan, filled)
+        self.defer(plan.step - 1)
+        if plan.has_urgent:
+            self.finish_deferred(plan.step - 1)
+            if self._streams is not None:
+                self._streams.record_compute()  # urgent evictions follow what was deferred
+
+    def end_step(self, number: int, undivided: Callable[[], AbstractContextManager[None]]) -> None:
+        """Sends what has come, where not all groups have gradients.
+
+        No rank may wait for others in vain. What it sends is `undivided`.
+        """
+        with undivided():
+            self._end_step(number)
+
+    def _end_step(self, number: int) -> None:
         step = self._steps.get(number)  # a flush may have ended it
         if step is None or len(step.sums) == len(self._caches):
             return
         names = [self._caches[index].group.name for index in sorted(step.sums)]
         act = f"ends step {number} with gradients of {', '.join(names) or 'nothing'} alone"
         if step.sums:
-            self.communicator.do_together(act)
+            self._communicator.do_together(act)
             self._sync_all(step, "urgent")
         else:
-            self.communicator.tell(act, needed_at=number + 1)
+            self._communicator.tell(act, needed_at=number + 1)
 
     def begin_flush(self) -> None:
         """Compares what the ranks have done: all must flush at the same step."""
-        self.communicator.do_together(
+        self._communicator.do_together(
             f"writes its rows back at step {self._newest} (for an evaluation, a checkpoint or a "
             "look into the tables, or since its batches are over)"
         )
@@ -113,7 +186,7 @@ class Exchange:
     ) -> None:
         """Hands out a step's overlapped replicas, unless that is done.
 
-        They are sent once `filled` returns: it waits for the step's overlapped rows.
+        They are sent once `filled` returns, which waits for the step's overlapped rows.
         """
         if plan.step not in self._steps:
             step = self._steps[plan.step] = _Step(plan=plan)
@@ -122,8 +195,7 @@ class Exchange:
             )
 
     def finish_replicas(self, plan: StepPlan) -> None:
-        """Waits for a step's overlapped replicas and exchanges those that could not be sent
-        before."""
+        """Waits for a step's overlapped replicas and exchanges the urgent ones."""
         step = self._steps[plan.step]
         assert step.finish_replicas is not None
         step.finish_replicas()
@@ -131,20 +203,22 @@ class Exchange:
 
     def update(self, index: int, plan: DevicePlan, grads: Tensor, *, number: int) -> None:
         """Takes a step's gradients (B, F, D) of group `index`, for its `number`th update, from 1.
-        Once they are there for all groups what must be applied now is; the rest waits for `defer`.
+
+        Once all groups' are there, the urgent ones are exchanged and applied. The others wait for
+        the next step's `start_behind`.
         """
         step, cache = self._steps[plan.step], self._caches[index]
         exchange = _of(step.plan.groups[index].exchange)
         step.rates[index] = cache.rate_of(number)
         is_last = len(step.sums) == len(self._caches) - 1
         if is_last:
-            self.communicator.tell(
+            self._communicator.tell(
                 f"updates its rows in step {plan.step} at the learning rate {cache.lr!r}",
                 needed_at=plan.step + 1,
             )
         with span("sum"):
             sums = cache.sum_by_row(
-                plan, grads, scale=1.0 / self.communicator.num_trainers, room=exchange.num_room
+                plan, grads, scale=1.0 / self._communicator.num_trainers, room=exchange.num_room
             )
         step.sums[index] = sums
         if is_last:
@@ -164,20 +238,26 @@ class Exchange:
                 del self._steps[number]
 
     def finish_all(self, open_step: int | None) -> None:
-        """Applies every gradient that has come. Those of `open_step` count once they are there for
-        all groups.
+        """Applies every gradient that has come.
+
+        Those of `open_step` count once they are there for all groups.
         """
         for number, step in self._steps.items():
             if step.sums and (number != open_step or len(step.sums) == len(self._caches)):
                 self.defer(number)
         self.finish_deferred(max(self._steps, default=0))
 
+    def end_flush(self) -> None:
+        """Waits until all ranks have written their rows back."""
+        self._communicator.barrier("waiting for all ranks to write their rows back")
+
     def close(self, *, wait: bool = True) -> None:
-        """Ends what is in the background; with `wait` what is under way ends first, else the stream
-        has failed.
+        """Ends what is in the background, after what is under way.
+
+        Without `wait` it waits for nothing, since the stream has failed.
         """
         self._background.close(wait=wait)
-        self.communicator.end_stream(has_failed=not wait)
+        self._communicator.end_stream(has_failed=not wait)
 
     def _send_replicas_overlapped(
         self, step: _Step, filled: Callable[[], Sequence[DeviceExchange]]
@@ -210,15 +290,12 @@ class Exchange:
             self._sync(step, index, moment)
 
     def _sync(self, step: _Step, index: int, moment: Moment) -> None:
-        """Sends gradients to the rows' owners, receives those of own rows behind the own sums, and
-        applies what is due.
+        """Sends gradients to the rows' owners, receives those of own rows, and applies what is due.
+
+        What is received lies behind this rank's own sums.
         """
-        cache, group, on_device, sums = (
-            self._caches[index],
-            step.plan.groups[index],
-            step.on_device[index],
-            step.sums[index],
-        )
+        cache, group = self._caches[index], step.plan.groups[index]
+        on_device, sums = step.on_device[index], step.sums[index]
         exchange, num_uniques = _of(group.exchange), group.schedule.num_uniques
         if moment == "overlapped":
             rows, send, apply = (
@@ -243,7 +320,7 @@ class Exchange:
         step: _Step,
         what: str,
     ) -> None:
-        self.communicator.exchange(
+        self._communicator.exchange(
             source.index_select(0, send), into, rows, moment=moment, step=step.plan.step, what=what
         )
 
@@ -263,9 +340,7 @@ class _BackgroundThread:
 
 
 class _BackgroundStream:
-    """Work behind a GPU's compute: after that of the last tick, beside that which is issued
-    next.
-    """
+    """Work behind a GPU's compute: after that of the last tick, beside what is issued next."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams

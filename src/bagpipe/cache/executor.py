@@ -1,13 +1,13 @@
 """Executes plans: says at each tick which records move, and when a step's rows are there.
 
 Tick t is the moment just before the compute of step t, when that of step t - 1 has been issued. At
-each tick the trainer's thread hands out what is due (the urgent transfers of step t, then the early
-ones of later steps) and goes on; `bagpipe.cache.transfers` moves them, and with other trainers
-`bagpipe.cache.exchange` what passes between their caches.
+each tick the trainer's thread hands out what is due (the urgent transfers of step t, then the
+overlapped ones of later steps) and goes on. `bagpipe.cache.transfers` moves them;
+`bagpipe.cache.exchange` moves what passes between the caches of several trainers.
 
-The only waits of the trainer's thread are for the rows of the step that it is about to compute: for
-the overlapped ones, asked for `prefetch_depth` steps ago ("rows"), for the urgent ones ("slots"),
-and for those of other trainers ("replicas").
+The trainer's thread waits only for the rows of the step that it is about to compute: for the
+overlapped ones, asked for `prefetch_depth` steps ago ("rows"), for the urgent ones ("slots"), and
+for those of other trainers ("replicas").
 
 A failure in a background thread is raised by the next call here, with its cause. On CUDA, forward
 and backward must run on the stream that is current when the next batch is asked for.
@@ -33,11 +33,11 @@ from bagpipe.cache.device_plan import (
     MovedArray,
     plan_to_device,
 )
-from bagpipe.cache.exchange import Exchange
+from bagpipe.cache.exchange import exchange_with
 from bagpipe.cache.overlap import Streams
 from bagpipe.cache.spans import span
 from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.errors import UsageError
 from bagpipe.plan import StepPlan, Transfers
 from bagpipe.store.base import EmbeddingStore
@@ -68,21 +68,27 @@ class _Pending:
 
 
 class Executor:
-    """Runs one stream of plans against one cache and one store a group. Owned by one
-    `EmbeddingBagCollection`.
+    """Runs one stream of plans against each group's cache and store.
+
+    Owned by one `EmbeddingBagCollection`.
     """
 
     def __init__(
         self,
         caches: Sequence[DeviceCache],
         stores: Sequence[EmbeddingStore],
-        communicator: Communicator | None = None,
+        peers: Peers | None = None,
         num_skipped: list[int] | None = None,
     ) -> None:
-        """`communicator` says that there are other trainers; plans are then those of its rank.
+        """Makes the threads that move records.
 
-        `num_skipped` counts by group the steps without an update, and is kept up to date.
+        Args:
+            caches: by group.
+            stores: by group.
+            peers: the other trainers; by default none. Plans are those of this one's rank.
+            num_skipped: counts by group the steps without an update, and is kept up to date.
         """
+        peers = peers or Alone()
         self._num_skipped = [0] * len(caches) if num_skipped is None else num_skipped
         self._updated: set[int] = set()  # groups, in the step that is being computed
         self.caches, self.stores = tuple(caches), tuple(stores)
@@ -90,25 +96,19 @@ class Executor:
         self.current: tuple[DevicePlan, ...] | None = None
         """The plans of the step that is being computed, by group."""
         self.moved_along: tuple[Tensor, ...] = ()
-        """What `submit` was given to move along with the plan of the step that began last, on the
-        device."""
+        """What `submit` was given to move along with the current step's plan, on the device."""
         self._device = caches[0].device
-        self._streams: Streams | None = (
-            Streams(self._device) if self._device.type == "cuda" else None
-        )
-        self._exchange = (
-            None if communicator is None else Exchange(communicator, caches, self._streams)
-        )
-        self._mover = RecordMover(caches, stores, self._streams, communicator)
+        self._streams = Streams(self._device) if self._device.type == "cuda" else None
+        self._exchange = exchange_with(peers, caches, self._streams)
+        self._mover = RecordMover(caches, stores, self._streams, peers)
         self._pending: list[_Pending] = []
         self._ended: list[_Pending] = []  # steps whose plans may still be read
         # ended steps whose gradients are on their way
-        self._num_kept = 0 if communicator is None else 1
+        self._num_kept = int(self._exchange.has_others)
         self._is_clean = True  # the stores hold everything
         self._torn_step: int | None = None
         self.at_close: list[Callable[[], None]] = []
-        """Called at the end of `close`, when neither the threads nor the device read a plan any
-        more."""
+        """Called at the end of `close`, when neither threads nor device read a plan any more."""
 
     def submit(
         self,
@@ -116,29 +116,27 @@ class Executor:
         release: Callable[[], None] | None = None,
         along: Sequence[MovedArray] = (),
     ) -> None:
-        """Takes the plan of the next step; to be called in order, `prefetch_depth` steps ahead
-        where possible.
+        """Takes the plan of the next step, in order, `prefetch_depth` steps ahead where possible.
 
-        With other trainers all ranks must be as far ahead of a step when it begins: what they
-        exchange depends on it. `release` is called by the trainer's thread once nothing reads the
-        arrays of plan and `along` any more, if that is before `close`. `along` moves to the device
-        with the plan: see `moved_along`.
+        With several trainers all ranks must be equally far ahead of a step when it begins, since
+        what they exchange depends on it.
+
+        Args:
+            plan: of this rank.
+            release: called by the trainer's thread once nothing reads the arrays of `plan` and
+                `along` any more, if that is before `close`.
+            along: moves to the device with the plan, and is then in `moved_along`.
         """
         self._pending.append(_Pending(plan=plan, release=release, along=along))
 
     def begin_step(self) -> None:
-        """Tick of the oldest submitted step: issues what is due, then waits until that step can be
-        computed.
-        """
+        """The tick of the oldest submitted step: issues what is due, then waits for its rows."""
         self._check_not_torn()
         pending = self._pending[0]
         tick = pending.plan.step
         self._is_clean = False
         with naming_step(tick):
-            if self._exchange is not None:
-                self._exchange.begin_step(tick)
-                # before their rows may be evicted, and their plans released
-                self._exchange.finish_deferred(tick - 2)
+            self._exchange.begin_step(tick)
             self._note_computed()
             self._release_ended()
             # A plan that came too late to be issued ahead: its own overlapped transfers still come
@@ -146,9 +144,9 @@ class Executor:
             # Overlapped ones of later steps come last: they may fetch what this step's urgent ones
             # evict.
             self._issue_overlapped(pending)
-            if self._exchange is not None:
-                self._exchange_behind(self._exchange, pending)
-            if any(_moves_anything(group.urgent) for group in pending.plan.groups):
+            self._exchange.start_behind(pending.plan, partial(self._filled, pending))
+            urgent = [group.urgent for group in pending.plan.groups]
+            if any(len(moved.evict_rows) or len(moved.fetch_rows) for moved in urgent):
                 self._issue_urgent(pending)
             # Before the overlapped ones of later steps: other ranks may wait for it before they do
             # what those wait for.
@@ -158,11 +156,10 @@ class Executor:
                     self._issue_overlapped(due)
             self._mover.raise_failed_writes()
             self._wait_for_rows(pending)
-            # Before replicas go out: rows that came late are among them.
+            # Before replicas go out: urgent rows are among them.
             self._wait_on_device(pending.overlapped)
             self._wait_on_device(pending.urgent)
-            if self._exchange is not None:
-                self._wait_for_replicas(self._exchange, pending)
+            self._wait_for_replicas(pending)
             for due in self._pending:
                 if (
                     due.overlapped is not None
@@ -180,17 +177,12 @@ class Executor:
     def update(self, index: int, plan: DevicePlan, grads: Tensor) -> None:
         """Applies one optimizer step of group `index` with the gradient (B, F, D) of its lookup."""
         number = plan.step + 1 - self._num_skipped[index]
-        if self._exchange is None:
-            self.caches[index].update(plan, grads, number=number)
-        else:
-            self._exchange.update(index, plan, grads, number=number)
+        self._exchange.update(index, plan, grads, number=number)
         self._updated.add(index)
 
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
-        if self._exchange is not None:
-            with self.undivided():
-                self._exchange.end_step(self._pending[0].plan.step)
+        self._exchange.end_step(self._pending[0].plan.step, self.undivided)
         ended, pending, updated = [*self._ended, self._pending[0]], self._pending[1:], set[int]()
         num_skipped = [
             count + (index not in self._updated) for index, count in enumerate(self._num_skipped)
@@ -206,9 +198,11 @@ class Executor:
 
     @contextmanager
     def undivided(self) -> Iterator[None]:
-        """For what an interrupt may not come between, as Ctrl-C may between any two lines of the
-        trainer's thread: if one does, nobody knows which rows have changed, or moved, and from then
-        on no step begins and nothing is written back.
+        """For work in which no interrupt may come.
+
+        Ctrl-C may come between any two lines of the trainer's thread. If one comes here, nobody
+        knows which rows have changed or moved, so from then on no step begins and nothing is
+        written back.
         """
         self._torn_step = self.step
         try:
@@ -227,8 +221,9 @@ class Executor:
             )
 
     def release_computed(self) -> None:
-        """Waits for the device, up to the last tick, and lets go of its plans: the next one may
-        wait for their room.
+        """Waits for the device, up to the last tick, and lets go of its plans.
+
+        The next plan may wait for their room.
         """
         for ended in self._ended:
             if ended.computed is not None:
@@ -236,16 +231,17 @@ class Executor:
         self._release_ended()
 
     def flush(self) -> None:
-        """Writes every resident record to its store; rows stay in the cache. What is updated
-        afterwards needs another flush.
+        """Writes every resident record to its store; rows stay in the cache.
 
-        After an interrupt it may be called again. UsageError: see `undivided`.
+        What is updated afterwards needs another flush. After an interrupt it may be called again.
+
+        Raises:
+            UsageError: an interrupt came into `undivided` work.
         """
         self._check_not_torn()
         if self._is_clean:
             return
-        if self._exchange is not None:
-            self._exchange.begin_flush()
+        self._exchange.begin_flush()
         for pending in self._pending:
             with naming_step(pending.plan.step):
                 for transfer in (pending.overlapped, pending.urgent):
@@ -256,24 +252,21 @@ class Executor:
             # whatever stream is current: what is sent next follows the steps' compute
             torch.cuda.synchronize(self._device)
             self._streams.record_compute()
-        if self._exchange is not None:
-            self._exchange.finish_all(None if self.current is None else self._pending[0].plan.step)
+        self._exchange.finish_all(None if self.current is None else self._pending[0].plan.step)
         if self._streams is not None:
             torch.cuda.synchronize(self._device)
         self._mover.write_all()
-        if self._exchange is not None:
-            self._exchange.communicator.barrier("waiting for all ranks to write their rows back")
+        self._exchange.end_flush()
         self._is_clean = self.current is None  # a step that is open may still update its rows
 
     def close(self, *, has_failed: bool = False) -> None:
         """Ends the background threads; what is not flushed is lost. Closing twice is allowed.
 
-        After a failure with other trainers nothing is waited for: they may never send what a
-        thread, or the device, waits for.
+        After a failure with several trainers it waits for nothing, since the others may never send
+        what a thread, or the device, waits for.
         """
-        is_stuck = has_failed and self._exchange is not None
-        if self._exchange is not None:
-            self._exchange.close(wait=not is_stuck)
+        is_stuck = has_failed and self._exchange.has_others
+        self._exchange.close(wait=not is_stuck)
         self._mover.close(wait=not is_stuck)
         if self._streams is not None and not is_stuck:
             # plans and the caches' memory are in use until then
@@ -288,9 +281,7 @@ class Executor:
             self.at_close.pop(0)
 
     def _issue_overlapped(self, pending: _Pending) -> None:
-        """Hands out a step's overlapped transfers and its plan's way to the device, unless that is
-        done.
-        """
+        """Hands out a step's plan and its overlapped transfers, unless that is done."""
         if pending.overlapped is None:
             plan = pending.plan
             transfers = tuple(group.overlapped for group in plan.groups)
@@ -327,47 +318,36 @@ class Executor:
         return tuple(group.overlapped for group in pending.on_device)
 
     def _for_compute(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Tensors for the user, who may keep them: their memory, made on another stream, must
-        outlive what compute does with it.
+        """Tensors for the user, who may keep them.
+
+        Their memory, made on another stream, must outlive what compute does with it.
         """
         if tensors and self._streams is not None:
             tensors[0].record_stream(self._streams.compute)  # of all, which share it
         # or autograd takes a change of one for a change of all
         return tuple(tensor.data for tensor in tensors)
 
-    def _exchange_behind(self, exchange: Exchange, pending: _Pending) -> None:
-        """Hands out what travels behind the compute of the step that comes now, after its own
-        replicas that could come ahead.
-        """
-        exchange.ask_for_replicas(pending.plan, partial(self._filled, pending))
-        if self._ended:
-            exchange.defer(self._ended[-1].plan.step)
-        if pending.plan.has_urgent:
-            exchange.finish_deferred(pending.plan.step - 1)
-            if self._streams is not None:
-                self._streams.record_compute()  # urgent evictions follow what was deferred
-
-    def _wait_for_replicas(self, exchange: Exchange, pending: _Pending) -> None:
+    def _wait_for_replicas(self, pending: _Pending) -> None:
         """Waits for the replicas of the step that comes now, and asks for those of the next one."""
         started = time.perf_counter()
-        exchange.finish_replicas(pending.plan)
+        self._exchange.finish_replicas(pending.plan)
         self.waits.replicas_s += time.perf_counter() - started
         following = self._pending[1] if len(self._pending) > 1 else None
         if following is not None and following.overlapped is not None:
-            exchange.ask_for_replicas(following.plan, partial(self._filled, following))
+            self._exchange.ask_for_replicas(following.plan, partial(self._filled, following))
 
     def _filled(self, pending: _Pending) -> list[DeviceExchange]:
-        """Waits until a step's overlapped rows are in their slots, on CUDA on the current stream;
-        what it exchanges, by group."""
+        """Waits until a step's overlapped rows are in their slots, on CUDA on the current stream.
+
+        Returns what the step exchanges, by group.
+        """
         assert pending.overlapped is not None
         self._mover.fill(pending.overlapped)
         self._wait_on_device(pending.overlapped)
         return [group.exchange for group in pending.on_device if group.exchange is not None]
 
     def _wait_for_rows(self, pending: _Pending) -> None:
-        """Fills the rows of the step that comes now, and accounts for the time that they are not
-        gathered yet.
-        """
+        """Fills the rows of the step that comes now, and accounts for waiting for them."""
         assert pending.overlapped is not None
         started = time.perf_counter()
         pending.overlapped.gathered.result()
@@ -386,8 +366,9 @@ class Executor:
             torch.cuda.current_stream(self._device).wait_event(transfer.filled)
 
     def _note_computed(self) -> None:
-        """Lets what is issued from now on follow all compute so far, of which nothing reads the
-        plans any more but the device.
+        """Lets what is issued from now on follow all compute so far.
+
+        From now on only the device reads the plans of steps that have ended.
         """
         computed = None if self._streams is None else self._streams.record_compute()
         for index in range(len(self._ended) - self._num_kept):
@@ -395,8 +376,7 @@ class Executor:
             ended.is_over, ended.computed = True, ended.computed or computed
 
     def _release_ended(self) -> None:
-        """Lets go of the plans of steps that are over: on a CPU at once, on CUDA when the device
-        has computed them.
+        """Lets go of the plans of steps that are over, on CUDA once the device has computed them.
 
         Until then they are held, since the memory of a plan on the device belongs to another stream
         than the one that reads it.
@@ -411,10 +391,6 @@ class Executor:
                     self._mover.give_back(transfers)
             if ended.release is not None:
                 ended.release()
-
-
-def _moves_anything(transfers: Transfers) -> bool:
-    return len(transfers.evict_rows) > 0 or len(transfers.fetch_rows) > 0
 
 
 def _slots_to_device(

@@ -1,5 +1,4 @@
-"""Moves records between stores and the device cache, as the trainer's thread asks for it at ticks
-(`bagpipe.cache.executor`).
+"""Moves records between stores and the device cache, as `bagpipe.cache.executor` asks at ticks.
 
     evict   evicted slots -> packed buffer -> pinned host buffer   (on CUDA) the trainer's thread
             -> store                                               write-back threads
@@ -9,7 +8,7 @@
 On a CPU, where copies are work, one gather thread does all but the store's part of an eviction.
 Before it reads the store, a fetch waits for the write-backs that its fence names.
 
-Several threads gather and write back, each the rows of a step of its own: fences order what must be
+Several threads gather and write back, each the rows of a step of its own. Fences order what must be
 in order. Threads that shared a step's rows would have to meet at its end, spinning on a core each.
 
 On CUDA both directions have a stream of their own. Evictions follow the compute issued so far,
@@ -38,7 +37,7 @@ from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceTransfers
 from bagpipe.cache.overlap import Buffer, Staging, Streams
 from bagpipe.cache.spans import span
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.distributed.write_marks import Moment
 from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
@@ -48,18 +47,20 @@ from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Float32Array, Int32Array, Int64Array
 
 _MAX_PENDING_WRITES = 64
-"""Write-backs that may be waiting, each of one group and step; more would let a slow store fill the
-memory."""
+"""Write-backs that may be waiting, each of one group and step.
+
+More would let a slow store fill the memory."""
 _FLUSH_BLOCK_BYTES = 64 << 20
 _NUM_THREADS = max(1, min(2, (os.cpu_count() or 1) // 4))
-"""That write back, and on CUDA as many that gather. Random rows take a core milliseconds a step,
-most of it waiting for memory; but with more threads the trainer's waits longer for Python's lock
-than for rows with fewer (docs/results.md)."""
+"""That write back, and on CUDA as many that gather.
+
+Random rows take a core milliseconds a step, most of it waiting for memory. But with more threads
+the trainer's waits longer for Python's lock than it waits for rows with fewer (docs/results.md)."""
 
 
 @dataclass(kw_only=True)
 class IssuedTransfers:
-    """A step's early or urgent transfers, handed out."""
+    """A step's overlapped or urgent transfers, handed out."""
 
     on_device: tuple[DeviceTransfers, ...]  # by group, as what is gathered
     gathered: Call[list[Buffer]]
@@ -69,8 +70,9 @@ class IssuedTransfers:
 
 
 class RecordMover:
-    """Owns the threads that gather and write back; its methods are called by the trainer's
-    thread.
+    """Owns the threads that gather and write back.
+
+    Its methods are called by the trainer's thread.
     """
 
     def __init__(
@@ -78,17 +80,11 @@ class RecordMover:
         caches: Sequence[DeviceCache],
         stores: Sequence[EmbeddingStore],
         streams: Streams | None,
-        communicator: Communicator | None,
+        peers: Peers,
     ) -> None:
-        """`streams` are those of a CUDA device; `communicator` says that there are other
-        trainers.
-        """
-        self._caches, self._stores, self._streams, self._communicator = (
-            tuple(caches),
-            tuple(stores),
-            streams,
-            communicator,
-        )
+        """`streams` are those of a CUDA device; `peers` are told what is written back."""
+        self._caches, self._stores = tuple(caches), tuple(stores)
+        self._streams, self._peers = streams, peers
         self._device = caches[0].device
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
         # issued and not yet there, in order of issue
@@ -97,7 +93,7 @@ class RecordMover:
         # On a CPU one thread takes steps in order, as the device does elsewhere.
         self._gather_threads = Workers("bagpipe-gather", 1 if streams is None else _NUM_THREADS)
         self._write_threads = Workers("bagpipe-write-back", _NUM_THREADS)
-        self._mark_thread = None if communicator is None else Workers("bagpipe-mark")
+        self._mark_thread = None if isinstance(peers, Alone) else Workers("bagpipe-mark")
         self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
         self._staging = Staging(pinned=streams is not None)
 
@@ -108,11 +104,9 @@ class RecordMover:
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
     ) -> IssuedTransfers:
-        """On CUDA evicts and hands out the fetches; on a CPU, where that is work, the gather thread
-        does all of it.
+        """On CUDA evicts and hands out the fetches; on a CPU the gather thread does all of it.
 
-        `to_device` moves the slots, by group, to the device; on a CPU it is called by the gather
-        thread.
+        `to_device` moves the slots, by group, to the device. On a CPU the gather thread calls it.
         """
         if self._streams is None:
             self._to_note.append(transfers)
@@ -131,9 +125,7 @@ class RecordMover:
         return IssuedTransfers(on_device=on_device, gathered=gathered, evicted=evicted)
 
     def fill(self, issued: IssuedTransfers) -> None:
-        """Puts gathered records into their slots, unless they are there; waits until they are
-        gathered.
-        """
+        """Puts gathered records into their slots, once; waits until they are gathered."""
         if issued.is_filled:
             issued.gathered.result()
             return
@@ -152,10 +144,8 @@ class RecordMover:
             self._staging.give_back(buffer)
 
     def mark_written(self, kind: Moment, step: int) -> None:
-        """Tells the other trainers, if there are any, once what has been issued so far is
-        written.
-        """
-        if self._communicator is None:
+        """Tells the other trainers, if there are any, once what has been issued is written."""
+        if self._mark_thread is None:
             return
         if self._streams is None:  # the gather thread evicts
             self._gather_threads.submit(self._hand_out_mark, kind, step)
@@ -188,8 +178,9 @@ class RecordMover:
                 store.write(rows_of_slots[block], records.numpy())
 
     def close(self, *, wait: bool = True) -> None:
-        """Ends the threads; without `wait` they end by themselves, once what they wait for has come
-        or failed.
+        """Ends the threads.
+
+        Without `wait` they end by themselves, once what they wait for has come or failed.
         """
         self._gather_threads.close(wait=wait)
         self._write_threads.close(wait=wait)
@@ -204,8 +195,9 @@ class RecordMover:
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
     ) -> list[Buffer]:
-        """Runs on the gather thread. The compute that evictions must follow is over when it is
-        asked for.
+        """Runs on the gather thread.
+
+        The compute that evictions must follow is over when it is asked for.
         """
         on_device = to_device()
         self._evict_all(transfers, on_device, tick)
@@ -249,8 +241,9 @@ class RecordMover:
     def _hand_out(
         self, threads: Workers, tick: int, work: Callable[..., None], *arguments: Any
     ) -> None:
-        """Hands out a write-back or mark, once few enough of them wait, and forgets those that have
-        succeeded.
+        """Hands out a write-back or mark, once few enough of them wait.
+
+        Forgets those that have succeeded.
         """
         if len(self._writes) >= _MAX_PENDING_WRITES:
             self._writes[0][1].result()
@@ -264,13 +257,13 @@ class RecordMover:
         self._hand_out(self._mark_thread, step, self._mark_written, earlier, kind, step)
 
     def _mark_written(self, earlier: Sequence[Call[None]], kind: Moment, step: int) -> None:
-        """Runs on the mark thread: a write-back thread would wait here for the other and leave the
-        next step's rows lying.
+        """Runs on the mark thread.
+
+        A write-back thread would wait here for the other and leave the next step's rows lying.
         """
         for write in earlier:
             write.result()
-        assert self._communicator is not None
-        self._communicator.mark_written(kind, step)
+        self._peers.mark_written(kind, step)
 
     def _write_back(self, index: int, rows: Int64Array, records: Float32Array) -> None:
         """Runs on a write-back thread."""
@@ -285,17 +278,15 @@ class RecordMover:
         self._staging.give_back(buffer)
 
     def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:
-        """Runs on a gather thread: after the write-backs of the fence reads each group's rows (n,
-        record_width).
-        """
+        """Runs on a gather thread: reads each group's rows (n, record_width) behind the fence."""
         fence = max(moved.fence_tick for moved in transfers)
-        if self._communicator is not None and fence >= 0:
+        if fence >= 0:
             # What other ranks evict up to the fence and this plan knows of, the overlapped
             # transfers of these steps do. Each waits for earlier steps' alone, so ranks never wait
             # for each other in a circle.
             depth = plan.step - plan.issue_tick
-            self._communicator.wait_written("overlapped", min(fence + depth, plan.step - 1))
-            self._communicator.wait_written("urgent", fence)
+            self._peers.wait_written("overlapped", min(fence + depth, plan.step - 1))
+            self._peers.wait_written("urgent", fence)
         # all that was evicted before these transfers is among them
         for tick, write in list(self._writes):
             if tick <= fence:
@@ -313,8 +304,9 @@ class RecordMover:
         return stagings
 
     def _note_moves(self) -> None:
-        """Notes what has been issued so far, unless other threads have, in the order in which slots
-        change hands.
+        """Notes which rows the slots hold after what has been issued so far.
+
+        Slots change hands in the order of issue, whichever thread notes it.
         """
         with self._noting:
             while self._to_note:

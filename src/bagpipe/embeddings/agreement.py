@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Peers
 from bagpipe.errors import ConfigError
 from bagpipe.feed.stream import StreamOptions
 
 
-def check_same_settings(communicator: Communicator, options: StreamOptions, *, seed: int) -> None:
+def check_same_settings(peers: Peers, options: StreamOptions, *, seed: int) -> None:
     """Raises ConfigError on every rank where one plans with other settings; all must call it."""
     own = {
         "tables and optimizer": repr(options.groups),
@@ -21,7 +21,7 @@ def check_same_settings(communicator: Communicator, options: StreamOptions, *, s
         "step": options.first_step,
         "seed": seed,
     }
-    texts = communicator.gather_texts("the settings", json.dumps(own))
+    texts = peers.gather_texts("the settings", json.dumps(own, default=int))  # of numpy, too
     first, *others = (json.loads(text) for text in texts)
     for rank, other in enumerate(others, 1):
         for key, value in first.items():

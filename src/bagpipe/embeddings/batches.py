@@ -58,7 +58,8 @@ class Lookahead(Generic[BatchT]):
         self.has_failed_alike = False
         """Whether all of several ranks had an error in their plans at the same step, so that all
         rows were written back."""
-        self._communicator = embeddings.communicator
+        self._peers = embeddings.peers
+        self._has_others = self._peers.num_trainers > 1
         self._pid = os.getpid()
         # Held while a batch is asked for, and for ever by a call that was interrupted.
         self._turn = threading.Lock()
@@ -188,7 +189,7 @@ class Lookahead(Generic[BatchT]):
         if self._is_closed or self._is_forked:
             return
         self._failure = self._failure or repr(error)  # the error would hold the stream
-        if self._communicator is None or self._have_all(error):
+        if not self._has_others or self._have_all(error):
             try:
                 self.close()
             except Exception as more:  # the first one is the cause; the tables know of this one
@@ -205,8 +206,7 @@ class Lookahead(Generic[BatchT]):
         Ranks that lost their oracle process may be at different steps, and needn't ask.
         """
         if error is self._plans_error and not isinstance(error, LostError):
-            assert self._communicator is not None
-            self.has_failed_alike = self._communicator.all_stop_before(self._embeddings.step)
+            self.has_failed_alike = self._peers.all_stop_before(self._embeddings.step)
         return self.has_failed_alike
 
     @property
@@ -235,12 +235,10 @@ class Lookahead(Generic[BatchT]):
             batches,
             options,
             adapter,
-            self._communicator,
+            self._peers,
             # With several trainers a step's plan is held until the next one's gradients are under
             # way.
-            num_places=options.prefetch_depth
-            + 2 * PLANS_AHEAD
-            + int(self._communicator is not None),
+            num_places=options.prefetch_depth + 2 * PLANS_AHEAD + int(self._has_others),
             device=self._embeddings.device,
             at_close=self._executor.at_close,
         )
@@ -264,12 +262,11 @@ class Lookahead(Generic[BatchT]):
             if planned is None:
                 return False
             self._submit(planned)
-        # All ranks must be as far ahead: which messages they send depends on it.
-        others = self._communicator is not None
-        while len(self._submitted) <= max(self._prefetch_depth, 1 if others else 0):
+        # All ranks must be equally far ahead: which messages they send depends on it.
+        while len(self._submitted) <= max(self._prefetch_depth, int(self._has_others)):
             planned = (
                 self._wait_for_plan(self._source.next_or_none)
-                if others
+                if self._has_others
                 else self._source.next_if_ready()
             )
             if planned is None:
@@ -289,10 +286,10 @@ class Lookahead(Generic[BatchT]):
 
     def _submit(self, planned: Planned[BatchT]) -> None:
         plan = planned.plan
-        if self._communicator is not None and planned.ids_hash and plan.joint_hash:
+        if planned.ids_hash and plan.joint_hash:
             act = plan_act(plan.step, plan.lookahead, planned.ids_hash, plan.joint_hash)
             # the step before sends gradients that this one needs, and replicas for it
-            self._communicator.tell(act, needed_at=plan.step - 1, note=plan.failure)
+            self._peers.tell(act, needed_at=plan.step - 1, note=plan.failure)
         arrays, make_batch = take_apart(planned.batch, self._move, planned.plan.step)
         self._executor.submit(planned.plan, planned.release, arrays)
         self._submitted.append((planned, make_batch))

@@ -8,7 +8,7 @@ from numbers import Integral
 
 import torch
 
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.sizes import parse_rows, slots_of
 from bagpipe.types import Group
@@ -22,7 +22,7 @@ def slots_for(
     cache: int | str | Sequence[int],
     groups: Sequence[Group],
     device: torch.device,
-    communicator: Communicator | None = None,
+    peers: Peers | None = None,
 ) -> list[int]:
     """Slots for each group; none gets more than it has rows.
 
@@ -32,8 +32,8 @@ def slots_for(
             of each.
         groups: of tables.
         device: whose free memory "auto" divides.
-        communicator: with other trainers. "auto" is then the same for all: what the one with the
-            least free memory can have. On CPUs the trainers of a host share its memory.
+        peers: the other trainers; by default none. "auto" is the same for all: what the one with
+            the least free memory can have. On CPUs the trainers of a host share its memory.
 
     Raises:
         ConfigError: `cache` is anything else.
@@ -47,16 +47,14 @@ def slots_for(
         if len(cache) != len(groups):
             raise ConfigError(f"cache has {len(cache)} entries for {len(groups)} groups")
         return [min(int(slots), group.num_rows) for slots, group in zip(cache, groups, strict=True)]
-    size = f"{_automatic_bytes(device, communicator)}B" if cache == "auto" else str(cache)
+    size = f"{_automatic_bytes(device, peers or Alone())}B" if cache == "auto" else str(cache)
     return slots_of(parse_rows(size, groups, "cache"), groups)
 
 
-def _automatic_bytes(device: torch.device, communicator: Communicator | None) -> int:
-    free = _free_bytes(device)
-    if communicator is not None:
-        free = -int(communicator.largest(-free))
-        if device.type == "cpu":
-            free //= len(communicator.ranks_of_host)
+def _automatic_bytes(device: torch.device, peers: Peers) -> int:
+    free = -int(peers.largest(-_free_bytes(device)))
+    if device.type == "cpu":
+        free //= len(peers.ranks_of_host)
     return int(AUTO_SHARE * free)
 
 

@@ -111,7 +111,7 @@ class EmbeddingBagCollection(StoredTables):
         Raises:
             UsageError: there are several trainers.
         """
-        if scaler is not None and self.communicator is not None:
+        if scaler is not None and self.peers.num_trainers > 1:
             raise UsageError(
                 "a GradScaler is not supported with several trainers, of which one alone may "
                 "overflow: use autocast with bfloat16, which needs none"
@@ -279,7 +279,7 @@ class EmbeddingBagCollection(StoredTables):
             for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)
         ]
         self._pid = os.getpid()
-        self.executor = Executor(caches, self.stores, self.communicator, self.num_skipped)
+        self.executor = Executor(caches, self.stores, self.peers, self.num_skipped)
         return self.executor
 
     def begin_step(self, sparse: object) -> None:
@@ -332,7 +332,7 @@ class EmbeddingBagCollection(StoredTables):
             self.flush()
         except BaseException as error:
             # After an interrupt it can be called again, unless other trainers have gone on.
-            if isinstance(error, Exception) or self.communicator is not None:
+            if isinstance(error, Exception) or self.peers.num_trainers > 1:
                 self.fail(error)
             raise
         self._end_executor()
@@ -344,8 +344,7 @@ class EmbeddingBagCollection(StoredTables):
         """
         if self.executor is not None:
             self._failure = error
-            if self.communicator is not None:
-                self.communicator.tell_failed(error)
+            self.peers.tell_failed(error)
             self._end_executor()
 
     def _end_executor(self) -> None:

@@ -128,8 +128,8 @@ def lookahead(
         raise ConfigError(f"oracle is {oracle!r}, must be 'thread' or 'process'")
     # An earlier stream's cache must be free before this one is sized, and its last step closed.
     embeddings.stop()
-    communicator = embeddings.communicator
-    num_slots = slots_for(cache, embeddings.groups, embeddings.device, communicator)
+    peers = embeddings.peers
+    num_slots = slots_for(cache, embeddings.groups, embeddings.device, peers)
     options = StreamOptions(
         groups=embeddings.groups,
         num_slots=tuple(num_slots),
@@ -141,8 +141,7 @@ def lookahead(
         dedup_threads=dedup_threads,
         check=check,
     )
-    if communicator is not None:
-        check_same_settings(communicator, options, seed=embeddings.seed)
+    check_same_settings(peers, options, seed=embeddings.seed)
     adapter = BatchAdapter(sparse=sparse or find_sparse, share=share, hand_out=hand_out)
     return Lookahead(batches, embeddings, options, adapter, move, in_process=oracle == "process")
 
@@ -153,17 +152,17 @@ def _topology(
     replicas: int | Sequence[int] | None,
     overlap: bool,
 ) -> Topology:
-    communicator = embeddings.communicator
-    if communicator is None:
+    peers = embeddings.peers
+    if peers.num_trainers == 1:  # who needs no rows of others
         return ONE_TRAINER
     if replicas is None:
         replicas = [max(slots // 2, _MIN_REPLICAS) for slots in num_slots]
     elif isinstance(replicas, int):
         replicas = [replicas] * len(num_slots)
     return Topology(
-        num_trainers=communicator.num_trainers,
-        num_hosts=communicator.num_hosts,
-        ranks=(communicator.rank,),
+        num_trainers=peers.num_trainers,
+        num_hosts=peers.num_hosts,
+        ranks=(peers.rank,),
         num_replica_slots=tuple(replicas),
         overlap=overlap,
     )

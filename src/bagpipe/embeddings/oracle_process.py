@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Peers
 from bagpipe.errors import ConfigError
 from bagpipe.feed.process import OracleProcess, SharedOracle
 from bagpipe.feed.stream import BatchAdapter, StreamOptions
@@ -24,7 +24,7 @@ def start_oracle(
     batches: Iterable[Any],
     options: StreamOptions,
     adapter: BatchAdapter,
-    communicator: Communicator | None,
+    peers: Peers,
     *,
     num_places: int,
     device: torch.device,
@@ -47,7 +47,7 @@ def start_oracle(
         batches,
         options,
         adapter,
-        communicator,
+        peers,
         num_places=num_places,
         on_region=pinned.pin if device.type == "cuda" else lambda _: None,
     )
@@ -59,37 +59,37 @@ def _start_or_join(
     batches: Iterable[Any],
     options: StreamOptions,
     adapter: BatchAdapter,
-    communicator: Communicator | None,
+    peers: Peers,
     *,
     num_places: int,
     on_region: Callable[[UInt8Array], None],
 ) -> SharedOracle[Any]:
-    if communicator is not None and not communicator.is_first_of_host:
-        outcome = communicator.share_text(_NAME, None)
+    if not peers.is_first_of_host:
+        outcome = peers.share_text(_NAME, None)
         if not outcome.startswith(_STARTED):
-            first = communicator.ranks_of_host[0]
+            first = peers.ranks_of_host[0]
             raise ConfigError(
                 f"rank {first} could not start the oracle process: {outcome.removeprefix(_FAILED)}"
             )
         return SharedOracle.join(
             outcome.removeprefix(_STARTED),
-            communicator.rank,
+            peers.rank,
             on_region=on_region,
-            join_timeout_s=communicator.timeout.total_seconds(),
+            join_timeout_s=peers.timeout.total_seconds(),
         )
-    timeout_s = (
-        {} if communicator is None else {"join_timeout_s": communicator.timeout.total_seconds()}
-    )
     try:
         process = OracleProcess(
-            batches, options, adapter, num_places=num_places, on_region=on_region, **timeout_s
+            batches,
+            options,
+            adapter,
+            num_places=num_places,
+            on_region=on_region,
+            join_timeout_s=peers.timeout.total_seconds(),
         )
     except BaseException as error:
-        if communicator is not None:
-            communicator.share_text(_NAME, f"{_FAILED}{error}")
+        peers.share_text(_NAME, f"{_FAILED}{error}")
         raise
-    if communicator is not None:
-        communicator.share_text(_NAME, f"{_STARTED}{process.address}")
+    peers.share_text(_NAME, f"{_STARTED}{process.address}")
     return process
 
 

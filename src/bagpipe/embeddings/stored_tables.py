@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.tables import (
     LazyTable,
@@ -22,17 +23,8 @@ from bagpipe.embeddings.tables import (
 )
 from bagpipe.errors import UsageError
 from bagpipe.lookups import check_features, group_lookups, group_rows
-from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import (
-    Float32Array,
-    Group,
-    Int64Array,
-    Jagged,
-    Optimizer,
-    TableConfig,
-    group_tables,
-)
+from bagpipe.types import Group, Jagged, Optimizer, TableConfig, group_tables
 
 
 class StoredTables(nn.Module):
@@ -52,8 +44,9 @@ class StoredTables(nn.Module):
         super().__init__()
         if communicator is not None and communicator.num_trainers == 1:
             communicator = None
-        if store is None:
-            store = MemoryStore if communicator is None else communicator.shared_store
+        self.peers: Peers = communicator or Alone()
+        """The other trainers, of whom there may be none."""
+        store = store or self.peers.shared_store
         self.groups = group_tables(tables, optimizer)
         self.stores = tuple(store(group, seed) for group in self.groups)
         self.device = torch.device(device)
@@ -99,10 +92,9 @@ class StoredTables(nn.Module):
                 {_weight_key(name): table for name, table in self.tables().items()}, Path(path)
             )
             return
-        assert self.communicator is not None
         self.flush()
         tables = {_weight_key(name): table for name, table in self._tables(self.flush).items()}
-        save_tables_together(tables, Path(path), self.communicator)
+        save_tables_together(tables, Path(path), self.peers)
 
     def join_reading(self) -> None:
         """With several hosts: helps the others to read a batch in evaluation.
@@ -110,15 +102,19 @@ class StoredTables(nn.Module):
         For a rank that has no batch for its own part.
         """
         for group, store in zip(self.groups, self.stores, strict=True):
-            self._fetch(store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32))
+            self.peers.fetch_from_homes(
+                store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32)
+            )
 
     @property
     def _has_hosts(self) -> bool:
-        return self.communicator is not None and self.communicator.num_hosts > 1
+        return self.peers.num_hosts > 1
 
     def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
         return {
-            table.name: LazyTable(store, index, flush, self._fetch, self._check_idle)
+            table.name: LazyTable(
+                store, index, flush, self.peers.fetch_from_homes, self._check_idle
+            )
             for group, store in zip(self.groups, self.stores, strict=True)
             for index, table in enumerate(group.tables)
         }
@@ -181,7 +177,7 @@ class StoredTables(nn.Module):
         lookups = group_lookups(group, batch)
         rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
         records = np.empty((len(rows), group.record_width), np.float32)
-        self._fetch(store, rows, records)
+        self.peers.fetch_from_homes(store, rows, records)
         cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=0.0)
         cache.fill(
             to_device(np.arange(len(rows), dtype=np.int32), self.device),
@@ -197,13 +193,6 @@ class StoredTables(nn.Module):
                 device=self.device,
             )
         )
-
-    def _fetch(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
-        """Reads rows of any host."""
-        if self.communicator is None:
-            store.fetch(rows, out)
-        else:
-            self.communicator.fetch_from_homes(store, rows, out)
 
 
 def _weight_key(table: str) -> str:

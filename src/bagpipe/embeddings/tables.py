@@ -21,7 +21,7 @@ from bagpipe.types import Float32Array, Int64Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bagpipe.distributed.communicator import Communicator
+    from bagpipe.distributed.alone import Peers
 
 Fetch: TypeAlias = Callable[[EmbeddingStore, Int64Array, Float32Array], None]
 _BLOCK_ROWS = 65_536
@@ -132,16 +132,14 @@ def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
     _write_tables(tables, _all_blocks(tables), path)
 
 
-def save_tables_together(
-    tables: Mapping[str, LazyTable], path: Path, communicator: Communicator
-) -> None:
+def save_tables_together(tables: Mapping[str, LazyTable], path: Path, peers: Peers) -> None:
     """As `save_tables`, of tables that all ranks must read together: rank 0 writes.
 
     Raises:
         StoreError: as there, on all ranks.
     """
     failure: StoreError | None = None
-    if communicator.rank == 0:
+    if peers.rank == 0:
         blocks = _all_blocks(tables)
         try:
             _write_tables(tables, blocks, path)
@@ -152,7 +150,7 @@ def save_tables_together(
     else:
         for table in tables.values():
             table.join_reading()
-    told = communicator.gather_texts("the tables' file", "" if failure is None else str(failure))
+    told = peers.gather_texts("the tables' file", "" if failure is None else str(failure))
     if failure is not None:
         raise failure
     if told[0]:

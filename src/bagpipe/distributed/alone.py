@@ -1,0 +1,61 @@
+"""A trainer without others, asked the same as one of several: rank 0 of 1."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TypeAlias
+
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.write_marks import Moment
+from bagpipe.store import MemoryStore
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import Float32Array, Group, Int64Array
+
+
+class Alone:
+    """What a `Communicator` would be among one: nothing is sent, and nobody is waited for."""
+
+    rank, num_trainers, num_hosts = 0, 1, 1
+    ranks_of_host, is_first_of_host = range(1), True
+    timeout = timedelta(minutes=5)
+
+    def tell(self, act: str, *, needed_at: int, note: str = "") -> None:
+        """Nobody is told."""
+
+    def tell_failed(self, error: BaseException) -> None:
+        """Nobody is told."""
+
+    def gather_texts(self, what: str, text: str) -> list[str]:
+        """This rank's alone."""
+        return [text]
+
+    def share_text(self, what: str, text: str | None) -> str:
+        """This rank's own, which is the first of its host."""
+        assert text is not None
+        return text
+
+    def largest(self, value: float) -> float:
+        """This rank's own."""
+        return value
+
+    def all_stop_before(self, step: int) -> bool:
+        """This rank does."""
+        return True
+
+    def mark_written(self, kind: Moment, step: int) -> None:
+        """Nobody is told."""
+
+    def wait_written(self, kind: Moment, step: int) -> None:
+        """Nobody else writes."""
+
+    def shared_store(self, group: Group, seed: int) -> EmbeddingStore:
+        """A store in this process's memory."""
+        return MemoryStore(group, seed)
+
+    def fetch_from_homes(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
+        """The store has all rows."""
+        store.fetch(rows, out)
+
+
+Peers: TypeAlias = Communicator | Alone
+"""How a trainer talks to the others, of whom there may be none."""
