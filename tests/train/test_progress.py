@@ -25,6 +25,7 @@ NUMBERS = StepAverages(
     wait_plan_ms=1.5,
     wait_rows_ms=2.5,
     wait_slots_ms=3.5,
+    wait_replicas_ms=4.5,
 )
 
 
@@ -47,7 +48,9 @@ def test_without_a_terminal_a_plain_line_comes_by_itself() -> None:
         file.wait_for("0/10 -/s loss -", count=2)  # nothing is done, and it is told
         reporter.advance(3)
         reporter.show(NUMBERS)
-        file.wait_for("3/10 1,234/s loss 0.5000 hit 75.0% wait plan 1.5 rows 2.5 slots 3.5 ms")
+        file.wait_for(
+            "3/10 1,234/s loss 0.5000 hit 75.0% wait plan 1.5 rows 2.5 slots 3.5 replicas 4.5 ms"
+        )
         reporter.evaluating(1, 3)
         file.wait_for("1/3 batches evaluated")
     assert "\x1b" not in file.getvalue()

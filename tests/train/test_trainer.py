@@ -59,6 +59,7 @@ def test_a_run_logs_scores_and_saves(tmp_path: Path) -> None:
         "wait_plan_ms",
         "wait_rows_ms",
         "wait_slots_ms",
+        "wait_replicas_ms",
     } <= log_of(tmp_path, "train")[0].keys()
 
 

@@ -20,9 +20,12 @@ from rich.text import Text
 from bagpipe.native.jit import count_compiled, is_compiling
 from bagpipe.train.report import StepAverages
 
-_NUMBERS = "{speed}/s loss {loss} hit {hit_rate} wait plan {plan} rows {rows} slots {slots} ms"
+_NUMBERS = (
+    "{speed}/s loss {loss} hit {hit_rate} wait plan {plan} rows {rows} slots {slots} "
+    "replicas {replicas} ms"
+)
 _NOTHING_YET = _NUMBERS.format(
-    **dict.fromkeys(("loss", "speed", "hit_rate", "plan", "rows", "slots"), "-")
+    **dict.fromkeys(("loss", "speed", "hit_rate", "plan", "rows", "slots", "replicas"), "-")
 )
 _LOOK_EVERY_S = 0.25
 _COMPILING_IS_TOLD_AFTER_S = 1.0
@@ -97,6 +100,7 @@ class ConsoleReporter:
                 plan=f"{averages.wait_plan_ms:.1f}",
                 rows=f"{averages.wait_rows_ms:.1f}",
                 slots=f"{averages.wait_slots_ms:.1f}",
+                replicas=f"{averages.wait_replicas_ms:.1f}",
             )
             self._bar.update(self._training, description=numbers)
 

@@ -23,6 +23,7 @@ class StepAverages:
     wait_plan_ms: float
     wait_rows_ms: float
     wait_slots_ms: float
+    wait_replicas_ms: float  # for rows that other trainers own
 
 
 class Reporter(Protocol):
@@ -72,6 +73,7 @@ class _Totals:
     plan_s: float
     rows_s: float
     slots_s: float
+    replicas_s: float
 
     @classmethod
     def of(cls, stream: Lookahead[Any]) -> _Totals:
@@ -82,6 +84,7 @@ class _Totals:
             plan_s=waits.plan_s,
             rows_s=waits.rows_s,
             slots_s=waits.slots_s,
+            replicas_s=waits.replicas_s,
         )
 
 
@@ -128,6 +131,7 @@ class Meter:
             wait_plan_ms=1e3 * (now.plan_s - before.plan_s) / num_steps,
             wait_rows_ms=1e3 * (now.rows_s - before.rows_s) / num_steps,
             wait_slots_ms=1e3 * (now.slots_s - before.slots_s) / num_steps,
+            wait_replicas_ms=1e3 * (now.replicas_s - before.replicas_s) / num_steps,
         )
 
 
