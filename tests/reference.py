@@ -115,8 +115,9 @@ def naive_oracle(
 
 
 class LeastRecentlyUsed:
-    """A second eviction policy, to which the future means nothing; it moves all rows at the last
-    moment.
+    """A second eviction policy, to which the future means nothing.
+
+    All of its transfers are urgent.
     """
 
     evicted_blindly = False
