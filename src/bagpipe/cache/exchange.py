@@ -131,6 +131,10 @@ class Exchange:
         self._background = _BackgroundThread() if streams is None else _BackgroundStream(streams)
         self._steps: dict[int, _Step] = {}
         self._newest = 0  # step that has begun
+        # On a GPU the host does not wait for rows, so one act a step tells all. On a CPU the update
+        # must be told before its messages, or a rank that skips it would leave others waiting.
+        self._tells_updates_later = streams is not None
+        self._untold = ""  # what was done since the last act
 
     def begin_step(self, number: int) -> None:
         """Compares what ranks have done since the last step, before anything of this one is sent.
@@ -138,7 +142,8 @@ class Exchange:
         Ends what step `number` - 2 deferred, before its rows may be evicted and its plan released.
         """
         self._newest = number
-        self._communicator.tell(f"begins step {number}", needed_at=number + 1)
+        self._communicator.tell(f"{self._untold}begins step {number}", needed_at=number + 1)
+        self._untold = ""
         self._communicator.compare_acts(number)
         self.finish_deferred(number - 2)
 
@@ -177,9 +182,10 @@ class Exchange:
     def begin_flush(self) -> None:
         """Compares what the ranks have done: all must flush at the same step."""
         self._communicator.do_together(
-            f"writes its rows back at step {self._newest} (for an evaluation, a checkpoint or a "
-            "look into the tables, or since its batches are over)"
+            f"{self._untold}writes its rows back at step {self._newest} (for an evaluation, a "
+            "checkpoint or a look into the tables, or since its batches are over)"
         )
+        self._untold = ""
 
     def ask_for_replicas(
         self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]
@@ -212,10 +218,11 @@ class Exchange:
         step.rates[index] = cache.rate_of(number)
         is_last = len(step.sums) == len(self._caches) - 1
         if is_last:
-            self._communicator.tell(
-                f"updates its rows in step {plan.step} at the learning rate {cache.lr!r}",
-                needed_at=plan.step + 1,
-            )
+            act = f"updates its rows in step {plan.step} at the learning rate {cache.lr!r}"
+            if self._tells_updates_later:
+                self._untold = f"{act}, then "
+            else:
+                self._communicator.tell(act, needed_at=plan.step + 1)
         with span("sum"):
             sums = cache.sum_by_row(
                 plan, grads, scale=1.0 / self._communicator.num_trainers, room=exchange.num_room
