@@ -13,7 +13,7 @@ from benchmarks.cli import app
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 LAB = sorted((DOCS / "lab").glob("*.md"))
-PAGES = sorted({*ROOT.glob("*.md"), *DOCS.glob("**/*.md")} - {DOCS / "design.md"})
+PAGES = sorted({*ROOT.glob("*.md"), *DOCS.glob("**/*.md")})
 SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 VOCABULARY = DOCS / "vocabulary.md"
 FREE = {VOCABULARY, ROOT / "CHANGELOG.md", *LAB}
