@@ -30,7 +30,7 @@ from bagpipe.jagged import share_of
 from bagpipe.native.memory import keep_freed_memory
 from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle.cache_plan import CachePlan
-from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.dedup import dedup
 from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.plan import GroupPlan
@@ -135,12 +135,12 @@ def _make_ids(
 
 def _time_dedup(
     sizes: OracleBench, group: Group, batches: list[Jagged], progress: Progress
-) -> tuple[list[DedupedGroup], Timing]:
+) -> tuple[list[MergedGroup], Timing]:
     """De-duplicates all batches; returns them and the times of the last `num_measured`."""
     deduped, times = [], []
     for index, batch in enumerate(batches):
         started = time.perf_counter()
-        deduped.append(dedup(group, batch))
+        deduped.append(merge(group, [dedup(group, batch)]))
         times.append(time.perf_counter() - started)
         progress("de-duplicating", index + 1, len(batches))
     return deduped, Timing.of(times[-sizes.num_measured :])
@@ -150,7 +150,7 @@ def _time_slots(
     sizes: OracleBench,
     group: Group,
     num_slots: int,
-    batches: list[DedupedGroup],
+    batches: list[MergedGroup],
     lookahead: int,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -245,10 +245,10 @@ def _run_live(
     }
 
 
-def _deduped(group: Group, batch: Jagged, num_trainers: int) -> DedupedGroup | MergedGroup:
+def _deduped(group: Group, batch: Jagged, num_trainers: int) -> MergedGroup:
     """A batch in the form in which the window holds it."""
     if num_trainers == 1:
-        return dedup(group, batch)
+        return merge(group, [dedup(group, batch)])
     return merge(
         group, [dedup(group, share_of(batch, rank, num_trainers)) for rank in range(num_trainers)]
     )

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from bagpipe.oracle.cache_plan import CachePlan, Neighbours
-from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.plan import MAX_PIECE_LENGTH, Transfers
@@ -136,7 +135,7 @@ class LeastRecentlyUsed:
     def num_used_slots(self) -> int:
         return len(self._slots)
 
-    def link(self, batch: DedupedGroup | MergedGroup) -> LinkedGroup:
+    def link(self, batch: MergedGroup) -> LinkedGroup:
         rows, first = batch.unique_rows.tolist(), self._num_linked
         previous = [self._last_uses.get(row, -1) for row in rows]
         self._last_uses.update((row, first + index) for index, row in enumerate(rows))

@@ -13,6 +13,7 @@ from torch import Tensor
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
+from bagpipe.oracle.merge import merge
 from bagpipe.types import (
     SGD,
     Adagrad,
@@ -67,7 +68,13 @@ def make_case(
     )
     oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
     ((plan, _),) = oracle.plan(
-        [DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))]
+        [
+            DedupedBatch(
+                payload=None,
+                share_sizes=(batch_size,),
+                groups=(merge(group, [dedup(group, batch)]),),
+            )
+        ]
     )
     device_plan = DevicePlan.of(
         plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu")

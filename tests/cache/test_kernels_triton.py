@@ -20,6 +20,7 @@ from torch import Tensor
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
+from bagpipe.oracle.merge import merge
 from bagpipe.types import (
     SGD,
     Adagrad,
@@ -92,7 +93,13 @@ def make_plan(
     )
     oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
     ((plan, _),) = oracle.plan(
-        [DedupedBatch(payload=None, batch_size=batch_size, groups=(dedup(group, batch),))]
+        [
+            DedupedBatch(
+                payload=None,
+                share_sizes=(batch_size,),
+                groups=(merge(group, [dedup(group, batch)]),),
+            )
+        ]
     )
     return DevicePlan.of(
         plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu")
@@ -184,7 +191,13 @@ def test_a_row_in_every_bag_and_rows_at_the_limit_of_a_piece() -> None:
     batch = Jagged(keys=("f",), values=values, batch_size=len(values))
     oracle = Oracle([group], num_slots=[4], lookahead=1)
     ((plan, _),) = oracle.plan(
-        [DedupedBatch(payload=None, batch_size=len(values), groups=(dedup(group, batch),))]
+        [
+            DedupedBatch(
+                payload=None,
+                share_sizes=(len(values),),
+                groups=(merge(group, [dedup(group, batch)]),),
+            )
+        ]
     )
     device_plan = DevicePlan.of(
         plan.groups[0], step=0, batch_size=len(values), num_features=1, device=torch.device("cpu")

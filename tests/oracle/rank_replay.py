@@ -95,7 +95,6 @@ def plan_all(
     merged = [
         DedupedBatch(
             payload=None,
-            batch_size=sum(share.batch_size for share in step),
             groups=(merge(group, [dedup(group, share) for share in step]),),
             share_sizes=tuple(share.batch_size for share in step),
         )

@@ -17,6 +17,7 @@ from tests import reference, strategies
 
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
 from bagpipe.oracle import DedupedBatch, Oracle, OracleReport, checked, dedup
+from bagpipe.oracle.merge import merge
 from bagpipe.plan import GroupPlan, StepPlan, Transfers
 from bagpipe.topology import Topology
 from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
@@ -24,7 +25,11 @@ from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
 def deduped(group: Group, batches: list[Jagged]) -> Iterator[DedupedBatch[None]]:
     for batch in batches:
-        yield DedupedBatch(payload=None, batch_size=batch.batch_size, groups=(dedup(group, batch),))
+        yield DedupedBatch(
+            payload=None,
+            share_sizes=(batch.batch_size,),
+            groups=(merge(group, [dedup(group, batch)]),),
+        )
 
 
 def smallest_cache(group: Group, batches: list[Jagged]) -> int:

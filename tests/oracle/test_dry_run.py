@@ -27,6 +27,7 @@ from bagpipe.oracle.dry_run_view import (
     render_smallest,
     save_plot,
 )
+from bagpipe.oracle.merge import merge
 from bagpipe.oracle.row_trace import Trace, read_trace
 from bagpipe.oracle.sizes import parse_rows, slots_of
 from bagpipe.types import SGD, Adagrad, Group, Jagged, TableConfig, group_tables
@@ -69,7 +70,9 @@ def test_counts_what_the_plans_of_training_say(trace: Trace) -> None:
     slots = slots_of(120, groups)
     full = (
         DedupedBatch(
-            payload=None, batch_size=32, groups=tuple(dedup(group, batch) for group in groups)
+            payload=None,
+            share_sizes=(32,),
+            groups=tuple(merge(group, [dedup(group, batch)]) for group in groups),
         )
         for batch in batches()
     )

@@ -9,6 +9,7 @@ from tests.oracle.test_cacher import deduped, zipf_batches
 from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle import Cacher, Oracle, checked
 from bagpipe.oracle.linker import Linker
+from bagpipe.oracle.ranks import RankPlanner, TrainerCache
 from bagpipe.plan import GroupPlan
 from bagpipe.types import SGD, Jagged, TableConfig, group_tables
 
@@ -43,7 +44,8 @@ def test_plans_do_not_depend_on_the_numbers_of_occurrences(first_occurrence: int
         plans = []
         for batch in batches_of_group[10:]:
             cacher.admit(cacher.linker.link(batch))
-            plans.append(cacher.plan().of_single_trainer())
+            planned, cache = cacher.plan(), TrainerCache(num_slots=120, num_replica_slots=0)
+            plans.append(RankPlanner(group, planned, cache, step=0).plan(0))
         return plans
 
     for one, other in zip(plan(0), plan(first_occurrence), strict=True):

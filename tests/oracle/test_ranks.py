@@ -27,6 +27,7 @@ from tests.oracle.rank_replay import (
 
 from bagpipe.errors import ConfigError, PlanError
 from bagpipe.oracle import DedupedBatch, Oracle, dedup
+from bagpipe.oracle.merge import merge
 from bagpipe.plan import StepPlan
 from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
@@ -157,7 +158,9 @@ def test_all_caches_together_fetch_as_one_of_one_trainer() -> None:
     # With several trainers rows settle one step after those of one trainer, hence a depth of 3.
     one = Oracle([group], num_slots=[450], lookahead=6, prefetch_depth=3)
     single = one.plan(
-        DedupedBatch(payload=None, batch_size=120, groups=(dedup(group, batch),))
+        DedupedBatch(
+            payload=None, share_sizes=(120,), groups=(merge(group, [dedup(group, batch)]),)
+        )
         for batch in batches
     )
     for plans, (alone, _) in zip(plan_all(group, batches, 3, 150).plans, single, strict=True):

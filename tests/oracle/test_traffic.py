@@ -100,7 +100,6 @@ def steps(trace: Trace, cache_rows: int) -> Iterator[tuple[int, list[GroupPlan],
     oracle = Oracle(trace.groups, num_slots=trace.slots(cache_rows), lookahead=3, topology=topology)
     for plans, batch in oracle.plan_ranks(oracle.link(trace.batches)):
         for group, merged in enumerate(batch.groups):
-            assert isinstance(merged, MergedGroup)
             yield plans[0].step, [plan.groups[group] for plan in plans], merged
 
 

@@ -25,8 +25,8 @@ import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle import shards
-from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.policy import POLICIES
+from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.plan import GroupPlan
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
@@ -336,8 +336,8 @@ def test_another_eviction_policy_trains_the_same(
 
 
 def broken_plans(fault: Callable[[GroupPlan], GroupPlan], monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = CachePlan.of_single_trainer
-    monkeypatch.setattr(CachePlan, "of_single_trainer", lambda step: fault(plan(step)))
+    plan = RankPlanner.plan
+    monkeypatch.setattr(RankPlanner, "plan", lambda step, rank: fault(plan(step, rank)))
 
 
 def flip_a_slot(plan: GroupPlan) -> GroupPlan:

@@ -34,8 +34,8 @@ from bagpipe.lookups import check_features
 from bagpipe.native.pipeline import BackgroundIterator, ordered_map
 from bagpipe.native.workers import Workers
 from bagpipe.oracle.checks import checked
-from bagpipe.oracle.dedup import DedupedGroup, dedup
-from bagpipe.oracle.merge import MergedGroup, merge
+from bagpipe.oracle.dedup import dedup
+from bagpipe.oracle.merge import merge
 from bagpipe.oracle.oracle import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
 from bagpipe.oracle.rank_checks import checked_ranks
 from bagpipe.plan import StepPlan
@@ -279,10 +279,8 @@ def _dedup(
         sparse = adapter.sparse(batch)
         jagged = as_jagged(sparse)
         check_features(options.groups, jagged)
-        deduped: tuple[DedupedGroup | MergedGroup, ...]
         if num_trainers == 1:
             shares = [jagged]
-            deduped = tuple(dedup(group, jagged) for group in options.groups)
             own_parts = [(batch, sparse)]
         else:
             check_ids(jagged)
@@ -292,10 +290,10 @@ def _dedup(
                 own[rank][2] if rank in own else share_of(jagged, rank, num_trainers)
                 for rank in range(num_trainers)
             ]
-            deduped = tuple(
-                merge(group, [dedup(group, each) for each in shares]) for group in options.groups
-            )
             own_parts = [own[rank][:2] for rank in ranks]
+        deduped = tuple(
+            merge(group, [dedup(group, each) for each in shares]) for group in options.groups
+        )
         parts = _handed_out(own_parts, adapter, batch, seal)
     except DataError as error:
         change = None if seal is None else seal.change()  # a change may be the error's cause
@@ -310,7 +308,6 @@ def _dedup(
     return DedupedBatch(
         payload=(parts, hash_ids(jagged) if options.is_planned_elsewhere else None),
         payload_bytes=sum(_num_bytes(ids) for ids in handed_out),
-        batch_size=jagged.batch_size,
         groups=deduped,
         share_sizes=tuple(each.batch_size for each in shares),
     )

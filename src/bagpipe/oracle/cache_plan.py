@@ -8,10 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from bagpipe.native.jit import jit
-from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import OCCURRENCES, LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
-from bagpipe.plan import GroupPlan, Transfers
+from bagpipe.plan import Transfers
 from bagpipe.types import BoolArray, Int32Array
 
 _NO_USES = np.empty(0, np.int32)
@@ -55,24 +54,11 @@ class CachePlan:
     With n trainers it is their joint cache: its slot s is slot s // n of rank s % n.
     """
 
-    batch: DedupedGroup | MergedGroup
+    batch: MergedGroup
     unique_slots: Int32Array  # (U,)
     overlapped: Transfers
     urgent: Transfers
     neighbours: Neighbours
-
-    def of_single_trainer(self) -> GroupPlan:
-        """The plan of the only trainer."""
-        assert isinstance(self.batch, DedupedGroup)
-        return GroupPlan(
-            inverse=self.batch.inverse,
-            bag_offsets=self.batch.bag_offsets,
-            bag_scales=self.batch.bag_scales,
-            lookup_weights=self.batch.lookup_weights,
-            schedule=self.batch.schedule(self.unique_slots),
-            overlapped=self.overlapped,
-            urgent=self.urgent,
-        )
 
 
 @jit

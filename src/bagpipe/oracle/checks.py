@@ -35,9 +35,8 @@ def checked(
     """
     checkers = [PlanChecker(group, slots) for group, slots in zip(groups, num_slots, strict=True)]
     for plan, batch in planned:
-        for checker, group_plan, deduped in zip(checkers, plan.groups, batch.groups, strict=True):
-            assert isinstance(deduped, DedupedGroup)  # one trainer's
-            checker.check(plan.step, plan.issue_tick, group_plan, deduped)
+        for checker, group_plan, merged in zip(checkers, plan.groups, batch.groups, strict=True):
+            checker.check(plan.step, plan.issue_tick, group_plan, merged.shares[0])
         yield plan, batch
     for checker in checkers:
         checker.finish()

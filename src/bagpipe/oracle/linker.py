@@ -33,7 +33,6 @@ from bagpipe.native.jit import (
     threaded,
 )
 from bagpipe.native.prefetch import prefetch
-from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.shards import shard_bounds
 from bagpipe.types import Group, Int32Array, Int64Array
@@ -55,7 +54,7 @@ _AHEAD = 16
 class LinkedGroup:
     """A batch's unique rows with their previous occurrences."""
 
-    batch: DedupedGroup | MergedGroup
+    batch: MergedGroup
     first_occurrence: int
     # (num_shards + 1,) where in the rows each shard of the cache begins; found here because the
     # linker runs ahead of the stage that sets the pace
@@ -96,7 +95,7 @@ class Linker:
         """Bytes of this object's own arrays."""
         return self._last_uses.nbytes + self.next_uses.nbytes
 
-    def link(self, batch: DedupedGroup | MergedGroup) -> LinkedGroup:
+    def link(self, batch: MergedGroup) -> LinkedGroup:
         """Links the next batch: tells its rows' previous occurrences of this step."""
         rows, first, step = batch.unique_rows, self._next_occurrence, self._next_step
         while self._kept and self._kept[0].step <= self.settled:

@@ -1,5 +1,6 @@
-"""One global batch of several trainers: which unique rows they use together, and who uses which.
-Stateless.
+"""One batch of all trainers together: which unique rows it uses, and which ranks use each.
+
+It is stateless. With one trainer there is one share, and nothing is merged.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from bagpipe.oracle.shards import shard_bounds
 from bagpipe.topology import NUM_SHARDS
 from bagpipe.types import Group, Int32Array, Int64Array, UInt64Array
 
+_NO_USERS, _NO_PLACES = np.empty(0, np.uint64), np.empty(0, np.int32)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergedGroup:
-    """What a global batch asks of one group: the unique rows of all its shares, one share a
-    trainer.
+    """What a batch of all trainers asks of one group; each trainer has a share of its samples.
+
+    With one trainer `users` and its `places` are empty: the share is the batch.
     """
 
     unique_rows: Int64Array  # (U,) shard by shard, in each in first-use order, rank by rank
@@ -31,16 +35,21 @@ class MergedGroup:
     @property
     def nbytes(self) -> int:
         """Bytes that this value holds."""
-        own = (
-            self.unique_rows.nbytes
-            + self.users.nbytes
-            + sum(places.nbytes for places in self.places)
-        )
+        own = self.users.nbytes + sum(places.nbytes for places in self.places)
+        if self.unique_rows is not self.shares[0].unique_rows:
+            own += self.unique_rows.nbytes
         return own + sum(share.nbytes for share in self.shares)
 
 
 def merge(group: Group, shares: Sequence[DedupedGroup]) -> MergedGroup:
     """Joins the trainers' shares of one batch of `group`, in the order of ranks."""
+    if len(shares) == 1:
+        return MergedGroup(
+            unique_rows=shares[0].unique_rows,
+            users=_NO_USERS,
+            shares=tuple(shares),
+            places=(_NO_PLACES,),
+        )
     rows = np.concatenate([share.unique_rows for share in shares])
     ends = np.cumsum([len(share.unique_rows) for share in shares])
     places = np.empty(len(rows), np.int32)
@@ -57,9 +66,8 @@ def merge(group: Group, shares: Sequence[DedupedGroup]) -> MergedGroup:
 def _merge(
     rows: Int64Array, ends: Int64Array, num_rows: int, places: Int32Array
 ) -> tuple[Int64Array, UInt64Array]:
-    """Fills `places`; numbers the rows of a shard as ids of one table, so that its hash table stays
-    in the CPU's cache.
-    """
+    """Fills `places`, and returns `unique_rows` and `users`."""
+    # The rows of a shard are numbered as ids of one table: its hash table stays in the CPU's cache.
     num_trainers = len(ends)
     begins, lengths = (
         np.empty((NUM_SHARDS, num_trainers), np.int64),

@@ -26,7 +26,6 @@ from bagpipe.errors import CacheTooSmallError, ConfigError
 from bagpipe.native.pipeline import ordered_map
 from bagpipe.native.workers import Workers
 from bagpipe.oracle.cache_plan import CachePlan
-from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.policy import POLICIES
@@ -55,11 +54,10 @@ class DedupedBatch(Generic[Payload]):
     """One batch after de-duplication; `payload` is whatever travels with it to the trainer."""
 
     payload: Payload
-    batch_size: int
-    groups: tuple[DedupedGroup | MergedGroup, ...]
+    groups: tuple[MergedGroup, ...]
+    share_sizes: tuple[int, ...]
+    """How many of the batch's samples each rank has."""
     payload_bytes: int = 0
-    share_sizes: tuple[int, ...] = ()
-    """Of several trainers: how many of the batch's samples each rank has."""
 
     @property
     def nbytes(self) -> int:
@@ -319,26 +317,17 @@ class Oracle:
     def _plan_trainers(
         self, planned: _PlannedStep[Payload]
     ) -> tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]:
-        """The plans of all ranks that are planned for. Changes nothing here, so that several steps
-        may be planned at a time.
+        """Returns the plans of all ranks that are planned for.
+
+        It changes nothing here, so that several steps may be planned at a time.
         """
         step, batch = planned.step, planned.batch
         issue_tick = max(self._first_step, step - self._prefetch_depth)
-        if self._topology.num_trainers == 1:
-            groups = tuple(group.of_single_trainer() for group in planned.groups)
-            plan = StepPlan(
-                step=step,
-                issue_tick=issue_tick,
-                batch_size=batch.batch_size,
-                groups=groups,
-                lookahead=planned.num_ahead,
-            )
-            return planned, (plan,)
         caches = zip(
             self._groups,
             planned.groups,
             self._num_slots,
-            self._topology.num_replica_slots,
+            self._topology.num_replica_slots or (0,) * len(self._groups),
             strict=True,
         )
         planners = [
@@ -351,7 +340,9 @@ class Oracle:
             )
             for group, cache_plan, slots, num_replicas in caches
         ]
-        has_urgent = any(
+        # A single trainer need not tell others.
+        is_shared = self._topology.num_trainers > 1
+        has_urgent = is_shared and any(
             len(moved) > 0
             for group in planned.groups
             for moved in (group.urgent.evict_slots, group.urgent.fetch_slots)
@@ -366,7 +357,7 @@ class Oracle:
                 lookahead=planned.num_ahead,
                 has_urgent=has_urgent,
                 joint_hash=joint_hash,
-                failure=planned.failure,
+                failure=planned.failure if is_shared else "",
             )
             for rank in self._topology.ranks
         )

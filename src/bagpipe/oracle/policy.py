@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Protocol
 
 from bagpipe.oracle.cache_plan import CachePlan
-from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
@@ -39,7 +38,7 @@ class EvictionPolicy(Protocol):
     def nbytes(self) -> int:
         """Bytes of the policy's own state, without the batches in the window."""
 
-    def link(self, batch: DedupedGroup | MergedGroup) -> LinkedGroup:
+    def link(self, batch: MergedGroup) -> LinkedGroup:
         """Finds the previous use of each row of the next batch."""
 
     def check_fits(self, linked: LinkedGroup) -> None:

@@ -1,5 +1,6 @@
-"""From one step of the joint cache to the plan of each trainer: own slots, replicas, and what
-travels when. Stateless.
+"""From one step of the joint cache to each trainer's plan: own slots, replicas, what travels when.
+
+It is stateless. A single trainer has the whole cache and exchanges nothing.
 
 Logically replicated, physically partitioned (LRPP; Agarwal et al., BagPipe, SOSP 2023, section
 3.4): each cached row has one owner, and a rank that uses another's row gets a replica for that step
@@ -15,7 +16,6 @@ import numpy as np
 
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.cache_plan import CachePlan
-from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.rank_loops import Exchanges, plan_exchanges, sort_by_rank
 from bagpipe.plan import GradientSchedule, GroupExchange, GroupPlan, RowExchange, Transfers
 from bagpipe.types import Group, Int64Array
@@ -45,14 +45,26 @@ class RankPlanner:
         step: int,
         overlap: bool = True,
     ) -> None:
-        """Without `overlap` all that travels does so now.
+        """Plans the step for all ranks together.
 
-        Raises ConfigError when a rank needs more replicas than it has slots for.
+        Args:
+            group: The group to plan for.
+            planned: The step of the joint cache.
+            cache: Each trainer's part of it.
+            step: The step's number.
+            overlap: Without it all that travels does so on the critical path.
+
+        Raises:
+            ConfigError: A rank needs more replicas than it has slots for.
         """
-        assert isinstance(planned.batch, MergedGroup)
         self._merged = merged = planned.batch
+        self._is_alone = len(merged.shares) == 1
+        if self._is_alone:
+            self._unique_slots = [planned.unique_slots]
+            self._overlapped, self._urgent = [planned.overlapped], [planned.urgent]
+            return
         self._first_replica = cache.num_slots + step % 2 * cache.num_replica_slots
-        self._ends = np.cumsum([len(places) for places in merged.places])
+        ends = np.cumsum([len(places) for places in merged.places])
         comes_urgent, goes_urgent = (
             planned.neighbours.was_used_before,
             planned.neighbours.is_used_next,
@@ -68,10 +80,11 @@ class RankPlanner:
                 comes_urgent,
                 goes_urgent,
                 np.concatenate(merged.places),
-                self._ends,
+                ends,
                 self._first_replica,
             )
         )
+        self._unique_slots = np.split(self._all.unique_slots, ends[:-1])
         # of all, so that every rank refuses the step
         for rank, counts in enumerate(self._all.replica_counts):
             if counts.sum() > cache.num_replica_slots:
@@ -88,28 +101,27 @@ class RankPlanner:
 
     def plan(self, rank: int) -> GroupPlan:
         """One rank's plan."""
-        share, every = self._merged.shares[rank], self._all
+        share = self._merged.shares[rank]
         return GroupPlan(
             inverse=share.inverse,
             bag_offsets=share.bag_offsets,
             bag_scales=share.bag_scales,
             lookup_weights=share.lookup_weights,
-            schedule=share.schedule(
-                every.unique_slots[
-                    self._ends[rank] - len(self._merged.places[rank]) : self._ends[rank]
-                ]
-            ),
+            schedule=share.schedule(self._unique_slots[rank]),
             overlapped=self._overlapped[rank],
             urgent=self._urgent[rank],
-            exchange=GroupExchange(
-                first_replica=self._first_replica,
-                replicas_overlapped=self._replica_exchange(rank, OVERLAPPED),
-                replicas_urgent=self._replica_exchange(rank, URGENT),
-                sync_urgent=self._grad_exchange(rank, URGENT),
-                sync_overlapped=self._grad_exchange(rank, OVERLAPPED),
-                apply_urgent=self._apply(rank, URGENT),
-                apply_overlapped=self._apply(rank, OVERLAPPED),
-            ),
+            exchange=None if self._is_alone else self._exchange(rank),
+        )
+
+    def _exchange(self, rank: int) -> GroupExchange:
+        return GroupExchange(
+            first_replica=self._first_replica,
+            replicas_overlapped=self._replica_exchange(rank, OVERLAPPED),
+            replicas_urgent=self._replica_exchange(rank, URGENT),
+            sync_urgent=self._grad_exchange(rank, URGENT),
+            sync_overlapped=self._grad_exchange(rank, OVERLAPPED),
+            apply_urgent=self._apply(rank, URGENT),
+            apply_overlapped=self._apply(rank, OVERLAPPED),
         )
 
     def _replica_exchange(self, rank: int, moment: int) -> RowExchange:
@@ -129,9 +141,7 @@ class RankPlanner:
         )
 
     def _apply(self, rank: int, moment: int) -> GradientSchedule:
-        """What the rank applies to its own rows, its own contributions among those that it
-        receives, in the order of ranks.
-        """
+        """What the rank applies to its own rows, contributions in the order of ranks."""
         rows = _span(self._all.row_counts, rank, moment)
         number = 2 * rank + moment
         return GradientSchedule(
@@ -150,9 +160,8 @@ def _span(counts: Int64Array, rank: int, moment: int) -> slice:
 
 
 def _split(transfers: Transfers, num_trainers: int) -> list[Transfers]:
-    """By rank those in its own slots. The fence is that of all ranks: a row may come back to
-    another one.
-    """
+    """By rank those in its own slots."""
+    # The fence is that of all ranks: a row may come back to another one.
     evict_counts, evict_rows, evict_slots = sort_by_rank(
         transfers.evict_rows, transfers.evict_slots, num_trainers
     )

@@ -101,12 +101,7 @@ class Trace:
         Each rank has replica slots for all rows of its largest share.
         """
         num_replicas = [
-            max(
-                len(places)
-                for group in groups
-                if isinstance(group, MergedGroup)
-                for places in group.places
-            )
+            max(len(places) for group in groups for places in group.places)
             for groups in zip(*(batch.groups for batch in self.batches), strict=True)
             if self.num_trainers > 1
         ]
@@ -183,13 +178,11 @@ def num_uniques(batch: DedupedBatch[None]) -> int:
 
 def _unique_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) -> DedupedBatch[None]:
     """De-duplicates one batch and keeps only its unique rows."""
-    if num_trainers == 1:
-        rows = tuple(_rows_only(dedup(group, batch).unique_rows) for group in groups)
-        return DedupedBatch(payload=None, batch_size=batch.batch_size, groups=rows)
-    shares = [share_of(batch, rank, num_trainers) for rank in range(num_trainers)]
+    shares = [batch]
+    if num_trainers > 1:
+        shares = [share_of(batch, rank, num_trainers) for rank in range(num_trainers)]
     return DedupedBatch(
         payload=None,
-        batch_size=batch.batch_size,
         groups=tuple(
             _merged_rows_only(group, [dedup(group, share) for share in shares]) for group in groups
         ),

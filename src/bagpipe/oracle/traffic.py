@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.plan import GroupPlan, StepPlan
 from bagpipe.topology import host_of
@@ -184,7 +183,7 @@ class Traffic:
         """Bytes sent over those with hashed owners."""
         return _ratio(self.sent_bytes.sum(), self.hashed_bytes)
 
-    def add(self, plans: Sequence[StepPlan], batch: Sequence[DedupedGroup | MergedGroup]) -> None:
+    def add(self, plans: Sequence[StepPlan], batch: Sequence[MergedGroup]) -> None:
         """Counts one step.
 
         Args:
@@ -193,7 +192,6 @@ class Traffic:
         """
         by_rank = np.zeros((3, self.num_trainers), np.int64)  # owned, fetched, sent
         for index, (group, merged) in enumerate(zip(self.groups, batch, strict=True)):
-            assert isinstance(merged, MergedGroup)
             by_rank += self._add_group(group, [plan.groups[index] for plan in plans], merged)
         for balance, counts in zip((self.owned, self.fetched, self.sent), by_rank, strict=True):
             balance.add(counts)

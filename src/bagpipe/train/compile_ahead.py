@@ -26,6 +26,7 @@ from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.eviction import loops
 from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
+from bagpipe.oracle.merge import merge
 from bagpipe.store import MemoryStore, array
 from bagpipe.types import SGD, Group, Jagged, TableConfig
 
@@ -78,7 +79,7 @@ def compile_planning() -> None:
         )
         cacher.admit(
             LinkedGroup(
-                batch=batch,
+                batch=merge(cacher.group, [batch]),
                 first_occurrence=2 * step,
                 bounds=np.array([0, 2]),
                 previous=np.full(2, -1, np.int32),
@@ -95,7 +96,7 @@ def compile_the_rest() -> None:
     ids = Jagged(keys=("a",), values=np.array([1, 2, 1], np.int32), batch_size=3)
     for width in ((), (2,)):  # a ring of uses, and one of slots
         roomy_ring(np.empty((2, *width), np.int32), 0, 1, 3)
-    rows = linker.link(dedup(group, ids)).batch.unique_rows
+    rows = linker.link(merge(group, [dedup(group, ids)])).batch.unique_rows
     store = MemoryStore(group, 0)
     records = np.empty((len(rows), group.record_width), np.float32)
     store.fetch(rows, records)

@@ -39,7 +39,6 @@ import numpy as np
 
 from bagpipe.errors import CacheTooSmallError
 from bagpipe.oracle.cache_plan import CachePlan, Neighbours
-from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.eviction import loops, queues, shard_loops
 from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import MergedGroup
@@ -124,7 +123,7 @@ class Cacher:
         arrays = (*self._state[:5], *self._state.unknown, *self._state.due, self._slots_of_uses)
         return self.linker.nbytes + sum(array.nbytes for array in arrays)
 
-    def link(self, batch: DedupedGroup | MergedGroup) -> LinkedGroup:
+    def link(self, batch: MergedGroup) -> LinkedGroup:
         """Links the next batch; may run ahead in another thread."""
         return self.linker.link(batch)
 
@@ -243,7 +242,7 @@ def _as_batch(linked: LinkedGroup) -> shard_loops.Batch:
     return shard_loops.Batch(
         rows=batch.unique_rows,
         previous=linked.previous,
-        users=batch.users if isinstance(batch, MergedGroup) else _NO_USERS,
+        users=batch.users,
         bounds=linked.bounds,
         first_occurrence=linked.first_occurrence,
     )
