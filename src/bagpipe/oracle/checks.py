@@ -1,5 +1,6 @@
-"""An optional run-time check that plans keep the invariants of docs/design.md (1 to 6), by
-replaying what an executor does.
+"""An optional run-time check that plans keep the invariants 1 to 6 of docs/design.md.
+
+It replays what an executor does.
 
 The replay knows nothing of how the oracle decides: it moves rows between slots at the ticks that
 the plans name and looks whether every row is where the plan says, whether a slot is filled while it
@@ -30,8 +31,10 @@ def checked(
     num_slots: Sequence[int],
     planned: Iterable[tuple[StepPlan, DedupedBatch[Payload]]],
 ) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
-    """Passes plans on and raises PlanError, naming step, group and invariant, at the first one that
-    breaks an invariant.
+    """Passes plans on until one breaks an invariant.
+
+    Raises:
+        PlanError: one does; it names step, group and invariant.
     """
     checkers = [PlanChecker(group, slots) for group, slots in zip(groups, num_slots, strict=True)]
     for plan, batch in planned:
@@ -43,8 +46,9 @@ def checked(
 
 
 class PlanChecker:
-    """Replays one group's plans. A step is judged once every plan that acts before it is known, at
-    the latest by `finish`.
+    """Replays one group's plans.
+
+    A step is judged once every plan that acts before it is known, at the latest by `finish`.
     """
 
     def __init__(self, group: Group, num_slots: int) -> None:
@@ -59,8 +63,9 @@ class PlanChecker:
         )
 
     def check(self, step: int, issue_tick: int, plan: GroupPlan, batch: DedupedGroup) -> None:
-        """Takes the plan of the next step; replays all ticks before the one at which its overlapped
-        transfers are issued.
+        """Takes the plan of the next step.
+
+        Replays all ticks before the one at which its overlapped transfers are issued.
         """
         self._expect(
             not self._waiting or step == self._waiting[-1][0] + 1, step, 7, "steps are not in order"
@@ -81,8 +86,10 @@ class PlanChecker:
             self._replay_step()
 
     def _replay_step(self) -> None:
-        """Tick and compute of the oldest waiting step: its urgent transfers, all overlapped ones
-        that are due, then residency."""
+        """Replays tick and compute of the oldest waiting step.
+
+        Its urgent transfers come first, then all overlapped ones that are due, then residency.
+        """
         step, issue_tick, plan, batch = self._waiting[0]
         # a prefetch depth of 0: its own overlapped transfers are due at this very tick
         if self._num_issued == 0:

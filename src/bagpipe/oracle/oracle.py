@@ -223,20 +223,21 @@ class Oracle:
     def plan_linked(
         self, batches: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
     ) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
-        """The second stage, for the first of the ranks that are planned for; raises as `plan`
-        does.
-        """
+        """The second stage, for the first of the ranks planned for; raises as `plan` does."""
         for plans, batch in self.plan_ranks(batches, workers):
             yield plans[0], batch
 
     def plan_ranks(
         self, batches: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
     ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
-        """The second stage, for all ranks that are planned for; raises as `plan` does, and
-        ConfigError for too many replicas.
+        """The second stage, for all ranks that are planned for.
 
-        What of it depends on one step alone, the way from the joint cache to several trainers, runs
-        on `workers`, if any.
+        The way from the joint cache to each trainer depends on one step alone: it runs on
+        `workers`, if any.
+
+        Raises:
+            CacheTooSmallError: a batch alone needs more slots than the cache has.
+            ConfigError: a rank needs more replicas than it has room for.
         """
         steps = self._plan_caches(batches)
         if workers is None or self._topology.num_trainers == 1:
@@ -364,9 +365,7 @@ class Oracle:
         return planned, plans
 
     def _adapt(self, window_bytes: int, batch_bytes: int) -> None:
-        """Lets an automatic window grow by one batch where that can save a fetch and fits the
-        budget.
-        """
+        """Lets an automatic window grow by a batch if that can save a fetch and fits the budget."""
         if not self._is_auto or self._lookahead >= MAX_LOOKAHEAD:
             return
         if window_bytes + 2 * batch_bytes > self._lookahead_bytes:

@@ -1,8 +1,7 @@
-"""As `bagpipe.oracle.checks`, for several trainers: a replay of what all their executors do with
-one group.
+"""As `bagpipe.oracle.checks`, for several trainers: a replay of what all executors do with a group.
 
 Of every row it knows where it is and whether gradients of a computed step are still on their way to
-it. What may happen at any of several moments happens at the worst one: deferred gradients are
+it. What may happen at any of several moments happens at the worst one: overlapped gradients are
 applied as late as they may be, and replicas that travel behind compute must be the same from the
 earliest moment at which they may be sent to the latest.
 
@@ -44,10 +43,12 @@ def checked_ranks(
     topology: Topology,
     planned: Iterable[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]],
 ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
-    """Passes plans of all ranks on and raises PlanError, naming step, group, rank and invariant, at
-    the first that breaks one.
+    """Passes plans of all ranks on until one breaks an invariant.
 
     Slots are those of one trainer, for each group.
+
+    Raises:
+        PlanError: one does; it names step, group, rank and invariant.
     """
     sizes = zip(groups, num_slots, topology.num_replica_slots, strict=True)
     checkers = [
@@ -81,8 +82,9 @@ class _Step:
 
 
 class RankChecker:
-    """Replays one group's plans of all ranks. A step is judged once every plan that acts before it
-    is known, or by `finish`.
+    """Replays one group's plans of all ranks.
+
+    A step is judged once every plan that acts before it is known, at the latest by `finish`.
     """
 
     def __init__(
@@ -122,8 +124,9 @@ class RankChecker:
     def check(
         self, plans: Sequence[StepPlan], batch: MergedGroup, share_sizes: Sequence[int]
     ) -> None:
-        """Takes the plans of all ranks for the next step; replays all ticks before that of its
-        overlapped transfers.
+        """Takes the plans of all ranks for the next step.
+
+        Replays all ticks before that of its overlapped transfers.
         """
         first = plans[0]
         self._step = first.step
@@ -280,8 +283,9 @@ class RankChecker:
             self._expect(len(np.unique(rows)) == len(rows), 2, "a row is fetched twice", rank)
 
     def _replicas(self, now: _Step, moment: str) -> list[Int64Array]:
-        """By rank the rows of the replicas that arrive, in the order of their slots; all must be as
-        the step needs them.
+        """The rows of the replicas that arrive, by rank, in the order of their slots.
+
+        All must be as the step needs them.
         """
         exchanges = [getattr(exchange, f"replicas_{moment}") for exchange in now.exchanges]
         sent = []
@@ -380,8 +384,9 @@ class RankChecker:
             self._deferred = None
 
     def _updated(self, now: _Step, moment: str) -> Int64Array:
-        """The rows that all ranks update at one moment, each with the gradients of all its users in
-        the order of ranks.
+        """The rows that all ranks update at one moment.
+
+        Each must get the gradients of all its users, in the order of ranks.
         """
         exchanges = [getattr(exchange, f"sync_{moment}") for exchange in now.exchanges]
         for rank, exchange in enumerate(exchanges):
@@ -410,8 +415,9 @@ class RankChecker:
         senders: Int64Array,
         num_own: int,
     ) -> Int64Array:
-        """The rows that a rank updates, from gradients of `rows` (n,) by `senders` (n,), the first
-        `num_own` of them its own.
+        """The rows that a rank updates.
+
+        Its gradients are of `rows` (n,), by `senders` (n,); the first `num_own` are its own.
         """
         slots, places, ends = schedule.unique_slots, schedule.bags, schedule.piece_offsets
         self._expect_slots(rank, slots, self._num_slots)
