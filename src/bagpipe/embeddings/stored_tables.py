@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Group, Jagged, Optimizer, TableConfig, group_tables
 
 
-class StoredTables(nn.Module):
+class StoredTables(nn.Module, ABC):
     """The tables of one collection and what reads them; `EmbeddingBagCollection` trains them."""
 
     def __init__(
@@ -52,17 +53,17 @@ class StoredTables(nn.Module):
         self.device = torch.device(device)
         self.seed, self.communicator = seed, communicator
 
+    @abstractmethod
     def flush(self) -> None:
         """Brings the stores up to date, as each read needs them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_nothing_lost(self) -> None:
         """Raises UsageError where rows were lost by an earlier failure."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_idle(self, what: str) -> None:
         """Raises UsageError where a write to the stores would be undone."""
-        raise NotImplementedError
 
     def tables(self) -> dict[str, LazyTable]:
         """Every table's weights by name, read block by block from the stores; flushed first.
