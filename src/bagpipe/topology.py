@@ -1,13 +1,14 @@
 """Where things are: the shards of a group's rows, their records' hosts, and the trainers.
 
-A hash of a row's number says to which of `NUM_SHARDS` shards the row belongs. The oracle cuts large
-caches by it. With several hosts it also says on which of them a row's record lives: stores and
-checkpoints are divided by it.
+A hash of a row's number says to which of any number of shards the row belongs. The oracle cuts
+large caches into `NUM_SHARDS` by it. With several hosts it also says on which of them a row's
+record lives: stores and checkpoints are divided by it. The hash is multiplied by the number of
+shards and its upper half is the shard (Lemire, "Fast random integer generation in an interval",
+ACM TOMACS 2019), so a cut into fewer shards joins neighbours where one number divides the other.
 
 Hosts appear in two roles here. As machines they group trainers: as many on each, ranks of one host
-beside each other (`host_of`, `neighbours_on`). As homes they have parts of the records
-(`part_of`, `home_hosts`, `home_lines`); there `num_hosts` only says into how many parts the records
-are divided.
+beside each other (`host_of`, `neighbours_on`). As homes they have parts of the records, a shard
+each; there `num_hosts` only says into how many shards the records are divided.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from bagpipe.errors import ConfigError
 from bagpipe.native.jit import jit
 from bagpipe.types import Group, Int32Array, Int64Array
 
-_BITS = 3
-NUM_SHARDS = 1 << _BITS
+NUM_SHARDS = 8
+"""Into how many shards the oracle cuts a large cache."""
 LINE_BITS = 4
 """Binary logarithm of how many neighbouring rows share a shard.
 
@@ -30,50 +31,58 @@ Those are the rows whose 4-byte states share a cache line, lest threads that pla
 take lines from each other.
 """
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
+_HALF = np.uint64(32)
 
 
 @jit
-def shard_of(row: int) -> np.int64:
-    """The row's shard, from 0 to `NUM_SHARDS`."""
-    return np.int64((np.uint64(row >> LINE_BITS) * _MULTIPLIER) >> np.uint64(64 - _BITS))
+def shard_of(row: int, num_shards: int) -> np.int64:
+    """The row's shard, from 0 to `num_shards`, of which there are fewer than 2**32."""
+    upper = (np.uint64(row >> LINE_BITS) * _MULTIPLIER) >> _HALF
+    return np.int64((upper * np.uint64(num_shards)) >> _HALF)
 
 
 @jit
-def part_of(row: int, num_parts: int) -> np.int64:
-    """The row's part where the shards are dealt out to `num_parts` parts, neighbours together.
-
-    Parts are the homes of records, or the fewer shards into which a small cache is cut.
-    """
-    return shard_of(row) * num_parts // NUM_SHARDS
-
-
-@jit
-def home_hosts(rows: Int64Array, num_hosts: int) -> Int64Array:
-    """The host that has each row's record: (n,).
-
-    `num_hosts` is the number of homes, into which records are divided.
-    """
-    hosts = np.empty(len(rows), np.int64)
+def shards_of(rows: Int64Array, num_shards: int) -> Int64Array:
+    """The shard of each row (n,): (n,)."""
+    shards = np.empty(len(rows), np.int64)
     for index in range(len(rows)):
-        hosts[index] = part_of(rows[index], num_hosts)
-    return hosts
+        shards[index] = shard_of(rows[index], num_shards)
+    return shards
 
 
 @jit
-def home_lines(num_rows: int, host: int, num_hosts: int) -> tuple[Int32Array, int]:
-    """Which lines of neighbouring rows have their records on a host.
-
-    A line is `2**LINE_BITS` rows of one shard. `num_hosts` is the number of homes, into which
-    records are divided.
+def by_shard(rows: Int64Array, num_shards: int) -> tuple[Int64Array, Int64Array]:
+    """Groups rows (n,) by shard.
 
     Returns:
-        For each line of the group's rows its number among the host's own lines, from 0 on, or -1
-        where its home is another host: (num_lines,); and how many lines are the host's own.
+        `order` (n,): `rows[order]` stands shard by shard, in the order given within a shard; and
+        how many rows each shard has: (num_shards,).
+    """
+    shards = shards_of(rows, num_shards)
+    counts = np.zeros(num_shards, np.int64)
+    for shard in shards:
+        counts[shard] += 1
+    nexts = np.cumsum(counts) - counts
+    order = np.empty(len(rows), np.int64)
+    for index in range(len(rows)):
+        shard = shards[index]
+        order[nexts[shard]] = index
+        nexts[shard] += 1
+    return order, counts
+
+
+@jit
+def lines_of_shard(num_rows: int, shard: int, num_shards: int) -> tuple[Int32Array, int]:
+    """Which lines of neighbouring rows are a shard's; a line is `2**LINE_BITS` rows.
+
+    Returns:
+        For each line of the group's rows its number among the shard's own lines, from 0 on, or -1
+        where it is another shard's: (num_lines,); and how many lines are the shard's own.
     """
     lines = np.empty(-(-num_rows >> LINE_BITS), np.int32)
     num_own = 0
     for line in range(len(lines)):
-        is_own = part_of(line << LINE_BITS, num_hosts) == host
+        is_own = shard_of(line << LINE_BITS, num_shards) == shard
         lines[line] = num_own if is_own else -1
         num_own += is_own
     return lines, num_own

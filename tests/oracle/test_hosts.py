@@ -24,7 +24,7 @@ from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.dry_run import Grid, dry_run
 from bagpipe.oracle.row_trace import read_trace
 from bagpipe.plan import StepPlan
-from bagpipe.topology import Topology, home_hosts
+from bagpipe.topology import Topology, shards_of
 from bagpipe.types import Group, Jagged
 
 LAYOUTS = [(2, 2), (4, 2), (6, 2), (4, 4), (8, 4), (8, 8)]
@@ -187,10 +187,8 @@ def test_slots_of_the_joint_cache_are_those_of_the_hosts_ranks() -> None:
 @pytest.mark.parametrize("num_hosts", [1, 2, 4, 8])
 def test_homes_are_those_of_the_reference(num_hosts: int) -> None:
     rows = np.random.default_rng(1).integers(0, 10**12, 5000)
-    assert home_hosts(rows, num_hosts).tolist() == [
-        home_of(row, num_hosts) for row in rows.tolist()
-    ]
-    assert np.bincount(home_hosts(rows, num_hosts)).min() > 0.85 * 5000 / num_hosts
+    assert shards_of(rows, num_hosts).tolist() == [home_of(row, num_hosts) for row in rows.tolist()]
+    assert np.bincount(shards_of(rows, num_hosts)).min() > 0.85 * 5000 / num_hosts
 
 
 def test_a_row_fetched_on_another_host_is_found() -> None:

@@ -39,7 +39,7 @@ from bagpipe.data.base import Position
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import CheckpointError
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.topology import home_hosts
+from bagpipe.topology import shards_of
 from bagpipe.types import Group
 
 _DENSE = "dense.pt"
@@ -389,7 +389,7 @@ def _load_records(
         ):
             num_read += len(rows)
             if trainers.num_hosts > 1:
-                is_own = home_hosts(rows, trainers.num_hosts) == trainers.host
+                is_own = shards_of(rows, trainers.num_hosts) == trainers.host
                 rows, records = rows[is_own], records[is_own]
             store.write(rows, records)
     if num_read != num_records:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.topology import home_hosts
+from bagpipe.topology import shards_of
 from bagpipe.types import Float32Array, Int64Array
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def fetch_from_homes(
     if num_hosts == 1:
         store.fetch(rows, out)
         return
-    homes = home_hosts(rows, num_hosts)
+    homes = shards_of(rows, num_hosts)
     order = np.argsort(homes, kind="stable")
     num_ranks, once = len(communicator.ranks_of_host), [1] * num_trainers
     wanted = torch.zeros(num_trainers, dtype=torch.int64)

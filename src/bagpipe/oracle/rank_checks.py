@@ -29,7 +29,7 @@ from bagpipe.plan import (
     StepPlan,
     Transfers,
 )
-from bagpipe.topology import Topology, home_hosts, host_of
+from bagpipe.topology import Topology, host_of, shards_of
 from bagpipe.types import Group, Int32Array, Int64Array
 
 Payload = TypeVar("Payload")
@@ -255,7 +255,7 @@ class RankChecker:
                 "a row is fetched that a rank owns",
                 rank,
             )
-            is_home = home_hosts(rows, self._num_hosts) == self._hosts[rank]
+            is_home = shards_of(rows, self._num_hosts) == self._hosts[rank]
             self._expect(
                 bool(is_home.all()), 6, "a row is fetched whose record another host has", rank
             )

@@ -22,7 +22,7 @@ from itertools import accumulate
 import numpy as np
 
 from bagpipe.native.jit import jit
-from bagpipe.topology import LINE_BITS, NUM_SHARDS, neighbours_on, part_of, shard_of
+from bagpipe.topology import LINE_BITS, NUM_SHARDS, neighbours_on, shard_of
 from bagpipe.types import Int32Array, Int64Array
 
 MIN_SLOTS = 1 << 15
@@ -40,12 +40,12 @@ def order_by_shard(
     """
     nexts = np.zeros(NUM_SHARDS + 1, np.int64)
     for row in rows:
-        nexts[shard_of(row) + 1] += 1
+        nexts[shard_of(row, NUM_SHARDS) + 1] += 1
     nexts = np.cumsum(nexts)
     ordered, ordered_counts = np.empty_like(rows), np.empty_like(counts)
     places = np.empty(len(rows), np.int32)
     for index in range(len(rows)):
-        shard = shard_of(rows[index])
+        shard = shard_of(rows[index], NUM_SHARDS)
         places[index] = nexts[shard]
         nexts[shard] += 1
     for index in range(len(rows)):
@@ -66,7 +66,7 @@ def shard_bounds(rows: Int64Array, num_shards: int) -> Int64Array:
         low, high = bounds[shard - 1], len(rows)
         while low < high:
             middle = (low + high) // 2
-            if part_of(rows[middle], num_shards) < shard:
+            if shard_of(rows[middle], num_shards) < shard:
                 low = middle + 1
             else:
                 high = middle
@@ -149,5 +149,5 @@ def _count_rows(num_rows: int) -> Int64Array:
     """Counts the rows from 0 to `num_rows` in each of `NUM_SHARDS` shards."""
     counts = np.zeros(NUM_SHARDS, np.int64)
     for first_row in range(0, num_rows, 1 << LINE_BITS):
-        counts[shard_of(first_row)] += min(1 << LINE_BITS, num_rows - first_row)
+        counts[shard_of(first_row, NUM_SHARDS)] += min(1 << LINE_BITS, num_rows - first_row)
     return counts

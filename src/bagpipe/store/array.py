@@ -68,7 +68,7 @@ class ArrayStore(ABC):
             seed: what initial records are drawn from.
             records: (num_rows, record_width) float32, all zero where rows are not touched.
             touched: (num_rows,) uint8, which rows `records` holds already; None: none.
-            lines: where in records each line of rows is, see `bagpipe.topology.home_lines`;
+            lines: where in records each line of rows is, see `bagpipe.topology.lines_of_shard`;
                 None: all are in their order.
         """
         self.group, self._lines = group, lines

@@ -20,7 +20,7 @@ import numpy as np
 
 from bagpipe.errors import StoreError
 from bagpipe.store.array import ArrayStore
-from bagpipe.topology import LINE_BITS, home_lines
+from bagpipe.topology import LINE_BITS, lines_of_shard
 from bagpipe.types import Float32Array, Group, UInt8Array
 
 
@@ -55,7 +55,7 @@ class SharedMemoryStore(ArrayStore):
         """
         lines, num_places = None, group.num_rows
         if num_hosts > 1:
-            lines, num_lines = home_lines(group.num_rows, host, num_hosts)
+            lines, num_lines = lines_of_shard(group.num_rows, host, num_hosts)
             num_places = max(1, num_lines) << LINE_BITS
         sizes_bytes = {"records": num_places * group.record_bytes, "touched": group.num_rows}
         self._descriptors: list[int] = []
