@@ -122,6 +122,24 @@ class StoreContract:
         store.write(rows_of(7), records_of(rows_of(7)))
         np.testing.assert_array_equal(fetch(store, rows_of(7, 7)), records_of(rows_of(7, 7)))
 
+    def test_several_asked_at_once_come_when_waited_for(self, store: EmbeddingStore) -> None:
+        written = rows_of(7, 8, 1_299)
+        store.write(written, records_of(written))
+        asked = [rows_of(7, 3), rows_of(), rows_of(1_299, 8)]
+        outs = [np.full((len(rows), WIDTH), np.nan, np.float32) for rows in asked]
+        waits = [store.ask(rows, out) for rows, out in zip(asked, outs, strict=True)]
+        for wait in reversed(waits):
+            wait()
+        np.testing.assert_array_equal(outs[0][0], records_of(rows_of(7))[0])
+        np.testing.assert_array_equal(outs[0][1:], initial(store.group, rows_of(3)))
+        np.testing.assert_array_equal(outs[2], records_of(rows_of(1_299, 8)))
+
+    def test_what_is_asked_wrongly_is_refused_at_the_latest_when_waited_for(
+        self, store: EmbeddingStore
+    ) -> None:
+        with pytest.raises(StoreError, match="row 1,300 lies outside group 2"):
+            store.ask(rows_of(1_300), np.zeros((1, WIDTH), np.float32))()
+
     def test_the_last_write_counts_and_a_row_is_touched_once(self, store: EmbeddingStore) -> None:
         rows = rows_of(3, 8)
         store.write(rows, records_of(rows))

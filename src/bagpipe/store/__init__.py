@@ -3,10 +3,18 @@
 Numpy and numba only.
 """
 
-from bagpipe.store.base import EmbeddingStore
+from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps
 from bagpipe.store.file import FileStore
 from bagpipe.store.init import RowInitializer
 from bagpipe.store.memory import MemoryStore
 from bagpipe.store.shared import SharedMemoryStore
 
-__all__ = ["EmbeddingStore", "FileStore", "MemoryStore", "RowInitializer", "SharedMemoryStore"]
+__all__ = [
+    "NO_STEPS",
+    "EmbeddingStore",
+    "FileStore",
+    "MemoryStore",
+    "RowInitializer",
+    "SharedMemoryStore",
+    "Steps",
+]

@@ -18,7 +18,7 @@ Threads share the rows of a call that has many.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -35,6 +35,7 @@ from bagpipe.native.jit import (
 )
 from bagpipe.native.memory import copy_run
 from bagpipe.native.prefetch import PREFETCH_DISTANCE, prefetch_record
+from bagpipe.store.base import NO_STEPS, Steps
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
 from bagpipe.topology import LINE_BITS
 from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, UInt8Array
@@ -88,6 +89,12 @@ class ArrayStore(ABC):
             )
         gather = _gather_shared if out.nbytes >= _SHARED_BYTES else _gather
         gather(records, touched, rows, self._places(rows), self._initializer.parameters, out)
+
+    def ask(
+        self, rows: Int64Array, out: Float32Array, fence: Steps = NO_STEPS
+    ) -> Callable[[], None]:
+        """See `EmbeddingStore.ask`."""
+        return partial(self.fetch, rows, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""

@@ -15,10 +15,26 @@ Ordering, which every store promises and `tests/store_contract.py` holds:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from bagpipe.types import Float32Array, Group, Int64Array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Steps:
+    """A step of each kind of transfers, -1 for none.
+
+    As a *mark* it says of one trainer that all which its transfers up to these steps evict is
+    written. As a *fence* it says how far every trainer's marks must have come before rows are read.
+    """
+
+    overlapped: int = -1
+    urgent: int = -1
+
+
+NO_STEPS = Steps()
 
 
 class EmbeddingStore(Protocol):
@@ -44,6 +60,19 @@ class EmbeddingStore(Protocol):
         Raises:
             StoreError: a row is out of range or an array does not fit, and nothing was read; or
                 the medium failed.
+        """
+
+    def ask(
+        self, rows: Int64Array, out: Float32Array, fence: Steps = NO_STEPS
+    ) -> Callable[[], None]:
+        """As `fetch`, but returns what waits for it, so that several can be under way.
+
+        The arrays are borrowed until what waits returns, and it must be called once. A store that
+        serves several trainers reads once the marks of all of them have reached `fence`. One that
+        serves a trainer alone leaves that to its caller, and reads when waited for.
+
+        Raises:
+            StoreError: as for `fetch`, at once or from what waits.
         """
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
