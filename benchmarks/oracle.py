@@ -25,7 +25,7 @@ from typing import Any
 from rich.table import Table
 
 from bagpipe.errors import ConfigError
-from bagpipe.feed.stream import StreamOptions, plan_ranks_stream
+from bagpipe.feed.stream import StreamOptions, plan_stream
 from bagpipe.jagged import share_of
 from bagpipe.native.memory import keep_freed_memory
 from bagpipe.native.pipeline import BackgroundIterator
@@ -210,9 +210,7 @@ def _run_live(
         dedup_threads=sizes.dedup_threads,
         topology=_topology(num_trainers, len(batches[0].values)),
     )
-    plans = BackgroundIterator(
-        plan_ranks_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle"
-    )
+    plans = BackgroundIterator(plan_stream(batches, options), ahead=_PLANS_AHEAD, name="oracle")
     num_steps = sizes.num_warmup + sizes.num_measured
     started = cpu_started = 0.0
     for step in range(num_steps):

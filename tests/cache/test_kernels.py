@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from tests.cache import kernels_torch
+from tests.planning import plan_for_one
 from torch import Tensor
 
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.oracle import DedupedBatch, Oracle, dedup
-from bagpipe.oracle.merge import merge
+from bagpipe.oracle import Oracle
 from bagpipe.types import (
     SGD,
     Adagrad,
@@ -67,15 +67,7 @@ def make_case(
         weights=rng.normal(size=len(values)) if is_weighted else None,
     )
     oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
-    ((plan, _),) = oracle.plan(
-        [
-            DedupedBatch(
-                payload=None,
-                share_sizes=(batch_size,),
-                groups=(merge(group, [dedup(group, batch)]),),
-            )
-        ]
-    )
+    ((plan, _),) = plan_for_one(oracle, group, [batch])
     device_plan = DevicePlan.of(
         plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu")
     )

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.planning import plan_for_one
 from torch import Tensor
 
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.oracle import DedupedBatch, Oracle, dedup
-from bagpipe.oracle.merge import merge
+from bagpipe.oracle import Oracle
 from bagpipe.types import (
     SGD,
     Adagrad,
@@ -92,15 +92,7 @@ def make_plan(
         weights=rng.normal(size=len(values)) if is_weighted else None,
     )
     oracle = Oracle([group], num_slots=[group.num_rows], lookahead=1, first_step=4)
-    ((plan, _),) = oracle.plan(
-        [
-            DedupedBatch(
-                payload=None,
-                share_sizes=(batch_size,),
-                groups=(merge(group, [dedup(group, batch)]),),
-            )
-        ]
-    )
+    ((plan, _),) = plan_for_one(oracle, group, [batch])
     return DevicePlan.of(
         plan.groups[0], step=4, batch_size=batch_size, num_features=3, device=torch.device("cpu")
     )
@@ -190,15 +182,7 @@ def test_a_row_in_every_bag_and_rows_at_the_limit_of_a_piece() -> None:
     values = np.concatenate([np.full(128, 1), np.full(129, 3), np.zeros(400, np.int64)])
     batch = Jagged(keys=("f",), values=values, batch_size=len(values))
     oracle = Oracle([group], num_slots=[4], lookahead=1)
-    ((plan, _),) = oracle.plan(
-        [
-            DedupedBatch(
-                payload=None,
-                share_sizes=(len(values),),
-                groups=(merge(group, [dedup(group, batch)]),),
-            )
-        ]
-    )
+    ((plan, _),) = plan_for_one(oracle, group, [batch])
     device_plan = DevicePlan.of(
         plan.groups[0], step=0, batch_size=len(values), num_features=1, device=torch.device("cpu")
     )

@@ -67,7 +67,7 @@ def test_plans_and_batches_are_those_of_a_thread() -> None:
     batches = Batches(60)
     process = start(batches)
     num_items = 0
-    for one, other in zip(plan_stream(batches, options()), process.items(), strict=True):
+    for (one,), other in zip(plan_stream(batches, options()), process.items(), strict=True):
         mine, theirs = one.plan.groups[0], other.plan.groups[0]
         assert (one.plan.step, one.plan.issue_tick, one.peak_slots) == (
             other.plan.step,

@@ -166,7 +166,7 @@ def test_each_rank_gets_what_it_would_plan_for_itself(num_trainers: int) -> None
     def compare(rank: int, end: SharedOracle[dict[str, Any]]) -> int:
         own = plan_stream(batches, options(num_trainers, rank), BatchAdapter(share=share))
         num_items = 0
-        for mine, theirs in zip(own, end.items(), strict=True):
+        for (mine,), theirs in zip(own, end.items(), strict=True):
             assert_same(theirs, mine)
             # a hash tells ranks that plan apart whether they plan alike
             assert mine.ids_hash is not None

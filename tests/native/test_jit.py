@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import bagpipe
-from bagpipe.feed.stream import StreamOptions, plan_ranks_stream
+from bagpipe.feed.stream import StreamOptions, plan_stream
 from bagpipe.native.jit import jit
 from bagpipe.oracle import ranks
 from bagpipe.oracle.eviction import loops
@@ -211,8 +211,8 @@ def test_a_compiled_call_runs_no_python_in_which_a_signal_could_raise(
         SGD(lr=1.0),
     )
     options = StreamOptions(groups=groups, num_slots=(60,), lookahead=2, topology=topology)
-    list(plan_ranks_stream(batches, options))  # compiles, which is Python
+    list(plan_stream(batches, options))  # compiles, which is Python
     monkeypatch.setattr(loops, "plan", watched(loops.plan))
     monkeypatch.setattr(ranks, "plan_exchanges", watched(ranks.plan_exchanges))
-    assert len(list(plan_ranks_stream(batches, options))) == len(batches)
+    assert len(list(plan_stream(batches, options))) == len(batches)
     assert seen == []

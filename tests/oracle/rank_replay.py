@@ -105,7 +105,7 @@ def plan_all(
         num_slots=num_slots,
         topology=topology,
         batches=merged,
-        plans=[plans for plans, _ in oracle.plan_ranks(oracle.link(merged))],
+        plans=[plans for plans, _ in oracle.plan(oracle.link(merged))],
         lookups=[
             [[row for row, _, _ in reference.lookups(group, share)] for share in step]
             for step in shares

@@ -14,22 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import reference, strategies
+from tests.planning import checked_for_one, plan_for_one
 
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
-from bagpipe.oracle import DedupedBatch, Oracle, OracleReport, checked, dedup
-from bagpipe.oracle.merge import merge
+from bagpipe.oracle import DedupedBatch, Oracle, OracleReport, checked
 from bagpipe.plan import GroupPlan, StepPlan, Transfers
 from bagpipe.topology import Topology
 from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
-
-
-def deduped(group: Group, batches: list[Jagged]) -> Iterator[DedupedBatch[None]]:
-    for batch in batches:
-        yield DedupedBatch(
-            payload=None,
-            share_sizes=(batch.batch_size,),
-            groups=(merge(group, [dedup(group, batch)]),),
-        )
 
 
 def smallest_cache(group: Group, batches: list[Jagged]) -> int:
@@ -60,7 +51,7 @@ def test_plans_keep_the_invariants_and_fetch_what_the_naive_oracle_fetches(
         prefetch_depth=prefetch_depth,
         first_step=first_step,
     )
-    planned = checked([group], [num_slots], oracle.plan(deduped(group, batches)))
+    planned = checked_for_one(oracle, group, num_slots, batches)
     plans = [plan.groups[0] for plan, _ in planned]
     naive = reference.naive_oracle(
         [reference.unique_rows(group, batch) for batch in batches],
@@ -84,7 +75,7 @@ def test_plans_are_deterministic(
 
     def plan() -> list[GroupPlan]:
         oracle = Oracle([group], num_slots=[num_slots], lookahead=lookahead)
-        return [plan.groups[0] for plan, _ in oracle.plan(deduped(group, batches))]
+        return [plan.groups[0] for plan, _ in plan_for_one(oracle, group, batches)]
 
     for one, other in zip(plan(), plan(), strict=True):
         np.testing.assert_array_equal(one.lookup_slots, other.lookup_slots)
@@ -100,9 +91,7 @@ def test_auto_lookahead_keeps_the_invariants(
     group, batches = trace
     num_slots = smallest_cache(group, batches) + extra_slots
     oracle = Oracle([group], num_slots=[num_slots], lookahead="auto")
-    assert len(list(checked([group], [num_slots], oracle.plan(deduped(group, batches))))) == len(
-        batches
-    )
+    assert len(list(checked_for_one(oracle, group, num_slots, batches))) == len(batches)
 
 
 def zipf_batches(num_batches: int, batch_size: int = 64) -> tuple[Group, list[Jagged]]:
@@ -125,7 +114,7 @@ def report_of(group: Group, batches: list[Jagged], **options: int) -> OracleRepo
     num_slots = options.pop("num_slots")
     oracle = Oracle([group], num_slots=[num_slots], **options)
     report = OracleReport.for_groups([group])
-    for plan, _ in oracle.plan(deduped(group, batches)):
+    for plan, _ in plan_for_one(oracle, group, batches):
         report.add(plan, oracle.peak_slots)
     return report
 
@@ -188,7 +177,7 @@ def test_what_a_tight_cache_can_move_ahead_it_does() -> None:
     oracle = Oracle([group], num_slots=[num_slots], lookahead=8, prefetch_depth=depth)
     last_use: dict[int, int] = {}
     num_overlapped = 0
-    for plan, batch in checked([group], [num_slots], oracle.plan(deduped(group, batches))):
+    for plan, batch in checked_for_one(oracle, group, num_slots, batches):
         overlapped, urgent = plan.groups[0].overlapped.evict_rows, plan.groups[0].urgent.evict_rows
         assert all(last_use[row] < plan.step - depth for row in overlapped.tolist())
         assert all(last_use[row] >= plan.step - depth for row in urgent.tolist())
@@ -224,7 +213,7 @@ def test_auto_lookahead_grows_only_while_it_can_save_a_fetch_and_fits_its_memory
     wide = Oracle([group], num_slots=[150], lookahead="auto")
     ample = Oracle([group], num_slots=[2000], lookahead="auto")
     reached = [
-        max(plan.lookahead for plan, _ in oracle.plan(deduped(group, batches)))
+        max(plan.lookahead for plan, _ in plan_for_one(oracle, group, batches))
         for oracle in (narrow, wide, ample)
     ]
     assert reached[0] < reached[1]
@@ -238,7 +227,7 @@ def test_a_cache_too_small_for_one_batch_is_refused_with_step_need_and_limit() -
         CacheTooSmallError,
         match=r"step 40 uses \d+ unique rows of group 0 .*cache has 10 slots: give",
     ):
-        list(oracle.plan(deduped(group, batches)))
+        list(plan_for_one(oracle, group, batches))
 
 
 @pytest.mark.parametrize(
@@ -282,10 +271,7 @@ def test_due_queues_never_run_out_of_chunks() -> None:
     many = [batch(range(queue * length, (queue + 1) * length)) for queue in range(num_queues)]
     num_slots = length + 2 * (num_queues - 1)
     oracle = Oracle([group], num_slots=[num_slots], lookahead=num_queues, prefetch_depth=0)
-    assert (
-        len(list(checked([group], [num_slots], oracle.plan(deduped(group, few + many * 4)))))
-        == 5 * num_queues
-    )
+    assert len(list(checked_for_one(oracle, group, num_slots, few + many * 4))) == 5 * num_queues
 
 
 def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
@@ -362,7 +348,7 @@ def test_a_planted_fault_is_found(fault: str, num_slots: int, invariants: str) -
 
     def planned() -> Iterator[tuple[StepPlan, DedupedBatch[None]]]:
         planted = False
-        for plan, batch in oracle.plan(deduped(group, batches)):
+        for plan, batch in plan_for_one(oracle, group, batches):
             wrong = None if planted or plan.step < 20 else faulty(plan.groups[0], fault)
             planted = planted or wrong is not None
             yield (replace(plan, groups=(wrong,)) if wrong else plan), batch

@@ -78,7 +78,7 @@ def test_counts_what_the_plans_of_training_say(trace: Trace) -> None:
     )
     expected = OracleReport.for_groups(groups)
     oracle = Oracle(groups, num_slots=slots, lookahead=5)
-    for plan, _ in oracle.plan(full):
+    for (plan,), _ in oracle.plan(oracle.link(full)):
         if 10 <= plan.step < 40:
             expected.add(plan, oracle.peak_slots)
     report = replay(trace, grid, 120, 5).report
@@ -143,16 +143,20 @@ def test_the_largest_batch_and_the_smallest_cache_are_named(trace: Trace, result
 
 def test_an_error_names_a_cache_that_holds_all_batches_of_all_groups(trace: Trace) -> None:
     groups = two_groups()
+
+    def plan(num_slots: list[int]) -> list[object]:
+        oracle = Oracle(groups, num_slots=num_slots, lookahead=5)
+        return list(oracle.plan(oracle.link(trace.batches)))
+
     with pytest.raises(CacheTooSmallError) as caught:
-        list(Oracle(groups, num_slots=slots_of(20, groups), lookahead=5).plan(trace.batches))
+        plan(slots_of(20, groups))
     assert (caught.value.step, caught.value.last_step) == (0, NUM_BATCHES - 1)
     assert caught.value.cache_rows == trace.smallest_cache
     assert f"at least {trace.smallest_cache} rows, which all batches seen" in str(caught.value)
-    enough = slots_of(caught.value.cache_rows, groups)
-    assert len(list(Oracle(groups, num_slots=enough, lookahead=5).plan(trace.batches))) == 60
+    assert len(plan(slots_of(caught.value.cache_rows, groups))) == 60
     # a group that had more by a list of sizes has as much
     with pytest.raises(CacheTooSmallError) as caught:
-        list(Oracle(groups, num_slots=[10, 300], lookahead=5).plan(trace.batches))
+        plan([10, 300])
     assert slots_of(caught.value.cache_rows, groups)[1] >= 300
 
 

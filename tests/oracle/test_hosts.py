@@ -19,7 +19,7 @@ from tests.oracle.rank_replay import Replay, check, exchange_of, moved_by, plan_
 from tests.oracle.test_shards import zipf_trace
 
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
-from bagpipe.feed.stream import BatchAdapter, StreamOptions, plan_ranks_stream
+from bagpipe.feed.stream import BatchAdapter, StreamOptions, plan_stream
 from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.dry_run import Grid, dry_run
 from bagpipe.oracle.row_trace import read_trace
@@ -160,7 +160,7 @@ def test_hosts_look_ahead_alike_where_the_window_grows_until_memory_is_full(hand
         options = StreamOptions(
             groups=(group,), num_slots=(60,), lookahead_bytes=500_000, topology=topology
         )
-        with closing(plan_ranks_stream(batches, options, BatchAdapter(hand_out=hand_out))) as steps:
+        with closing(plan_stream(batches, options, BatchAdapter(hand_out=hand_out))) as steps:
             return [tuple(planned.plan for planned in step) for step in steps]
 
     every, first, second = (plans_for(ranks) for ranks in ((0, 1, 2, 3), (0, 1), (2, 3)))

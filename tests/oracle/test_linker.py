@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.oracle.test_cacher import deduped, zipf_batches
+from tests.oracle.test_cacher import zipf_batches
+from tests.planning import checked_for_one, deduped
 
 from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.oracle import Cacher, Oracle, checked
@@ -23,9 +24,8 @@ def test_plans_do_not_depend_on_how_far_linking_is_ahead(num_slots: int) -> None
         linked = BackgroundIterator(
             oracle.link(deduped(group, batches)), ahead=ahead, name="linker"
         )
-        return [
-            plan.groups[0] for plan, _ in checked([group], [num_slots], oracle.plan_linked(linked))
-        ]
+        planned = ((plans[0], batch) for plans, batch in oracle.plan(linked))
+        return [plan.groups[0] for plan, _ in checked([group], [num_slots], planned)]
 
     for one, other in zip(plan(1), plan(50), strict=True):
         assert_same(one, other)
@@ -83,10 +83,7 @@ def test_numbers_of_occurrences_wrap_round_and_their_ring_grows_unseen() -> None
         cacher.linker._next_occurrence = first_occurrence
         cacher.linker.next_uses = np.empty((ring_size, 2), np.int32)
         cacher._slots_of_uses = np.empty(ring_size, np.int32)
-        return [
-            plan.groups[0]
-            for plan, _ in checked([group], [150], oracle.plan(deduped(group, batches)))
-        ]
+        return [plan.groups[0] for plan, _ in checked_for_one(oracle, group, 150, batches)]
 
     for one, other in zip(plans(0, 1 << 16), plans(2**31 - 3000, 4), strict=True):
         np.testing.assert_array_equal(one.lookup_slots, other.lookup_slots)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests import reference, strategies
 
 from bagpipe.errors import ConfigError
-from bagpipe.feed.stream import StreamOptions, plan_ranks_stream
+from bagpipe.feed.stream import StreamOptions, plan_stream
 from bagpipe.oracle import Oracle
 from bagpipe.oracle.policy import POLICIES
 from bagpipe.topology import Topology
@@ -42,7 +42,7 @@ def test_plans_of_another_policy_keep_the_invariants_and_fetch_no_less(
         )
         return sum(
             len(moved.fetch_rows)
-            for ranks in plan_ranks_stream(batches, options)
+            for ranks in plan_stream(batches, options)
             for planned in ranks
             for moved in (planned.plan.groups[0].overlapped, planned.plan.groups[0].urgent)
         )

@@ -24,10 +24,10 @@ from tests.oracle.rank_replay import (
     plan_all,
     smallest_cache,
 )
+from tests.planning import plan_for_one
 
 from bagpipe.errors import ConfigError, PlanError
-from bagpipe.oracle import DedupedBatch, Oracle, dedup
-from bagpipe.oracle.merge import merge
+from bagpipe.oracle import Oracle
 from bagpipe.plan import StepPlan
 from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
 
@@ -157,12 +157,7 @@ def test_all_caches_together_fetch_as_one_of_one_trainer() -> None:
     group, batches = power_trace(30, 120, 3000)
     # With several trainers rows settle one step after those of one trainer, hence a depth of 3.
     one = Oracle([group], num_slots=[450], lookahead=6, prefetch_depth=3)
-    single = one.plan(
-        DedupedBatch(
-            payload=None, share_sizes=(120,), groups=(merge(group, [dedup(group, batch)]),)
-        )
-        for batch in batches
-    )
+    single = plan_for_one(one, group, batches)
     for plans, (alone, _) in zip(plan_all(group, batches, 3, 150).plans, single, strict=True):
         fetched = [
             row for plan in plans for part in moved_by(plan) for row in part.fetch_rows.tolist()

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import reference, strategies
 from tests.oracle.rank_replay import Replay, check, plan_all
-from tests.oracle.test_cacher import deduped
+from tests.planning import checked_for_one, deduped
 
 from bagpipe.errors import CacheTooSmallError
 from bagpipe.native.jit import threaded
-from bagpipe.oracle import Cacher, Oracle, checked, dedup, shards
+from bagpipe.oracle import Cacher, Oracle, dedup, shards
 from bagpipe.oracle.dry_run import Grid, replay
 from bagpipe.oracle.eviction import loops
 from bagpipe.oracle.row_trace import Trace
@@ -47,10 +47,7 @@ def plans_of(
     group: Group, batches: Sequence[Jagged], num_slots: int, **options: int
 ) -> list[GroupPlan]:
     oracle = Oracle([group], num_slots=[num_slots], **options)
-    return [
-        plan.groups[0]
-        for plan, _ in checked([group], [num_slots], oracle.plan(deduped(group, list(batches))))
-    ]
+    return [plan.groups[0] for plan, _ in checked_for_one(oracle, group, num_slots, batches)]
 
 
 def fetched(plans: Sequence[GroupPlan]) -> list[set[int]]:

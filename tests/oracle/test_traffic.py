@@ -98,7 +98,7 @@ def steps(trace: Trace, cache_rows: int) -> Iterator[tuple[int, list[GroupPlan],
     """Yields the plans of all ranks and the global batch, step by step and group by group."""
     topology = trace.topology(range(trace.num_trainers))
     oracle = Oracle(trace.groups, num_slots=trace.slots(cache_rows), lookahead=3, topology=topology)
-    for plans, batch in oracle.plan_ranks(oracle.link(trace.batches)):
+    for plans, batch in oracle.plan(oracle.link(trace.batches)):
         for group, merged in enumerate(batch.groups):
             yield plans[0].step, [plan.groups[group] for plan in plans], merged
 

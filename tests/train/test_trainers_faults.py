@@ -96,7 +96,7 @@ def test_a_row_evicted_late_and_fetched_at_the_same_tick_is_no_circle(depth: int
     options = StreamOptions(
         groups=(GROUP,), num_slots=(4,), topology=topology, lookahead=1, prefetch_depth=depth
     )
-    plans = [planned.plan for planned in plan_stream(batches, options)]
+    plans = [planned.plan for (planned,) in plan_stream(batches, options)]
     # or it shows nothing
     assert any(plan.groups[0].overlapped.fence_tick == plan.issue_tick for plan in plans)
     found = train(2, batches, cache=[4], replicas=50, lookahead=1, prefetch_depth=depth)

@@ -28,7 +28,7 @@ import numpy as np
 from bagpipe.errors import BackgroundError, BagpipeError, LostError
 from bagpipe.feed.meeting import Door, Porch
 from bagpipe.feed.seals import OpenBatches
-from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_ranks_stream
+from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.feed.wire import FAILURE, ITEM, RELEASED, Failure, Packed, Region, map_region
 from bagpipe.native.memory import keep_freed_memory
 from bagpipe.native.pipeline import BackgroundIterator
@@ -77,7 +77,7 @@ def run_child(
             return
     threading.Thread(target=_end_by_force, args=(lines,), daemon=True).start()
     open_batches = OpenBatches()
-    planned = plan_ranks_stream(batches, options, adapter, open_batches)
+    planned = plan_stream(batches, options, adapter, open_batches)
     plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="planner", on_item=lines.wake)
     try:
         lines.end(_send_all(plans, lines, open_batches))

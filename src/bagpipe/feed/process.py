@@ -1,6 +1,6 @@
 """The oracle in a process of its own, so that it and the trainer never wait for one GIL.
 
-The child runs `plan_ranks_stream`. Arrays of plans and batches come to the trainer in shared memory
+The child runs `plan_stream`. Arrays of plans and batches come to the trainer in shared memory
 (`bagpipe.feed.wire`). Plans are used where they lie; batches are copied out, since the user may
 keep them.
 

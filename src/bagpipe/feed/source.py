@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
 from bagpipe.feed.process import SharedOracle
@@ -59,8 +60,8 @@ class ThreadSource(BackgroundIterator[Planned[BatchT]]):
         adapter: BatchAdapter,
     ) -> None:
         self._open_batches = OpenBatches()
-        planned = plan_stream(batches, options, adapter, self._open_batches)
-        super().__init__(planned, ahead=PLANS_AHEAD, name="oracle")
+        steps = plan_stream(batches, options, adapter, self._open_batches)
+        super().__init__(_of_first_rank(steps), ahead=PLANS_AHEAD, name="oracle")
 
     def check(self, planned: Planned[BatchT]) -> None:
         if planned.seal is not None:
@@ -94,3 +95,12 @@ class ProcessSource(BackgroundIterator[Planned[BatchT]]):
     def stop(self, *, timeout_s: float) -> bool:
         self.process.stop()  # first, or the thread would wait for its next message
         return self.close(timeout_s=timeout_s)
+
+
+def _of_first_rank(
+    steps: Generator[tuple[Planned[BatchT], ...]],
+) -> Iterator[Planned[BatchT]]:
+    """What the first of the ranks planned for gets; ends the stream when it is closed."""
+    with closing(steps):
+        for planned, *_ in steps:
+            yield planned

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -177,35 +176,22 @@ def plan_stream(
     options: StreamOptions,
     adapter: BatchAdapter = DEFAULT_ADAPTER,
     open_batches: OpenBatches | None = None,
-) -> Iterator[Planned[BatchT]]:
-    """Yields each batch with its plan, in order.
+) -> Generator[tuple[Planned[BatchT], ...]]:
+    """Yields for each batch, in order, what each of the topology's `ranks` gets, with its plan.
 
-    With several trainers it yields what the first of the topology's `ranks` gets. An error is
-    raised after all batches before it.
+    An error is raised after all batches before it.
 
     Args:
-        batches: what to read; with several trainers, global batches.
-        options: how to plan.
-        adapter: how batches are read.
-        open_batches: is told of all that is read.
+        batches: What to read; with several trainers, global batches.
+        options: How to plan.
+        adapter: How batches are read.
+        open_batches: Is told of all that is read.
 
     Raises:
-        CacheTooSmallError: a batch needs more rows than the cache has.
-        DataError: a batch can't be used, or has changed.
+        CacheTooSmallError: A batch needs more rows than the cache has.
+        DataError: A batch can't be used, or has changed.
         BackgroundError: `batches` has raised an error that is none of ours, which is the cause.
     """
-    with closing(plan_ranks_stream(batches, options, adapter, open_batches)) as steps:
-        for step in steps:
-            yield step[0]
-
-
-def plan_ranks_stream(
-    batches: Iterable[BatchT | Deferred[BatchT]],
-    options: StreamOptions,
-    adapter: BatchAdapter = DEFAULT_ADAPTER,
-    open_batches: OpenBatches | None = None,
-) -> Generator[tuple[Planned[BatchT], ...]]:
-    """As `plan_stream`, for all of `ranks`: yields for each batch what each of them gets."""
     oracle = options.make_oracle()
     num_threads = options.num_dedup_threads
     with Workers("bagpipe-dedup", num_threads) as workers:
@@ -214,7 +200,7 @@ def plan_ranks_stream(
             partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads
         )
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
-        planned = oracle.plan_ranks(linked, workers)
+        planned = oracle.plan(linked, workers)
         if options.check:
             planned = _checked(options, planned)
         try:

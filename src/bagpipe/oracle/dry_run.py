@@ -203,7 +203,7 @@ def replay(
     if num_trainers > 1 and not until_it_waits:
         traffic = Traffic(num_trainers=num_trainers, num_hosts=trace.num_hosts, groups=trace.groups)
     try:
-        for plans, batch in islice(oracle.plan_ranks(oracle.link(trace.batches)), grid.num_steps):
+        for plans, batch in islice(oracle.plan(oracle.link(trace.batches)), grid.num_steps):
             if plans[0].step >= grid.num_warmup_steps:
                 peak_slots = [-(-peak // num_trainers) for peak in oracle.peak_slots]
                 report.add_ranks(plans, num_uniques(batch), peak_slots)

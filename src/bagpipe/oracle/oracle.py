@@ -201,16 +201,6 @@ class Oracle:
         """Bytes of the policies' own state; the window's batches are not included."""
         return sum(policy.nbytes for policy in self._policies)
 
-    def plan(
-        self, batches: Iterable[DedupedBatch[Payload]]
-    ) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
-        """Both stages, one after the other: yields each batch with its plan, in order.
-
-        Raises CacheTooSmallError, which has looked at batches behind the refused one, and whatever
-        `batches` raises, after the plans of all batches before it.
-        """
-        return self.plan_linked(self.link(batches))
-
     def link(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[LinkedBatch[Payload]]:
         """The first stage. May be any number of batches ahead of the second."""
         for batch in batches:
@@ -220,26 +210,21 @@ class Oracle:
             )
             yield LinkedBatch(batch=batch, groups=tuple(linked))
 
-    def plan_linked(
-        self, batches: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
-    ) -> Iterator[tuple[StepPlan, DedupedBatch[Payload]]]:
-        """The second stage, for the first of the ranks planned for; raises as `plan` does."""
-        for plans, batch in self.plan_ranks(batches, workers):
-            yield plans[0], batch
-
-    def plan_ranks(
-        self, batches: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
+    def plan(
+        self, linked: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
     ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
-        """The second stage, for all ranks that are planned for.
+        """The second stage: yields each batch with the plans of the ranks planned for, in order.
 
         The way from the joint cache to each trainer depends on one step alone: it runs on
         `workers`, if any.
 
         Raises:
-            CacheTooSmallError: a batch alone needs more slots than the cache has.
-            ConfigError: a rank needs more replicas than it has room for.
+            CacheTooSmallError: A batch alone needs more slots than the cache has. Batches behind it
+                have been looked at. It is raised after the plans of all batches before, as is
+                whatever `linked` raises.
+            ConfigError: A rank needs more replicas than it has room for.
         """
-        steps = self._plan_caches(batches)
+        steps = self._plan_caches(linked)
         if workers is None or self._topology.num_trainers == 1:
             planned: Iterator[tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]] = map(
                 self._plan_trainers, steps
