@@ -109,6 +109,7 @@ def test_train_another_model_and_trace_it(file: Path) -> None:
         (["--set", "cache.size=10"], "give the cache at least"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--trace-steps", "3"], "give it too"),
+        (["--set", "servers.num_shards=2"], "trainers do not use shard servers yet"),
         (
             ["--set", "model.kind=deepfm"],
             "model.bottom: unknown key in [model]; there are top, kind",

@@ -26,6 +26,7 @@ from bagpipe.config.base import (
 )
 from bagpipe.config.data import DataConfig, PrepareConfig
 from bagpipe.config.model import DLRMConfig, ModelConfig
+from bagpipe.config.servers import ServersConfig
 from bagpipe.types import (
     SGD,
     Adagrad,
@@ -246,6 +247,8 @@ class RunConfig(Section):
     cache: CacheConfig = CacheConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    servers: ServersConfig | None = None
+    """Where the tables are, if not with the trainers."""
     prepare: PrepareConfig | None = None
     """What `bagpipe data prepare` does. Training does not look at it."""
 

@@ -90,6 +90,8 @@ def build_run(
         DataError: the data can't be read.
         StoreError: a store can't be made.
     """
+    if config.servers is not None:
+        raise ConfigError("[servers]: trainers do not use shard servers yet: leave it out")
     device = choose_device(config.train.device, communicator)
     source = open_source(config.data, "train")
     validation = open_source(config.data, "validation") if _has_validation(config.data) else None

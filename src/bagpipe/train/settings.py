@@ -24,7 +24,8 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
     It includes what the configuration leaves to the model. For prepared data it has a hash of the
     training split, so that another split is noticed wherever the folder lies.
     """
-    settings = config.model_dump(mode="json")
+    # where the tables are decides no number
+    settings = config.model_dump(mode="json", exclude={"servers"})
     if (init := config.table_init) is not None:
         settings["embeddings"]["init"] = init.model_dump(mode="json")
     settings["train"]["optimizer"] = config.dense_optimizer.model_dump(mode="json")
