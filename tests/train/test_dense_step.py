@@ -188,7 +188,7 @@ def test_lookup_and_update_are_called_once_a_batch_and_in_this_order() -> None:
 
 def test_a_graph_wants_shares_of_one_size() -> None:
     config = TrainConfig(batch_size=1001, steps=1, dense="graph")
-    embeddings: Any = SimpleNamespace(communicator=SimpleNamespace(num_trainers=2))
+    embeddings: Any = SimpleNamespace(peers=SimpleNamespace(num_trainers=2))
     parts: Any = None
     with pytest.raises(
         ConfigError, match=r"batch_size = 1,001 is no multiple of 2 trainers: use 1,000, or 'eager'"

@@ -13,7 +13,7 @@ from tests.train.ranks import run_ranks
 from torch import Tensor, nn
 
 from bagpipe.data.synthetic import SyntheticSource
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.train.evaluate import Scores, evaluate
 from bagpipe.train.progress import ConsoleReporter
 from bagpipe.types import Jagged
@@ -38,7 +38,7 @@ class Model(nn.Module):
 
 
 def evaluated(
-    batch_size: int, communicator: Communicator | None = None
+    batch_size: int, peers: Peers = ALONE
 ) -> tuple[Scores | None, Model, list[tuple[int, int]]]:
     source = SyntheticSource([40, 9], split="validation", num_samples=NUM_SAMPLES, num_dense=4)
     model, told = Model(), list[tuple[int, int]]()
@@ -48,7 +48,7 @@ def evaluated(
         batch_size=batch_size,
         device=torch.device("cpu"),
         precision="fp32",
-        communicator=communicator,
+        peers=peers,
         on_batch=lambda *progress: told.append(progress),
     )
     assert model.training

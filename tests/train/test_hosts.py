@@ -45,6 +45,7 @@ from bagpipe.checkpoint.checkpoints import State, load_checkpoint, open_checkpoi
 from bagpipe.checkpoint.files import CheckpointFiles, list_checkpoints
 from bagpipe.checkpoint.run_folder import check_seen_by_all
 from bagpipe.data.base import Position
+from bagpipe.distributed.alone import peers_of
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.collection import EmbeddingBagCollection
@@ -104,7 +105,7 @@ def train_on_hosts(
 def embeddings_on(
     communicator: Communicator, stores: Stores, tables: Sequence[TableConfig], optimizer: Optimizer
 ) -> EmbeddingBagCollection:
-    host = Trainers(communicator).host
+    host = communicator.host
     return EmbeddingBagCollection(
         tables,
         optimizer=optimizer,
@@ -239,8 +240,7 @@ def train_both(num_trainers: int, num_hosts: int, loop: Loop) -> None:
 
 
 def rank_of(trainer: Trainer) -> int:
-    communicator = trainer.embeddings.communicator
-    return 0 if communicator is None else communicator.rank
+    return trainer.embeddings.peers.rank
 
 
 def saved_by(folder: Path, num_trainers: int, num_hosts: int) -> list[np.ndarray]:
@@ -296,11 +296,11 @@ def test_a_checkpoint_of_two_hosts_is_loaded_by_any_number(
     }
 
     def load(communicator: Communicator | None) -> None:
-        trainers = Trainers(communicator)
+        trainers = Trainers(peers_of(communicator))
         embeddings = EmbeddingBagCollection(
             make_tables(),
             optimizer=Adam(lr=0.05),
-            store=lambda group, _: stores[trainers.host, group.index],
+            store=lambda group, _: stores[trainers.peers.host, group.index],
             communicator=communicator,
         )
         load_checkpoint(saved, state_of(embeddings), trainers)
@@ -407,7 +407,7 @@ def test_each_host_shares_a_store_of_its_own() -> None:
     def work(communicator: Communicator) -> bool:
         with EmbeddingsOf(communicator) as embeddings:
             store = embeddings.stores[0]
-            width, host = store.group.record_width, Trainers(communicator).host
+            width, host = store.group.record_width, communicator.host
             own, other = (
                 [row for row in range(400) if home_of(row, 2) == home][:40]
                 for home in (host, 1 - host)

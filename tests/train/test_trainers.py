@@ -226,8 +226,7 @@ def test_lookups_of_all_ranks_are_those_of_one_trainer_to_the_bit(
     found: dict[tuple[int, int, int], list[Tensor]] = {}
 
     def look(trainer: Trainer, batches: Sequence[Jagged]) -> None:
-        communicator = trainer.embeddings.communicator
-        rank = 0 if communicator is None else communicator.rank
+        rank = trainer.embeddings.peers.rank
         with trainer.stream(batches) as stream:
             for step, batch in enumerate(stream):
                 pooled = trainer.embeddings(batch).groups
@@ -495,8 +494,7 @@ def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_wai
 
     def fail_in_step_5(trainer: Trainer, batches: Sequence[Jagged]) -> None:
         embeddings, stream = trainer.embeddings, trainer.stream(batches)
-        assert embeddings.communicator is not None
-        rank = embeddings.communicator.rank
+        rank = embeddings.peers.rank
         try:
             for step, loss in trainer.losses(stream):
                 if rank == 1 and step == 5:

@@ -37,7 +37,7 @@ from bagpipe.cache.exchange import exchange_with
 from bagpipe.cache.overlap import Streams
 from bagpipe.cache.spans import span
 from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
-from bagpipe.distributed.alone import Alone, Peers
+from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import UsageError
 from bagpipe.plan import StepPlan, Transfers
 from bagpipe.store.base import EmbeddingStore
@@ -77,7 +77,7 @@ class Executor:
         self,
         caches: Sequence[DeviceCache],
         stores: Sequence[EmbeddingStore],
-        peers: Peers | None = None,
+        peers: Peers = ALONE,
         num_skipped: list[int] | None = None,
     ) -> None:
         """Makes the threads that move records.
@@ -88,7 +88,6 @@ class Executor:
             peers: the other trainers; by default none. Plans are those of this one's rank.
             num_skipped: counts by group the steps without an update, and is kept up to date.
         """
-        peers = peers or Alone()
         self._num_skipped = [0] * len(caches) if num_skipped is None else num_skipped
         self._updated: set[int] = set()  # groups, in the step that is being computed
         self.caches, self.stores = tuple(caches), tuple(stores)

@@ -36,6 +36,7 @@ from bagpipe.checkpoint.files import (
 )
 from bagpipe.config.compare import Difference, compare_configs
 from bagpipe.data.base import Position
+from bagpipe.distributed.alone import ALONE
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import CheckpointError
 from bagpipe.store.base import EmbeddingStore
@@ -43,7 +44,7 @@ from bagpipe.topology import shards_of
 from bagpipe.types import Group
 
 _DENSE = "dense.pt"
-_ALONE = Trainers(None)
+_ALONE = Trainers(ALONE)
 
 
 class Embeddings(Protocol):
@@ -131,7 +132,7 @@ def save_checkpoint(
             return str(stack.enter_context(writer).folder) if trainers.is_first else None
 
         def write(temporary: str) -> dict[str, Any] | None:
-            if not trainers.is_first_of_host:
+            if not trainers.peers.is_first_of_host:
                 return None
             files = (
                 writer if trainers.is_first else CheckpointFiles.join(Path(temporary), writer.path)
@@ -140,7 +141,9 @@ def save_checkpoint(
                 files.write_bytes(_DENSE, _dense_state(state))
             nums_records = [
                 files.write_records(
-                    _records_name(group.index, trainers.host), store.snapshot(), group.record_width
+                    _records_name(group.index, trainers.peers.host),
+                    store.snapshot(),
+                    group.record_width,
                 )
                 for group, store in zip(groups, state.embeddings.stores, strict=True)
             ]
@@ -157,7 +160,7 @@ def save_checkpoint(
                 "position": asdict(position),
                 "config": config,
                 "environment": environment(),
-                "num_hosts": trainers.num_hosts,
+                "num_hosts": trainers.peers.num_hosts,
                 "groups": [
                     _describe(group) | {"num_records": num_records}
                     for group, num_records in zip(groups, nums_records, strict=True)
@@ -300,7 +303,7 @@ def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) 
     for group, store, entry in zip(
         state.embeddings.groups, state.embeddings.stores, saved.groups, strict=True
     ):
-        if trainers.is_first_of_host:
+        if trainers.peers.is_first_of_host:
             _load_records(saved, group, store, entry["num_records"], trainers)
     state.embeddings.step = saved.step
     state.embeddings.num_skipped[:] = saved.num_skipped
@@ -388,8 +391,8 @@ def _load_records(
             saved.path / _records_name(group.index, host), group.record_width
         ):
             num_read += len(rows)
-            if trainers.num_hosts > 1:
-                is_own = shards_of(rows, trainers.num_hosts) == trainers.host
+            if trainers.peers.num_hosts > 1:
+                is_own = shards_of(rows, trainers.peers.num_hosts) == trainers.peers.host
                 rows, records = rows[is_own], records[is_own]
             store.write(rows, records)
     if num_read != num_records:

@@ -29,7 +29,7 @@ from bagpipe.cli.plan import plan
 
 if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
-    from bagpipe.distributed.communicator import Communicator
+    from bagpipe.distributed.alone import Peers
     from bagpipe.train.loop import Result
 
 # rich's own markup would swallow words in brackets, such as a section's name
@@ -101,11 +101,10 @@ def train(
         traced = {"path": trace, "num_steps": trace_steps, "after": trace_after}
         from bagpipe.launch.torchrun import joined_trainers
 
-        with joined_trainers() as communicator:
-            is_first = communicator is None or communicator.rank == 0
-            console.quiet = not is_first
+        with joined_trainers() as peers:
+            console.quiet = peers.rank > 0
             result = _train(
-                console, config, communicator, resume=resume, overwrite=overwrite, traced=traced
+                console, config, peers, resume=resume, overwrite=overwrite, traced=traced
             )
     _tell_end(console, config, result)
 
@@ -177,7 +176,7 @@ def inspect_data(
 def _train(
     console: Console,
     config: RunConfig,
-    communicator: Communicator | None,
+    peers: Peers,
     *,
     resume: bool,
     overwrite: bool,
@@ -196,7 +195,7 @@ def _train(
             resume=resume,
             overwrite=overwrite,
             trace=trace,
-            communicator=communicator,
+            peers=peers,
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TypeAlias
+
+from torch import Tensor
 
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.write_marks import Moment
@@ -15,7 +18,8 @@ from bagpipe.types import Float32Array, Group, Int64Array
 class Alone:
     """What a `Communicator` would be among one: nothing is sent, and nobody is waited for."""
 
-    rank, num_trainers, num_hosts = 0, 1, 1
+    rank, num_trainers, has_others = 0, 1, False
+    host, num_hosts = 0, 1
     ranks_of_host, is_first_of_host = range(1), True
     timeout = timedelta(minutes=5)
 
@@ -38,6 +42,26 @@ class Alone:
         """This rank's own."""
         return value
 
+    def mean(self, value: float) -> float:
+        """This rank's own."""
+        return value
+
+    def ask_for_largest(self, value: float) -> Callable[[], float]:
+        """This rank's own."""
+        return lambda: value
+
+    def average(self, values: Tensor) -> None:
+        """They are their own mean."""
+
+    def gather(
+        self, what: str, parts: Iterable[Tensor], sizes: Sequence[Sequence[int]]
+    ) -> Sequence[Iterable[Tensor]]:
+        """This rank's own, one after the other."""
+        return [parts]
+
+    def barrier(self, what: str) -> None:
+        """Nobody is waited for."""
+
     def all_stop_before(self, step: int) -> bool:
         """This rank does."""
         return True
@@ -59,3 +83,9 @@ class Alone:
 
 Peers: TypeAlias = Communicator | Alone
 """How a trainer talks to the others, of whom there may be none."""
+ALONE = Alone()
+
+
+def peers_of(communicator: Peers | None) -> Peers:
+    """The others as users name them: None, or a communicator of one trainer, is nobody."""
+    return communicator if communicator is not None and communicator.has_others else ALONE

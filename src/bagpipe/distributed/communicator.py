@@ -18,7 +18,7 @@ reads (`homes`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -138,6 +138,11 @@ class Communicator:
         )
 
     @property
+    def has_others(self) -> bool:
+        """Whether there is another rank."""
+        return self.num_trainers > 1
+
+    @property
     def host(self) -> int:
         """Which host this rank is on."""
         return host_of(self.rank, self.num_trainers, self.num_hosts)
@@ -212,16 +217,22 @@ class Communicator:
         """Ends the waiting of others for what this rank will not send any more."""
         self.lockstep.tell_failed(error)
 
-    def gather(self, what: str, rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-        """Gathers what each rank gives as `rows`, (counts[rank], D) on the CPU, on rank 0.
+    def gather(
+        self, what: str, parts: Iterable[Tensor], sizes: Sequence[Sequence[int]]
+    ) -> Sequence[Iterable[Tensor]]:
+        """Gathers on rank 0 the parts of each rank, (sizes[rank][i], D) float32 on the CPU.
 
-        All must call it. Rank 0 gets the parts by rank, the others nothing.
+        All must call it. Rank 0, which has at least one, gets them by rank, the others nothing.
         """
-        receive_counts = list(counts) if self.rank == 0 else [0] * self.num_trainers
+        rows = torch.cat(list(parts) or [torch.empty(0)])
+        counts = [sum(each) if self.rank == 0 else 0 for each in sizes]
         with self.naming(f"gathering {what}"):
             self.lockstep.do_together(f"gathers {what}")
-            received = self.swap(rows, [len(rows)] + [0] * (self.num_trainers - 1), receive_counts)
-        return torch.split(received, receive_counts) if self.rank == 0 else ()
+            received = self.swap(rows, [len(rows)] + [0] * (self.num_trainers - 1), counts)
+        if self.rank > 0:
+            return ()
+        by_rank = torch.split(received, counts)
+        return [torch.split(rows, list(each)) for rows, each in zip(by_rank, sizes, strict=True)]
 
     def fetch_from_homes(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
         """As `store.fetch`, for rows (n,) of any host.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Peers
 from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError
 
 
@@ -18,23 +19,16 @@ class Trainers:
     All ranks must call what asks all ranks, in the same order.
     """
 
-    def __init__(self, communicator: Communicator | None) -> None:
-        self._communicator = communicator
-        self.are_alone = communicator is None
-        """Whether there is only this one."""
-        self.is_first = communicator is None or communicator.rank == 0
+    def __init__(self, peers: Peers) -> None:
+        self.peers = peers
+        self.is_first = peers.rank == 0
         """Whether this one saves, scores and logs."""
-        self.is_first_of_host = communicator is None or communicator.is_first_of_host
-        """Whether this one saves and loads the records of its host."""
-        self.num_trainers = 1 if communicator is None else communicator.num_trainers
-        self.num_hosts = 1 if communicator is None else communicator.num_hosts
-        self.host = 0 if communicator is None else communicator.host
-        self._asked: Callable[[], float] = lambda: 0.0
+        # Answers that are on their way. A single trainer has none to wait for.
+        self._asked: deque[Callable[[], float]] = deque([lambda: 0.0] * peers.has_others)
 
     def wait(self, what: str) -> None:
         """Waits for all ranks."""
-        if self._communicator is not None:
-            self._communicator.barrier(f"waiting for {what}")
+        self.peers.barrier(f"waiting for {what}")
 
     @contextmanager
     def averaging(self, step: int) -> Iterator[None]:
@@ -46,16 +40,11 @@ class Trainers:
         try:
             yield
         except RuntimeError as error:
-            if (
-                self._communicator is None
-                or isinstance(error, BackgroundError)
-                or "gloo" not in str(error)
-            ):
+            if isinstance(error, BackgroundError) or "gloo" not in str(error):
                 raise
             raise BackgroundError(
-                f"rank {self._communicator.rank}: averaging the dense part's gradients of step "
-                f"{step} failed; another of the "
-                f"{self._communicator.num_trainers} trainers may be gone: {error}"
+                f"rank {self.peers.rank}: averaging the dense part's gradients of step {step} "
+                f"failed; another of the {self.peers.num_trainers} trainers may be gone: {error}"
             ) from error
 
     def all_do(
@@ -69,15 +58,13 @@ class Trainers:
             failure_is: what the other ranks raise where one raises a BagpipeError of any kind, and
                 all ranks where one raises an OSError.
         """
-        if self._communicator is None:
-            return [work()]
         result, failure = None, None
         try:
             result = work()
         except (BagpipeError, OSError) as error:
             failure = error if isinstance(error, BagpipeError) else failure_is(str(error))
         told = json.dumps({"result": result, "failure": None if failure is None else str(failure)})
-        answers = [json.loads(text) for text in self._communicator.gather_texts(what, told)]
+        answers = [json.loads(text) for text in self.peers.gather_texts(what, told)]
         if failure is not None:
             raise failure
         for rank, answer in enumerate(answers):
@@ -90,9 +77,7 @@ class Trainers:
 
         A rank has `num_samples` of the `batch_size` samples of the global batch.
         """
-        if self._communicator is None:
-            return 1.0
-        return num_samples * self._communicator.num_trainers / batch_size
+        return num_samples * self.peers.num_trainers / batch_size
 
     def agree_on(self, received: signal.Signals | None) -> signal.Signals | None:
         """The signal that any rank had received at the call before.
@@ -100,12 +85,10 @@ class Trainers:
         All ranks thus end after the same step, and none waits for others. A single trainer's is the
         one that it has received by now.
         """
-        if self._communicator is None:
-            return received
-        number = int(self._asked())
-        self._asked = self._communicator.ask_for_largest(0 if received is None else received)
+        self._asked.append(self.peers.ask_for_largest(received or 0))
+        number = int(self._asked.popleft()())
         return signal.Signals(number) if number else None
 
     def mean(self, value: float) -> float:
         """The mean of all ranks' values, the same on each."""
-        return value if self._communicator is None else self._communicator.mean(value)
+        return self.peers.mean(value)

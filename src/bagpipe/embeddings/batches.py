@@ -59,7 +59,7 @@ class Lookahead(Generic[BatchT]):
         """Whether all of several ranks had an error in their plans at the same step, so that all
         rows were written back."""
         self._peers = embeddings.peers
-        self._has_others = self._peers.num_trainers > 1
+        self._has_others = self._peers.has_others
         self._pid = os.getpid()
         # Held while a batch is asked for, and for ever by a call that was interrupted.
         self._turn = threading.Lock()

@@ -8,7 +8,7 @@ from numbers import Integral
 
 import torch
 
-from bagpipe.distributed.alone import Alone, Peers
+from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.sizes import parse_rows, slots_of
 from bagpipe.types import Group
@@ -22,7 +22,7 @@ def slots_for(
     cache: int | str | Sequence[int],
     groups: Sequence[Group],
     device: torch.device,
-    peers: Peers | None = None,
+    peers: Peers = ALONE,
 ) -> list[int]:
     """Slots for each group; none gets more than it has rows.
 
@@ -47,7 +47,7 @@ def slots_for(
         if len(cache) != len(groups):
             raise ConfigError(f"cache has {len(cache)} entries for {len(groups)} groups")
         return [min(int(slots), group.num_rows) for slots, group in zip(cache, groups, strict=True)]
-    size = f"{_automatic_bytes(device, peers or Alone())}B" if cache == "auto" else str(cache)
+    size = f"{_automatic_bytes(device, peers)}B" if cache == "auto" else str(cache)
     return slots_of(parse_rows(size, groups, "cache"), groups)
 
 

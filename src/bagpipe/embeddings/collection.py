@@ -19,7 +19,7 @@ from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.spans import span
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Peers
 from bagpipe.embeddings.grad_scaling import GradScaling
 from bagpipe.embeddings.lookup_function import Lookup
 from bagpipe.embeddings.pooled import PooledEmbeddings
@@ -47,7 +47,7 @@ class EmbeddingBagCollection(StoredTables):
         device: str | torch.device = "cpu",
         seed: int = 0,
         store: Callable[[Group, int], EmbeddingStore] | None = None,
-        communicator: Communicator | None = None,
+        communicator: Peers | None = None,
     ) -> None:
         """Makes the stores of the tables.
 
@@ -111,7 +111,7 @@ class EmbeddingBagCollection(StoredTables):
         Raises:
             UsageError: there are several trainers.
         """
-        if scaler is not None and self.peers.num_trainers > 1:
+        if scaler is not None and self.peers.has_others:
             raise UsageError(
                 "a GradScaler is not supported with several trainers, of which one alone may "
                 "overflow: use autocast with bfloat16, which needs none"
@@ -332,7 +332,7 @@ class EmbeddingBagCollection(StoredTables):
             self.flush()
         except BaseException as error:
             # After an interrupt it can be called again, unless other trainers have gone on.
-            if isinstance(error, Exception) or self.peers.num_trainers > 1:
+            if isinstance(error, Exception) or self.peers.has_others:
                 self.fail(error)
             raise
         self._end_executor()

@@ -153,7 +153,7 @@ def _topology(
     overlap: bool,
 ) -> Topology:
     peers = embeddings.peers
-    if peers.num_trainers == 1:  # who needs no rows of others
+    if not peers.has_others:  # who needs no rows of others
         return ONE_TRAINER
     if replicas is None:
         replicas = [max(slots // 2, _MIN_REPLICAS) for slots in num_slots]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, to_device
-from bagpipe.distributed.alone import Alone, Peers
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Peers, peers_of
 from bagpipe.embeddings.tables import (
     LazyTable,
     load_tables,
@@ -39,19 +38,17 @@ class StoredTables(nn.Module, ABC):
         device: str | torch.device,
         seed: int,
         store: Callable[[Group, int], EmbeddingStore] | None,
-        communicator: Communicator | None,
+        communicator: Peers | None,
     ) -> None:
         """See `EmbeddingBagCollection`."""
         super().__init__()
-        if communicator is not None and communicator.num_trainers == 1:
-            communicator = None
-        self.peers: Peers = communicator or Alone()
+        self.peers = peers_of(communicator)
         """The other trainers, of whom there may be none."""
         store = store or self.peers.shared_store
         self.groups = group_tables(tables, optimizer)
         self.stores = tuple(store(group, seed) for group in self.groups)
         self.device = torch.device(device)
-        self.seed, self.communicator = seed, communicator
+        self.seed = seed
 
     @abstractmethod
     def flush(self) -> None:

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import ConfigError
 from bagpipe.topology import check_hosts
@@ -29,15 +30,15 @@ _EXIT_SECONDS = 10
 
 
 @contextmanager
-def joined_trainers() -> Iterator[Communicator | None]:
-    """This process's connections to the other trainers, or None where it is the only one.
+def joined_trainers() -> Iterator[Peers]:
+    """This process's connections to the other trainers, of whom there may be none.
 
     Raises:
         ConfigError: the hosts do not have equally many trainers, or are not 1, 2, 4 or 8.
     """
     num_trainers = int(os.environ.get("WORLD_SIZE", "1"))
     if num_trainers == 1:
-        yield None
+        yield ALONE
         return
     num_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     num_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_trainers))

@@ -23,11 +23,11 @@ from bagpipe.data import open_source
 from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.data.notes import run_notes
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
-from bagpipe.store import FileStore, MemoryStore
+from bagpipe.store import FileStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
 from bagpipe.train.schedule import Schedule
@@ -74,14 +74,14 @@ class Run:
 def build_run(
     config: RunConfig,
     *,
-    communicator: Communicator | None = None,
+    peers: Peers = ALONE,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Run]:
     """Opens the data, makes the model and its tables, and closes them at the end.
 
     Args:
         config: the run.
-        communicator: with the other trainers, if there are any.
+        peers: the other trainers; by default none.
         say: told, a sentence each, what to know of the data, and what a machine can't do that
             another way is found for.
 
@@ -92,7 +92,7 @@ def build_run(
     """
     if config.servers is not None:
         raise ConfigError("[servers]: trainers do not use shard servers yet: leave it out")
-    device = choose_device(config.train.device, communicator)
+    device = choose_device(config.train.device, peers)
     source = open_source(config.data, "train")
     validation = open_source(config.data, "validation") if _has_validation(config.data) else None
     for note in run_notes(config.data):
@@ -104,10 +104,8 @@ def build_run(
         optimizer=config.embeddings.optimizer.build(),
         device=device,
         seed=config.train.seed,
-        store=_store_maker(config.embeddings)
-        if communicator is None
-        else _shared_store_maker(config.embeddings, communicator),
-        communicator=communicator,
+        store=_store_maker(config.embeddings, peers),
+        communicator=peers,
     )
     try:
         model = make_model(config.model, embeddings, source.num_dense).to(device)
@@ -191,8 +189,8 @@ def make_dense_step(
         raise ConfigError(
             f"train.dense = {config.dense!r} needs a CUDA device: use 'eager' or 'auto' on a CPU"
         )
-    communicator = embeddings.communicator
-    num_trainers = 1 if communicator is None else communicator.num_trainers
+    peers = embeddings.peers
+    num_trainers = peers.num_trainers
     if config.dense in ("graph", "compile") and config.batch_size % num_trainers:
         raise ConfigError(
             f"train.dense = {config.dense!r} wants shares of one size, and train.batch_size = "
@@ -202,7 +200,7 @@ def make_dense_step(
         )
     graph = has_graph(config, device, num_trainers)
     return DenseStep(
-        model.dense_part if communicator is None or graph else averaging_part(model),
+        averaging_part(model) if peers.has_others and not graph else model.dense_part,
         optimizer,
         groups=[(len(group.features), group.embedding_dim) for group in embeddings.groups],
         device=device,
@@ -210,7 +208,7 @@ def make_dense_step(
         precision=config.precision,
         graph=graph,
         compile_part=config.dense == "compile",
-        average=communicator.average if communicator is not None and graph else None,
+        average=peers.average if peers.has_others and graph else None,
         say=say,
     )
 
@@ -249,16 +247,13 @@ def _has_validation(config: DataConfig) -> bool:
     )
 
 
-def choose_device(name: str, communicator: Communicator | None) -> torch.device:
+def choose_device(name: str, peers: Peers) -> torch.device:
     """The device that a configuration names; what computes there is told to be deterministic.
 
     Raises:
         ConfigError: there is no such device.
     """
-    num_devices, num_needed = (
-        torch.cuda.device_count(),
-        1 if communicator is None else len(communicator.ranks_of_host),
-    )
+    num_devices, num_needed = torch.cuda.device_count(), len(peers.ranks_of_host)
     has_cuda = num_devices >= num_needed
     if name == "cuda" and not has_cuda:
         raise ConfigError(
@@ -293,21 +288,16 @@ class _DensePartModule(torch.nn.Module):
         return self.model.dense_part(dense, pooled)
 
 
-def _shared_store_maker(
-    config: EmbeddingsConfig, communicator: Communicator
-) -> Callable[[Group, int], EmbeddingStore]:
-    if config.store.kind != "memory":
-        raise ConfigError(
-            f"embeddings.store.kind = {config.store.kind!r} with {communicator.num_trainers} "
-            "trainers: they share tables in "
-            "memory only so far: use 'memory'"
-        )
-
-    return communicator.shared_store
-
-
-def _store_maker(config: EmbeddingsConfig) -> Callable[[Group, int], EmbeddingStore]:
+def _store_maker(
+    config: EmbeddingsConfig, peers: Peers
+) -> Callable[[Group, int], EmbeddingStore] | None:
+    """None is memory, which all trainers of a host share."""
     store = config.store
     if store.kind == "memory":
-        return MemoryStore
+        return None
+    if peers.has_others:
+        raise ConfigError(
+            f"embeddings.store.kind = {store.kind!r} with {peers.num_trainers} trainers: they "
+            "share tables in memory only so far: use 'memory'"
+        )
     return lambda group, seed: FileStore(group, seed, store.folder / f"group-{group.index}")

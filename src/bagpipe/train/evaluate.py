@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bagpipe.data.base import BatchSource, count_batches
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.train.dense_step import Precision, TorchBatch
 
 
@@ -92,7 +92,7 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     precision: Precision,
-    communicator: Communicator | None = None,
+    peers: Peers = ALONE,
     on_batch: Callable[[int, int], None] = lambda number, num_batches: None,
     on_no_batch: Callable[[], None] = lambda: None,
 ) -> Scores | None:
@@ -106,7 +106,7 @@ def evaluate(
         batch_size: samples that are predicted together.
         device: where the model computes.
         precision: of the dense part.
-        communicator: with the other trainers, if there are any; all must call this together.
+        peers: the other trainers, by default none; all must call this together.
         on_batch: told how many of all batches are done, and at the end that all are.
         on_no_batch: called in place of the last batch where other ranks have one more, so that all
             can read together.
@@ -115,10 +115,9 @@ def evaluate(
         The scores on rank 0, None on other ranks. With several trainers rank 0 keeps 16 bytes a
         sample more than a single trainer.
     """
-    rank, num_trainers = (
-        (0, 1) if communicator is None else (communicator.rank, communicator.num_trainers)
-    )
-    num_batches = count_batches(source.num_samples, batch_size)
+    rank, num_trainers = peers.rank, peers.num_trainers
+    num_samples = source.num_samples
+    num_batches = count_batches(num_samples, batch_size)
 
     def predictions() -> Iterator[Tensor]:
         """Logits and labels (B, 2) of each of this rank's batches, float32 on the CPU."""
@@ -139,11 +138,11 @@ def evaluate(
             torch.no_grad(),
             torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
         ):
-            own = predictions()
-            by_rank = (
-                [own]
-                if communicator is None
-                else _gather(own, source.num_samples, batch_size, communicator)
+            sizes = [min(batch_size, num_samples - at) for at in range(0, num_samples, batch_size)]
+            by_rank = peers.gather(
+                "predictions",
+                predictions(),
+                [sizes[each::num_trainers] for each in range(num_trainers)],
             )
             scores = BinaryScores()
             for predicted in chain.from_iterable(zip_longest(*by_rank)):
@@ -153,18 +152,6 @@ def evaluate(
         return scores.compute() if rank == 0 else None
     finally:
         model.train(was_training)
-
-
-def _gather(
-    predictions: Iterator[Tensor], num_samples: int, batch_size: int, communicator: Communicator
-) -> list[Iterator[Tensor]]:
-    """The predictions of all ranks, by rank, on rank 0; no batches elsewhere."""
-    sizes = [min(batch_size, num_samples - begin) for begin in range(0, num_samples, batch_size)]
-    num_trainers = communicator.num_trainers
-    by_rank = [sizes[rank::num_trainers] for rank in range(num_trainers)]
-    own = torch.cat([torch.empty(0, 2), *predictions])
-    gathered = communicator.gather("predictions", own, [sum(each) for each in by_rank])
-    return [iter(torch.split(rows, each)) for rows, each in zip(gathered, by_rank, strict=False)]
 
 
 def _entropy(probability: float) -> float:

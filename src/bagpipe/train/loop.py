@@ -137,7 +137,7 @@ class Loop:
     def _open_stream(self) -> Lookahead[TorchBatch]:
         parts, cache = self.parts, self.parts.config.cache
         start = parts.schedule.position_after(self._step)
-        is_better_apart = parts.device.type == "cuda" or parts.embeddings.communicator is not None
+        is_better_apart = parts.device.type == "cuda" or self.trainers.peers.has_others
         in_process = cache.oracle == "process" or (cache.oracle == "auto" and is_better_apart)
         return lookahead(
             RemainingBatches(source=parts.source, schedule=parts.schedule, start=start),
@@ -174,7 +174,7 @@ class Loop:
         averages = replace(
             averages,
             loss=trainers.mean(averages.loss),
-            examples_per_s=trainers.num_trainers * trainers.mean(averages.examples_per_s),
+            examples_per_s=trainers.peers.num_trainers * trainers.mean(averages.examples_per_s),
         )
         self.log.write("train", self._step, **asdict(averages))
         self.reporter.show(averages)
@@ -199,7 +199,7 @@ class Loop:
             batch_size=parts.config.train.eval_batch_size,
             device=parts.device,
             precision=parts.config.train.precision,
-            communicator=parts.embeddings.communicator,
+            peers=self.trainers.peers,
             on_batch=self.reporter.evaluating,
             on_no_batch=parts.embeddings.join_reading,
         )
@@ -242,7 +242,9 @@ class Loop:
 
         A note of the error says where it is.
         """
-        is_whole = not self._in_step and (self.trainers.are_alone or stream.has_failed_alike)
+        is_whole = not self._in_step and (
+            stream.has_failed_alike or not self.trainers.peers.has_others
+        )
         if not is_whole or isinstance(error, LossError | CheckpointError):
             return
         try:

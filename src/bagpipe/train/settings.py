@@ -11,7 +11,7 @@ import xxhash
 from bagpipe.config.compare import compare_configs
 from bagpipe.config.run import RunConfig
 from bagpipe.data.manifest import PreparedManifest
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import Peers
 from bagpipe.errors import ConfigError
 
 _MAY_DIFFER = ("log.folder", "data.folder", "prepare", "embeddings.store", "cache.threads")
@@ -36,12 +36,12 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def check_same_run(communicator: Communicator, settings: Mapping[str, Any]) -> None:
+def check_same_run(peers: Peers, settings: Mapping[str, Any]) -> None:
     """Raises ConfigError on every rank where one has another configuration.
 
     All ranks must call it. `settings` are nested mappings of JSON values.
     """
-    texts = communicator.gather_texts("the run's settings", json.dumps(settings))
+    texts = peers.gather_texts("the run's settings", json.dumps(settings))
     first, *others = (json.loads(text) for text in texts)
     for rank, other in enumerate(others, 1):
         for difference in compare_configs(first, other):

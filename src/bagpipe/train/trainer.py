@@ -20,7 +20,7 @@ from bagpipe.checkpoint.checkpoints import (
 )
 from bagpipe.checkpoint.run_folder import check_seen_by_all, claim_run_folder, start_afresh
 from bagpipe.config.run import RunConfig
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.train.build import Run, build_run, choose_device
 from bagpipe.train.compile_ahead import compiled_ahead
@@ -38,7 +38,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     trace: TraceOptions | None = None,
-    communicator: Communicator | None = None,
+    peers: Peers = ALONE,
 ) -> Result:
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
 
@@ -53,7 +53,7 @@ def train(
             is none, the run starts afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
         trace: which steps to profile, and where to write that.
-        communicator: with the other trainers, if there are any.
+        peers: the other trainers; by default none.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor
@@ -62,19 +62,18 @@ def train(
         CheckpointError: none can be resumed from, or the last one can't be written.
         LossError: the loss is not finite.
     """
-    trainers, folder = Trainers(communicator), config.log.folder
+    trainers, folder = Trainers(peers), config.log.folder
     with ExitStack() as stack:
         checkpoints = folder / "checkpoints"
         if trainers.is_first:
             checkpoints = stack.enter_context(claim_run_folder(folder, reporter.say))
         trainers.wait("rank 0 to claim the run's folder")
         check_seen_by_all(folder, trainers)
-        if communicator is not None:
-            device = choose_device(config.train.device, communicator)
-            own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
-            check_same_run(communicator, {**describe_run(config), **own})
-        ready = stack.enter_context(compiled_ahead()) if communicator is None else lambda: None
-        run = stack.enter_context(build_run(config, communicator=communicator, say=reporter.say))
+        device = choose_device(config.train.device, peers)
+        own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
+        check_same_run(peers, {**describe_run(config), **own})
+        ready = (lambda: None) if peers.has_others else stack.enter_context(compiled_ahead())
+        run = stack.enter_context(build_run(config, peers=peers, say=reporter.say))
         saved = _resume(run, checkpoints, reporter, trainers) if resume else None
         if saved is None and trainers.is_first:
             start_afresh(checkpoints, overwrite=overwrite)
