@@ -76,7 +76,7 @@ class FusedTables(nn.Module):
         """Sums `grads` (B, F, D) float32 by row and applies the optimizer."""
         num_samples, num_features = batch.sparse.batch_size, len(self.group.features)
         flat = grads.reshape(num_samples * num_features, -1).contiguous()
-        rate = self.group.optimizer.update_rate(self.group.optimizer.lr, self.step + 1)
+        rate = self.group.optimizer.update_rate(self.step + 1)
         for part in self._pool.map(
             lambda part: part.dedup(batch.sparse, num_features), self._parts
         ):

@@ -89,9 +89,7 @@ class ReplicatedArm:
         device: torch.device,
     ) -> None:
         self.sent = Sent()
-        self.cache = DeviceCache(
-            group=group, num_slots=group.num_rows, device=device, lr=group.optimizer.lr
-        )
+        self.cache = DeviceCache(group=group, num_slots=group.num_rows, device=device)
         self._batches = iter(zip(shares, batches, strict=True))
         self._communicator = communicator
         self._batch: ReplicatedBatch | None = None
@@ -160,9 +158,7 @@ class HashedArm:
         self._communicator, self._num_trainers = communicator, communicator.num_trainers
         num_slots = -(-group.num_rows // self._num_trainers)
         self.sent = Sent()
-        self.cache = DeviceCache(
-            group=group, num_slots=num_slots, device=device, lr=group.optimizer.lr
-        )
+        self.cache = DeviceCache(group=group, num_slots=num_slots, device=device)
         self._finder: _OnCpu | _OnDevice
         if device.type == "cpu":
             self._finder = _OnCpu(group, shares, self._num_trainers, num_slots)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -164,9 +164,11 @@ class _Update:
     kind: ClassVar[int]
     """The number by which compiled kernels know the optimizer."""
 
-    def update_rate(self, lr: float, number: int) -> float:
-        """The rate of the ``number``th update, from 1, at the learning rate ``lr``."""
-        return lr
+    lr: float
+
+    def update_rate(self, number: int) -> float:
+        """The rate of the ``number``th update, from 1."""
+        return self.lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,26 +291,36 @@ class Adam(_Update):
         beta1, beta2 = self.betas
         return UpdateConstants(rate, self.eps, 1.0 - beta1, 1.0 - beta2)
 
-    def update_rate(self, lr: float, number: int) -> float:
+    def update_rate(self, number: int) -> float:
         """``lr`` with both bias corrections of the ``number``th update, from 1."""
         beta1, beta2 = self.betas
-        return lr * math.sqrt(1.0 - beta2**number) / (1.0 - beta1**number)
+        return self.lr * math.sqrt(1.0 - beta2**number) / (1.0 - beta1**number)
 
 
 Optimizer: TypeAlias = SGD | Adagrad | RowWiseAdagrad | Adam
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Group:
     """Tables of one dimension, one data type and one optimizer.
 
     They share a row space, a cache and a store. Tables keep the order in which they were given, and
-    features go table by table. ``row = row_offsets[table] + id``.
+    features go table by table. ``row = row_offsets[table] + id``. The learning rate is that of
+    ``optimizer``, nowhere else, and all that `set_learning_rate` changes.
     """
 
     index: int
     tables: tuple[TableConfig, ...]
     optimizer: Optimizer
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the rate of the updates that follow.
+
+        Raises:
+            ConfigError: It is no number from 0 to a million.
+        """
+        replace(self.optimizer, lr=lr)  # which checks it
+        self.optimizer = replace(self.optimizer, lr=float(lr))
 
     @property
     def name(self) -> str:

@@ -227,6 +227,6 @@ def test_rows_found_by_a_sort_give_the_sums_of_the_oracles(is_jagged: bool, kind
     grads = torch.from_numpy(rng.integers(-3, 4, (batch_size, 2, 4)).astype(np.float32))
     expected = np.zeros((600, 4), np.float32)
     np.add.at(expected, rows, grads.numpy().reshape(-1, 4)[output_rows])
-    cache = DeviceCache(group=group, num_slots=600, device=device, lr=1.0)
+    cache = DeviceCache(group=group, num_slots=600, device=device)
     sums = cache.sum_by_row(plan, grads.to(device), scale=1.0, room=0)
     np.testing.assert_array_equal(sums.cpu(), expected[np.unique(rows)])

@@ -42,6 +42,21 @@ def test_what_is_one_is_taken(embeddings: EmbeddingBagCollection, lr: Any) -> No
     assert embeddings.lr == float(lr)
 
 
+def test_a_new_learning_rate_is_that_of_every_group_cache_and_store(
+    embeddings: EmbeddingBagCollection,
+) -> None:
+    given = embeddings.groups[0].optimizer  # the user's own
+    for batch in bagpipe.lookahead([BATCH] * 2, embeddings):
+        embeddings.set_learning_rate(0.125)
+        embeddings(batch).values().sum().backward()
+        executor = embeddings.executor
+        assert executor is not None
+        held = [*embeddings.groups, *(each.group for each in [*executor.caches, *executor.stores])]
+        assert len(held) > 3
+        assert {group.optimizer.lr for group in held} == {embeddings.lr} == {0.125}
+    assert given.lr == 0.5
+
+
 def test_frozen_embeddings_are_looked_up_and_not_updated(
     embeddings: EmbeddingBagCollection,
 ) -> None:

@@ -195,9 +195,12 @@ def test_a_late_gradient_has_the_rate_of_its_step_when_the_next_one_is_set(
 
     def apply_overlapped(exchange: Exchange, step: Any) -> None:
         deadline = time.monotonic() + 0.2  # where a step waits for it, or none comes any more
-        while exchange._caches[0].lr == rate_of(step.plan.step) and time.monotonic() < deadline:
+        while (
+            exchange._caches[0].group.optimizer.lr == rate_of(step.plan.step)
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.001)
-        was_urgent.append(exchange._caches[0].lr != rate_of(step.plan.step))
+        was_urgent.append(exchange._caches[0].group.optimizer.lr != rate_of(step.plan.step))
         original(exchange, step)
 
     def set_rate(embeddings: EmbeddingBagCollection, step: int) -> None:

@@ -28,7 +28,6 @@ class DeviceCache:
     group: Group
     num_slots: int
     device: torch.device
-    lr: float
     seed: int = 0
     """The model's; it decides how weights of 16 bits are rounded."""
     num_replica_slots: int = 0
@@ -84,7 +83,7 @@ class DeviceCache:
 
     def rate_of(self, number: int) -> float:
         """The rate that `apply` needs for the tables' `number`th update."""
-        return self.group.optimizer.update_rate(self.lr, number)
+        return self.group.optimizer.update_rate(number)
 
     def apply(self, plan: DevicePlan, grads: Tensor, *, rate: float) -> None:
         """`update` with gradients by bag (num_bags, D)."""

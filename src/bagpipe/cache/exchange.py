@@ -218,7 +218,8 @@ class Exchange:
         step.rates[index] = cache.rate_of(number)
         is_last = len(step.sums) == len(self._caches) - 1
         if is_last:
-            act = f"updates its rows in step {plan.step} at the learning rate {cache.lr!r}"
+            lr = cache.group.optimizer.lr
+            act = f"updates its rows in step {plan.step} at the learning rate {lr!r}"
             if self._tells_updates_later:
                 self._untold = f"{act}, then "
             else:

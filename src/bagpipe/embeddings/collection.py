@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -74,7 +73,6 @@ class EmbeddingBagCollection(StoredTables):
             store=store,
             communicator=communicator,
         )
-        self.lr = optimizer.lr
         self.step = 0
         """Steps trained so far; the number that the next one gets."""
         self.num_skipped = [0] * len(self.groups)
@@ -90,16 +88,19 @@ class EmbeddingBagCollection(StoredTables):
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._scaling = GradScaling()
 
+    @property
+    def lr(self) -> float:
+        """The embeddings' learning rate."""
+        return self.groups[0].optimizer.lr
+
     def set_learning_rate(self, lr: float) -> None:
         """Sets the embeddings' learning rate from the next backward on.
 
         Raises:
             ConfigError: it is no number from 0 to a million.
         """
-        replace(self.groups[0].optimizer, lr=lr)  # which checks it
-        self.lr = lr = float(lr)
-        for cache in self.executor.caches if self.executor else ():
-            cache.lr = lr
+        for group in self.groups:
+            group.set_learning_rate(lr)
 
     def set_grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Says which `torch.amp.GradScaler` scales the loss, or None: none does.
@@ -273,7 +274,6 @@ class EmbeddingBagCollection(StoredTables):
                 num_slots=slots,
                 num_replica_slots=more,
                 device=self.device,
-                lr=self.lr,
                 seed=self.seed,
             )
             for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)

@@ -176,7 +176,7 @@ class StoredTables(nn.Module, ABC):
         rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
         records = np.empty((len(rows), group.record_width), np.float32)
         self.peers.fetch_from_homes(store, rows, records)
-        cache = DeviceCache(group=group, num_slots=len(rows), device=self.device, lr=0.0)
+        cache = DeviceCache(group=group, num_slots=len(rows), device=self.device)
         cache.fill(
             to_device(np.arange(len(rows), dtype=np.int32), self.device),
             torch.from_numpy(records).to(self.device),
