@@ -10,8 +10,9 @@ import numpy as np
 from bagpipe.data.base import Batch
 from bagpipe.data.criteo import CARDINALITIES
 from bagpipe.data.synthetic import SyntheticSource
+from bagpipe.optimizers import RowWiseAdagrad
 from bagpipe.store import MemoryStore
-from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad, TableConfig, group_tables
+from bagpipe.types import Float32Array, Group, Int64Array, TableConfig, group_tables
 from benchmarks.measure import Progress
 
 SKEW = 1.01

@@ -23,7 +23,8 @@ from typing import Any, Final, Literal
 
 from bagpipe.data.criteo import CARDINALITIES, DatasetName
 from bagpipe.errors import ConfigError
-from bagpipe.types import Group, RowWiseAdagrad, TableConfig, group_tables
+from bagpipe.optimizers import RowWiseAdagrad
+from bagpipe.types import Group, TableConfig, group_tables
 
 NUM_DENSE: Final = 13
 EMBEDDING_LR: Final = 0.01

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
 from bagpipe.oracle.cache_plan import CachePlan, Neighbours
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.plan import MAX_PIECE_LENGTH, Transfers
-from bagpipe.types import SGD, Adagrad, Adam, Group, Jagged, RowWiseAdagrad
+from bagpipe.types import Group, Jagged
 
 NEVER = 10**9
 

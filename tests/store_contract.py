@@ -17,17 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bagpipe.errors import StoreError
+from bagpipe.optimizers import Adagrad, RowWiseAdagrad
 from bagpipe.store import EmbeddingStore, MemoryStore, RowInitializer
-from bagpipe.types import (
-    Adagrad,
-    Float32Array,
-    Group,
-    Int64Array,
-    Normal,
-    RowWiseAdagrad,
-    TableConfig,
-    Uniform,
-)
+from bagpipe.types import Float32Array, Group, Int64Array, Normal, TableConfig, Uniform
 
 StoreFactory: TypeAlias = Callable[[Group, int], EmbeddingStore]
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from bagpipe.types import SGD, Group, Jagged, Optimizer, TableConfig, group_tables
+from bagpipe.optimizers import SGD, Optimizer
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
 @st.composite

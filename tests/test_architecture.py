@@ -17,11 +17,22 @@ from bagpipe.plots import DISTRIBUTION
 
 PACKAGE = Path(bagpipe.__file__).parent
 
-BASE = {"types", "errors", "plan", "topology", "jagged", "lookups", "limits", "native"}
+BASE = {
+    "types",
+    "optimizers",
+    "errors",
+    "plan",
+    "topology",
+    "jagged",
+    "lookups",
+    "limits",
+    "native",
+}
 ALLOWED = {
     "errors": set(),
     "limits": {"errors"},
-    "types": {"errors", "limits"},
+    "optimizers": {"errors", "limits"},
+    "types": {"errors", "limits", "optimizers"},
     "plan": {"types"},
     "native": {"types", "errors"},
     "plots": {"errors", "native"},

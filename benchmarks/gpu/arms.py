@@ -27,9 +27,10 @@ from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.lookahead import lookahead
+from bagpipe.optimizers import RowWiseAdagrad
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import TorchBatch
-from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad
+from bagpipe.types import Float32Array, Group, Int64Array
 from benchmarks.prepared_stream import ResidentBatch, Stream
 from benchmarks.workloads import Workload
 

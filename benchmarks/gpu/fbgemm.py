@@ -26,7 +26,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from bagpipe.types import Float32Array, Group, Int64Array, RowWiseAdagrad
+from bagpipe.optimizers import RowWiseAdagrad
+from bagpipe.types import Float32Array, Group, Int64Array
 from benchmarks.gpu.arms import load_tables
 from benchmarks.prepared_stream import Stream
 

@@ -28,8 +28,9 @@ from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.lookahead import lookahead
 from bagpipe.embeddings.pooled import PooledEmbeddings
+from bagpipe.optimizers import RowWiseAdagrad
 from bagpipe.train.dense_step import TorchBatch
-from bagpipe.types import Float32Array, Group, Jagged, RowWiseAdagrad, TableConfig
+from bagpipe.types import Float32Array, Group, Jagged, TableConfig
 from benchmarks.step.fused import FusedTables
 
 

@@ -35,7 +35,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.lookups import group_lookups
-from bagpipe.types import Float32Array, Group, Int64Array, Jagged, RowWiseAdagrad
+from bagpipe.optimizers import RowWiseAdagrad
+from bagpipe.types import Float32Array, Group, Int64Array, Jagged
 from benchmarks.gpu.arms import load_tables
 from benchmarks.gpu.fbgemm import cache_sets
 from benchmarks.trainers.arms import Sent, Share

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.optimizers import SGD
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.plan import MAX_PIECE_LENGTH
-from bagpipe.types import SGD, Int32Array, Jagged, TableConfig, group_tables
+from bagpipe.types import Int32Array, Jagged, TableConfig, group_tables
 
 
 def plan_of(

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 from bagpipe.errors import BagpipeError
-from bagpipe.types import SGD, Adagrad, Adam, Normal, RowWiseAdagrad, TableConfig, Uniform
+from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
+from bagpipe.types import Normal, TableConfig, Uniform
 
 if TYPE_CHECKING:
     from bagpipe import models, store

@@ -18,9 +18,10 @@ from bagpipe.data.base import Batch
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.jagged import share_of
 from bagpipe.lookups import group_lookups, group_rows
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import dedup
 from bagpipe.store import MemoryStore
-from bagpipe.types import SGD, Float32Array, Group, Int64Array, Jagged, TableConfig, group_tables
+from bagpipe.types import Float32Array, Group, Int64Array, Jagged, TableConfig, group_tables
 from benchmarks.trainers.arms import BagpipeShareArm, CountingCommunicator, Share, TrainersArm
 from benchmarks.trainers.peers import (
     HashedArm,

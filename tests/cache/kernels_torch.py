@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import words_of
-from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:

@@ -32,19 +32,10 @@ from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import TORCH_DTYPES, empty_weights
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError, OptimizerStateWarning
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import (
-    SGD,
-    Adagrad,
-    Adam,
-    DataType,
-    Group,
-    Jagged,
-    Optimizer,
-    RowWiseAdagrad,
-    TableConfig,
-)
+from bagpipe.types import DataType, Group, Jagged, TableConfig
 
 OPTIMIZERS = [SGD(lr=0.1), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.1)]
 DATA_TYPES: list[DataType] = ["bf16", "fp16"]

@@ -20,18 +20,9 @@ from torch import Tensor
 
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.oracle import Oracle
-from bagpipe.types import (
-    SGD,
-    Adagrad,
-    Adam,
-    Group,
-    Jagged,
-    Optimizer,
-    RowWiseAdagrad,
-    TableConfig,
-    group_tables,
-)
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 kernels_triton = pytest.importorskip("bagpipe.cache.kernels_triton")
 

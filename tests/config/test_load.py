@@ -9,7 +9,7 @@ import pytest
 from bagpipe.config.load import load_config
 from bagpipe.config.run import RunConfig
 from bagpipe.errors import ConfigError
-from bagpipe.types import Adam
+from bagpipe.optimizers import Adam
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart.toml"
 

@@ -16,7 +16,8 @@ from bagpipe.config.run import (
     NormalInit,
     UniformInit,
 )
-from bagpipe.types import Initializer, Optimizer
+from bagpipe.optimizers import Optimizer
+from bagpipe.types import Initializer
 
 SECTIONS = (
     EmbeddingSGD,

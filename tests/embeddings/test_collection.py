@@ -21,8 +21,9 @@ import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError, DataError, StoreError, UsageError
 from bagpipe.jagged import share_of
+from bagpipe.optimizers import SGD
 from bagpipe.store import MemoryStore
-from bagpipe.types import SGD, Jagged, TableConfig
+from bagpipe.types import Jagged, TableConfig
 
 TABLES = [
     TableConfig(name="users", num_embeddings=20, embedding_dim=4, feature_names=["user"]),

@@ -13,7 +13,8 @@ import torch
 import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import UsageError
-from bagpipe.types import Adam, Jagged, TableConfig
+from bagpipe.optimizers import Adam
+from bagpipe.types import Jagged, TableConfig
 
 TABLES = [
     TableConfig(name="t", num_embeddings=50, embedding_dim=4, feature_names=["f"]),

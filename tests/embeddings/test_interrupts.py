@@ -18,7 +18,8 @@ from tests.embeddings.interrupts import interrupted
 import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import UsageError
-from bagpipe.types import Adagrad, Float32Array, Jagged, TableConfig
+from bagpipe.optimizers import Adagrad
+from bagpipe.types import Float32Array, Jagged, TableConfig
 
 TABLES = [
     TableConfig(name="a", num_embeddings=60, embedding_dim=4, feature_names=["a"]),

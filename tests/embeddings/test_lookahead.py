@@ -28,9 +28,10 @@ from bagpipe.errors import (
     StoreError,
     UsageError,
 )
+from bagpipe.optimizers import SGD
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.store import MemoryStore
-from bagpipe.types import SGD, Float32Array, Int64Array, Jagged, TableConfig, group_tables
+from bagpipe.types import Float32Array, Int64Array, Jagged, TableConfig, group_tables
 
 TABLES = [TableConfig(name="t", num_embeddings=1000, embedding_dim=4, feature_names=["f"])]
 

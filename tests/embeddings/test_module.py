@@ -16,7 +16,7 @@ from torch import Tensor
 import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError, OptimizerStateWarning, UsageError
-from bagpipe.types import SGD, Adagrad
+from bagpipe.optimizers import SGD, Adagrad
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BagpipeError, DataError
 from bagpipe.jagged import share_bounds, share_of
-from bagpipe.types import SGD, Jagged, TableConfig
+from bagpipe.optimizers import SGD
+from bagpipe.types import Jagged, TableConfig
 
 TABLES = [TableConfig(name="t", num_embeddings=1000, embedding_dim=4, feature_names=["f"])]
 SIZE, NUM_BATCHES = 16, 12

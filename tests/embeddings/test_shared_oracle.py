@@ -32,7 +32,8 @@ from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, ConfigError, LostError
 from bagpipe.feed.source import ProcessSource
-from bagpipe.types import SGD, Adam, Jagged
+from bagpipe.optimizers import SGD, Adam
+from bagpipe.types import Jagged
 
 SOON_S = 20.0
 

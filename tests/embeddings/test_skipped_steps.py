@@ -16,7 +16,8 @@ import bagpipe
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.jagged import share_of
-from bagpipe.types import Adam, Jagged
+from bagpipe.optimizers import Adam
+from bagpipe.types import Jagged
 
 OPTIMIZER = Adam(lr=0.05)
 BATCHES = make_batches(24)

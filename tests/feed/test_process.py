@@ -20,8 +20,9 @@ from tests.oracle.ends import end_as
 from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError
 from bagpipe.feed.process import OracleProcess
 from bagpipe.feed.stream import Deferred, StreamOptions, plan_stream
+from bagpipe.optimizers import SGD
 from bagpipe.topology import Topology
-from bagpipe.types import SGD, Jagged, TableConfig, group_tables
+from bagpipe.types import Jagged, TableConfig, group_tables
 
 GROUPS = group_tables(
     [TableConfig(name="t", num_embeddings=3000, embedding_dim=4, feature_names=["f"])], SGD(lr=1.0)

@@ -26,8 +26,9 @@ from bagpipe.feed import process
 from bagpipe.feed.process import OracleProcess, SharedOracle
 from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.jagged import share_of
+from bagpipe.optimizers import SGD
 from bagpipe.topology import Topology
-from bagpipe.types import SGD, Jagged, TableConfig, group_tables
+from bagpipe.types import Jagged, TableConfig, group_tables
 
 GROUPS = group_tables(
     [

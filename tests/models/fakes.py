@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
+from bagpipe.optimizers import SGD
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
 class Pooled:

@@ -21,10 +21,11 @@ import pytest
 import bagpipe
 from bagpipe.feed.stream import StreamOptions, plan_stream
 from bagpipe.native.jit import jit
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import ranks
 from bagpipe.oracle.eviction import loops
 from bagpipe.topology import Topology
-from bagpipe.types import SGD, Jagged, TableConfig, group_tables
+from bagpipe.types import Jagged, TableConfig, group_tables
 
 NUMBERS = "from bagpipe.native.jit import jit, inline_jit\nLIMIT = {limit}\n"
 INNER = (

@@ -17,10 +17,11 @@ from tests import reference, strategies
 from tests.planning import checked_for_one, plan_for_one
 
 from bagpipe.errors import CacheTooSmallError, ConfigError, PlanError
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import DedupedBatch, Oracle, OracleReport, checked
 from bagpipe.plan import GroupPlan, StepPlan, Transfers
 from bagpipe.topology import Topology
-from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
 def smallest_cache(group: Group, batches: list[Jagged]) -> int:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tests import reference, strategies
 
 from bagpipe.errors import DataError
+from bagpipe.optimizers import SGD
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.plan import MAX_PIECE_LENGTH
-from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
 def bags_of_pieces(deduped: DedupedGroup) -> list[list[tuple[int, float]]]:

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from bagpipe.errors import CacheTooSmallError, ConfigError, DataError
+from bagpipe.optimizers import SGD, Adagrad
 from bagpipe.oracle import DedupedBatch, Oracle, OracleReport, dedup
 from bagpipe.oracle.dry_run import DryRun, Grid, dry_run, replay
 from bagpipe.oracle.dry_run_view import (
@@ -30,7 +31,7 @@ from bagpipe.oracle.dry_run_view import (
 from bagpipe.oracle.merge import merge
 from bagpipe.oracle.row_trace import Trace, read_trace
 from bagpipe.oracle.sizes import parse_rows, slots_of
-from bagpipe.types import SGD, Adagrad, Group, Jagged, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 NUM_BATCHES = 60
 

@@ -8,11 +8,12 @@ from tests.oracle.test_cacher import zipf_batches
 from tests.planning import checked_for_one, deduped
 
 from bagpipe.native.pipeline import BackgroundIterator
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import Cacher, Oracle, checked
 from bagpipe.oracle.linker import Linker
 from bagpipe.oracle.ranks import RankPlanner, TrainerCache
 from bagpipe.plan import GroupPlan
-from bagpipe.types import SGD, Jagged, TableConfig, group_tables
+from bagpipe.types import Jagged, TableConfig, group_tables
 
 
 @pytest.mark.parametrize("num_slots", [100, 150, 600])

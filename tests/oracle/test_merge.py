@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import reference
 
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import dedup
 from bagpipe.oracle.merge import merge
 from bagpipe.topology import MAX_TRAINERS
-from bagpipe.types import SGD, Jagged, TableConfig, group_tables
+from bagpipe.types import Jagged, TableConfig, group_tables
 
 
 @given(st.data(), st.sampled_from([1, 2, 40, 2**40]), st.sampled_from([1, 2, 3, 8, MAX_TRAINERS]))

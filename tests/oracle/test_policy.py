@@ -9,10 +9,11 @@ from tests import reference, strategies
 
 from bagpipe.errors import ConfigError
 from bagpipe.feed.stream import StreamOptions, plan_stream
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import Oracle
 from bagpipe.oracle.policy import POLICIES
 from bagpipe.topology import Topology
-from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
 @given(

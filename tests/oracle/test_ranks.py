@@ -27,9 +27,10 @@ from tests.oracle.rank_replay import (
 from tests.planning import plan_for_one
 
 from bagpipe.errors import ConfigError, PlanError
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import Oracle
 from bagpipe.plan import StepPlan
-from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 Trace = tuple[Group, list[Jagged]]
 

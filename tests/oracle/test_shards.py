@@ -18,12 +18,13 @@ from tests.planning import checked_for_one, deduped
 
 from bagpipe.errors import CacheTooSmallError
 from bagpipe.native.jit import threaded
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import Cacher, Oracle, dedup, shards
 from bagpipe.oracle.dry_run import Grid, replay
 from bagpipe.oracle.eviction import loops
 from bagpipe.oracle.row_trace import Trace
 from bagpipe.plan import GroupPlan
-from bagpipe.types import SGD, Group, Jagged, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
 @pytest.fixture

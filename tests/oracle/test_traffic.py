@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from bagpipe.errors import ConfigError
+from bagpipe.optimizers import Adagrad
 from bagpipe.oracle.dry_run import DryRun, Grid, dry_run, replay
 from bagpipe.oracle.dry_run_view import (
     as_dict,
@@ -36,7 +37,7 @@ from bagpipe.oracle.traffic import (
     sent_rows,
 )
 from bagpipe.plan import GroupPlan, RowExchange
-from bagpipe.types import Adagrad, DataType, Group, Jagged, TableConfig, group_tables
+from bagpipe.types import DataType, Group, Jagged, TableConfig, group_tables
 
 NUM_TRAINERS = 4
 NUM_BATCHES = 50

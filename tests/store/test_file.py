@@ -26,9 +26,10 @@ from tests.store_contract import (
 )
 
 from bagpipe.errors import StoreError
+from bagpipe.optimizers import Adam, RowWiseAdagrad
 from bagpipe.store import FileStore
 from bagpipe.store.sparse_file import SparseFile
-from bagpipe.types import Adam, Group, Int64Array, RowWiseAdagrad
+from bagpipe.types import Group, Int64Array
 
 
 class TestFileStore(StoreContract):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from bagpipe.native.jit import jit
+from bagpipe.optimizers import SGD, Adagrad
 from bagpipe.store import MemoryStore
 from bagpipe.store.half import CODES, by_chance, nearest, widen
-from bagpipe.types import SGD, Adagrad, DataType, Group, Normal, TableConfig, group_tables
+from bagpipe.types import DataType, Group, Normal, TableConfig, group_tables
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EDGES = np.array(

@@ -10,20 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.store.init import RowInitializer, fill_part, philox
-from bagpipe.types import (
-    SGD,
-    Adagrad,
-    Adam,
-    Float32Array,
-    Group,
-    Initializer,
-    Normal,
-    Optimizer,
-    RowWiseAdagrad,
-    TableConfig,
-    Uniform,
-)
+from bagpipe.types import Float32Array, Group, Initializer, Normal, TableConfig, Uniform
 
 
 def make_group(

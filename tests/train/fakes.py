@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bagpipe.types import Adagrad, Float32Array, Group, Int64Array, TableConfig, group_tables
+from bagpipe.optimizers import Adagrad
+from bagpipe.types import Float32Array, Group, Int64Array, TableConfig, group_tables
 
 
 class DictStore:

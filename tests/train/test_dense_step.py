@@ -23,11 +23,12 @@ from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.models import DLRM
+from bagpipe.optimizers import RowWiseAdagrad
 from bagpipe.train.build import has_graph, make_dense_step
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
-from bagpipe.types import Jagged, RowWiseAdagrad, TableConfig
+from bagpipe.types import Jagged, TableConfig
 
 TABLES = [
     TableConfig(name=name, num_embeddings=50, embedding_dim=4, feature_names=[name])

@@ -24,23 +24,14 @@ from torch import Tensor
 import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.native.pipeline import BackgroundIterator
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.oracle import shards
 from bagpipe.oracle.policy import POLICIES
 from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.plan import GroupPlan
 from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import (
-    SGD,
-    Adagrad,
-    Adam,
-    Group,
-    Jagged,
-    Optimizer,
-    RowWiseAdagrad,
-    TableConfig,
-    group_tables,
-)
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 OPTIMIZERS = [SGD(lr=0.5), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.05)]
 

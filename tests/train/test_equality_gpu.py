@@ -18,8 +18,8 @@ from tests.train.test_trainers import linear_loss, make_batches, make_tables
 
 import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.store import FileStore, MemoryStore
-from bagpipe.types import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 
 pytestmark = pytest.mark.gpu
 

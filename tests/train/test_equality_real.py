@@ -17,7 +17,8 @@ from bagpipe.config.load import check_config
 from bagpipe.config.run import PrepareFile
 from bagpipe.data.prepare import prepare
 from bagpipe.data.prepared import PreparedSource
-from bagpipe.types import RowWiseAdagrad, TableConfig
+from bagpipe.optimizers import RowWiseAdagrad
+from bagpipe.types import TableConfig
 
 pytestmark = real.pytestmark
 

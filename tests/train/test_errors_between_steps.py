@@ -29,12 +29,13 @@ from bagpipe.errors import (
     LostError,
 )
 from bagpipe.feed.stream import Deferred
+from bagpipe.optimizers import SGD
 from bagpipe.oracle.row_trace import read_trace
 from bagpipe.train import loop
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.trainer import train
-from bagpipe.types import SGD, group_tables
+from bagpipe.types import group_tables
 
 NUM_GOOD = 7
 

@@ -57,11 +57,12 @@ from bagpipe.errors import (
     StoreError,
     UsageError,
 )
+from bagpipe.optimizers import SGD, Adam, Optimizer
 from bagpipe.oracle import shards
 from bagpipe.oracle.policy import POLICIES
 from bagpipe.store import MemoryStore
 from bagpipe.train.settings import check_same_run
-from bagpipe.types import SGD, Adam, Group, Jagged, Optimizer, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 Stores = dict[tuple[int, int], MemoryStore]  # by host and group
 

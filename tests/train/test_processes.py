@@ -26,7 +26,8 @@ from tests.train.test_trainers import (
 
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.types import Adam, group_tables
+from bagpipe.optimizers import Adam
+from bagpipe.types import group_tables
 
 NUM_STEPS = 14
 OPTIMIZER = Adam(lr=0.05)

@@ -32,20 +32,11 @@ from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.store import MemoryStore
-from bagpipe.types import (
-    SGD,
-    Adagrad,
-    Adam,
-    Group,
-    Jagged,
-    Optimizer,
-    RowWiseAdagrad,
-    TableConfig,
-    group_tables,
-)
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
 def linear_loss(pooled: Sequence[Tensor]) -> Tensor:

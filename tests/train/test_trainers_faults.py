@@ -26,10 +26,11 @@ from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
 from bagpipe.feed.stream import StreamOptions, plan_stream
 from bagpipe.native.pipeline import BackgroundIterator
+from bagpipe.optimizers import SGD
 from bagpipe.plan import StepPlan
 from bagpipe.store import MemoryStore
 from bagpipe.topology import Topology
-from bagpipe.types import SGD, Jagged, TableConfig, group_tables
+from bagpipe.types import Jagged, TableConfig, group_tables
 
 TABLES = [TableConfig(name="t", num_embeddings=50, embedding_dim=2, feature_names=["a"])]
 OPTIMIZER = SGD(lr=0.5)

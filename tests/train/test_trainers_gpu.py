@@ -29,9 +29,10 @@ from tests.train.test_trainers import (
 import bagpipe
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DenseStep
-from bagpipe.types import Group, Optimizer, group_tables
+from bagpipe.types import Group, group_tables
 from benchmarks.trainers.rank import claim_own_host
 
 pytestmark = [

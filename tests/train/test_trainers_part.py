@@ -23,7 +23,8 @@ from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, BagpipeError, DataError, UsageError
 from bagpipe.jagged import share_of
-from bagpipe.types import SGD, Jagged
+from bagpipe.optimizers import SGD
+from bagpipe.types import Jagged
 
 NUM_BATCHES, SOON_S = 14, 15.0
 BATCHES = make_batches(NUM_BATCHES)

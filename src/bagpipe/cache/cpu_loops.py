@@ -6,7 +6,8 @@ import numpy as np
 
 from bagpipe.native.jit import jit
 from bagpipe.native.prefetch import LINE_FLOATS, prefetch
-from bagpipe.types import SGD, Adagrad, Float32Array, Int32Array, RowWiseAdagrad
+from bagpipe.optimizers import SGD, Adagrad, RowWiseAdagrad
+from bagpipe.types import Float32Array, Int32Array
 
 _SGD, _ADAGRAD, _ROW_WISE_ADAGRAD = SGD.kind, Adagrad.kind, RowWiseAdagrad.kind
 ROWS_AHEAD, _GRADS_AHEAD = 4, 6
@@ -185,7 +186,7 @@ def apply(
     kind: int,
     constants: Float32Array,
 ) -> None:
-    """One row's optimizer step in place: the formula of its class in `bagpipe.types`."""
+    """One row's optimizer step in place: the formula of its class in `bagpipe.optimizers`."""
     row, slot = np.uint32(weight_row), np.uint32(state_row)
     dim = len(grad)
     rate, eps, first_rate, second_rate = constants[0], constants[1], constants[2], constants[3]

@@ -12,7 +12,8 @@ from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import empty_weights, rounding_seed, words_of
 from bagpipe.errors import ConfigError
-from bagpipe.types import SGD, Group
+from bagpipe.optimizers import SGD
+from bagpipe.types import Group
 
 _SUM = SGD(lr=1.0)
 

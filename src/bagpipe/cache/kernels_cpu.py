@@ -12,7 +12,7 @@ Four operations on one group's cache, `weights` (num_slots, D), of the data type
 Torch alone would write each intermediate (summed gradients, squares, quotients) to memory and read
 it back. On two cores that made backward and optimizer about twice as slow as the loops here, which
 keep one row's sum in the CPU's cache (docs/results.md). The arithmetic is that of the optimizers'
-formulas in `bagpipe.types`, operation for operation, without fused multiply-adds.
+formulas in `bagpipe.optimizers`, operation for operation, without fused multiply-adds.
 
 A call splits its rows or samples into chunks, and as many threads as torch uses work them off. The
 result of a row or sample does not depend on its chunk, and so not on the number of threads either.
@@ -35,8 +35,8 @@ from bagpipe.cache import cpu_half, cpu_loops
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import words_of
 from bagpipe.native.workers import Workers
+from bagpipe.optimizers import Optimizer
 from bagpipe.store.half import CODES
-from bagpipe.types import Optimizer
 
 _CHUNKS_A_THREAD = 4
 _MIN_CHUNK = 256
@@ -114,7 +114,7 @@ def update(
     rate: float,
     seed: int = 0,
 ) -> None:
-    """Applies one optimizer step in place, as the optimizer's class in `bagpipe.types` states it.
+    """Applies one optimizer step in place, as its class in `bagpipe.optimizers` states it.
 
     Args:
         weights: The cache's weights, (num_slots, D) of the data type.

@@ -18,7 +18,7 @@ from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.triton_launch import Tiling, aligned, on_device_of
 from bagpipe.cache.triton_update_kernels import update_long_rows, update_pieces
 from bagpipe.cache.weights import COLUMNS_A_BLOCK
-from bagpipe.types import Optimizer
+from bagpipe.optimizers import Optimizer
 
 _PIECES = Tiling(elements=256, per_thread=8)
 _LONG_ROWS = Tiling(elements=64, per_thread=8)
@@ -35,7 +35,7 @@ def update(
     rate: float,
     seed: int = 0,
 ) -> None:
-    """Applies one optimizer step in place, as the optimizer's class in `bagpipe.types` states it.
+    """Applies one optimizer step in place, as its class in `bagpipe.optimizers` states it.
 
     Args:
         weights: The cache's weights, (num_slots, D) of the data type.

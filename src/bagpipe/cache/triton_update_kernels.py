@@ -1,7 +1,7 @@
 """The kernels of `triton_update`: gradients summed by row, then the optimizer's step.
 
 The formulas, the layout of the state and the order of an update's constants are those of the
-optimizer classes in `bagpipe.types`.
+optimizer classes in `bagpipe.optimizers`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import triton.language as tl
 
 from bagpipe.cache.triton_launch import Kernel, device_function, sum_rows
 from bagpipe.cache.triton_round import round_by_chance
+from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
 from bagpipe.plan import MAX_PIECE_LENGTH
-from bagpipe.types import SGD, Adagrad, Adam, RowWiseAdagrad
 
 _SGD = tl.constexpr(SGD.kind)
 _ADAGRAD = tl.constexpr(Adagrad.kind)
@@ -249,7 +249,7 @@ def _apply(
 ) -> tl.tensor:
     """The optimizer's step on a tile of records: stores their state, returns their new weights.
 
-    The formulas are those of the optimizers' classes in `bagpipe.types`.
+    The formulas are those of the optimizers' classes in `bagpipe.optimizers`.
     """
     columns = tl.arange(0, COLUMNS)
     if KIND == _SGD:

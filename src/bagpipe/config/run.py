@@ -27,18 +27,8 @@ from bagpipe.config.base import (
 from bagpipe.config.data import DataConfig, PrepareConfig
 from bagpipe.config.model import DLRMConfig, ModelConfig
 from bagpipe.config.servers import ServersConfig
-from bagpipe.types import (
-    SGD,
-    Adagrad,
-    Adam,
-    DataType,
-    Initializer,
-    Normal,
-    Optimizer,
-    Pooling,
-    RowWiseAdagrad,
-    Uniform,
-)
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from bagpipe.types import DataType, Initializer, Normal, Pooling, Uniform
 
 V = TypeVar("V")
 Rows: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]

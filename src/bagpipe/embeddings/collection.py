@@ -27,8 +27,9 @@ from bagpipe.embeddings.user_tensors import check_dtype, check_stays, check_tens
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, same_ids
 from bagpipe.native.fork import check_same_process
+from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Group, Optimizer, TableConfig
+from bagpipe.types import Group, TableConfig
 
 
 class EmbeddingBagCollection(StoredTables):

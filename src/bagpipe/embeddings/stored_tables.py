@@ -23,8 +23,9 @@ from bagpipe.embeddings.tables import (
 )
 from bagpipe.errors import UsageError
 from bagpipe.lookups import check_features, group_lookups, group_rows
+from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Group, Jagged, Optimizer, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
 class StoredTables(nn.Module, ABC):

@@ -22,16 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bagpipe.native.jit import inline_jit, jit
+from bagpipe.optimizers import Adagrad, RowWiseAdagrad
 from bagpipe.store.half import CODES, FP32, nearest
 from bagpipe.types import (
-    Adagrad,
     BoolArray,
     Float32Array,
     Group,
     Initializer,
     Int64Array,
     Normal,
-    RowWiseAdagrad,
     UInt64Array,
 )
 

@@ -22,13 +22,14 @@ from contextlib import contextmanager
 import numpy as np
 
 from bagpipe.native.jit import compiling_elsewhere, is_on_disk
+from bagpipe.optimizers import SGD
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.eviction import loops
 from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import merge
 from bagpipe.store import MemoryStore, array
-from bagpipe.types import SGD, Group, Jagged, TableConfig
+from bagpipe.types import Group, Jagged, TableConfig
 
 _LIMIT_S = 300.0
 """How long a run waits for them at most."""
