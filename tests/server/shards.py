@@ -1,0 +1,88 @@
+"""Shards over memory stores, for tests that need no cuts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tests.store_contract import SEED, make_group
+
+from bagpipe.server.shard import Shard
+from bagpipe.server.wire import Header, What
+from bagpipe.store import NO_STEPS, MemoryStore, Steps
+from bagpipe.topology import shards_of
+from bagpipe.types import Float32Array, Group, Int64Array
+
+
+class ForgettingStore(MemoryStore):
+    """Goes back to the start of a run only, and notes what it is told."""
+
+    def __init__(self, group: Group, seed: int) -> None:
+        super().__init__(group, seed)
+        self.told: list[object] = []
+
+    def put_back(self, checkpoint: Path | None, *, is_base: bool) -> None:
+        self.told.append(("put back", checkpoint, is_base))
+        self.clear()
+
+    def cut(self) -> None:
+        self.told.append("cut")
+
+    def write_cut(self, folder: Path) -> object:
+        self.told.append(("write", folder))
+        return self.group.name
+
+    def committed(self) -> None:
+        self.told.append("committed")
+
+    def abandon(self) -> None:
+        self.told.append("abandon")
+
+
+def make_shard(
+    number: int = 0,
+    num_shards: int = 1,
+    *,
+    store: ForgettingStore | None = None,
+    wait_timeout_s: float = 30,
+    apply_timeout_s: float = 30,
+) -> Shard:
+    """A shard of the contract's group, which is its number 0."""
+    store = store or ForgettingStore(make_group(), SEED)
+    return Shard(
+        [store.group],
+        SEED,
+        number,
+        num_shards,
+        [store],
+        wait_timeout_s=wait_timeout_s,
+        apply_timeout_s=apply_timeout_s,
+    )
+
+
+def header_of(
+    shard: Shard,
+    epoch: int = 1,
+    *,
+    what: What = What.WRITE,
+    rank: int = 0,
+    group: int = 0,
+    steps: Steps = NO_STEPS,
+) -> Header:
+    """A header for the shard as it lives now."""
+    return Header(
+        what=what, epoch=epoch, instance=shard.instance, rank=rank, group=group, steps=steps
+    )
+
+
+def own_rows(shard: Shard, *, of: int = 1_300) -> Int64Array:
+    """The rows below `of` that are the shard's."""
+    rows = np.arange(of)
+    return rows[shards_of(rows, shard.num_shards) == shard.number]
+
+
+def fetched(shard: Shard, header: Header, rows: Int64Array) -> Float32Array:
+    """What a fetch gives."""
+    out = np.full((len(rows), shard.groups[header.group].record_width), np.nan, np.float32)
+    shard.fetch(header, rows, out)
+    return out
