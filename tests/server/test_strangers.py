@@ -22,7 +22,8 @@ from bagpipe.server.credentials import (
     client_credentials,
     server_credentials,
 )
-from bagpipe.server.security import GuardedServer, LoginLimit, connect, network_of
+from bagpipe.server.logins import SCHEME, Logins, address_of
+from bagpipe.server.security import GuardedServer, connect
 
 WITHIN_S = 10.0
 """Seen: 0.1 s. A busy machine takes longer, and a server that waits for a stranger for ever."""
@@ -65,7 +66,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture(scope="module")
 def secured(files: Files) -> Iterator[Probe]:
     # these strangers come from one address, and each shall be refused for its own reason
-    with serving(server_credentials(files.config(), "127.0.0.1"), limit=LoginLimit(10**6)) as probe:
+    logins = Logins(SecretStr(TOKEN), max_failures=10**6)
+    with serving(server_credentials(files.config(), "127.0.0.1"), logins=logins) as probe:
         yield probe
 
 
@@ -254,11 +256,11 @@ def test_noise_and_silence_do_not_stop_the_server(files: Files, secured: Probe) 
 
 def test_an_address_that_guesses_is_refused_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    limit = LoginLimit(max_failures=3, window_s=60.0, clock=lambda: now[0])
     right, wrong = (Credentials(token=SecretStr(token)) for token in (TOKEN, "guess" * 4))
+    logins = Logins(right.token, max_failures=3, window_s=60.0, clock=lambda: now[0])
     with (
         caplog.at_level(logging.WARNING),
-        serving(right, limit=limit) as server,
+        serving(right, logins=logins) as server,
         connect("127.0.0.1", server.port, right) as known,
         connect("127.0.0.1", server.port, wrong) as guessing,
         connect("127.0.0.1", server.port, Credentials()) as silent,
@@ -273,16 +275,20 @@ def test_an_address_that_guesses_is_refused_for_a_while(caplog: pytest.LogCaptur
             assert "too many wrong tokens from 127.0.0.1: try again in 40 s" in told
         now[0] = 60.0
         assert asks(known) == SECRET
-        assert limit.num_refused == 3
-    assert "a login from 127.0.0.1 was refused: wrong token" in caplog.text
+        assert logins.num_refused == 5 + 3 + 2
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "a login from 127.0.0.1 was refused: its token is wrong",
+        "3 wrong tokens from 127.0.0.1: its logins are refused for 60 s",
+    ]
     assert "guess" not in caplog.text
 
 
 def test_a_stream_that_is_open_goes_on_when_its_address_is_refused() -> None:
-    limit = LoginLimit(max_failures=1)
     right, wrong = (Credentials(token=SecretStr(token)) for token in (TOKEN, "guess" * 4))
+    logins = Logins(right.token, max_failures=1)
     with (
-        serving(right, limit=limit) as server,
+        serving(right, logins=logins) as server,
         connect("127.0.0.1", server.port, right) as known,
         connect("127.0.0.1", server.port, wrong) as guessing,
     ):
@@ -298,27 +304,40 @@ def test_a_stream_that_is_open_goes_on_when_its_address_is_refused() -> None:
         writer.close()
 
 
-def test_the_limit_keeps_few_addresses() -> None:
-    limit = LoginLimit(max_failures=2)
-    limit.failed("first")
+def test_the_limit_remembers_few_addresses() -> None:
+    logins = Logins(SecretStr(TOKEN), max_failures=2)
+    wrong, right = (SCHEME + "guess",), (SCHEME + TOKEN,)
+    for address in ("a", "a", "b"):
+        assert logins.refusal(address, wrong) == "the token is wrong"
+    assert "too many" in str(logins.refusal("a", right))
+    assert logins.refusal("b", right) is None
     for number in range(5000):
-        limit.failed(f"10.0.{number // 256}.{number % 256}")
-    assert limit.failed("first") == 1
-    assert len(limit._failures) <= 4096
+        logins.refusal(str(number), wrong)
+    assert logins.refusal("a", right) is None  # forgotten, as the oldest
+    assert len(logins._failures) <= 4096
 
 
 @pytest.mark.parametrize(
-    ("peer", "network"),
+    ("host", "address"),
     [
-        ("ipv4:10.0.0.7:4321", "10.0.0.7"),
-        ("ipv6:%5B2001:db8:1:2:3:4:5:6%5D:4321", "2001:db8:1:2::/64"),
-        ("ipv6:[::1]:4321", "::/64"),
-        ("ipv6:%5B::ffff:10.0.0.7%5D:4321", "10.0.0.7"),
+        ("10.0.0.7", "10.0.0.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
         ("unix:/tmp/x", "unix:/tmp/x"),
+        ("x" * 1000, "x" * 100),
     ],
 )
-def test_addresses_are_told_apart_by_host(peer: str, network: str) -> None:
-    assert network_of(peer) == network
+def test_addresses_are_told_apart_by_host(host: str, address: str) -> None:
+    assert address_of(host) == address
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_address_is_that_of_the_caller(host: str, caplog: pytest.LogCaptureFixture) -> None:
+    right, wrong = (Credentials(token=SecretStr(token)) for token in (TOKEN, "guess" * 4))
+    with Probe(host, 0, right) as server, connect(host, server.port, wrong) as client:
+        refused(lambda: asks(client))
+    assert f"a login from {address_of(host)} was refused" in caplog.text
 
 
 def test_what_would_go_round_the_login_can_not_be_written() -> None:

@@ -36,6 +36,27 @@ class Certificate:
     chain: bytes = field(repr=False)
     key: SecretBytes
 
+    def ssl_context(self, trainers_root: bytes | None = None) -> ssl.SSLContext:
+        """What a server made with Python's `ssl` needs.
+
+        Args:
+            trainers_root: PEM. Clients must have a certificate that it signed; None: need none.
+
+        Raises:
+            ssl.SSLError: They are no certificate and its key, or the key has a password.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # it reads files only; this one has no name and ends here
+        with open(os.memfd_create("bagpipe-tls", os.MFD_CLOEXEC), "wb") as file:
+            file.write(self.chain + b"\n" + self.key.get_secret_value())
+            file.flush()
+            # with a password, since a key that wants one would ask on the terminal
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
+        if trainers_root is not None:
+            context.load_verify_locations(cadata=trainers_root.decode("ascii"))
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
 
 @dataclass(frozen=True, kw_only=True)
 class Credentials:
@@ -154,18 +175,18 @@ def _read_certificate(tls: TlsConfig) -> Certificate:
     assert tls.certificate is not None
     assert tls.key is not None
     named = f"servers.tls.certificate = {str(tls.certificate)!r}"
-    chain = _read(tls.certificate, named)
-    key = _read(tls.key, f"servers.tls.key = {str(tls.key)!r}", secret=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate = Certificate(
+        chain=_read(tls.certificate, named),
+        key=SecretBytes(_read(tls.key, f"servers.tls.key = {str(tls.key)!r}", secret=True)),
+    )
     try:
-        # a password: else a key that wants one asks on the terminal
-        context.load_cert_chain(tls.certificate, tls.key, password="")
-    except (ssl.SSLError, OSError, ValueError) as error:
+        certificate.ssl_context()
+    except (ssl.SSLError, ValueError) as error:
         raise ConfigError(
             f"{named} and servers.tls.key = {str(tls.key)!r}: are no PEM certificate and its "
             f"private key without a password ({error})"
         ) from error
-    return Certificate(chain=chain, key=SecretBytes(key))
+    return certificate
 
 
 def _read(path: Path, key: str, *, secret: bool = False) -> bytes:

@@ -1,0 +1,190 @@
+"""What a shard server tells of itself, in which format, and to whom."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
+from tests.server.certificates import TOKEN, Files
+
+from bagpipe.errors import ConfigError
+from bagpipe.server.credentials import Credentials, server_credentials
+from bagpipe.server.logins import Logins
+from bagpipe.server.metrics import GroupStatus, MetricsServer, ServerMetrics, ShardStatus
+
+WITHIN_S = 10.0
+NOBODY = Credentials()
+GROUP = GroupStatus(name="group 0 (dim 4)", num_rows=90, ever=30, since_base=7)
+STATUS = ShardStatus(
+    shard=2,
+    num_shards=3,
+    instance="ab" * 16,
+    epoch=4,
+    base="step-00000400",
+    num_waiting=5,
+    num_reads=1,
+    num_writes=6,
+    groups=(GROUP,),
+)
+
+
+@contextmanager
+def telling(
+    credentials: Credentials = NOBODY, status: ShardStatus = STATUS, host: str = "127.0.0.1"
+) -> Iterator[MetricsServer]:
+    logins = Logins(credentials.token)
+    metrics = ServerMetrics(lambda: status, logins)
+    with closing(MetricsServer(host, 0, metrics, credentials, logins)) as server:
+        yield server
+
+
+def asked(
+    server: MetricsServer, path: str, token: str | None = None, tls: ssl.SSLContext | None = None
+) -> tuple[int, str]:
+    address = ("localhost", server.port)
+    connection = (
+        http.client.HTTPConnection(*address, timeout=WITHIN_S)
+        if tls is None
+        else http.client.HTTPSConnection(*address, timeout=WITHIN_S, context=tls)
+    )
+    with closing(connection):
+        connection.request(
+            "GET", path, headers={"Authorization": f"Bearer {token}"} if token else {}
+        )
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def samples(text: str) -> dict[tuple[str, ...], float]:
+    """(name, value of each label ...) -> number."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_requests_and_the_shard_are_told() -> None:
+    with telling() as server:
+        for _ in range(3):
+            with server.metrics.request("fetch", 100, 6400):
+                pass
+        with pytest.raises(ValueError, match="no"), server.metrics.request("write", 9, 9):
+            raise ValueError("no")
+        status, text = asked(server, "/metrics")
+    found = samples(text)
+    assert status == 200
+    assert found["bagpipe_rows_total", "fetch"] == 300
+    assert found["bagpipe_record_bytes_total", "fetch"] == 19_200
+    assert found["bagpipe_request_seconds_count", "fetch"] == 3
+    assert found["bagpipe_request_seconds_bucket", "fetch", "60.0"] == 3
+    assert found["bagpipe_failures_total", "write"] == 1
+    assert ("bagpipe_rows_total", "write") not in found
+    assert found["bagpipe_epoch",] == 4
+    assert (found["bagpipe_shard",], found["bagpipe_shards",]) == (2, 3)
+    assert found["bagpipe_waiting_fetches",] == 5
+    assert found["bagpipe_running_requests", "write"] == 6
+    assert found["bagpipe_written_rows", GROUP.name, "ever"] == 30
+    assert found["bagpipe_written_rows", GROUP.name, "base"] == 7
+    assert found["bagpipe_refused_logins_total",] == 0
+    assert found["process_resident_memory_bytes",] > 0
+
+
+def test_health_says_what_is_served() -> None:
+    with telling() as server:
+        status, text = asked(server, "/health")
+    assert (status, json.loads(text)["state"], json.loads(text)["epoch"]) == (200, "serves", 4)
+    waiting = ShardStatus(**{**vars(STATUS), "epoch": None, "base": None})
+    with telling(status=waiting) as server:
+        assert json.loads(asked(server, "/health")[1])["state"] == "waits for an epoch"
+        assert samples(asked(server, "/metrics")[1])["bagpipe_epoch",] == -1
+
+
+def test_other_paths_and_methods_are_none() -> None:
+    with telling() as server:
+        assert asked(server, "/etc/passwd")[0] == 404
+        with socket.create_connection(("127.0.0.1", server.port), WITHIN_S) as caller:
+            caller.sendall(b"POST /metrics HTTP/1.1\r\n\r\n")
+            assert b" 501 " in caller.recv(1000)
+
+
+def test_the_token_is_wanted_for_all_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    with telling(Credentials(token=SecretStr(TOKEN))) as server:
+        for path in ("/metrics", "/health", "/nothing"):
+            for token in (None, "wrong" * 4):
+                status, text = asked(server, path, token)
+                assert status == 401
+                assert "token" in text
+                assert "epoch" not in text
+        assert samples(asked(server, "/metrics", TOKEN)[1])["bagpipe_refused_logins_total",] == 6
+        for _ in range(20):
+            assert asked(server, "/health", "wrong" * 4)[0] == 401
+        status, text = asked(server, "/health", TOKEN)
+        assert status == 401
+        assert "too many wrong tokens from 127.0.0.1" in text
+    assert len(caplog.records) == 2
+    assert "wrongwrong" not in caplog.text
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_with_tls_only_who_knows_the_root_is_answered(
+    tmp_path_factory: pytest.TempPathFactory, mutual: bool
+) -> None:
+    files = Files(tmp_path_factory.mktemp("certificates"))
+    with telling(server_credentials(files.config(mutual=mutual), "127.0.0.1")) as server:
+        trusting = ssl.create_default_context(cafile=str(files.root))
+        if mutual:
+            with pytest.raises((ssl.SSLError, OSError)):
+                asked(server, "/health", TOKEN, trusting)
+            trusting.load_cert_chain(files.folder / "both.pem", files.folder / "both.key")
+        assert asked(server, "/health", TOKEN, trusting)[0] == 200
+        assert asked(server, "/health", None, trusting)[0] == 401
+        with pytest.raises(ssl.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
+            asked(server, "/health", TOKEN, ssl.create_default_context())
+        with pytest.raises((http.client.HTTPException, OSError)):
+            asked(server, "/health", TOKEN)
+        # who says nothing holds up nobody
+        with socket.create_connection(("127.0.0.1", server.port)):
+            start = time.monotonic()
+            assert asked(server, "/health", TOKEN, trusting)[0] == 200
+            assert time.monotonic() - start < WITHIN_S
+
+
+def test_callers_who_stay_are_few() -> None:
+    with telling() as server:
+        address = ("127.0.0.1", server.port)
+        silent = [socket.create_connection(address, WITHIN_S) for _ in range(40)]
+        # those above the limit are sent away at once
+        assert [s.recv(1) for s in silent[-10:]] == [b""] * 10
+        for caller in silent:
+            caller.close()
+        deadline = time.monotonic() + WITHIN_S
+        while True:  # the others are noticed as they close
+            try:
+                assert asked(server, "/health")[0] == 200
+                break
+            except (http.client.HTTPException, OSError):
+                assert time.monotonic() < deadline
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with telling() as server:
+        metrics = server.metrics
+        with pytest.raises(ConfigError, match=rf"metrics on 127.0.0.1, port {server.port}"):
+            MetricsServer("127.0.0.1", server.port, metrics, NOBODY, server.logins)
+
+
+def test_it_listens_by_ipv6_too() -> None:
+    with telling(host="::1") as server:
+        connection = http.client.HTTPConnection("::1", server.port, timeout=WITHIN_S)
+        with closing(connection):
+            connection.request("GET", "/health")
+            assert connection.getresponse().status == 200
