@@ -19,12 +19,12 @@ from bagpipe.checkpoint.files import (
     list_checkpoints,
     prune,
     read_manifest,
-    read_records,
     remove_temporary,
     step_of,
     verify_files,
 )
 from bagpipe.errors import CheckpointError, StoreError
+from bagpipe.store.record_files import read_records
 from bagpipe.types import Float32Array, Int64Array
 
 WIDTH = 3

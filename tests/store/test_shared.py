@@ -36,7 +36,7 @@ class TestOneOfSeveralHosts(StoreContract):
     @pytest.fixture
     def make(self, monkeypatch: pytest.MonkeyPatch) -> StoreFactory:
         monkeypatch.setattr(
-            "bagpipe.store.shared.lines_of_shard",
+            "bagpipe.store.array.lines_of_shard",
             lambda num_rows, host, num_hosts: reversed_lines(num_rows),
         )
         return lambda group, seed: SharedMemoryStore(group, seed, host=1, num_hosts=2)

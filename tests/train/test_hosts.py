@@ -420,11 +420,10 @@ def test_each_host_shares_a_store_of_its_own() -> None:
             out = np.empty((len(own), width), np.float32)
             store.fetch(np.array(own), out)
             assert (out == np.float32(own)[:, None]).all()
-            with pytest.raises(
-                StoreError, match=rf"row {other[3]} of group 0 .* lives on another host"
-            ):
+            facts = f"is of shard {1 - host} of 2, this store has shard {host}"
+            with pytest.raises(StoreError, match=rf"row {other[3]} of group 0 .* {facts}"):
                 store.fetch(np.array([*own[:5], other[3]]), out[:6])
-            with pytest.raises(StoreError, match="lives on another host"):
+            with pytest.raises(StoreError, match="is of shard"):
                 store.write(np.array(other[:1]), out[:1])
             communicator.barrier("waiting for all to have read")
             return [row for rows, _ in store.snapshot() for row in rows.tolist()] == own

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bagpipe.checkpoint.files import list_checkpoints, read_manifest, read_records
+from bagpipe.checkpoint.files import list_checkpoints, read_manifest
 from bagpipe.errors import ConfigError
 from bagpipe.launch.torchrun import joined_trainers
+from bagpipe.store.record_files import read_records
 
 RUN = """
 [data]

@@ -31,7 +31,6 @@ from bagpipe.checkpoint.files import (
     list_checkpoints,
     prune,
     read_manifest,
-    read_records,
     verify_files,
 )
 from bagpipe.config.compare import Difference, compare_configs
@@ -40,6 +39,7 @@ from bagpipe.distributed.alone import ALONE
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import CheckpointError
 from bagpipe.store.base import EmbeddingStore
+from bagpipe.store.record_files import read_records
 from bagpipe.topology import shards_of
 from bagpipe.types import Group
 

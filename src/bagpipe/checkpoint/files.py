@@ -22,7 +22,6 @@ Nothing here knows what is in a checkpoint; `bagpipe.checkpoint.checkpoints` doe
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -31,13 +30,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-import pyarrow as pa
 import xxhash
 
 from bagpipe.errors import CheckpointError, StoreError
 from bagpipe.native.files import is_file_name, make_folder, sync_folder
+from bagpipe.store.record_files import HashingFile, new_file, write_records
 from bagpipe.types import Float32Array, Int64Array
 
 FORMAT = 1
@@ -149,24 +148,13 @@ class CheckpointFiles:
 
         They come in blocks: rows (n,) int64, records (n, record_width) float32.
         """
-        num_records = 0
-        schema = _record_schema(record_width)
-        with self._open(name) as file, pa.ipc.new_file(pa.PythonFile(file, "w"), schema) as writer:
-            for rows, records in blocks:
-                values = pa.FixedSizeListArray.from_arrays(
-                    pa.array(records.reshape(-1)), record_width
-                )
-                writer.write_batch(pa.record_batch([pa.array(rows), values], schema=schema))
-                num_records += len(rows)
-        return num_records
+        with self._open(name) as file:
+            return write_records(file, blocks, record_width)
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[_HashingFile]:
-        with self._failures_named(), open(self.folder / name, "xb") as raw:
-            file = _HashingFile(raw)
+    def _open(self, name: str) -> Iterator[HashingFile]:
+        with self._failures_named(), new_file(self.folder / name) as file:
             yield file
-            raw.flush()
-            os.fsync(raw.fileno())
         self.files.append(
             {"name": name, "size_bytes": file.size, "xxh3_128": file.hash.hexdigest()}
         )
@@ -296,63 +284,6 @@ def verify_files(checkpoint: Path, files: Iterable[Mapping[str, Any]]) -> None:
                 )
         except OSError as error:
             raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-
-
-def read_records(path: Path, record_width: int) -> Iterator[tuple[Int64Array, Float32Array]]:
-    """The blocks that `CheckpointWriter.write_records` wrote, memory-mapped.
-
-    Yields rows (n,) int64 and records (n, record_width) float32.
-
-    Raises:
-        CheckpointError: it is not a file of such records.
-    """
-    try:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
-            if not reader.schema.equals(_record_schema(record_width)):
-                raise CheckpointError(
-                    f"{path}: holds other columns than rows and records of {record_width} floats"
-                )
-            for index in range(reader.num_record_batches):
-                batch = reader.get_batch(index)
-                records = (
-                    batch.column(1)
-                    .flatten()
-                    .to_numpy(zero_copy_only=True)
-                    .reshape(-1, record_width)
-                )
-                yield batch.column(0).to_numpy(zero_copy_only=True), records
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CheckpointError(f"{path}: can't be read: {error}") from error
-
-
-class _HashingFile(io.RawIOBase):
-    """Passes what is written on to a file, and hashes it on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file = file
-        self.hash = xxhash.xxh3_128()
-        self.size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.size
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._file.write(view)
-        self.hash.update(view)
-        self.size += len(view)
-        return len(view)
-
-
-def _record_schema(record_width: int) -> pa.Schema:
-    item = pa.field("item", pa.float32())
-    return pa.schema(
-        [pa.field("row", pa.int64()), pa.field("record", pa.list_(item, record_width))]
-    )
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

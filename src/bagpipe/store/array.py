@@ -1,9 +1,12 @@
 """What the stores share: records in one array, of which only touched rows take memory.
 
-This class owns two arrays: records (num_rows, record_width) float32 and touched (num_rows,) uint8.
-On one of several hosts records has only the rows whose home it is, so that their memory is divided
-among the hosts. A subclass makes the records array, erases it, and may reserve room before a write.
-The caller's arrays are only borrowed.
+This class owns two arrays: records (num_rows, record_width) float32 and flags (num_rows,) uint8. A
+store of one shard of several has only that shard's records, so that their memory is divided among
+hosts or servers. A subclass makes the records array, erases it, and may reserve room before a
+write. The caller's arrays are only borrowed.
+
+A row's flag is zero until it is written. What a write leaves there is `mark`: `TOUCHED`, and what
+else the store's owner wants to know of the row (`bagpipe.store.cuts`).
 
 A call takes both arrays at once, as one pair, and keeps them alive while it runs: the loops do not
 check bounds, so a `close` from another thread must not change an array under them.
@@ -37,7 +40,7 @@ from bagpipe.native.memory import copy_run
 from bagpipe.native.prefetch import PREFETCH_DISTANCE, prefetch_record
 from bagpipe.store.base import NO_STEPS, Steps
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
-from bagpipe.topology import LINE_BITS
+from bagpipe.topology import LINE_BITS, lines_of_shard, shard_of
 from bagpipe.types import Float32Array, Group, Int32Array, Int64Array, UInt8Array
 
 _SCAN_ROWS = 1 << 20
@@ -49,10 +52,35 @@ A smaller call runs in the caller's thread alone: several are under way at a tim
 meet at the end of each call spin there.
 """
 _shared = partial(threaded, num_threads=NUM_MANY_THREADS)
+TOUCHED = 1
+"""The bit of a row's flag that says that it has been written."""
+
+
+class Places:
+    """Where in a store's array the records of one shard's rows are.
+
+    Attributes:
+        num_places: how many records the array holds.
+        lines: the place of each line of rows, see `bagpipe.topology.lines_of_shard`; None: the
+            store has all rows, each at its own number.
+    """
+
+    def __init__(self, group: Group, shard: int = 0, num_shards: int = 1) -> None:
+        self.shard, self.num_shards = shard, num_shards
+        self.num_places = group.num_rows
+        self.lines: Int32Array | None = None
+        if num_shards > 1:
+            self.lines, num_lines = lines_of_shard(group.num_rows, shard, num_shards)
+            self.num_places = max(1, num_lines) << LINE_BITS
 
 
 class ArrayStore(ABC):
-    """An `EmbeddingStore` over a records array (num_rows, record_width) float32, all zero."""
+    """An `EmbeddingStore` over a records array (num_rows, record_width) float32, all zero.
+
+    Attributes:
+        shard: the shard whose rows it has, of `num_shards`.
+        mark: the bits that a write sets in a row's flag, `TOUCHED` among them.
+    """
 
     def __init__(
         self,
@@ -60,7 +88,7 @@ class ArrayStore(ABC):
         seed: int,
         records: Float32Array,
         touched: UInt8Array | None = None,
-        lines: Int32Array | None = None,
+        places: Places | None = None,
     ) -> None:
         """Takes over the arrays.
 
@@ -69,10 +97,12 @@ class ArrayStore(ABC):
             seed: what initial records are drawn from.
             records: (num_rows, record_width) float32, all zero where rows are not touched.
             touched: (num_rows,) uint8, which rows `records` holds already; None: none.
-            lines: where in records each line of rows is, see `bagpipe.topology.lines_of_shard`;
-                None: all are in their order.
+            places: where in records rows are; None: all are in their order.
         """
-        self.group, self._lines = group, lines
+        places = Places(group) if places is None else places
+        self.group, self._lines = group, places.lines
+        self.shard, self.num_shards = places.shard, places.num_shards
+        self.mark = TOUCHED
         self._initializer = RowInitializer(group, seed)
         self._arrays: tuple[Float32Array, UInt8Array] | None = (  # None: closed
             records,
@@ -100,9 +130,21 @@ class ArrayStore(ABC):
         """See `EmbeddingStore.write`."""
         own, touched = self._checked(rows, records, "records")
         places = self._places(rows)
-        self._make_room(rows)
+        self._make_room(places)
         scatter = _scatter_shared if records.nbytes >= _SHARED_BYTES else _scatter
-        scatter(own, touched, rows, places, records)
+        scatter(own, touched, rows, places, records, self.mark)
+
+    @property
+    def flags(self) -> UInt8Array:
+        """Each row's flag (num_rows,), not a copy; another array after `clear`."""
+        return self._open_arrays()[1]
+
+    def flags_of(self, rows: Int64Array) -> UInt8Array:
+        """The flags of rows (n,) int64, a copy. StoreError: a row is out of range."""
+        flags = self._open_arrays()[1]
+        self._check_type(rows)
+        self._check_range(rows)
+        return flags[rows]
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
         """See `EmbeddingStore.snapshot`."""
@@ -138,8 +180,11 @@ class ArrayStore(ABC):
         return _no_row_touched(self.group)
 
     @abstractmethod
-    def _make_room(self, rows: Int64Array) -> None:
-        """Called before rows are written: a store whose medium can be full reserves space here."""
+    def _make_room(self, places: Int64Array) -> None:
+        """Called before records at these places are written.
+
+        A store whose medium can be full reserves space here.
+        """
 
     def _snapshot(self, block_rows: int) -> Iterator[tuple[Int64Array, Float32Array]]:
         for rows in self._touched_blocks(block_rows):
@@ -161,14 +206,15 @@ class ArrayStore(ABC):
             yield pending
 
     def _places(self, rows: Int64Array) -> Int64Array:
-        """Where in the records rows (n,) are; StoreError for one whose home is another host."""
+        """Where in the records rows (n,) are; StoreError for one of another shard."""
         if self._lines is None:
             return rows
         places, bad = _find_places(rows, self._lines)
         if bad >= 0:
             raise StoreError(
-                f"row {rows[bad]:,} of {self.group.name} lives on another host, whose trainers "
-                "alone read and write it"
+                f"row {rows[bad]:,} of {self.group.name} is of shard "
+                f"{shard_of(int(rows[bad]), self.num_shards)} of {self.num_shards}, this store has "
+                f"shard {self.shard}: ask the host or the server that has the row"
             )
         return places
 
@@ -186,10 +232,7 @@ class ArrayStore(ABC):
     ) -> tuple[Float32Array, UInt8Array]:
         """The open arrays, once the arguments are known to fit; nothing was read or written yet."""
         arrays = self._open_arrays()
-        if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1:
-            raise StoreError(
-                f"rows for {self.group.name} must be a 1-D int64 array, are {_describe(rows)}"
-            )
+        self._check_type(rows)
         wanted = (len(rows), self.group.record_width)
         fits = (
             isinstance(records, np.ndarray)
@@ -201,13 +244,22 @@ class ArrayStore(ABC):
                 f"{what} for {len(rows):,} rows of {self.group.name} must be C-contiguous float32 "
                 f"of shape {wanted}, is {_describe(records)}"
             )
+        self._check_range(rows)
+        return arrays
+
+    def _check_type(self, rows: Int64Array) -> None:
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1:
+            raise StoreError(
+                f"rows for {self.group.name} must be a 1-D int64 array, are {_describe(rows)}"
+            )
+
+    def _check_range(self, rows: Int64Array) -> None:
         bad = _first_outside(rows, self.group.num_rows)
         if bad >= 0:
             raise StoreError(
                 f"row {rows[bad]:,} lies outside {self.group.name}, whose rows are 0 to "
                 f"{self.group.num_rows - 1:,}"
             )
-        return arrays
 
 
 def _no_row_touched(group: Group) -> UInt8Array:
@@ -299,11 +351,12 @@ def _scatter_shared(
     rows: Int64Array,
     places: Int64Array,
     values: Float32Array,
+    mark: int,
 ) -> None:
-    """Copies `values` to `records[places]` and marks rows touched."""
+    """Copies `values` to `records[places]` and sets the bits of `mark` in the rows' flags."""
     for part in prange(NUM_PARTS):
         begin, end = part_bounds(part, len(rows))
-        _scatter(records, touched, rows[begin:end], places[begin:end], values[begin:end])
+        _scatter(records, touched, rows[begin:end], places[begin:end], values[begin:end], mark)
 
 
 @jit
@@ -313,10 +366,11 @@ def _scatter(
     rows: Int64Array,
     places: Int64Array,
     values: Float32Array,
+    mark: int,
 ) -> None:
     for index in range(len(rows)):
         ahead = min(index + PREFETCH_DISTANCE, len(rows) - 1)
         prefetch_record(records, places[ahead])
         row = np.uint64(rows[index])
         copy_run(values[index], records[np.uint64(places[index])])
-        touched[row] = 1
+        touched[row] |= np.uint8(mark)

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from bagpipe.errors import StoreError
-from bagpipe.store.array import ArrayStore
+from bagpipe.store.array import ArrayStore, Places
 from bagpipe.store.sparse_file import SparseFile
 from bagpipe.types import Float32Array, Group, Int64Array
 
@@ -58,26 +58,31 @@ class FileStore(ArrayStore):
         group: the group whose records these are.
         seed: what initial records are drawn from.
         path: the folder, made where it is missing; one that holds other tables' files is refused.
+        shard: the shard whose rows it has, of `num_shards`.
 
     Raises:
         StoreError: the folder is another store's, or its disk is full or can't be written.
     """
 
-    def __init__(self, group: Group, seed: int, path: str | Path) -> None:
+    def __init__(
+        self, group: Group, seed: int, path: str | Path, *, shard: int = 0, num_shards: int = 1
+    ) -> None:
         self.path = Path(path)
-        header = _header(group, seed)
+        places = Places(group, shard, num_shards)
+        self._num_places = places.num_places
+        header = _header(group, seed) | {"shard": shard, "num_shards": num_shards}
         _check_folder(self.path, header)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_header(self.path / _HEADER, header)
-            self._file = SparseFile(self.path / _RECORDS, group.num_rows, group.record_bytes)
+            self._file = SparseFile(self.path / _RECORDS, self._num_places, group.record_bytes)
         except (OSError, OverflowError) as error:
-            size_bytes = group.num_rows * group.record_bytes
+            size_bytes = self._num_places * group.record_bytes
             raise StoreError(
                 f"can't create the file store of {group.name} in {self.path}: {_reason(error)}; "
                 f"it needs a writable folder, on a disk that allows files of {size_bytes:,} bytes"
             ) from error
-        super().__init__(group, seed, self._mapped_records(group))
+        super().__init__(group, seed, self._mapped_records(group), places=places)
 
     def close(self) -> None:
         """See `EmbeddingStore.close`. The files stay."""
@@ -85,7 +90,9 @@ class FileStore(ArrayStore):
         self._file.close()
 
     def _mapped_records(self, group: Group) -> Float32Array:
-        return np.frombuffer(self._file.map, np.float32).reshape(group.num_rows, group.record_width)
+        return np.frombuffer(self._file.map, np.float32).reshape(
+            self._num_places, group.record_width
+        )
 
     def _erased_records(self) -> Float32Array:
         try:
@@ -97,12 +104,12 @@ class FileStore(ArrayStore):
             ) from error
         return self._mapped_records(self.group)
 
-    def _make_room(self, rows: Int64Array) -> None:
+    def _make_room(self, places: Int64Array) -> None:
         try:
-            self._file.reserve(rows)
+            self._file.reserve(places)
         except OSError as error:
             raise StoreError(
-                f"can't write {len(rows):,} rows to {self._file.path}: {_reason(error)}; nothing "
+                f"can't write {len(places):,} rows to {self._file.path}: {_reason(error)}; nothing "
                 f"was written: free space on its disk, up to {self._file.map.size():,} bytes in "
                 "all, or choose another store folder"
             ) from error
@@ -154,6 +161,7 @@ def _check_folder(folder: Path, header: dict[str, Any]) -> None:
         ) from error
     if not isinstance(found, dict):
         raise StoreError(f"{folder / _HEADER} is not a file store's header: {remedy}")
+    found = {"shard": 0, "num_shards": 1, **found}  # older versions had all rows
     differing = [key for key in header if found.get(key) != header[key]]
     if differing:
         key = differing[0]

@@ -22,7 +22,7 @@ import os
 import numpy as np
 
 from bagpipe.errors import StoreError
-from bagpipe.store.array import ArrayStore
+from bagpipe.store.array import ArrayStore, Places
 from bagpipe.types import Float32Array, Group, Int64Array
 
 _MAP_NORESERVE = 0x4000
@@ -38,35 +38,38 @@ class MemoryStore(ArrayStore):
     Args:
         group: the group whose records these are.
         seed: what initial records are drawn from.
+        shard: the shard whose rows it has, of `num_shards`.
 
     Raises:
         StoreError: the memory can't be mapped.
     """
 
-    def __init__(self, group: Group, seed: int) -> None:
-        super().__init__(group, seed, _allocate(group))
+    def __init__(self, group: Group, seed: int, *, shard: int = 0, num_shards: int = 1) -> None:
+        places = Places(group, shard, num_shards)
+        self._num_places = places.num_places
+        super().__init__(group, seed, _allocate(group, self._num_places), places=places)
 
-    def _make_room(self, rows: Int64Array) -> None:
+    def _make_room(self, places: Int64Array) -> None:
         """Nothing to reserve: the system gives pages as they are touched."""
 
     def _erased_records(self) -> Float32Array:
-        return _allocate(self.group)
+        return _allocate(self.group, self._num_places)
 
 
-def _allocate(group: Group) -> Float32Array:
-    """Records (num_rows, record_width), zero and not yet backed by memory."""
-    size_bytes = group.num_rows * group.record_bytes
+def _allocate(group: Group, num_places: int) -> Float32Array:
+    """Records (num_places, record_width), zero and not yet backed by memory."""
+    size_bytes = num_places * group.record_bytes
     try:
         records = mmap.mmap(
             -1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         )
     except (OSError, OverflowError) as error:
         raise StoreError(
-            f"can't map {size_bytes:,} bytes of memory for the {group.num_rows:,} rows of "
+            f"can't map {size_bytes:,} bytes of memory for the {num_places:,} rows of "
             f"{group.name} ({error}): use the file store"
         ) from error
     if size_bytes <= _HUGE_PAGES_MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
         # A kernel without transparent huge pages refuses; small ones give the same results.
         with contextlib.suppress(OSError):
             records.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(records, np.float32).reshape(group.num_rows, group.record_width)
+    return np.frombuffer(records, np.float32).reshape(num_places, group.record_width)

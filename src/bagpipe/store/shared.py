@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bagpipe.errors import StoreError
-from bagpipe.store.array import ArrayStore
-from bagpipe.topology import LINE_BITS, lines_of_shard
+from bagpipe.store.array import ArrayStore, Places
 from bagpipe.types import Float32Array, Group, UInt8Array
 
 
@@ -53,11 +52,11 @@ class SharedMemoryStore(ArrayStore):
         Raises:
             StoreError: it can't be mapped.
         """
-        lines, num_places = None, group.num_rows
-        if num_hosts > 1:
-            lines, num_lines = lines_of_shard(group.num_rows, host, num_hosts)
-            num_places = max(1, num_lines) << LINE_BITS
-        sizes_bytes = {"records": num_places * group.record_bytes, "touched": group.num_rows}
+        places = Places(group, host, num_hosts)
+        sizes_bytes = {
+            "records": places.num_places * group.record_bytes,
+            "touched": group.num_rows,
+        }
         self._descriptors: list[int] = []
         maps = {}
         try:
@@ -76,10 +75,10 @@ class SharedMemoryStore(ArrayStore):
                 f"{error}"
             ) from error
         self._records: Float32Array = np.frombuffer(maps["records"], np.float32).reshape(
-            num_places, group.record_width
+            places.num_places, group.record_width
         )
         self._touched: UInt8Array = np.frombuffer(maps["touched"], np.uint8)
-        super().__init__(group, seed, self._records, self._touched, lines)
+        super().__init__(group, seed, self._records, self._touched, places)
 
     @property
     def files(self) -> SharedFiles:
@@ -94,7 +93,7 @@ class SharedMemoryStore(ArrayStore):
         super().close()
         self._close_files()
 
-    def _make_room(self, rows: object) -> None:
+    def _make_room(self, places: object) -> None:
         """Nothing to reserve: the system gives pages as they are touched."""
 
     def _erased_records(self) -> Float32Array:
