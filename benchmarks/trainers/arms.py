@@ -21,8 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.data.base import Batch
-from bagpipe.distributed.communicator import Communicator
-from bagpipe.distributed.write_marks import Moment
+from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.plan import RowExchange
 from bagpipe.types import Group, Jagged
 from benchmarks.gpu.arms import BagpipeArm, DenseArm, StepArm

@@ -20,7 +20,7 @@ from torch import Tensor
 from bagpipe.cache import transfers
 from bagpipe.cache.overlap import Staging
 from bagpipe.cache.transfers import RecordMover
-from bagpipe.distributed.alone import Alone
+from bagpipe.distributed.write_marks import NoMarks
 from bagpipe.types import Float32Array, Int64Array
 
 
@@ -82,7 +82,7 @@ def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.Mo
     stream = SimpleNamespace(wait_event=lambda _: None, record_event=lambda: event)
     streams: Any = SimpleNamespace(out=stream, into=stream, computed=event)
     cache, store = Cache(), Store()
-    mover = RecordMover([cache], [store], streams, Alone())  # type: ignore[list-item]
+    mover = RecordMover([cache], [store], streams, NoMarks())  # type: ignore[list-item]
     first, to_device = moves({}, {10: 0, 11: 1})
     mover.fill(mover.issue(PLAN, [first], 0, to_device))
     cache.memory[:2] += 1000  # they are trained
@@ -114,11 +114,12 @@ def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(
             time.sleep(0.02 if 10 in rows else 0)
             done.append(f"row {rows[0]}")
 
-    peers: Any = SimpleNamespace(
-        mark_written=lambda kind, step: done.append(f"{kind} {step}"),
-        wait_written=lambda kind, step: None,
+    marks: Any = SimpleNamespace(
+        are_read=True,
+        mark=lambda kind, step: done.append(f"{kind} {step}"),
+        wait=lambda kind, step: None,
     )
-    mover = RecordMover([Cache()], [MeetingStore()], None, peers)  # type: ignore[list-item]
+    mover = RecordMover([Cache()], [MeetingStore()], None, marks)  # type: ignore[list-item]
     for step, row in enumerate((10, 11)):
         evicted, to_device = moves({row: 0}, {})
         mover.issue(PLAN, [evicted], step, to_device).gathered.result()
@@ -132,7 +133,7 @@ def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(
 
 def test_an_emptied_slot_is_not_flushed() -> None:
     cache, store = Cache(), Store()
-    mover = RecordMover([cache], [store], None, Alone())  # type: ignore[list-item]
+    mover = RecordMover([cache], [store], None, NoMarks())  # type: ignore[list-item]
     for step, (evict, fetch) in enumerate([({}, {10: 3}), ({10: 3}, {}), ({}, {10: 0})]):
         moved, to_device = moves(evict, fetch)
         moved.fence_tick = step - 1

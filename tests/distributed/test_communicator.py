@@ -9,6 +9,7 @@ import pytest
 from tests.train.ranks import run_ranks
 
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.write_marks import WriteMarks
 from bagpipe.errors import BackgroundError
 
 
@@ -26,17 +27,18 @@ class Counted:
 @pytest.mark.parametrize("num_trainers", [2, 4])
 def test_what_is_known_to_be_written_is_not_asked_again(num_trainers: int) -> None:
     def work(communicator: Communicator) -> list[int]:
-        waiter = communicator._waiter
+        waiter = communicator.waiter
         counted = waiter.connection = Counted(waiter.connection)
         calls = []
         for _ in range(2):
             communicator.begin_stream()
+            marks = WriteMarks(communicator)
             for step in range(6):
-                communicator.mark_written("overlapped", step)
+                marks.mark("overlapped", step)
             communicator.barrier("waiting for all marks")
             for step in (2, 0, 5):
                 counted.num_calls = 0
-                communicator.wait_written("overlapped", step)
+                marks.wait("overlapped", step)
                 calls.append(counted.num_calls)
             communicator.barrier("waiting for all to have asked")
             communicator.end_stream()
@@ -51,19 +53,20 @@ def test_a_mark_to_come_is_waited_for() -> None:
 
     def work(communicator: Communicator) -> None:
         communicator.begin_stream()
+        marks = WriteMarks(communicator)
         if communicator.rank == 0:
-            communicator.mark_written("urgent", 1)
+            marks.mark("urgent", 1)
         communicator.barrier("waiting for the first mark")
         if communicator.rank == 1:
-            communicator.wait_written("urgent", 1)
+            marks.wait("urgent", 1)
             communicator.barrier("waiting for rank 1 to have asked")
-            communicator.wait_written("urgent", 4)
+            marks.wait("urgent", 4)
             happened.append("waited for")
         else:
             communicator.barrier("waiting for rank 1 to have asked")
             time.sleep(0.2)  # in which a rank that does not wait would go on
             happened.append("written")
-            communicator.mark_written("urgent", 4)
+            marks.mark("urgent", 4)
 
     run_ranks(2, work, timeout_s=20.0)
     assert happened == ["written", "waited for"]

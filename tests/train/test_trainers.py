@@ -29,6 +29,7 @@ from bagpipe.cache import transfers
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.transfers import RecordMover
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.write_marks import WriteMarks
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
@@ -332,7 +333,7 @@ class SlowStore(MemoryStore):
 
 
 def wait_for_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Communicator, "wait_written", lambda *_: None)
+    monkeypatch.setattr(WriteMarks, "wait", lambda *_: None)
 
 
 def mark_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed import communicator as communicator_module
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.homes import shared_store
 from bagpipe.embeddings import capacity
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
@@ -427,7 +428,7 @@ def test_one_stream_at_a_time() -> None:
 
 def test_stores_that_are_shared_are_told_apart() -> None:
     def run(communicator: Communicator) -> list[Any]:
-        stores = [communicator.shared_store(GROUP, 1) for _ in range(2)]
+        stores = [shared_store(communicator, GROUP, 1) for _ in range(2)]
         communicator.barrier("the test")
         if communicator.rank == 0:
             stores[1].write(np.array([7]), np.full((1, GROUP.record_width), 9.0, np.float32))

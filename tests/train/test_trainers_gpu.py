@@ -28,6 +28,7 @@ from tests.train.test_trainers import (
 
 import bagpipe
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.homes import fetch_from_homes
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
@@ -89,7 +90,7 @@ def all_records(
     if communicator is None:
         store.fetch(rows, records)
     else:
-        communicator.fetch_from_homes(store, rows, records)
+        fetch_from_homes(communicator, store, rows, records)
     return records
 
 

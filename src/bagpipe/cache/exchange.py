@@ -43,8 +43,7 @@ from bagpipe.cache.device_plan import DeviceExchange, DevicePlan
 from bagpipe.cache.overlap import Streams
 from bagpipe.cache.spans import span
 from bagpipe.distributed.alone import Alone, Peers
-from bagpipe.distributed.communicator import Communicator
-from bagpipe.distributed.write_marks import Moment
+from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.native.workers import Workers
 from bagpipe.plan import GroupExchange, RowExchange, StepPlan
 

@@ -38,6 +38,7 @@ from bagpipe.cache.overlap import Streams
 from bagpipe.cache.spans import span
 from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
 from bagpipe.distributed.alone import ALONE, Peers
+from bagpipe.distributed.write_marks import marks_with
 from bagpipe.errors import UsageError
 from bagpipe.plan import StepPlan, Transfers
 from bagpipe.store.base import EmbeddingStore
@@ -99,7 +100,7 @@ class Executor:
         self._device = caches[0].device
         self._streams = Streams(self._device) if self._device.type == "cuda" else None
         self._exchange = exchange_with(peers, caches, self._streams)
-        self._mover = RecordMover(caches, stores, self._streams, peers)
+        self._mover = RecordMover(caches, stores, self._streams, marks_with(peers))
         self._pending: list[_Pending] = []
         self._ended: list[_Pending] = []  # steps whose plans may still be read
         # ended steps whose gradients are on their way

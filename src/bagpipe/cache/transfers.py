@@ -37,8 +37,8 @@ from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceTransfers
 from bagpipe.cache.overlap import Buffer, Staging, Streams
 from bagpipe.cache.spans import span
-from bagpipe.distributed.alone import Alone, Peers
-from bagpipe.distributed.write_marks import Moment
+from bagpipe.distributed.communicator import Moment
+from bagpipe.distributed.write_marks import NoMarks, WriteMarks
 from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
 from bagpipe.native.workers import Call, Workers
@@ -80,11 +80,11 @@ class RecordMover:
         caches: Sequence[DeviceCache],
         stores: Sequence[EmbeddingStore],
         streams: Streams | None,
-        peers: Peers,
+        marks: WriteMarks | NoMarks,
     ) -> None:
-        """`streams` are those of a CUDA device; `peers` are told what is written back."""
+        """`streams` are those of a CUDA device; `marks` tell others what is written back."""
         self._caches, self._stores = tuple(caches), tuple(stores)
-        self._streams, self._peers = streams, peers
+        self._streams, self._marks = streams, marks
         self._device = caches[0].device
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
         # issued and not yet there, in order of issue
@@ -93,7 +93,7 @@ class RecordMover:
         # On a CPU one thread takes steps in order, as the device does elsewhere.
         self._gather_threads = Workers("bagpipe-gather", 1 if streams is None else _NUM_THREADS)
         self._write_threads = Workers("bagpipe-write-back", _NUM_THREADS)
-        self._mark_thread = None if isinstance(peers, Alone) else Workers("bagpipe-mark")
+        self._mark_thread = Workers("bagpipe-mark") if marks.are_read else None
         self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
         self._staging = Staging(pinned=streams is not None)
 
@@ -263,7 +263,7 @@ class RecordMover:
         """
         for write in earlier:
             write.result()
-        self._peers.mark_written(kind, step)
+        self._marks.mark(kind, step)
 
     def _write_back(self, index: int, rows: Int64Array, records: Float32Array) -> None:
         """Runs on a write-back thread."""
@@ -285,8 +285,8 @@ class RecordMover:
             # transfers of these steps do. Each waits for earlier steps' alone, so ranks never wait
             # for each other in a circle.
             depth = plan.step - plan.issue_tick
-            self._peers.wait_written("overlapped", min(fence + depth, plan.step - 1))
-            self._peers.wait_written("urgent", fence)
+            self._marks.wait("overlapped", min(fence + depth, plan.step - 1))
+            self._marks.wait("urgent", fence)
         # all that was evicted before these transfers is among them
         for tick, write in list(self._writes):
             if tick <= fence:

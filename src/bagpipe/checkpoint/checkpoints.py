@@ -35,7 +35,6 @@ from bagpipe.checkpoint.files import (
 )
 from bagpipe.config.compare import Difference, compare_configs
 from bagpipe.data.base import Position
-from bagpipe.distributed.alone import ALONE
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import CheckpointError
 from bagpipe.store.base import EmbeddingStore
@@ -44,7 +43,7 @@ from bagpipe.topology import shards_of
 from bagpipe.types import Group
 
 _DENSE = "dense.pt"
-_ALONE = Trainers(ALONE)
+_ALONE = Trainers()
 
 
 class Embeddings(Protocol):
@@ -124,7 +123,7 @@ def save_checkpoint(
         StoreError: a store can't be read.
     """
     state.embeddings.flush()
-    groups, step = state.embeddings.groups, state.embeddings.step
+    groups, step, peers = state.embeddings.groups, state.embeddings.step, trainers.peers
     writer = CheckpointWriter(folder, step)
     with ExitStack() as stack:
 
@@ -132,7 +131,7 @@ def save_checkpoint(
             return str(stack.enter_context(writer).folder) if trainers.is_first else None
 
         def write(temporary: str) -> dict[str, Any] | None:
-            if not trainers.peers.is_first_of_host:
+            if not peers.is_first_of_host:
                 return None
             files = (
                 writer if trainers.is_first else CheckpointFiles.join(Path(temporary), writer.path)
@@ -141,9 +140,7 @@ def save_checkpoint(
                 files.write_bytes(_DENSE, _dense_state(state))
             nums_records = [
                 files.write_records(
-                    _records_name(group.index, trainers.peers.host),
-                    store.snapshot(),
-                    group.record_width,
+                    _records_name(group.index, peers.host), store.snapshot(), group.record_width
                 )
                 for group, store in zip(groups, state.embeddings.stores, strict=True)
             ]
@@ -160,7 +157,7 @@ def save_checkpoint(
                 "position": asdict(position),
                 "config": config,
                 "environment": environment(),
-                "num_hosts": trainers.peers.num_hosts,
+                "num_hosts": peers.num_hosts,
                 "groups": [
                     _describe(group) | {"num_records": num_records}
                     for group, num_records in zip(groups, nums_records, strict=True)

@@ -9,10 +9,6 @@ from typing import TypeAlias
 from torch import Tensor
 
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.distributed.write_marks import Moment
-from bagpipe.store import MemoryStore
-from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Float32Array, Group, Int64Array
 
 
 class Alone:
@@ -65,20 +61,6 @@ class Alone:
     def all_stop_before(self, step: int) -> bool:
         """This rank does."""
         return True
-
-    def mark_written(self, kind: Moment, step: int) -> None:
-        """Nobody is told."""
-
-    def wait_written(self, kind: Moment, step: int) -> None:
-        """Nobody else writes."""
-
-    def shared_store(self, group: Group, seed: int) -> EmbeddingStore:
-        """A store in this process's memory."""
-        return MemoryStore(group, seed)
-
-    def fetch_from_homes(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
-        """The store has all rows."""
-        store.fetch(rows, out)
 
 
 Peers: TypeAlias = Communicator | Alone

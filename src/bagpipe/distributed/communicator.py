@@ -9,10 +9,8 @@ A rank that is gone shows as a failed message. Where one waits for its entry in 
 it shows by its process, which the others of its host watch (`waiting`). Every call ends after
 `timeout`, and says what it waited for.
 
-All hosts have equally many trainers, and the ranks of a host are neighbours. Each host has a store
-of its own, for the rows whose home it is (`bagpipe.topology`). Only its ranks fetch these rows and
-write them back, so nothing travels between hosts but rows of the exchange and what an evaluation
-reads (`homes`).
+All hosts have equally many trainers, and the ranks of a host are neighbours. What they share on a
+host, and read of other hosts, is in `homes` and `write_marks`.
 """
 
 from __future__ import annotations
@@ -22,25 +20,22 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagpipe.distributed.homes import fetch_from_homes
 from bagpipe.distributed.lockstep import Lockstep
 from bagpipe.distributed.machines import check_machines, describe_process
 from bagpipe.distributed.waiting import KeyWaiter, naming_failures
-from bagpipe.distributed.write_marks import Moment, WriteMarks
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.plan import RowExchange
-from bagpipe.store.base import EmbeddingStore
-from bagpipe.store.shared import SharedFiles, SharedMemoryStore
 from bagpipe.topology import check_hosts, host_of, neighbours_on
-from bagpipe.types import Float32Array, Group, Int64Array
 
+Moment: TypeAlias = Literal["urgent", "overlapped"]
+"""Whether something is on the critical path or travels behind compute."""
 _STOPS_WITHIN = timedelta(seconds=30)
 """How long a rank may take to see that a step can't be planned, behind the first that does: a step
 and a read."""
@@ -66,24 +61,16 @@ class Communicator:
     number: int = 0
     """Tells the keys of several communicators of one key-value store apart."""
     lockstep: Lockstep = field(init=False)
+    waiter: KeyWaiter = field(init=False)
+    """Waits for entries of the key-value store."""
     _stream: int = field(init=False, default=0)
     _is_streaming: bool = field(init=False, default=False)
     _has_failed: bool = field(init=False, default=False)
     _num_texts: int = field(init=False, default=0)
-    _waiter: KeyWaiter = field(init=False)
-    _marks: WriteMarks = field(init=False)
 
     def __post_init__(self) -> None:
         check_hosts(self.num_trainers, self.num_hosts)
-        self._waiter = KeyWaiter(self.kv_store, self.timeout)
-        self._marks = WriteMarks(
-            self.kv_store,
-            self._waiter,
-            key=self._key,
-            rank=self.rank,
-            ranks_of_host=self.ranks_of_host,
-            num_trainers=self.num_trainers,
-        )
+        self.waiter = KeyWaiter(self.kv_store, self.timeout)
         self.lockstep = Lockstep(
             self.alike,
             self.kv_store,
@@ -93,11 +80,16 @@ class Communicator:
         )
         told = self.gather_texts("the process", describe_process(self.num_hosts))
         pids = check_machines(told, self.num_hosts)
-        self._waiter.watch({rank: pids[rank] for rank in self.ranks_of_host})
+        self.waiter.watch({rank: pids[rank] for rank in self.ranks_of_host})
 
     @property
     def _key(self) -> str:
         return f"bagpipe/{self.number}"
+
+    @property
+    def stream_key(self) -> str:
+        """Begins all keys that belong to the stream of plans that was begun last."""
+        return f"{self._key}/{self._stream}"
 
     @classmethod
     def from_default_group(
@@ -234,13 +226,6 @@ class Communicator:
         by_rank = torch.split(received, counts)
         return [torch.split(rows, list(each)) for rows, each in zip(by_rank, sizes, strict=True)]
 
-    def fetch_from_homes(self, store: EmbeddingStore, rows: Int64Array, out: Float32Array) -> None:
-        """As `store.fetch`, for rows (n,) of any host.
-
-        With several hosts all ranks must call it, those without rows too.
-        """
-        fetch_from_homes(self, store, rows, out)
-
     def swap(
         self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> Tensor:
@@ -285,7 +270,7 @@ class Communicator:
             if text is not None:
                 self.kv_store.set(key, text)
                 return text
-            return self._waiter.text_of(key)
+            return self.waiter.text_of(key)
 
     def gather_texts(self, what: str, text: str) -> list[str]:
         """What each rank gives as `text`, by rank; all must call it, in the same order.
@@ -301,17 +286,6 @@ class Communicator:
                 content.repeat(self.num_trainers), [len(content)] * self.num_trainers, sizes
             )
         return [part.numpy().tobytes().decode() for part in torch.split(gathered, sizes)]
-
-    def shared_store(self, group: Group, seed: int) -> SharedMemoryStore:
-        """A group's store in memory that all ranks of a host share; the first of them makes it."""
-        name = f"the store of {group.name}"
-        if self.is_first_of_host:
-            store = SharedMemoryStore(group, seed, host=self.host, num_hosts=self.num_hosts)
-            self.share_text(name, f"{store.files.records} {store.files.touched}")
-            return store
-        records, touched = self.share_text(name, None).split()
-        files = SharedFiles(records=records, touched=touched)
-        return SharedMemoryStore(group, seed, files, host=self.host, num_hosts=self.num_hosts)
 
     def _reduce(self, value: float, operation: Any) -> float:
         self.do_together("compares a number")
@@ -344,19 +318,18 @@ class Communicator:
         for others.
         """
         keys = {
-            rank: f"{self._key}/{self._stream}/stopped/{rank}/{step}"
-            for rank in range(self.num_trainers)
+            rank: f"{self.stream_key}/stopped/{rank}/{step}" for rank in range(self.num_trainers)
         }
         try:
             self.kv_store.set(keys[self.rank], b"")
             for key in keys.values():
-                self._waiter.wait_for(key, min(self.timeout, _STOPS_WITHIN))
+                self.waiter.wait_for(key, min(self.timeout, _STOPS_WITHIN))
         except (RuntimeError, torch.distributed.DistError):
             return False
         return True
 
     def begin_stream(self) -> None:
-        """Begins a stream of plans, to which marks made from now on belong.
+        """Begins a stream of plans.
 
         All ranks begin streams in the same order.
 
@@ -374,24 +347,12 @@ class Communicator:
                 "stop() on its embeddings, or give each embeddings a communicator of its own"
             )
         self._stream += 1
-        self._marks.begin_stream(self._stream)
         self._is_streaming = True
 
     def end_stream(self, *, has_failed: bool = False) -> None:
         """Says that no more messages of the stream are sent."""
         self._is_streaming = False
         self._has_failed = self._has_failed or has_failed
-
-    def mark_written(self, kind: Moment, step: int) -> None:
-        """Tells the others that this rank has written what its transfers up to `step` evict.
-
-        `kind` says which transfers, the urgent or the overlapped ones; steps come in order.
-        """
-        self._marks.mark(kind, step)
-
-    def wait_written(self, kind: Moment, step: int) -> None:
-        """Waits until the host's other ranks have written what transfers up to `step` evict."""
-        self._marks.wait(kind, step)
 
     def naming(self, what: str) -> AbstractContextManager[None]:
         """Raises a failure inside as a BackgroundError that says `what` was being done."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bagpipe.distributed.alone import Peers
+from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError
 
 
@@ -19,7 +19,7 @@ class Trainers:
     All ranks must call what asks all ranks, in the same order.
     """
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Peers = ALONE) -> None:
         self.peers = peers
         self.is_first = peers.rank == 0
         """Whether this one saves, scores and logs."""

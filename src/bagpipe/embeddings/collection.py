@@ -23,7 +23,7 @@ from bagpipe.embeddings.grad_scaling import GradScaling
 from bagpipe.embeddings.lookup_function import Lookup
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.embeddings.stored_tables import StoredTables
-from bagpipe.embeddings.user_tensors import check_dtype, check_stays, check_tensors
+from bagpipe.embeddings.user_tensors import autocast_dtype, check_dtype, check_stays, check_tensors
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, same_ids
 from bagpipe.native.fork import check_same_process
@@ -152,7 +152,7 @@ class EmbeddingBagCollection(StoredTables):
                     self.executor,
                     index,
                     plan,
-                    self._autocast_dtype(),
+                    autocast_dtype(self.device),
                     self._scaling,
                 )  # type: ignore[no-untyped-call]
                 for index, plan in enumerate(plans)
@@ -240,14 +240,6 @@ class EmbeddingBagCollection(StoredTables):
             device=self._anchor.device,
             contiguous=contiguous,
         )
-
-    def _autocast_dtype(self) -> torch.dtype:
-        """bfloat16 where autocast asks for it, else the rows' own type."""
-        kind = self.device.type
-        is_bfloat16 = (
-            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-        )
-        return torch.bfloat16 if is_bfloat16 else torch.float32
 
     def start(
         self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DevicePlan, to_device
 from bagpipe.distributed.alone import Peers, peers_of
+from bagpipe.distributed.homes import fetch_from_homes, shared_store
+from bagpipe.embeddings.reading import join_reading, read_pooled
 from bagpipe.embeddings.tables import (
     LazyTable,
     load_tables,
@@ -22,7 +22,7 @@ from bagpipe.embeddings.tables import (
     warn_of_optimizer_state,
 )
 from bagpipe.errors import UsageError
-from bagpipe.lookups import check_features, group_lookups, group_rows
+from bagpipe.lookups import check_features
 from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
@@ -45,7 +45,8 @@ class StoredTables(nn.Module, ABC):
         super().__init__()
         self.peers = peers_of(communicator)
         """The other trainers, of whom there may be none."""
-        store = store or self.peers.shared_store
+        store = store or partial(shared_store, self.peers)
+        self._fetch = partial(fetch_from_homes, self.peers)
         self.groups = group_tables(tables, optimizer)
         self.stores = tuple(store(group, seed) for group in self.groups)
         self.device = torch.device(device)
@@ -100,10 +101,8 @@ class StoredTables(nn.Module, ABC):
 
         For a rank that has no batch for its own part.
         """
-        for group, store in zip(self.groups, self.stores, strict=True):
-            self.peers.fetch_from_homes(
-                store, np.empty(0, np.int64), np.empty((0, group.record_width), np.float32)
-            )
+        for store in self.stores:
+            join_reading(store, self._fetch)
 
     @property
     def _has_hosts(self) -> bool:
@@ -111,9 +110,7 @@ class StoredTables(nn.Module, ABC):
 
     def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
         return {
-            table.name: LazyTable(
-                store, index, flush, self.peers.fetch_from_homes, self._check_idle
-            )
+            table.name: LazyTable(store, index, flush, self._fetch, self._check_idle)
             for group, store in zip(self.groups, self.stores, strict=True)
             for index, table in enumerate(group.tables)
         }
@@ -167,31 +164,7 @@ class StoredTables(nn.Module, ABC):
         """Pools rows straight from the stores."""
         check_features(self.groups, batch)
         self.flush()
-        return [
-            self._read_group(group, store, batch)
-            for group, store in zip(self.groups, self.stores, strict=True)
-        ]
-
-    def _read_group(self, group: Group, store: EmbeddingStore, batch: Jagged) -> Tensor:
-        lookups = group_lookups(group, batch)
-        rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
-        records = np.empty((len(rows), group.record_width), np.float32)
-        self.peers.fetch_from_homes(store, rows, records)
-        cache = DeviceCache(group=group, num_slots=len(rows), device=self.device)
-        cache.fill(
-            to_device(np.arange(len(rows), dtype=np.int32), self.device),
-            torch.from_numpy(records).to(self.device),
-        )
-        slots, num_features = inverse.astype(np.int32), len(group.features)
-        return cache.lookup(
-            DevicePlan.of_lookups(
-                lookups,
-                slots,
-                batch_size=batch.batch_size,
-                num_features=num_features,
-                device=self.device,
-            )
-        )
+        return [read_pooled(store, batch, self.device, self._fetch) for store in self.stores]
 
 
 def _weight_key(table: str) -> str:

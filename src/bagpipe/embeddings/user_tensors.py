@@ -1,4 +1,4 @@
-"""Checks of the user's tensors.
+"""Checks of the user's tensors, and the type that autocast asks for.
 
 Kernels are given addresses, so another device, shape or type would end the process, or worse.
 """
@@ -47,6 +47,15 @@ def check_tensors(
             raise UsageError(
                 f"{what} of {group} has the strides {tensor.stride()}, must be contiguous"
             )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where autocast asks for it, else the rows' own type."""
+    kind = device.type
+    is_bfloat16 = (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    )
+    return torch.bfloat16 if is_bfloat16 else torch.float32
 
 
 def check_dtype(step: int, dtype: torch.dtype) -> None:
