@@ -1,0 +1,408 @@
+"""Shared staging: records go right into a trainer's memory, and no trainer can harm a server."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.server.shards import header_of, make_shard
+from tests.store_contract import initial, make_group, records_of, rows_of
+
+from bagpipe.errors import StoreError
+from bagpipe.server.memory import StagingMemory
+from bagpipe.server.staging import (
+    HEADER_BYTES,
+    MAX_ROWS,
+    MAX_UNDER_WAY,
+    StagingServer,
+    StagingStream,
+)
+from bagpipe.server.wire import Header, Place, What
+from bagpipe.store.base import Steps
+from bagpipe.types import Float32Array
+
+GROUP = make_group()
+EPOCH, NUM_RANKS = 3, 2
+ROOM_BYTES = 1 << 20
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class Host:
+    """A shard, its staging server, and what a trainer needs to reach it."""
+
+    def __init__(self) -> None:
+        self.shard = make_shard()
+        self.shard.begin(EPOCH, NUM_RANKS, None)
+        self.server = StagingServer(self.shard)
+        self.memory = StagingMemory(ROOM_BYTES)
+        self.memory.take(1, GROUP.record_width)  # offset 0, for those who name none
+        self.streams: list[StagingStream] = []
+
+    def header(self, what: What, offset: int = 0, **values: object) -> Header:
+        header = header_of(self.shard, EPOCH, what=what)
+        header = replace(header, place=Place.STAGING, offset=offset)
+        return replace(header, **values)  # type: ignore[arg-type]
+
+    def stream(self, what: What, rank: int = 0, timeout_s: float = 30) -> StagingStream:
+        opening = self.header(what, rank=rank)
+        stream = StagingStream(self.server.address, self.memory, opening, timeout_s=timeout_s)
+        self.streams.append(stream)
+        return stream
+
+    def array(self, num_records: int) -> tuple[Float32Array, int]:
+        """Memory for records that holds NaN, and its offset."""
+        array = self.memory.take(num_records, GROUP.record_width)
+        assert array is not None
+        array[:] = np.nan
+        offset = self.memory.offset_of(array)
+        assert offset is not None
+        return array, offset
+
+    def check_serves(self) -> None:
+        """A trainer that does as it should is served."""
+        rows = rows_of(4, 1_100, 4)
+        out, offset = self.array(len(rows))
+        stream = self.stream(What.FETCH)
+        stream.send(self.header(What.FETCH, offset), rows)
+        stream.receive()
+        np.testing.assert_array_equal(out, initial(GROUP, rows))
+        stream.close()
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+        self.shard.close()
+        self.server.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def place() -> Iterator[Host]:
+    place = Host()
+    yield place
+    place.close()
+
+
+def test_records_are_written_from_the_memory_and_gathered_into_it(place: Host) -> None:
+    writes, fetches = place.stream(What.WRITE), place.stream(What.FETCH)
+    rows = rows_of(7, 0, 1_299)
+    records, begin = place.array(3)
+    records[:] = records_of(rows)
+    writes.send(place.header(What.WRITE, begin, number=11), rows)
+    assert writes.receive().number == 11
+    out, offset = place.array(4)
+    asked = rows_of(0, 5, 7, 0)
+    fetches.send(place.header(What.FETCH, offset, number=12), asked)
+    answer = fetches.receive()
+    assert (answer.what, answer.number) == (What.ANSWER, 12)
+    np.testing.assert_array_equal(out[[0, 2, 3]], records_of(asked)[[0, 2, 3]])
+    np.testing.assert_array_equal(out[1:2], initial(GROUP, asked[1:2]))
+
+
+def test_many_requests_are_under_way_and_answered_in_order(place: Host) -> None:
+    stream = place.stream(What.FETCH)
+    parts = np.arange(GROUP.num_rows).reshape(-1, 20)[:MAX_UNDER_WAY]
+    out, offset = place.array(parts.size)
+    for number, rows in enumerate(parts):
+        begin = offset + number * 20 * GROUP.record_bytes
+        stream.send(place.header(What.FETCH, begin, number=number), rows)
+    assert [stream.receive().number for _ in parts] == list(range(len(parts)))
+    np.testing.assert_array_equal(out, initial(GROUP, parts.reshape(-1)))
+
+
+def test_as_many_rows_as_a_message_may_have_are_fetched(place: Host) -> None:
+    stream = place.stream(What.FETCH)
+    rows = np.arange(MAX_ROWS) % GROUP.num_rows
+    out, offset = place.array(MAX_ROWS)
+    stream.send(place.header(What.FETCH, offset), rows)
+    stream.receive()
+    np.testing.assert_array_equal(out, initial(GROUP, rows))
+
+
+def test_a_fetch_waits_for_the_marks_of_its_fence(place: Host) -> None:
+    """One mark comes with a write, the other alone."""
+    writes = [place.stream(What.WRITE, rank) for rank in range(NUM_RANKS)]
+    fetches = place.stream(What.FETCH)
+    out, offset = place.array(1)
+    fetches.send(place.header(What.FETCH, offset, steps=Steps(overlapped=4, urgent=2)), rows_of(9))
+    answered = threading.Event()
+    waiting = threading.Thread(target=lambda: (fetches.receive(), answered.set()))
+    waiting.start()
+    records, begin = place.array(1)
+    records[:] = records_of(rows_of(9))
+    mark = place.header(What.WRITE, begin, steps=Steps(overlapped=4, urgent=3))
+    writes[0].send(mark, rows_of(9))
+    writes[0].receive()
+    assert not answered.wait(0.1)
+    writes[1].send(replace(mark, rank=1), rows_of())
+    writes[1].receive()
+    assert answered.wait(30)
+    waiting.join()
+    np.testing.assert_array_equal(out, records)
+
+
+def test_a_rank_has_one_stream_of_writes_in_an_epoch(place: Host) -> None:
+    place.stream(What.WRITE)
+    with pytest.raises(StoreError, match="rank 0 has had its stream of writes in epoch 3"):
+        place.stream(What.WRITE)
+    place.stream(What.WRITE, rank=1)
+
+
+def test_an_epoch_that_ends_fails_what_waits_and_what_comes(place: Host) -> None:
+    waiting, coming = place.stream(What.FETCH), place.stream(What.FETCH)
+    _, offset = place.array(1)
+    fence = Steps(overlapped=1)
+    waiting.send(place.header(What.FETCH, offset, steps=fence), rows_of(1))
+    place.shard.begin(EPOCH + 1, NUM_RANKS, None)
+    with pytest.raises(StoreError, match="epoch 3 is not served"):
+        waiting.receive()
+    coming.send(place.header(What.FETCH, offset), rows_of(1))
+    with pytest.raises(StoreError, match="epoch 3 is not served"):
+        coming.receive()
+
+
+def test_a_server_that_closes_is_told(place: Host) -> None:
+    stream = place.stream(What.FETCH)
+    place.shard.close()
+    place.server.close()
+    place.server.close()
+    with pytest.raises(StoreError, match="shard server of this host is gone"):
+        stream.receive()
+    with pytest.raises(StoreError, match="shard server of this host is gone"):
+        place.stream(What.FETCH)
+
+
+def test_an_answer_that_does_not_come_is_waited_for_so_long(place: Host) -> None:
+    stream = place.stream(What.FETCH, timeout_s=0.1)
+    stream.send(place.header(What.FETCH, steps=Steps(urgent=1)), rows_of(1))
+    with pytest.raises(StoreError, match=r"did not answer within 0\.1 s"):
+        stream.receive()
+
+
+def test_no_thread_is_left_of_streams_that_have_ended(place: Host) -> None:
+    for _ in range(5):
+        place.check_serves()
+    place.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "staging"]
+
+
+# --- what a trainer may do wrong, on purpose too ---
+
+
+WRONG_REQUESTS = {
+    "another epoch": ({"epoch": 9}, "epoch 9 is not served, epoch 3 is"),
+    "another instance": ({"instance": "ab" * 16}, "another life of this server"),
+    "no rank": ({"rank": 2}, "has 2 trainers and no rank 2"),
+    "no group": ({"group": 1}, "group 1, there are 1"),
+    "another slot": ({"slot": 1}, "slot 1"),
+    "no staging": ({"place": Place.INLINE}, "place INLINE"),
+    "between floats": ({"offset": 6}, "offset 6: it must be STAGING, slot 0 and a multiple of 4"),
+    "behind the end": ({"offset": ROOM_BYTES - 8}, "56 bytes from 1,048,568 on of memory that has"),
+    "far behind": ({"offset": 2**62}, "memory that has 1,048,576"),
+    "a write": ({"what": What.WRITE}, "opened for a FETCH has a WRITE"),
+    "an answer": ({"what": What.ANSWER}, "opened for a FETCH has a ANSWER"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_REQUESTS)
+def test_a_wrong_header_is_an_error_and_others_are_served(place: Host, name: str) -> None:
+    values, facts = WRONG_REQUESTS[name]
+    stream = place.stream(What.FETCH)
+    stream.send(place.header(**{"what": What.FETCH, **values}), rows_of(1, 2))
+    with pytest.raises(StoreError, match=facts):
+        stream.receive()
+    place.check_serves()
+
+
+@pytest.mark.parametrize("row", [-1, GROUP.num_rows, 2**62, -(2**63)])
+@pytest.mark.parametrize("what", [What.FETCH, What.WRITE])
+def test_a_row_out_of_range_is_an_error_and_others_are_served(
+    place: Host, what: What, row: int
+) -> None:
+    stream = place.stream(what)
+    stream.send(place.header(what), rows_of(1, row))
+    with pytest.raises(StoreError, match="lies outside group"):
+        stream.receive()
+    place.check_serves()
+
+
+def raw(place: Host, *files: int, opening: bytes | None = None) -> socket.socket:
+    """A connection whose opening brings any files, and is any bytes."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(30)
+    connection.connect(f"\0{place.server.address}")
+    greeting = place.header(What.FETCH).encode() if opening is None else opening
+    socket.send_fds(connection, [greeting], list(files))
+    return connection
+
+
+def told(connection: socket.socket) -> str:
+    """The error that ends a connection."""
+    with connection:
+        text = connection.recv(1 << 16)[HEADER_BYTES:].decode()
+        with contextlib.suppress(ConnectionResetError):  # what was sent was not read to the end
+            assert connection.recv(1) == b""
+    return text
+
+
+def memory_file(size_bytes: int, seals: int, flags: int = 0) -> int:
+    file = os.memfd_create("test", os.MFD_ALLOW_SEALING | flags)
+    os.ftruncate(file, size_bytes)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
+
+
+def read_only_file(place: Host) -> int:
+    return os.open(f"/proc/self/fd/{place.memory.file}", os.O_RDONLY)
+
+
+WRONG_FILES: dict[str, tuple[Callable[[Host, Path], int], str]] = {
+    "a plain file": (
+        lambda _, folder: os.open(folder / "file", os.O_RDWR | os.O_CREAT),
+        "no memory file",
+    ),
+    "a pipe": (lambda *_: os.pipe()[0], "no memory file"),
+    "a socket": (lambda *_: socket.socket().detach(), "no memory file"),
+    "the null device": (lambda *_: os.open("/dev/null", os.O_RDWR), "no memory file"),
+    "a file that may get smaller": (lambda *_: memory_file(8_192, 0), "may get smaller: seal it"),
+    "an empty file": (lambda *_: memory_file(0, SEALS), "has 0 bytes, must have 4,096 to"),
+    "half a page": (lambda *_: memory_file(2_048, SEALS), "has 2,048 bytes, must have 4,096 to"),
+    "a huge file": (lambda *_: memory_file(1 << 41, SEALS), "has 2,199,023,255,552 bytes, must"),
+    "a file that can't be written": (
+        lambda *_: memory_file(8_192, SEALS | fcntl.F_SEAL_WRITE),
+        "can't map the memory file",
+    ),
+    "a descriptor for reading": (lambda place, _: read_only_file(place), "can't map the memory"),
+    "huge pages": (
+        lambda *_: memory_file(1 << 21, SEALS, os.MFD_HUGETLB),
+        "has huge pages: use small ones",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_wrong_file_is_an_error_and_others_are_served(
+    place: Host, name: str, tmp_path: Path
+) -> None:
+    make, facts = WRONG_FILES[name]
+    file = make(place, tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    assert facts in told(raw(place, file))
+    os.close(file)
+    place.check_serves()
+    assert len(os.listdir("/proc/self/fd")) < before + 3  # the server keeps none of them
+
+
+def test_no_file_and_two_files_are_errors(place: Host) -> None:
+    assert "brings 0 files, must bring 1" in told(raw(place))
+    assert "brings 2 files, must bring 1" in told(raw(place, place.memory.file, place.memory.file))
+    place.check_serves()
+
+
+def test_openings_that_are_none_are_errors(place: Host) -> None:
+    draw = random.Random(3)
+    good = place.header(What.FETCH).encode()
+    wrong = [b"x", good[:-1], good + b"x", draw.randbytes(HEADER_BYTES)]
+    wrong += [bytes([*good[:at], good[at] ^ 0xFF, *good[at + 1 :]]) for at in range(8)]
+    wrong.append(place.header(What.ANSWER).encode())
+    for opening in wrong:
+        assert told(raw(place, place.memory.file, opening=opening))
+    place.check_serves()
+
+
+def test_messages_that_are_none_are_errors(place: Host) -> None:
+    good = place.header(What.FETCH).encode()
+    wrong = [b"x", good[:-1], good + b"x", good + bytes(7), good + bytes(8 * MAX_ROWS + 1)]
+    wrong += [good + bytes(8 * MAX_ROWS + 8), random.Random(4).randbytes(HEADER_BYTES)]
+    for message in wrong:
+        connection = raw(place, place.memory.file)
+        assert len(connection.recv(1 << 16)) == HEADER_BYTES  # the opening is answered
+        connection.send(message)
+        assert told(connection)
+    place.check_serves()
+
+
+def test_a_file_handed_over_with_a_request_is_not_kept(place: Host) -> None:
+    connection = raw(place, place.memory.file)
+    connection.recv(1 << 16)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        request = place.header(What.FETCH).encode() + rows_of(1).tobytes()
+        socket.send_fds(connection, [request], [place.memory.file] * 5)
+        assert len(connection.recv(1 << 16)) == HEADER_BYTES
+    assert len(os.listdir("/proc/self/fd")) == before
+    connection.close()
+
+
+def test_the_memory_can_not_get_smaller_and_may_lose_its_pages(place: Host) -> None:
+    """The server writes to pages that were taken away from the file: they come anew."""
+    with pytest.raises(PermissionError):
+        os.ftruncate(place.memory.file, mmap.PAGESIZE)
+    place.check_serves()
+    hole = ["fallocate", "--punch-hole", "--offset", "0", "--length", str(ROOM_BYTES)]
+    target = f"/proc/{os.getpid()}/fd/{place.memory.file}"
+    subprocess.run([*hole, target], check=True)
+    place.check_serves()
+
+
+def test_trainers_that_go_in_the_middle_are_forgotten(place: Host) -> None:
+    request = place.header(What.FETCH).encode() + rows_of(1).tobytes()
+    for _ in range(10):
+        raw(place, place.memory.file).close()  # before the opening is answered
+        connection = raw(place, place.memory.file)
+        for _ in range(MAX_UNDER_WAY):
+            connection.send(request)
+        connection.close()  # before anything is answered
+    place.check_serves()
+
+
+def test_a_trainer_that_reads_nothing_holds_up_nobody(place: Host) -> None:
+    request = place.header(What.FETCH).encode() + rows_of(1).tobytes()
+    connection = raw(place, place.memory.file)
+    connection.setblocking(False)
+    num_sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while num_sent < 100_000:
+            connection.send(request)
+            num_sent += 1
+    assert MAX_UNDER_WAY < num_sent < 100_000
+    place.check_serves()
+    connection.close()
+
+
+def test_those_who_say_nothing_hold_up_nobody(place: Host) -> None:
+    silent = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(20)]
+    for connection in silent:
+        connection.connect(f"\0{place.server.address}")
+    place.check_serves()
+    for connection in silent:
+        connection.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_process_of_another_user_is_sent_away(
+    place: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = (
+        "import os, socket, sys; os.setuid(65534);"
+        "connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        "connection.connect(chr(0) + sys.argv[1]); print(connection.recv(10))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, place.server.address], capture_output=True, text=True
+    )
+    assert ended.stdout == "b''\n"
+    assert "of user 65534 was refused shared memory of this server of user 0" in caplog.text
+    place.check_serves()
