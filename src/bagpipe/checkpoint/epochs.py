@@ -1,0 +1,112 @@
+"""Epochs in a run's folder: each start of all trainers claims a number, and ends all older ones.
+
+    epochs/
+      7/claim.json     who claimed it, when; the folder stays, so that no number is used twice
+      7/ended/         what was `cuts`: renamed away by a later epoch
+      8/claim.json
+      8/cuts/          the only place in which epoch 8 writes what is to become a checkpoint
+
+An older epoch's processes may still run, stopped or cut off. All that they could do to the run's
+checkpoints is a rename from or into their own `cuts`, and that folder is gone. So a claim needs no
+lock, which a stopped process would hold for ever, and which not every network file system has. See
+docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagpipe.errors import CheckpointError
+from bagpipe.native.files import make_folder, sync_folder
+
+_CLAIM, _CUTS, _ENDED = "claim.json", "cuts", "ended"
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """A claimed epoch."""
+
+    number: int
+    cuts: Path
+    """Where its unfinished checkpoints are."""
+
+
+def claim_epoch(run_folder: Path, say: Callable[[str], None] = lambda _: None) -> Epoch:
+    """Claims the next epoch of a run, and ends all older ones.
+
+    What they had begun to write is removed; `say` is told what can't be, which is in nobody's way.
+
+    Raises:
+        CheckpointError: The folder can't be written.
+    """
+    epochs = run_folder / "epochs"
+    try:
+        make_folder(epochs)
+        number = _claim(epochs)
+        _end_before(epochs, number, say)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or epochs}: a start of the run can't be noted there: "
+            f"{error.strerror or error}. Make room, or give another log.folder"
+        ) from error
+    return Epoch(number=number, cuts=epochs / str(number) / _CUTS)
+
+
+def _claim(epochs: Path) -> int:
+    """Puts a folder in place whole, under the lowest number above all that are there."""
+    claimed = epochs / f".new-{secrets.token_hex(8)}"
+    (claimed / _CUTS).mkdir(parents=True)
+    claim = {"host": socket.gethostname(), "pid": os.getpid(), "time_s": time.time()}
+    with (claimed / _CLAIM).open("w") as file:
+        json.dump(claim, file)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(claimed)
+    number = max(_numbers(epochs), default=0)
+    while True:
+        number += 1
+        try:
+            claimed.rename(epochs / str(number))
+        except OSError as error:
+            if error.errno not in _TAKEN:  # by another start, at this moment
+                raise
+        else:
+            sync_folder(epochs)
+            return number
+
+
+def _end_before(epochs: Path, number: int, say: Callable[[str], None]) -> None:
+    """Takes all older epochs their folder of cuts, durably, then removes what was in there."""
+    for older in sorted(_numbers(epochs)):
+        if older >= number:
+            break
+        folder = epochs / str(older)
+        try:
+            (folder / _CUTS).rename(folder / _ENDED)
+        except FileNotFoundError:
+            continue  # ended before
+        sync_folder(folder)
+    for left in epochs.glob(f"*/{_ENDED}"):
+        try:
+            shutil.rmtree(left)
+        except FileNotFoundError:
+            pass  # another start removes it, too
+        except OSError as error:
+            say(
+                f"{left}: is no longer needed, but can't be removed: {error.strerror or error}; "
+                "the run goes on"
+            )
+
+
+def _numbers(epochs: Path) -> list[int]:
+    return [int(path.name) for path in epochs.iterdir() if path.name.isdecimal()]

@@ -1,0 +1,90 @@
+"""Epochs of a run's folder: numbers are used once, and older epochs can't change checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from bagpipe.checkpoint.epochs import claim_epoch
+from bagpipe.errors import CheckpointError
+
+
+def test_numbers_grow_and_say_who_claimed_them(tmp_path: Path) -> None:
+    assert [claim_epoch(tmp_path).number for _ in range(3)] == [1, 2, 3]
+    claim = json.loads((tmp_path / "epochs" / "2" / "claim.json").read_text())
+    assert set(claim) == {"host", "pid", "time_s"}
+
+
+def test_a_number_is_not_used_again_when_its_cuts_are_gone(tmp_path: Path) -> None:
+    claim_epoch(tmp_path)
+    shutil.rmtree(claim_epoch(tmp_path).cuts)
+    assert claim_epoch(tmp_path).number == 3
+
+
+def test_an_older_epoch_can_no_longer_put_a_checkpoint_in_place(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    old = claim_epoch(tmp_path)
+    cut = old.cuts / "1"
+    cut.mkdir()
+    (cut / "records").write_bytes(b"of the old epoch")
+
+    new = claim_epoch(tmp_path)
+
+    with pytest.raises(FileNotFoundError):
+        cut.rename(checkpoints / "step-0000000001")  # the commit
+    with pytest.raises(FileNotFoundError):
+        checkpoints.rename(old.cuts / "old-1")  # removing one
+    with pytest.raises(FileNotFoundError):
+        (old.cuts / "2").mkdir()  # another cut
+    assert list(checkpoints.iterdir()) == []
+    assert not (tmp_path / "epochs" / "1" / "ended").exists()
+    (new.cuts / "1").mkdir()  # the new one can
+
+
+def test_a_zombie_that_writes_on_is_told_of_and_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (claim_epoch(tmp_path).cuts / "1").mkdir()
+    said: list[str] = []
+
+    def refuse(path: Path) -> None:
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refuse)
+        assert claim_epoch(tmp_path, said.append).number == 2
+    assert "1/ended" in said[0]
+    assert "Directory not empty" in said[0]
+    claim_epoch(tmp_path)
+    assert not (tmp_path / "epochs" / "1" / "ended").exists()  # the next start has removed it
+
+
+def test_starts_at_one_time_get_numbers_of_their_own_and_the_newest_is_left(
+    tmp_path: Path,
+) -> None:
+    epochs = []
+    together = threading.Barrier(8)
+
+    def start() -> None:
+        together.wait()
+        epochs.append(claim_epoch(tmp_path))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(epoch.number for epoch in epochs) == list(range(1, 9))
+    newest = max(epochs, key=lambda epoch: epoch.number)
+    assert [epoch for epoch in epochs if epoch.cuts.is_dir()] == [newest]
+
+
+def test_a_folder_that_cant_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "epochs").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"epochs: a start of the run can't be noted there"):
+        claim_epoch(tmp_path)
