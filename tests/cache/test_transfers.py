@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from bagpipe.cache import transfers
 from bagpipe.cache.overlap import Staging
 from bagpipe.cache.transfers import RecordMover
 from bagpipe.distributed.write_marks import NoMarks
+from bagpipe.store.base import NO_STEPS, Steps
 from bagpipe.types import Float32Array, Int64Array
 
 
@@ -51,6 +53,9 @@ class Store:
         if 20 in rows:
             assert self.may_read.wait(60)
         out[:] = self.records[rows]
+
+    def ask(self, rows: Int64Array, out: Float32Array, fence: Steps) -> Callable[[], None]:
+        return partial(self.fetch, rows, out)
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         self.records[rows] = records
@@ -125,7 +130,8 @@ def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(
         mover.issue(PLAN, [evicted], step, to_device).gathered.result()
         mover.mark_written("overlapped", step)
         mover.mark_written("urgent", step)
-    mover._gather_threads.submit(lambda: None).result()
+    assert mover._evict_thread is not None
+    mover._evict_thread.submit(lambda: None).result()
     mover.finish_writes()
     mover.close()
     assert done == ["row 11", "row 10", "overlapped 0", "urgent 0", "overlapped 1", "urgent 1"]
@@ -143,3 +149,66 @@ def test_an_emptied_slot_is_not_flushed() -> None:
     mover.write_all()
     mover.close()
     assert store.records[10, 0] == 1010
+
+
+class FarStore(Store):
+    """Whose answers come a while after they are asked for, on `may_read`; notes what happens."""
+
+    def __init__(self, name: str, happened: list[str]) -> None:
+        super().__init__()
+        self.name, self.happened = name, happened
+
+    def ask(self, rows: Int64Array, out: Float32Array, fence: Steps) -> Callable[[], None]:
+        self.happened.append(f"{self.name} asked for {rows.tolist()} behind {fence}")
+
+        def wait() -> None:
+            assert self.may_read.wait(60)
+            self.happened.append(f"{self.name} answered {rows.tolist()}")
+            self.fetch(rows, out)
+
+        return wait
+
+
+def test_all_groups_are_asked_before_the_first_is_waited_for() -> None:
+    happened: list[str] = []
+    caches, stores = [Cache(), Cache()], [FarStore("a", happened), FarStore("b", happened)]
+    for store in stores:
+        store.may_read.set()
+    mover = RecordMover(caches, stores, None, NoMarks())  # type: ignore[arg-type]
+    both = [moves({}, {row: 0}) for row in (10, 11)]
+    both[1][0].fence_tick = 2
+    plan: Any = SimpleNamespace(step=5, issue_tick=4)
+    issued = mover.issue(
+        plan, [moved for moved, _ in both], 4, lambda: (*both[0][1](), *both[1][1]())
+    )
+    mover.fill(issued)
+    mover.close()
+    fence = Steps(overlapped=3, urgent=2)
+    assert happened == [
+        f"a asked for [10] behind {fence}",
+        f"b asked for [11] behind {fence}",
+        "a answered [10]",
+        "b answered [11]",
+    ]
+    assert [cache.memory[0].item() for cache in caches] == [10, 11]
+
+
+def test_a_step_evicts_and_asks_while_the_records_of_the_step_before_are_on_their_way() -> None:
+    happened: list[str] = []
+    cache, store = Cache(), FarStore("it", happened)
+    mover = RecordMover([cache], [store], None, NoMarks())  # type: ignore[list-item]
+    cache.memory[1] = 1020
+    first, to_device = moves({}, {10: 0})
+    under_way = [mover.issue(PLAN, [first], 0, to_device)]
+    second, to_device = moves({20: 1}, {30: 1})
+    under_way.append(mover.issue(PLAN, [second], 1, to_device))
+    deadline = time.monotonic() + 20
+    while store.records[20, 0] != 1020 or len(happened) < 2:
+        assert time.monotonic() < deadline, happened
+        time.sleep(0.001)
+    assert happened == [f"it asked for [{row}] behind {NO_STEPS}" for row in (10, 30)]
+    store.may_read.set()
+    for issued in under_way:
+        mover.fill(issued)
+    mover.close()
+    assert cache.memory[:2, 0].tolist() == [10, 30]

@@ -5,8 +5,11 @@
     fetch   store -> pinned staging buffer                         gather threads
             -> fetched slots                                       (on CUDA) the trainer's thread
 
-On a CPU, where copies are work, one gather thread does all but the store's part of an eviction.
-Before it reads the store, a fetch waits for the write-backs that its fence names.
+A step asks for the records of all its groups before it waits for any of them.
+
+On a CPU, where copies are work, one thread evicts and asks, and one waits and fills. So a step's
+evictions and requests go out while the records of the step before are still on their way. Before a
+store in memory is read, a fetch waits for the write-backs that its fence names.
 
 Several threads gather and write back, each the rows of a step of its own. Fences order what must be
 in order. Threads that shared a step's rows would have to meet at its end, spinning on a core each.
@@ -43,7 +46,7 @@ from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
 from bagpipe.native.workers import Call, Workers
 from bagpipe.plan import StepPlan, Transfers
-from bagpipe.store.base import EmbeddingStore
+from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps
 from bagpipe.types import Float32Array, Int32Array, Int64Array
 
 _MAX_PENDING_WRITES = 64
@@ -69,6 +72,15 @@ class IssuedTransfers:
     is_filled: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A step's records, asked for."""
+
+    stagings: list[Buffer]  # by group (n, record_width)
+    waits: list[Callable[[], None]]  # of the groups that fetch anything
+    fence: Steps
+
+
 class RecordMover:
     """Owns the threads that gather and write back.
 
@@ -90,7 +102,8 @@ class RecordMover:
         # issued and not yet there, in order of issue
         self._to_note: deque[Sequence[Transfers]] = deque()
         self._noting = threading.Lock()
-        # On a CPU one thread takes steps in order, as the device does elsewhere.
+        # On a CPU one thread each takes steps in order, as the device's streams do elsewhere.
+        self._evict_thread = Workers("bagpipe-evict") if streams is None else None
         self._gather_threads = Workers("bagpipe-gather", 1 if streams is None else _NUM_THREADS)
         self._write_threads = Workers("bagpipe-write-back", _NUM_THREADS)
         self._mark_thread = Workers("bagpipe-mark") if marks.are_read else None
@@ -104,16 +117,16 @@ class RecordMover:
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
     ) -> IssuedTransfers:
-        """On CUDA evicts and hands out the fetches; on a CPU the gather thread does all of it.
+        """On CUDA evicts and hands out the fetches; on a CPU threads do all of it.
 
-        `to_device` moves the slots, by group, to the device. On a CPU the gather thread calls it.
+        `to_device` moves the slots, by group, to the device. On a CPU the evicting thread calls it.
         """
-        if self._streams is None:
+        if self._evict_thread is not None:
             self._to_note.append(transfers)
-            done = self._gather_threads.submit(
-                self._transfer_on_cpu, plan, transfers, tick, to_device
-            )
+            asked = self._evict_thread.submit(self._evict_and_ask, plan, transfers, tick, to_device)
+            done = self._gather_threads.submit(self._receive_and_fill, asked)
             return IssuedTransfers(on_device=(), gathered=done, evicted=None, is_filled=True)
+        assert self._streams is not None
         with torch.cuda.stream(self._streams.out):
             on_device = to_device()
             self._streams.out.wait_event(self._streams.computed)
@@ -147,8 +160,8 @@ class RecordMover:
         """Tells the other trainers, if there are any, once what has been issued is written."""
         if self._mark_thread is None:
             return
-        if self._streams is None:  # the gather thread evicts
-            self._gather_threads.submit(self._hand_out_mark, kind, step)
+        if self._evict_thread is not None:
+            self._evict_thread.submit(self._hand_out_mark, kind, step)
         else:
             self._hand_out_mark(kind, step)
 
@@ -182,26 +195,36 @@ class RecordMover:
 
         Without `wait` they end by themselves, once what they wait for has come or failed.
         """
+        if self._evict_thread is not None:
+            self._evict_thread.close(wait=wait)
         self._gather_threads.close(wait=wait)
         self._write_threads.close(wait=wait)
         if self._mark_thread is not None:  # after what it waits for
             self._mark_thread.close(wait=wait)
         self._to_note.clear()
 
-    def _transfer_on_cpu(
+    def _evict_and_ask(
         self,
         plan: StepPlan,
         transfers: Sequence[Transfers],
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
-    ) -> list[Buffer]:
-        """Runs on the gather thread.
+    ) -> tuple[tuple[DeviceTransfers, ...], _Asked]:
+        """Runs on the evicting thread.
 
-        The compute that evictions must follow is over when it is asked for.
+        The compute that evictions must follow is over when it is asked for. No slot is emptied that
+        is still to be filled, since a row leaves only after its use.
         """
         on_device = to_device()
         self._evict_all(transfers, on_device, tick)
-        stagings = self._gather(plan, transfers)
+        return on_device, self._ask(plan, transfers)
+
+    def _receive_and_fill(
+        self, evicted: Call[tuple[tuple[DeviceTransfers, ...], _Asked]]
+    ) -> list[Buffer]:
+        """Runs on the gather thread."""
+        on_device, asked = evicted.result()
+        stagings = self._receive(asked)
         self._fill_slots(on_device, stagings)
         for buffer in stagings:
             self._staging.give_back(buffer)
@@ -278,30 +301,34 @@ class RecordMover:
         self._staging.give_back(buffer)
 
     def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:
-        """Runs on a gather thread: reads each group's rows (n, record_width) behind the fence."""
-        fence = max(moved.fence_tick for moved in transfers)
-        if fence >= 0:
-            # What other ranks evict up to the fence and this plan knows of, the overlapped
-            # transfers of these steps do. Each waits for earlier steps' alone, so ranks never wait
-            # for each other in a circle.
-            depth = plan.step - plan.issue_tick
-            self._marks.wait("overlapped", min(fence + depth, plan.step - 1))
-            self._marks.wait("urgent", fence)
+        """Runs on a gather thread, on CUDA."""
+        return self._receive(self._ask(plan, transfers))
+
+    def _ask(self, plan: StepPlan, transfers: Sequence[Transfers]) -> _Asked:
+        """Asks for each group's rows, all before any is waited for."""
+        fence, stagings, waits = _fence_of(plan, transfers), [], []
+        for cache, store, moved in zip(self._caches, self._stores, transfers, strict=True):
+            staging = self._staging.take(len(moved.fetch_rows), cache.group.record_width)
+            if len(moved.fetch_rows):
+                waits.append(store.ask(moved.fetch_rows, staging.array, fence))
+            stagings.append(staging)
+        return _Asked(stagings=stagings, waits=waits, fence=fence)
+
+    def _receive(self, asked: _Asked) -> list[Buffer]:
+        """Runs on a gather thread: waits for what was asked for, behind its fence."""
+        fence = asked.fence
+        if fence != NO_STEPS:
+            self._marks.wait("overlapped", fence.overlapped)
+            self._marks.wait("urgent", fence.urgent)
         # all that was evicted before these transfers is among them
         for tick, write in list(self._writes):
-            if tick <= fence:
+            if tick <= fence.urgent:
                 write.result()
-        stagings = []
-        for index, moved in enumerate(transfers):
-            staging = self._staging.take(
-                len(moved.fetch_rows), self._caches[index].group.record_width
-            )
-            if len(moved.fetch_rows):
-                with span("gather"):
-                    self._stores[index].fetch(moved.fetch_rows, staging.array)
-            stagings.append(staging)
+        for wait in asked.waits:
+            with span("gather"):
+                wait()
         self._note_moves()
-        return stagings
+        return asked.stagings
 
     def _note_moves(self) -> None:
         """Notes which rows the slots hold after what has been issued so far.
@@ -324,6 +351,18 @@ class RecordMover:
                     cache.fill(
                         slots.fetch_slots, staging.tensor.to(self._device, non_blocking=True)
                     )
+
+
+def _fence_of(plan: StepPlan, transfers: Sequence[Transfers]) -> Steps:
+    """What must be written before these transfers read, of this rank and of others."""
+    tick = max(moved.fence_tick for moved in transfers)
+    if tick < 0:
+        return NO_STEPS
+    # What other ranks evict up to the tick and this plan knows of, the overlapped transfers of
+    # these steps do. Each waits for earlier steps' alone, so ranks never wait for each other in a
+    # circle.
+    depth = plan.step - plan.issue_tick
+    return Steps(overlapped=min(tick + depth, plan.step - 1), urgent=tick)
 
 
 @jit
