@@ -31,4 +31,6 @@ def checked_for_one(
     oracle: Oracle, group: Group, num_slots: int, batches: Iterable[Jagged]
 ) -> Iterator[PlannedBatch]:
     """Yields each batch with its plan, which the package's own replay has checked."""
-    return checked([group], [num_slots], plan_for_one(oracle, group, batches))
+    planned = oracle.plan(oracle.link(deduped(group, batches)))
+    for (plan,), batch in checked([group], [num_slots], planned):
+        yield plan, batch

@@ -139,6 +139,10 @@ class Topology:
         host = host_of(self.ranks[0], self.num_trainers, self.num_hosts)
         return tuple(neighbours_on(host, self.num_trainers, self.num_hosts))
 
+    def num_replicas(self, index: int) -> int:
+        """How many replicas of the group at `index` one trainer can hold; 0 where none is used."""
+        return self.num_replica_slots[index] if self.num_replica_slots else 0
+
     def check(self, groups: Sequence[Group]) -> None:
         """Raises ConfigError for values out of range."""
         if not 1 <= self.num_trainers <= MAX_TRAINERS:

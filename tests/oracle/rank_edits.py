@@ -202,7 +202,7 @@ def send_for_nothing(step: Step) -> bool:
 
 _CHANGES = "what is sent behind compute changes meanwhile"
 
-_OLD = "a replica that travels behind compute is of a row which that compute updates"
+_OLD = "a replica travels behind the compute that updates its row"
 _BEHIND = r"a replica is sent before its gradients are applied \(overlapped\)"
 _EMPTY = r"an empty slot is sent as a replica \(overlapped\)"
 _NOT_ALL = "a row does not get the gradients of all its users"

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from tests import reference
 
 from bagpipe.jagged import share_of
-from bagpipe.oracle import DedupedBatch, Oracle, dedup
+from bagpipe.oracle import DedupedBatch, Oracle, checked, dedup
 from bagpipe.oracle.merge import merge
-from bagpipe.oracle.rank_checks import checked_ranks
 from bagpipe.plan import GradientSchedule, GroupExchange, RowExchange, StepPlan, Transfers
 from bagpipe.topology import Topology
 from bagpipe.types import Group, Jagged
@@ -117,7 +116,7 @@ def plan_all(
 def check(planned: Planned) -> None:
     """Runs the package's own replay, which raises PlanError if the plans break a rule."""
     pairs = zip(planned.plans, planned.batches, strict=True)
-    for _ in checked_ranks([planned.group], [planned.num_slots], planned.topology, pairs):
+    for _ in checked([planned.group], [planned.num_slots], pairs, planned.topology):
         pass
 
 

@@ -306,6 +306,8 @@ def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
             overlapped=replace(overlapped, fence_tick=-1),
             urgent=replace(plan.urgent, fence_tick=-1),
         )
+    if fault == "wait for a later tick" and len(overlapped.fetch_rows):
+        return replace(plan, overlapped=replace(overlapped, fence_tick=10_000))
     if fault == "slot out of range" and len(overlapped.fetch_slots):
         return replace(
             plan, overlapped=replace(overlapped, fetch_slots=overlapped.fetch_slots + 10_000)
@@ -339,6 +341,7 @@ def merged(one: Transfers, other: Transfers, length: int | None = None) -> Trans
         ("drop a write-back", 200, "[56]"),
         ("drop a fetch", 200, "1"),
         ("forget a fence", 100, "4"),
+        ("wait for a later tick", 100, "4"),
         ("slot out of range", 200, "3"),
         ("re-use a slot too soon", 64, "[56]"),
     ],
@@ -347,12 +350,12 @@ def test_a_planted_fault_is_found(fault: str, num_slots: int, invariants: str) -
     group, batches = zipf_batches(60)
     oracle = Oracle([group], num_slots=[num_slots], lookahead=8, prefetch_depth=2)
 
-    def planned() -> Iterator[tuple[StepPlan, DedupedBatch[None]]]:
+    def planned() -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[None]]]:
         planted = False
         for plan, batch in plan_for_one(oracle, group, batches):
             wrong = None if planted or plan.step < 20 else faulty(plan.groups[0], fault)
             planted = planted or wrong is not None
-            yield (replace(plan, groups=(wrong,)) if wrong else plan), batch
+            yield (replace(plan, groups=(wrong,)) if wrong else plan,), batch
         assert planted, "the trace has no place for this fault"
 
     with pytest.raises(PlanError, match=rf"step \d+, group 0 .*invariant {invariants} "):

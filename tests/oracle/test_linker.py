@@ -25,8 +25,8 @@ def test_plans_do_not_depend_on_how_far_linking_is_ahead(num_slots: int) -> None
         linked = BackgroundIterator(
             oracle.link(deduped(group, batches)), ahead=ahead, name="linker"
         )
-        planned = ((plans[0], batch) for plans, batch in oracle.plan(linked))
-        return [plan.groups[0] for plan, _ in checked([group], [num_slots], planned)]
+        planned = checked([group], [num_slots], oracle.plan(linked))
+        return [plan.groups[0] for (plan,), _ in planned]
 
     for one, other in zip(plan(1), plan(50), strict=True):
         assert_same(one, other)

@@ -36,13 +36,11 @@ from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import dedup
 from bagpipe.oracle.merge import merge
 from bagpipe.oracle.oracle import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
-from bagpipe.oracle.rank_checks import checked_ranks
 from bagpipe.plan import StepPlan
 from bagpipe.topology import ONE_TRAINER, Topology
 from bagpipe.types import Group, Jagged
 
 BatchT = TypeVar("BatchT")
-Payload = TypeVar("Payload")
 
 _LINKED_AHEAD = 2
 """Batches read, de-duplicated and linked beyond the oracle's window."""
@@ -202,7 +200,9 @@ def plan_stream(
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
         planned = oracle.plan(linked, workers)
         if options.check:
-            planned = _checked(options, planned)
+            every = checked(options.groups, options.num_slots, planned, options.topology)
+            ranks = options.topology.ranks
+            planned = ((tuple(plans[rank] for rank in ranks), batch) for plans, batch in every)
         try:
             for plans, deduped_batch in planned:
                 parts, ids_hash = deduped_batch.payload
@@ -221,21 +221,6 @@ def plan_stream(
                 )
         finally:
             linked.close()
-
-
-def _checked(
-    options: StreamOptions, planned: Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]
-) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
-    """Checks the plans of all trainers, and passes on those of `ranks`."""
-    if options.topology.num_trainers == 1:
-        firsts = ((plans[0], batch) for plans, batch in planned)
-        return (
-            ((plan,), batch) for plan, batch in checked(options.groups, options.num_slots, firsts)
-        )
-    every = checked_ranks(options.groups, options.num_slots, options.topology, planned)
-    return (
-        (tuple(plans[rank] for rank in options.topology.ranks), batch) for plans, batch in every
-    )
 
 
 def _sealed(

@@ -1,6 +1,6 @@
 """The oracle: from ids to plans. Numpy and numba; never imports torch."""
 
-from bagpipe.oracle.checks import PlanChecker, checked
+from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.eviction.cacher import Cacher
 from bagpipe.oracle.oracle import DedupedBatch, Oracle
@@ -12,7 +12,6 @@ __all__ = [
     "DedupedGroup",
     "Oracle",
     "OracleReport",
-    "PlanChecker",
     "checked",
     "dedup",
 ]
