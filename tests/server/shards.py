@@ -1,8 +1,6 @@
-"""Shards over memory stores, for tests that need no cuts."""
+"""Shards over memory stores."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 from tests.store_contract import SEED, make_group
@@ -10,45 +8,26 @@ from tests.store_contract import SEED, make_group
 from bagpipe.server.shard import Shard
 from bagpipe.server.wire import Header, What
 from bagpipe.store import NO_STEPS, MemoryStore, Steps
+from bagpipe.store.cuts import CutStore
 from bagpipe.topology import shards_of
-from bagpipe.types import Float32Array, Group, Int64Array
+from bagpipe.types import Float32Array, Int64Array
 
 
-class ForgettingStore(MemoryStore):
-    """Goes back to the start of a run only, and notes what it is told."""
-
-    def __init__(self, group: Group, seed: int) -> None:
-        super().__init__(group, seed)
-        self.told: list[object] = []
-
-    def put_back(self, checkpoint: Path | None, *, is_base: bool) -> None:
-        self.told.append(("put back", checkpoint, is_base))
-        self.clear()
-
-    def cut(self) -> None:
-        self.told.append("cut")
-
-    def write_cut(self, folder: Path) -> object:
-        self.told.append(("write", folder))
-        return self.group.name
-
-    def committed(self) -> None:
-        self.told.append("committed")
-
-    def abandon(self) -> None:
-        self.told.append("abandon")
+def make_store(number: int = 0, num_shards: int = 1) -> CutStore:
+    """The contract's group in memory."""
+    return CutStore(MemoryStore(make_group(), SEED, shard=number, num_shards=num_shards))
 
 
 def make_shard(
     number: int = 0,
     num_shards: int = 1,
     *,
-    store: ForgettingStore | None = None,
+    store: CutStore | None = None,
     wait_timeout_s: float = 30,
     apply_timeout_s: float = 30,
 ) -> Shard:
     """A shard of the contract's group, which is its number 0."""
-    store = store or ForgettingStore(make_group(), SEED)
+    store = store or make_store(number, num_shards)
     return Shard(
         [store.group],
         SEED,

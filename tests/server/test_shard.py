@@ -5,27 +5,33 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tests.server.shards import ForgettingStore, fetched, header_of, make_shard, own_rows
+from tests.server.shards import fetched, header_of, make_shard, own_rows
 from tests.store_contract import SEED, initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
-from bagpipe.server.shard import Shard
+from bagpipe.server.shard import Checkpoint, Shard
 from bagpipe.server.wire import What
-from bagpipe.store import Steps
+from bagpipe.store import MemoryStore, Steps
+from bagpipe.store.cuts import CutStore
+from bagpipe.store.record_files import RecordFile
 from bagpipe.types import Float32Array, Int64Array
 
 
-class HeldStore(ForgettingStore):
-    """Writes and reads wait until `go_on` is set; `is_reached` says that one is there."""
+class HeldStore(CutStore):
+    """Writes wait until `go_on` is set; `is_reached` says that one is there.
+
+    So does going back to a checkpoint "slow". One "damaged" can't be read.
+    """
 
     def __init__(self) -> None:
-        super().__init__(make_group(), SEED)
+        super().__init__(MemoryStore(make_group(), SEED))
         self.is_reached, self.go_on = threading.Event(), threading.Event()
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
@@ -33,13 +39,17 @@ class HeldStore(ForgettingStore):
         assert self.go_on.wait(60)
         super().write(rows, records)
 
-    def put_back(self, checkpoint: Path | None, *, is_base: bool) -> None:
-        if checkpoint is not None and checkpoint.name == "slow":
+    def put_back(self, folder: Path, files: Iterable[RecordFile]) -> int:
+        if folder.name == "slow":
             self.is_reached.set()
             assert self.go_on.wait(60)
-        if checkpoint is not None and checkpoint.name == "damaged":
+        if folder.name == "damaged":
             raise StoreError("can't be read")
-        super().put_back(checkpoint, is_base=is_base)
+        return super().put_back(folder, ())
+
+
+def checkpoint_at(folder: Path, *files: RecordFile, name: str = "0.9") -> Checkpoint:
+    return Checkpoint(name=name, folder=folder, files=(files,))
 
 
 @pytest.fixture
@@ -139,7 +149,7 @@ def test_before_an_epoch_and_after_closing_nobody_is_served(shard: Shard) -> Non
         lambda: fetched(shard, header, rows),
         lambda: shard.mark(header),
         lambda: shard.begin(2, 1, None),
-        lambda: shard.cut(1, "c", Path()),
+        lambda: shard.cut(1, 1),
     ):
         assert "is closed: start it again" in raised(call)
 
@@ -239,24 +249,22 @@ def test_an_epoch_that_is_overtaken_while_it_begins_serves_nobody(
     pool: ThreadPoolExecutor,
 ) -> None:
     shard = make_shard(store=(held := HeldStore()))
-    first = pool.submit(shard.begin, 1, 1, Path("slow"))
+    first = pool.submit(shard.begin, 1, 1, checkpoint_at(Path("slow")))
     assert held.is_reached.wait(10)
-    second = pool.submit(shard.begin, 2, 1, Path("slow"))
+    second = pool.submit(shard.begin, 2, 1, checkpoint_at(Path("slow")))
     assert is_waiting(second)
     held.go_on.set()
     assert "epoch 1 ended while it began, since epoch 2 has begun" in raised(
         lambda: first.result(10)
     )
     second.result(10)
-    assert (shard.epoch, shard.base) == (2, "slow")
-    # the first one has loaded it, so that the second need not
-    assert held.told == [("put back", Path("slow"), False), ("put back", Path("slow"), True)]
+    assert (shard.epoch, shard.base) == (2, "0.9")
 
 
 def test_a_checkpoint_that_can_not_be_read_leaves_the_shard_without_epoch() -> None:
     shard = make_shard(store=HeldStore())
     shard.begin(1, 1, None)
-    assert raised(lambda: shard.begin(2, 1, Path("damaged"))) == "can't be read"
+    assert raised(lambda: shard.begin(2, 1, checkpoint_at(Path("damaged")))) == "can't be read"
     assert (shard.epoch, shard.base) == (None, None)
     assert "no epoch is" in raised(lambda: shard.mark(header_of(shard, 2)))
     assert "epoch 2 can't begin" in raised(lambda: shard.begin(2, 1, None))
@@ -298,7 +306,7 @@ def test_each_shard_has_its_rows_and_refuses_all_others(num_shards: int) -> None
             lambda s=shard, r=mixed: s.write(header_of(s), r, records_of(r, salt=9)),
             lambda s=shard, r=mixed: fetched(s, header_of(s), r),
         ):
-            assert f"row {foreign[0]:,} of group 2 (dim 6) belongs to shard" in raised(call)
+            assert f"row {foreign[0]:,} of group 2 (dim 6) is of shard" in raised(call)
         np.testing.assert_array_equal(fetched(shard, header_of(shard), rows), records_of(rows))
         found = [row for block, _ in shard.snapshot(header_of(shard)) for row in block.tolist()]
         assert found == rows.tolist()
@@ -325,8 +333,8 @@ def test_a_group_that_is_not_there_is_refused(shard: Shard) -> None:
 
 
 def test_clear_forgets_the_rows_and_the_base(shard: Shard) -> None:
-    shard.begin(2, 1, Path("step-7"))
-    assert shard.base == "step-7"
+    shard.begin(2, 1, checkpoint_at(Path(), name="1.7"))
+    assert shard.base == "1.7"
     shard.write(header_of(shard, 2), rows_of(1), records_of(rows_of(1)))
     shard.clear(header_of(shard, 2))
     assert list(shard.snapshot(header_of(shard, 2))) == []
@@ -336,45 +344,78 @@ def test_clear_forgets_the_rows_and_the_base(shard: Shard) -> None:
 # ------------------------------------------------------------------------------------------ cuts
 
 
-def test_a_committed_cut_is_the_base_and_begin_is_told_so() -> None:
-    shard = make_shard(store=(store := ForgettingStore(make_group(), SEED)))
-    shard.begin(1, 1, None)
-    write = shard.cut(1, "step-5", Path("f"))
-    assert store.told[1:] == ["cut"]
-    assert write() == ["group 2 (dim 6)"]
+def write_and_cut(shard: Shard, number: int, rows: Int64Array, salt: float, folder: Path) -> Any:
+    shard.write(header_of(shard), rows, records_of(rows, salt))
+    return shard.cut(1, number)(folder)
+
+
+def test_a_new_epoch_has_the_records_of_its_checkpoint(shard: Shard, tmp_path: Path) -> None:
+    """Those of the base, of another one, and of none."""
+    (first,) = write_and_cut(shard, 1, rows_of(1, 2), 0.25, tmp_path)
+    assert first.name == "group-0.shard-0-of-1.cut-1.1.arrow"
+    assert shard.committed(1, 1)
+    (second,) = write_and_cut(shard, 2, rows_of(2, 3), 0.5, tmp_path)
+    assert second.num_records == 2
+    assert shard.base == "1.1"
+    assert shard.committed(1, 2)
+    shard.write(header_of(shard), rows_of(1, 4), records_of(rows_of(1, 4), salt=0.75))
+    for epoch, (name, files) in enumerate((("1.2", (first, second)), ("1.1", (first,))), 2):
+        shard.begin(epoch, 1, checkpoint_at(tmp_path, *files, name=name))
+        assert shard.base == name
+        ((rows, records),) = shard.snapshot(header_of(shard, epoch))
+        expected = [records_of(rows_of(1), 0.25)[0], records_of(rows_of(2), 0.25)[0]]
+        if second in files:
+            expected[1:] = records_of(rows_of(2, 3), 0.5)
+        assert rows.tolist() == [1, 2, 3][: len(expected)]
+        np.testing.assert_array_equal(records, expected)
+    shard.begin(4, 1, None)
+    assert list(shard.snapshot(header_of(shard, 4))) == []
+
+
+def test_a_cut_that_is_abandoned_or_left_is_no_base(shard: Shard, tmp_path: Path) -> None:
+    write_and_cut(shard, 1, rows_of(1), 0, tmp_path)
+    shard.abandon(1, 1)
+    assert not shard.committed(1, 1)
+    write_and_cut(shard, 2, rows_of(2), 0, tmp_path)
+    (file,) = write_and_cut(shard, 3, rows_of(3), 0, tmp_path)  # 2 is still in hand
+    assert file.num_records == 3
+    assert not shard.committed(1, 2)
     assert shard.base is None
-    shard.committed(1, "step-5")
-    assert shard.base == "step-5"
-    shard.begin(2, 1, Path("elsewhere/step-5"))
-    shard.begin(3, 1, Path("step-4"))
-    assert store.told[2:] == [
-        ("write", Path("f")),
-        "committed",
-        ("put back", Path("elsewhere/step-5"), True),
-        ("put back", Path("step-4"), False),
-    ]
+    assert shard.committed(1, 3)
+    assert shard.base == "1.3"
 
 
-def test_one_cut_is_in_hand_and_an_abandoned_one_is_no_base(shard: Shard) -> None:
-    shard.cut(1, "a", Path())
-    assert "checkpoint b can't begin while a is in hand" in raised(
-        lambda: shard.cut(1, "b", Path())
-    )
-    assert "checkpoint b is not in hand, a is" in raised(lambda: shard.committed(1, "b"))
-    shard.abandon(1, "a")
-    assert "checkpoint a is not in hand, none is" in raised(lambda: shard.committed(1, "a"))
-    assert shard.base is None
-    shard.cut(1, "b", Path())
+def test_calls_for_cuts_that_come_late_do_no_harm(shard: Shard, tmp_path: Path) -> None:
+    shard.abandon(1, 3)  # has overtaken its cut
+    for number in (3, 2):
+        message = raised(lambda number=number: shard.cut(1, number))
+        assert f"cut 1.{number} comes late, 1.3 was known" in message
+    write = shard.cut(1, 4)
+    shard.abandon(1, 3)
+    assert not shard.committed(1, 3)
+    assert "not on disk" in raised(lambda: shard.committed(1, 4))
+    write(tmp_path)
+    assert shard.committed(1, 4)
 
 
-def test_a_cut_of_an_older_epoch_is_refused_and_begin_gives_it_up(shard: Shard) -> None:
-    shard.cut(1, "a", Path())
+def test_a_cut_of_an_older_epoch_is_refused_and_begin_gives_it_up(
+    shard: Shard, tmp_path: Path
+) -> None:
+    write = shard.cut(1, 1)
     shard.begin(2, 2, None)
     for call in (
-        lambda: shard.committed(1, "a"),
-        lambda: shard.abandon(1, "a"),
-        lambda: shard.cut(1, "b", Path()),
+        lambda: shard.committed(1, 1),
+        lambda: shard.abandon(1, 1),
+        lambda: shard.cut(1, 2),
     ):
         assert "epoch 1 is not served, epoch 2 is" in raised(call)
-    assert "a is not in hand, none is" in raised(lambda: shard.committed(2, "a"))
-    assert shard.base is None
+    assert "no cut of group 2 (dim 6) is in hand" in raised(lambda: write(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    assert not shard.committed(2, 1)
+    shard.cut(2, 2)(tmp_path)  # its own numbers
+
+
+def test_a_server_serves_one_run_in_its_life(shard: Shard) -> None:
+    message = raised(lambda: shard.begin(9, 1, None, run="other"))
+    assert "holds the tables of run '', not of 'other': restart it" in message
+    assert shard.epoch == 1

@@ -19,16 +19,16 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from bagpipe.errors import StoreError
-from bagpipe.native.jit import jit
 from bagpipe.server.wire import Header, piece_rows
-from bagpipe.store.base import EmbeddingStore
-from bagpipe.topology import MAX_TRAINERS, shard_of
+from bagpipe.store.cuts import CutStore
+from bagpipe.store.record_files import RecordFile
+from bagpipe.topology import MAX_TRAINERS
 from bagpipe.types import Float32Array, Group, Int64Array
 
 WAIT_TIMEOUT_S = 600.0
@@ -37,34 +37,15 @@ APPLY_TIMEOUT_S = 120.0
 """How long `begin` and `clear` wait for what is being applied, by default."""
 
 
-class CutStore(EmbeddingStore, Protocol):
-    """The records of one group and shard, which can go back to the last committed cut."""
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint from which an epoch starts, as its manifest tells of it."""
 
-    def put_back(self, checkpoint: Path | None, *, is_base: bool) -> None:
-        """Makes the records those of `checkpoint`, None: those at the start of a run.
-
-        With `is_base` it is the last cut that was committed here, so that only rows written since
-        need to be put back. A cut in hand is given up.
-
-        Raises:
-            StoreError, CheckpointError: Files can't be read; the records are then undefined.
-        """
-
-    def cut(self) -> None:
-        """Takes the rows written since the base into a cut, as they are now; copies nothing."""
-
-    def write_cut(self, folder: Path) -> object:
-        """Writes the cut's records into `folder`; other threads may fetch and write meanwhile.
-
-        Returns:
-            What the manifest says of the file.
-        """
-
-    def committed(self) -> None:
-        """The cut in hand is the base from now on."""
-
-    def abandon(self) -> None:
-        """The rows of the cut in hand count as written since the base again."""
+    name: str
+    """Of its cut, such as "3.1"."""
+    folder: Path
+    files: tuple[tuple[RecordFile, ...], ...]
+    """The record files of each group, in order."""
 
 
 class Shard:
@@ -101,7 +82,9 @@ class Shard:
         self.epoch: int | None = None
         """The epoch that is served, None: none, or one is beginning."""
         self.base: str | None = None
-        """The name of the checkpoint whose records the stores hold but for rows written since."""
+        """The cut whose records the stores hold but for rows written since; None: not known."""
+        self.run = ""
+        """The run whose tables it holds."""
         self._stores = tuple(stores)
         self._wait_timeout_s, self._apply_timeout_s = wait_timeout_s, apply_timeout_s
         self._changed = threading.Condition()
@@ -110,10 +93,22 @@ class Shard:
         self._marks = np.empty((0, 2), np.int64)  # by rank: overlapped, urgent
         self._writing_ranks: set[int] = set()
         self._num_reads = self._num_writes = 0  # that are being applied
-        self._cut: str | None = None
+        self._cut: str | None = None  # in hand
+        self._newest_cut = 0  # of the epoch, of which anything was heard
         self._is_closed = False
 
-    def begin(self, epoch: int, num_ranks: int, checkpoint: Path | None) -> str:
+    def group(self, header: Header) -> Group:
+        """The group that a message names. StoreError: there is none of its number."""
+        if header.group >= len(self.groups):
+            raise self._error(
+                f"rank {header.rank} names group {header.group}, there are {len(self.groups)}: "
+                "start servers and trainers with one configuration"
+            )
+        return self.groups[header.group]
+
+    def begin(
+        self, epoch: int, num_ranks: int, checkpoint: Checkpoint | None = None, *, run: str = ""
+    ) -> str:
         """Ends the epoch before, puts the records back to `checkpoint` and opens a new epoch.
 
         A late call, of an epoch that is not above all before it, is refused. So is a second call
@@ -122,7 +117,8 @@ class Shard:
         Args:
             epoch: The number of the start.
             num_ranks: How many trainers there are.
-            checkpoint: The folder of the checkpoint from which they start, None: from nothing.
+            checkpoint: From which they start, None: from nothing.
+            run: Which run it is; a server serves one in its life, since each counts its own epochs.
 
         Returns:
             The instance, which every message must name.
@@ -131,31 +127,23 @@ class Shard:
             StoreError: It is refused, or a write does not end within `apply_timeout_s`.
             CheckpointError: The checkpoint can't be read; the shard then serves nobody.
         """
-        if not 1 <= num_ranks <= MAX_TRAINERS:
-            raise self._error(f"an epoch of {num_ranks} trainers, must be from 1 to {MAX_TRAINERS}")
         with self._changed:
-            if self._is_closed:
-                raise self._closed()
-            if epoch <= self._newest_epoch:
-                raise self._error(
-                    f"epoch {epoch} can't begin, since epoch {self._newest_epoch} has: newer "
-                    "trainers have taken the run over; start these again"
-                )
-            self._newest_epoch, self.epoch = epoch, None
-            self._changed.notify_all()  # what waits for marks fails
+            self._take_epoch(epoch, num_ranks, run)
         with self._beginning:  # a newer epoch waits for the one before it
             with self._changed:
                 self._refuse_overtaken(epoch)
                 self._wait_until_idle(f"epoch {epoch} begins")
-                is_base = checkpoint is not None and checkpoint.name == self.base
                 self.base = self._cut = None
-            for store in self._stores:
-                store.put_back(checkpoint, is_base=is_base)
+            for index, store in enumerate(self._stores):
+                if checkpoint is None:
+                    store.put_back(Path(), ())
+                else:
+                    store.put_back(checkpoint.folder, checkpoint.files[index])
             with self._changed:
                 self.base = None if checkpoint is None else checkpoint.name
                 self._refuse_overtaken(epoch)
                 self._marks = np.full((num_ranks, 2), -1, np.int64)
-                self._writing_ranks = set()
+                self._writing_ranks, self._newest_cut = set(), 0
                 self.epoch = epoch
         return self.instance
 
@@ -183,7 +171,7 @@ class Shard:
             StoreError: A row is not this shard's, or the header is of another epoch, instance or
                 group; nothing was written.
         """
-        self._check_rows(header, rows)
+        self.group(header)
         with self._applying(header, writes=True):
             self._stores[header.group].write(rows, records)
         self.mark(header)
@@ -209,7 +197,7 @@ class Shard:
             StoreError: As for `write`, the epoch ends meanwhile, or a rank does not reach the fence
                 within `wait_timeout_s`.
         """
-        self._check_rows(header, rows)
+        self.group(header)
         self._wait_for_marks(header)
         with self._applying(header, writes=False):
             self._stores[header.group].fetch(rows, out)
@@ -222,9 +210,9 @@ class Shard:
         Raises:
             StoreError: As for `fetch`, also while it goes on.
         """
-        self._check_rows(header, np.empty(0, np.int64))
+        most_rows = piece_rows(self.group(header))
         self._wait_for_marks(header)
-        blocks = self._stores[header.group].snapshot(piece_rows(self.groups[header.group]))
+        blocks = self._stores[header.group].snapshot(most_rows)
         while True:
             with self._applying(header, writes=False):
                 block = next(blocks, None)
@@ -239,6 +227,7 @@ class Shard:
             StoreError: The header is of another epoch or instance, or a write does not end within
                 `apply_timeout_s`.
         """
+        self.group(header)
         with self._changed:
             self._check_header(header)
             self._wait_until_idle("rows are cleared")
@@ -246,52 +235,71 @@ class Shard:
             self.base = self._cut = None
             self._stores[header.group].clear()
 
-    def cut(self, epoch: int, name: str, folder: Path) -> Callable[[], list[object]]:
-        """Takes the records as they are into the checkpoint `name`; copies nothing yet.
+    def cut(self, epoch: int, number: int) -> Callable[[Path], tuple[RecordFile, ...]]:
+        """Takes the records as they are into the cut `epoch.number`; copies nothing yet.
+
+        A cut that is still in hand is abandoned. No write of before the cut may be under way, nor
+        may trainers go on before this has returned.
 
         Returns:
-            What writes them into `folder`, while other calls go on, and returns what the manifest
-            says of each group's file.
+            What writes them into a folder, once, while other calls go on. It returns what the
+            manifest is to say of each group's file.
 
         Raises:
-            StoreError: It is another epoch, or a cut is in hand.
+            StoreError: It is another epoch, or a cut of this number or a later one was known.
         """
+        name = f"{epoch}.{number}"
         with self._changed:
             self._check_epoch(epoch)
-            if self._cut is not None:
+            if number <= self._newest_cut:
                 raise self._error(
-                    f"checkpoint {name} can't begin while {self._cut} is in hand: end that first"
+                    f"cut {name} comes late, {epoch}.{self._newest_cut} was known: leave it out"
                 )
-            self._wait_until_idle(f"checkpoint {name} begins", reads=False)
+            self._know_cut(epoch, number)
+            self._abandon()
+            self._wait_until_idle(f"cut {name}", reads=False)
             self._check_epoch(epoch)
             for store in self._stores:
-                store.cut()
+                store.begin_cut()
             self._cut = name
-        return lambda: [store.write_cut(folder) for store in self._stores]
 
-    def committed(self, epoch: int, name: str) -> None:
-        """The checkpoint `name` is complete: it is the base from now on.
+        def write(folder: Path) -> tuple[RecordFile, ...]:
+            shard = f"shard-{self.number}-of-{self.num_shards}"
+            return tuple(
+                store.write_cut(folder / f"group-{index}.{shard}.cut-{name}.arrow")
+                for index, store in enumerate(self._stores)
+            )
+
+        return write
+
+    def committed(self, epoch: int, number: int) -> bool:
+        """The checkpoint of the cut `epoch.number` is in place: it is the base from now on.
+
+        Returns:
+            Whether it was in hand. Where not, the next cut holds its rows, too.
 
         Raises:
-            StoreError: It is another epoch, or not the cut in hand.
+            StoreError: It is another epoch, or the cut is not written.
         """
         with self._changed:
-            self._check_cut(epoch, name)
+            self._know_cut(epoch, number)
+            if self._cut != f"{epoch}.{number}":
+                return False
             for store in self._stores:
                 store.committed()
-            self.base, self._cut = name, None
+            self.base, self._cut = self._cut, None
+            return True
 
-    def abandon(self, epoch: int, name: str) -> None:
-        """The checkpoint `name` failed: the next one holds its rows too.
+    def abandon(self, epoch: int, number: int) -> None:
+        """The cut `epoch.number` failed: the next one holds its rows, too.
 
         Raises:
-            StoreError: It is another epoch, or not the cut in hand.
+            StoreError: It is another epoch.
         """
         with self._changed:
-            self._check_cut(epoch, name)
-            for store in self._stores:
-                store.abandon()
-            self._cut = None
+            self._know_cut(epoch, number)
+            if self._cut == f"{epoch}.{number}":
+                self._abandon()
 
     def close(self) -> None:
         """Ends what waits, and releases the stores. Closing twice is allowed."""
@@ -335,6 +343,16 @@ class Shard:
                     f"{marks[1]}: see why it stands still, and start all trainers again"
                 )
 
+    def _know_cut(self, epoch: int, number: int) -> None:
+        """Notes, with the lock, that a cut was heard of: calls may come late."""
+        self._check_epoch(epoch)
+        self._newest_cut = max(self._newest_cut, number)
+
+    def _abandon(self) -> None:
+        for store in self._stores:
+            store.abandon()
+        self._cut = None
+
     def _wait_until_idle(self, why: str, *, reads: bool = True) -> None:
         """Waits, with the lock, until nothing is being written, nor read."""
         if not self._changed.wait_for(
@@ -344,6 +362,25 @@ class Shard:
                 f"{self._num_writes} writes and {self._num_reads} reads have not ended within "
                 f"{self._apply_timeout_s:g} s, which must be before {why}: restart this server"
             )
+
+    def _take_epoch(self, epoch: int, num_ranks: int, run: str) -> None:
+        """Ends, with the lock, the epoch before, if a newer one may begin."""
+        if self._is_closed:
+            raise self._closed()
+        if not 1 <= num_ranks <= MAX_TRAINERS:
+            raise self._error(f"an epoch of {num_ranks} trainers, must be from 1 to {MAX_TRAINERS}")
+        if self._newest_epoch >= 0 and run != self.run:
+            raise self._error(
+                f"holds the tables of run {self.run!r}, not of {run!r}: restart it, or give each "
+                "run servers of its own"
+            )
+        if epoch <= self._newest_epoch:
+            raise self._error(
+                f"epoch {epoch} can't begin, since epoch {self._newest_epoch} has: newer "
+                "trainers have taken the run over; start these again"
+            )
+        self._newest_epoch, self.run, self.epoch = epoch, run, None
+        self._changed.notify_all()  # what waits for marks fails
 
     def _refuse_overtaken(self, epoch: int) -> None:
         if self._is_closed:
@@ -378,45 +415,8 @@ class Shard:
                 "work, or the server was restarted; start all trainers again"
             )
 
-    def _check_cut(self, epoch: int, name: str) -> None:
-        self._check_epoch(epoch)
-        if name != self._cut:
-            raise self._error(
-                f"checkpoint {name} is not in hand, {self._cut or 'none'} is: it was given up"
-            )
-
-    def _check_rows(self, header: Header, rows: Int64Array) -> None:
-        if header.group >= len(self.groups):
-            raise self._error(
-                f"rank {header.rank} names group {header.group}, there are {len(self.groups)}: "
-                "start servers and trainers with one configuration"
-            )
-        group = self.groups[header.group]
-        bad = _first_foreign(rows, group.num_rows, self.number, self.num_shards)
-        if bad < 0:
-            return
-        row = rows[bad]
-        if not 0 <= row < group.num_rows:
-            raise self._error(
-                f"row {row:,} lies outside {group.name}, whose rows are 0 to {group.num_rows - 1:,}"
-            )
-        raise self._error(
-            f"row {row:,} of {group.name} belongs to shard {shard_of(row, self.num_shards)}: give "
-            "trainers the addresses in the order of the shards"
-        )
-
     def _closed(self) -> StoreError:
         return self._error("is closed: start it again, then all trainers")
 
     def _error(self, what: str) -> StoreError:
         return StoreError(f"shard server {self.number} of {self.num_shards}: {what}")
-
-
-@jit
-def _first_foreign(rows: Int64Array, num_rows: int, shard: int, num_shards: int) -> int:
-    """Index of the first row that is out of range or of another shard, or -1."""
-    for index in range(len(rows)):
-        row = rows[index]
-        if row < 0 or row >= num_rows or shard_of(row, num_shards) != shard:
-            return index
-    return -1

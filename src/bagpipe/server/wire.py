@@ -33,6 +33,9 @@ MAX_FETCH_ROWS = PIECE_BYTES // 8
 SCHEMA = pa.schema([pa.field("rows", pa.list_(pa.int64())), pa.field("records", pa.binary())])
 """Of every stream, in both directions."""
 
+WRITE, FETCH, SNAPSHOT = b"write", b"fetch", b"snapshot"
+"""What a stream's descriptor says that it is for."""
+
 _MAGIC = b"bgpp"
 _LAYOUT = struct.Struct("<4sHBBIIQ16sQqqIQ")
 _MAX_NUMBER = 2**63

@@ -1,0 +1,171 @@
+"""Calls of rank 0 to a shard server: JSON of a fixed form, checked on arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import pyarrow as pa
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bagpipe.errors import StoreError
+from bagpipe.server import wire
+from bagpipe.server.shard import Checkpoint, Shard
+from bagpipe.store.record_files import RecordFile
+from bagpipe.types import Group
+
+_MAX_CALL_BYTES = 16 << 20
+_Number: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def encode(self) -> bytes:
+        """As it travels."""
+        return self.model_dump_json().encode()
+
+
+class Begin(_Message):
+    """Opens an epoch; answered by `Begun`."""
+
+    epoch: _Number
+    num_ranks: int
+    checkpoint: Checkpoint | None
+    run: str
+
+
+class Begun(_Message):
+    """An epoch is open."""
+
+    instance: str
+
+
+class Cut(_Message):
+    """Takes a cut into a folder; answered by `Taken` and, once it is on disk, by `Written`."""
+
+    epoch: _Number
+    number: _Number
+    folder: Path
+
+
+class Taken(_Message):
+    """The cut has the records as they are: trainers may go on."""
+
+
+class Written(_Message):
+    """The cut's files are on disk."""
+
+    files: tuple[RecordFile, ...]
+    """One of each group."""
+
+
+class End(_Message):
+    """Ends the cut in hand, as committed or abandoned; answered by `Ended`."""
+
+    epoch: _Number
+    number: _Number
+
+
+class Ended(_Message):
+    """A cut has ended."""
+
+    was_in_hand: bool = True
+
+
+class Clear(_Message):
+    """Forgets the records of a group; answered by `Ended`."""
+
+    epoch: _Number
+    instance: str = Field(pattern=r"^[0-9a-f]{32}$")
+    group: _Number
+
+
+class Ask(_Message):
+    """Asks who the server is; answered by `Identity`."""
+
+
+class Identity(_Message):
+    """Which shard of which tables a server has, and whom it serves."""
+
+    version: int
+    shard: int
+    num_shards: int
+    tables: str
+    """See `fingerprint`."""
+    epoch: int | None
+    instance: str
+    run: str
+
+
+def fingerprint(groups: tuple[Group, ...], seed: int) -> str:
+    """A hash of all that decides what records mean; servers and trainers must have the same."""
+    return xxhash.xxh3_128(repr((groups, seed)).encode()).hexdigest()
+
+
+def answers(shard: Shard, kind: str, body: pa.Buffer) -> Iterator[bytes]:
+    """Does what a call asks for, and yields its answers.
+
+    Raises:
+        StoreError, CheckpointError: It is no such call, or fails.
+    """
+    if kind not in _CALLS:
+        raise StoreError(f"{kind!r} is no call of a shard server: use the same version of Bagpipe")
+    if body.size > _MAX_CALL_BYTES:
+        raise StoreError(f"call {kind} has {body.size:,} bytes, may have {_MAX_CALL_BYTES:,}")
+    form, serve = _CALLS[kind]
+    try:
+        call = form.model_validate_json(body.to_pybytes())
+    except ValidationError as error:
+        raise StoreError(f"call {kind} has another form than {form.__name__}: {error}") from error
+    for answer in serve(shard, call):
+        yield answer.encode()
+
+
+def _begin(shard: Shard, call: Begin) -> Iterator[_Message]:
+    yield Begun(instance=shard.begin(call.epoch, call.num_ranks, call.checkpoint, run=call.run))
+
+
+def _cut(shard: Shard, call: Cut) -> Iterator[_Message]:
+    write = shard.cut(call.epoch, call.number)
+    yield Taken()
+    yield Written(files=write(call.folder))
+
+
+def _commit(shard: Shard, call: End) -> Iterator[_Message]:
+    yield Ended(was_in_hand=shard.committed(call.epoch, call.number))
+
+
+def _abandon(shard: Shard, call: End) -> Iterator[_Message]:
+    shard.abandon(call.epoch, call.number)
+    yield Ended()
+
+
+def _clear(shard: Shard, call: Clear) -> Iterator[_Message]:
+    what = wire.What.WRITE
+    shard.clear(wire.Header(what=what, epoch=call.epoch, instance=call.instance, group=call.group))
+    yield Ended()
+
+
+def _identify(shard: Shard, call: Ask) -> Iterator[_Message]:
+    yield Identity(
+        version=wire.VERSION,
+        shard=shard.number,
+        num_shards=shard.num_shards,
+        tables=fingerprint(shard.groups, shard.seed),
+        epoch=shard.epoch,
+        instance=shard.instance,
+        run=shard.run,
+    )
+
+
+_CALLS: dict[str, tuple[type[_Message], Callable[..., Iterator[_Message]]]] = {
+    "begin": (Begin, _begin),
+    "cut": (Cut, _cut),
+    "committed": (End, _commit),
+    "abandon": (End, _abandon),
+    "clear": (Clear, _clear),
+    "identify": (Ask, _identify),
+}
