@@ -12,15 +12,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tests.server.shards import header_of, make_shard
 from tests.store_contract import initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
+from bagpipe.server import calls
+from bagpipe.server.flight import ShardServer
 from bagpipe.server.memory import StagingMemory
 from bagpipe.server.staging import (
     HEADER_BYTES,
@@ -191,6 +195,18 @@ def test_an_answer_that_does_not_come_is_waited_for_so_long(place: Host) -> None
         stream.receive()
 
 
+def test_a_shard_server_tells_where_its_shared_memory_is(place: Host) -> None:
+    with closing(ShardServer(make_shard())) as server:
+        (answer,) = calls.answers(server.shard, "identify", pa.py_buffer(b"{}"))
+        address = calls.Identity.model_validate_json(answer).staging
+        server.shard.begin(EPOCH, NUM_RANKS)
+        opening = header_of(server.shard, EPOCH, what=What.FETCH)
+        stream = StagingStream(address, place.memory, opening, timeout_s=30)
+    with pytest.raises(StoreError, match="shard server of this host is gone"):
+        stream.receive()
+    stream.close()
+
+
 def test_no_thread_is_left_of_streams_that_have_ended(place: Host) -> None:
     for _ in range(5):
         place.check_serves()
@@ -205,7 +221,7 @@ WRONG_REQUESTS = {
     "another epoch": ({"epoch": 9}, "epoch 9 is not served, epoch 3 is"),
     "another instance": ({"instance": "ab" * 16}, "another life of this server"),
     "no rank": ({"rank": 2}, "has 2 trainers and no rank 2"),
-    "no group": ({"group": 1}, "group 1, there are 1"),
+    "no group": ({"group": 1}, "names group 1, there are 1"),
     "another slot": ({"slot": 1}, "slot 1"),
     "no staging": ({"place": Place.INLINE}, "place INLINE"),
     "between floats": ({"offset": 6}, "offset 6: it must be STAGING, slot 0 and a multiple of 4"),

@@ -98,6 +98,8 @@ class Identity(_Message):
     epoch: int | None
     instance: str
     run: str
+    staging: str
+    """Where trainers of its host reach it by shared memory; see `bagpipe.server.staging`."""
 
 
 def fingerprint(groups: tuple[Group, ...], seed: int) -> str:
@@ -158,6 +160,7 @@ def _identify(shard: Shard, call: Ask) -> Iterator[_Message]:
         epoch=shard.epoch,
         instance=shard.instance,
         run=shard.run,
+        staging=shard.staging,
     )
 
 

@@ -30,6 +30,7 @@ from bagpipe.server.credentials import Credentials
 from bagpipe.server.logins import Logins
 from bagpipe.server.security import GuardedServer
 from bagpipe.server.shard import Shard
+from bagpipe.server.staging import StagingServer
 from bagpipe.server.wire import Header, Place, What
 from bagpipe.types import Float32Array, Group, UInt8Array
 
@@ -62,6 +63,8 @@ class ShardServer(GuardedServer):
     ) -> None:
         self.shard = shard
         super().__init__(host, port, credentials or Credentials(), logins)
+        self._staging = StagingServer(shard)
+        shard.staging = self._staging.address
 
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> bool:
         """Ends what waits, releases the records and stops listening.
@@ -73,6 +76,7 @@ class ShardServer(GuardedServer):
             process ends them.
         """
         self.shard.close()
+        self._staging.close()
         stopping = threading.Thread(target=self.shutdown, name="shutdown", daemon=True)
         stopping.start()
         stopping.join(timeout_s)

@@ -85,6 +85,8 @@ class Shard:
         """The cut whose records the stores hold but for rows written since; None: not known."""
         self.run = ""
         """The run whose tables it holds."""
+        self.staging = ""
+        """Where it is reached by shared memory, if it is."""
         self._stores = tuple(stores)
         self._wait_timeout_s, self._apply_timeout_s = wait_timeout_s, apply_timeout_s
         self._changed = threading.Condition()

@@ -281,9 +281,7 @@ def _split(message: bytearray, size: int) -> tuple[Header, Int64Array]:
 
 def _place(header: Header, num_rows: int, memory: UInt8Array, shard: Shard) -> Float32Array:
     """The records (num_rows, record_width) in the trainer's memory that a header names."""
-    if header.group >= len(shard.groups):
-        raise StoreError(f"a message names group {header.group}, there are {len(shard.groups)}")
-    group = shard.groups[header.group]
+    group = shard.group(header)
     size_bytes = num_rows * group.record_bytes
     if header.place is not Place.STAGING or header.slot != 0 or header.offset % 4:
         raise StoreError(
