@@ -15,9 +15,9 @@ from tests.disks import ForgetfulDisk
 from tests.train.runs import newest_files, small_config
 
 from bagpipe.checkpoint.checkpoints import find_checkpoint
-from bagpipe.checkpoint.files import read_manifest
 from bagpipe.checkpoint.run_folder import claim_run_folder
 from bagpipe.errors import CheckpointError
+from bagpipe.store.manifest import read_manifest
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import resource
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +218,13 @@ DEEDS = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(deeds=st.lists(DEEDS, max_size=30), block_rows=st.integers(1, 9))
+@given(deeds=st.lists(DEEDS, max_size=30), block_rows=st.integers(1, 9), is_full=st.booleans())
 def test_equals_dicts_whatever_happens_beside_a_cut(
-    deeds: list[tuple[Any, ...]], block_rows: int
+    deeds: list[tuple[Any, ...]], block_rows: int, is_full: bool
 ) -> None:
+    """A full store has been cut, so that the next files have some of its rows only."""
+    if is_full:
+        deeds = [("write", range(NUM_ROWS)), ("begin",), ("write_cut", []), ("commit",), *deeds]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuts, "_BLOCK_BYTES", block_rows * WIDTH * 4)
         patch.setattr(cuts, "MAX_INCREMENTS", 2)
@@ -247,6 +252,22 @@ def test_a_row_overwritten_before_during_and_after_its_block_is_in_the_cut_as_it
     model.write_cut([])
     assert model.written.num_records == 16
     assert not model.written.is_whole
+
+
+def test_of_a_row_in_several_files_the_last_record_counts(tmp_path: Path) -> None:
+    model = Model(tmp_path)
+    for rows in (range(100), range(9), range(6), range(3)):
+        model.write(rows)
+        model.begin()
+        model.write_cut([])
+        model.commit()
+    assert len(model.base[0]) == 4
+    model.write(range(0, 120, 2))
+    model.put_back(-1, True)  # those only
+    model.check()
+    store = make_store()
+    assert store.put_back(tmp_path, model.base[0]) == 100  # all
+    assert content(store) == model.values
 
 
 def test_all_rows_are_written_again_once_further_files_would_hold_as_many(tmp_path: Path) -> None:
@@ -382,6 +403,33 @@ def test_under_threads_each_write_is_in_a_cut_as_a_whole_or_not_at_all(
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def test_a_block_waits_for_a_write_that_is_under_way(tmp_path: Path) -> None:
+    is_reached, go_on = threading.Event(), threading.Event()
+
+    class Held(MemoryStore):
+        def write(self, rows: Int64Array, records: Float32Array) -> None:
+            if records[0, 0] < 0:
+                is_reached.set()
+                assert go_on.wait(60)
+            super().write(rows, records)
+
+    store = CutStore(Held(make_group(NUM_ROWS), SEED))
+    rows = np.arange(50)
+    store.write(rows, records_of(rows))
+    store.begin_cut()
+    with ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(store.write, rows[:9], np.full((9, WIDTH), -1, np.float32))
+        assert is_reached.wait(60)
+        cutting = pool.submit(store.write_cut, tmp_path / "a.arrow")
+        time.sleep(0.1)
+        assert not cutting.done()
+        go_on.set()
+        writing.result(60)
+        file = cutting.result(60)
+    expected = zip(rows.tolist(), map(tuple, records_of(rows).tolist()), strict=True)
+    assert read(tmp_path / file.name) == dict(expected)
 
 
 @pytest.mark.parametrize("in_a_file", [False, True])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bagpipe.checkpoint.files import list_checkpoints, read_manifest
+from bagpipe.checkpoint.files import list_checkpoints
 from bagpipe.config.load import check_config
 from bagpipe.config.run import RunConfig
+from bagpipe.store.manifest import read_manifest
 from bagpipe.train.report import SilentReporter
 
 NUM_STEPS = 24

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.checkpoint.older import make_format_1
 from tests.checkpoint.test_checkpoints import CONFIG
 from tests.disks import files_of_at_most
 from tests.oracle.test_hosts import home_of, smallest_cache
@@ -61,6 +62,7 @@ from bagpipe.optimizers import SGD, Adam, Optimizer
 from bagpipe.oracle import shards
 from bagpipe.oracle.policy import POLICIES
 from bagpipe.store import MemoryStore
+from bagpipe.store.record_files import RecordFile
 from bagpipe.train.settings import check_same_run
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
@@ -278,9 +280,12 @@ def state_of(embeddings: EmbeddingBagCollection) -> State:
     return State(model=model, optimizer=torch.optim.SGD(model.parameters()), embeddings=embeddings)
 
 
-@pytest.mark.parametrize(("num_trainers", "num_hosts"), [(1, 1), (3, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("num_trainers", "num_hosts", "is_old"),
+    [(1, 1, False), (1, 1, True), (3, 1, False), (2, 2, False), (2, 2, True), (4, 4, False)],
+)
 def test_a_checkpoint_of_two_hosts_is_loaded_by_any_number(
-    tmp_path: Path, num_trainers: int, num_hosts: int
+    tmp_path: Path, num_trainers: int, num_hosts: int, is_old: bool
 ) -> None:
     expected = saved_by(tmp_path, 4, 2)
     (path,) = list_checkpoints(tmp_path)
@@ -290,6 +295,8 @@ def test_a_checkpoint_of_two_hosts_is_loaded_by_any_number(
         "manifest.json",
     ]
     assert sorted(file.name for file in path.iterdir()) == sorted(names)
+    if is_old:
+        make_format_1(path)
     saved = open_checkpoint(path)
     groups = group_tables(make_tables(), Adam(lr=0.05))
     stores: Stores = {
@@ -320,10 +327,10 @@ def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
 ) -> None:
     original = CheckpointFiles.write_records
 
-    def full(files: CheckpointFiles, name: str, *arguments: Any) -> int:
+    def full(files: CheckpointFiles, name: str, *arguments: Any, **shard: int) -> RecordFile:
         if ("host-1" in name) == (rank == 2):
             raise CheckpointError("the disk is full")
-        return original(files, name, *arguments)
+        return original(files, name, *arguments, **shard)
 
     monkeypatch.setattr(CheckpointFiles, "write_records", full)
     seen: list[str] = []

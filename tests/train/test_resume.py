@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from tests.train.runs import newest_files, small_config
 
-from bagpipe.checkpoint.files import list_checkpoints, read_manifest
+from bagpipe.checkpoint.files import list_checkpoints
 from bagpipe.config.data import PrepareConfig
 from bagpipe.config.run import RunConfig
 from bagpipe.data.prepare import prepare
 from bagpipe.data.prepared import PreparedSource
+from bagpipe.store.manifest import read_manifest
 from bagpipe.train.dense_step import DenseStep
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bagpipe.checkpoint.files import list_checkpoints, read_manifest
+from bagpipe.checkpoint.files import list_checkpoints
 from bagpipe.errors import ConfigError
 from bagpipe.launch.torchrun import joined_trainers
+from bagpipe.store.manifest import read_manifest
 from bagpipe.store.record_files import read_records
 
 RUN = """

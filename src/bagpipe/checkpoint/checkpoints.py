@@ -30,15 +30,21 @@ from bagpipe.checkpoint.files import (
     CheckpointWriter,
     list_checkpoints,
     prune,
-    read_manifest,
-    verify_files,
 )
 from bagpipe.config.compare import Difference, compare_configs
 from bagpipe.data.base import Position
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import CheckpointError
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.store.record_files import read_records
+from bagpipe.store.manifest import (
+    check_tables,
+    describe,
+    not_ours,
+    read_manifest,
+    record_files,
+    verify_files,
+)
+from bagpipe.store.record_files import RecordFile, check_num_records, files_of_shard, read_records
 from bagpipe.topology import shards_of
 from bagpipe.types import Group
 
@@ -85,8 +91,8 @@ class SavedRun:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     groups: Sequence[Mapping[str, Any]]
-    num_hosts: int
-    """Among which the trainers that saved it had divided the records."""
+    record_files: Sequence[Sequence[RecordFile]]
+    """By group, in order: of a row that is in several, the last one's record counts."""
     files: Sequence[Mapping[str, Any]]
     """Name, size and checksum of each."""
 
@@ -138,29 +144,34 @@ def save_checkpoint(
             )
             if trainers.is_first:
                 files.write_bytes(_DENSE, _dense_state(state))
-            nums_records = [
+            host, num_hosts = peers.host, peers.num_hosts
+            written = [
                 files.write_records(
-                    _records_name(group.index, peers.host), store.snapshot(), group.record_width
+                    f"group-{group.index}.host-{host}.arrow"
+                    if host
+                    else f"group-{group.index}.arrow",
+                    store.snapshot(),
+                    group.record_width,
+                    shard=host,
+                    num_shards=num_hosts,
                 )
                 for group, store in zip(groups, state.embeddings.stores, strict=True)
             ]
-            return {"files": files.files, "nums_records": nums_records}
+            return {"files": files.files, "records": [asdict(file) for file in written]}
 
         def put_in_place(parts: Sequence[Mapping[str, Any]]) -> None:
             if not trainers.is_first:
                 return
-            by_host = [part["nums_records"] for part in parts]
-            nums_records = [sum(of_group) for of_group in zip(*by_host, strict=True)]
+            by_host = [part["records"] for part in parts]
             content = {
                 "step": step,
                 "num_skipped": list(state.embeddings.num_skipped),
                 "position": asdict(position),
                 "config": config,
                 "environment": environment(),
-                "num_hosts": peers.num_hosts,
                 "groups": [
-                    _describe(group) | {"num_records": num_records}
-                    for group, num_records in zip(groups, nums_records, strict=True)
+                    describe(group, [RecordFile(**file) for file in files])
+                    for group, files in zip(groups, zip(*by_host, strict=True), strict=True)
                 ],
             }
             writer.files += [file for part in parts[1:] for file in part["files"]]
@@ -225,23 +236,17 @@ def read_checkpoint(path: Path) -> SavedRun:
     try:
         return _saved_run(path, read_manifest(path))
     except (KeyError, TypeError, ValueError) as error:  # with the right checksum of itself
-        raise CheckpointError(
-            f"{path}: its manifest is not one that Bagpipe writes: {type(error).__name__}: {error}"
-        ) from error
+        raise not_ours(path, error) from error
 
 
 def _saved_run(path: Path, manifest: Mapping[str, Any]) -> SavedRun:
-    groups, num_hosts = manifest["groups"], manifest.get("num_hosts", 1)
+    groups = manifest["groups"]
     files = [entry | {"size_bytes": int(entry["size_bytes"])} for entry in manifest["files"]]
+    by_group = record_files(manifest)
     found = sorted(entry["name"] for entry in files)
-    if len(found) != 1 + len(groups) * num_hosts or found != sorted(
-        [_DENSE]
-        + [_records_name(group, host) for group in range(len(groups)) for host in range(num_hosts)]
-    ):
-        raise ValueError(
-            f"it lists the files {found}, which are not those of {len(groups)} groups on "
-            f"{num_hosts} hosts"
-        )
+    named = sorted([_DENSE, *(file.name for of_group in by_group for file in of_group)])
+    if found != named:
+        raise ValueError(f"it lists the files {found}, which are not its groups' and {_DENSE}")
     return SavedRun(
         path=path,
         step=manifest["step"],
@@ -251,7 +256,7 @@ def _saved_run(path: Path, manifest: Mapping[str, Any]) -> SavedRun:
         config=manifest["config"],
         environment=manifest["environment"],
         groups=groups,
-        num_hosts=num_hosts,
+        record_files=by_group,
         files=files,
     )
 
@@ -287,21 +292,11 @@ def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) 
         CheckpointError: the state was built for other tables or another model.
         StoreError: a store can't be written.
     """
-    expected = [_describe(group) for group in state.embeddings.groups]
-    found = [
-        {key: value for key, value in group.items() if key != "num_records"}
-        for group in saved.groups
-    ]
-    if found != expected:
-        raise CheckpointError(
-            f"{saved.path}: holds other tables than this run has:\n  {found}\n  {expected}"
-        )
+    check_tables(saved.path, saved.groups, state.embeddings.groups)
     _load_dense_state(saved.path / _DENSE, state)
-    for group, store, entry in zip(
-        state.embeddings.groups, state.embeddings.stores, saved.groups, strict=True
-    ):
-        if trainers.peers.is_first_of_host:
-            _load_records(saved, group, store, entry["num_records"], trainers)
+    if trainers.peers.is_first_of_host:
+        for store, files in zip(state.embeddings.stores, saved.record_files, strict=True):
+            _load_records(saved.path, store, files, trainers)
     state.embeddings.step = saved.step
     state.embeddings.num_skipped[:] = saved.num_skipped
 
@@ -309,19 +304,6 @@ def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) 
 def environment() -> dict[str, Any]:
     """What, beside the configuration, decides the last bits of a result."""
     return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
-
-
-def _records_name(group: int, host: int) -> str:
-    return f"group-{group}.arrow" if host == 0 else f"group-{group}.host-{host}.arrow"
-
-
-def _describe(group: Group) -> dict[str, Any]:
-    return {
-        "tables": {table.name: table.num_embeddings for table in group.tables},
-        "embedding_dim": group.embedding_dim,
-        "data_type": group.data_type,
-        "record_width": group.record_width,
-    }
 
 
 def _dense_state(state: State) -> memoryview:
@@ -379,21 +361,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
 
 def _load_records(
-    saved: SavedRun, group: Group, store: EmbeddingStore, num_records: int, trainers: Trainers
+    checkpoint: Path, store: EmbeddingStore, files: Sequence[RecordFile], trainers: Trainers
 ) -> None:
     store.clear()
-    num_read = 0
-    for host in range(saved.num_hosts):
-        for rows, records in read_records(
-            saved.path / _records_name(group.index, host), group.record_width
-        ):
+    host, num_hosts = trainers.peers.host, trainers.peers.num_hosts
+    for file in files_of_shard(files, host, num_hosts):
+        num_read = 0
+        for rows, records in read_records(checkpoint / file.name, store.group.record_width):
             num_read += len(rows)
-            if trainers.peers.num_hosts > 1:
-                is_own = shards_of(rows, trainers.peers.num_hosts) == trainers.peers.host
+            if file.num_shards != num_hosts:
+                is_own = shards_of(rows, num_hosts) == host
                 rows, records = rows[is_own], records[is_own]
             store.write(rows, records)
-    if num_read != num_records:
-        raise CheckpointError(
-            f"{saved.path}: holds {num_read:,} records of {group.name}, its manifest says "
-            f"{num_records:,}"
-        )
+        check_num_records(checkpoint, file, num_read)

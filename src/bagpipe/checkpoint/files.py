@@ -4,24 +4,27 @@
       step-0000001000/
         dense.pt            model, dense optimizer and random state, as torch.save writes them; read
                             with weights_only=True
-        group-0.arrow       every touched record of one group: Arrow IPC, rows int64 and records
-                            fixed_size_list<float32>; with several hosts the first host's, those
-                            of the others are in group-0.host-1.arrow and so on
-        manifest.json       step, position, configuration, sizes and xxh3_128 checksums of the
-                            files; written last
+        group-0.arrow       every touched record of one group; with several hosts the first
+                            host's, those of the others are in group-0.host-1.arrow and so on
+        manifest.json       step, position, configuration, each group's record files in order,
+                            sizes and xxh3_128 checksums of all files; written last
       step-0000001500.tmp-4711/     being written, or left behind by a process that was killed
 
 A checkpoint is written under its temporary name, each file flushed to the disk, the manifest last,
 then the folder is renamed and its parent flushed. A kill at any moment leaves the older checkpoints
 as they were and at most one temporary folder, which the next run removes. Removal renames first for
-the same reason. Records pass through in blocks, so memory is bounded by one block whatever the size
-of the tables.
+the same reason.
+
+Shard servers write only the records of rows written since the checkpoint before. The files of that
+one which are still needed are linked into the new folder, so that each folder is complete by itself
+and can be removed alone, and takes the room of its own new files only.
 
 Nothing here knows what is in a checkpoint; `bagpipe.checkpoint.checkpoints` does.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -32,18 +35,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import xxhash
-
 from bagpipe.errors import CheckpointError, StoreError
-from bagpipe.native.files import is_file_name, make_folder, sync_folder
-from bagpipe.store.record_files import HashingFile, new_file, write_records
+from bagpipe.native.files import make_folder, sync_folder
+from bagpipe.store.manifest import FORMAT, MANIFEST, checksum_of
+from bagpipe.store.record_files import HashingFile, RecordFile, new_file, write_records
 from bagpipe.types import Float32Array, Int64Array
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _NAME = re.compile(r"step-(\d{10})")
 _TEMPORARY = re.compile(r"step-\d{10}\.tmp-\d+(-old)?")
-_READ_BYTES = 1 << 22
 
 
 def checkpoint_name(step: int) -> str:
@@ -142,14 +142,47 @@ class CheckpointFiles:
             file.write(content)
 
     def write_records(
-        self, name: str, blocks: Iterable[tuple[Int64Array, Float32Array]], record_width: int
-    ) -> int:
-        """Adds a file of records and returns how many it holds.
+        self,
+        name: str,
+        blocks: Iterable[tuple[Int64Array, Float32Array]],
+        record_width: int,
+        *,
+        shard: int = 0,
+        num_shards: int = 1,
+    ) -> RecordFile:
+        """Adds a file of all touched records of a shard.
 
         They come in blocks: rows (n,) int64, records (n, record_width) float32.
         """
         with self._open(name) as file:
-            return write_records(file, blocks, record_width)
+            num_records = write_records(file, blocks, record_width)
+        return RecordFile(
+            **self.files[-1],
+            shard=shard,
+            num_shards=num_shards,
+            num_records=num_records,
+            is_whole=True,
+        )
+
+    def add(self, file: RecordFile) -> None:
+        """Adds a file that another process has written into the folder."""
+        self.files.append(
+            {"name": file.name, "size_bytes": file.size_bytes, "xxh3_128": file.xxh3_128}
+        )
+
+    def link(self, checkpoint: Path, file: RecordFile) -> None:
+        """Adds a file of an earlier checkpoint; where the disk knows no links, a copy of it."""
+        old, new = checkpoint / file.name, self.folder / file.name
+        with self._failures_named():
+            try:
+                os.link(old, new)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                shutil.copyfile(old, new)
+                with new.open("rb") as copy:
+                    os.fsync(copy.fileno())
+        self.add(file)
 
     @contextmanager
     def _open(self, name: str) -> Iterator[HashingFile]:
@@ -219,7 +252,7 @@ class CheckpointWriter(CheckpointFiles):
 
     def _put_in_place(self) -> None:
         body = {"format": FORMAT, **self._content, "files": self.files}
-        text = json.dumps({**body, "xxh3_128": _checksum(body)}, indent=1)
+        text = json.dumps({**body, "xxh3_128": checksum_of(body)}, indent=1)
         with self._open(MANIFEST) as file:
             file.write(text.encode())
         sync_folder(self.folder)
@@ -228,74 +261,6 @@ class CheckpointWriter(CheckpointFiles):
         sync_folder(self.path.parent)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)  # the next run tries again, and says so
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, compared with its own checksum.
-
-    Raises:
-        CheckpointError: it is missing, altered or too new.
-    """
-    path = checkpoint / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: can't be read: {error.strerror}; this is not a complete checkpoint"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.pop("xxh3_128", None) != _checksum(manifest):
-        raise CheckpointError(
-            f"{path}: is damaged: its content does not have the checksum that it was written with"
-        )
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path}: has format {manifest['format']}, this version reads format {FORMAT}"
-        )
-    for entry in manifest["files"]:
-        if not is_file_name(entry["name"]):
-            raise CheckpointError(
-                f"{path}: names {entry['name']!r}, must be a file in its own folder: it is damaged "
-                "or not of Bagpipe"
-            )
-    return manifest
-
-
-def verify_files(checkpoint: Path, files: Iterable[Mapping[str, Any]]) -> None:
-    """Compares files with what a manifest says of them.
-
-    Raises:
-        CheckpointError: one is missing, truncated or altered; names the first.
-    """
-    for entry in files:
-        path = checkpoint / entry["name"]
-        try:
-            size_bytes = path.stat().st_size
-            if size_bytes != entry["size_bytes"]:
-                raise CheckpointError(
-                    f"{path}: is damaged: has {size_bytes:,} bytes, was written with "
-                    f"{entry['size_bytes']:,}"
-                )
-            if _hash_file(path) != entry["xxh3_128"]:
-                raise CheckpointError(
-                    f"{path}: is damaged: its content does not have the checksum that it was "
-                    "written with"
-                )
-        except OSError as error:
-            raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _moved_aside(checkpoint: Path) -> Path:

@@ -46,6 +46,7 @@ from bagpipe.store.array import TOUCHED, ArrayStore
 from bagpipe.store.base import NO_STEPS, Steps
 from bagpipe.store.record_files import (
     RecordFile,
+    check_num_records,
     files_of_shard,
     new_file,
     read_records,
@@ -299,11 +300,7 @@ class CutStore:
                     due = np.flatnonzero(is_due)
                     self._store.write(rows[due], records[due])
                     num_written += len(due)
-            if file.num_records not in (None, num_read):
-                raise CheckpointError(
-                    f"{folder / file.name}: is damaged: has {num_read:,} records, the manifest "
-                    f"says {file.num_records:,}"
-                )
+            check_num_records(folder, file, num_read)
             if num_written == most_rows:
                 break
         return num_written

@@ -143,6 +143,15 @@ def read_records(path: Path, record_width: int) -> Iterator[tuple[Int64Array, Fl
         raise CheckpointError(f"{path}: can't be read: {error}") from error
 
 
+def check_num_records(checkpoint: Path, file: RecordFile, num_read: int) -> None:
+    """Raises CheckpointError unless a file has as many records as its manifest says."""
+    if file.num_records not in (None, num_read):
+        raise CheckpointError(
+            f"{checkpoint / file.name}: is damaged: has {num_read:,} records, the manifest says "
+            f"{file.num_records:,}"
+        )
+
+
 def _record_schema(record_width: int) -> pa.Schema:
     item = pa.field("item", pa.float32())
     return pa.schema(
