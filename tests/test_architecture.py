@@ -52,7 +52,7 @@ ALLOWED = {
     "train": BASE
     | {"config", "oracle", "feed", "store", "data", "distributed", "cache", "models"}
     | {"embeddings", "checkpoint"},
-    "server": BASE | {"config", "store"},
+    "server": BASE | {"config", "data", "store"},
     "launch": BASE | {"distributed"},
 }
 MAY_IMPORT_TORCH = {"distributed", "cache", "embeddings", "models", "checkpoint", "train", "launch"}

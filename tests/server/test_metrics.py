@@ -8,40 +8,34 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from tests.server.certificates import TOKEN, Files
+from tests.server.shards import fetched, header_of, make_shard, own_rows
+from tests.store_contract import records_of
 
-from bagpipe.errors import ConfigError
+from bagpipe.errors import ConfigError, StoreError
 from bagpipe.server.credentials import Credentials, server_credentials
 from bagpipe.server.logins import Logins
-from bagpipe.server.metrics import GroupStatus, MetricsServer, ServerMetrics, ShardStatus
+from bagpipe.server.metrics import MetricsServer, ServerMetrics
+from bagpipe.server.shard import Shard
+from bagpipe.server.wire import What
+from bagpipe.store import Steps
 
 WITHIN_S = 10.0
 NOBODY = Credentials()
-GROUP = GroupStatus(name="group 0 (dim 4)", num_rows=90, ever=30, since_base=7)
-STATUS = ShardStatus(
-    shard=2,
-    num_shards=3,
-    instance="ab" * 16,
-    epoch=4,
-    base="step-00000400",
-    num_waiting=5,
-    num_reads=1,
-    num_writes=6,
-    groups=(GROUP,),
-)
 
 
 @contextmanager
 def telling(
-    credentials: Credentials = NOBODY, status: ShardStatus = STATUS, host: str = "127.0.0.1"
+    credentials: Credentials = NOBODY, shard: Shard | None = None, host: str = "127.0.0.1"
 ) -> Iterator[MetricsServer]:
     logins = Logins(credentials.token)
-    metrics = ServerMetrics(lambda: status, logins)
+    metrics = ServerMetrics(shard or make_shard(), logins)
     with closing(MetricsServer(host, 0, metrics, credentials, logins)) as server:
         yield server
 
@@ -73,39 +67,61 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
 
 
 def test_requests_and_the_shard_are_told() -> None:
-    with telling() as server:
-        for _ in range(3):
-            with server.metrics.request("fetch", 100, 6400):
-                pass
-        with pytest.raises(ValueError, match="no"), server.metrics.request("write", 9, 9):
-            raise ValueError("no")
+    shard = make_shard(2, 3)
+    rows = own_rows(shard, of=100)
+    shard.begin(4, 1)
+    write, fetch = header_of(shard, 4), header_of(shard, 4, what=What.FETCH)
+    shard.write(write, rows, records_of(rows))
+    for _ in range(3):
+        fetched(shard, fetch, rows[:7])
+    with pytest.raises(StoreError, match="group 1"):
+        shard.fetch(header_of(shard, 4, group=1), rows[:7], records_of(rows[:7]))
+    with telling(shard=shard) as server:
         status, text = asked(server, "/metrics")
-    found = samples(text)
+    found, record_bytes = samples(text), shard.groups[0].record_bytes
     assert status == 200
-    assert found["bagpipe_rows_total", "fetch"] == 300
-    assert found["bagpipe_record_bytes_total", "fetch"] == 19_200
+    assert found["bagpipe_rows_total", "fetch"] == 21
+    assert found["bagpipe_record_bytes_total", "write"] == len(rows) * record_bytes
     assert found["bagpipe_request_seconds_count", "fetch"] == 3
     assert found["bagpipe_request_seconds_bucket", "fetch", "60.0"] == 3
-    assert found["bagpipe_failures_total", "write"] == 1
-    assert ("bagpipe_rows_total", "write") not in found
+    assert found["bagpipe_failures_total", "fetch"] == 1
+    assert found["bagpipe_requests_under_way", "fetch"] == 0
     assert found["bagpipe_epoch",] == 4
     assert (found["bagpipe_shard",], found["bagpipe_shards",]) == (2, 3)
-    assert found["bagpipe_waiting_fetches",] == 5
-    assert found["bagpipe_running_requests", "write"] == 6
-    assert found["bagpipe_written_rows", GROUP.name, "ever"] == 30
-    assert found["bagpipe_written_rows", GROUP.name, "base"] == 7
+    name = shard.groups[0].name
+    assert found["bagpipe_written_rows", name, "ever"] == len(rows)
+    assert found["bagpipe_written_rows", name, "base"] == len(rows)
     assert found["bagpipe_refused_logins_total",] == 0
     assert found["process_resident_memory_bytes",] > 0
+    for table in shard.groups[0].tables:
+        assert f'"{table.name}"' not in text
+
+
+def test_fetches_that_wait_for_other_ranks_are_told() -> None:
+    shard = make_shard()
+    rows = own_rows(shard, of=9)
+    shard.begin(1, 1)
+    behind = header_of(shard, what=What.FETCH, steps=Steps(urgent=0))
+    with telling(shard=shard) as server, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fetched, shard, behind, rows)
+        deadline = time.monotonic() + WITHIN_S
+        while (
+            samples(asked(server, "/metrics")[1]).get(("bagpipe_requests_under_way", "wait")) != 1
+        ):
+            assert time.monotonic() < deadline
+        shard.mark(header_of(shard, steps=Steps(urgent=0)))
+        waiting.result(WITHIN_S)
+        assert samples(asked(server, "/metrics")[1])["bagpipe_requests_under_way", "wait"] == 0
 
 
 def test_health_says_what_is_served() -> None:
-    with telling() as server:
-        status, text = asked(server, "/health")
-    assert (status, json.loads(text)["state"], json.loads(text)["epoch"]) == (200, "serves", 4)
-    waiting = ShardStatus(**{**vars(STATUS), "epoch": None, "base": None})
-    with telling(status=waiting) as server:
+    shard = make_shard()
+    with telling(shard=shard) as server:
         assert json.loads(asked(server, "/health")[1])["state"] == "waits for an epoch"
         assert samples(asked(server, "/metrics")[1])["bagpipe_epoch",] == -1
+        shard.begin(7, 1)
+        status, text = asked(server, "/health")
+    assert (status, json.loads(text)["state"], json.loads(text)["epoch"]) == (200, "serves", 7)
 
 
 def test_other_paths_and_methods_are_none() -> None:

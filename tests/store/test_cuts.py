@@ -198,6 +198,8 @@ class Model:
 
     def check(self) -> None:
         assert content(self.store) == self.values
+        num_since = len(self.since_base | self.since_cut)
+        assert self.store.count() == (len(self.values), num_since)
         assert self.store.base == self.base[0]
         everything = np.arange(NUM_ROWS)
         untouched = np.array([row for row in range(NUM_ROWS) if row not in self.values], np.int64)

@@ -26,6 +26,7 @@ from bagpipe.cli.common import (
     tell,
 )
 from bagpipe.cli.plan import plan
+from bagpipe.cli.serve import serve
 
 if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
@@ -39,6 +40,7 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(plan)
+app.command()(serve)
 
 
 @app.callback(invoke_without_command=True)

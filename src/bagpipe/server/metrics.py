@@ -1,9 +1,9 @@
 """What a shard server tells of itself: numbers in Prometheus' format, and whether it serves.
 
-`ServerMetrics` counts requests; the rest is read from the shard when somebody asks. `MetricsServer`
-answers `GET /metrics` and `GET /health` over HTTP on a port of its own. The rules are those of the
-Flight port: reached from other hosts only with TLS and the token. What it tells: sizes, counts,
-times, the epoch and names of groups. No record, no row number, no name of a table.
+All is read from the shard when somebody asks. `MetricsServer` answers `GET /metrics` and `GET
+/health` over HTTP on a port of its own. The rules are those of the Flight port: reached from other
+hosts only with TLS and the token. What it tells: sizes, counts, times, the epoch and names of
+groups. No record, no row number, no name of a table.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import json
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
@@ -25,8 +22,6 @@ from typing import Any
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
-    Counter,
-    Histogram,
     ProcessCollector,
     generate_latest,
 )
@@ -35,8 +30,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from bagpipe.errors import ConfigError
 from bagpipe.server.credentials import Credentials
 from bagpipe.server.logins import Logins, address_of
+from bagpipe.server.shard import Shard
 
-_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 60.0)
 _TIMEOUT_S = 10.0
 """How long a caller may take to say what it wants, and to take the answer."""
 _MAX_CALLERS = 16
@@ -44,73 +39,19 @@ _LOOK_EVERY_S = 0.1
 """How soon it sees that it is to end."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupStatus:
-    """Of the shard's rows of one group, how many were written."""
-
-    name: str
-    num_rows: int
-    """Of the whole group, in all shards."""
-    ever: int
-    since_base: int
-    """Since the last committed checkpoint: what the next one writes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardStatus:
-    """A moment of a shard."""
-
-    shard: int
-    num_shards: int
-    instance: str
-    epoch: int | None
-    """None: it waits for trainers to begin one."""
-    base: str | None
-    """The checkpoint that rows go back to; None: the run's beginning, or not known."""
-    num_waiting: int
-    """Fetches that wait for other ranks' writes."""
-    num_reads: int
-    num_writes: int
-    """Requests that are being applied."""
-    groups: tuple[GroupStatus, ...]
-
-
 class ServerMetrics:
-    """Counts requests, and puts a shard's status into Prometheus' format.
+    """Puts what a shard does into Prometheus' format.
 
     Args:
-        status: Reads the shard's status.
+        shard: Whose status and requests are told.
         logins: Whose refusals are told.
     """
 
-    def __init__(self, status: Callable[[], ShardStatus], logins: Logins) -> None:
-        self._status, self._logins = status, logins
+    def __init__(self, shard: Shard, logins: Logins) -> None:
+        self._shard, self._logins = shard, logins
         self._registry = CollectorRegistry(auto_describe=False)
-        own: dict[str, Any] = {"labelnames": ("kind",), "registry": self._registry}
-        self._rows = Counter("bagpipe_rows", "Rows read or written", **own)
-        self._bytes = Counter("bagpipe_record_bytes", "Bytes of their records", **own)
-        self._failures = Counter("bagpipe_failures", "Requests that failed", **own)
-        self._seconds = Histogram(
-            "bagpipe_request_seconds",
-            "From a request's arrival to its answer, with the wait for other ranks' writes",
-            buckets=_BUCKETS_S,
-            **own,
-        )
         ProcessCollector(registry=self._registry)
         self._registry.register(self)
-
-    @contextmanager
-    def request(self, kind: str, num_rows: int = 0, size_bytes: int = 0) -> Iterator[None]:
-        """Around one request of a kind, such as "fetch"; one that raises counts as failed."""
-        start = time.perf_counter()
-        try:
-            yield
-        except BaseException:
-            self._failures.labels(kind).inc()
-            raise
-        self._seconds.labels(kind).observe(time.perf_counter() - start)
-        self._rows.labels(kind).inc(num_rows)
-        self._bytes.labels(kind).inc(size_bytes)
 
     def text(self) -> bytes:
         """All numbers, in Prometheus' text format."""
@@ -118,47 +59,35 @@ class ServerMetrics:
 
     def health(self) -> dict[str, Any]:
         """Whether the server serves an epoch, and which, as JSON values."""
-        status = self._status()
+        shard = self._shard
         return {
-            "state": "waits for an epoch" if status.epoch is None else "serves",
-            "shard": status.shard,
-            "num_shards": status.num_shards,
-            "instance": status.instance,
-            "epoch": status.epoch,
-            "base": status.base,
+            "state": "waits for an epoch" if shard.epoch is None else "serves",
+            "shard": shard.number,
+            "num_shards": shard.num_shards,
+            "instance": shard.instance,
+            "epoch": shard.epoch,
+            "base": shard.base,
         }
 
     def collect(self) -> Iterator[Metric]:
-        """The shard's status, for Prometheus' registry."""
-        status = self._status()
-        gauges = {
-            "bagpipe_shard": ("Which shard this is, from 0 on", status.shard),
-            "bagpipe_shards": ("Into how many shards rows are divided", status.num_shards),
-            "bagpipe_epoch": (
-                "The start of trainers that is served; -1: none",
-                -1 if status.epoch is None else status.epoch,
-            ),
-            "bagpipe_waiting_fetches": (
-                "Fetches that wait for other ranks' writes",
-                status.num_waiting,
-            ),
-        }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(name, text, value=value)
-        running = GaugeMetricFamily(
-            "bagpipe_running_requests", "Requests being applied", labels=["kind"]
-        )
-        running.add_metric(["fetch"], status.num_reads)
-        running.add_metric(["write"], status.num_writes)
-        yield running
+        """The shard's numbers, for Prometheus' registry."""
+        shard = self._shard
+        epoch = -1 if shard.epoch is None else shard.epoch
+        yield from shard.requests.collect()
+        for name, text, value in (
+            ("shard", "Which shard this is, from 0 on", shard.number),
+            ("shards", "Into how many shards rows are divided", shard.num_shards),
+            ("epoch", "The start of trainers that is served; -1: none", epoch),
+        ):
+            yield GaugeMetricFamily(f"bagpipe_{name}", text, value=value)
         written = GaugeMetricFamily(
             "bagpipe_written_rows",
             "Rows of this shard that were written: ever, and since the last committed checkpoint",
             labels=["group", "since"],
         )
-        for group in status.groups:
-            written.add_metric([group.name, "ever"], group.ever)
-            written.add_metric([group.name, "base"], group.since_base)
+        for group, (ever, since_base) in zip(shard.groups, shard.count_written(), strict=True):
+            written.add_metric([group.name, "ever"], ever)
+            written.add_metric([group.name, "base"], since_base)
         yield written
         yield CounterMetricFamily(
             "bagpipe_refused_logins",

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from bagpipe.errors import StoreError
+from bagpipe.server.requests import Requests
 from bagpipe.server.wire import Header, piece_rows
 from bagpipe.store.cuts import CutStore
 from bagpipe.store.record_files import RecordFile
@@ -87,6 +88,7 @@ class Shard:
         """The run whose tables it holds."""
         self.staging = ""
         """Where it is reached by shared memory, if it is."""
+        self.requests = Requests()
         self._stores = tuple(stores)
         self._wait_timeout_s, self._apply_timeout_s = wait_timeout_s, apply_timeout_s
         self._changed = threading.Condition()
@@ -173,10 +175,11 @@ class Shard:
             StoreError: A row is not this shard's, or the header is of another epoch, instance or
                 group; nothing was written.
         """
-        self.group(header)
-        with self._applying(header, writes=True):
-            self._stores[header.group].write(rows, records)
-        self.mark(header)
+        with self.requests.counted("write", len(rows), records.nbytes):
+            self.group(header)
+            with self._applying(header, writes=True):
+                self._stores[header.group].write(rows, records)
+            self.mark(header)
 
     def mark(self, header: Header) -> None:
         """Notes how far a rank has written; of marks of one kind the newest counts.
@@ -199,10 +202,11 @@ class Shard:
             StoreError: As for `write`, the epoch ends meanwhile, or a rank does not reach the fence
                 within `wait_timeout_s`.
         """
-        self.group(header)
-        self._wait_for_marks(header)
-        with self._applying(header, writes=False):
-            self._stores[header.group].fetch(rows, out)
+        with self.requests.counted("fetch", len(rows), out.nbytes):
+            self.group(header)
+            self._wait_for_marks(header)
+            with self._applying(header, writes=False):
+                self._stores[header.group].fetch(rows, out)
 
     def snapshot(self, header: Header) -> Iterator[tuple[Int64Array, Float32Array]]:
         """Every touched row of a group, ascending, with its record, a message's worth at a time.
@@ -303,6 +307,14 @@ class Shard:
             if self._cut == f"{epoch}.{number}":
                 self._abandon()
 
+    def count_written(self) -> list[tuple[int, int]]:
+        """How many rows of each group were ever written, and since the base.
+
+        Raises:
+            StoreError: It is closed.
+        """
+        return [store.count() for store in self._stores]
+
     def close(self) -> None:
         """Ends what waits, and releases the stores. Closing twice is allowed."""
         with self._changed:
@@ -328,7 +340,7 @@ class Shard:
 
     def _wait_for_marks(self, header: Header) -> None:
         fence = (header.steps.overlapped, header.steps.urgent)
-        with self._changed:
+        with self.requests.counted("wait"), self._changed:
             self._check_header(header)
             reached = self._changed.wait_for(
                 lambda: self.epoch != header.epoch or bool((self._marks >= fence).all()),

@@ -165,6 +165,15 @@ class CutStore:
         """See `EmbeddingStore.close`."""
         self._store.close()
 
+    def count(self) -> tuple[int, int]:
+        """How many rows were ever written, and how many since the base.
+
+        Raises:
+            StoreError: the store is closed.
+        """
+        num_touched, num_since = _count(self._store.flags)
+        return int(num_touched), int(num_since)
+
     def begin_cut(self) -> None:
         """Fixes that the cut has the records as they are now, of rows written since the base.
 
@@ -362,11 +371,11 @@ class CutStore:
 
 @jit
 def _count(flags: UInt8Array) -> tuple[int, int]:
-    """How many rows were ever written, and how many since the base."""
+    """How many rows were ever written, and how many since the base, the cut in hand included."""
     num_touched = num_since = 0
     for flag in flags:
         num_touched += flag & 1
-        num_since += (flag >> 1) & 1
+        num_since += ((flag >> 1) | (flag >> 2)) & 1
     return num_touched, num_since
 
 
