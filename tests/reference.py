@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
-from bagpipe.oracle.cache_plan import CachePlan, Neighbours
-from bagpipe.oracle.linker import LinkedGroup
+from bagpipe.oracle.cache_plan import CachePlan
+from bagpipe.oracle.linker import BatchUses, LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.plan import MAX_PIECE_LENGTH, Transfers
 from bagpipe.types import Group, Jagged
@@ -128,7 +128,7 @@ class LeastRecentlyUsed:
         self._last_uses: dict[int, int] = {}
         self._num_linked = 0
         self._admitted: deque[LinkedGroup] = deque()
-        self._before = (0, 0)
+        self._before = BatchUses(step=-1, first=0, bounds=np.zeros(2, np.int64))
         self._slots: dict[int, int] = {}  # by row, the least recently used first
         self._evicted_at: dict[int, int] = {}
 
@@ -143,8 +143,7 @@ class LeastRecentlyUsed:
         self._num_linked += len(rows)
         return LinkedGroup(
             batch=batch,
-            first_occurrence=first,
-            bounds=np.array([0, len(rows)]),
+            uses=BatchUses(step=-1, first=first, bounds=np.array([0, len(rows)])),
             previous=np.array(previous, np.int32),
         )
 
@@ -172,16 +171,15 @@ class LeastRecentlyUsed:
             self._slots[row] = slot
         fence_tick = max([-1, *(self._evicted_at.get(row, -1) for row in missing)])
         self._evicted_at.update(dict.fromkeys(evicted, step))
-        before, self._before = self._before, (linked.first_occurrence, len(rows))
+        before, self._before = self._before, linked.uses
         self._step += 1
         return CachePlan(
-            batch=linked.batch,
+            linked=linked,
             unique_slots=self._slots_of(rows),
             overlapped=transfers([], [], [], [], -1),
             urgent=transfers(evicted, evicted_slots, missing, self._slots_of(missing), fence_tick),
-            neighbours=Neighbours(
-                linked, before=before, after=self._admitted[0] if self._admitted else None
-            ),
+            before=before,
+            after=self._admitted[0] if self._admitted else None,
         )
 
     def _slots_of(self, rows: Sequence[int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.optimizers import SGD
 from bagpipe.oracle import Cacher, Oracle, checked
 from bagpipe.oracle.linker import Linker
-from bagpipe.oracle.ranks import RankPlanner, TrainerCache
+from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.plan import GroupPlan
 from bagpipe.types import Jagged, TableConfig, group_tables
 
@@ -45,8 +45,8 @@ def test_plans_do_not_depend_on_the_numbers_of_occurrences(first_occurrence: int
         plans = []
         for batch in batches_of_group[10:]:
             cacher.admit(cacher.linker.link(batch))
-            planned, cache = cacher.plan(), TrainerCache(num_slots=120, num_replica_slots=0)
-            plans.append(RankPlanner(group, planned, cache, step=0).plan(0))
+            planner = RankPlanner(group, cacher.plan(), step=0, num_slots=120, num_replicas=0)
+            plans.append(planner.plan(0))
         return plans
 
     for one, other in zip(plan(0), plan(first_occurrence), strict=True):

@@ -8,43 +8,12 @@ from functools import cached_property
 import numpy as np
 
 from bagpipe.native.jit import jit
-from bagpipe.oracle.linker import OCCURRENCES, LinkedGroup
+from bagpipe.oracle.linker import OCCURRENCES, BatchUses, LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.plan import Transfers
 from bagpipe.types import BoolArray, Int32Array
 
 _NO_USES = np.empty(0, np.int32)
-
-
-class Neighbours:
-    """Which rows of a step the steps right before and after it use, too.
-
-    Nothing is computed until it is asked for, which may happen in any thread.
-    """
-
-    def __init__(
-        self, linked: LinkedGroup, *, before: tuple[int, int], after: LinkedGroup | None
-    ) -> None:
-        """Keeps what links the step with those beside it.
-
-        Args:
-            linked: The step's batch.
-            before: The first occurrence of the step before, and how many rows it uses.
-            after: The batch of the step after; None if the window does not hold it.
-        """
-        self._previous, self._first_occurrence = linked.previous, linked.first_occurrence
-        self._before = before
-        self._previous_of_after = _NO_USES if after is None else after.previous
-
-    @cached_property
-    def was_used_before(self) -> BoolArray:
-        """Whether the step before uses a row, too: (U,)."""
-        return _are_among(self._previous, *self._before)
-
-    @cached_property
-    def is_used_next(self) -> BoolArray:
-        """Whether the step after uses a row, too: (U,)."""
-        return _come_again(self._previous_of_after, self._first_occurrence, len(self._previous))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +23,31 @@ class CachePlan:
     With n trainers it is their joint cache: its slot s is slot s // n of rank s % n.
     """
 
-    batch: MergedGroup
+    linked: LinkedGroup
     unique_slots: Int32Array  # (U,)
     overlapped: Transfers
     urgent: Transfers
-    neighbours: Neighbours
+    before: BatchUses
+    """What the step before uses."""
+    after: LinkedGroup | None
+    """The batch of the step after; None if the window does not hold it."""
+
+    @property
+    def batch(self) -> MergedGroup:
+        return self.linked.batch
+
+    # A single trainer asks for neither of these. Where they are asked for, it is in a thread that
+    # does not set the pace.
+    @cached_property
+    def was_used_before(self) -> BoolArray:
+        """Whether the step before uses a row, too: (U,)."""
+        return _are_among(self.linked.previous, self.before.first, self.before.num_uniques)
+
+    @cached_property
+    def is_used_next(self) -> BoolArray:
+        """Whether the step after uses a row, too: (U,)."""
+        previous = _NO_USES if self.after is None else self.after.previous
+        return _come_again(previous, self.linked.uses.first, self.linked.uses.num_uniques)
 
 
 @jit

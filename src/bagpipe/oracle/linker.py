@@ -51,24 +51,28 @@ _AHEAD = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchUses:
+    """Which occurrences are those of a batch. It outlives the batch, whose arrays are large."""
+
+    step: int
+    first: int
+    # (num_shards + 1,) where in the rows each shard of the cache begins; found here because the
+    # linker runs ahead of the stage that sets the pace
+    bounds: Int64Array
+
+    @property
+    def num_uniques(self) -> int:
+        return int(self.bounds[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinkedGroup:
     """A batch's unique rows with their previous occurrences."""
 
     batch: MergedGroup
-    first_occurrence: int
-    # (num_shards + 1,) where in the rows each shard of the cache begins; found here because the
-    # linker runs ahead of the stage that sets the pace
-    bounds: Int64Array
+    uses: BatchUses
     # (U,) each row's previous occurrence, or -1; one settled long ago may be missing
     previous: Int32Array
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """A batch that the Cacher has not settled yet, as far as the linker knows."""
-
-    step: int
-    num_uniques: int
 
 
 class Linker:
@@ -86,7 +90,7 @@ class Linker:
         self._last_uses = np.full((group.num_rows, 1), -1, np.int32)
         self._num_shards = num_shards
         self._next_step, self._next_occurrence = first_step, 0
-        self._kept: deque[_Kept] = deque()
+        self._kept: deque[BatchUses] = deque()  # not settled yet, as far as is known here
         self._num_kept = 0  # occurrences
         self._num_swept = 0.0  # rows of the current sweep
 
@@ -107,11 +111,12 @@ class Linker:
         previous, bounds = _link(
             rows, step, first, self._num_kept, self._last_uses, self.next_uses, self._num_shards
         )
-        self._kept.append(_Kept(step=step, num_uniques=len(rows)))
+        uses = BatchUses(step=step, first=first, bounds=bounds)
+        self._kept.append(uses)
         self._num_kept += len(rows)
         self._next_occurrence = (first + len(rows)) & OCCURRENCES
         self._next_step += 1
-        return LinkedGroup(batch=batch, first_occurrence=first, bounds=bounds, previous=previous)
+        return LinkedGroup(batch=batch, uses=uses, previous=previous)
 
     def _sweep(self, num_uniques: int) -> None:
         """Sweeps as many rows as this batch's share of a whole sweep."""
@@ -148,7 +153,7 @@ def _link(
     next_uses: Int32Array,
     num_shards: int,
 ) -> tuple[Int32Array, Int64Array]:
-    """Returns `previous` and `bounds` of a `LinkedGroup`."""
+    """Returns `previous` of a `LinkedGroup`, and `bounds` of its uses."""
     # A batch's rows are unique, so parts of them never touch the same entry.
     previous = np.empty(len(rows), np.int32)
     for part in prange(NUM_PARTS):

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 import xxhash
 
@@ -29,7 +29,7 @@ from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.linker import LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.policy import POLICIES
-from bagpipe.oracle.ranks import RankPlanner, TrainerCache
+from bagpipe.oracle.ranks import RankPlanner
 from bagpipe.oracle.shortage import with_needs_ahead
 from bagpipe.plan import StepPlan
 from bagpipe.topology import ONE_TRAINER, Topology
@@ -65,21 +65,17 @@ class DedupedBatch(Generic[Payload]):
         return self.payload_bytes + sum(group.nbytes for group in self.groups)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinkedBatch(Generic[Payload]):
-    """A batch whose rows know their previous uses."""
-
-    batch: DedupedBatch[Payload]
-    groups: tuple[LinkedGroup, ...]
+Linked: TypeAlias = tuple[DedupedBatch[Payload], tuple[LinkedGroup, ...]]
+"""A batch, and for each group its rows with their previous uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PlannedStep(Generic[Payload]):
-    """A step of the joint cache."""
+class _JointStep(Generic[Payload]):
+    """A step of the joint caches, from which the plans of all ranks are made in any thread."""
 
     step: int
     batch: DedupedBatch[Payload]
-    groups: tuple[CachePlan, ...]
+    caches: tuple[CachePlan, ...]  # by group
     num_ahead: int  # batches that the window held beyond it
     peak_slots: tuple[int, ...]  # by group
     failure: str  # why no more batches come, unless they just end
@@ -120,8 +116,8 @@ def _hash_of(groups: Sequence[CachePlan]) -> str:
     hasher = xxhash.xxh3_128()
     for group in groups:
         hasher.update(group.unique_slots.data)
-        hasher.update(group.neighbours.was_used_before.data)
-        hasher.update(group.neighbours.is_used_next.data)
+        hasher.update(group.was_used_before.data)
+        hasher.update(group.is_used_next.data)
         for moved in (group.overlapped, group.urgent):
             hasher.update(str(moved.fence_tick).encode())
             for array in (moved.evict_rows, moved.evict_slots, moved.fetch_rows, moved.fetch_slots):
@@ -201,17 +197,14 @@ class Oracle:
         """Bytes of the policies' own state; the window's batches are not included."""
         return sum(policy.nbytes for policy in self._policies)
 
-    def link(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[LinkedBatch[Payload]]:
+    def link(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[Linked[Payload]]:
         """The first stage. May be any number of batches ahead of the second."""
         for batch in batches:
-            linked = (
-                policy.link(group)
-                for policy, group in zip(self._policies, batch.groups, strict=True)
-            )
-            yield LinkedBatch(batch=batch, groups=tuple(linked))
+            pairs = zip(self._policies, batch.groups, strict=True)
+            yield batch, tuple(policy.link(group) for policy, group in pairs)
 
     def plan(
-        self, linked: Iterable[LinkedBatch[Payload]], workers: Workers | None = None
+        self, linked: Iterable[Linked[Payload]], workers: Workers | None = None
     ) -> Iterator[tuple[tuple[StepPlan, ...], DedupedBatch[Payload]]]:
         """The second stage: yields each batch with the plans of the ranks planned for, in order.
 
@@ -226,7 +219,7 @@ class Oracle:
         """
         steps = self._plan_caches(linked)
         if workers is None or self._topology.num_trainers == 1:
-            planned: Iterator[tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]] = map(
+            planned: Iterator[tuple[_JointStep[Payload], tuple[StepPlan, ...]]] = map(
                 self._plan_trainers, steps
             )
         else:
@@ -237,9 +230,7 @@ class Oracle:
             self._peak_slots = step.peak_slots
             yield plans, step.batch
 
-    def _plan_caches(
-        self, batches: Iterable[LinkedBatch[Payload]]
-    ) -> Iterator[_PlannedStep[Payload]]:
+    def _plan_caches(self, batches: Iterable[Linked[Payload]]) -> Iterator[_JointStep[Payload]]:
         """The sequential part of the second stage."""
         source = iter(batches)
         window: deque[DedupedBatch[Payload]] = deque()
@@ -250,90 +241,76 @@ class Oracle:
         while True:
             while has_more and len(window) <= self._lookahead:
                 try:
-                    linked = next(source)
+                    batch, linked = next(source)
                     self._admit(linked)
                 except StopIteration:
                     has_more = False
                 except BaseException as error:
                     failure, has_more = error, False
                 else:
-                    window.append(linked.batch)
-                    window_bytes += linked.batch.nbytes
+                    window.append(batch)
+                    window_bytes += batch.nbytes
             if not window:
                 break
             batch = window.popleft()
             window_bytes -= batch.nbytes
-            planned = tuple(policy.plan() for policy in self._policies)
-            peak_slots = tuple(policy.num_used_slots for policy in self._policies)
-            yield _PlannedStep(
+            yield _JointStep(
                 step=step,
                 batch=batch,
-                groups=planned,
+                caches=tuple(policy.plan() for policy in self._policies),
                 num_ahead=len(window),
-                peak_slots=peak_slots,
+                peak_slots=tuple(policy.num_used_slots for policy in self._policies),
                 failure="" if failure is None else str(failure),
             )
             self._adapt(window_bytes, batch.nbytes)
             step += 1
         if isinstance(failure, CacheTooSmallError):
             behind = islice(source, max(self._lookahead, _SEEN_BEHIND_REFUSED))
-            failure = self._with_needs_ahead(failure, chain([linked], behind))
+            failure = with_needs_ahead(
+                failure,
+                chain([linked], (groups for _, groups in behind)),
+                groups=self._groups,
+                num_slots=self._num_slots,
+                num_trainers=self._topology.num_trainers,
+                num_hosts=self._topology.num_hosts,
+            )
         if failure is not None:
             raise failure
 
-    def _with_needs_ahead(
-        self, error: CacheTooSmallError, batches: Iterator[LinkedBatch[Payload]]
-    ) -> CacheTooSmallError:
-        return with_needs_ahead(
-            error,
-            (linked.groups for linked in batches),
-            groups=self._groups,
-            num_slots=self._num_slots,
-            num_trainers=self._topology.num_trainers,
-            num_hosts=self._topology.num_hosts,
-        )
-
-    def _admit(self, linked: LinkedBatch[Payload]) -> None:
+    def _admit(self, linked: Sequence[LinkedGroup]) -> None:
         """Lets all groups see the batch, or none."""
-        for policy, group in zip(self._policies, linked.groups, strict=True):
+        for policy, group in zip(self._policies, linked, strict=True):
             policy.check_fits(group)
-        for policy, group in zip(self._policies, linked.groups, strict=True):
+        for policy, group in zip(self._policies, linked, strict=True):
             policy.admit(group)
 
     def _plan_trainers(
-        self, planned: _PlannedStep[Payload]
-    ) -> tuple[_PlannedStep[Payload], tuple[StepPlan, ...]]:
+        self, planned: _JointStep[Payload]
+    ) -> tuple[_JointStep[Payload], tuple[StepPlan, ...]]:
         """Returns the plans of all ranks that are planned for.
 
         It changes nothing here, so that several steps may be planned at a time.
         """
         step, batch = planned.step, planned.batch
         issue_tick = max(self._first_step, step - self._prefetch_depth)
-        caches = zip(
-            self._groups,
-            planned.groups,
-            self._num_slots,
-            self._topology.num_replica_slots or (0,) * len(self._groups),
-            strict=True,
-        )
         planners = [
             RankPlanner(
-                group,
-                cache_plan,
-                TrainerCache(num_slots=slots, num_replica_slots=num_replicas),
+                self._groups[index],
+                planned.caches[index],
                 step=step,
+                num_slots=self._num_slots[index],
+                num_replicas=self._topology.num_replicas(index),
                 overlap=self._topology.overlap,
             )
-            for group, cache_plan, slots, num_replicas in caches
+            for index in range(len(self._groups))
         ]
         # A single trainer need not tell others.
-        is_shared = self._topology.num_trainers > 1
-        has_urgent = is_shared and any(
+        has_urgent = self._topology.num_trainers > 1 and any(
             len(moved) > 0
-            for group in planned.groups
+            for group in planned.caches
             for moved in (group.urgent.evict_slots, group.urgent.fetch_slots)
         )
-        joint_hash = _hash_of(planned.groups) if self._hash_plans else None
+        joint_hash = _hash_of(planned.caches) if self._hash_plans else None
         plans = tuple(
             StepPlan(
                 step=step,
@@ -343,7 +320,7 @@ class Oracle:
                 lookahead=planned.num_ahead,
                 has_urgent=has_urgent,
                 joint_hash=joint_hash,
-                failure=planned.failure if is_shared else "",
+                failure=planned.failure,
             )
             for rank in self._topology.ranks
         )

@@ -10,8 +10,6 @@ the step before has changed, or the step after needs, is exchanged on the critic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from bagpipe.errors import ConfigError
@@ -23,16 +21,6 @@ from bagpipe.types import Group, Int64Array
 OVERLAPPED, URGENT = 0, 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerCache:
-    """The cache of one group on each of several trainers."""
-
-    num_slots: int
-    num_replica_slots: int
-    """Replicas that one step may need; there are twice as many slots, for those of the next step
-    arrive while one is computed."""
-
-
 class RankPlanner:
     """Plans one step of one group for any of its trainers."""
 
@@ -40,9 +28,10 @@ class RankPlanner:
         self,
         group: Group,
         planned: CachePlan,
-        cache: TrainerCache,
         *,
         step: int,
+        num_slots: int,
+        num_replicas: int,
         overlap: bool = True,
     ) -> None:
         """Plans the step for all ranks together.
@@ -50,8 +39,10 @@ class RankPlanner:
         Args:
             group: The group to plan for.
             planned: The step of the joint cache.
-            cache: Each trainer's part of it.
             step: The step's number.
+            num_slots: Each trainer's own slots.
+            num_replicas: Replicas that one step may need on a trainer. There are twice as many
+                slots for them: those of the next step arrive while one is computed.
             overlap: Without it all that travels does so on the critical path.
 
         Raises:
@@ -63,12 +54,9 @@ class RankPlanner:
             self._unique_slots = [planned.unique_slots]
             self._overlapped, self._urgent = [planned.overlapped], [planned.urgent]
             return
-        self._first_replica = cache.num_slots + step % 2 * cache.num_replica_slots
+        self._first_replica = num_slots + step % 2 * num_replicas
         ends = np.cumsum([len(places) for places in merged.places])
-        comes_urgent, goes_urgent = (
-            planned.neighbours.was_used_before,
-            planned.neighbours.is_used_next,
-        )
+        comes_urgent, goes_urgent = planned.was_used_before, planned.is_used_next
         if len(planned.urgent.fetch_slots):
             comes_urgent = comes_urgent | np.isin(planned.unique_slots, planned.urgent.fetch_slots)
         if not overlap:
@@ -87,11 +75,11 @@ class RankPlanner:
         self._unique_slots = np.split(self._all.unique_slots, ends[:-1])
         # of all, so that every rank refuses the step
         for rank, counts in enumerate(self._all.replica_counts):
-            if counts.sum() > cache.num_replica_slots:
+            if counts.sum() > num_replicas:
                 raise ConfigError(
                     f"step {step}: rank {rank} needs {counts.sum():,} rows of {group.name} that "
                     "other ranks own, but has "
-                    f"room for {cache.num_replica_slots:,} replicas: allow more replicas or train "
+                    f"room for {num_replicas:,} replicas: allow more replicas or train "
                     "with smaller batches"
                 )
         num_trainers = len(merged.shares)

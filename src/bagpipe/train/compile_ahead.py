@@ -26,7 +26,7 @@ from bagpipe.optimizers import SGD
 from bagpipe.oracle.dedup import DedupedGroup, dedup
 from bagpipe.oracle.eviction import loops
 from bagpipe.oracle.eviction.cacher import Cacher
-from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
+from bagpipe.oracle.linker import BatchUses, LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import merge
 from bagpipe.store import MemoryStore, array
 from bagpipe.types import Group, Jagged, TableConfig
@@ -81,8 +81,7 @@ def compile_planning() -> None:
         cacher.admit(
             LinkedGroup(
                 batch=merge(cacher.group, [batch]),
-                first_occurrence=2 * step,
-                bounds=np.array([0, 2]),
+                uses=BatchUses(step=step, first=2 * step, bounds=np.array([0, 2])),
                 previous=np.full(2, -1, np.int32),
             )
         )

@@ -32,34 +32,20 @@ the eviction queues; per unsettled use 4 bytes. The linker's is besides.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from bagpipe.errors import CacheTooSmallError
-from bagpipe.oracle.cache_plan import CachePlan, Neighbours
+from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.eviction import loops, queues, shard_loops
-from bagpipe.oracle.linker import LinkedGroup, Linker, roomy_ring
+from bagpipe.oracle.linker import BatchUses, LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.shards import num_slots_needed, slot_bounds
 from bagpipe.plan import Transfers
-from bagpipe.types import Group, Int64Array
+from bagpipe.types import Group
 
 _NO_ROWS, _NO_USES, _NO_USERS = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Planned:
-    """A planned batch whose rows are not settled yet."""
-
-    step: int
-    first_occurrence: int
-    bounds: Int64Array  # (S + 1,) where in it each shard's rows begin
-
-    @property
-    def num_uniques(self) -> int:
-        return int(self.bounds[-1])
 
 
 class Cacher:
@@ -101,13 +87,11 @@ class Cacher:
             unknown=queues.make_unknown_queues(num_shards, shard_slots, num_slots),
             due=queues.make_due_queues(num_shards, shard_slots, max_lookahead + 2),
         )
-        self._nothing = _Planned(
-            step=-1, first_occurrence=0, bounds=np.zeros(num_shards + 1, np.int64)
-        )
+        self._nothing = BatchUses(step=-1, first=0, bounds=np.zeros(num_shards + 1, np.int64))
         self._slots_of_uses = np.empty(1 << 16, np.int32)  # see `loops`
         self._num_unsettled = 0  # occurrences
         self._admitted: deque[LinkedGroup] = deque()
-        self._unsettled: deque[_Planned] = deque()
+        self._unsettled: deque[BatchUses] = deque()  # of planned batches
         self.evicted_blindly = False
         """Whether the last plan evicted a row whose next use nobody knows: a longer window might
         have chosen better."""
@@ -133,7 +117,7 @@ class Cacher:
         Raises:
             CacheTooSmallError: The batch alone needs more slots than there are.
         """
-        if (np.diff(linked.bounds) > np.diff(self._state.slot_bounds)).any():
+        if (np.diff(linked.uses.bounds) > np.diff(self._state.slot_bounds)).any():
             rows = linked.batch.unique_rows
             raise CacheTooSmallError(
                 step=self._next_admitted,
@@ -155,7 +139,7 @@ class Cacher:
         step, last_seen = self._next_step, self._next_admitted - 1
         issue_tick = max(self._first_step, step - self.prefetch_depth)
         if step == self._first_step:
-            self._state.oldest_unsettled[:] = self._admitted[0].first_occurrence
+            self._state.oldest_unsettled[:] = self._admitted[0].uses.first
         newest = self._take_new()
         linked = self._admitted.popleft()
         self._next_step += 1
@@ -170,7 +154,7 @@ class Cacher:
             self._state,
             newest,
             _as_batch(linked),
-            np.array([each.first_occurrence + each.bounds for each in (settled, *self._unsettled)]),
+            np.array([each.first + each.bounds for each in (settled, *self._unsettled)]),
             shard_loops.Ticks(step=step, overlapped=issue_tick, last_seen=last_seen),
             shard_loops.Uses(next_uses=self.linker.next_uses, slots_of_uses=self._slots_of_uses),
             self._ranks,
@@ -184,18 +168,13 @@ class Cacher:
             counts[shard_loops.FETCHED_OVERLAPPED],
         )
         self.evicted_blindly = bool(counts[shard_loops.EVICTED_BLINDLY])
-        self._unsettled.append(
-            _Planned(step=step, first_occurrence=linked.first_occurrence, bounds=linked.bounds)
-        )
+        self._unsettled.append(linked.uses)
         self._num_unsettled += len(slots)
         return CachePlan(
-            batch=linked.batch,
+            linked=linked,
             unique_slots=slots,
-            neighbours=Neighbours(
-                linked,
-                before=(before.first_occurrence, before.num_uniques),
-                after=self._admitted[0] if self._admitted else None,
-            ),
+            before=before,
+            after=self._admitted[0] if self._admitted else None,
             overlapped=Transfers(
                 evict_rows=evicted.rows[:num_evicted_overlapped],
                 evict_slots=evicted.slots[:num_evicted_overlapped],
@@ -231,7 +210,7 @@ class Cacher:
 
     def _reserve(self, linked: LinkedGroup) -> None:
         """Makes room for a batch in the ring of unsettled uses."""
-        oldest = linked.first_occurrence - self._num_unsettled
+        oldest = linked.uses.first - self._num_unsettled
         self._slots_of_uses = roomy_ring(
             self._slots_of_uses, oldest, self._num_unsettled, len(linked.previous)
         )
@@ -243,6 +222,6 @@ def _as_batch(linked: LinkedGroup) -> shard_loops.Batch:
         rows=batch.unique_rows,
         previous=linked.previous,
         users=batch.users,
-        bounds=linked.bounds,
-        first_occurrence=linked.first_occurrence,
+        bounds=linked.uses.bounds,
+        first_occurrence=linked.uses.first,
     )
