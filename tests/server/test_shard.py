@@ -393,7 +393,7 @@ def test_calls_for_cuts_that_come_late_do_no_harm(shard: Shard, tmp_path: Path) 
     write = shard.cut(1, 4)
     shard.abandon(1, 3)
     assert not shard.committed(1, 3)
-    assert "not on disk" in raised(lambda: shard.committed(1, 4))
+    assert "none is in hand whose file is on disk" in raised(lambda: shard.committed(1, 4))
     write(tmp_path)
     assert shard.committed(1, 4)
 
@@ -409,7 +409,7 @@ def test_a_cut_of_an_older_epoch_is_refused_and_begin_gives_it_up(
         lambda: shard.cut(1, 2),
     ):
         assert "epoch 1 is not served, epoch 2 is" in raised(call)
-    assert "no cut of group 2 (dim 6) is in hand" in raised(lambda: write(tmp_path))
+    assert "the cut of group 2 (dim 6) was given up" in raised(lambda: write(tmp_path))
     assert list(tmp_path.iterdir()) == []
     assert not shard.committed(2, 1)
     shard.cut(2, 2)(tmp_path)  # its own numbers

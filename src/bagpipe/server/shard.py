@@ -265,15 +265,14 @@ class Shard:
             self._abandon()
             self._wait_until_idle(f"cut {name}", reads=False)
             self._check_epoch(epoch)
-            for store in self._stores:
-                store.begin_cut()
+            writers = [store.begin_cut() for store in self._stores]
             self._cut = name
 
         def write(folder: Path) -> tuple[RecordFile, ...]:
             shard = f"shard-{self.number}-of-{self.num_shards}"
             return tuple(
-                store.write_cut(folder / f"group-{index}.{shard}.cut-{name}.arrow")
-                for index, store in enumerate(self._stores)
+                write_cut(folder / f"group-{index}.{shard}.cut-{name}.arrow")
+                for index, write_cut in enumerate(writers)
             )
 
         return write

@@ -5,11 +5,11 @@ written, whether since the *base* (the last committed checkpoint), and whether s
 hand. There is no undo log: to put rows back is to read them from the base's files.
 
 *A cut.* `begin_cut` fixes which records belong to it: those written since the base, or all that
-were ever written, as they are at that moment. `write_cut` writes them to a file while fetches and
-writes go on. It goes through the rows in order, a block at a time. A write that overwrites a row of
-the cut that it has not reached keeps the old record, which then goes to the file as part of a block
-of its own; so old records take memory only until they are on disk. A block is read first, beside
-running writes. Then, while no write runs, the place reached moves on, and rows that were
+were ever written, as they are at that moment. What it returns writes them to a file while fetches
+and writes go on. It goes through the rows in order, a block at a time. A write that overwrites a
+row of the cut that it has not reached keeps the old record, which then goes to the file as part of
+a block of its own; so old records take memory only until they are on disk. A block is read first,
+beside running writes. Then, while no write runs, the place reached moves on, and rows that were
 overwritten meanwhile are left out: their old records were kept. Then the cut is `committed`: its
 rows are no longer written since the base, but those written since the cut are. Or it is
 `abandoned`: all of them still are, and the next cut has them.
@@ -35,6 +35,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -174,8 +175,14 @@ class CutStore:
         num_touched, num_since = _count(self._store.flags)
         return int(num_touched), int(num_since)
 
-    def begin_cut(self) -> None:
+    def begin_cut(self) -> Callable[[Path], RecordFile]:
         """Fixes that the cut has the records as they are now, of rows written since the base.
+
+        Returns:
+            What writes the cut's records to a new file, once, for a thread of its own. It returns
+            what the manifest is to say of the file, which is on disk then. It raises
+            CheckpointError where the disk is full or the file can't be written, and StoreError
+            where the store can't be read or the cut was given up; then there is no file.
 
         Raises:
             StoreError: one is in hand, or the store was not put back whole.
@@ -195,18 +202,10 @@ class CutStore:
             is_whole = self._is_whole_due(self.base, num_touched, num_since)
             self._cut = _Cut(bit=TOUCHED if is_whole else SINCE_BASE, is_whole=is_whole)
             self._store.mark = TOUCHED | SINCE_CUT
+        return partial(self._write_cut, self._cut)
 
-    def write_cut(self, path: Path) -> RecordFile:
-        """Writes the cut's records to a new file; for a thread of its own.
-
-        Returns:
-            What the manifest is to say of the file, which is on disk.
-
-        Raises:
-            CheckpointError: the disk is full or the file can't be written. There is none then.
-            StoreError: the store can't be read, or the cut was given up meanwhile.
-        """
-        cut = self._cut_in_hand()
+    def _write_cut(self, cut: _Cut, path: Path) -> RecordFile:
+        self._check_in_hand(cut)
         try:
             with new_file(path) as file:
                 num_records = write_records(file, self._blocks(cut), self.group.record_width)
@@ -239,10 +238,11 @@ class CutStore:
             StoreError: there is no cut whose file is on disk.
         """
         with self._gate.alone():
-            cut = self._cut_in_hand()
-            if cut.file is None:
+            cut = self._cut
+            if cut is None or cut.file is None:
                 raise StoreError(
-                    f"a cut of {self.group.name} can't be committed: its file is not on disk"
+                    f"no cut of {self.group.name} can be committed: none is in hand whose file is "
+                    "on disk"
                 )
             _fold(self._store.flags, TOUCHED)
             self._settle(self._base_after(cut.file))
@@ -356,16 +356,11 @@ class CutStore:
         num_in_increments = num_since + sum(file.num_records or 0 for file in base[1:])
         return len(base) > MAX_INCREMENTS or num_in_increments >= num_touched
 
-    def _cut_in_hand(self) -> _Cut:
-        if self._cut is None:
-            raise StoreError(f"no cut of {self.group.name} is in hand: begin one first")
-        return self._cut
-
     def _check_in_hand(self, cut: _Cut) -> None:
         if self._cut is not cut:
             raise StoreError(
-                f"the cut of {self.group.name} was given up while it was written: the next one has "
-                "its rows"
+                f"the cut of {self.group.name} was given up before it was on disk: the next one "
+                "has its rows"
             )
 
 

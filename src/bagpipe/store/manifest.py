@@ -7,8 +7,6 @@ A manifest of format 2 has for each group
 
 in order: of a row that is in several, the last one's record counts. A file's size and checksum are
 in the list of all files. Format 1 had one file for each group and host, with the host's rows.
-
-Nothing here needs torch: servers read manifests, too.
 """
 
 from __future__ import annotations
@@ -138,22 +136,6 @@ def check_tables(
         )
 
 
-def read_record_files(
-    checkpoint: Path, groups: Sequence[Group]
-) -> tuple[tuple[RecordFile, ...], ...]:
-    """The record files of each group of a checkpoint, in order.
-
-    Raises:
-        CheckpointError: the manifest is damaged, or describes other groups than these.
-    """
-    manifest = read_manifest(checkpoint)
-    try:
-        check_tables(checkpoint, manifest["groups"], groups)
-        return record_files(manifest)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise not_ours(checkpoint, error) from error
-
-
 def not_ours(checkpoint: Path, error: Exception) -> CheckpointError:
     """For a manifest that has the right checksum of itself, but other content than it must."""
     return CheckpointError(
@@ -172,14 +154,9 @@ def _tables(group: Group) -> dict[str, Any]:
 
 
 def _record_file(entry: Mapping[str, Any], by_name: Mapping[str, Mapping[str, Any]]) -> RecordFile:
-    file = RecordFile(
-        **entry,
-        size_bytes=int(by_name[entry["name"]]["size_bytes"]),
-        xxh3_128=by_name[entry["name"]]["xxh3_128"],
-    )
-    if not 0 <= file.shard < file.num_shards:
-        raise ValueError(f"{file.name} is of shard {file.shard} of {file.num_shards}")
-    return file
+    of_file = by_name[entry["name"]]
+    size_bytes = int(of_file["size_bytes"])
+    return RecordFile(**entry, size_bytes=size_bytes, xxh3_128=of_file["xxh3_128"])
 
 
 def _first(manifest: Mapping[str, Any]) -> list[list[dict[str, Any]]]:

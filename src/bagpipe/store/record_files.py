@@ -18,6 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from bagpipe.errors import CheckpointError
+from bagpipe.native.files import is_file_name
 from bagpipe.types import Float32Array, Int64Array
 
 
@@ -35,6 +36,12 @@ class RecordFile:
     """None where the manifest, one of format 1, does not say."""
     is_whole: bool
     """Whether it has every touched row of its shard, so that the shard needs no file before it."""
+
+    def __post_init__(self) -> None:
+        if not is_file_name(self.name):
+            raise ValueError(f"{self.name!r} must be the name of a file in the checkpoint's folder")
+        if not 0 <= self.shard < self.num_shards:
+            raise ValueError(f"{self.name} is of shard {self.shard} of {self.num_shards}")
 
 
 def files_of_shard(
