@@ -21,9 +21,7 @@ _TRAFFIC_HEADINGS = (
 
 def render_points(result: DryRun) -> Table:
     """Returns a rich table with a line for each point."""
-    note = ""
-    if result.num_trainers > 1:
-        note = f"; cache, memory, peak: of each of {result.num_trainers} trainers, others: of all"
+    note = _if_several(result, "; cache, memory, peak: of each of {} trainers, others: of all")
     table = Table(
         title=f"Oracle replayed: {result.num_counted_steps:,} steps of "
         f"{result.uniques_per_step:,.0f} unique rows on average",
@@ -49,7 +47,7 @@ def render_points(result: DryRun) -> Table:
 
 def render_smallest(result: DryRun) -> Table:
     """Returns a rich table of the smallest cache that never stalls with each lookahead."""
-    whose = "" if result.num_trainers == 1 else ", of each trainer"
+    whose = _if_several(result, ", of each trainer")
     table = Table(title=f"Smallest cache that never stalls{whose}")
     for heading in ("lookahead", "cache rows", "of all", "memory"):
         table.add_column(heading, justify="right")
@@ -94,7 +92,7 @@ def describe_largest(result: DryRun) -> str:
         f"{batch.num_uniques:,} unique rows of {batch.group} in step {batch.step:,}"
         for batch in result.largest
     )
-    whose = "" if result.num_trainers == 1 else f" for each of the {result.num_trainers} trainers"
+    whose = _if_several(result, " for each of the {} trainers")
     return (
         f"Largest of the first {result.num_batches:,} batches: {largest}. They train with a cache "
         f"of at least {result.smallest_cache:,} rows{whose}."
@@ -148,10 +146,8 @@ def save_plot(result: DryRun, path: Path) -> None:
                 shares.append(100 * point.cache_rows / num_rows)
                 fetched.append(point.report.fetched_rows_per_step)
         axes.plot(shares, fetched, marker="o", markersize=3, label=f"lookahead {lookahead}")
-    cache = (
-        "cache" if result.num_trainers == 1 else f"cache of each of {result.num_trainers} trainers"
-    )
-    axes.set(xscale="log", xlabel=f"{cache}, % of the rows", ylabel="rows fetched a step")
+    whose = _if_several(result, " of each of {} trainers")
+    axes.set(xscale="log", xlabel=f"cache{whose}, % of the rows", ylabel="rows fetched a step")
     axes.set_ylim(bottom=0)
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
@@ -174,6 +170,11 @@ def format_bytes(size: float) -> str:
             return f"{size:.3g}{unit}" if size < 1000 else f"{size:.0f}{unit}"
         size /= 1024
     return f"{size:,.3g}G"
+
+
+def _if_several(result: DryRun, note: str) -> str:
+    """A note on how many trainers there are, which "{}" stands for; empty where there is one."""
+    return note.format(result.num_trainers) if result.num_trainers > 1 else ""
 
 
 def _size_cells(result: DryRun, cache_rows: int) -> tuple[str, str, str]:

@@ -218,6 +218,7 @@ class Oracle:
             ConfigError: A rank needs more replicas than it has room for.
         """
         steps = self._plan_caches(linked)
+        # A single trainer has the whole cache: its plan costs less than handing it to a worker.
         if workers is None or self._topology.num_trainers == 1:
             planned: Iterator[tuple[_JointStep[Payload], tuple[StepPlan, ...]]] = map(
                 self._plan_trainers, steps

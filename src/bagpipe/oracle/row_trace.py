@@ -103,7 +103,6 @@ class Trace:
         num_replicas = [
             max(len(places) for group in groups for places in group.places)
             for groups in zip(*(batch.groups for batch in self.batches), strict=True)
-            if self.num_trainers > 1
         ]
         return Topology(
             num_trainers=self.num_trainers,
@@ -178,9 +177,7 @@ def num_uniques(batch: DedupedBatch[None]) -> int:
 
 def _unique_rows(groups: Sequence[Group], num_trainers: int, batch: Jagged) -> DedupedBatch[None]:
     """De-duplicates one batch and keeps only its unique rows."""
-    shares = [batch]
-    if num_trainers > 1:
-        shares = [share_of(batch, rank, num_trainers) for rank in range(num_trainers)]
+    shares = [share_of(batch, rank, num_trainers) for rank in range(num_trainers)]
     return DedupedBatch(
         payload=None,
         groups=tuple(
