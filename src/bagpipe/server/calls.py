@@ -17,6 +17,7 @@ from bagpipe.store.record_files import RecordFile
 from bagpipe.types import Group
 
 _MAX_CALL_BYTES = 16 << 20
+_MAX_NAME = 4096
 _Number: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -34,7 +35,7 @@ class Begin(_Message):
     epoch: _Number
     num_ranks: int
     checkpoint: Checkpoint | None
-    run: str
+    run: str = Field(max_length=_MAX_NAME)
 
 
 class Begun(_Message):
@@ -107,14 +108,24 @@ def fingerprint(groups: tuple[Group, ...], seed: int) -> str:
     return xxhash.xxh3_128(repr((groups, seed)).encode()).hexdigest()
 
 
-def answers(shard: Shard, kind: str, body: pa.Buffer) -> Iterator[bytes]:
+def answers(
+    shard: Shard, kind: str, body: pa.Buffer, run_folder: Path | None = None
+) -> Iterator[bytes]:
     """Does what a call asks for, and yields its answers.
+
+    Args:
+        shard: What is called.
+        kind: The name of the call.
+        body: Its JSON.
+        run_folder: Files outside of it are neither read nor written; None: all may be.
 
     Raises:
         StoreError, CheckpointError: It is no such call, or fails.
     """
     if kind not in _CALLS:
-        raise StoreError(f"{kind!r} is no call of a shard server: use the same version of Bagpipe")
+        raise StoreError(
+            f"{kind[:100]!r} is no call of a shard server: use the same version of Bagpipe"
+        )
     if body.size > _MAX_CALL_BYTES:
         raise StoreError(f"call {kind} has {body.size:,} bytes, may have {_MAX_CALL_BYTES:,}")
     form, serve = _CALLS[kind]
@@ -122,8 +133,35 @@ def answers(shard: Shard, kind: str, body: pa.Buffer) -> Iterator[bytes]:
         call = form.model_validate_json(body.to_pybytes())
     except ValidationError as error:
         raise StoreError(f"call {kind} has another form than {form.__name__}: {error}") from error
+    if run_folder is not None:
+        for path in _paths(call):
+            _check_inside(path, run_folder)
     for answer in serve(shard, call):
         yield answer.encode()
+
+
+def _paths(call: _Message) -> Iterator[Path]:
+    """All paths that a call names."""
+    if isinstance(call, Cut):
+        yield call.folder
+    elif isinstance(call, Begin) and call.checkpoint is not None:
+        yield call.checkpoint.folder
+        for files in call.checkpoint.files:
+            yield from (call.checkpoint.folder / file.name for file in files)
+
+
+def _check_inside(path: Path, run_folder: Path) -> None:
+    """Raises StoreError for a path outside of the run's folder: a client's word is no path."""
+    try:
+        inside = path.resolve().is_relative_to(run_folder.resolve())
+    except (OSError, ValueError):  # too long, or with a zero byte
+        inside = False
+    if not inside or not path.is_absolute():
+        raise StoreError(
+            f"{str(path)[:200]!r} is not in log.folder = {str(run_folder.resolve())!r} of this "
+            "server: start servers and trainers with one log.folder, on a file system that all "
+            "of them see under the same path"
+        )
 
 
 def _begin(shard: Shard, call: Begin) -> Iterator[_Message]:

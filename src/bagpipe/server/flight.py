@@ -18,6 +18,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from bagpipe.server.wire import Header, Place, What
 from bagpipe.types import Float32Array, Group, UInt8Array
 
 _CLOSE_TIMEOUT_S = 5.0
+_MAX_TEXT = 1000
+"""Characters; each may take 9 bytes in a header, which has 16 KB, and an error is sent twice."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ class ShardServer(GuardedServer):
         port: 0: any that is free; `port` then says which.
         credentials: The server's, see `bagpipe.server.credentials`.
         logins: By default those with the credentials' token.
+        run_folder: The run's, outside of which no client's call reads or writes a file; None: all
+            files are open to clients.
 
     Raises:
         ConfigError: It can't listen there.
@@ -60,8 +65,9 @@ class ShardServer(GuardedServer):
         port: int = 0,
         credentials: Credentials | None = None,
         logins: Logins | None = None,
+        run_folder: Path | None = None,
     ) -> None:
-        self.shard = shard
+        self.shard, self._run_folder = shard, run_folder
         super().__init__(host, port, credentials or Credentials(), logins)
         self._staging = StagingServer(shard)
         shard.staging = self._staging.address
@@ -98,7 +104,7 @@ class ShardServer(GuardedServer):
     def action(self, context: Any, action: Any) -> Iterator[Any]:
         """One call; it may be answered more than once."""
         with _telling():
-            for answer in calls.answers(self.shard, action.type, action.body):
+            for answer in calls.answers(self.shard, action.type, action.body, self._run_folder):
                 yield flight.Result(answer)
 
     def _write(self, reader: Any, writer: Any) -> None:
@@ -179,14 +185,23 @@ def _room(num_records: int, group: Group) -> tuple[UInt8Array, Float32Array]:
 
 @contextmanager
 def _telling() -> Iterator[None]:
-    """Tells the client what fails; `extra_info` has the text as it is, without Flight's."""
+    """Tells the client what fails, without a traceback.
+
+    `extra_info` has the text as it is, without Flight's.
+    """
     try:
         yield
     except flight.FlightError:
         raise
     except BagpipeError as error:
-        raise flight.FlightServerError(str(error), extra_info=str(error).encode()) from None
+        raise _told(str(error)) from None
     except Exception as error:
         _log.exception("a request failed")
-        text = f"{type(error).__name__}: {error}; see the server's log"
-        raise flight.FlightServerError(text, extra_info=text.encode()) from None
+        raise _told(f"{type(error).__name__}: {error}; see the server's log") from None
+
+
+def _told(text: str) -> flight.FlightServerError:
+    """An error that arrives: one longer than gRPC's headers may be is lost, text and all."""
+    if len(text) > _MAX_TEXT:
+        text = f"{text[: _MAX_TEXT // 2]} ... {text[-_MAX_TEXT // 2 :]}"
+    return flight.FlightServerError(text, extra_info=text.encode())

@@ -91,7 +91,7 @@ def running_shard(
             wait_timeout_s=servers.timeout_s,
         )
         logins = Logins(credentials.token)
-        server = ShardServer(shard, host, port, credentials, logins)
+        server = ShardServer(shard, host, port, credentials, logins, config.log.folder)
         stack.callback(server.close)
         metrics_address = None
         if metrics is not None:

@@ -183,7 +183,7 @@ def pack(rows: Int64Array = _NO_ROWS, records: UInt8Array = _NO_BYTES) -> pa.Rec
 def unpack(
     payload: pa.RecordBatch | None, *, most_rows: int, most_bytes: int
 ) -> tuple[Int64Array, UInt8Array]:
-    """The rows (n,) and the bytes of records of a payload, which are not copied.
+    """The rows (n,) and the bytes of records of a payload; the latter are not copied.
 
     No payload has no rows and no records.
 
@@ -213,6 +213,8 @@ def unpack(
             f"{most_rows:,} and {most_bytes:,}"
         )
     found = rows.values.to_numpy(zero_copy_only=True)[row_bounds[0] : row_bounds[1]]
+    if not found.flags.aligned:  # as most are: a message begins anywhere in what gRPC has read
+        found = found.copy()
     data = records.buffers()[2]
     if not size_bytes or data is None:
         return found, _NO_BYTES
@@ -230,7 +232,7 @@ def as_records(data: UInt8Array, num_records: int, group: Group) -> Float32Array
             f"a message has {data.nbytes:,} bytes of records for {num_records:,} rows of "
             f"{group.name}, must have {group.record_bytes} for each"
         )
-    if data.ctypes.data % 4:  # as only a hand-made message has it
+    if data.ctypes.data % 4:  # see `unpack`
         data = data.copy()
     return data.view(np.float32).reshape(num_records, group.record_width)
 
