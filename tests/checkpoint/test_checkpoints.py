@@ -25,6 +25,7 @@ from bagpipe.checkpoint.checkpoints import (
     open_checkpoint,
     save_checkpoint,
 )
+from bagpipe.checkpoint.epochs import RunFolder, claim_epoch
 from bagpipe.checkpoint.files import CheckpointWriter
 from bagpipe.data.base import Position
 from bagpipe.errors import CheckpointError
@@ -57,8 +58,14 @@ def trained_state(step: int = 3) -> State:
 
 
 def save(folder: Path, state: State, *, keep: int = 2, config: dict[str, Any] = CONFIG) -> Path:
+    return save_in(claim_epoch(folder), state, keep=keep, config=config)
+
+
+def save_in(
+    run: RunFolder, state: State, *, keep: int = 2, config: dict[str, Any] = CONFIG
+) -> Path:
     return save_checkpoint(
-        folder, state=state, position=Position(epoch=1, batch=2), config=config, keep=keep
+        run, state=state, position=Position(epoch=1, batch=2), config=config, keep=keep
     )
 
 
@@ -87,7 +94,7 @@ def test_a_checkpoint_that_does_not_count_skipped_steps_has_none(tmp_path: Path)
     manifest = read_manifest(saved.path)
     del manifest["num_skipped"]
     content = {key: value for key, value in manifest.items() if key not in ("format", "files")}
-    with CheckpointWriter(tmp_path / "older", saved.step) as writer:
+    with CheckpointWriter(claim_epoch(tmp_path / "older"), saved.step) as writer:
         for entry in manifest["files"]:
             writer.write_bytes(entry["name"], memoryview((saved.path / entry["name"]).read_bytes()))
         writer.write_manifest(content)
@@ -180,7 +187,7 @@ def test_a_folder_with_links_to_an_older_ones_files_is_complete_alone(tmp_path: 
     state = trained_state()
     old = open_checkpoint(save(tmp_path, state))
     group = state.embeddings.groups[0]
-    with CheckpointWriter(tmp_path, 4) as writer:
+    with CheckpointWriter(claim_epoch(tmp_path), 4) as writer:
         writer.write_bytes("dense.pt", (old.path / "dense.pt").read_bytes())
         with new_file(writer.folder / "group-0.4.arrow") as file:
             rows, records = np.array([1, 50]), np.full((2, group.record_width), 7, np.float32)
@@ -223,7 +230,7 @@ def test_where_links_are_not_known_files_are_copied(
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", link)
-    with CheckpointWriter(tmp_path, 4) as writer:
+    with CheckpointWriter(claim_epoch(tmp_path), 4) as writer:
         writer.link(old.path, old.record_files[0][0])
     verify_files(writer.path, read_manifest(writer.path)["files"])
     assert not os.path.samefile(old.path / "group-0.arrow", writer.path / "group-0.arrow")
@@ -233,7 +240,7 @@ def test_a_linked_file_that_is_gone_is_named(tmp_path: Path) -> None:
     old = open_checkpoint(save(tmp_path, trained_state()))
     (old.path / "group-0.arrow").unlink()
     with pytest.raises(CheckpointError, match="step-0000000004: can't be written: No such file"):
-        with CheckpointWriter(tmp_path, 4) as writer:
+        with CheckpointWriter(claim_epoch(tmp_path), 4) as writer:
             writer.link(old.path, old.record_files[0][0])
 
 
@@ -247,9 +254,11 @@ def test_the_cache_is_flushed_first(tmp_path: Path) -> None:
 def test_the_newest_valid_checkpoint_is_found_and_damage_is_told(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, trained_state(step), keep=3)
-    (tmp_path / "step-0000000003" / "dense.pt").write_bytes(b"")
+    (tmp_path / "checkpoints" / "step-0000000003" / "dense.pt").write_bytes(b"")
     told: list[str] = []
-    saved = find_checkpoint(tmp_path, on_damaged=lambda error: told.append(str(error)))
+    saved = find_checkpoint(
+        tmp_path / "checkpoints", on_damaged=lambda error: told.append(str(error))
+    )
     assert saved is not None
     assert saved.step == 2
     assert len(told) == 1
@@ -261,11 +270,11 @@ def test_without_a_valid_one_among_them_nothing_is_resumed(tmp_path: Path) -> No
     with pytest.raises(
         CheckpointError, match=r"none of its 1 checkpoints is valid; the newest: .*manifest.json"
     ):
-        find_checkpoint(tmp_path, on_damaged=lambda error: None)
+        find_checkpoint(tmp_path / "checkpoints", on_damaged=lambda error: None)
 
 
 def test_an_empty_folder_has_none(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path, on_damaged=lambda error: None) is None
+    assert find_checkpoint(tmp_path / "checkpoints", on_damaged=lambda error: None) is None
 
 
 def test_other_tables_are_refused(tmp_path: Path) -> None:

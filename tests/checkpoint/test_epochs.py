@@ -14,7 +14,7 @@ from bagpipe.errors import CheckpointError
 
 
 def test_numbers_grow_and_say_who_claimed_them(tmp_path: Path) -> None:
-    assert [claim_epoch(tmp_path).number for _ in range(3)] == [1, 2, 3]
+    assert [claim_epoch(tmp_path).epoch for _ in range(3)] == [1, 2, 3]
     claim = json.loads((tmp_path / "epochs" / "2" / "claim.json").read_text())
     assert set(claim) == {"host", "pid", "time_s"}
 
@@ -22,7 +22,7 @@ def test_numbers_grow_and_say_who_claimed_them(tmp_path: Path) -> None:
 def test_a_number_is_not_used_again_when_its_cuts_are_gone(tmp_path: Path) -> None:
     claim_epoch(tmp_path)
     shutil.rmtree(claim_epoch(tmp_path).cuts)
-    assert claim_epoch(tmp_path).number == 3
+    assert claim_epoch(tmp_path).epoch == 3
 
 
 def test_an_older_epoch_can_no_longer_put_a_checkpoint_in_place(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_zombie_that_writes_on_is_told_of_and_in_nobodys_way(
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", refuse)
-        assert claim_epoch(tmp_path, said.append).number == 2
+        assert claim_epoch(tmp_path, said.append).epoch == 2
     assert "1/ended" in said[0]
     assert "Directory not empty" in said[0]
     claim_epoch(tmp_path)
@@ -79,9 +79,9 @@ def test_starts_at_one_time_get_numbers_of_their_own_and_the_newest_is_left(
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(epoch.number for epoch in epochs) == list(range(1, 9))
-    newest = max(epochs, key=lambda epoch: epoch.number)
-    assert [epoch for epoch in epochs if epoch.cuts.is_dir()] == [newest]
+    assert sorted(each.epoch for each in epochs) == list(range(1, 9))
+    newest = max(epochs, key=lambda each: each.epoch)
+    assert [each for each in epochs if each.cuts.is_dir()] == [newest]
 
 
 def test_a_folder_that_cant_be_written_is_named(tmp_path: Path) -> None:

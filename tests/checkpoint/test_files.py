@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bagpipe.checkpoint.epochs import RunFolder, claim_epoch
 from bagpipe.checkpoint.files import (
     CheckpointWriter,
     checkpoint_name,
     list_checkpoints,
     prune,
-    remove_temporary,
     step_of,
 )
 from bagpipe.errors import CheckpointError, StoreError
@@ -38,11 +38,21 @@ def blocks(*sizes: int) -> Iterator[tuple[Int64Array, Float32Array]]:
 
 
 def write(folder: Path, step: int = 5) -> Path:
-    with CheckpointWriter(folder, step) as writer:
+    return write_in(claim_epoch(folder), step)
+
+
+def write_in(run: RunFolder, step: int) -> Path:
+    with CheckpointWriter(run, step) as writer:
         writer.write_bytes("dense.pt", b"dense")
         writer.write_records("group-0.arrow", blocks(4, 2), WIDTH)
         writer.write_manifest({"step": step})
     return writer.path
+
+
+def left_in(folder: Path) -> list[str]:
+    """Checkpoints, and what is not yet or no longer one."""
+    found = (*folder.glob("checkpoints/*"), *folder.glob("epochs/*/cuts/*"))
+    return sorted(path.name for path in found)
 
 
 def busy(monkeypatch: pytest.MonkeyPatch, busy_name: str) -> None:
@@ -53,7 +63,7 @@ def busy(monkeypatch: pytest.MonkeyPatch, busy_name: str) -> None:
         real = getattr(module, name)
 
         def refuse(path: Path, *rest: Any, real: Any = real, **options: Any) -> None:
-            if Path(path).name == busy_name:
+            if Path(path).name == busy_name and Path(path).parent.name != "cuts":
                 raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
             real(path, *rest, **options)
 
@@ -73,7 +83,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_no_records_at_all_are_a_file_too(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path, 0) as writer:
+    with CheckpointWriter(claim_epoch(tmp_path), 0) as writer:
         file = writer.write_records("group-0.arrow", iter(()), WIDTH)
         assert file.num_records == 0
     assert list(read_records(writer.path / "group-0.arrow", WIDTH)) == []
@@ -85,9 +95,9 @@ def test_a_failure_leaves_nothing_but_what_was_there(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     write(tmp_path, 1)
-    with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path, 2) as writer:
+    with pytest.raises(ZeroDivisionError), CheckpointWriter(claim_epoch(tmp_path), 2) as writer:
         writer.write_records("group-0.arrow", failing(), WIDTH)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint_name(1)]
+    assert left_in(tmp_path) == [checkpoint_name(1)]
 
 
 def test_a_store_that_fails_is_not_taken_for_the_disk(tmp_path: Path) -> None:
@@ -95,9 +105,12 @@ def test_a_store_that_fails_is_not_taken_for_the_disk(tmp_path: Path) -> None:
         yield from blocks(1)
         raise StoreError("row 3 is gone")
 
-    with pytest.raises(StoreError, match="row 3"), CheckpointWriter(tmp_path, 2) as writer:
+    with (
+        pytest.raises(StoreError, match="row 3"),
+        CheckpointWriter(claim_epoch(tmp_path), 2) as writer,
+    ):
         writer.write_records("group-0.arrow", failing(), WIDTH)
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == []
 
 
 def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
@@ -108,21 +121,23 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    run = claim_epoch(tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         CheckpointError,
         match=r"step-0000000002: can't be written: No space left.*earlier checkpoints",
     ):
-        write(tmp_path, 2)
+        write_in(run, 2)
     monkeypatch.undo()
-    assert list(tmp_path.iterdir()) == [old]
+    assert left_in(tmp_path) == [old.name]
     verify_files(old, read_manifest(old)["files"])
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    run = claim_epoch(tmp_path)
+    run.checkpoints.write_text("")
     with pytest.raises(CheckpointError, match="can't be written: Not a directory"):
-        write(tmp_path / "file", 2)
+        write_in(run, 2)
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -130,7 +145,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
     (path / "dense.pt").write_bytes(b"DENSE")
     write(tmp_path, 1)
     verify_files(path, read_manifest(path)["files"])
-    assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint_name(1)]
+    assert left_in(tmp_path) == [checkpoint_name(1)]
 
 
 @pytest.mark.parametrize("name", ["dense.pt", "group-0.arrow", "manifest.json"])
@@ -176,9 +191,9 @@ def test_the_last_ones_are_kept_and_later_ones_are_not_touched(tmp_path: Path) -
     for step in (1, 2, 3, 9):
         write(tmp_path, step)
     told: list[str] = []
-    prune(tmp_path, newest=3, keep=2, say=told.append)
+    prune(claim_epoch(tmp_path), newest=3, keep=2, say=told.append)
     assert told == []
-    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [2, 3, 9]
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [2, 3, 9]
 
 
 def test_one_that_cannot_be_removed_is_told_and_the_others_are(
@@ -186,22 +201,14 @@ def test_one_that_cannot_be_removed_is_told_and_the_others_are(
 ) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
-    (tmp_path / "step-0000000005.tmp-1").mkdir()
-    (tmp_path / "step-0000000006.tmp-1").mkdir()
     busy(monkeypatch, "step-0000000002")
-    busy(monkeypatch, "step-0000000005.tmp-1")
     told: list[str] = []
-    prune(tmp_path, newest=4, keep=1, say=told.append)
-    remove_temporary(tmp_path, told.append)
-    assert [text.split(": ", 1) for text in told] == [
-        [
-            str(tmp_path / name),
-            "is no longer needed, but can't be removed: Device or resource busy; the run goes on",
-        ]
-        for name in ("step-0000000002", "step-0000000005.tmp-1")
+    prune(claim_epoch(tmp_path), newest=4, keep=1, say=told.append)
+    assert told == [
+        f"{tmp_path / 'checkpoints' / 'step-0000000002'}: is no longer needed, but can't be "
+        "removed: Device or resource busy; the run goes on"
     ]
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["step-0000000002", "step-0000000004", "step-0000000005.tmp-1"]
+    assert left_in(tmp_path) == ["step-0000000002", "step-0000000004"]
 
 
 def test_a_damaged_one_of_the_same_step_that_cannot_be_removed_does_not_keep_out_the_new_one(
@@ -212,7 +219,7 @@ def test_a_damaged_one_of_the_same_step_that_cannot_be_removed_does_not_keep_out
     real = shutil.rmtree
 
     def rmtree(folder: Path, ignore_errors: bool = False) -> None:
-        if not ignore_errors and str(folder).endswith("-old"):
+        if not ignore_errors and folder.name.startswith("old-"):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         real(folder, ignore_errors)
 
@@ -223,7 +230,7 @@ def test_a_damaged_one_of_the_same_step_that_cannot_be_removed_does_not_keep_out
 
 @pytest.mark.parametrize("name", ["../dense.pt", "/etc/passwd", "a/b", "..", ".", "", "a\0", 7])
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: Any) -> None:
-    with CheckpointWriter(tmp_path, 5) as writer:
+    with CheckpointWriter(claim_epoch(tmp_path), 5) as writer:
         writer.write_bytes("dense.pt", b"dense")
         writer.files[0]["name"] = name
         writer.write_manifest({"step": 5})
@@ -233,20 +240,8 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name:
     assert f"manifest.json: names {name!r}, must be a file in its own folder" in str(caught.value)
 
 
-def test_only_temporary_folders_are_cleared(tmp_path: Path) -> None:
-    kept = write(tmp_path, 1)
-    stale = tmp_path / "step-0000000002.tmp-123"
-    shutil.copytree(kept, stale)
-    (tmp_path / "notes.tmp-1").mkdir()
-    told: list[str] = []
-    remove_temporary(tmp_path, told.append)
-    assert told == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.tmp-1", kept.name]
-
-
 def test_no_folder_holds_no_checkpoint(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "none") == []
-    remove_temporary(tmp_path / "none", pytest.fail)
 
 
 def test_another_name_is_no_checkpoint() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.checkpoint.test_checkpoints import save, trained_state
+from tests.checkpoint.test_checkpoints import save_in, trained_state
 from tests.disks import ForgetfulDisk
 from tests.train.runs import newest_files, small_config
 
@@ -66,9 +66,9 @@ def save_and_cut(
             found_steps.add(step)
 
     disk.at_every_event(check)
-    with claim_run_folder(root / CHECKPOINTS.parent) as checkpoints:
+    with claim_run_folder(root / CHECKPOINTS.parent) as run:
         for step in range(1, num_saves + 1):
-            path = save(checkpoints, trained_state(step))
+            path = save_in(run, trained_state(step))
             files[step], saved_step = read_manifest(path)["files"], step
             check()
     disk.at_every_event(lambda: None)
@@ -93,7 +93,7 @@ def test_what_was_saved_is_found(
         "group-0.arrow",
         "group-1.arrow",
         "manifest.json",
-        "step-*.tmp-*",
+        "cuts/step-*",
         "checkpoints",
         "runs/first",
         "runs",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.checkpoint.test_files import busy
 
+from bagpipe.checkpoint.epochs import claim_epoch
 from bagpipe.checkpoint.run_folder import claim_run_folder, start_afresh
 from bagpipe.errors import ConfigError
 
@@ -18,40 +19,28 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path: Path) ->
         claim_run_folder(tmp_path / "run"),
     ):
         pass
-    with claim_run_folder(tmp_path / "run") as checkpoints:
-        assert checkpoints.is_dir()
+    with claim_run_folder(tmp_path / "run") as run:
+        assert run.checkpoints.is_dir()
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
-    stale = tmp_path / "checkpoints" / "step-0000000001.tmp-9"
-    stale.mkdir(parents=True)
-    with claim_run_folder(tmp_path):
-        assert not stale.exists()
-
-
-def test_what_cannot_be_cleared_is_told_and_in_nobodys_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stale = tmp_path / "checkpoints" / "step-0000000001.tmp-9"
-    stale.mkdir(parents=True)
-    busy(monkeypatch, stale.name)
-    told: list[str] = []
-    with claim_run_folder(tmp_path, told.append) as checkpoints:
-        assert list(checkpoints.iterdir()) == [stale]
-    (text,) = told
-    assert f"{stale}: is no longer needed, but can't be removed: Device or resource busy" in text
+    with claim_run_folder(tmp_path) as run:
+        (run.cuts / "step-0000000001").mkdir()
+    with claim_run_folder(tmp_path) as run:
+        assert list(run.cuts.iterdir()) == []
+        assert list(tmp_path.glob("epochs/1/*")) == [tmp_path / "epochs" / "1" / "claim.json"]
 
 
 def test_an_earlier_run_that_cannot_be_removed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = tmp_path / "run" / "step-0000000012"
+    checkpoint = tmp_path / "checkpoints" / "step-0000000012"
     checkpoint.mkdir(parents=True)
     busy(monkeypatch, checkpoint.name)
     with pytest.raises(
         ConfigError, match=r"step-0000000012: of an earlier run, can't be removed: Device.*log.fold"
     ):
-        start_afresh(tmp_path / "run", overwrite=True)
+        start_afresh(claim_epoch(tmp_path), overwrite=True)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -64,9 +53,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_an_earlier_run_is_removed_only_when_asked(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "step-0000000012"
+    checkpoint = tmp_path / "checkpoints" / "step-0000000012"
     checkpoint.mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"up to step 12: .*--resume.*--overwrite"):
-        start_afresh(tmp_path / "run", overwrite=False)
-    start_afresh(tmp_path / "run", overwrite=True)
+        start_afresh(claim_epoch(tmp_path), overwrite=False)
+    start_afresh(claim_epoch(tmp_path), overwrite=True)
     assert not checkpoint.exists()

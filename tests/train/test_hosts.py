@@ -43,6 +43,7 @@ from tests.train.test_trainers import (
 
 import bagpipe
 from bagpipe.checkpoint.checkpoints import State, load_checkpoint, open_checkpoint, save_checkpoint
+from bagpipe.checkpoint.epochs import claim_epoch
 from bagpipe.checkpoint.files import CheckpointFiles, list_checkpoints
 from bagpipe.checkpoint.run_folder import check_seen_by_all
 from bagpipe.data.base import Position
@@ -248,6 +249,7 @@ def rank_of(trainer: Trainer) -> int:
 
 def saved_by(folder: Path, num_trainers: int, num_hosts: int) -> list[np.ndarray]:
     """What hosts hold that have trained ten steps and saved them."""
+    run = claim_epoch(folder)
     groups = group_tables(make_tables(), Adam(lr=0.05))
     stores: Stores = {
         (host, group.index): MemoryStore(group, 11) for host in range(num_hosts) for group in groups
@@ -263,7 +265,7 @@ def saved_by(folder: Path, num_trainers: int, num_hosts: int) -> list[np.ndarray
             make_batches(10),
         )
         save_checkpoint(
-            folder,
+            run,
             state=state_of(embeddings),
             position=Position(epoch=0, batch=10),
             config=CONFIG,
@@ -288,7 +290,7 @@ def test_a_checkpoint_of_two_hosts_is_loaded_by_any_number(
     tmp_path: Path, num_trainers: int, num_hosts: int, is_old: bool
 ) -> None:
     expected = saved_by(tmp_path, 4, 2)
-    (path,) = list_checkpoints(tmp_path)
+    (path,) = list_checkpoints(tmp_path / "checkpoints")
     names = [
         "dense.pt",
         *(f"group-{group}{host}.arrow" for group in range(2) for host in ("", ".host-1")),
@@ -333,6 +335,7 @@ def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
         return original(files, name, *arguments, **shard)
 
     monkeypatch.setattr(CheckpointFiles, "write_records", full)
+    run = claim_epoch(tmp_path)
     seen: list[str] = []
 
     def work(communicator: Communicator) -> None:
@@ -344,7 +347,7 @@ def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
         state, position = state_of(embeddings), Position(epoch=0, batch=0)
         with pytest.raises(CheckpointError) as caught:
             save_checkpoint(
-                tmp_path,
+                run,
                 state=state,
                 position=position,
                 config=CONFIG,
@@ -355,7 +358,7 @@ def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
         monkeypatch.undo()
         communicator.barrier("waiting for the disk to be mended")
         save_checkpoint(
-            tmp_path,
+            run,
             state=state,
             position=position,
             config=CONFIG,
@@ -366,7 +369,7 @@ def test_what_one_host_can_not_write_is_an_error_on_all_and_no_checkpoint(
     run_ranks(4, work, num_hosts=2)
     others = {f"{other}: on rank {rank}: the disk is full" for other in range(4) if other != rank}
     assert set(seen) == {f"{rank}: the disk is full"} | others
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000000"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-0000000000"]
 
 
 def test_a_host_that_can_not_see_the_folder_says_so(tmp_path: Path) -> None:

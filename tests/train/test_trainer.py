@@ -134,7 +134,7 @@ def test_a_checkpoint_that_fails_does_not_end_the_run(
     real = os.fsync
 
     def full_at_step_10(descriptor: int) -> None:
-        if list((tmp_path / "checkpoints").glob("step-0000000010.tmp-*")):
+        if list(tmp_path.glob("epochs/*/cuts/step-0000000010")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -171,7 +171,7 @@ def test_a_last_checkpoint_that_fails_is_an_error(
     real = os.fsync
 
     def read_only_at_the_end(descriptor: int) -> None:
-        if list((tmp_path / "checkpoints").glob("step-*.tmp-*")):
+        if list(tmp_path.glob("epochs/*/cuts/step-*")):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         real(descriptor)
 

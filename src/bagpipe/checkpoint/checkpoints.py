@@ -25,12 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bagpipe.checkpoint.files import (
-    CheckpointFiles,
-    CheckpointWriter,
-    list_checkpoints,
-    prune,
-)
+from bagpipe.checkpoint.epochs import RunFolder
+from bagpipe.checkpoint.files import CheckpointFiles, CheckpointWriter, list_checkpoints, prune
 from bagpipe.config.compare import Difference, compare_configs
 from bagpipe.data.base import Position
 from bagpipe.distributed.trainers import Trainers
@@ -98,7 +94,7 @@ class SavedRun:
 
 
 def save_checkpoint(
-    folder: Path,
+    run: RunFolder,
     *,
     state: State,
     position: Position,
@@ -112,7 +108,7 @@ def save_checkpoint(
     All `trainers` must call it.
 
     Args:
-        folder: where the run's checkpoints are.
+        run: the run's folder.
         state: model, dense optimizer and embeddings, between two steps.
         position: the next batch to train.
         config: the run's configuration, as JSON values.
@@ -130,7 +126,7 @@ def save_checkpoint(
     """
     state.embeddings.flush()
     groups, step, peers = state.embeddings.groups, state.embeddings.step, trainers.peers
-    writer = CheckpointWriter(folder, step)
+    writer = CheckpointWriter(run, step)
     with ExitStack() as stack:
 
         def begin() -> str | None:
@@ -177,7 +173,7 @@ def save_checkpoint(
             writer.files += [file for part in parts[1:] for file in part["files"]]
             writer.write_manifest(content)
             stack.close()
-            prune(folder, newest=step, keep=keep, say=say)
+            prune(run, newest=step, keep=keep, say=say)
 
         temporary = trainers.all_do("a checkpoint's folder", begin)[0]
         written = trainers.all_do("a checkpoint's files", lambda: write(temporary))

@@ -33,23 +33,45 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """A claimed epoch."""
+class RunFolder:
+    """A run's folder, as an epoch has claimed it."""
 
-    number: int
-    cuts: Path
-    """Where its unfinished checkpoints are."""
+    path: Path
+    epoch: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def cuts(self) -> Path:
+        """Where this epoch writes what is to become a checkpoint."""
+        return self.path / "epochs" / str(self.epoch) / _CUTS
+
+    def take_away(self, checkpoint: Path) -> Path:
+        """Renames a checkpoint out of the way, so that nobody finds a half removed one.
+
+        Returns:
+            Where it is now, to be removed.
+
+        Raises:
+            FileNotFoundError: A later epoch has begun.
+        """
+        doomed = self.cuts / f"old-{checkpoint.name}-{secrets.token_hex(4)}"
+        checkpoint.rename(doomed)
+        return doomed
 
 
-def claim_epoch(run_folder: Path, say: Callable[[str], None] = lambda _: None) -> Epoch:
-    """Claims the next epoch of a run, and ends all older ones.
+def claim_epoch(path: Path, say: Callable[[str], None] = lambda _: None) -> RunFolder:
+    """Claims the next epoch of the run in a folder, and ends all older ones.
 
     What they had begun to write is removed; `say` is told what can't be, which is in nobody's way.
 
     Raises:
         CheckpointError: The folder can't be written.
     """
-    epochs = run_folder / "epochs"
+    epochs = path / "epochs"
     try:
         make_folder(epochs)
         number = _claim(epochs)
@@ -59,7 +81,7 @@ def claim_epoch(run_folder: Path, say: Callable[[str], None] = lambda _: None) -
             f"{error.filename or epochs}: a start of the run can't be noted there: "
             f"{error.strerror or error}. Make room, or give another log.folder"
         ) from error
-    return Epoch(number=number, cuts=epochs / str(number) / _CUTS)
+    return RunFolder(path=path, epoch=number)
 
 
 def _claim(epochs: Path) -> int:

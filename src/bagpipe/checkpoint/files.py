@@ -8,12 +8,13 @@
                             host's, those of the others are in group-0.host-1.arrow and so on
         manifest.json       step, position, configuration, each group's record files in order,
                             sizes and xxh3_128 checksums of all files; written last
-      step-0000001500.tmp-4711/     being written, or left behind by a process that was killed
+    epochs/8/cuts/
+      step-0000001500/      being written, or left behind by a process that was killed
 
-A checkpoint is written under its temporary name, each file flushed to the disk, the manifest last,
-then the folder is renamed and its parent flushed. A kill at any moment leaves the older checkpoints
-as they were and at most one temporary folder, which the next run removes. Removal renames first for
-the same reason.
+A checkpoint is written into the folder of its epoch (`bagpipe.checkpoint.epochs`), each file
+flushed to the disk, the manifest last, then the folder is renamed to its place and that is flushed.
+A kill at any moment leaves the older checkpoints as they were and at most one folder of an ended
+epoch, which the next run removes. Removal renames first for the same reason.
 
 Shard servers write only the records of rows written since the checkpoint before. The files of that
 one which are still needed are linked into the new folder, so that each folder is complete by itself
@@ -35,6 +36,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.errors import CheckpointError, StoreError
 from bagpipe.native.files import make_folder, sync_folder
 from bagpipe.store.manifest import FORMAT, MANIFEST, checksum_of
@@ -43,7 +45,6 @@ from bagpipe.types import Float32Array, Int64Array
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _NAME = re.compile(r"step-(\d{10})")
-_TEMPORARY = re.compile(r"step-\d{10}\.tmp-\d+(-old)?")
 
 
 def checkpoint_name(step: int) -> str:
@@ -71,29 +72,17 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def remove_temporary(folder: Path, say: Callable[[str], None]) -> None:
-    """Removes what killed processes left behind. Only the run that owns the folder may call it.
-
-    `say` is told what can't be removed; it is in nobody's way.
-    """
-    with _removal(folder, say):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if _TEMPORARY.fullmatch(path.name):
-                with _removal(path, say):
-                    shutil.rmtree(path)
-
-
-def prune(folder: Path, *, newest: int, keep: int, say: Callable[[str], None]) -> None:
+def prune(run: RunFolder, *, newest: int, keep: int, say: Callable[[str], None]) -> None:
     """Removes all but the last `keep` checkpoints up to step `newest`.
 
     Later ones belong to a run that was given up, and stay. `say` is told what can't be removed; the
     newer checkpoints are as good beside it.
     """
-    with _removal(folder, say):
-        mine = [path for path in list_checkpoints(folder) if step_of(path) <= newest]
+    with _removal(run.checkpoints, say):
+        mine = [path for path in list_checkpoints(run.checkpoints) if step_of(path) <= newest]
         for path in mine[:-keep]:
             with _removal(path, say):
-                shutil.rmtree(_moved_aside(path))
+                shutil.rmtree(run.take_away(path))
 
 
 @contextmanager
@@ -217,11 +206,11 @@ class CheckpointWriter(CheckpointFiles):
             as they were.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """`folder` is that of all checkpoints."""
-        super().__init__(
-            folder / f"{checkpoint_name(step)}.tmp-{os.getpid()}", folder / checkpoint_name(step)
-        )
+    def __init__(self, run: RunFolder, step: int, name: str | None = None) -> None:
+        """`name` is that of the temporary folder, by default the checkpoint's."""
+        final = checkpoint_name(step)
+        super().__init__(run.cuts / (name or final), run.checkpoints / final)
+        self._run = run
         self._content: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -256,15 +245,8 @@ class CheckpointWriter(CheckpointFiles):
         with self._open(MANIFEST) as file:
             file.write(text.encode())
         sync_folder(self.folder)
-        replaced = _moved_aside(self.path) if self.path.exists() else None
+        replaced = self._run.take_away(self.path) if self.path.exists() else None
         self.folder.rename(self.path)
         sync_folder(self.path.parent)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)  # the next run tries again, and says so
-
-
-def _moved_aside(checkpoint: Path) -> Path:
-    """Under the name of something temporary, so that nobody finds a half removed checkpoint."""
-    doomed = checkpoint.with_name(f"{checkpoint.name}.tmp-{os.getpid()}-old")
-    checkpoint.rename(doomed)
-    return doomed

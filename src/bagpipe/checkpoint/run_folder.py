@@ -10,7 +10,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from bagpipe.checkpoint.files import list_checkpoints, remove_temporary, step_of
+from bagpipe.checkpoint.epochs import RunFolder, claim_epoch
+from bagpipe.checkpoint.files import list_checkpoints, step_of
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import make_folder
@@ -18,8 +19,10 @@ from bagpipe.native.fork import in_child
 
 
 @contextmanager
-def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
-    """Makes the folder and holds it for this process; yields its folder of checkpoints.
+def claim_run_folder(
+    folder: Path, say: Callable[[str], None] = lambda _: None
+) -> Iterator[RunFolder]:
+    """Makes the folder, holds it for this process, and claims an epoch in it.
 
     Unfinished checkpoints are removed; `say` is told which can't be. The operating system lets go
     of the folder when the process ends, however it ends.
@@ -27,9 +30,8 @@ def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) 
     Raises:
         ConfigError: the folder can't be written, or another process trains in it.
     """
-    checkpoints = folder / "checkpoints"
     try:
-        make_folder(checkpoints)
+        make_folder(folder / "checkpoints")
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise ConfigError(
@@ -43,8 +45,7 @@ def claim_run_folder(folder: Path, say: Callable[[str], None] = lambda _: None) 
             raise ConfigError(
                 f"log.folder = {str(folder)!r}: another process trains in it: give another one"
             ) from error
-        remove_temporary(checkpoints, say)
-        yield checkpoints
+        yield claim_epoch(folder, say)
 
 
 def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
@@ -72,7 +73,7 @@ def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
         trainers.all_do("a look at log.folder", look, ConfigError)
 
 
-def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:
+def start_afresh(run: RunFolder, *, overwrite: bool) -> None:
     """Makes sure that a new run mixes with no older one.
 
     With `overwrite` the checkpoints of an earlier run are removed.
@@ -80,16 +81,16 @@ def start_afresh(checkpoints: Path, *, overwrite: bool) -> None:
     Raises:
         ConfigError: there are some, and `overwrite` is not set, or they can't be removed.
     """
-    left = list_checkpoints(checkpoints)
+    left = list_checkpoints(run.checkpoints)
     if left and not overwrite:
         raise ConfigError(
-            f"log.folder = {str(checkpoints.parent)!r}: holds checkpoints of an earlier run, up to "
+            f"log.folder = {str(run.path)!r}: holds checkpoints of an earlier run, up to "
             f"step {step_of(left[-1]):,}: "
             "go on with it (--resume), remove them (--overwrite), or give another folder"
         )
     for path in left:
         try:
-            shutil.rmtree(path)
+            shutil.rmtree(run.take_away(path))
         except OSError as error:
             raise ConfigError(
                 f"{error.filename or path}: of an earlier run, can't be removed: "

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bagpipe.checkpoint.checkpoints import SavedRun, environment, save_checkpoint
+from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.data.base import Batch
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.batches import Lookahead
@@ -54,8 +55,7 @@ class Loop:
     """Trains what is left of a run; used once."""
 
     parts: Run
-    checkpoints: Path
-    """The folder that they are in."""
+    folder: RunFolder
     trainers: Trainers
     log: RunLog | NoLog
     reporter: Reporter
@@ -225,7 +225,7 @@ class Loop:
         started = time.perf_counter()
         parts.dense_step.settle()
         self._newest = save_checkpoint(
-            self.checkpoints,
+            self.folder,
             state=parts.state,
             position=parts.schedule.position_after(step),
             config=parts.settings,

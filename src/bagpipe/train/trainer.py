@@ -18,10 +18,12 @@ from bagpipe.checkpoint.checkpoints import (
     load_checkpoint,
     read_checkpoint,
 )
+from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.checkpoint.run_folder import check_seen_by_all, claim_run_folder, start_afresh
 from bagpipe.config.run import RunConfig
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.trainers import Trainers
+from bagpipe.errors import ConfigError
 from bagpipe.train.build import Run, build_run, choose_device
 from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.logs import NoLog, RunLog
@@ -64,19 +66,24 @@ def train(
     """
     trainers, folder = Trainers(peers), config.log.folder
     with ExitStack() as stack:
-        checkpoints = folder / "checkpoints"
-        if trainers.is_first:
-            checkpoints = stack.enter_context(claim_run_folder(folder, reporter.say))
-        trainers.wait("rank 0 to claim the run's folder")
+        trainers.wait("all ranks to start")  # no start takes the run over unless it is whole
+
+        def claim() -> int | None:
+            if not trainers.is_first:
+                return None
+            return stack.enter_context(claim_run_folder(folder, reporter.say)).epoch
+
+        epoch = trainers.all_do("rank 0 to claim the run's folder", claim, ConfigError)[0]
+        run_folder = RunFolder(path=folder, epoch=epoch)
         check_seen_by_all(folder, trainers)
         device = choose_device(config.train.device, peers)
         own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
         check_same_run(peers, {**describe_run(config), **own})
         ready = (lambda: None) if peers.has_others else stack.enter_context(compiled_ahead())
         run = stack.enter_context(build_run(config, peers=peers, say=reporter.say))
-        saved = _resume(run, checkpoints, reporter, trainers) if resume else None
+        saved = _resume(run, run_folder.checkpoints, reporter, trainers) if resume else None
         if saved is None and trainers.is_first:
-            start_afresh(checkpoints, overwrite=overwrite)
+            start_afresh(run_folder, overwrite=overwrite)
         log = _open_log(config, saved, reporter, trainers)
         stack.enter_context(log)
         stop = stack.enter_context(StopRequest())
@@ -88,7 +95,7 @@ def train(
         )
         loop = Loop(
             parts=run,
-            checkpoints=checkpoints,
+            folder=run_folder,
             trainers=trainers,
             log=log,
             reporter=reporter,
