@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,6 +11,14 @@ import trustme
 from bagpipe.config.servers import ServersConfig, TlsConfig
 
 TOKEN = "0123456789abcdef" * 4
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 class Files:

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
-from tests.server.certificates import TOKEN, Files
+from tests.server.certificates import TOKEN, Files, has_ipv6
 from tests.server.shards import fetched, header_of, make_shard, own_rows
 from tests.store_contract import records_of
 
@@ -198,6 +198,7 @@ def test_a_port_that_is_taken_is_told() -> None:
             MetricsServer("127.0.0.1", server.port, metrics, NOBODY, server.logins)
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 def test_it_listens_by_ipv6_too() -> None:
     with telling(host="::1") as server:
         connection = http.client.HTTPConnection("::1", server.port, timeout=WITHIN_S)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.certificates import Files
+from tests.server.certificates import Files, has_ipv6
 
 from bagpipe.config.load import check_config
 from bagpipe.config.run import RunConfig
@@ -55,7 +55,13 @@ def test_it_listens_at_its_address_unless_told_otherwise(tmp_path: Path) -> None
     config = config_of(tmp_path, servers={"addresses": ["192.0.2.1:7", taken]})
     with running_shard(config, 1) as running:
         assert running.address == taken
-    with running_shard(config, 1, listen=("::1", 0)) as running:
+    with running_shard(config, 1, listen=("127.0.0.1", 0)) as running:
+        assert running.address == f"127.0.0.1:{running.server.port}"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+def test_an_address_of_ipv6_has_brackets(tmp_path: Path) -> None:
+    with running_shard(config_of(tmp_path), 1, listen=("::1", 0)) as running:
         assert running.address == f"[::1]:{running.server.port}"
 
 

@@ -172,3 +172,39 @@ def connect(host: str, port: int, credentials: Credentials) -> flight.FlightClie
         generic_options=[("grpc.enable_http_proxy", 0)],
         **tls,
     )
+
+
+def reason(error: Exception) -> str:
+    """Why a call of a client failed, in the words of the settings where they are the cause.
+
+    gRPC tells what went wrong with TLS in a text only, so its words are looked for.
+    """
+    text = str(error)
+    if isinstance(error, flight.FlightTimedOutError):
+        return "it did not answer in time"
+    if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):
+        return text.partition(". Detail:")[0]
+    if isinstance(error, flight.FlightUnavailableError):
+        found = (told for words, told in _UNAVAILABLE.items() if words in text)
+        return next(found, "nobody answers there, or the connection was lost")
+    return text
+
+
+_CLOSED = (
+    "it has closed the connection: it may want TLS, or a certificate of this host "
+    "(servers.tls.mutual), or it has ended"
+)
+_UNAVAILABLE = {
+    "Connection refused": "nobody listens there",
+    "hostname lookup error": "this host knows no host of that name",
+    "wrong version number": "it does not speak TLS: set servers.tls on both ends, or on neither",
+    "certificate has expired": "its certificate has expired: renew servers.tls.certificate there, "
+    "or set the clock here",
+    "certificate is not yet valid": "its certificate is not valid yet: set the clocks",
+    "not in peer certificate": "its certificate is for other names than this address: have one "
+    "made for it, or use a name that it has in servers.addresses",
+    "certificate verify failed": "its certificate was not signed by servers.tls.root of this host",
+    **dict.fromkeys(
+        ("Socket closed", "Connection reset", "Broken pipe", "certificate required"), _CLOSED
+    ),
+}
