@@ -1,10 +1,11 @@
-# Four commands do everything: make fix, make check, make test, make bench. `make train` trains the default run.
+# Four commands do everything: make fix, make check, make test, make bench. `make train` trains the
+# default run, `make soak` tests for minutes what is left to chance.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test check fix bench clean
+.PHONY: train test soak check fix bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +17,9 @@ train: $(INSTALLED)  ## train the default run (about two minutes on two cores)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+soak: $(INSTALLED)  ## the tests that take minutes: thousands of simulated runs with faults
+	$(BIN)/python -m pytest --numprocesses=2 -m soak
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
