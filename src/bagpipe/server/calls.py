@@ -21,7 +21,9 @@ _MAX_NAME = 4096
 _Number: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class _Message(BaseModel):
+class Message(BaseModel):
+    """A call or an answer."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def encode(self) -> bytes:
@@ -29,7 +31,7 @@ class _Message(BaseModel):
         return self.model_dump_json().encode()
 
 
-class Begin(_Message):
+class Begin(Message):
     """Opens an epoch; answered by `Begun`."""
 
     epoch: _Number
@@ -38,13 +40,13 @@ class Begin(_Message):
     run: str = Field(max_length=_MAX_NAME)
 
 
-class Begun(_Message):
+class Begun(Message):
     """An epoch is open."""
 
     instance: str
 
 
-class Cut(_Message):
+class Cut(Message):
     """Takes a cut into a folder; answered by `Taken` and, once it is on disk, by `Written`."""
 
     epoch: _Number
@@ -52,31 +54,31 @@ class Cut(_Message):
     folder: Path
 
 
-class Taken(_Message):
+class Taken(Message):
     """The cut has the records as they are: trainers may go on."""
 
 
-class Written(_Message):
+class Written(Message):
     """The cut's files are on disk."""
 
     files: tuple[RecordFile, ...]
     """One of each group."""
 
 
-class End(_Message):
+class End(Message):
     """Ends the cut in hand, as committed or abandoned; answered by `Ended`."""
 
     epoch: _Number
     number: _Number
 
 
-class Ended(_Message):
+class Ended(Message):
     """A cut has ended."""
 
     was_in_hand: bool = True
 
 
-class Clear(_Message):
+class Clear(Message):
     """Forgets the records of a group; answered by `Ended`."""
 
     epoch: _Number
@@ -84,11 +86,11 @@ class Clear(_Message):
     group: _Number
 
 
-class Ask(_Message):
+class Ask(Message):
     """Asks who the server is; answered by `Identity`."""
 
 
-class Identity(_Message):
+class Identity(Message):
     """Which shard of which tables a server has, and whom it serves."""
 
     version: int
@@ -105,7 +107,18 @@ class Identity(_Message):
 
 def fingerprint(groups: tuple[Group, ...], seed: int) -> str:
     """A hash of all that decides what records mean; servers and trainers must have the same."""
-    return xxhash.xxh3_128(repr((groups, seed)).encode()).hexdigest()
+    meaning = [
+        (
+            [
+                (table.name, table.num_embeddings, table.embedding_dim, table.data_type, table.init)
+                for table in group.tables
+            ],
+            type(group.optimizer).__name__,
+            getattr(group.optimizer, "initial_accumulator_value", 0.0),
+        )
+        for group in groups
+    ]
+    return xxhash.xxh3_128(repr((meaning, seed)).encode()).hexdigest()
 
 
 def answers(
@@ -140,7 +153,7 @@ def answers(
         yield answer.encode()
 
 
-def _paths(call: _Message) -> Iterator[Path]:
+def _paths(call: Message) -> Iterator[Path]:
     """All paths that a call names."""
     if isinstance(call, Cut):
         yield call.folder
@@ -164,32 +177,32 @@ def _check_inside(path: Path, run_folder: Path) -> None:
         )
 
 
-def _begin(shard: Shard, call: Begin) -> Iterator[_Message]:
+def _begin(shard: Shard, call: Begin) -> Iterator[Message]:
     yield Begun(instance=shard.begin(call.epoch, call.num_ranks, call.checkpoint, run=call.run))
 
 
-def _cut(shard: Shard, call: Cut) -> Iterator[_Message]:
+def _cut(shard: Shard, call: Cut) -> Iterator[Message]:
     write = shard.cut(call.epoch, call.number)
     yield Taken()
     yield Written(files=write(call.folder))
 
 
-def _commit(shard: Shard, call: End) -> Iterator[_Message]:
+def _commit(shard: Shard, call: End) -> Iterator[Message]:
     yield Ended(was_in_hand=shard.committed(call.epoch, call.number))
 
 
-def _abandon(shard: Shard, call: End) -> Iterator[_Message]:
+def _abandon(shard: Shard, call: End) -> Iterator[Message]:
     shard.abandon(call.epoch, call.number)
     yield Ended()
 
 
-def _clear(shard: Shard, call: Clear) -> Iterator[_Message]:
+def _clear(shard: Shard, call: Clear) -> Iterator[Message]:
     what = wire.What.WRITE
     shard.clear(wire.Header(what=what, epoch=call.epoch, instance=call.instance, group=call.group))
     yield Ended()
 
 
-def _identify(shard: Shard, call: Ask) -> Iterator[_Message]:
+def _identify(shard: Shard, call: Ask) -> Iterator[Message]:
     yield Identity(
         version=wire.VERSION,
         shard=shard.number,
@@ -202,7 +215,7 @@ def _identify(shard: Shard, call: Ask) -> Iterator[_Message]:
     )
 
 
-_CALLS: dict[str, tuple[type[_Message], Callable[..., Iterator[_Message]]]] = {
+_CALLS: dict[str, tuple[type[Message], Callable[..., Iterator[Message]]]] = {
     "begin": (Begin, _begin),
     "cut": (Cut, _cut),
     "committed": (End, _commit),

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
@@ -33,7 +32,7 @@ from bagpipe.server.security import GuardedServer
 from bagpipe.server.shard import Shard
 from bagpipe.server.staging import StagingServer
 from bagpipe.server.wire import Header, Place, What
-from bagpipe.types import Float32Array, Group, UInt8Array
+from bagpipe.types import Group
 
 _CLOSE_TIMEOUT_S = 5.0
 _MAX_TEXT = 1000
@@ -131,18 +130,18 @@ class ShardServer(GuardedServer):
             rows, _ = wire.unpack(payload, most_rows=wire.MAX_FETCH_ROWS, most_bytes=0)
             answer = _answer(header)
             step = wire.piece_rows(group)
-            for begin in range(0, len(rows), step):
+            for begin in range(0, max(1, len(rows)), step):
                 piece = rows[begin : begin + step]
-                data, out = _room(len(piece), group)
+                out = wire.room(len(piece), group)
                 self.shard.fetch(header, piece, out)
-                writer.write_with_metadata(wire.pack(records=data), answer)
+                writer.write_with_metadata(wire.pack(records=wire.as_bytes(out)), answer)
 
     def _snapshot(self, reader: Any, writer: Any) -> None:
         writer.begin(wire.SCHEMA)
         header, _ = next(_messages(reader, What.FETCH))
         answer = _answer(header)
         for rows, records in self.shard.snapshot(header):
-            writer.write_with_metadata(wire.pack(rows, records.view(np.uint8).reshape(-1)), answer)
+            writer.write_with_metadata(wire.pack(rows, wire.as_bytes(records)), answer)
 
     def _group(self, header: Header) -> Group:
         if header.place is not Place.INLINE:
@@ -174,13 +173,6 @@ def _answer(header: Header) -> bytes:
         group=header.group,
         number=header.number,
     ).encode()
-
-
-def _room(num_records: int, group: Group) -> tuple[UInt8Array, Float32Array]:
-    """Memory for records of a message, as bytes and as (num_records, record_width)."""
-    # Arrow's pool keeps what is freed, where fresh pages would cost as much as the copy
-    data = np.frombuffer(pa.allocate_buffer(num_records * group.record_bytes), np.uint8)
-    return data, data.view(np.float32).reshape(num_records, group.record_width)
 
 
 @contextmanager

@@ -237,5 +237,17 @@ def as_records(data: UInt8Array, num_records: int, group: Group) -> Float32Array
     return data.view(np.float32).reshape(num_records, group.record_width)
 
 
+def room(num_records: int, group: Group) -> Float32Array:
+    """Memory for records of a message: (num_records, record_width), not set."""
+    # Arrow's pool keeps what is freed, where fresh pages would cost as much as the copy.
+    buffer = pa.allocate_buffer(num_records * group.record_bytes)
+    return np.frombuffer(buffer, np.float32).reshape(num_records, group.record_width)
+
+
+def as_bytes(records: Float32Array) -> UInt8Array:
+    """Records (n, record_width) as the bytes of a payload, not a copy."""
+    return records.reshape(-1).view(np.uint8)
+
+
 def _offsets(length: int) -> pa.Buffer:
     return pa.py_buffer(struct.pack("<ii", 0, length))

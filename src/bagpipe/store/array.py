@@ -38,6 +38,14 @@ from bagpipe.native.jit import (
 )
 from bagpipe.native.memory import copy_run
 from bagpipe.native.prefetch import PREFETCH_DISTANCE, prefetch_record
+from bagpipe.store.arguments import (
+    check_arguments,
+    check_block_rows,
+    check_out,
+    check_range,
+    check_type,
+    closed,
+)
 from bagpipe.store.base import NO_STEPS, Steps
 from bagpipe.store.init import Parameters, RowInitializer, fill_part
 from bagpipe.topology import LINE_BITS, lines_of_shard, shard_of
@@ -111,12 +119,8 @@ class ArrayStore(ABC):
 
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         """See `EmbeddingStore.fetch`."""
-        records, touched = self._checked(rows, out, "out")
-        if not out.flags.writeable:
-            raise StoreError(
-                f"out for a fetch of {len(rows):,} rows of {self.group.name} is read-only: pass an "
-                "array of your own"
-            )
+        records, touched = self._open_arrays()
+        check_out(self.group, rows, out)
         gather = _gather_shared if out.nbytes >= _SHARED_BYTES else _gather
         gather(records, touched, rows, self._places(rows), self._initializer.parameters, out)
 
@@ -128,7 +132,8 @@ class ArrayStore(ABC):
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         """See `EmbeddingStore.write`."""
-        own, touched = self._checked(rows, records, "records")
+        own, touched = self._open_arrays()
+        check_arguments(self.group, rows, records, "records")
         places = self._places(rows)
         self._make_room(places)
         scatter = _scatter_shared if records.nbytes >= _SHARED_BYTES else _scatter
@@ -142,17 +147,14 @@ class ArrayStore(ABC):
     def flags_of(self, rows: Int64Array) -> UInt8Array:
         """The flags of rows (n,) int64, a copy. StoreError: a row is out of range."""
         flags = self._open_arrays()[1]
-        self._check_type(rows)
-        self._check_range(rows)
+        check_type(self.group, rows)
+        check_range(self.group, rows)
         return flags[rows]
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
         """See `EmbeddingStore.snapshot`."""
         self._open_arrays()
-        if block_rows < 1:
-            raise StoreError(
-                f"block_rows of a snapshot of {self.group.name} is {block_rows}, must be at least 1"
-            )
+        check_block_rows(self.group, block_rows)
         return self._snapshot(block_rows)
 
     def clear(self) -> None:
@@ -221,45 +223,8 @@ class ArrayStore(ABC):
     def _open_arrays(self) -> tuple[Float32Array, UInt8Array]:
         arrays = self._arrays  # read once: another thread may close
         if arrays is None:
-            raise StoreError(
-                f"the store of {self.group.name} is closed: make a new one, and restore it from a "
-                "checkpoint"
-            )
+            raise closed(self.group)
         return arrays
-
-    def _checked(
-        self, rows: Int64Array, records: Float32Array, what: str
-    ) -> tuple[Float32Array, UInt8Array]:
-        """The open arrays, once the arguments are known to fit; nothing was read or written yet."""
-        arrays = self._open_arrays()
-        self._check_type(rows)
-        wanted = (len(rows), self.group.record_width)
-        fits = (
-            isinstance(records, np.ndarray)
-            and records.dtype == np.float32
-            and records.shape == wanted
-        )
-        if not fits or not records.flags.c_contiguous:
-            raise StoreError(
-                f"{what} for {len(rows):,} rows of {self.group.name} must be C-contiguous float32 "
-                f"of shape {wanted}, is {_describe(records)}"
-            )
-        self._check_range(rows)
-        return arrays
-
-    def _check_type(self, rows: Int64Array) -> None:
-        if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1:
-            raise StoreError(
-                f"rows for {self.group.name} must be a 1-D int64 array, are {_describe(rows)}"
-            )
-
-    def _check_range(self, rows: Int64Array) -> None:
-        bad = _first_outside(rows, self.group.num_rows)
-        if bad >= 0:
-            raise StoreError(
-                f"row {rows[bad]:,} lies outside {self.group.name}, whose rows are 0 to "
-                f"{self.group.num_rows - 1:,}"
-            )
 
 
 def _no_row_touched(group: Group) -> UInt8Array:
@@ -271,23 +236,6 @@ def _no_row_touched(group: Group) -> UInt8Array:
             f"can't get {group.num_rows:,} bytes of memory, one for each row of {group.name}: use "
             "fewer rows or more memory"
         ) from error
-
-
-def _describe(value: object) -> str:
-    """An argument's type and layout, for error messages."""
-    if not isinstance(value, np.ndarray):
-        return f"a {type(value).__name__}"
-    layout = "C-contiguous" if value.flags.c_contiguous else "not C-contiguous"
-    return f"{value.dtype} of shape {value.shape}, {layout}"
-
-
-@jit
-def _first_outside(rows: Int64Array, num_rows: int) -> int:
-    """Index of the first row that is not in [0, num_rows), or -1."""
-    for index in range(len(rows)):
-        if rows[index] < 0 or rows[index] >= num_rows:
-            return index
-    return -1
 
 
 @jit

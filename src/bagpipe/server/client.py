@@ -1,0 +1,388 @@
+"""What a trainer has of the shard servers: one store a group, over all shards.
+
+A call is divided by shard and goes to all of them at once, in pieces, so that several requests are
+under way. Writes go on one stream a shard, in order, with this rank's marks between them. Fetches
+go on others, so that one that waits for its fence holds up no write, nor another fetch: each takes
+a stream of its own while there are few.
+
+Nothing is repeated. Once anything has failed (a server that is gone or was restarted, an epoch that
+has ended, a rank that stands still), all streams end, and every call raises the same error: the
+trainers must be started again. No wait is longer than `timeout_s` without an answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from bagpipe.errors import StoreError
+from bagpipe.server import wire
+from bagpipe.server.control import ServerControl
+from bagpipe.server.streams import Part, Pending, Stream, gather
+from bagpipe.server.wire import Header, What
+from bagpipe.store.arguments import check_arguments, check_block_rows, check_out, closed
+from bagpipe.store.base import NO_STEPS, Steps
+from bagpipe.topology import by_shard
+from bagpipe.types import Float32Array, Group, Int64Array
+
+MAX_FETCH_STREAMS = 8
+"""Streams of fetches to one server; another one is opened where all wait for answers."""
+
+
+class ShardServers:
+    """All shard servers of an epoch, as one trainer sees them. It is a context manager.
+
+    Attributes:
+        stores: One `RemoteStore` a group.
+    """
+
+    def __init__(
+        self,
+        control: ServerControl,
+        groups: Sequence[Group],
+        epoch: int,
+        instances: Sequence[str],
+        *,
+        rank: int = 0,
+    ) -> None:
+        """Opens this rank's streams, once an epoch: the servers take no second one for its writes.
+
+        Args:
+            control: Its connections are used; borrowed.
+            groups: All groups of the run.
+            epoch: The number of the epoch, which has begun.
+            instances: What `ServerControl.begin` returned to rank 0.
+            rank: This trainer's.
+        """
+        self.groups, self.epoch, self.rank = tuple(groups), epoch, rank
+        self.stores = tuple(RemoteStore(self, group, i) for i, group in enumerate(self.groups))
+        self._control, self._instances = control, tuple(instances)
+        control.epoch = epoch
+        self._error: StoreError | None = None
+        self._failing, self._ending = threading.Lock(), threading.Event()
+        self._writes = [self._stream(shard, wire.WRITE) for shard in range(control.num_shards)]
+        self._fetches: list[list[Stream]] = [[] for _ in range(control.num_shards)]
+        self._opening = threading.Lock()
+        self._watch = threading.Thread(target=self._watch_streams, name="watch", daemon=True)
+        self._watch.start()
+
+    @property
+    def num_shards(self) -> int:
+        """How many servers there are."""
+        return self._control.num_shards
+
+    def mark(self, steps: Steps) -> None:
+        """Says that all which this rank's transfers up to these steps evict has been sent.
+
+        It is sent behind the writes that have been sent, and not waited for.
+
+        Raises:
+            StoreError: Something has failed before.
+        """
+        self._raise_failure()
+        for shard, stream in enumerate(self._writes):
+            stream.send(Part(pending=Pending(1), header=self._header(shard, What.WRITE, 0, steps)))
+
+    def ask(
+        self, group: int, rows: Int64Array, out: Float32Array, fence: Steps
+    ) -> Callable[[], None]:
+        """See `RemoteStore.ask`; arguments are checked."""
+        self._raise_failure()
+        pieces = list(_pieces(rows, self.num_shards, wire.MAX_FETCH_ROWS))
+        pending = Pending(len(pieces))
+        streams = {shard: self._fetch_stream(shard) for shard in {piece[0] for piece in pieces}}
+        for shard, first, of_piece, places in pieces:
+            streams[shard].send_later(
+                Part(
+                    pending=pending,
+                    header=self._header(shard, What.FETCH, group, fence),
+                    payload=wire.pack(of_piece),
+                    rows=len(of_piece),
+                    out=out,
+                    places=places,
+                    first=first,
+                )
+            )
+        return pending.wait
+
+    def send(self, group: int, rows: Int64Array, records: Float32Array) -> Callable[[], None]:
+        """See `RemoteStore.send`; arguments are checked."""
+        self._raise_failure()
+        pieces = list(_pieces(rows, self.num_shards, wire.piece_rows(self.groups[group])))
+        pieces.sort(key=lambda piece: piece[1])  # shards in turn, so that all have work
+        pending = Pending(len(pieces))
+        for shard, first, of_piece, places in pieces:
+            if places is None:
+                own = records[first : first + len(of_piece)]
+            else:
+                own = wire.room(len(places), self.groups[group])
+                gather(records, places, own)
+            self._writes[shard].send(
+                Part(
+                    pending=pending,
+                    header=self._header(shard, What.WRITE, group, NO_STEPS),
+                    payload=wire.pack(of_piece, wire.as_bytes(own)),
+                )
+            )
+        return pending.wait
+
+    def snapshot(self, group: int) -> Iterator[tuple[Int64Array, Float32Array]]:
+        """The touched rows of all shards, ascending, with their records, in blocks of any size."""
+        self._raise_failure()
+        of_shards = [self._snapshot_of(shard, group) for shard in range(self.num_shards)]
+        if self.num_shards == 1:
+            yield from of_shards[0]
+            return
+        yield from _merged(of_shards)
+
+    def clear(self, group: int) -> None:
+        """See `RemoteStore.clear`."""
+        self._raise_failure()
+        self._control.clear(self._instances, group)
+
+    def close(self) -> None:
+        """Ends all streams; what is under way fails. Closing twice is allowed."""
+        self._ending.set()
+        with self._failing:
+            self._error = self._error or StoreError(
+                f"rank {self.rank} has closed its streams to the shard servers"
+            )
+        with self._opening:
+            streams = list(self._streams())
+        for stream in streams:
+            if stream.num_owed:
+                stream.cancel(self._error)
+        for stream in streams:
+            stream.close()
+        self._watch.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _streams(self) -> Iterator[Stream]:
+        yield from self._writes
+        for streams in self._fetches:
+            yield from streams
+
+    def _header(self, shard: int, what: What, group: int, steps: Steps) -> Header:
+        return Header(
+            what=what,
+            epoch=self.epoch,
+            instance=self._instances[shard],
+            rank=self.rank,
+            group=group,
+            steps=steps,
+        )
+
+    def _stream(self, shard: int, command: bytes) -> Stream:
+        def fail(error: Exception) -> StoreError:
+            return self._fail(self._failed(shard, command, error))
+
+        try:
+            return Stream(self._control.clients[shard], command, self.groups, fail)
+        except (flight.FlightError, pa.ArrowException) as error:
+            raise fail(error) from error
+
+    def _fetch_stream(self, shard: int) -> Stream:
+        """A stream that owes no answers if there is one or may be one more."""
+        streams = self._fetches[shard]
+        stream = min(streams, key=lambda each: each.num_owed, default=None)
+        if stream is not None and (not stream.num_owed or len(streams) == MAX_FETCH_STREAMS):
+            return stream
+        with self._opening:
+            self._raise_failure()
+            stream = self._stream(shard, wire.FETCH)
+            streams.append(stream)
+        if self._error is not None:  # since then, by a thread that did not see this stream
+            stream.cancel(self._error)
+        return stream
+
+    def _failed(self, shard: int, command: bytes, error: Exception) -> StoreError:
+        return self._control.failed(shard, f"in a {command.decode()} of rank {self.rank}", error)
+
+    def _fail(self, error: StoreError) -> StoreError:
+        """Ends all streams; the first reason is the one that all calls raise."""
+        with self._failing:
+            is_first = self._error is None
+            self._error = self._error or error
+        if is_first:
+            for stream in self._streams():
+                stream.cancel(self._error)
+        return self._error
+
+    def _raise_failure(self) -> None:
+        if self._error is not None:
+            raise StoreError(str(self._error)) from self._error
+
+    def _watch_streams(self) -> None:
+        """Ends everything when a server owes an answer for too long."""
+        timeout_s = self._control.timeout_s
+        while not self._ending.wait(min(1.0, timeout_s / 4)):
+            for shard, streams in enumerate(self._fetches):
+                stalled_s = max(each.stalled_s() for each in [self._writes[shard], *streams])
+                if stalled_s > timeout_s:
+                    late = StoreError(f"it has answered nothing for {stalled_s:.1f} s")
+                    self._fail(self._failed(shard, b"message", late))
+                    return
+
+    def _snapshot_of(self, shard: int, group: int) -> Iterator[tuple[Int64Array, Float32Array]]:
+        """The touched rows of one shard, ascending, with their records."""
+        options = flight.FlightCallOptions(timeout=self._control.begin_timeout_s)
+        of_group = self.groups[group]
+        most_rows = wire.piece_rows(of_group)
+        writer, reader = self._control.clients[shard].do_exchange(
+            flight.FlightDescriptor.for_command(wire.SNAPSHOT), options
+        )
+        try:
+            writer.begin(wire.SCHEMA)
+            writer.write_metadata(self._header(shard, What.FETCH, group, NO_STEPS).encode())
+            writer.done_writing()
+            while (chunk := _next(reader)) is not None:
+                rows, data = wire.unpack(
+                    chunk.data, most_rows=most_rows, most_bytes=wire.PIECE_BYTES
+                )
+                yield rows, wire.as_records(data, len(rows), of_group)
+        except (flight.FlightError, pa.ArrowException) as error:
+            raise self._failed(shard, wire.SNAPSHOT, error) from error
+        finally:
+            reader.cancel()
+            with suppress(flight.FlightError, pa.ArrowException, OSError):
+                writer.close()
+
+
+class RemoteStore:
+    """An `EmbeddingStore` whose records the shard servers have; see `ShardServers`.
+
+    Attributes:
+        group: The group whose records these are.
+    """
+
+    def __init__(self, servers: ShardServers, group: Group, index: int) -> None:
+        self.group = group
+        self._servers, self._index = servers, index
+        self._is_closed = False
+
+    def fetch(self, rows: Int64Array, out: Float32Array) -> None:
+        """See `EmbeddingStore.fetch`."""
+        self.ask(rows, out)()
+
+    def ask(
+        self, rows: Int64Array, out: Float32Array, fence: Steps = NO_STEPS
+    ) -> Callable[[], None]:
+        """See `EmbeddingStore.ask`. Records come while nobody waits; this does not block."""
+        self._check_open()
+        check_out(self.group, rows, out)
+        return self._servers.ask(self._index, rows, out, fence)
+
+    def write(self, rows: Int64Array, records: Float32Array) -> None:
+        """See `EmbeddingStore.write`."""
+        self.send(rows, records)()
+
+    def send(self, rows: Int64Array, records: Float32Array) -> Callable[[], None]:
+        """As `write`, but returns what waits until the servers have written them.
+
+        A mark may follow at once, since it can't overtake. The arrays are borrowed until what waits
+        returns.
+
+        Raises:
+            StoreError: As for `write`, at once or from what waits.
+        """
+        self._check_open()
+        check_arguments(self.group, rows, records, "records")
+        return self._servers.send(self._index, rows, records)
+
+    def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
+        """See `EmbeddingStore.snapshot`."""
+        self._check_open()
+        check_block_rows(self.group, block_rows)
+        return self._snapshot(block_rows)
+
+    def clear(self) -> None:
+        """See `EmbeddingStore.clear`; one rank alone calls it, while no other reads or writes."""
+        self._check_open()
+        self._servers.clear(self._index)
+
+    def close(self) -> None:
+        """See `EmbeddingStore.close`. The servers keep the records."""
+        self._is_closed = True
+
+    def _snapshot(self, block_rows: int) -> Iterator[tuple[Int64Array, Float32Array]]:
+        for rows, records in self._servers.snapshot(self._index):
+            for begin in range(0, len(rows), block_rows):
+                self._check_open()
+                yield rows[begin : begin + block_rows], records[begin : begin + block_rows]
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed(self.group)
+
+
+def _pieces(
+    rows: Int64Array, num_shards: int, most_rows: int
+) -> Iterator[tuple[int, int, Int64Array, Int64Array | None]]:
+    """Divides rows (n,) by shard, and each shard's into pieces of at most `most_rows`.
+
+    Yields:
+        The shard, where the piece begins among the shard's rows, its rows, and their places in
+        `rows`; None: they lie there in order from where the piece begins.
+    """
+    if num_shards == 1:
+        for first in range(0, len(rows), most_rows):
+            yield 0, first, rows[first : first + most_rows], None
+        return
+    order, counts = by_shard(rows, num_shards)
+    ordered = rows[order]
+    end = 0
+    for shard, count in enumerate(counts.tolist()):
+        begin, end = end, end + count
+        for first in range(begin, end, most_rows):
+            of_piece = slice(first, min(end, first + most_rows))
+            yield shard, first - begin, ordered[of_piece], order[of_piece]
+
+
+def _next(reader: Any) -> Any:
+    try:
+        return reader.read_chunk()
+    except StopIteration:
+        return None
+
+
+def _merged(
+    streams: Sequence[Iterator[tuple[Int64Array, Float32Array]]],
+) -> Iterator[tuple[Int64Array, Float32Array]]:
+    """Merges streams of blocks of rows that each ascend, and have none in common."""
+    blocks = {index: block for index, each in enumerate(streams) if (block := next(each, None))}
+    while blocks:
+        # all rows up to the end of the block that ends first are here
+        first = min(blocks, key=lambda index: blocks[index][0][-1])
+        last = blocks[first][0][-1]
+        ends = {
+            index: int(np.searchsorted(rows, last, "right")) for index, (rows, _) in blocks.items()
+        }
+        rows = np.concatenate([blocks[index][0][:end] for index, end in ends.items()])
+        records = np.concatenate([blocks[index][1][:end] for index, end in ends.items()])
+        order = np.argsort(rows)
+        yield rows[order], records[order]
+        for index, end in ends.items():
+            if end < len(blocks[index][0]):
+                blocks[index] = blocks[index][0][end:], blocks[index][1][end:]
+            elif (block := next(streams[index], None)) is not None:
+                blocks[index] = block
+            else:
+                del blocks[index]

@@ -1,0 +1,255 @@
+"""Calls to all shard servers at once: who they are, and rank 0's for epochs and cuts.
+
+No call is repeated. Errors name the server by its shard and address, and the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.flight as flight
+from pydantic import ValidationError
+
+from bagpipe.config.servers import split_address
+from bagpipe.errors import StoreError
+from bagpipe.server import calls, wire
+from bagpipe.server.credentials import Credentials
+from bagpipe.server.security import connect
+from bagpipe.server.shard import Checkpoint
+from bagpipe.store.record_files import RecordFile
+from bagpipe.types import Group
+
+TIMEOUT_S = 900.0
+"""How long a server may owe an answer, by default: longer than it waits for marks."""
+START_TIMEOUT_S = 60.0
+"""How long a server may take to say who it is, by default."""
+BEGIN_TIMEOUT_S = 3600.0
+"""How long a server may take to load a checkpoint, or to write a cut, by default."""
+
+Answer = TypeVar("Answer", bound=calls.Message)
+Result = TypeVar("Result")
+
+
+class ServerControl:
+    """Connections to all shard servers, and the calls of an epoch.
+
+    Attributes:
+        epoch: That which has begun, for messages and errors.
+        clients: One a shard.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        groups: Sequence[Group],
+        seed: int,
+        credentials: Credentials | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        start_timeout_s: float = START_TIMEOUT_S,
+        begin_timeout_s: float = BEGIN_TIMEOUT_S,
+    ) -> None:
+        """Asks every server who it is.
+
+        Args:
+            addresses: "host:port" of each shard's server, in order.
+            groups: All groups of the run.
+            seed: What initial records are drawn from.
+            credentials: This trainer's.
+            timeout_s: How long a call may take, but for those below.
+            start_timeout_s: How long a server may take to say who it is.
+            begin_timeout_s: How long it may take to begin an epoch, to write a cut, or to send all
+                of its rows.
+
+        Raises:
+            StoreError: A server does not answer, or has another shard or other tables.
+        """
+        self.epoch: int | None = None
+        self.timeout_s, self.begin_timeout_s = timeout_s, begin_timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._addresses = tuple(addresses)
+        self._tables = calls.fingerprint(tuple(groups), seed)
+        self._threads = ThreadPoolExecutor(len(self._addresses), "bagpipe-calls")
+        credentials = credentials or Credentials()
+        self.clients: list[flight.FlightClient] = []
+        try:
+            self.clients = [connect(*split_address(at), credentials) for at in self._addresses]
+            self._on_all(self._identify)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_shards(self) -> int:
+        """How many servers there are."""
+        return len(self._addresses)
+
+    def begin(
+        self, epoch: int, num_ranks: int, checkpoint: Checkpoint | None = None, *, run: str = ""
+    ) -> tuple[str, ...]:
+        """Opens an epoch on all servers, see `Shard.begin`; rank 0 alone calls it.
+
+        Returns:
+            The instance of each server, which all ranks need to join.
+
+        Raises:
+            StoreError: A server refuses, or can't read the checkpoint; the start has failed.
+        """
+        self.epoch = epoch
+        call = calls.Begin(epoch=epoch, num_ranks=num_ranks, checkpoint=checkpoint, run=run)
+        begun = self._call_all("begin", call, calls.Begun, self.begin_timeout_s)
+        return tuple(each.instance for each in begun)
+
+    def cut(self, number: int, folder: Path) -> Callable[[], list[tuple[RecordFile, ...]]]:
+        """Takes the cut `epoch.number` on all servers; rank 0 alone calls it, after all flushes.
+
+        When this returns trainers may go on.
+
+        Args:
+            number: Counts the epoch's cuts from 1 on.
+            folder: Where servers write their files; all see it under this path.
+
+        Returns:
+            What waits until all files are on disk, and returns what the manifest says of them: by
+            group, one of each shard.
+
+        Raises:
+            StoreError: A server refuses, at once or from what waits: abandon the cut then.
+        """
+        call = calls.Cut(epoch=self._epoch(), number=number, folder=folder)
+        answers = self._on_all(
+            lambda shard: self._answers(shard, "cut", call, self.begin_timeout_s)
+        )
+        self._on_all(lambda shard: self._next(shard, answers[shard], "cut", calls.Taken))
+
+        def wait() -> list[tuple[RecordFile, ...]]:
+            written = self._on_all(
+                lambda shard: self._next(shard, answers[shard], "cut", calls.Written)
+            )
+            return list(zip(*(each.files for each in written), strict=True))
+
+        return wait
+
+    def committed(self, number: int) -> bool:
+        """The cut's checkpoint is in place, see `Shard.committed`; rank 0 alone calls it.
+
+        Returns:
+            Whether all servers had it in hand. The next cut of one that had not has more rows.
+
+        Raises:
+            StoreError: A server did not take it; nothing is lost by that either.
+        """
+        call = calls.End(epoch=self._epoch(), number=number)
+        ended = self._call_all("committed", call, calls.Ended, self.timeout_s)
+        return all(each.was_in_hand for each in ended)
+
+    def abandon(self, number: int) -> None:
+        """The cut has failed, see `Shard.abandon`; rank 0 alone calls it.
+
+        Raises:
+            StoreError: A server did not take it; the next cut abandons this one.
+        """
+        call = calls.End(epoch=self._epoch(), number=number)
+        self._call_all("abandon", call, calls.Ended, self.timeout_s)
+
+    def clear(self, instances: Sequence[str], group: int) -> None:
+        """Forgets the records of a group on all servers, see `Shard.clear`.
+
+        Raises:
+            StoreError: A server refuses.
+        """
+        epoch = self._epoch()
+        self._on_all(
+            lambda shard: self._call(
+                shard,
+                "clear",
+                calls.Clear(epoch=epoch, instance=instances[shard], group=group),
+                calls.Ended,
+                self.timeout_s,
+            )
+        )
+
+    def close(self) -> None:
+        """Ends the connections. Closing twice is allowed."""
+        self._threads.shutdown()
+        for client in self.clients:
+            client.close()
+
+    def failed(self, shard: int, doing: str, error: Exception) -> StoreError:
+        """An error of a server, which names it."""
+        text = str(error)
+        if isinstance(error, flight.FlightError) and error.extra_info:
+            text = error.extra_info.decode(errors="replace")  # as the server said it
+        elif isinstance(error, flight.FlightTimedOutError):
+            text = "it did not answer in time"
+        elif isinstance(error, flight.FlightUnavailableError):
+            text = "nobody answers there, or the connection was lost"
+        epoch = "" if self.epoch is None else f" in epoch {self.epoch}"
+        return StoreError(
+            f"shard server {shard} of {self.num_shards} at {self._addresses[shard]} failed "
+            f"{doing}{epoch}: {text}. See that it runs and what it logs, then start all trainers "
+            "again"
+        )
+
+    def _epoch(self) -> int:
+        assert self.epoch is not None, "no epoch has begun"
+        return self.epoch
+
+    def _identify(self, shard: int) -> None:
+        found = self._call(shard, "identify", calls.Ask(), calls.Identity, self._start_timeout_s)
+        wanted = {
+            "version": wire.VERSION,
+            "num_shards": self.num_shards,
+            "shard": shard,
+            "tables": self._tables,
+        }
+        for name, value in wanted.items():
+            if getattr(found, name) != value:
+                other = StoreError(
+                    f"its {name} is {getattr(found, name)}, here it is {value}: start servers and "
+                    "trainers with one configuration, and give addresses in the order of the shards"
+                )
+                raise self.failed(shard, "to be the one wanted", other)
+
+    def _on_all(self, ask: Callable[[int], Result]) -> list[Result]:
+        """Asks all servers at once, and raises the first one's error once all have answered."""
+        asked = [self._threads.submit(ask, shard) for shard in range(self.num_shards)]
+        errors = [each.exception() for each in asked]
+        for error in errors:
+            if error is not None:
+                raise error
+        return [each.result() for each in asked]
+
+    def _call_all(
+        self, kind: str, call: calls.Message, form: type[Answer], timeout_s: float
+    ) -> list[Answer]:
+        return self._on_all(lambda shard: self._call(shard, kind, call, form, timeout_s))
+
+    def _call(
+        self, shard: int, kind: str, call: calls.Message, form: type[Answer], timeout_s: float
+    ) -> Answer:
+        return self._next(shard, self._answers(shard, kind, call, timeout_s), kind, form)
+
+    def _answers(self, shard: int, kind: str, call: calls.Message, timeout_s: float) -> Any:
+        options = flight.FlightCallOptions(timeout=timeout_s)
+        with self._told(shard, kind):
+            return self.clients[shard].do_action(flight.Action(kind, call.encode()), options)
+
+    def _next(self, shard: int, answers: Any, kind: str, form: type[Answer]) -> Answer:
+        with self._told(shard, kind):
+            found = next(answers, None)
+            if found is None:
+                raise StoreError("it has ended the call without an answer")
+            return form.model_validate_json(found.body.to_pybytes())
+
+    @contextmanager
+    def _told(self, shard: int, kind: str) -> Iterator[None]:
+        try:
+            yield
+        except (StoreError, flight.FlightError, pa.ArrowException, ValidationError) as error:
+            raise self.failed(shard, f"in call {kind}", error) from error

@@ -1,0 +1,381 @@
+"""Several trainers on shard servers: fences, marks, epochs, servers that are gone, bad clients."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.flight as flight
+import pytest
+from tests.server.serving import Servers
+from tests.server.shards import own_rows
+from tests.store_contract import SEED, fetch, initial, make_group, records_of, rows_of, touched_rows
+
+from bagpipe.errors import StoreError
+from bagpipe.optimizers import Adagrad
+from bagpipe.server import wire
+from bagpipe.server.client import ShardServers
+from bagpipe.server.control import ServerControl
+from bagpipe.server.shard import Checkpoint
+from bagpipe.store import MemoryStore, Steps
+from bagpipe.store.record_files import next_files
+from bagpipe.types import Float32Array, TableConfig, group_tables
+
+ALL = np.arange(1_300)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Servers]:
+    with closing(Servers([make_group()], SEED, 3)) as made:
+        yield made
+
+
+@pytest.fixture
+def servers(shared: Servers) -> Iterator[Servers]:
+    yield shared
+    shared.end_clients()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as made:
+        yield made
+
+
+def raised(call: Callable[[], object]) -> str:
+    with pytest.raises(StoreError) as caught:
+        call()
+    return str(caught.value)
+
+
+def asked(
+    trainer: ShardServers, rows: object, fence: Steps
+) -> tuple[Callable[[], None], Float32Array]:
+    out = np.full((len(rows), 7), np.nan, np.float32)  # type: ignore[arg-type]
+    return trainer.stores[0].ask(rows, out, fence), out  # type: ignore[arg-type]
+
+
+def is_waiting(future: Future[object]) -> bool:
+    time.sleep(0.05)
+    return not future.done()
+
+
+# ----------------------------------------------------------------------------- marks and fences
+
+
+def test_rows_of_another_rank_are_read_once_all_ranks_have_marked(
+    servers: Servers, pool: ThreadPoolExecutor
+) -> None:
+    first, second = servers.start(2)
+    wait, out = asked(second, ALL, Steps(overlapped=1, urgent=0))
+    waiting = pool.submit(wait)
+    sent = first.stores[0].send(ALL, records_of(ALL, salt=0.5))
+    first.mark(Steps(overlapped=1, urgent=0))  # can't overtake what was sent
+    assert is_waiting(waiting)  # for the own rank, too
+    second.mark(Steps(overlapped=1, urgent=0))
+    waiting.result(10)
+    sent()
+    np.testing.assert_array_equal(out, records_of(ALL, salt=0.5))
+
+
+def test_a_fetch_that_waits_holds_up_no_other(servers: Servers, pool: ThreadPoolExecutor) -> None:
+    """Neither one without a fence, nor writes, however many rows wait."""
+    first, second = servers.start(2)
+    many = np.tile(ALL, 300)
+    waits = [asked(first, many, Steps(urgent=3))[0]]
+    np.testing.assert_array_equal(fetch(first.stores[0], ALL), initial(make_group(), ALL))
+    waits += [asked(first, many, Steps(urgent=3))[0] for _ in range(5)]  # asking never blocks
+    first.stores[0].write(ALL, records_of(ALL))
+    for trainer in (first, second):
+        trainer.mark(Steps(urgent=3))
+    for wait in waits:
+        pool.submit(wait).result(30)
+
+
+def test_many_threads_of_two_ranks_read_and_write(
+    servers: Servers, pool: ThreadPoolExecutor
+) -> None:
+    trainers = servers.start(2)
+
+    def work(thread: int) -> None:
+        store = trainers[thread % 2].stores[0]
+        rows = np.arange(thread, 1_300, 6)
+        for salt in range(10):
+            store.write(rows, records_of(rows, salt))
+            np.testing.assert_array_equal(fetch(store, rows), records_of(rows, salt))
+
+    for future in [pool.submit(work, thread) for thread in range(6)]:
+        future.result(60)
+    assert touched_rows(trainers[0].stores[0]) == ALL.tolist()
+    np.testing.assert_array_equal(fetch(trainers[1].stores[0], ALL), records_of(ALL, 9))
+
+
+def test_records_of_many_pieces_of_two_groups_equal_those_of_memory_stores() -> None:
+    """Calls of several messages each, in both directions, and a record of 1 word."""
+    tables = [
+        TableConfig(name="a", num_embeddings=40_000, embedding_dim=32, feature_names=["a"]),
+        TableConfig(name="b", num_embeddings=300_000, embedding_dim=1, feature_names=["b"]),
+    ]
+    groups = group_tables(tables, Adagrad(lr=0.1))
+    with closing(Servers(groups, 3, 2)) as servers:
+        (trainer,) = servers.start()
+        rng = np.random.default_rng(0)
+        for store, group in zip(trainer.stores, groups, strict=True):
+            peer = MemoryStore(group, 3)
+            rows = rng.permutation(group.num_rows)[: group.num_rows // 2]
+            records = rng.random((len(rows), group.record_width), np.float32)
+            for each in (store, peer):
+                each.write(rows, records)
+            everything = rng.permutation(group.num_rows)
+            np.testing.assert_array_equal(fetch(store, everything), fetch(peer, everything))
+            found, expected = (list(each.snapshot(10**6)) for each in (store, peer))
+            for part in (0, 1):
+                np.testing.assert_array_equal(
+                    np.concatenate([block[part] for block in found]), expected[0][part]
+                )
+
+
+# ---------------------------------------------------------------------------- epochs, instances
+
+
+def test_a_zombie_is_told_that_its_epoch_is_over_and_changes_nothing(servers: Servers) -> None:
+    (zombie,) = servers.start()
+    waiting, _ = asked(zombie, ALL, Steps(urgent=1))
+    (trainer,) = servers.start()
+    for call in (waiting, lambda: zombie.stores[0].write(ALL, records_of(ALL))):
+        message = raised(call)
+        assert "shard server" in message
+        assert f"at {servers.addresses[0][:10]}" in message
+        assert "rank 0" in message
+        assert f"epoch {servers.epoch - 1} is not served, epoch {servers.epoch} is" in message
+        assert "start all trainers again" in message
+    assert list(trainer.stores[0].snapshot()) == []
+    np.testing.assert_array_equal(fetch(trainer.stores[0], ALL), initial(make_group(), ALL))
+
+
+def test_after_a_failure_every_call_raises_its_reason(servers: Servers) -> None:
+    (zombie,) = servers.start()
+    servers.start()
+    reason = raised(lambda: zombie.stores[0].write(ALL, records_of(ALL)))
+    for call in (
+        lambda: fetch(zombie.stores[0], ALL),
+        lambda: zombie.mark(Steps(urgent=9)),
+        lambda: list(zombie.stores[0].snapshot()),
+        lambda: zombie.stores[0].clear(),
+    ):
+        assert raised(call) == reason
+
+
+def test_a_rank_has_one_client_an_epoch(servers: Servers) -> None:
+    (trainer,) = servers.start()
+    trainer.mark(Steps(urgent=1))
+    trainer.stores[0].write(rows_of(1), records_of(rows_of(1)))
+    instances = servers.control.begin(servers.epoch + 1, 1)
+    servers.epoch += 1
+    first, second = (
+        ShardServers(servers.control, servers.groups, servers.epoch, instances) for _ in range(2)
+    )
+    servers.clients += [first, second]
+    first.stores[0].write(ALL, records_of(ALL))
+    message = raised(lambda: second.stores[0].write(ALL, records_of(ALL, salt=0.5)))
+    assert f"rank 0 has had its stream of writes in epoch {servers.epoch}" in message
+    np.testing.assert_array_equal(fetch(first.stores[0], ALL), records_of(ALL))
+
+
+def test_an_epoch_that_is_not_above_all_before_it_can_not_begin(servers: Servers) -> None:
+    servers.start()
+    message = raised(lambda: servers.control.begin(servers.epoch, 1))
+    assert "shard server 0 of 3 at 127.0.0.1:" in message
+    assert f"epoch {servers.epoch} can't begin" in message
+
+
+def test_another_instance_is_refused(servers: Servers) -> None:
+    """As of a server that was restarted at its old address, and has begun this very epoch."""
+    servers.start()
+    instances = ["ab" * 16] * 3
+    servers.control.begin(servers.epoch + 1, 1)
+    servers.epoch += 1
+    late = ShardServers(servers.control, servers.groups, servers.epoch, instances)
+    servers.clients.append(late)
+    assert "speaks to another life of this server, which was restarted" in raised(
+        lambda: fetch(late.stores[0], ALL)
+    )
+
+
+def test_a_server_that_is_gone_is_named_soon() -> None:
+    servers = Servers([make_group()], SEED, 2)
+    with closing(servers):
+        (trainer,) = servers.start()
+        waiting, _ = asked(trainer, ALL, Steps(urgent=1))
+        started = time.perf_counter()
+        threading.Thread(target=servers.servers[1].close, daemon=True).start()
+        message = raised(waiting)
+        assert time.perf_counter() - started < 5
+        assert f"shard server 1 of 2 at 127.0.0.1:{servers.servers[1].port} failed" in message
+        assert f"in epoch {servers.epoch}" in message
+        assert raised(lambda: trainer.stores[0].write(ALL, records_of(ALL))) == message
+
+
+def test_a_server_that_owes_an_answer_for_too_long_is_named() -> None:
+    with closing(Servers([make_group()], SEED, 2, timeout_s=0.4)) as servers:
+        (trainer, _) = servers.start(2)
+        waiting, _ = asked(trainer, ALL, Steps(urgent=1))
+        message = raised(waiting)
+        assert "it has answered nothing for" in message
+        assert "shard server 0 of 2" in message
+
+
+def test_a_rank_that_stands_still_is_named_by_the_server() -> None:
+    with closing(Servers([make_group()], SEED, 1, wait_timeout_s=0.2)) as servers:
+        (trainer, other) = servers.start(2)
+        trainer.mark(Steps(urgent=4))
+        other.mark(Steps(urgent=2))
+        waiting, _ = asked(trainer, ALL, Steps(urgent=3))
+        assert "waited 0.2 s for rank 1 to write" in raised(waiting)
+
+
+def test_nobody_at_an_address_is_told_in_time() -> None:
+    started = time.perf_counter()
+    message = raised(
+        lambda: ServerControl(["127.0.0.1:1"], [make_group()], SEED, start_timeout_s=1)
+    )
+    assert time.perf_counter() - started < 10
+    assert "shard server 0 of 1 at 127.0.0.1:1 failed in call identify" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ("order", "its shard is 1, here it is 0"),
+        ("fewer", "its num_shards is 3, here it is 2"),
+        ("seed", "its tables is "),
+        ("tables", "its tables is "),
+    ],
+)
+def test_servers_of_another_configuration_are_refused(
+    servers: Servers, change: str, fact: str
+) -> None:
+    addresses, groups, seed = servers.addresses, servers.groups, SEED
+    if change == "order":
+        addresses = [addresses[1], addresses[0], addresses[2]]
+    if change == "fewer":
+        addresses = addresses[:2]
+    if change == "tables":
+        groups = (make_group(num_rows=1_301),)
+    message = raised(lambda: ServerControl(addresses, groups, seed + (change == "seed")))
+    assert fact in message
+    assert "start servers and trainers with one configuration" in message
+
+
+def test_closing_ends_what_is_under_way_and_leaves_no_thread(
+    servers: Servers, pool: ThreadPoolExecutor
+) -> None:
+    (trainer,) = servers.start()
+    waiting = pool.submit(asked(trainer, ALL, Steps(urgent=1))[0])
+    assert is_waiting(waiting)
+    threads = {
+        thread for thread in threading.enumerate() if thread.name in ("receive", "send", "watch")
+    }
+    assert threads
+    trainer.close()
+    trainer.close()
+    assert "rank 0 has closed its streams" in raised(lambda: waiting.result(10))
+    assert not any(thread.is_alive() for thread in threads)
+
+
+# ------------------------------------------------------------------------------------------ cuts
+
+
+def test_cuts_go_to_files_from_which_a_new_epoch_starts(servers: Servers, tmp_path: Path) -> None:
+    (trainer,) = servers.start()
+    store, epoch = trainer.stores[0], servers.epoch
+    store.write(ALL[:700], records_of(ALL[:700]))
+    written = servers.control.cut(1, tmp_path)
+    store.write(ALL[600:900], records_of(ALL[600:900], salt=0.5))  # is not in it
+    ((*files,),) = written()
+    assert len(files) == 3
+    assert sum(file.num_records or 0 for file in files) == 700
+    assert servers.control.committed(1)
+    assert servers.control.cut(2, tmp_path)
+    servers.control.abandon(2)
+    ((*more,),) = servers.control.cut(3, tmp_path)()
+    assert not servers.control.committed(2)
+    base = Checkpoint(name=f"{epoch}.1", folder=tmp_path, files=(next_files([], files),))
+    both = Checkpoint(name=f"{epoch}.3", folder=tmp_path, files=(next_files(files, more),))
+    for checkpoint, num_rows in ((base, 700), (both, 900)):
+        servers.epoch += 1
+        instances = servers.control.begin(servers.epoch, 1, checkpoint)
+        with ShardServers(servers.control, servers.groups, servers.epoch, instances) as trainer:
+            expected = records_of(ALL[:num_rows])
+            if checkpoint is both:
+                expected[600:] = records_of(ALL[600:900], salt=0.5)
+            found = list(trainer.stores[0].snapshot(10**6))
+            np.testing.assert_array_equal(
+                np.concatenate([rows for rows, _ in found]), ALL[:num_rows]
+            )
+            np.testing.assert_array_equal(np.concatenate([each for _, each in found]), expected)
+
+
+def test_a_cut_that_can_not_be_written_names_the_server_and_can_be_abandoned(
+    servers: Servers, tmp_path: Path
+) -> None:
+    (trainer,) = servers.start()
+    trainer.stores[0].write(ALL, records_of(ALL))
+    written = servers.control.cut(1, tmp_path / "nowhere")
+    message = raised(written)
+    assert "shard server 0 of 3 at 127.0.0.1:" in message
+    assert "can't be written" in message
+    servers.control.abandon(1)
+    ((*files,),) = servers.control.cut(2, tmp_path)()
+    assert sum(file.num_records or 0 for file in files) == 1_300
+
+
+def test_a_checkpoint_that_can_not_be_read_fails_the_start(
+    servers: Servers, tmp_path: Path
+) -> None:
+    (trainer,) = servers.start()
+    trainer.stores[0].write(ALL, records_of(ALL))
+    ((*files,),) = servers.control.cut(1, tmp_path)()
+    trainer.stores[0].write(ALL, records_of(ALL))
+    lost = Checkpoint(name="9.9", folder=tmp_path / "elsewhere", files=(tuple(files),))
+    servers.epoch += 1
+    message = raised(lambda: servers.control.begin(servers.epoch, 1, lost))
+    assert "shard server 0 of 3 at" in message
+    assert "can't be read" in message
+    servers.start()
+
+
+# -------------------------------------------------------------------------------------- clients
+
+
+def test_a_client_that_reads_nothing_holds_up_nobody(servers: Servers) -> None:
+    """It asks for 45 MB; its server holds one message of them at a time."""
+    (trainer,) = servers.start()
+    shard = servers.servers[0].shard
+    header = wire.Header(what=wire.What.FETCH, epoch=servers.epoch, instance=shard.instance)
+    rows = np.repeat(own_rows(shard), 250)[:100_000]
+
+    def send(writer: Any) -> None:
+        with suppress(flight.FlightError):
+            for _ in range(16):
+                writer.write_with_metadata(wire.pack(rows), header.encode())
+
+    with flight.connect(f"grpc://{servers.addresses[0]}") as client:
+        writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(wire.FETCH))
+        writer.begin(wire.SCHEMA)
+        sender = threading.Thread(target=send, args=(writer,), daemon=True)
+        sender.start()
+        for _ in range(5):
+            np.testing.assert_array_equal(fetch(trainer.stores[0], ALL), initial(make_group(), ALL))
+        servers.start()  # nor does it keep an epoch from beginning
+        reader.cancel()
+        sender.join(10)
+        assert not sender.is_alive()
+        with suppress(flight.FlightError):
+            writer.close()
