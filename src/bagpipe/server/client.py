@@ -213,7 +213,8 @@ class ShardServers:
         return stream
 
     def _failed(self, shard: int, command: bytes, error: Exception) -> StoreError:
-        return self._control.failed(shard, f"in a {command.decode()} of rank {self.rank}", error)
+        doing = f"in a {command.decode()} of rank {self.rank} in epoch {self.epoch}"
+        return self._control.failed(shard, doing, error)
 
     def _fail(self, error: StoreError) -> StoreError:
         """Ends all streams; the first reason is the one that all calls raise."""

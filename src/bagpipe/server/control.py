@@ -181,7 +181,7 @@ class ServerControl:
             client.close()
 
     def failed(self, shard: int, doing: str, error: Exception) -> StoreError:
-        """An error of a server, which names it."""
+        """An error that names the server; `doing` says at what it came."""
         text = str(error)
         if isinstance(error, flight.FlightError) and error.extra_info:
             text = error.extra_info.decode(errors="replace")  # as the server said it
@@ -189,11 +189,9 @@ class ServerControl:
             text = "it did not answer in time"
         elif isinstance(error, flight.FlightUnavailableError):
             text = "nobody answers there, or the connection was lost"
-        epoch = "" if self.epoch is None else f" in epoch {self.epoch}"
         return StoreError(
             f"shard server {shard} of {self.num_shards} at {self._addresses[shard]} failed "
-            f"{doing}{epoch}: {text}. See that it runs and what it logs, then start all trainers "
-            "again"
+            f"{doing}: {text}. See that it runs and what it logs, then start all trainers again"
         )
 
     def _epoch(self) -> int:
@@ -252,4 +250,5 @@ class ServerControl:
         try:
             yield
         except (StoreError, flight.FlightError, pa.ArrowException, ValidationError) as error:
-            raise self.failed(shard, f"in call {kind}", error) from error
+            epoch = "" if self.epoch is None else f" of epoch {self.epoch}"
+            raise self.failed(shard, f"in call {kind}{epoch}", error) from error
