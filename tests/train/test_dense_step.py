@@ -17,7 +17,7 @@ from tests.train.runs import small_config
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bagpipe
-from bagpipe.checkpoint.checkpoints import load_optimizer
+from bagpipe.checkpoint.dense import load_optimizer
 from bagpipe.config.run import TrainConfig
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection

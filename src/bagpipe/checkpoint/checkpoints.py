@@ -15,7 +15,6 @@ it: each reads all records, and keeps those whose home it is.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bagpipe.checkpoint.dense import dense_state, load_dense_state
 from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.checkpoint.files import CheckpointFiles, CheckpointWriter, list_checkpoints, prune
 from bagpipe.config.compare import Difference, compare_configs
@@ -44,7 +44,7 @@ from bagpipe.store.record_files import RecordFile, check_num_records, files_of_s
 from bagpipe.topology import shards_of
 from bagpipe.types import Group
 
-_DENSE = "dense.pt"
+DENSE = "dense.pt"
 _ALONE = Trainers()
 
 
@@ -91,6 +91,26 @@ class SavedRun:
     """By group, in order: of a row that is in several, the last one's record counts."""
     files: Sequence[Mapping[str, Any]]
     """Name, size and checksum of each."""
+    cut: str
+    """Which cut of shard servers it is; empty where trainers wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What a checkpoint holds beside records, as it was between two steps."""
+
+    step: int
+    dense: memoryview
+    content: Mapping[str, Any]
+    """Of the manifest."""
+
+
+def take_moment(state: State, position: Position, config: Mapping[str, Any]) -> Moment:
+    """Copies all of `state` but its records, so that training can go on."""
+    content = _content(state, position, config)
+    return Moment(
+        step=state.embeddings.step, dense=dense_state(state.model, state.optimizer), content=content
+    )
 
 
 def save_checkpoint(
@@ -139,7 +159,7 @@ def save_checkpoint(
                 writer if trainers.is_first else CheckpointFiles.join(Path(temporary), writer.path)
             )
             if trainers.is_first:
-                files.write_bytes(_DENSE, _dense_state(state))
+                files.write_bytes(DENSE, dense_state(state.model, state.optimizer))
             host, num_hosts = peers.host, peers.num_hosts
             written = [
                 files.write_records(
@@ -159,19 +179,12 @@ def save_checkpoint(
             if not trainers.is_first:
                 return
             by_host = [part["records"] for part in parts]
-            content = {
-                "step": step,
-                "num_skipped": list(state.embeddings.num_skipped),
-                "position": asdict(position),
-                "config": config,
-                "environment": environment(),
-                "groups": [
-                    describe(group, [RecordFile(**file) for file in files])
-                    for group, files in zip(groups, zip(*by_host, strict=True), strict=True)
-                ],
-            }
+            described = [
+                describe(group, [RecordFile(**file) for file in files])
+                for group, files in zip(groups, zip(*by_host, strict=True), strict=True)
+            ]
             writer.files += [file for part in parts[1:] for file in part["files"]]
-            writer.write_manifest(content)
+            writer.write_manifest(_content(state, position, config) | {"groups": described})
             stack.close()
             prune(run, newest=step, keep=keep, say=say)
 
@@ -240,9 +253,9 @@ def _saved_run(path: Path, manifest: Mapping[str, Any]) -> SavedRun:
     files = [entry | {"size_bytes": int(entry["size_bytes"])} for entry in manifest["files"]]
     by_group = record_files(manifest)
     found = sorted(entry["name"] for entry in files)
-    named = sorted([_DENSE, *(file.name for of_group in by_group for file in of_group)])
+    named = sorted([DENSE, *(file.name for of_group in by_group for file in of_group)])
     if found != named:
-        raise ValueError(f"it lists the files {found}, which are not its groups' and {_DENSE}")
+        raise ValueError(f"it lists the files {found}, which are not its groups' and {DENSE}")
     return SavedRun(
         path=path,
         step=manifest["step"],
@@ -254,6 +267,7 @@ def _saved_run(path: Path, manifest: Mapping[str, Any]) -> SavedRun:
         groups=groups,
         record_files=by_group,
         files=files,
+        cut=manifest.get("cut", ""),
     )
 
 
@@ -288,72 +302,38 @@ def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) 
         CheckpointError: the state was built for other tables or another model.
         StoreError: a store can't be written.
     """
-    check_tables(saved.path, saved.groups, state.embeddings.groups)
-    _load_dense_state(saved.path / _DENSE, state)
+    load_moment(saved, state)
     if trainers.peers.is_first_of_host:
         for store, files in zip(state.embeddings.stores, saved.record_files, strict=True):
             _load_records(saved.path, store, files, trainers)
+
+
+def load_moment(saved: SavedRun, state: State) -> None:
+    """As `load_checkpoint`, without records.
+
+    Raises:
+        CheckpointError: the state was built for other tables or another model.
+    """
+    check_tables(saved.path, saved.groups, state.embeddings.groups)
+    load_dense_state(saved.path / DENSE, state.model, state.optimizer)
     state.embeddings.step = saved.step
     state.embeddings.num_skipped[:] = saved.num_skipped
+
+
+def _content(state: State, position: Position, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest holds beside groups and files."""
+    return {
+        "step": state.embeddings.step,
+        "num_skipped": list(state.embeddings.num_skipped),
+        "position": asdict(position),
+        "config": config,
+        "environment": environment(),
+    }
 
 
 def environment() -> dict[str, Any]:
     """What, beside the configuration, decides the last bits of a result."""
     return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
-
-
-def _dense_state(state: State) -> memoryview:
-    buffer = io.BytesIO()
-    content = {
-        "model": {
-            name: value
-            for name, value in state.model.state_dict().items()
-            if isinstance(value, Tensor)
-        },
-        "optimizer": state.optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    torch.save(content, buffer)
-    return buffer.getbuffer()
-
-
-def _load_dense_state(path: Path, state: State) -> None:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {
-        name for name, value in state.model.state_dict().items() if isinstance(value, Tensor)
-    }
-    if expected != content["model"].keys():
-        raise CheckpointError(
-            f"{path}: holds another model: {sorted(expected ^ content['model'].keys())} are in "
-            "only one of them"
-        )
-    try:
-        # embeddings are loaded from their records
-        state.model.load_state_dict(content["model"], strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: holds another model: {error}") from error
-    load_optimizer(state.optimizer, content["optimizer"])
-    torch.set_rng_state(content["random"])
-    if len(content["random_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(content["random_cuda"])
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads a state that may have been saved on another kind of device.
-
-    Adam goes on counting its steps where this run's optimizer does, on the host or the device.
-    """
-    capturable = [group.get("capturable") for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, is_capturable in zip(optimizer.param_groups, capturable, strict=True):
-        if is_capturable is None:
-            continue
-        group["capturable"] = is_capturable
-        for parameter in group["params"]:
-            values = optimizer.state.get(parameter, {})
-            if "step" in values:
-                values["step"] = values["step"].to(parameter.device if is_capturable else "cpu")
 
 
 def _load_records(

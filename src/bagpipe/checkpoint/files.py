@@ -155,6 +155,20 @@ class CheckpointFiles:
 
     def add(self, file: RecordFile) -> None:
         """Adds a file that another process has written into the folder."""
+        path = self.folder / file.name
+        server = f"the server of shard {file.shard} of {file.num_shards}"
+        try:
+            size_bytes = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: {server} has written it, but it can't be seen here ({error.strerror}): "
+                "give a log.folder on a file system that trainers and servers share"
+            ) from error
+        if size_bytes != file.size_bytes:
+            raise CheckpointError(
+                f"{path}: has {size_bytes:,} bytes here, {server} has written "
+                f"{file.size_bytes:,}: see to the file system of log.folder"
+            )
         self.files.append(
             {"name": file.name, "size_bytes": file.size_bytes, "xxh3_128": file.xxh3_128}
         )
@@ -188,6 +202,11 @@ class CheckpointFiles:
         except StoreError:
             raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not self.folder.parent.is_dir():
+                raise CheckpointError(
+                    f"{self.path}: can't be written, since a newer start of the run has taken it "
+                    "over: end this one"
+                ) from error
             raise CheckpointError(
                 f"{self.path}: can't be written: {error.strerror or error}; earlier checkpoints "
                 "are as they were. "
