@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import select
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -56,17 +53,16 @@ def serve(
         format=f"%(asctime)s shard {shard} %(levelname)s %(message)s",
     )
     with mistakes_told():
-        places = {"listen": _place("--listen", listen), "metrics": _place("--metrics", metrics)}
-        reasons, told = os.pipe()
-        _end_on_signals(told)
-        if lives_with is not None:
-            _end_with(lives_with, told)
+        listens = _place("--listen", listen)
+        tells = _place("--metrics", metrics)
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
+        from bagpipe.server.ending import Ending
         from bagpipe.server.start import running_shard
 
+        ending = Ending(lives_with)
         config = load_config(RunConfig, file, overrides)
-        with running_shard(config, shard, **places) as running:
+        with running_shard(config, shard, listen=listens, metrics=tells) as running:
             if address_file is not None:
                 with replaced(address_file) as temporary:
                     temporary.write_text(f"{running.address}\n", encoding="utf-8")
@@ -74,50 +70,10 @@ def serve(
             sys.stdout.flush()
             if running.metrics_address is not None:
                 logging.info("metrics at %s", running.metrics_address)
-            number = os.read(reasons, 1)[0]
-            logging.info("ends: %s", _reason(number, lives_with))
+            logging.info("ends: %s", ending.wait())
     # a client that stays would keep the process, and nothing is left to be saved
     logging.shutdown()
     os._exit(0)
-
-
-def _end_on_signals(told: int) -> None:
-    """Writes SIGTERM's or SIGINT's number to a pipe; a second one ends the process at once.
-
-    The system may give a signal to any thread, and Python runs its handler in the main one once
-    that is awake: so what wakes that is a pipe, to which every thread writes.
-    """
-    ends = (signal.SIGTERM, signal.SIGINT)
-
-    def on_signal(number: int, _frame: object) -> None:
-        for each in ends:
-            signal.signal(each, signal.SIG_DFL)
-
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told)
-    for each in ends:
-        signal.signal(each, on_signal)
-
-
-def _end_with(pid: int, told: int) -> None:
-    """Writes 0 to a pipe when a process of this host has ended."""
-    try:
-        process = os.pidfd_open(pid)
-    except ProcessLookupError:
-        os.write(told, b"\0")
-        return
-
-    def wait() -> None:
-        select.select([process], [], [])
-        os.write(told, b"\0")
-
-    threading.Thread(target=wait, name="lives with", daemon=True).start()
-
-
-def _reason(number: int, lives_with: int | None) -> str:
-    if number:
-        return signal.Signals(number).name
-    return f"process {lives_with}, with which this one lives, is gone"
 
 
 def _place(option: str, text: str | None) -> tuple[str, int] | None:

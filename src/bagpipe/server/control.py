@@ -19,7 +19,7 @@ from bagpipe.config.servers import split_address
 from bagpipe.errors import StoreError
 from bagpipe.server import calls, wire
 from bagpipe.server.credentials import Credentials
-from bagpipe.server.security import connect
+from bagpipe.server.security import connect, reason
 from bagpipe.server.shard import Checkpoint
 from bagpipe.store.record_files import RecordFile
 from bagpipe.types import Group
@@ -182,13 +182,7 @@ class ServerControl:
 
     def failed(self, shard: int, doing: str, error: Exception) -> StoreError:
         """An error that names the server; `doing` says at what it came."""
-        text = str(error)
-        if isinstance(error, flight.FlightError) and error.extra_info:
-            text = error.extra_info.decode(errors="replace")  # as the server said it
-        elif isinstance(error, flight.FlightTimedOutError):
-            text = "it did not answer in time"
-        elif isinstance(error, flight.FlightUnavailableError):
-            text = "nobody answers there, or the connection was lost"
+        text = reason(error)
         return StoreError(
             f"shard server {shard} of {self.num_shards} at {self._addresses[shard]} failed "
             f"{doing}: {text}. See that it runs and what it logs, then start all trainers again"

@@ -180,6 +180,8 @@ def reason(error: Exception) -> str:
     gRPC tells what went wrong with TLS in a text only, so its words are looked for.
     """
     text = str(error)
+    if isinstance(error, flight.FlightError) and error.extra_info:
+        return str(error.extra_info.decode(errors="replace"))  # as the server said it
     if isinstance(error, flight.FlightTimedOutError):
         return "it did not answer in time"
     if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):

@@ -10,8 +10,10 @@ import fcntl
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from pydantic import SecretStr
 
 from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig, split_address
@@ -19,7 +21,7 @@ from bagpipe.config.tables import make_tables
 from bagpipe.data import open_source
 from bagpipe.errors import ConfigError, StoreError
 from bagpipe.native.files import make_folder
-from bagpipe.server.credentials import server_credentials
+from bagpipe.server.credentials import Credentials, server_credentials
 from bagpipe.server.flight import ShardServer
 from bagpipe.server.logins import Logins
 from bagpipe.server.metrics import MetricsServer, ServerMetrics
@@ -43,6 +45,7 @@ class RunningShard:
     """What trainers connect to, "host:port"."""
     metrics_address: str | None
     """Where it tells its numbers, if it does."""
+    credentials: Credentials
 
 
 @contextmanager
@@ -52,6 +55,7 @@ def running_shard(
     *,
     listen: Place | None = None,
     metrics: Place | None = None,
+    own_token: SecretStr | None = None,
 ) -> Iterator[RunningShard]:
     """Starts the server of one shard of every group; closes it at the end.
 
@@ -61,6 +65,7 @@ def running_shard(
         listen: Where; by default at its address in `servers.addresses`, or on loopback at any port
             that is free.
         metrics: Where to tell numbers by HTTP; None: nowhere.
+        own_token: What trainers show where the configuration has no token.
 
     Raises:
         ConfigError: There is no such shard; a secret is missing or open to others; the address is
@@ -77,6 +82,7 @@ def running_shard(
     known = servers.addresses[number] if servers.addresses else None
     host, port = listen or (split_address(known) if known else (_LOOPBACK, 0))
     credentials = server_credentials(servers, host)
+    credentials = replace(credentials, token=credentials.token or own_token)
     metrics_credentials = None if metrics is None else server_credentials(servers, metrics[0])
     with ExitStack() as stack:
         groups = _groups(config)
@@ -105,6 +111,7 @@ def running_shard(
             server=server,
             address=_address(host, server.port, known),
             metrics_address=metrics_address,
+            credentials=credentials,
         )
 
 
