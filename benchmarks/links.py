@@ -29,8 +29,9 @@ from bagpipe.errors import ConfigError
 _SWITCH_ADDRESS = "10.77.0.254"
 _CONGESTION_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"
 _QUEUE_MS = 50
-_LEAST_BURST_BYTES = 80_000
-"""More than what is handed to a device as one segment (64 KiB with headers)."""
+_BURST_S, _LEAST_BURST_BYTES = 5e-4, 3_200
+"""How long an idle link saves up what it may then send at once: a real one saves nothing."""
+_LARGEST_SEGMENT_BYTES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +189,11 @@ def _connect(host: Host, switch: Host, port: str, link: Link) -> None:
     )
     _batch(switch, [f"link set {port} master switch", f"link set {port} up"])
     _batch(host, ["link set lo up", f"address add {host.address}/24 dev wire", "link set wire up"])
+    burst_bytes = max(int(link.bytes_per_s * _BURST_S), _LEAST_BURST_BYTES)
+    # what is larger than a burst would be cut into packets one by one
+    segment_bytes = min(int(burst_bytes * 0.9), _LARGEST_SEGMENT_BYTES)
     for namespace, device in ((host.namespace, "wire"), (switch.namespace, port)):
-        burst_bytes = max(int(link.bytes_per_s / 1e3), _LEAST_BURST_BYTES)  # of 1 ms
+        _run("ip", "-n", namespace, "link", "set", device, "gso_max_size", str(segment_bytes))
         _run(
             *("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf"),
             *("rate", f"{int(link.gbit_per_s * 1e9)}bit", "burst", f"{burst_bytes}b"),
