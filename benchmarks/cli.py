@@ -24,6 +24,9 @@ from benchmarks.options import (
     BatchSize,
     BatchSizes,
     CacheShare,
+    Delays,
+    Gbits,
+    InFlight,
     Lookahead,
     Lookaheads,
     MaxRows,
@@ -31,6 +34,7 @@ from benchmarks.options import (
     Plot,
     Quick,
     Rounds,
+    StepRows,
     Steps,
     Threads,
     WorkloadName,
@@ -215,6 +219,37 @@ def trainers(
         return bench_trainers(TrainersBench(**settings), progress)
 
     _measure(run, device, quick=quick, json_file=json_file)
+
+
+@app.command()
+def network(
+    quick: Quick = False,
+    max_rows: MaxRows = None,
+    rows: StepRows = None,
+    gbits: Gbits = None,
+    delays_ms: Delays = None,
+    in_flight: InFlight = None,
+    arms: Arms = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Fetch from a shard server, over loopback and over links that are made (as root)."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.network.bench import bench_network
+        from benchmarks.network.settings import ALWAYS, ARMS, QUICK, NetworkBench
+
+        sizes = sizes_of(
+            QUICK if quick else {},
+            table_rows=max_rows,
+            step_rows=rows,
+            gbits=gbits,
+            delays_ms=delays_ms,
+            in_flight=in_flight,
+            arms=chosen_arms(arms, ARMS, ALWAYS),
+        )
+        return bench_network(NetworkBench(**sizes), progress)
+
+    _measure(run, "cpu", quick=quick, json_file=json_file)
 
 
 def _measure(

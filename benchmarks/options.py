@@ -67,6 +67,21 @@ WorkloadName = Annotated[
     ),
 ]
 NumTrainers = Annotated[int | None, typer.Option("--trainers", help="How many trainers.")]
+StepRows = Annotated[int | None, typer.Option("--rows", min=1, help="Rows that a step fetches.")]
+Gbits = Annotated[
+    list[float] | None,
+    typer.Option("--gbit", min=0.01, max=100, help="Gbit/s of a link; may be repeated."),
+]
+Delays = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--delay", min=0.0, max=1_000, help="Delay of a link in ms, each way; may be repeated."
+    ),
+]
+InFlight = Annotated[
+    list[int] | None,
+    typer.Option("--in-flight", min=1, max=64, help="Steps under way; may be repeated."),
+]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Save the plot here (.png, .svg, .pdf).")]
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.cli import app
 from benchmarks.gpu.arms import TorchCpuArm
+from benchmarks.links import why_not
 from benchmarks.measure import Timing, disagreements, silent
 from benchmarks.prepared_stream import make_stream
 from benchmarks.workloads import make_workload
@@ -214,3 +215,17 @@ def test_the_oracle_plans_for_several_trainers(tmp_path: Path) -> None:
     assert live[3]["lookups_per_s"] / live[3]["batches_per_s"] == pytest.approx(3 * 64 * 26)
     assert live[3]["bytes_per_batch"] > live[1]["bytes_per_batch"]
     assert "must be at least 1" in run("oracle", "--quick", "--trainers", "0").stderr
+
+
+def test_the_network_at_a_tiny_size(tmp_path: Path) -> None:
+    values = run_to_json(tmp_path / "network.json", "network")["network"]
+    found = {(each["arm"], each["in_flight"]) for each in values["loopback"]}
+    assert found == {(arm, steps) for arm in ("bare", "flight", "tls") for steps in (1, 2)}
+    assert all(each["client_cpu_s_per_gb"] > 0 for each in values["loopback"])
+    assert all(each["server_cpu_s_per_gb"] > 0 for each in values["loopback"])
+    if why_not() is None:
+        links = {(each["arm"], each["delay_ms"]) for each in values["links"]}
+        assert links == {(arm, delay_ms) for arm in ("bare", "flight") for delay_ms in (2,)}
+        assert all(0 < each["share"] < 1.1 for each in values["links"])
+    else:
+        assert values["links"] == []
