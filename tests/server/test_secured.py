@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from bagpipe.server.client import ShardServers
 from bagpipe.server.control import ServerControl
 from bagpipe.server.credentials import Credentials, client_credentials, server_credentials
 from bagpipe.server.flight import ShardServer
+from bagpipe.server.shard import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +82,40 @@ def test_who_is_refused_is_told_by_whom_and_what_to_set(
         caught.value
     )
     assert TOKEN not in str(caught.value)
+
+
+def test_each_host_may_see_the_runs_folder_elsewhere(tmp_path: Path) -> None:
+    """Only the place within it travels: the trainer's folder is one that no server can see."""
+    there, here = tmp_path / "server" / "run", tmp_path / "trainer" / "run"
+    unfinished, step = "epochs/1/cuts/1", "checkpoints/step-1"
+    (there / unfinished).mkdir(parents=True)
+    rows = rows_of(1, 2, 3)
+    with started(there, here) as (control, begin), begin(1, None) as servers:
+        servers.stores[0].write(rows, records_of(rows))
+        (files,) = control.cut(1, here / unfinished)()
+    (there / "checkpoints").mkdir()
+    (there / unfinished).rename(there / step)
+    checkpoint = Checkpoint(name="1.1", folder=here / step, files=(files,))
+    with started(there, here) as (_, begin), begin(2, checkpoint) as servers:
+        np.testing.assert_array_equal(fetch(servers.stores[0], rows), records_of(rows))
+
+
+Begin: TypeAlias = Callable[[int, Checkpoint | None], AbstractContextManager[ShardServers]]
+
+
+@contextmanager
+def started(there: Path, here: Path) -> Iterator[tuple[ServerControl, Begin]]:
+    """A new server that sees the run's folder `there`, and a trainer who sees it `here`."""
+    groups = [make_group()]
+    with (
+        closing(ShardServer(make_shard(), run_folder=there)) as server,
+        closing(
+            ServerControl([f"localhost:{server.port}"], groups, SEED, run_folder=here)
+        ) as control,
+    ):
+
+        def begin(epoch: int, checkpoint: Checkpoint | None) -> closing[ShardServers]:
+            instances = control.begin(epoch, 1, checkpoint)
+            return closing(ShardServers(control, groups, epoch, instances, rank=0))
+
+        yield control, begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -130,7 +131,8 @@ def answers(
         shard: What is called.
         kind: The name of the call.
         body: Its JSON.
-        run_folder: Files outside of it are neither read nor written; None: all may be.
+        run_folder: The run's, to which a call's paths are relative; files outside of it are
+            neither read nor written. None: all may be.
 
     Raises:
         StoreError, CheckpointError: It is no such call, or fails.
@@ -146,35 +148,35 @@ def answers(
         call = form.model_validate_json(body.to_pybytes())
     except ValidationError as error:
         raise StoreError(f"call {kind} has another form than {form.__name__}: {error}") from error
-    if run_folder is not None:
-        for path in _paths(call):
-            _check_inside(path, run_folder)
-    for answer in serve(shard, call):
+    for answer in serve(shard, call if run_folder is None else _placed(call, run_folder)):
         yield answer.encode()
 
 
-def _paths(call: Message) -> Iterator[Path]:
-    """All paths that a call names."""
+def _placed(call: Message, run_folder: Path) -> Message:
+    """The call with its folder as this host sees it."""
     if isinstance(call, Cut):
-        yield call.folder
-    elif isinstance(call, Begin) and call.checkpoint is not None:
-        yield call.checkpoint.folder
-        for files in call.checkpoint.files:
-            yield from (call.checkpoint.folder / file.name for file in files)
+        return call.model_copy(update={"folder": _inside(call.folder, run_folder)})
+    if isinstance(call, Begin) and call.checkpoint is not None:
+        checkpoint = replace(call.checkpoint, folder=_inside(call.checkpoint.folder, run_folder))
+        for file in (file for files in checkpoint.files for file in files):
+            _inside(checkpoint.folder / file.name, run_folder)
+        return call.model_copy(update={"checkpoint": checkpoint})
+    return call
 
 
-def _check_inside(path: Path, run_folder: Path) -> None:
-    """Raises StoreError for a path outside of the run's folder: a client's word is no path."""
+def _inside(path: Path, run_folder: Path) -> Path:
+    """A path within the run's folder. StoreError for any other: a client's word is no path."""
+    root = run_folder.resolve()
     try:
-        inside = path.resolve().is_relative_to(run_folder.resolve())
+        found = (root / path).resolve()
     except (OSError, ValueError):  # too long, or with a zero byte
-        inside = False
-    if not inside or not path.is_absolute():
+        found = Path("/")
+    if found == root or not found.is_relative_to(root):
         raise StoreError(
-            f"{str(path)[:200]!r} is not in log.folder = {str(run_folder.resolve())!r} of this "
-            "server: start servers and trainers with one log.folder, on a file system that all "
-            "of them see under the same path"
+            f"{str(path)[:200]!r} is not in log.folder = {str(root)!r} of this server: start "
+            "servers and trainers with one log.folder, on a file system that all of them see"
         )
+    return found
 
 
 def _begin(shard: Shard, call: Begin) -> Iterator[Message]:

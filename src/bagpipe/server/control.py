@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +54,7 @@ class ServerControl:
         timeout_s: float = TIMEOUT_S,
         start_timeout_s: float = START_TIMEOUT_S,
         begin_timeout_s: float = BEGIN_TIMEOUT_S,
+        run_folder: Path | None = None,
     ) -> None:
         """Asks every server who it is.
 
@@ -65,13 +67,15 @@ class ServerControl:
             start_timeout_s: How long a server may take to say who it is.
             begin_timeout_s: How long it may take to begin an epoch, to write a cut, or to send all
                 of its rows.
+            run_folder: The run's, as this host sees it: servers are told paths within it, which
+                they may see elsewhere. None: they are told paths as they are.
 
         Raises:
             StoreError: A server does not answer, or has another shard or other tables.
         """
         self.epoch: int | None = None
         self.timeout_s, self.begin_timeout_s = timeout_s, begin_timeout_s
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s, self._run_folder = start_timeout_s, run_folder
         self._addresses = tuple(addresses)
         self._tables = calls.fingerprint(tuple(groups), seed)
         self._threads = ThreadPoolExecutor(len(self._addresses), "bagpipe-calls")
@@ -101,6 +105,8 @@ class ServerControl:
             StoreError: A server refuses, or can't read the checkpoint; the start has failed.
         """
         self.epoch = epoch
+        if checkpoint is not None:
+            checkpoint = replace(checkpoint, folder=self._within(checkpoint.folder))
         call = calls.Begin(epoch=epoch, num_ranks=num_ranks, checkpoint=checkpoint, run=run)
         begun = self._call_all("begin", call, calls.Begun, self.begin_timeout_s)
         return tuple(each.instance for each in begun)
@@ -112,7 +118,7 @@ class ServerControl:
 
         Args:
             number: Counts the epoch's cuts from 1 on.
-            folder: Where servers write their files; all see it under this path.
+            folder: Where servers write their files.
 
         Returns:
             What waits until all files are on disk, and returns what the manifest says of them: by
@@ -121,7 +127,7 @@ class ServerControl:
         Raises:
             StoreError: A server refuses, at once or from what waits: abandon the cut then.
         """
-        call = calls.Cut(epoch=self._epoch(), number=number, folder=folder)
+        call = calls.Cut(epoch=self._epoch(), number=number, folder=self._within(folder))
         answers = self._on_all(
             lambda shard: self._answers(shard, "cut", call, self.begin_timeout_s)
         )
@@ -187,6 +193,12 @@ class ServerControl:
             f"shard server {shard} of {self.num_shards} at {self._addresses[shard]} failed "
             f"{doing}: {text}. See that it runs and what it logs, then start all trainers again"
         )
+
+    def _within(self, folder: Path) -> Path:
+        """The folder as servers are told it."""
+        if self._run_folder is None:
+            return folder
+        return folder.resolve().relative_to(self._run_folder.resolve())
 
     def _epoch(self) -> int:
         assert self.epoch is not None, "no epoch has begun"
