@@ -200,6 +200,7 @@ def plan_stream(
         linked = BackgroundIterator(oracle.link(deduped), ahead=_LINKED_AHEAD, name="reader")
         planned = oracle.plan(linked, workers)
         if options.check:
+            # A replay needs the plans of all ranks, so the oracle makes those of others, too.
             every = checked(options.groups, options.num_slots, planned, options.topology)
             ranks = options.topology.ranks
             planned = ((tuple(plans[rank] for rank in ranks), batch) for plans, batch in every)
@@ -220,6 +221,7 @@ def plan_stream(
                     for plan, (batch, sparse, seal) in zip(plans, parts, strict=True)
                 )
         finally:
+            # Or its thread would wait for room in a queue that nobody empties.
             linked.close()
 
 
@@ -251,12 +253,15 @@ def _dedup(
         jagged = as_jagged(sparse)
         check_features(options.groups, jagged)
         if num_trainers == 1:
+            # The batch is handed out as it is: no copy, and no `share` of the user's is called.
             shares = [jagged]
             own_parts = [(batch, sparse)]
         else:
+            # Before the user's `share` takes it apart, or its error would hide this one.
             check_ids(jagged)
             ranks = options.topology.ranks
             own = {rank: _share_of(batch, jagged, rank, num_trainers, adapter) for rank in ranks}
+            # Those of other ranks are planned with, but nobody here is handed their samples.
             shares = [
                 own[rank][2] if rank in own else share_of(jagged, rank, num_trainers)
                 for rank in range(num_trainers)

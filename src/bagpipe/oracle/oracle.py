@@ -240,6 +240,7 @@ class Oracle:
         has_more = True
         step = self._first_step
         while True:
+            # The batch to plan is one of them, hence one more than the lookahead.
             while has_more and len(window) <= self._lookahead:
                 try:
                     batch, linked = next(source)
@@ -247,6 +248,7 @@ class Oracle:
                 except StopIteration:
                     has_more = False
                 except BaseException as error:
+                    # It is raised at its own place, after the plans of all batches before it.
                     failure, has_more = error, False
                 else:
                     window.append(batch)
@@ -280,6 +282,7 @@ class Oracle:
 
     def _admit(self, linked: Sequence[LinkedGroup]) -> None:
         """Lets all groups see the batch, or none."""
+        # A policy that has seen a batch can't forget it, so all are asked first.
         for policy, group in zip(self._policies, linked, strict=True):
             policy.check_fits(group)
         for policy, group in zip(self._policies, linked, strict=True):
@@ -331,6 +334,7 @@ class Oracle:
         """Lets an automatic window grow by a batch if that can save a fetch and fits the budget."""
         if not self._is_auto or self._lookahead >= MAX_LOOKAHEAD:
             return
+        # The planned batch is still held, and one more would be.
         if window_bytes + 2 * batch_bytes > self._lookahead_bytes:
             return
         if any(policy.evicted_blindly for policy in self._policies):

@@ -49,6 +49,7 @@ class RankPlanner:
             ConfigError: A rank needs more replicas than it has slots for.
         """
         self._merged = merged = planned.batch
+        # A single trainer has the whole cache: nothing to cut, and nothing to exchange.
         self._is_alone = len(merged.shares) == 1
         if self._is_alone:
             self._unique_slots = [planned.unique_slots]
@@ -57,6 +58,7 @@ class RankPlanner:
         self._first_replica = num_slots + step % 2 * num_replicas
         ends = np.cumsum([len(places) for places in merged.places])
         comes_urgent, goes_urgent = planned.was_used_before, planned.is_used_next
+        # A row that its owner fetches urgently can't be sent ahead either.
         if len(planned.urgent.fetch_slots):
             comes_urgent = comes_urgent | np.isin(planned.unique_slots, planned.urgent.fetch_slots)
         if not overlap:
@@ -114,6 +116,7 @@ class RankPlanner:
 
     def _replica_exchange(self, rank: int, moment: int) -> RowExchange:
         counts = self._all.replica_counts
+        # Columns are copied, since only what is contiguous is sent to trainers as it lies.
         return RowExchange(
             send=self._all.replicas[_span(counts.sum(0).T, rank, moment)],
             send_counts=counts[:, moment, rank].copy(),
@@ -136,6 +139,7 @@ class RankPlanner:
             unique_slots=self._all.rows[rows],
             bags=self._all.contributions[_span(self._all.contribution_counts, rank, moment)],
             piece_offsets=self._all.offsets[rows.start + number : rows.stop + number + 1],
+            # A row has a sum from each rank at most, fewer than a piece holds.
             long_uniques=np.empty(0, np.int32),
             long_offsets=np.zeros(1, np.int32),
         )

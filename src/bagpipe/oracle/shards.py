@@ -91,6 +91,7 @@ def slot_bounds(num_slots: int, num_rows: int, num_hosts: int = 1) -> Int64Array
         *ends, num_host_rows = accumulate(
             counts[shard] for shard in neighbours_on(host, num_shards, num_hosts)
         )
+        # A host may have no rows at all, where there are fewer lines of rows than hosts.
         bounds += [host * host_slots + end * host_slots // max(1, num_host_rows) for end in ends]
         bounds.append((host + 1) * host_slots)
     return np.array(bounds, np.int64)
@@ -118,6 +119,7 @@ def num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int = 1) -> int
         num_rows: How many rows the group has.
         num_hosts: The hosts among which the cache is divided.
     """
+    # Which caches are cut depends on their size, so both ways are tried.
     in_shards = _num_slots_needed(rows, num_rows, num_hosts, NUM_SHARDS)
     if in_shards >= MIN_SLOTS:
         return in_shards

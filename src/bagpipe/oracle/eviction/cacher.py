@@ -139,6 +139,7 @@ class Cacher:
         step, last_seen = self._next_step, self._next_admitted - 1
         issue_tick = max(self._first_step, step - self.prefetch_depth)
         if step == self._first_step:
+            # The linker's numbers may begin anywhere: until now there was no occurrence to name.
             self._state.oldest_unsettled[:] = self._admitted[0].uses.first
         newest = self._take_new()
         linked = self._admitted.popleft()
@@ -161,6 +162,7 @@ class Cacher:
         )
         if settled is not self._nothing:
             self._num_unsettled -= settled.num_uniques
+            # From now on the linker may use the ring's places of its occurrences again.
             self.linker.settled = settled.step
         evicted, fetched = shard_loops.Moved(*moved_out), shard_loops.Moved(*moved_in)
         num_evicted_overlapped, num_overlapped = (
@@ -197,6 +199,7 @@ class Cacher:
         Without a new batch it returns one without rows.
         """
         newest: LinkedGroup | None = None
+        # In most steps one batch is new. `loops.plan` takes that in itself, which saves a call.
         for linked in islice(self._admitted, self._next_taken - self._next_step, None):
             if newest is not None:
                 loops.admit(self._state, _as_batch(newest), self._next_taken - 1)

@@ -51,6 +51,8 @@ def find_resident(
         How many rows were found.
     """
     num_settled = 0
+    # Always written, but kept only if it is one: a branch here could not be predicted. It is so in
+    # all loops below that count what they keep.
     for index in range(len(rows)):
         indices[num_settled] = index
         is_settled = (previous[index] < 0) | (
@@ -93,6 +95,7 @@ def find_unsettled(
         is_unsettled = (previous[index] >= 0) & (
             ((previous[index] - oldest_unsettled) & OCCURRENCES) < _RECENT
         )
+        # Read even for a row that is settled or new: some place of the ring, which is dropped.
         slot = slots_of_uses[previous[index] & mask]
         slots[index] = slot if is_unsettled else slots[index]
     num_missing = 0
@@ -136,6 +139,8 @@ def sort_out(
     num_unknown = num_due = 0
     for occurrence in range(settled[0], settled[1]):
         next_step, slot = next_uses[occurrence & mask, STEP], slots_of_uses[occurrence & slots_mask]
+        # The linker runs ahead: what it knows of steps behind the window must not change plans, or
+        # they would depend on threads.
         is_unused = (next_step < 0) | (next_step > step)
         is_due = (next_step >= 0) & (next_step <= last_seen)
         unknown[num_unknown] = slot
@@ -161,6 +166,7 @@ def evict(
 
     The first `num_overlapped` of them are evicted at `issue_tick`, the others at `urgent_tick`.
     """
+    # Two loops, so that the second one knows which rows to prefetch.
     for index in range(len(slots)):
         rows[index] = rows_of_slots[np.uint32(slots[index])]
     for index in range(len(slots)):
@@ -278,6 +284,7 @@ def overlapped_first(
 @jit
 def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Array) -> None:
     """Writes the slots (n,) of consecutive occurrences into the ring."""
+    # Two copies of whole runs: the second one is what has gone round the ring's end.
     begin = first_occurrence & (len(slots_of_uses) - 1)
     num_first = min(len(slots), len(slots_of_uses) - begin)
     slots_of_uses[begin : begin + num_first] = slots[:num_first]

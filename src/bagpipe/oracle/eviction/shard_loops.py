@@ -168,8 +168,9 @@ def plan_shard(
     Returns:
         The first occurrence that is not settled after the step.
     """
-    rows, slots = batch.rows[begin:end], all_slots[begin:end]
+    slots = all_slots[begin:end]
     slots[:] = -1
+    # Before any slot is freed: what the batch itself needs must not leave.
     take_due(shard.due, ticks.step, all_slots)
     num_settled = _settle_all(shard, recent, oldest_unsettled, end - begin, ticks, uses)
     missing = np.empty(len(slots), np.int32)
@@ -194,41 +195,10 @@ def plan_shard(
     if ranks.num_trainers > 1:
         missing = choose_owners(missing, batch.users[begin:end], freed, ranks.num_trainers)
 
-    num_evicted, num_overlapped = num_missing - num_fresh, num_ahead - num_fresh
-    evicted.slots[begin : begin + num_evicted] = freed[num_fresh:]
-    evict(
-        shard.slots_of_rows,
-        shard.rows_of_slots,
-        freed[num_fresh:],
-        evicted.rows[begin : begin + num_evicted],
-        num_overlapped,
-        ticks.overlapped,
-        ticks.step,
-    )
-    counts[EVICTED], counts[EVICTED_OVERLAPPED] = num_evicted, num_overlapped
+    _evict(shard, freed[num_fresh:], num_ahead - num_fresh, ticks, begin, evicted, counts)
     counts[EVICTED_BLINDLY] = num_unknown - num_fresh
-
-    missing_rows, evicted_at = np.empty(num_missing, np.int64), np.empty(num_missing, np.int32)
-    take_slots(
-        shard.slots_of_rows,
-        shard.rows_of_slots,
-        rows,
-        missing,
-        slots,
-        freed,
-        missing_rows,
-        evicted_at,
-    )
-    counts[FETCHED] = num_missing
-    counts[FETCHED_OVERLAPPED], counts[OVERLAPPED_FENCE], counts[URGENT_FENCE] = overlapped_first(
-        missing_rows,
-        evicted_at,
-        freed,
-        num_ahead,
-        ticks.overlapped,
-        fetched.rows[begin:end],
-        fetched.slots[begin:end],
-    )
+    rows = batch.rows[begin:end]
+    _fetch(shard, rows, missing, slots, freed, num_ahead, ticks, begin, fetched, counts)
     keep_uses(slots, batch.first_occurrence + begin, uses.slots_of_uses)
     counts[DONE] = 1
     return first_unsettled
@@ -257,6 +227,7 @@ def _settle_all(
     last = len(recent) if num_held > shard.num_slots else 1
     num_settled = 0
     for batch in range(len(recent)):
+        # A tight cache has settled younger batches in an earlier step already.
         if not is_before(recent[batch, 0], oldest_unsettled):
             if batch >= last:
                 break
@@ -311,6 +282,73 @@ def _free(shard: Shard, ticks: Ticks, ranks: Ranks, freed: Int32Array) -> tuple[
         num_freed += pop_due(shard.due, due_step, freed[num_freed:])
         due_step -= 1
     return num_fresh, num_unknown, num_freed
+
+
+@jit
+def _evict(
+    shard: Shard,
+    freed: Int32Array,
+    num_overlapped: int,
+    ticks: Ticks,
+    begin: int,
+    evicted: Moved,
+    counts: Int64Array,
+) -> None:
+    """Evicts the rows in freed slots (n,), the first `num_overlapped` of them ahead."""
+    end = begin + len(freed)
+    evicted.slots[begin:end] = freed
+    evict(
+        shard.slots_of_rows,
+        shard.rows_of_slots,
+        freed,
+        evicted.rows[begin:end],
+        num_overlapped,
+        ticks.overlapped,
+        ticks.step,
+    )
+    counts[EVICTED], counts[EVICTED_OVERLAPPED] = len(freed), num_overlapped
+
+
+@jit
+def _fetch(
+    shard: Shard,
+    rows: Int64Array,
+    missing: Int32Array,
+    slots: Int32Array,
+    freed: Int32Array,
+    num_ahead: int,
+    ticks: Ticks,
+    begin: int,
+    fetched: Moved,
+    counts: Int64Array,
+) -> None:
+    """Fetches the missing ones of the shard's rows into freed slots (n,).
+
+    The first `num_ahead` slots can be filled ahead.
+    """
+    end = begin + len(freed)
+    missing_rows, evicted_at = np.empty(len(freed), np.int64), np.empty(len(freed), np.int32)
+    take_slots(
+        shard.slots_of_rows,
+        shard.rows_of_slots,
+        rows,
+        missing,
+        slots,
+        freed,
+        missing_rows,
+        evicted_at,
+    )
+    counts[FETCHED] = len(freed)
+    # A slot that can be filled ahead does not suffice: its row may have been evicted too late.
+    counts[FETCHED_OVERLAPPED], counts[OVERLAPPED_FENCE], counts[URGENT_FENCE] = overlapped_first(
+        missing_rows,
+        evicted_at,
+        freed,
+        num_ahead,
+        ticks.overlapped,
+        fetched.rows[begin:end],
+        fetched.slots[begin:end],
+    )
 
 
 @jit
