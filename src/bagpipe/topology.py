@@ -121,9 +121,9 @@ class Topology:
     ranks: tuple[int, ...]
     """The ranks for which this process plans."""
     num_hosts: int = 1
-    """Machines with as many trainers each, whose ranks are neighbours.
-
-    It is the number of homes of records, too: a row is owned on the host that has its record.
+    """Machines with as many trainers each, whose ranks are neighbours."""
+    has_homes: bool = True
+    """Whether they are homes of records, too: then a row is owned on the host that has its record.
     """
     num_replica_slots: tuple[int, ...] = ()
     """For each group how many replicas one trainer can hold for one step."""
@@ -132,6 +132,11 @@ class Topology:
 
     False puts all that travels between trainers on the critical path, to measure what it saves.
     """
+
+    @property
+    def num_homes(self) -> int:
+        """Among how many hosts the records are divided."""
+        return self.num_hosts if self.has_homes else 1
 
     @property
     def ranks_of_host(self) -> tuple[int, ...]:

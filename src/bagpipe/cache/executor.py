@@ -80,6 +80,7 @@ class Executor:
         stores: Sequence[EmbeddingStore],
         peers: Peers = ALONE,
         num_skipped: list[int] | None = None,
+        stream: int = 1,
     ) -> None:
         """Makes the threads that move records.
 
@@ -88,6 +89,7 @@ class Executor:
             stores: by group.
             peers: the other trainers; by default none. Plans are those of this one's rank.
             num_skipped: counts by group the steps without an update, and is kept up to date.
+            stream: how many streams these stores have served, with this one.
         """
         self._num_skipped = [0] * len(caches) if num_skipped is None else num_skipped
         self._updated: set[int] = set()  # groups, in the step that is being computed
@@ -100,11 +102,10 @@ class Executor:
         self._device = caches[0].device
         self._streams = Streams(self._device) if self._device.type == "cuda" else None
         self._exchange = exchange_with(peers, caches, self._streams)
-        self._mover = RecordMover(caches, stores, self._streams, marks_with(peers))
+        self._mover = RecordMover(caches, stores, self._streams, marks_with(peers, stores, stream))
         self._pending: list[_Pending] = []
         self._ended: list[_Pending] = []  # steps whose plans may still be read
-        # ended steps whose gradients are on their way
-        self._num_kept = int(self._exchange.has_others)
+        self._num_kept = int(self._exchange.has_others)  # ended, their gradients on their way
         self._is_clean = True  # the stores hold everything
         self._torn_step: int | None = None
         self.at_close: list[Callable[[], None]] = []

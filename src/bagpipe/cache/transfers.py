@@ -41,12 +41,12 @@ from bagpipe.cache.device_plan import DeviceTransfers
 from bagpipe.cache.overlap import Buffer, Staging, Streams
 from bagpipe.cache.spans import span
 from bagpipe.distributed.communicator import Moment
-from bagpipe.distributed.write_marks import NoMarks, WriteMarks
+from bagpipe.distributed.write_marks import Marks, StoreMarks
 from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
 from bagpipe.native.workers import Call, Workers
 from bagpipe.plan import StepPlan, Transfers
-from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps
+from bagpipe.store.base import NO_STEPS, EmbeddingStore, OrderedStore, Steps
 from bagpipe.types import Float32Array, Int32Array, Int64Array
 
 _MAX_PENDING_WRITES = 64
@@ -92,7 +92,7 @@ class RecordMover:
         caches: Sequence[DeviceCache],
         stores: Sequence[EmbeddingStore],
         streams: Streams | None,
-        marks: WriteMarks | NoMarks,
+        marks: Marks,
     ) -> None:
         """`streams` are those of a CUDA device; `marks` tell others what is written back."""
         self._caches, self._stores = tuple(caches), tuple(stores)
@@ -161,7 +161,9 @@ class RecordMover:
         if self._mark_thread is None:
             return
         if self._evict_thread is not None:
-            self._evict_thread.submit(self._hand_out_mark, kind, step)
+            is_ordered = isinstance(self._marks, StoreMarks)  # then marks do not wait for writes
+            mark = self._marks.mark if is_ordered else self._hand_out_mark
+            self._evict_thread.submit(mark, kind, step)
         else:
             self._hand_out_mark(kind, step)
 
@@ -248,9 +250,13 @@ class RecordMover:
         records = self._caches[index].read(slots)
         rows = transfers.evict_rows.copy()  # may be written later than the plan is released
         if self._streams is None:
-            self._hand_out(
-                self._write_threads, tick, self._write_back, index, rows, records.numpy()
-            )
+            store = self._stores[index]
+            if isinstance(store, OrderedStore):
+                self._hand_out(self._write_threads, tick, store.send(rows, records.numpy()))
+            else:
+                self._hand_out(
+                    self._write_threads, tick, self._write_back, index, rows, records.numpy()
+                )
             return None
         buffer = self._staging.take(*records.shape)
         buffer.tensor.copy_(records, non_blocking=True)
@@ -310,7 +316,7 @@ class RecordMover:
         for cache, store, moved in zip(self._caches, self._stores, transfers, strict=True):
             staging = self._staging.take(len(moved.fetch_rows), cache.group.record_width)
             if len(moved.fetch_rows):
-                waits.append(store.ask(moved.fetch_rows, staging.array, fence))
+                waits.append(store.ask(moved.fetch_rows, staging.array, self._marks.fence(fence)))
             stagings.append(staging)
         return _Asked(stagings=stagings, waits=waits, fence=fence)
 

@@ -7,15 +7,22 @@ hosts but rows of the exchange, and what an evaluation reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.store import MemoryStore
-from bagpipe.store.base import EmbeddingStore
+from bagpipe.store.base import EmbeddingStore, OrderedStore
 from bagpipe.store.shared import SharedFiles, SharedMemoryStore
 from bagpipe.topology import shards_of
 from bagpipe.types import Float32Array, Group, Int64Array
+
+
+def num_homes(peers: Peers, stores: Sequence[EmbeddingStore]) -> int:
+    """Among how many hosts the records are divided, so that each has to read and save its own."""
+    return 1 if isinstance(stores[0], OrderedStore) else peers.num_hosts
 
 
 def shared_store(peers: Peers, group: Group, seed: int) -> EmbeddingStore:
@@ -42,7 +49,7 @@ def fetch_from_homes(
     A rank asks the ranks in its own place on each host. It tells them first how many rows it wants,
     so this is for evaluation, not for training.
     """
-    if isinstance(peers, Alone) or peers.num_hosts == 1:
+    if isinstance(peers, Alone) or num_homes(peers, [store]) == 1:
         store.fetch(rows, out)
         return
     num_hosts, num_trainers = peers.num_hosts, peers.num_trainers

@@ -1,16 +1,29 @@
-"""Marks by which the ranks of a host know what the others have written back to their store."""
+"""Marks by which it is known what each rank has written back, before others read it.
+
+The ranks of a host tell each other by `WriteMarks`. A store that orders reads and writes itself is
+told by `StoreMarks`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
 from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.distributed.communicator import Communicator, Moment
+from bagpipe.store.base import NO_STEPS, EmbeddingStore, OrderedStore, Steps
 
+_MAX_STEPS = 1 << 40
+"""Above all steps of one stream."""
 _KEPT_MARKS = 1024
 """Steps whose marks stay in the key-value store; the newest one stands for all before it."""
 
 
-def marks_with(peers: Peers) -> WriteMarks | NoMarks:
-    """The marks of the stream of plans that has begun."""
+def marks_with(peers: Peers, stores: Sequence[EmbeddingStore], stream: int) -> Marks:
+    """The marks of the stream of plans that has begun, the `stream`th on these stores."""
+    if isinstance(stores[0], OrderedStore):
+        return StoreMarks(stores[0], stream)
     return NoMarks() if isinstance(peers, Alone) else WriteMarks(peers)
 
 
@@ -24,6 +37,10 @@ class NoMarks:
 
     def wait(self, kind: Moment, step: int) -> None:
         """Nobody else writes."""
+
+    def fence(self, steps: Steps) -> Steps:
+        """The same: its stores leave order to who calls them."""
+        return steps
 
 
 class WriteMarks:
@@ -65,6 +82,40 @@ class WriteMarks:
                     waiter.wait_for(self._key(kind, rank, step))
             self._known[kind, rank] = max(written, step)
 
+    def fence(self, steps: Steps) -> Steps:
+        """The same: its stores leave order to who calls them."""
+        return steps
+
     def _key(self, kind: Moment, rank: int, step: int | None) -> str:
         which = "newest" if step is None else step
         return f"{self._prefix}/{kind}/{rank}/{which}"
+
+
+class StoreMarks:
+    """One rank's marks on stores that order by them what all ranks write and read."""
+
+    are_read = True
+
+    def __init__(self, store: OrderedStore, stream: int) -> None:
+        """`store` is one of the stores that hear of it."""
+        self._store = store
+        # A stream that was left early has marked steps that the next one plans anew. Marks only
+        # grow, so those of each stream lie above those of the one before.
+        self._first = stream * _MAX_STEPS
+
+    def mark(self, kind: Moment, step: int) -> None:
+        """As `WriteMarks.mark`; what has been sent need not be written yet."""
+        self._store.mark(self.fence(replace(NO_STEPS, **{kind: step})))
+
+    def wait(self, kind: Moment, step: int) -> None:
+        """The stores wait, behind the fence."""
+
+    def fence(self, steps: Steps) -> Steps:
+        """The steps of this stream, as the stores count them."""
+        return Steps(overlapped=self._counted(steps.overlapped), urgent=self._counted(steps.urgent))
+
+    def _counted(self, step: int) -> int:
+        return step if step < 0 else self._first + step
+
+
+Marks: TypeAlias = WriteMarks | StoreMarks | NoMarks

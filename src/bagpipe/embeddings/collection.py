@@ -83,6 +83,7 @@ class EmbeddingBagCollection(StoredTables):
         self._failure: BaseException | None = None
         self._current_sparse: object = None
         self._was_served = False
+        self._num_streams = 0
         self._to_update: tuple[DevicePlan, ...] = ()
         # Autograd calls a function's backward only if one of its inputs wants a gradient; the
         # tables are no tensors here.
@@ -272,7 +273,10 @@ class EmbeddingBagCollection(StoredTables):
             for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)
         ]
         self._pid = os.getpid()
-        self.executor = Executor(caches, self.stores, self.peers, self.num_skipped)
+        self._num_streams += 1
+        self.executor = Executor(
+            caches, self.stores, self.peers, self.num_skipped, self._num_streams
+        )
         return self.executor
 
     def begin_step(self, sparse: object) -> None:

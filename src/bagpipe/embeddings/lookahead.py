@@ -162,6 +162,7 @@ def _topology(
     return Topology(
         num_trainers=peers.num_trainers,
         num_hosts=peers.num_hosts,
+        has_homes=embeddings.num_homes > 1,
         ranks=(peers.rank,),
         num_replica_slots=tuple(replicas),
         overlap=overlap,

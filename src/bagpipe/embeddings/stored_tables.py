@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bagpipe.distributed.alone import Peers, peers_of
-from bagpipe.distributed.homes import fetch_from_homes, shared_store
+from bagpipe.distributed.homes import fetch_from_homes, num_homes, shared_store
 from bagpipe.embeddings.reading import join_reading, read_pooled
 from bagpipe.embeddings.tables import (
     LazyTable,
@@ -49,6 +49,8 @@ class StoredTables(nn.Module, ABC):
         self._fetch = partial(fetch_from_homes, self.peers)
         self.groups = group_tables(tables, optimizer)
         self.stores = tuple(store(group, seed) for group in self.groups)
+        self.num_homes = num_homes(self.peers, self.stores)
+        """Among how many hosts the records are divided."""
         self.device = torch.device(device)
         self.seed = seed
 
@@ -106,7 +108,7 @@ class StoredTables(nn.Module, ABC):
 
     @property
     def _has_hosts(self) -> bool:
-        return self.peers.num_hosts > 1
+        return self.num_homes > 1
 
     def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
         return {

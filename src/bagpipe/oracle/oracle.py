@@ -182,7 +182,7 @@ class Oracle:
                 prefetch_depth=prefetch_depth,
                 first_step=first_step,
                 num_trainers=topology.num_trainers,
-                num_hosts=topology.num_hosts,
+                num_hosts=topology.num_homes,
             )
             for group, slots in zip(groups, num_slots, strict=True)
         ]
@@ -275,7 +275,7 @@ class Oracle:
                 groups=self._groups,
                 num_slots=self._num_slots,
                 num_trainers=self._topology.num_trainers,
-                num_hosts=self._topology.num_hosts,
+                num_hosts=self._topology.num_homes,
             )
         if failure is not None:
             raise failure

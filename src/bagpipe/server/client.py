@@ -267,7 +267,7 @@ class ShardServers:
 
 
 class RemoteStore:
-    """An `EmbeddingStore` whose records the shard servers have; see `ShardServers`.
+    """An `OrderedStore` whose records the shard servers have; see `ShardServers`.
 
     Attributes:
         group: The group whose records these are.
@@ -306,6 +306,11 @@ class RemoteStore:
         self._check_open()
         check_arguments(self.group, rows, records, "records")
         return self._servers.send(self._index, rows, records)
+
+    def mark(self, steps: Steps) -> None:
+        """See `OrderedStore.mark`."""
+        self._check_open()
+        self._servers.mark(steps)
 
     def snapshot(self, block_rows: int = 65_536) -> Iterator[tuple[Int64Array, Float32Array]]:
         """See `EmbeddingStore.snapshot`."""

@@ -3,7 +3,7 @@
 Numpy and numba only.
 """
 
-from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps
+from bagpipe.store.base import NO_STEPS, EmbeddingStore, OrderedStore, Steps
 from bagpipe.store.file import FileStore
 from bagpipe.store.init import RowInitializer
 from bagpipe.store.memory import MemoryStore
@@ -14,6 +14,7 @@ __all__ = [
     "EmbeddingStore",
     "FileStore",
     "MemoryStore",
+    "OrderedStore",
     "RowInitializer",
     "SharedMemoryStore",
     "Steps",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from bagpipe.types import Float32Array, Group, Int64Array
 
@@ -110,3 +110,28 @@ class EmbeddingStore(Protocol):
 
     def close(self) -> None:
         """Releases files and memory; further calls are an error. Closing twice is allowed."""
+
+
+@runtime_checkable
+class OrderedStore(EmbeddingStore, Protocol):
+    """A store of several trainers that orders what they write and read, by marks and fences.
+
+    It has the records of all hosts, so any trainer may own any row. Once a call has failed, all
+    later ones do.
+    """
+
+    def send(self, rows: Int64Array, records: Float32Array) -> Callable[[], None]:
+        """As `write`, but returns what waits for it; the arrays are borrowed until that returns.
+
+        Raises:
+            StoreError: as for `write`, at once or from what waits.
+        """
+
+    def mark(self, steps: Steps) -> None:
+        """Says how far this trainer has sent what it evicts, of all groups; steps only grow.
+
+        It comes behind what has been sent to the stores of any group before, and is not waited for.
+
+        Raises:
+            StoreError: the medium failed.
+        """

@@ -20,10 +20,10 @@ class Rows:
 
     def __init__(self, rules: Rules, group: Group, topology: Topology, num_slots: int) -> None:
         """Begins with empty caches of `num_slots` slots for each trainer."""
-        self._rules, self.num_slots, self._num_hosts = rules, num_slots, topology.num_hosts
+        self._rules, self.num_slots, self._num_hosts = rules, num_slots, topology.num_homes
         num_trainers = topology.num_trainers
         self._hosts = [
-            host_of(rank, num_trainers, topology.num_hosts) for rank in range(num_trainers)
+            host_of(rank, num_trainers, topology.num_homes) for rank in range(num_trainers)
         ]
         self._in_slots = np.full((num_trainers, num_slots), _NOWHERE, np.int64)
         self._is_cached = np.zeros(group.num_rows, np.bool_)
