@@ -80,7 +80,7 @@ class ServersConfig(Section):
     start_timeout_s: Seconds = 60.0
     """How long trainers wait at their start for servers to answer."""
     timeout_s: Seconds = 300.0
-    """How long a request may take."""
+    """How long a request may take, with the wait for other ranks' writes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -34,6 +34,9 @@ from bagpipe.types import Group, group_tables
 Place = tuple[str, int]
 """A host and a port, 0: any that is free."""
 _LOOPBACK = "127.0.0.1"
+_WAIT_SHARE = 0.8
+"""Of the time that a request may take: a server that waits in vain for a rank's writes says for
+whose, which a client that gives up first can't."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ def running_shard(
             number,
             servers.shards,
             stores,
-            wait_timeout_s=servers.timeout_s,
+            wait_timeout_s=_WAIT_SHARE * servers.timeout_s,
         )
         logins = Logins(credentials.token)
         server = ShardServer(shard, host, port, credentials, logins, config.log.folder)
