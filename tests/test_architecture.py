@@ -51,7 +51,7 @@ ALLOWED = {
     "checkpoint": BASE | {"config", "data", "store", "distributed"},
     "train": BASE
     | {"config", "oracle", "feed", "store", "data", "distributed", "cache", "models"}
-    | {"embeddings", "checkpoint"},
+    | {"embeddings", "checkpoint", "server"},
     "server": BASE | {"config", "data", "store"},
     "launch": BASE | {"distributed"},
 }

@@ -31,7 +31,7 @@ from bagpipe.errors import (
 from bagpipe.feed.stream import Deferred
 from bagpipe.optimizers import SGD
 from bagpipe.oracle.row_trace import read_trace
-from bagpipe.train import loop
+from bagpipe.train import loop, saving
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.trainer import train
@@ -177,7 +177,7 @@ def test_where_saving_fails_too_both_are_told(
         raise CheckpointError("no space left")
 
     monkeypatch.setattr(loop, "RemainingBatches", BadValue)
-    monkeypatch.setattr(loop, "save_checkpoint", fail)
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
     with pytest.raises(DataError, match="a null") as caught:
         train(small_config(tmp_path), reporter=SilentReporter())
     assert caught.value.__notes__ == [f"the {NUM_GOOD} steps before can't be saved: no space left"]

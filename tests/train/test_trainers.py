@@ -36,7 +36,7 @@ from bagpipe.errors import BackgroundError, ConfigError, PlanError
 from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.oracle import dedup, shards
 from bagpipe.oracle.ranks import RankPlanner
-from bagpipe.store import MemoryStore
+from bagpipe.store import EmbeddingStore, MemoryStore
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 
@@ -134,7 +134,7 @@ def train(
     return [all_records(group, stores[group.index]) for group in groups]
 
 
-def all_records(group: Group, store: MemoryStore) -> np.ndarray:
+def all_records(group: Group, store: EmbeddingStore) -> np.ndarray:
     records = np.empty((group.num_rows, group.record_width), np.float32)
     store.fetch(np.arange(group.num_rows), records)
     return records

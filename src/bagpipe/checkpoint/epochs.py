@@ -49,6 +49,11 @@ class RunFolder:
         """Where this epoch writes what is to become a checkpoint."""
         return self.path / "epochs" / str(self.epoch) / _CUTS
 
+    @property
+    def identity(self) -> str:
+        """Tells this run from others, whatever their folders are called; see the first claim."""
+        return (self.path / "epochs" / "1" / _CLAIM).read_text()
+
     def take_away(self, checkpoint: Path) -> Path:
         """Renames a checkpoint out of the way, so that nobody finds a half removed one.
 

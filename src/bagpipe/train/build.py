@@ -6,7 +6,7 @@ Everything that the loop only uses is made here, or refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,9 @@ from bagpipe.store import FileStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
 from bagpipe.train.schedule import Schedule
+from bagpipe.train.servers import Join, Joined
 from bagpipe.train.settings import describe_run
-from bagpipe.types import Group
+from bagpipe.types import Group, group_tables
 
 _MODELS: Mapping[str, Callable[..., RankingModel]] = {
     "dlrm": DLRM,
@@ -63,6 +64,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     embeddings: EmbeddingBagCollection
     dense_step: DenseStep
+    servers: Joined | None = None
+    """The shard servers that have the records, if there are any."""
 
     @property
     def state(self) -> State:
@@ -75,6 +78,7 @@ def build_run(
     config: RunConfig,
     *,
     peers: Peers = ALONE,
+    join: Join | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Run]:
     """Opens the data, makes the model and its tables, and closes them at the end.
@@ -82,6 +86,7 @@ def build_run(
     Args:
         config: the run.
         peers: the other trainers; by default none.
+        join: finds the shard servers that have the tables, if the run has any.
         say: told, a sentence each, what to know of the data, and what a machine can't do that
             another way is found for.
 
@@ -90,8 +95,6 @@ def build_run(
         DataError: the data can't be read.
         StoreError: a store can't be made.
     """
-    if config.servers is not None:
-        raise ConfigError("[servers]: trainers do not use shard servers yet: leave it out")
     device = choose_device(config.train.device, peers)
     source = open_source(config.data, "train")
     validation = open_source(config.data, "validation") if _has_validation(config.data) else None
@@ -99,17 +102,22 @@ def build_run(
         say(note)
     schedule = make_schedule(config.train, source.num_samples)
     torch.manual_seed(config.train.seed)
-    embeddings = EmbeddingBagCollection(
-        make_tables(source.features, config),
-        optimizer=config.embeddings.optimizer.build(),
-        device=device,
-        seed=config.train.seed,
-        store=_store_maker(config.embeddings, peers),
-        communicator=peers,
-    )
-    try:
+    tables, optimizer = make_tables(source.features, config), config.embeddings.optimizer.build()
+    with ExitStack() as stack:
+        servers = (
+            None if join is None else stack.enter_context(join(group_tables(tables, optimizer)))
+        )
+        embeddings = EmbeddingBagCollection(
+            tables,
+            optimizer=optimizer,
+            device=device,
+            seed=config.train.seed,
+            store=_store_maker(config.embeddings, peers, servers),
+            communicator=peers,
+        )
+        stack.callback(embeddings.close)
         model = make_model(config.model, embeddings, source.num_dense).to(device)
-        optimizer = make_dense_optimizer(model, config.dense_optimizer, device)
+        dense_optimizer = make_dense_optimizer(model, config.dense_optimizer, device)
         with _matrix_products(config.train.precision, device):
             yield Run(
                 config=config,
@@ -119,12 +127,13 @@ def build_run(
                 validation=validation,
                 schedule=schedule,
                 model=model,
-                optimizer=optimizer,
+                optimizer=dense_optimizer,
                 embeddings=embeddings,
-                dense_step=make_dense_step(config.train, model, optimizer, embeddings, device, say),
+                servers=servers,
+                dense_step=make_dense_step(
+                    config.train, model, dense_optimizer, embeddings, device, say
+                ),
             )
-    finally:
-        embeddings.close()
 
 
 def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
@@ -289,9 +298,11 @@ class _DensePartModule(torch.nn.Module):
 
 
 def _store_maker(
-    config: EmbeddingsConfig, peers: Peers
+    config: EmbeddingsConfig, peers: Peers, servers: Joined | None
 ) -> Callable[[Group, int], EmbeddingStore] | None:
     """None is memory, which all trainers of a host share."""
+    if servers is not None:
+        return lambda group, seed: servers.stores[group.index]
     store = config.store
     if store.kind == "memory":
         return None

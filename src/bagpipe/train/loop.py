@@ -22,8 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from bagpipe.checkpoint.checkpoints import SavedRun, environment, save_checkpoint
-from bagpipe.checkpoint.epochs import RunFolder
+from bagpipe.checkpoint.checkpoints import environment
 from bagpipe.data.base import Batch
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.batches import Lookahead
@@ -34,6 +33,7 @@ from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.evaluate import Scores, evaluate
 from bagpipe.train.logs import NoLog, RunLog
 from bagpipe.train.report import Meter, Reporter
+from bagpipe.train.saving import Saving
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.trace import StepProfiler
 
@@ -55,7 +55,7 @@ class Loop:
     """Trains what is left of a run; used once."""
 
     parts: Run
-    folder: RunFolder
+    saving: Saving
     trainers: Trainers
     log: RunLog | NoLog
     reporter: Reporter
@@ -66,18 +66,14 @@ class Loop:
     _step: int = field(init=False)
     _started_at: int = field(init=False)
     _in_step: bool = field(init=False, default=False)
-    _newest: Path | None = field(init=False, default=None)
-    _saved_step: int = field(init=False, default=-1)
     _stopped_by: signal.Signals | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._step = self._started_at = self.parts.embeddings.step
 
-    def run(self, saved: SavedRun | None, ready: Callable[[], None]) -> Result:
-        """Trains what is left after `saved`, once `ready` returns."""
+    def run(self, ready: Callable[[], None]) -> Result:
+        """Trains what is left, once `ready` returns."""
         parts = self.parts
-        if saved is not None:
-            self._newest, self._saved_step = saved.path, saved.step
         self.log.write(
             "start",
             self._step,
@@ -99,7 +95,10 @@ class Loop:
             # By a signal a rank ends as one that failed, and then torchrun ends the others.
             self.trainers.wait("rank 0 to save and score")
         return Result(
-            step=self._step, scores=scores, checkpoint=self._newest, stopped_by=self._stopped_by
+            step=self._step,
+            scores=scores,
+            checkpoint=self.saving.newest,
+            stopped_by=self._stopped_by,
         )
 
     def _train(self, stream: Lookahead[TorchBatch]) -> Scores | None:
@@ -108,6 +107,7 @@ class Loop:
         self._meter.restart(stream)
         for batch in stream:
             self._train_step(batch)
+            self.saving.note_ended()
             self.profiler.step_done()
             self.reporter.advance(self._step)
             # the last one here, too: outside of the loop the stream has been closed
@@ -116,14 +116,14 @@ class Loop:
             if self._is_due(config.train.eval_every_steps):
                 self._pause(stream, self._evaluate)
             if self._is_due(config.checkpoint.every_steps):
-                self._pause(stream, self._try_to_save)
+                self._pause(stream, self.saving.try_to_save)
             self._stopped_by = self.trainers.agree_on(self.stop_signal())
             if self._stopped_by is not None:
                 break
         self._write_averages(stream)
         stream.flush()
         if self._stopped_by is not None or config.checkpoint.at_end:
-            self._save()
+            self.saving.save()
         return self._evaluate() if self._stopped_by is None else None
 
     def _is_due(self, every_steps: int | None) -> bool:
@@ -209,34 +209,6 @@ class Loop:
         self.reporter.say(f"step {self._step:,}: {scores}")
         return scores
 
-    def _try_to_save(self) -> None:
-        try:
-            self._save()
-        except CheckpointError as error:
-            self.log.write("checkpoint_failed", self._step, reason=str(error))
-            self.reporter.say(
-                f"step {self._step:,}: no checkpoint, the run goes on without it: {error}"
-            )
-
-    def _save(self) -> None:
-        parts, step = self.parts, self._step
-        if step == self._saved_step:
-            return
-        started = time.perf_counter()
-        parts.dense_step.settle()
-        self._newest = save_checkpoint(
-            self.folder,
-            state=parts.state,
-            position=parts.schedule.position_after(step),
-            config=parts.settings,
-            keep=parts.config.checkpoint.keep,
-            trainers=self.trainers,
-            say=self.reporter.say,
-        )
-        self._saved_step = step
-        elapsed_s = time.perf_counter() - started
-        self.log.write("checkpoint", step, path=str(self._newest), elapsed_s=elapsed_s)
-
     def _save_after(self, error: Exception, stream: Lookahead[TorchBatch]) -> None:
         """Saves what was trained before an error, if that is whole on all ranks.
 
@@ -251,11 +223,11 @@ class Loop:
             if self._step > self._started_at:
                 self._write_averages(stream)
                 stream.flush()
-                self._save()
+                self.saving.save()
         except BagpipeError as failure:
             error.add_note(f"the {self._step:,} steps before can't be saved: {failure}")
-        if self._newest is not None:
+        if self.saving.newest is not None:
             error.add_note(
-                f"{self._saved_step:,} steps are saved in {self._newest}: with the cause mended, "
-                "--resume goes on from there"
+                f"{self.saving.newest_step:,} steps are saved in {self.saving.newest}: with the "
+                "cause mended, --resume goes on from there"
             )

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from bagpipe.checkpoint.checkpoints import (
     environment,
     find_checkpoint,
     load_checkpoint,
+    load_moment,
     read_checkpoint,
 )
 from bagpipe.checkpoint.epochs import RunFolder
@@ -24,11 +26,14 @@ from bagpipe.config.run import RunConfig
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import ConfigError
-from bagpipe.train.build import Run, build_run, choose_device
+from bagpipe.train.build import build_run, choose_device
 from bagpipe.train.compile_ahead import compiled_ahead
+from bagpipe.train.cuts import Cuts
 from bagpipe.train.logs import NoLog, RunLog
 from bagpipe.train.loop import Loop, Result
 from bagpipe.train.report import Reporter
+from bagpipe.train.saving import Saving
+from bagpipe.train.servers import joined_servers
 from bagpipe.train.settings import check_same_run, describe_run
 from bagpipe.train.trace import StepProfiler, TraceOptions
 
@@ -80,10 +85,33 @@ def train(
         own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
         check_same_run(peers, {**describe_run(config), **own})
         ready = (lambda: None) if peers.has_others else stack.enter_context(compiled_ahead())
-        run = stack.enter_context(build_run(config, peers=peers, say=reporter.say))
-        saved = _resume(run, run_folder.checkpoints, reporter, trainers) if resume else None
-        if saved is None and trainers.is_first:
-            start_afresh(run_folder, overwrite=overwrite)
+        saved = _choose(config, run_folder.checkpoints, reporter, trainers) if resume else None
+
+        def start(*, overwrite: bool) -> None:
+            if saved is None and trainers.is_first:
+                start_afresh(run_folder, overwrite=overwrite)
+
+        if not overwrite:
+            trainers.all_do("a fresh start", partial(start, overwrite=False), ConfigError)
+        join = None
+        if config.servers is not None:
+            join = partial(
+                joined_servers,
+                config,
+                run=run_folder,
+                saved=saved,
+                trainers=trainers,
+            )
+        run = stack.enter_context(build_run(config, peers=peers, join=join, say=reporter.say))
+        if saved is not None:
+            if run.servers is None:
+                load_checkpoint(saved, run.state, trainers)
+                trainers.wait("all records to be loaded")
+            else:
+                load_moment(saved, run.state)
+            reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
+        else:  # once nothing else can refuse the run
+            trainers.all_do("a fresh start", partial(start, overwrite=True), ConfigError)
         log = _open_log(config, saved, reporter, trainers)
         stack.enter_context(log)
         stop = stack.enter_context(StopRequest())
@@ -93,16 +121,35 @@ def train(
             run.schedule.num_steps - run.embeddings.step,
             on_failure=reporter.say,
         )
-        loop = Loop(
+        saving = Saving(
             parts=run,
             folder=run_folder,
+            trainers=trainers,
+            log=log,
+            reporter=reporter,
+            cuts=None
+            if run.servers is None
+            else Cuts(
+                run_folder,
+                run.servers.control,
+                saved,
+                keep=config.checkpoint.keep,
+                trainers=trainers,
+                say=reporter.say,
+            ),
+        )
+        if saved is not None:
+            saving.resumed_from(saved)
+        loop = Loop(
+            parts=run,
+            saving=saving,
             trainers=trainers,
             log=log,
             reporter=reporter,
             profiler=stack.enter_context(profiler),
             stop_signal=lambda: stop.signal,
         )
-        return loop.run(saved, ready)
+        return loop.run(ready)
 
 
 def _open_log(
@@ -118,8 +165,10 @@ def _open_log(
     )
 
 
-def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers) -> SavedRun | None:
-    """Loads the newest valid checkpoint on all ranks, and tells how this run differs from its."""
+def _choose(
+    config: RunConfig, checkpoints: Path, reporter: Reporter, trainers: Trainers
+) -> SavedRun | None:
+    """The newest valid checkpoint, the same on all ranks; tells how this run differs from its."""
 
     def find() -> str | None:
         if not trainers.is_first:
@@ -134,7 +183,7 @@ def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers)
         reporter.say(f"{checkpoints} holds no checkpoint to resume from: starting afresh")
         return None
     saved = read_checkpoint(checkpoints / name)  # rank 0 has compared all files
-    for difference in check_resumable(saved, run.settings):
+    for difference in check_resumable(saved, describe_run(config)):
         reporter.say(f"resuming with another {difference}")
     for name, value in environment().items():
         if (before := saved.environment.get(name)) != value:
@@ -142,9 +191,6 @@ def _resume(run: Run, checkpoints: Path, reporter: Reporter, trainers: Trainers)
                 f"resuming with another {name}: {before!r} -> {value!r} (the last bits of the "
                 "results may differ)"
             )
-    load_checkpoint(saved, run.state, trainers)
-    trainers.wait("all records to be loaded")
-    reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
     return saved
 
 

@@ -1,0 +1,126 @@
+"""A run's shard servers, as its trainers use them: found, begun and joined."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from bagpipe.checkpoint.checkpoints import SavedRun
+from bagpipe.checkpoint.epochs import RunFolder
+from bagpipe.config.run import RunConfig
+from bagpipe.config.servers import ServersConfig
+from bagpipe.distributed.trainers import Trainers
+from bagpipe.errors import ConfigError, StoreError
+from bagpipe.server.client import ShardServers
+from bagpipe.server.control import ServerControl
+from bagpipe.server.credentials import Credentials, client_credentials
+from bagpipe.server.local import LocalServer, local_server
+from bagpipe.server.shard import Checkpoint
+from bagpipe.store.base import EmbeddingStore
+from bagpipe.types import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Shard servers that serve this trainer's epoch."""
+
+    control: ServerControl
+    stores: Sequence[EmbeddingStore]
+    """Of each group."""
+
+
+Join: TypeAlias = Callable[[Sequence[Group]], AbstractContextManager[Joined]]
+
+
+@contextmanager
+def joined_servers(
+    config: RunConfig,
+    groups: Sequence[Group],
+    *,
+    run: RunFolder,
+    saved: SavedRun | None,
+    trainers: Trainers,
+) -> Iterator[Joined]:
+    """Begins this start's epoch on all servers, and opens this rank's streams to them.
+
+    All ranks must call it. Afterwards the servers hold the records of `saved`.
+
+    Args:
+        config: The run's. Where it has no addresses each host's trainers start one server there.
+        groups: All groups of the run.
+        run: The run's folder, as this start has claimed it.
+        saved: The checkpoint that the run goes on from; None: it starts afresh.
+        trainers: All ranks.
+
+    Raises:
+        ConfigError: A secret is missing or open to others, or there are not as many shards as
+            hosts where trainers start the servers.
+        StoreError: A server does not answer, has other tables, or refuses the epoch.
+    """
+    where = config.servers or ServersConfig()
+    addresses: Sequence[str] = where.addresses
+    credentials = client_credentials(where)
+    if not addresses:
+        addresses, credentials = _started(config, where, trainers)
+    control = ServerControl(
+        addresses,
+        groups,
+        config.train.seed,
+        credentials,
+        timeout_s=where.timeout_s,
+        start_timeout_s=where.start_timeout_s,
+    )
+    with closing(control):
+
+        def begin() -> Sequence[str] | None:
+            if not trainers.is_first:
+                return None
+            checkpoint = None if saved is None else _as_checkpoint(saved)
+            num_ranks = trainers.peers.num_trainers
+            return control.begin(run.epoch, num_ranks, checkpoint, run=run.identity)
+
+        instances = trainers.all_do("shard servers to begin", begin, StoreError)[0]
+        with closing(
+            ShardServers(control, groups, run.epoch, instances, rank=trainers.peers.rank)
+        ) as servers:
+            yield Joined(control=control, stores=servers.stores)
+
+
+def _started(
+    config: RunConfig, servers: ServersConfig, trainers: Trainers
+) -> tuple[Sequence[str], Credentials]:
+    """One server a host, started there unless it still runs: where they are, and what to show."""
+    peers = trainers.peers
+    if servers.num_shards not in (None, peers.num_hosts):
+        raise ConfigError(
+            f"servers.num_shards = {servers.num_shards} without addresses: trainers start one "
+            f"server on each of {peers.num_hosts} hosts: leave it out, or start servers with "
+            "`bagpipe serve` and give their addresses"
+        )
+    one_a_host = servers.model_copy(update={"num_shards": peers.num_hosts})
+    found: list[LocalServer] = []
+
+    def find() -> str | None:
+        found.append(
+            local_server(
+                config.model_copy(update={"servers": one_a_host}),
+                peers.host,
+                lives_with=os.getppid() if peers.has_others else os.getpid(),
+                listen=("127.0.0.1" if peers.num_hosts == 1 else "0.0.0.0", 0),
+            )
+        )
+        return found[0].address if peers.is_first_of_host else None
+
+    told = trainers.all_do("the shard servers of all hosts", find, StoreError)
+    return [address for address in told if address is not None], found[0].credentials
+
+
+def _as_checkpoint(saved: SavedRun) -> Checkpoint:
+    return Checkpoint(
+        name=saved.cut or saved.path.name,
+        folder=saved.path.resolve(),
+        files=tuple(tuple(files) for files in saved.record_files),
+    )

@@ -1,0 +1,119 @@
+"""Runs whose tables are with shard servers train the same model as those in memory, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.train.runs import Listener, newest_files, small_config
+
+from bagpipe.checkpoint.checkpoints import open_checkpoint
+from bagpipe.checkpoint.files import list_checkpoints
+from bagpipe.config.run import RunConfig
+from bagpipe.errors import BagpipeError
+from bagpipe.server.start import running_shard
+from bagpipe.store.record_files import read_records
+from bagpipe.train.report import SilentReporter
+from bagpipe.train.trainer import train
+
+
+@contextmanager
+def servers_of(config: RunConfig, num_shards: int) -> Iterator[list[str]]:
+    """Servers in this process; yields their addresses."""
+    wanted = config.model_copy(update={"servers": None})
+    settings = wanted.model_dump() | {"servers": {"num_shards": num_shards}}
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(running_shard(RunConfig.model_validate(settings), number)).address
+            for number in range(num_shards)
+        ]
+
+
+def over(addresses: Sequence[str], folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    return small_config(folder, servers={"addresses": list(addresses)}, **sections)
+
+
+def dense_of(folder: Path) -> str:
+    return newest_files(folder)["dense.pt"]
+
+
+def tables_of(folder: Path) -> list[dict[int, bytes]]:
+    """By group the records of the newest checkpoint, whichever files they are in."""
+    saved = open_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+    tables: list[dict[int, bytes]] = []
+    for files, group in zip(saved.record_files, saved.groups, strict=True):
+        records: dict[int, bytes] = {}
+        for file in files:
+            for rows, values in read_records(saved.path / file.name, group["record_width"]):
+                records |= {
+                    int(row): np.array(value).tobytes()
+                    for row, value in zip(rows, values, strict=True)
+                }
+        tables.append(records)
+    return tables
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(small_config(folder), reporter=SilentReporter())
+    return folder
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    assert dense_of(folder) == dense_of(expected)
+    assert tables_of(folder) == tables_of(expected)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_one_trainer_trains_the_same_model(
+    tmp_path: Path, undisturbed: Path, num_shards: int
+) -> None:
+    config = small_config(tmp_path)
+    with servers_of(config, num_shards) as addresses:
+        result = train(over(addresses, tmp_path), reporter=SilentReporter())
+    assert_same(tmp_path, undisturbed)
+    assert result.scores is not None
+
+
+def test_checkpoints_are_written_while_training_goes_on_and_a_run_resumes(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    config, listener = small_config(tmp_path), Listener()
+    with servers_of(config, 2) as addresses:
+        first = over(addresses, tmp_path, checkpoint={"every_steps": 5}, train={"steps": 12})
+        train(first, reporter=listener)
+        train(over(addresses, tmp_path), reporter=listener, resume=True)
+    assert_same(tmp_path, undisturbed)
+    assert any("resumed from step 12" in text for text in listener.said)
+
+
+def test_other_servers_go_on_from_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
+    config = small_config(tmp_path)
+    with servers_of(config, 2) as addresses:
+        train(over(addresses, tmp_path, train={"steps": 12}), reporter=SilentReporter())
+    with servers_of(config, 3) as addresses:
+        train(
+            over(addresses, tmp_path, train={"steps": 17}), reporter=SilentReporter(), resume=True
+        )
+    train(small_config(tmp_path), reporter=SilentReporter(), resume=True)  # without any
+    assert_same(tmp_path, undisturbed)
+
+
+def test_servers_take_over_a_run_that_had_none(tmp_path: Path, undisturbed: Path) -> None:
+    train(small_config(tmp_path, train={"steps": 12}), reporter=SilentReporter())
+    with servers_of(small_config(tmp_path), 2) as addresses:
+        train(over(addresses, tmp_path), reporter=SilentReporter(), resume=True)
+    assert_same(tmp_path, undisturbed)
+
+
+def test_servers_that_hold_another_runs_tables_are_refused(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "one")
+    with servers_of(config, 1) as addresses:
+        train(over(addresses, tmp_path / "one", train={"steps": 3}), reporter=SilentReporter())
+        with pytest.raises(BagpipeError, match="run"):
+            train(over(addresses, tmp_path / "two"), reporter=SilentReporter())
