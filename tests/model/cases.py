@@ -10,7 +10,7 @@ from typing import Any
 from tests.model.rules import ALL, Rules
 from tests.model.shard import AnyShard, Server
 from tests.model.sim import Failed, Network, Process, Sim, Wrong
-from tests.model.traces import run_of
+from tests.model.traces import MAX_RANKS, MAX_SHARDS, run_of, trace
 from tests.model.trainers import Start
 from tests.model.world import World, naive_shard
 
@@ -26,6 +26,7 @@ KINDS = (
     *("kill", "stop", "full") * 6,
     *("alarm", "unreadable") * 3,
     "overwrite",
+    "resize",
 )  # fmt: skip
 """The points at which faults strike, and up to which occurrence."""
 
@@ -65,11 +66,12 @@ class Case:
             self.network,
             rules,
             trace_seed=trace_seed,
-            num_shards=rng.randint(1, 3),
+            num_shards=rng.randint(1, MAX_SHARDS),
             cut_every=rng.randint(1, 4),
             make_shard=make_shard,
         )
         self._num_runs = self._num_starts = 0
+        self._num_ranks = trace(trace_seed).num_ranks
         self._is_restarting = False
         self._seen = (-1, -1)
         self._haste = rng.choice((1.0, 5.0, 20.0))  # until the launcher notices
@@ -110,7 +112,7 @@ class Case:
             self._ensure_server(number)
         self._num_starts += 1
         run = run_of(self.world.trace_seed, self._num_runs)
-        start = self.start = Start(self.world, self._num_starts, run)
+        start = self.start = Start(self.world, self._num_starts, run, self._num_ranks)
         for process in start.processes:
             process.at_end.append(lambda: self._notice(start))
 
@@ -162,6 +164,10 @@ class Case:
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind == "alarm":
+            self._notice(self.start)
+        elif fault.kind == "resize":
+            self.world.resize(self.sim.rng.randint(1, MAX_SHARDS))
+            self._num_ranks = self.sim.rng.randint(1, MAX_RANKS)
             self._notice(self.start)
         elif fault.kind == "overwrite":
             self._num_runs += 1

@@ -51,9 +51,10 @@ class Coordinator:
             self._world.run_of_folder, self._world.newest_commit = start.run.number, -1
         self._base = folder.checkpoints[max(folder.checkpoints)] if folder.checkpoints else None
         self._check_choice()
+        self._world.newest_epoch = max(self._world.newest_epoch, number)
         yield from self._at("chosen")
         start.instances = yield self._answers(
-            BEGIN_TIMEOUT, "begin", number, start.run.trace.num_ranks, self._base
+            BEGIN_TIMEOUT, "begin", number, start.num_ranks, self._base
         )
         start.epoch = number
         start.first = 0 if self._base is None else self._base.step

@@ -20,19 +20,15 @@ class Cut:
     """A folder of a cut or checkpoint: its files of records, older ones first."""
 
     name: Name
-    files: list[tuple[int, Records]] = field(default_factory=list)  # (shard, records)
+    files: list[Records] = field(default_factory=list)
     written: list[RecordFile] = field(default_factory=list)  # by the package's own shards
     record_files: tuple[RecordFile, ...] = ()  # with those of the base
     step: int = -1
     dense: int = -1  # with the step: the manifest
 
-    def records(self, shard: int | None = None) -> Records:
-        """The newest of each row, of one shard or of all."""
-        found: Records = {}
-        for of_shard, records in self.files:
-            if shard in (None, of_shard):
-                found.update(records)
-        return found
+    def records(self) -> Records:
+        """The newest of each row."""
+        return {row: value for file in self.files for row, value in file.items()}
 
 
 class Folder:

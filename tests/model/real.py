@@ -50,12 +50,19 @@ class SteppedStore(CutStore):
 class RealShard:
     """See `AnyShard`."""
 
-    def __init__(self, number: int, num_shards: int, folder: Path) -> None:
+    def __init__(
+        self,
+        number: int,
+        num_shards: int,
+        folder: Path,
+        store_type: type[SteppedStore],
+        shard_type: type[Shard],
+    ) -> None:
         """`folder` is where all record files of a case are; their names differ."""
         self.number, self._folder = number, folder
-        self._store = SteppedStore(MemoryStore(GROUP, SEED, shard=number, num_shards=num_shards))
+        self._store = store_type(MemoryStore(GROUP, SEED, shard=number, num_shards=num_shards))
         self._store._block_rows = CUT_PIECE_ROWS
-        self._shard = Shard([GROUP], SEED, number, num_shards, [self._store], wait_timeout_s=0)
+        self._shard = shard_type([GROUP], SEED, number, num_shards, [self._store], wait_timeout_s=0)
         self._pieces: Iterator[Block] = iter(())
         self._write: Callable[[Path], tuple[RecordFile, ...]] | None = None
 
@@ -147,6 +154,10 @@ def refusals() -> Iterator[None]:
         raise Failed(str(error)) from error
 
 
-def real_shard(folder: Path) -> Callable[[World, int, int], AnyShard]:
-    """Makes the package's shards, whose files are in a folder."""
-    return lambda world, number, instance: RealShard(number, world.num_shards, folder)
+def real_shard(
+    folder: Path, store_type: type[SteppedStore] = SteppedStore, shard_type: type[Shard] = Shard
+) -> Callable[[World, int, int], AnyShard]:
+    """Makes the package's shards, or some with a planted mistake, whose files are in a folder."""
+    return lambda world, number, instance: RealShard(
+        number, world.num_shards, folder, store_type, shard_type
+    )

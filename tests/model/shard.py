@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from tests.model.folder import Cut, Folder, Name, Records
 from tests.model.rules import Rules
 from tests.model.sim import Failed, Future, Process, Sim, Work
-from tests.model.traces import INITIAL
+from tests.model.traces import INITIAL, SHARDS
 
 from bagpipe.store.base import NO_STEPS, Steps
 from bagpipe.store.record_files import RecordFile
@@ -63,8 +63,9 @@ class AnyShard(Protocol):
 class Shard:
     """One shard's state; it fails where the caller is not of its epoch or comes out of order."""
 
-    def __init__(self, *, number: int, instance: int, rules: Rules) -> None:
-        self.number, self.instance, self._rules = number, instance, rules
+    def __init__(self, *, number: int, num_shards: int, instance: int, rules: Rules) -> None:
+        self.number, self._num_shards = number, num_shards
+        self.instance, self._rules = instance, rules
         self.epoch: int | None = None
         self.base: Any = None  # what names the checkpoint; unknown before the first `begin`
         self._knows_base = False
@@ -91,7 +92,8 @@ class Shard:
             base, found = None, {}
         else:
             base = checkpoint.name if self._rules.cuts_by_name else checkpoint.step
-            found = checkpoint.records(self.number)
+            records, shards = checkpoint.records(), SHARDS[self._num_shards]
+            found = {row: value for row, value in records.items() if shards[row] == self.number}
             if not is_readable:
                 self._knows_base, self._records = False, {}
                 raise Failed("the checkpoint can't be read")
@@ -310,7 +312,7 @@ class Server(Process):
             yield self.sim.delay()
             file: Records = {}
             cut = self._folder.find(name)
-            cut.files.append((self.shard.number, file))
+            cut.files.append(file)
             while piece := self.shard.next_piece(name):
                 self._folder.check_disk(self.name)
                 file.update(piece)

@@ -11,10 +11,13 @@ from tests.oracle.rank_replay import plan_all, smallest_cache
 from bagpipe.jagged import Jagged
 from bagpipe.optimizers import SGD
 from bagpipe.plan import StepPlan
+from bagpipe.topology import shard_of
 from bagpipe.types import Group, TableConfig, Uniform, group_tables
 
 NUM_ROWS = 96  # six lines of neighbours, which shards are made of
 INITIAL = 1_000_000
+MAX_RANKS = 4
+MAX_SHARDS = 3
 MAX_DELTA = 997  # values stay below 2**24, so that a float32 holds each
 GROUP: Group = group_tables(
     [
@@ -29,6 +32,12 @@ GROUP: Group = group_tables(
     SGD(lr=1.0),
 )[0]
 
+SHARDS = [
+    [int(shard_of(row, num_shards)) if num_shards else 0 for row in range(NUM_ROWS)]
+    for num_shards in range(MAX_SHARDS + 1)
+]
+"""By number of shards the shard of each row."""
+
 
 class Trace:
     """Batches of one table for some ranks."""
@@ -38,7 +47,7 @@ class Trace:
         self.num_ranks = rng.choice((1, 2, 2, 3, 4))
         self.num_steps = rng.randint(8, 16)
         self.depth = rng.randint(0, 3)
-        batch_size = rng.randint(self.num_ranks, 12)
+        batch_size = rng.randint(MAX_RANKS, 12)
         hot = rng.choice((8, 20, NUM_ROWS))
         ids = [
             [
@@ -53,29 +62,29 @@ class Trace:
             Jagged(keys=("f",), values=np.array(batch, np.int64), batch_size=batch_size)
             for batch in ids
         ]
-        fewest = smallest_cache(GROUP, self._batches, self.num_ranks)
-        self._num_slots = fewest + rng.choice((0, 1, fewest, 3 * fewest))
+        self._roominess = rng.choice((0.0, 0.2, 1.0, 3.0))
         self._lookahead = rng.randint(1, 6)
-        self._plans: dict[int, list[tuple[StepPlan, ...]]] = {}
+        self._plans: dict[tuple[int, int], list[tuple[StepPlan, ...]]] = {}
 
     def rows(self, step: int) -> list[int]:
         return self._rows[step]
 
-    def plans_from(self, step: int) -> list[tuple[StepPlan, ...]]:
+    def plans_from(self, step: int, num_ranks: int) -> list[tuple[StepPlan, ...]]:
         """The plans of all ranks by the real oracle, started at a step."""
-        if step not in self._plans:
-            batches = self._batches[step:]
+        key = step, num_ranks
+        if key not in self._plans:
+            fewest = smallest_cache(GROUP, self._batches, num_ranks)
             planned = plan_all(
                 GROUP,
-                batches,
-                self.num_ranks,
-                self._num_slots,
+                self._batches[step:],
+                num_ranks,
+                fewest + round(fewest * self._roominess),
                 lookahead=self._lookahead,
                 depth=self.depth,
                 first_step=step,
             )
-            self._plans[step] = planned.plans
-        return self._plans[step]
+            self._plans[key] = planned.plans
+        return self._plans[key]
 
 
 @cache

@@ -13,12 +13,11 @@ from typing import Any
 from tests.model.coordinator import Coordinator
 from tests.model.shard import Header
 from tests.model.sim import Failed, Future, Process, Stream, Work, Wrong, all_of
-from tests.model.traces import NUM_ROWS, Run
+from tests.model.traces import NUM_ROWS, SHARDS, Run
 from tests.model.world import World
 
 from bagpipe.plan import StepPlan
 from bagpipe.store.base import NO_STEPS, Steps
-from bagpipe.topology import shard_of
 
 NUM_FETCH_STREAMS = 2
 
@@ -46,9 +45,9 @@ class Meeting:
 class Start:
     """All processes of one start, and what they share."""
 
-    def __init__(self, world: World, number: int, run: Run) -> None:
+    def __init__(self, world: World, number: int, run: Run, num_ranks: int) -> None:
         self.world, self.number, self.run = world, number, run
-        sim, num_ranks = world.sim, run.trace.num_ranks
+        sim, self.num_ranks = world.sim, num_ranks
         self.meeting = Meeting(num_ranks)
         self.epoch, self.first, self.step = -1, -1, -1
         self.dense = 0
@@ -74,7 +73,7 @@ class Start:
     def begin_training(self) -> None:
         """Called once every server has begun."""
         self.step = self.first
-        self.plans = self.run.trace.plans_from(self.first)
+        self.plans = self.run.trace.plans_from(self.first, self.num_ranks)
         self.oracle.spawn(self._plan())
 
     def plans_up_to(self, step: int) -> Future:
@@ -259,11 +258,11 @@ class Rank(Process):
         return dict(self._by_shard(range(NUM_ROWS)))[shard]
 
     def _by_shard(self, rows: Iterable[int]) -> list[tuple[int, list[int]]]:
-        shards = range(len(self.start.addresses))
-        parts: list[list[int]] = [[] for _ in shards]
+        shards = SHARDS[len(self.start.addresses)]
+        parts: list[list[int]] = [[] for _ in self.start.addresses]
         for row in rows:
-            parts[shard_of(row, len(parts))].append(row)
-        return list(zip(shards, parts, strict=True))
+            parts[shards[row]].append(row)
+        return list(enumerate(parts))
 
     def _check(self, answer: Future) -> None:
         if answer.error:

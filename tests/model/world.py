@@ -32,12 +32,18 @@ class World:
         self.folder.on_commit = self._check_commit
         self.progress = 0  # steps computed, by whomever
         self.run_of_folder, self.newest_commit = 0, -1
-        self.num_shards, self._num_instances = num_shards, 0
+        self.newest_epoch = 0  # that has chosen its checkpoint
+        self._num_instances = 0
         self._make_shard = make_shard
+        self.resize(num_shards)
+
+    def resize(self, num_shards: int) -> None:
+        """From the next start on there are so many shards, all with new servers."""
+        self.num_shards = num_shards
         self.addresses = [""] * num_shards
         self.known: list[list[str]] = [[] for _ in range(num_shards)]  # all addresses ever
         for number in range(num_shards):
-            self.serve(number, f"shard {number}")
+            self.serve(number, f"shard {number} of {num_shards}, {self._num_instances}")
 
     def server(self, number: int) -> Server:
         """The newest one of a shard."""
@@ -54,6 +60,8 @@ class World:
         self.known[number].append(address)
 
     def _check_commit(self, cut: Cut) -> None:
+        if cut.name[0] < self.newest_epoch:
+            raise Wrong(f"commit of {cut.name} while epoch {self.newest_epoch} has begun")
         run = run_of(self.trace_seed, self.run_of_folder)
         found = cut.records()  # also rows that were flushed as they were initially
         for row in range(NUM_ROWS):
@@ -68,4 +76,4 @@ class World:
 
 
 def naive_shard(world: World, number: int, instance: int) -> AnyShard:
-    return Shard(number=number, instance=instance, rules=world.rules)
+    return Shard(number=number, num_shards=world.num_shards, instance=instance, rules=world.rules)

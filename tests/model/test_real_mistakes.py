@@ -1,0 +1,116 @@
+"""What a mistake in the package's own shard and cut store would look like: the model finds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.model.cases import first_wrong
+from tests.model.real import SteppedStore, real_shard
+from tests.model.rules import ALL, Rules
+
+from bagpipe.server.shard import Checkpoint, Shard
+from bagpipe.server.wire import Header
+from bagpipe.store.array import TOUCHED
+from bagpipe.store.cuts import _DUE, _fold
+from bagpipe.store.record_files import RecordFile
+from bagpipe.types import Float32Array, Int64Array
+
+MOST_CASES = 200
+
+
+class AnyEpoch(Shard):
+    def _check_epoch(self, epoch: int, who: str = "") -> None:
+        """Takes messages of every epoch."""
+
+
+class UncheckedWrites(Shard):
+    """Relies on the check at arrival."""
+
+    def write(self, header: Header, rows: Int64Array, records: Float32Array) -> None:
+        self._stores[header.group].write(rows, records)
+        self._note(header)
+
+    def mark(self, header: Header) -> None:
+        self._note(header)
+
+    def _note(self, header: Header) -> None:
+        if header.rank < len(self._marks):
+            steps = header.steps.overlapped, header.steps.urgent
+            np.maximum(self._marks[header.rank], steps, out=self._marks[header.rank])
+
+
+class KeptMarks(Shard):
+    def begin(
+        self, epoch: int, num_ranks: int, checkpoint: Checkpoint | None = None, *, run: str = ""
+    ) -> str:
+        before = self._marks
+        instance = super().begin(epoch, num_ranks, checkpoint, run=run)
+        same = min(num_ranks, len(before))
+        self._marks[:same] = np.maximum(self._marks[:same], before[:same])
+        return instance
+
+
+class NoOldValues(SteppedStore):
+    def write(self, rows: Int64Array, records: Float32Array) -> None:
+        self._store.write(rows, records)
+
+
+class StaysWritten(SteppedStore):
+    """Rows first written since the base keep their records when they are put back."""
+
+    def _load(
+        self, folder: Path, files: tuple[RecordFile, ...], due_flag: int, most_rows: int
+    ) -> int:
+        num_written = super()._load(folder, files, due_flag, most_rows)
+        self._store.flags[self._store.flags == _DUE] = TOUCHED
+        return num_written
+
+    def put_back(self, folder: Path, files: tuple[RecordFile, ...]) -> int:
+        """Without files, too, which are not loaded."""
+        flags = self._store.flags.copy()
+        num_written = super().put_back(folder, files)
+        if not files:
+            self._store.flags[flags != 0] = TOUCHED
+        return num_written
+
+
+class ForgottenRows(SteppedStore):
+    """Rows of a cut that failed are in no later one."""
+
+    def abandon(self) -> None:
+        with self._gate.alone():
+            if self._cut is not None:
+                _fold(self._store.flags, TOUCHED)
+                self._settle(self.base)
+
+
+@pytest.mark.parametrize(
+    ("planted", "rules"),
+    [
+        (AnyEpoch, ALL),
+        (UncheckedWrites, replace(ALL, checked_when_applied=False)),
+        (KeptMarks, ALL),
+        (NoOldValues, ALL),
+        (StaysWritten, ALL),
+        (ForgottenRows, ALL),
+    ],
+)
+def test_a_planted_mistake_is_found(
+    planted: type[Shard] | type[SteppedStore], rules: Rules, tmp_path: Path
+) -> None:
+    is_shard = issubclass(planted, Shard)
+    for seed in range(MOST_CASES):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        make_shard = real_shard(
+            folder,
+            store_type=SteppedStore if is_shard else planted,
+            shard_type=planted if is_shard else Shard,
+        )
+        seeds = range(seed, seed + 1)
+        if first_wrong(seeds, rules, make_shard=make_shard, num_traces=10) is not None:
+            return
+    pytest.fail(f"{planted.__name__} was not found in {MOST_CASES} cases")
