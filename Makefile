@@ -35,6 +35,7 @@ bench: $(INSTALLED)  ## all benchmarks but for that of a GPU
 	$(BIN)/python -m benchmarks curve
 	$(BIN)/python -m benchmarks trainers
 	$(BIN)/python -m benchmarks oracle
+	$(BIN)/python -m benchmarks cuts
 
 clean:
 	rm -rf $(VENV) build *.egg-info

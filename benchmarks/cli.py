@@ -252,6 +252,18 @@ def network(
     _measure(run, "cpu", quick=quick, json_file=json_file)
 
 
+@app.command()
+def cuts(quick: Quick = False, json_file: JsonFile = None) -> None:
+    """Write a shard's rows to checkpoints beside training, and put them back."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.cuts import QUICK, CutsBench, bench_cuts
+
+        return bench_cuts(CutsBench(**QUICK if quick else {}), progress)
+
+    _measure(run, "cpu", quick=quick, json_file=json_file)
+
+
 def _measure(
     run: Callable[[Progress], Result], device: str, *, quick: bool, json_file: Path | None
 ) -> None:

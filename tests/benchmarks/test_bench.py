@@ -66,6 +66,16 @@ def test_the_curve_at_a_tiny_size(tmp_path: Path) -> None:
     assert plot.stat().st_size > 1000
 
 
+def test_cuts_at_a_tiny_size(tmp_path: Path) -> None:
+    values = run_to_json(tmp_path / "cuts.json", "cuts")["cuts"]
+    assert [file["num_records"] for file in values["files"]] == [3_000, 100, 200]
+    assert all(file["write_over_plain"] > 0 for file in values["files"])
+    assert set(values["put_back"]) == {
+        f"{what}, {where}" for what in ("rows since", "all rows") for where in ("cached", "cold")
+    }
+    assert values["write"]["in a cut, kept"]["count"] == 8
+
+
 def test_options_reach_the_benchmark() -> None:
     result = run(
         *("step", "--quick", "--arm", "fused", "--batch", 16, "--rounds", 1),

@@ -336,6 +336,22 @@ def test_any_shards_read_the_files_of_any_others_and_only_their_own_rows(
         assert next_files(files, written) == tuple(written)
 
 
+def test_bytes_written_follow_the_rows_written_since_the_last_cut(tmp_path: Path) -> None:
+    group = make_group(60_000, dim=48)
+    store = CutStore(MemoryStore(group, SEED))
+    everything = np.arange(60_000)
+    store.write(everything, records_of(everything, width=49))
+    cut(store, tmp_path, "all.arrow")
+    for num_rows in (1_000, 5_000, 20_000):
+        rows = np.random.default_rng(num_rows).choice(everything, num_rows, replace=False)
+        for part in np.array_split(rows, 10):
+            store.write(part, records_of(part, width=49))
+            store.write(part, records_of(part, 1, width=49))  # twice is once
+        file = cut(store, tmp_path, f"{num_rows}.arrow")
+        assert num_rows * (8 + group.record_bytes) <= file.size_bytes
+        assert file.size_bytes <= 1.05 * num_rows * (8 + group.record_bytes)
+
+
 def test_files_of_other_shards_stay_until_all_shards_have_written_all_rows() -> None:
     def file(name: str, shard: int, num_shards: int, is_whole: bool) -> RecordFile:
         return RecordFile(
