@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 from tests.train.runs import Listener, newest_files, small_config
 
 from bagpipe.checkpoint.checkpoints import open_checkpoint
-from bagpipe.checkpoint.files import list_checkpoints
+from bagpipe.checkpoint.files import CheckpointWriter, list_checkpoints
 from bagpipe.config.run import RunConfig
 from bagpipe.errors import BagpipeError
+from bagpipe.server.shard import Shard
 from bagpipe.server.start import running_shard
 from bagpipe.store.record_files import read_records
 from bagpipe.train.report import SilentReporter
@@ -90,6 +93,32 @@ def test_checkpoints_are_written_while_training_goes_on_and_a_run_resumes(
         train(over(addresses, tmp_path), reporter=listener, resume=True)
     assert_same(tmp_path, undisturbed)
     assert any("resumed from step 12" in text for text in listener.said)
+
+
+def test_a_cut_that_is_not_put_in_place_is_abandoned_and_the_next_has_its_rows(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned: list[tuple[int, int]] = []
+    puts = iter([False])  # whether the next one succeeds; then all do
+    abandon, put_in_place = Shard.abandon, CheckpointWriter._put_in_place
+
+    def note(shard: Shard, epoch: int, number: int) -> None:
+        abandoned.append((shard.number, number))
+        abandon(shard, epoch, number)
+
+    def put(writer: CheckpointWriter) -> None:
+        if not next(puts, True):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put_in_place(writer)
+
+    monkeypatch.setattr(Shard, "abandon", note)
+    monkeypatch.setattr(CheckpointWriter, "_put_in_place", put)
+    config, listener = small_config(tmp_path), Listener()
+    with servers_of(config, 2) as addresses:
+        train(over(addresses, tmp_path, checkpoint={"every_steps": 5}), reporter=listener)
+    assert sorted(abandoned) == [(0, 1), (1, 1)]
+    assert any("No space left on device" in text for text in listener.said)
+    assert_same(tmp_path, undisturbed)
 
 
 def test_other_servers_go_on_from_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:

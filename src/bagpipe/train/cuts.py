@@ -137,10 +137,10 @@ class Cuts:
         self.finish()
         number, started = self._number, time.perf_counter()
         with ExitStack() as stack:
+            stack.push(partial(self._abandon_after, number))  # also where the rename fails
             writer = stack.enter_context(
                 CheckpointWriter(self._run, state.embeddings.step, str(number))
             )
-            stack.push(partial(self._abandon_after, number))
             taken = _Taken(
                 number=number,
                 started=started,
