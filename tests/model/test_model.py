@@ -13,7 +13,7 @@ from tests.model.real import real_shard
 from tests.model.world import naive_shard
 
 NUM_TRACES = 10  # planning them takes most of the time
-SOAK_CASES, SOAK_CHUNK = 2_000, 100
+SOAK_CASES, SOAK_CHUNK = 2_000, 50
 
 
 @pytest.mark.parametrize("kind", ["naive", "real"])
