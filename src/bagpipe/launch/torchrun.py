@@ -7,13 +7,17 @@ hosts.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.communicator import Communicator
@@ -24,6 +28,10 @@ _TIMEOUT = timedelta(minutes=30)
 """Longer than other ranks wait for a checkpoint or for the scores of an evaluation.
 
 A rank that dies is noticed at once."""
+
+_LOOK_AFTER = timedelta(seconds=1)
+"""How long a rank waits for rank 0's answer before it looks whether there is another rank 0."""
+_MEETING = "bagpipe/meeting"
 
 _EXIT_SECONDS = 10
 """How long a rank that failed may take to end, before it is killed."""
@@ -53,7 +61,11 @@ def joined_trainers() -> Iterator[Peers]:
     if torch.cuda.device_count() >= num_on_host and dist.is_nccl_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    store, rank, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+    store = meet(store, rank, num_trainers)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=num_trainers, timeout=_TIMEOUT
+    )
     try:
         yield Communicator.from_default_group(num_hosts=num_hosts, timeout=_TIMEOUT)
     except BaseException:
@@ -63,3 +75,35 @@ def joined_trainers() -> Iterator[Peers]:
         signal.alarm(_EXIT_SECONDS)
         raise
     dist.destroy_process_group()
+
+
+def meet(store: Store, rank: int, num_trainers: int, timeout: timedelta = _TIMEOUT) -> Store:
+    """A part of the key-value store that this start of the trainers alone uses.
+
+    torchrun keeps its store when it starts trainers again. The addresses of those before are still
+    there, and a rank that is faster than the others would take them for theirs. So rank 0 draws a
+    name, and the others wait for its answer under that name, which an older rank 0 does not give.
+
+    Raises:
+        DistError: Not all ranks have come within `timeout`.
+    """
+    own = secrets.token_hex(8)
+    if rank == 0:
+        store.set(_MEETING, own)
+        for other in range(1, num_trainers):
+            here = f"bagpipe/{own}/here/{other}"
+            store.wait([here], timeout)
+            store.set(f"bagpipe/{own}/seen/{store.get(here).decode()}", "")
+        return PrefixStore(own, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        store.wait([_MEETING], timeout)
+        start = store.get(_MEETING).decode()
+        store.set(f"bagpipe/{start}/here/{rank}", own)
+        try:
+            store.wait([f"bagpipe/{start}/seen/{own}"], _LOOK_AFTER)
+        except (RuntimeError, dist.DistError):
+            if time.monotonic() > deadline:
+                raise
+        else:
+            return PrefixStore(start, store)

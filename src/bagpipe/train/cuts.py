@@ -43,7 +43,10 @@ class CutServers(Protocol):
     """What cuts need of `bagpipe.server.client.ShardServers`."""
 
     def cut(self, number: int, folder: Path) -> Callable[[], list[tuple[RecordFile, ...]]]:
-        """Takes a cut on all servers; what is returned waits for its files, by group."""
+        """Takes a cut on all servers; what is returned waits for its files, by group.
+
+        `folder` is relative to the run's.
+        """
 
     def committed(self, number: int) -> object:
         """The cut is a checkpoint."""
@@ -145,7 +148,7 @@ class Cuts:
                 number=number,
                 started=started,
                 writer=writer,
-                wait=self._servers.cut(number, writer.folder),
+                wait=self._servers.cut(number, writer.folder.relative_to(self._run.path)),
                 moment=take_moment(state, position, config),
                 groups=state.embeddings.groups,
             )

@@ -78,7 +78,7 @@ def joined_servers(
         def begin() -> Sequence[str] | None:
             if not trainers.is_first:
                 return None
-            checkpoint = None if saved is None else _as_checkpoint(saved)
+            checkpoint = None if saved is None else _as_checkpoint(saved, run)
             num_ranks = trainers.peers.num_trainers
             return control.begin(run.epoch, num_ranks, checkpoint, run=run.identity)
 
@@ -118,9 +118,9 @@ def _started(
     return [address for address in told if address is not None], found[0].credentials
 
 
-def _as_checkpoint(saved: SavedRun) -> Checkpoint:
+def _as_checkpoint(saved: SavedRun, run: RunFolder) -> Checkpoint:
     return Checkpoint(
         name=saved.cut or saved.path.name,
-        folder=saved.path.resolve(),
+        folder=saved.path.relative_to(run.path),  # which each server may see elsewhere
         files=tuple(tuple(files) for files in saved.record_files),
     )

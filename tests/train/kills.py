@@ -1,0 +1,250 @@
+"""A run of two trainers over a shard server, of which processes are killed or stopped at random.
+
+As a program it tries seeded cases, or those that are named: `python -m tests.train.kills 0 1 2`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.train.test_servers import dense_of, tables_of
+
+from bagpipe.checkpoint.files import list_checkpoints
+
+NUM_STEPS = 160
+RUN = """
+[data]
+kind = "synthetic"
+num_samples = 20000
+num_validation_samples = 500
+num_embeddings = [3000, 500, 40]
+num_dense = 3
+[embeddings]
+embedding_dim = 4
+optimizer = {{ kind = "adagrad", lr = 0.05 }}
+[model]
+kind = "dlrm"
+bottom = [8, 4]
+top = [8, 1]
+[cache]
+size = "10%"
+lookahead = 5
+[train]
+batch_size = 64
+steps = {steps}
+[checkpoint]
+every_steps = 30
+keep = 2
+[log]
+folder = "{folder}"
+every_steps = 10
+tensorboard = false
+[servers]
+timeout_s = 20.0
+start_timeout_s = 30.0
+"""
+VICTIMS = ("rank 0", "rank 1", "oracle", "server", "launcher")
+_LIMIT_S = 240.0
+_FOLDER = "RUN_OF_A_TEST"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What happens to whom, and when."""
+
+    victims: tuple[str, ...]
+    at_step: int
+    delay_s: float = 0.0
+    stops: bool = False
+    """Whether it is stopped, and goes on once it has been replaced, rather than killed."""
+
+
+def random_faults(seed: int) -> list[Fault]:
+    """One or two faults; two victims at a time in every fifth case."""
+    draw = random.Random(seed)
+    faults = []
+    for _ in range(draw.choice([1, 1, 2])):
+        victims = tuple(draw.sample(VICTIMS, 2 if draw.random() < 0.2 else 1))
+        faults.append(
+            Fault(
+                victims=victims,
+                at_step=draw.choice([0, 10, 40, 60, 80, 120, 150]),
+                delay_s=draw.random(),
+                # the other trainer waits half an hour for one that is stopped
+                stops=victims == ("server",) and draw.random() < 0.4,
+            )
+        )
+    return sorted(faults, key=lambda fault: fault.at_step)
+
+
+def write_run(folder: Path, *, steps: int = NUM_STEPS) -> Path:
+    file = folder / "run.toml"
+    file.write_text(RUN.format(folder=folder / "run", steps=steps))
+    return file
+
+
+class Run:
+    """A run under torchrun, started again by hand where torchrun itself is killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._file = folder, write_run(folder)
+        self._stopped: list[int] = []
+        self.hits: list[str] = []
+        """Who was there to be killed or stopped."""
+        self._out = (folder / "out").open("a")
+        self._launcher = self._launch()
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--max-restarts=9", "--nproc-per-node=2"),
+                *("-m", "bagpipe", "train", str(self._file), "--resume"),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", _FOLDER: str(self.folder)},
+            stdout=self._out,
+            stderr=subprocess.STDOUT,
+        )
+
+    def finish(self, faults: list[Fault]) -> None:
+        """Lets the faults happen, and waits for the end. AssertionError: it does not come."""
+        for fault in faults:
+            if not self._await(lambda fault=fault: self._step() >= fault.at_step):  # type: ignore[misc]
+                break
+            time.sleep(fault.delay_s)
+            found = self._processes()
+            hit = [name for name in fault.victims if name in found]
+            self.hits += hit
+            victims = [found[name] for name in hit]
+            for pid in victims:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP if fault.stops else signal.SIGKILL)
+            self._stopped += victims if fault.stops else []
+            if "launcher" in fault.victims:
+                self._launcher.wait()
+                self._await(lambda: not self._others())
+                self._launcher = self._launch()
+        self._await(lambda: self._launcher.poll() is not None)
+        assert self._launcher.returncode == 0, self.output()
+        for pid in self._stopped:  # replaced: what it still does must harm nobody
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        self._out.close()
+
+    def output(self) -> str:
+        return (self.folder / "out").read_text()[-6000:]
+
+    def kill(self) -> None:
+        """Ends all that is left."""
+        for pid in [self._launcher.pid, *self._others()]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._launcher.wait()
+
+    def orphans(self) -> list[int]:
+        """Processes of this run that are still there some seconds after its end."""
+        deadline = time.monotonic() + 30
+        while (left := self._others()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+    def _await(self, is_so: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + _LIMIT_S
+        while not is_so():
+            if self._launcher.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.02)
+        return True
+
+    def _step(self) -> int:
+        """The latest step that was told, in any of the starts."""
+        log = self.folder / "run" / "log.jsonl"
+        with suppress(OSError):
+            steps = re.findall(r'"step": (\d+)', log.read_text())
+            return int(steps[-1]) if steps else -1
+        return -1
+
+    def _processes(self) -> dict[str, int]:
+        found = {"launcher": self._launcher.pid}
+        for pid in self._others():
+            command, variables = of_process(pid, "cmdline"), of_process(pid, "environ")
+            rank = re.search(r"(?:^|\0)RANK=(\d)", variables)
+            if "spawn_main" in command:
+                found["oracle"] = pid
+            elif "bagpipe.server.local" in command:
+                found["server"] = pid
+            elif "bagpipe\0train" in command and rank is not None:
+                found[f"rank {rank[1]}"] = pid
+        return found
+
+    def _others(self) -> list[int]:
+        """All processes of this run but torchrun: they have inherited a variable of its own."""
+        mark = f"\0{_FOLDER}={self.folder}\0"
+        found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+        return [
+            pid
+            for pid in found
+            if mark in f"\0{of_process(pid, 'environ')}\0"
+            and is_alive(pid)
+            and pid != self._launcher.pid
+        ]
+
+
+def of_process(pid: int, what: str) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/{what}").read_text()
+    return ""
+
+
+def is_alive(pid: int) -> bool:
+    fields = of_process(pid, "stat").rpartition(")")[2].split()
+    return bool(fields) and fields[0] != "Z"
+
+
+def assert_ends_as_undisturbed(folder: Path, faults: list[Fault], undisturbed: Path) -> list[str]:
+    """Trains in `folder` with faults: the same parameters to the bit, and nothing is left.
+
+    Returns:
+        Who was killed or stopped.
+    """
+    run = Run(folder)
+    try:
+        run.finish(faults)
+        assert list_checkpoints(folder / "run" / "checkpoints"), run.output()
+        assert dense_of(folder / "run") == dense_of(undisturbed / "run"), faults
+        assert tables_of(folder / "run") == tables_of(undisturbed / "run"), faults
+        assert run.orphans() == [], run.output()
+    finally:
+        run.kill()
+    return run.hits
+
+
+def main(seeds: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        undisturbed = Path(name) / "undisturbed"
+        undisturbed.mkdir()
+        Run(undisturbed).finish([])
+        for seed in seeds:
+            folder, faults = Path(name) / str(seed), random_faults(seed)
+            folder.mkdir()
+            started = time.monotonic()
+            hits = assert_ends_as_undisturbed(folder, faults, undisturbed)
+            elapsed_s = time.monotonic() - started
+            sys.stdout.write(f"{seed}: {faults}: {hits}: as undisturbed after {elapsed_s:.0f} s\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main([int(seed) for seed in sys.argv[1:]] or list(range(60)))
