@@ -20,12 +20,19 @@ from bagpipe.native.fork import in_child
 
 @contextmanager
 def claim_run_folder(
-    folder: Path, say: Callable[[str], None] = lambda _: None
+    folder: Path, say: Callable[[str], None] = lambda _: None, *, takes_over: bool = False
 ) -> Iterator[RunFolder]:
     """Makes the folder, holds it for this process, and claims an epoch in it.
 
     Unfinished checkpoints are removed; `say` is told which can't be. The operating system lets go
     of the folder when the process ends, however it ends.
+
+    Args:
+        folder: the run's.
+        say: told what is in nobody's way.
+        takes_over: whether a process that trains in it is no reason to refuse. Its epoch ends: its
+            shard servers leave it, and it can't change checkpoints any more. It may be stopped, and
+            would never let go.
 
     Raises:
         ConfigError: the folder can't be written, or another process trains in it.
@@ -40,7 +47,8 @@ def claim_run_folder(
     in_child(lock, TextIOWrapper.close)  # which would hold it after this process has ended
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not takes_over:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
                 f"log.folder = {str(folder)!r}: another process trains in it: give another one"

@@ -76,7 +76,8 @@ def train(
         def claim() -> int | None:
             if not trainers.is_first:
                 return None
-            return stack.enter_context(claim_run_folder(folder, reporter.say)).epoch
+            claimed = claim_run_folder(folder, reporter.say, takes_over=config.servers is not None)
+            return stack.enter_context(claimed).epoch
 
         epoch = trainers.all_do("rank 0 to claim the run's folder", claim, ConfigError)[0]
         run_folder = RunFolder(path=folder, epoch=epoch)
