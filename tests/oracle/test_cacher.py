@@ -291,6 +291,12 @@ def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
                 evict_slots=overlapped.evict_slots[1:],
             ),
         )
+    if fault == "fetch without a slot" and len(overlapped.fetch_rows):
+        return replace(plan, overlapped=replace(overlapped, fetch_slots=overlapped.fetch_slots[1:]))
+    if fault == "fetch a row that there is not" and len(overlapped.fetch_rows):
+        return replace(
+            plan, overlapped=replace(overlapped, fetch_rows=overlapped.fetch_rows + 2000)
+        )
     if fault == "drop a fetch" and len(overlapped.fetch_rows):
         return replace(
             plan,
@@ -322,6 +328,15 @@ def faulty(plan: GroupPlan, fault: str) -> GroupPlan | None:
             overlapped=merged(overlapped, plan.urgent),
             urgent=merged(plan.urgent, plan.urgent, 0),
         )
+    return faulty_lookups(plan, fault)
+
+
+def faulty_lookups(plan: GroupPlan, fault: str) -> GroupPlan | None:
+    if fault == "swap gradients":
+        bags = plan.schedule.bags[::-1].copy()
+        return replace(plan, schedule=replace(plan.schedule, bags=bags))
+    if fault == "pool as a mean":
+        return replace(plan, bag_scales=np.ones(len(plan.inverse), np.float32))
     return None
 
 
@@ -340,6 +355,10 @@ def merged(one: Transfers, other: Transfers, length: int | None = None) -> Trans
         ("flip a slot", 200, "1"),
         ("drop a write-back", 200, "[56]"),
         ("drop a fetch", 200, "1"),
+        ("fetch without a slot", 200, "2"),
+        ("fetch a row that there is not", 200, "3"),
+        ("swap gradients", 200, "8"),
+        ("pool as a mean", 200, "8"),
         ("forget a fence", 100, "4"),
         ("wait for a later tick", 100, "4"),
         ("slot out of range", 200, "3"),

@@ -265,6 +265,19 @@ def test_a_planted_fault_is_found_wherever_it_is(two_caches: list[Planned], faul
             check(planned)
 
 
+@pytest.mark.parametrize("counts", ["send_counts", "receive_counts"])
+def test_counts_of_too_few_ranks_are_found(two_caches: list[Planned], counts: str) -> None:
+    planned = two_caches[0]
+    first, *others = planned.plans[3]
+    exchange = exchange_of(first)
+    short = {counts: getattr(exchange.sync_urgent, counts)[:-1]}
+    exchange = replace(exchange, sync_urgent=replace(exchange.sync_urgent, **short))
+    first = replace(first, groups=(replace(first.groups[0], exchange=exchange),))
+    plans = [*planned.plans[:3], (first, *others), *planned.plans[4:]]
+    with pytest.raises(PlanError, match=r"step 3, .*, rank 0: sync_urgent has counts of other"):
+        check(replace(planned, plans=plans))
+
+
 @pytest.mark.parametrize("edit", HARMLESS)
 def test_an_edit_that_only_costs_time_is_accepted(two_caches: list[Planned], edit: str) -> None:
     for planned in with_edit(two_caches, HARMLESS[edit]):

@@ -22,6 +22,9 @@ def delivered(
     """By receiver what has been sent to it, by sender; both must count alike."""
     parts = []
     for rank, exchange in enumerate(exchanges):
+        is_of_all = len(exchange.send_counts) == len(exchange.receive_counts) == len(exchanges)
+        rules.expect(8, f"{name} has counts of other ranks than there are", is_of_all, rank)
+    for rank, exchange in enumerate(exchanges):
         expect, counts = partial(rules.expect, rank=rank), exchange.send_counts
         expect(8, f"{name} has other counts than rows", counts.sum() == len(exchange.send))
         expect(8, f"{name} sends rows to itself", counts[rank] == 0)

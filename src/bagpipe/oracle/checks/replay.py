@@ -21,6 +21,7 @@ from bagpipe.types import Group, Int64Array
 
 Payload = TypeVar("Payload")
 _NOWHERE = -1
+_OF_SCHEDULE = ("bags", "piece_offsets", "long_uniques", "long_offsets", "bag_weights")
 
 
 def checked(
@@ -182,8 +183,13 @@ class _Checker:
         expect(1, "a row is not in its slot", np.array_equal(found, now.rows[rank]))
         is_whole = not self._rows.are_behind(now.rows[rank])
         expect(8, "a row is looked up before its gradients are applied", is_whole)
-        is_right = np.array_equal(plan.inverse, now.inverses[rank])
+        share = now.shares[rank]
+        is_right = np.array_equal(plan.inverse, share.inverse)
         expect(1, "a lookup reads another row's slot", is_right)
+        is_pooled = _are_alike(plan, share, ("bag_offsets", "bag_scales", "lookup_weights"))
+        expect(8, "lookups are pooled in another way than the batch says", is_pooled)
+        is_routed = _are_alike(plan.schedule, share, _OF_SCHEDULE)
+        expect(8, "a bag's gradient goes to another row than its lookup's", is_routed)
 
     def _compute(self, now: Step) -> None:
         """Applies what is applied now, and notes what is not."""
@@ -196,3 +202,9 @@ class _Checker:
         """Applies the overlapped gradients of the last computed step, unless that is done."""
         self._rows.set_behind(self._behind, False)
         self._behind = self._behind[:0]
+
+
+def _are_alike(one: object, other: object, names: Sequence[str]) -> bool:
+    """Whether both have equal arrays, or None, of these names."""
+    pairs = ((getattr(one, name), getattr(other, name)) for name in names)
+    return all(mine is theirs or np.array_equal(mine, theirs) for mine, theirs in pairs)

@@ -20,8 +20,8 @@ class Rows:
 
     def __init__(self, rules: Rules, group: Group, topology: Topology, num_slots: int) -> None:
         """Begins with empty caches of `num_slots` slots for each trainer."""
-        self._rules, self.num_slots, self._num_hosts = rules, num_slots, topology.num_homes
-        num_trainers = topology.num_trainers
+        self._rules, self.num_slots, self._num_homes = rules, num_slots, topology.num_homes
+        self._num_rows, num_trainers = group.num_rows, topology.num_trainers
         self._hosts = [
             host_of(rank, num_trainers, topology.num_homes) for rank in range(num_trainers)
         ]
@@ -77,11 +77,12 @@ class Rows:
         rows, slots, fence = moved.fetch_rows, moved.fetch_slots, moved.fence_tick
         expect = partial(self._rules.expect, rank=rank)
         self._rules.expect_places(slots, self.num_slots, rank)
+        self._rules.expect_places(rows, self._num_rows, rank)
+        expect(2, "a row is fetched without a slot", len(rows) == len(slots))
         is_free = (self.at(rank, slots) == _NOWHERE).all()
         expect(5, "a fetch fills a slot that is still in use", is_free)
         expect(2, "a row is fetched that is in a cache", not self._is_cached[rows].any())
-        expect(2, "a row is fetched twice", len(np.unique(rows)) == len(rows))
-        is_home = (shards_of(rows, self._num_hosts) == self._hosts[rank]).all()
+        is_home = (shards_of(rows, self._num_homes) == self._hosts[rank]).all()
         expect(6, "a row is fetched whose record another host has", is_home)
         latest = int(self._evicted_at[rows].max(initial=-1))
         expect(4, f"a fetch does not wait for the write-back of tick {latest}", latest <= fence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bagpipe.errors import PlanError
-from bagpipe.types import Group, Int32Array
+from bagpipe.types import Group, Int32Array, Int64Array
 
 
 class Rules:
@@ -28,9 +28,9 @@ class Rules:
             )
 
     def expect_places(
-        self, places: Int32Array, end: int, rank: int, *, may_repeat: bool = False
+        self, places: Int32Array | Int64Array, end: int, rank: int, *, may_repeat: bool = False
     ) -> None:
-        """Expects places (n,), slots or indices, to be different ones from 0 to `end`."""
+        """Expects places (n,), slots, rows or indices, to be different ones from 0 to `end`."""
         is_inside = len(places) == 0 or (places.min() >= 0 and places.max() < end)
         self.expect(3, f"a place lies outside the {end:,} that there are", is_inside, rank)
         is_unique = may_repeat or len(np.unique(places)) == len(places)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.plan import (
     GradientSchedule,
@@ -30,8 +31,12 @@ class Step:
     has_urgent: bool
     plans: tuple[GroupPlan, ...]  # by rank
     exchanges: tuple[GroupExchange, ...]
-    rows: tuple[Int64Array, ...]  # (U_r,) the unique rows of a rank's samples
-    inverses: tuple[Int32Array, ...]
+    shares: tuple[DedupedGroup, ...]  # what a rank's samples ask for
+
+    @property
+    def rows(self) -> list[Int64Array]:
+        """By rank (U_r,) the unique rows of its samples."""
+        return [share.unique_rows for share in self.shares]
 
     @classmethod
     def of(cls, plans: Sequence[StepPlan], index: int, batch: MergedGroup, num_slots: int) -> Step:
@@ -43,8 +48,7 @@ class Step:
             has_urgent=plans[0].has_urgent,
             plans=own,
             exchanges=tuple(plan.exchange or _nothing(plan, num_slots) for plan in own),
-            rows=tuple(share.unique_rows for share in batch.shares),
-            inverses=tuple(share.inverse for share in batch.shares),
+            shares=batch.shares,
         )
 
     def moved(self, moment: str) -> list[Transfers]:
