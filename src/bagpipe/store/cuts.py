@@ -8,11 +8,12 @@ hand. There is no undo log: to put rows back is to read them from the base's fil
 were ever written, as they are at that moment. What it returns writes them to a file while fetches
 and writes go on. It goes through the rows in order, a block at a time. A write that overwrites a
 row of the cut that it has not reached keeps the old record, which then goes to the file as part of
-a block of its own; so old records take memory only until they are on disk. A block is read first,
-beside running writes. Then, while no write runs, the place reached moves on, and rows that were
-overwritten meanwhile are left out: their old records were kept. Then the cut is `committed`: its
-rows are no longer written since the base, but those written since the cut are. Or it is
-`abandoned`: all of them still are, and the next cut has them.
+a block of its own; so old records take memory only until they are on disk, at most as much as the
+file takes where the disk stands still. A block is read first, beside running writes. Then, while
+no write runs, the place reached moves on, and rows that were overwritten meanwhile are left out:
+their old records were kept. In the end the cut is `committed`: its rows are no longer written since
+the base, but those written since the cut are. Or it is `abandoned`: all of them still are, and the
+next cut has them.
 
 *Which rows.* A shard's first file has all of its rows, each further one those written since the
 file before. All rows are written again once that is due: when the rows of the further files would
@@ -35,7 +36,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,7 @@ class CutStore:
 
     def __init__(self, store: ArrayStore) -> None:
         """Takes over an empty store."""
+        _load_code()
         self._store = store
         self._gate = Gate()
         self._cut: _Cut | None = None
@@ -362,6 +364,16 @@ class CutStore:
                 f"the cut of {self.group.name} was given up before it was on disk: the next one "
                 "has its rows"
             )
+
+
+@lru_cache(maxsize=1)
+def _load_code() -> None:
+    """Has all loops compiled: else the first cut of a machine would hold writes up for seconds."""
+    flags = np.zeros(1, np.uint8)
+    _count(flags)
+    _next_rows(flags, 0, SINCE_BASE, 1)
+    _fold(flags, TOUCHED)
+    _mark_due(flags)
 
 
 @jit
