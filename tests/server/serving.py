@@ -43,7 +43,9 @@ class Servers:
         *,
         wait_timeout_s: float = 30,
         timeout_s: float = 60,
+        staging: bool = True,
     ) -> None:
+        self.staging = staging
         self.groups, self.seed, self.epoch = tuple(groups), seed, 0
         self.servers: list[ShardServer] = []
         for number in range(num_shards):
@@ -70,7 +72,9 @@ class Servers:
         self.epoch += 1
         instances = self.control.begin(self.epoch, num_ranks)
         made = [
-            ShardServers(self.control, self.groups, self.epoch, instances, rank=rank)
+            ShardServers(
+                self.control, self.groups, self.epoch, instances, rank=rank, staging=self.staging
+            )
             for rank in range(num_ranks)
         ]
         self.clients += made
@@ -94,7 +98,7 @@ class Servers:
 
 @contextmanager
 def pool_of_servers(
-    num_shards: int, make: MakeStore = in_memory
+    num_shards: int, make: MakeStore = in_memory, *, staging: bool = True
 ) -> Iterator[Callable[[Group, int], RemoteStore]]:
     """Makes stores; the same tables have the same servers."""
     made: dict[str, Servers] = {}
@@ -103,7 +107,7 @@ def pool_of_servers(
         def store(group: Group, seed: int) -> RemoteStore:
             key = repr((group, seed))
             if key not in made:
-                made[key] = Servers([group], seed, num_shards, make)
+                made[key] = Servers([group], seed, num_shards, make, staging=staging)
                 stack.callback(made[key].close)
             return made[key].store()
 

@@ -30,9 +30,9 @@ from bagpipe.types import Float32Array, TableConfig, group_tables
 ALL = np.arange(1_300)
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Servers]:
-    with closing(Servers([make_group()], SEED, 3)) as made:
+@pytest.fixture(scope="module", params=[True, False], ids=["near", "far"])
+def shared(request: pytest.FixtureRequest) -> Iterator[Servers]:
+    with closing(Servers([make_group()], SEED, 3, staging=request.param)) as made:
         yield made
 
 

@@ -1,4 +1,4 @@
-"""The contract of stores over any number of shard servers, in memory and in files."""
+"""The contract of stores over any number of shard servers: in memory and files, near and far."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ from tests.store_contract import (
     rows_of,
 )
 
-Pools: TypeAlias = Callable[[int, bool], StoreFactory]
+Pools: TypeAlias = Callable[[int, bool, bool], StoreFactory]
 
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
-    """By number of shards and whether they are in files; servers live as long as the module."""
-    made: dict[tuple[int, bool], StoreFactory] = {}
+    """By number of shards, whether they are in files and whether memory is shared with them.
+
+    Servers live as long as the module.
+    """
+    made: dict[tuple[int, bool, bool], StoreFactory] = {}
     with ExitStack() as stack:
 
-        def pool(num_shards: int, files: bool) -> StoreFactory:
-            key = num_shards, files
+        def pool(num_shards: int, files: bool, staging: bool) -> StoreFactory:
+            key = num_shards, files, staging
             if key not in made:
                 kind = in_files(tmp_path_factory.mktemp("stores")) if files else in_memory
-                made[key] = stack.enter_context(pool_of_servers(num_shards, kind))
+                made[key] = stack.enter_context(pool_of_servers(num_shards, kind, staging=staging))
             return made[key]
 
         yield pool
@@ -42,10 +45,11 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
 class OverServers(StoreContract):
     num_shards = 1
     files = False
+    staging = True
 
     @pytest.fixture
     def make(self, pools: Pools) -> StoreFactory:
-        return pools(self.num_shards, self.files)
+        return pools(self.num_shards, self.files, self.staging)
 
     def test_a_huge_group_is_made_lazily(self, make: StoreFactory) -> None:
         """Its records take 24 GiB; only the time that the servers take is not looked at."""
@@ -76,3 +80,19 @@ class TestSevenShards(OverServers):
 
 class TestThreeShardsInFiles(OverServers):
     num_shards, files = 3, True
+
+
+class TestOneFarShard(TestOneShard):
+    staging = False
+
+
+class TestTwoFarShards(TestTwoShards):
+    staging = False
+
+
+class TestThreeFarShards(TestThreeShards):
+    staging = False
+
+
+class TestSevenFarShards(TestSevenShards):
+    staging = False

@@ -24,8 +24,12 @@ import pyarrow.flight as flight
 
 from bagpipe.errors import StoreError
 from bagpipe.server import wire
+from bagpipe.server.channels import Channel, FlightChannel, StagingChannel
 from bagpipe.server.control import ServerControl
-from bagpipe.server.streams import Part, Pending, Stream, gather
+from bagpipe.server.memory import StagingMemory
+from bagpipe.server.parts import Part, Pending
+from bagpipe.server.staging import MAX_ROWS, StagingStream, is_near
+from bagpipe.server.streams import Stream
 from bagpipe.server.wire import Header, What
 from bagpipe.store.arguments import check_arguments, check_block_rows, check_out, closed
 from bagpipe.store.base import NO_STEPS, Steps
@@ -41,6 +45,9 @@ class ShardServers:
 
     Attributes:
         stores: One `RemoteStore` a group.
+        memory: What is shared with the servers of this host; None: there are none. Records that
+            come from and go to arrays of it are copied once less. After a failure a server may
+            still write to it for a moment.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class ShardServers:
         instances: Sequence[str],
         *,
         rank: int = 0,
+        staging: bool = True,
     ) -> None:
         """Opens this rank's streams, once an epoch: the servers take no second one for its writes.
 
@@ -60,6 +68,10 @@ class ShardServers:
             epoch: The number of the epoch, which has begun.
             instances: What `ServerControl.begin` returned to rank 0.
             rank: This trainer's.
+            staging: Whether servers of this host are reached by shared memory.
+
+        Raises:
+            StoreError: A server is gone.
         """
         self.groups, self.epoch, self.rank = tuple(groups), epoch, rank
         self.stores = tuple(RemoteStore(self, group, i) for i, group in enumerate(self.groups))
@@ -67,9 +79,14 @@ class ShardServers:
         control.epoch = epoch
         self._error: StoreError | None = None
         self._failing, self._ending = threading.Lock(), threading.Event()
-        self._writes = [self._stream(shard, wire.WRITE) for shard in range(control.num_shards)]
+        self._is_near = [staging and is_near(address) for address in control.staging]
+        self.memory = StagingMemory() if any(self._is_near) else None
+        self._most_rows = wire.MAX_FETCH_ROWS if self.memory is None else MAX_ROWS
+        self._writes: list[Stream] = []
         self._fetches: list[list[Stream]] = [[] for _ in range(control.num_shards)]
         self._opening = threading.Lock()
+        for shard in range(control.num_shards):
+            self._writes.append(self._stream(shard, wire.WRITE))
         self._watch = threading.Thread(target=self._watch_streams, name="watch", daemon=True)
         self._watch.start()
 
@@ -95,7 +112,7 @@ class ShardServers:
     ) -> Callable[[], None]:
         """See `RemoteStore.ask`; arguments are checked."""
         self._raise_failure()
-        pieces = list(_pieces(rows, self.num_shards, wire.MAX_FETCH_ROWS))
+        pieces = list(_pieces(rows, self.num_shards, self._most_rows))
         pending = Pending(len(pieces))
         streams = {shard: self._fetch_stream(shard) for shard in {piece[0] for piece in pieces}}
         for shard, first, of_piece, places in pieces:
@@ -103,9 +120,8 @@ class ShardServers:
                 Part(
                     pending=pending,
                     header=self._header(shard, What.FETCH, group, fence),
-                    payload=wire.pack(of_piece),
-                    rows=len(of_piece),
-                    out=out,
+                    rows=of_piece,
+                    records=out,
                     places=places,
                     first=first,
                 )
@@ -115,20 +131,19 @@ class ShardServers:
     def send(self, group: int, rows: Int64Array, records: Float32Array) -> Callable[[], None]:
         """See `RemoteStore.send`; arguments are checked."""
         self._raise_failure()
-        pieces = list(_pieces(rows, self.num_shards, wire.piece_rows(self.groups[group])))
+        most_rows = min(self._most_rows, wire.piece_rows(self.groups[group]))
+        pieces = list(_pieces(rows, self.num_shards, most_rows))
         pieces.sort(key=lambda piece: piece[1])  # shards in turn, so that all have work
         pending = Pending(len(pieces))
         for shard, first, of_piece, places in pieces:
-            if places is None:
-                own = records[first : first + len(of_piece)]
-            else:
-                own = wire.room(len(places), self.groups[group])
-                gather(records, places, own)
             self._writes[shard].send(
                 Part(
                     pending=pending,
                     header=self._header(shard, What.WRITE, group, NO_STEPS),
-                    payload=wire.pack(of_piece, wire.as_bytes(own)),
+                    rows=of_piece,
+                    records=records,
+                    places=places,
+                    first=first,
                 )
             )
         return pending.wait
@@ -162,6 +177,8 @@ class ShardServers:
         for stream in streams:
             stream.close()
         self._watch.join()
+        if self.memory is not None:
+            self.memory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -194,9 +211,22 @@ class ShardServers:
             return self._fail(self._failed(shard, command, error))
 
         try:
-            return Stream(self._control.clients[shard], command, self.groups, fail)
-        except (flight.FlightError, pa.ArrowException) as error:
+            channel = self._channel(shard, command)
+        except (flight.FlightError, pa.ArrowException, StoreError) as error:
             raise fail(error) from error
+        return Stream(channel, self.groups, fail, of_fetches=command == wire.FETCH)
+
+    def _channel(self, shard: int, command: bytes) -> Channel:
+        if self.memory is None or not self._is_near[shard]:
+            return FlightChannel(self._control.clients[shard], command, self.groups)
+        what = What.FETCH if command == wire.FETCH else What.WRITE
+        stream = StagingStream(
+            self._control.staging[shard],
+            self.memory,
+            self._header(shard, what, 0, NO_STEPS),
+            timeout_s=self._control.start_timeout_s,
+        )
+        return StagingChannel(stream, self.memory, self.groups)
 
     def _fetch_stream(self, shard: int) -> Stream:
         """A stream that owes no answers if there is one or may be one more."""

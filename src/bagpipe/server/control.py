@@ -42,6 +42,7 @@ class ServerControl:
     Attributes:
         epoch: That which has begun, for messages and errors.
         clients: One a shard.
+        staging: Where each server's host reaches it by shared memory.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ServerControl:
         """
         self.epoch: int | None = None
         self.timeout_s, self.begin_timeout_s = timeout_s, begin_timeout_s
-        self._start_timeout_s, self._run_folder = start_timeout_s, run_folder
+        self.start_timeout_s, self._run_folder = start_timeout_s, run_folder
         self._addresses = tuple(addresses)
         self._tables = calls.fingerprint(tuple(groups), seed)
         self._threads = ThreadPoolExecutor(len(self._addresses), "bagpipe-calls")
@@ -83,7 +84,7 @@ class ServerControl:
         self.clients: list[flight.FlightClient] = []
         try:
             self.clients = [connect(*split_address(at), credentials) for at in self._addresses]
-            self._on_all(self._identify)
+            self.staging = tuple(self._on_all(self._identify))
         except BaseException:
             self.close()
             raise
@@ -204,8 +205,8 @@ class ServerControl:
         assert self.epoch is not None, "no epoch has begun"
         return self.epoch
 
-    def _identify(self, shard: int) -> None:
-        found = self._call(shard, "identify", calls.Ask(), calls.Identity, self._start_timeout_s)
+    def _identify(self, shard: int) -> str:
+        found = self._call(shard, "identify", calls.Ask(), calls.Identity, self.start_timeout_s)
         wanted = {
             "version": wire.VERSION,
             "num_shards": self.num_shards,
@@ -219,6 +220,7 @@ class ServerControl:
                     "trainers with one configuration, and give addresses in the order of the shards"
                 )
                 raise self.failed(shard, "to be the one wanted", other)
+        return found.staging
 
     def _on_all(self, ask: Callable[[int], Result]) -> list[Result]:
         """Asks all servers at once, and raises the first one's error once all have answered."""

@@ -67,13 +67,18 @@ class StagingMemory:
         """Room for blocks."""
         return len(self._memory)
 
-    def take(self, num_records: int, record_width: int) -> Float32Array | None:
-        """An array for records, the taker's until it is given back; None when there is no room.
+    def take(self, num_records: int, record_width: int) -> Float32Array:
+        """An array for records, the taker's until it is given back.
 
         Returns:
             (num_records, record_width) float32, C-contiguous, with undefined content.
+
+        Raises:
+            StoreError: There is no room for it.
         """
         size = 4 * num_records * record_width
+        if not size:
+            return np.empty((num_records, record_width), np.float32)
         block = _block_bytes(size)
         with self._lock:
             if self._free[block]:
@@ -81,12 +86,17 @@ class StagingMemory:
             elif self._end + block <= self.size_bytes:
                 begin, self._end = self._end, self._end + block
             else:
-                return None
+                raise StoreError(
+                    f"the memory shared with shard servers has no room for {size:,} bytes more: "
+                    f"{self._end:,} of {self.size_bytes:,} are taken"
+                )
         array: Float32Array = self._memory[begin : begin + size].view(np.float32)
         return array.reshape(num_records, record_width)
 
     def give_back(self, array: Float32Array) -> None:
         """Takes an array back that nobody uses any more, neither a server."""
+        if not array.size:
+            return
         begin = self.offset_of(array)
         assert begin is not None
         with self._lock:
@@ -152,4 +162,4 @@ def _file_system(file: int) -> int:
 
 
 def _block_bytes(size_bytes: int) -> int:
-    return max(mmap.PAGESIZE, 1 << (size_bytes - 1).bit_length()) if size_bytes else mmap.PAGESIZE
+    return max(mmap.PAGESIZE, 1 << (size_bytes - 1).bit_length())

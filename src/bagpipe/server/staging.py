@@ -31,6 +31,7 @@ import threading
 import time
 
 import numpy as np
+import pyarrow as pa
 
 from bagpipe.errors import BagpipeError, StoreError
 from bagpipe.server.memory import StagingMemory, map_foreign
@@ -131,7 +132,7 @@ class StagingServer:
 
     def _serve(self, connection: socket.socket) -> None:
         """Serves a connection until it ends; any error ends it, and no other."""
-        number = 0
+        number, is_first = 0, True
         try:
             memory, what = self._open(connection)
             connection.send(_answer(number))
@@ -143,6 +144,9 @@ class StagingServer:
                     raise StoreError(
                         f"a stream that was opened for a {what.name} has a {header.what.name}"
                     )
+                if is_first and what is What.WRITE:
+                    self._shard.claim_writes(header)
+                is_first = False
                 self._apply(header, rows, memory)
                 connection.send(_answer(number))
         except BagpipeError as error:
@@ -171,8 +175,6 @@ class StagingServer:
         finally:
             for file in files:
                 os.close(file)
-        if header.what is What.WRITE:
-            self._shard.claim_writes(header)
         _limit(connection, socket.SO_RCVTIMEO, 0)
         return memory, header.what
 
@@ -187,10 +189,25 @@ class StagingServer:
             self._shard.fetch(header, rows, records)
 
 
+class EndedError(StoreError):
+    """The server has ended a connection, or its process has ended."""
+
+
+def is_near(address: str) -> bool:
+    """Whether the server that told this address runs on this host."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        _limit(connection, socket.SO_SNDTIMEO, _OPENING_TIMEOUT_S)
+        try:
+            connection.connect(f"\0{address}")
+        except OSError:
+            return False
+        return bool(address)
+
+
 class StagingStream:
     """A trainer's end of one connection.
 
-    One thread at a time sends, and one at a time receives.
+    One thread at a time sends, one at a time receives, and any may cancel.
     """
 
     def __init__(
@@ -202,69 +219,79 @@ class StagingStream:
             address: The server's.
             memory: Where records are; it must stay open until this returns.
             opening: Says what the stream is for, WRITE or FETCH, and of which epoch.
-            timeout_s: How long an answer may take, the wait for other ranks' marks included.
+            timeout_s: How long it may take until the server lets it in.
 
         Raises:
-            StoreError: Nobody is there, as on another host, or the server refuses.
+            EndedError: Nobody is there, as on another host. What the server has against the opening
+                is raised by the first `receive`.
         """
-        self._timeout_s = timeout_s
+        self._is_open = False
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _limit(self._connection, socket.SO_SNDTIMEO, timeout_s)
-        _limit(self._connection, socket.SO_RCVTIMEO, timeout_s)
         try:
             self._connection.connect(f"\0{address}")
             socket.send_fds(self._connection, [opening.encode()], [memory.file])
-            self.receive()
-        except BaseException as error:
+        except OSError as error:
             self._connection.close()
-            if isinstance(error, OSError) and not isinstance(error, StoreError):
-                raise _lost(error) from error
-            raise
+            raise EndedError(f"it can't be reached by shared memory: {error}") from error
+        _limit(self._connection, socket.SO_SNDTIMEO, 0)
 
-    def send(self, header: Header, rows: Int64Array) -> None:
+    def send(self, header: Header, rows: Int64Array | None) -> None:
         """Sends a request, of at most `MAX_ROWS` rows; `MAX_UNDER_WAY` may wait for answers.
 
-        A fetch without rows waits for its fence. A write without rows is a mark alone.
+        A write without rows is a mark alone.
 
         Args:
             header: Its `offset` says where in the memory the records are, or go to.
             rows: (n,) int64, C-contiguous.
 
         Raises:
-            StoreError: The server is gone.
+            EndedError: The server is gone.
         """
-        assert len(rows) <= MAX_ROWS
+        assert rows is None or len(rows) <= MAX_ROWS
+        behind = [] if rows is None else [pa.py_buffer(rows)]
         try:
-            self._connection.sendmsg([header.encode(), rows.data])
+            self._connection.sendmsg([header.encode(), *behind])
         except OSError as error:
-            raise _lost(error) from error
+            raise EndedError(f"it is gone: {error}") from error
 
     def receive(self) -> Header:
         """Waits for the next answer; they come in the order of the requests.
 
         Raises:
-            StoreError: The request failed, or the server is gone or silent for `timeout_s`. The
-                stream is then of no more use.
+            StoreError: The request failed, or the opening did. The stream is then of no more use.
+            EndedError: The stream has ended.
         """
+        if not self._is_open:
+            self._receive()
+            self._is_open = True
+        return self._receive()
+
+    def finish(self) -> None:
+        """Nothing more is sent: the server ends the stream once all is answered."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+
+    def cancel(self) -> None:
+        """Ends the stream; who waits for an answer fails."""
+        _shut_down(self._connection)
+
+    def close(self) -> None:
+        """Ends the stream, for which nobody waits any more. Closing twice is allowed."""
+        _shut_down(self._connection)
+        self._connection.close()
+
+    def _receive(self) -> Header:
         try:
             message = self._connection.recv(HEADER_BYTES + _MAX_ERROR_BYTES)
-        except BlockingIOError as error:
-            raise StoreError(
-                f"the shard server of this host did not answer within {self._timeout_s:g} s"
-            ) from error
         except OSError as error:
-            raise _lost(error) from error
+            raise EndedError(f"it is gone: {error}") from error
         if not message:
-            raise _lost(None)
+            raise EndedError("it has ended the stream")
         text = message[HEADER_BYTES:].decode(errors="replace")
         if text:
             raise StoreError(text)
         return decode(message[:HEADER_BYTES])
-
-    def close(self) -> None:
-        """Ends the stream; what waits for an answer fails. Closing twice is allowed."""
-        _shut_down(self._connection)
-        self._connection.close()
 
 
 def _split(message: bytearray, size: int) -> tuple[Header, Int64Array]:
@@ -306,13 +333,6 @@ def _tell(connection: socket.socket, number: int, error: str) -> None:
     text = error.encode()[:_MAX_ERROR_BYTES]
     with contextlib.suppress(OSError):
         connection.send(_answer(number) + text, socket.MSG_DONTWAIT)
-
-
-def _lost(error: OSError | None) -> StoreError:
-    reason = "it has closed the connection" if error is None else str(error)
-    return StoreError(
-        f"the shard server of this host is gone ({reason}): start it again, then all trainers"
-    )
 
 
 def _limit(connection: socket.socket, option: int, timeout_s: float) -> None:
