@@ -130,10 +130,11 @@ class ShardServer(GuardedServer):
             rows, _ = wire.unpack(payload, most_rows=wire.MAX_FETCH_ROWS, most_bytes=0)
             answer = _answer(header)
             step = wire.piece_rows(group)
+            self.shard.wait(header)
             for begin in range(0, max(1, len(rows)), step):
                 piece = rows[begin : begin + step]
                 out = wire.room(len(piece), group)
-                self.shard.fetch(header, piece, out)
+                self.shard.read(header, piece, out)
                 writer.write_with_metadata(wire.pack(records=wire.as_bytes(out)), answer)
 
     def _snapshot(self, reader: Any, writer: Any) -> None:

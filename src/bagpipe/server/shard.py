@@ -202,9 +202,20 @@ class Shard:
             StoreError: As for `write`, the epoch ends meanwhile, or a rank does not reach the fence
                 within `wait_timeout_s`.
         """
+        self.wait(header)
+        self.read(header, rows, out)
+
+    def wait(self, header: Header) -> None:
+        """Waits until all ranks have reached the header's fence. StoreError: as for `fetch`."""
+        fence = (header.steps.overlapped, header.steps.urgent)
+        if fence != (-1, -1):
+            with self.requests.counted("wait"):
+                self._wait_for_marks(header, fence)
+
+    def read(self, header: Header, rows: Int64Array, out: Float32Array) -> None:
+        """As `fetch`, for a header whose fence was waited for."""
         with self.requests.counted("fetch", len(rows), out.nbytes):
             self.group(header)
-            self._wait_for_marks(header)
             with self._applying(header, writes=False):
                 self._stores[header.group].fetch(rows, out)
 
@@ -217,7 +228,7 @@ class Shard:
             StoreError: As for `fetch`, also while it goes on.
         """
         most_rows = piece_rows(self.group(header))
-        self._wait_for_marks(header)
+        self.wait(header)
         blocks = self._stores[header.group].snapshot(most_rows)
         while True:
             with self._applying(header, writes=False):
@@ -337,9 +348,8 @@ class Shard:
                 self._num_reads -= not writes
                 self._changed.notify_all()
 
-    def _wait_for_marks(self, header: Header) -> None:
-        fence = (header.steps.overlapped, header.steps.urgent)
-        with self.requests.counted("wait"), self._changed:
+    def _wait_for_marks(self, header: Header, fence: tuple[int, int]) -> None:
+        with self._changed:
             self._check_header(header)
             reached = self._changed.wait_for(
                 lambda: self.epoch != header.epoch or bool((self._marks >= fence).all()),

@@ -160,24 +160,30 @@ def piece_rows(group: Group) -> int:
 
 _NO_ROWS = np.empty(0, np.int64)
 _NO_BYTES = np.empty(0, np.uint8)
+_BOUNDS = struct.Struct("<ii")
+
+
+def _rows_column(rows: Int64Array) -> pa.Array:
+    values = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
+    bounds = pa.py_buffer(_BOUNDS.pack(0, len(rows)))
+    return pa.Array.from_buffers(SCHEMA.field(0).type, 1, [None, bounds], children=[values])
+
+
+def _records_column(data: UInt8Array) -> pa.Array:
+    bounds = pa.py_buffer(_BOUNDS.pack(0, len(data)))
+    return pa.Array.from_buffers(SCHEMA.field(1).type, 1, [None, bounds, pa.py_buffer(data)])
+
+
+_NO_ROWS_COLUMN, _NO_RECORDS_COLUMN = _rows_column(_NO_ROWS), _records_column(_NO_BYTES)
 
 
 def pack(rows: Int64Array = _NO_ROWS, records: UInt8Array = _NO_BYTES) -> pa.RecordBatch:
     """The payload of rows (n,) and the bytes of records; the arrays are not copied."""
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.Array.from_buffers(
-                SCHEMA.field(0).type,
-                1,
-                [None, _offsets(len(rows))],
-                children=[pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])],
-            ),
-            pa.Array.from_buffers(
-                SCHEMA.field(1).type, 1, [None, _offsets(len(records)), pa.py_buffer(records)]
-            ),
-        ],
-        schema=SCHEMA,
-    )
+    columns = [
+        _rows_column(rows) if len(rows) else _NO_ROWS_COLUMN,
+        _records_column(records) if len(records) else _NO_RECORDS_COLUMN,
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def unpack(
@@ -202,23 +208,26 @@ def unpack(
             f"must have 1 line of {SCHEMA.names} as lists of int64 and binary"
         )
     rows, records = payload.columns
-    if rows.null_count or records.null_count or rows.values.null_count:
+    values = rows.values
+    if rows.null_count or records.null_count or values.null_count:
         raise StoreError("a message's payload has empty cells, must have none")
-    row_bounds = np.frombuffer(rows.buffers()[1], np.int32, 2, 4 * rows.offset)
-    byte_bounds = np.frombuffer(records.buffers()[1], np.int32, 2, 4 * records.offset)
-    num_rows, size_bytes = int(np.diff(row_bounds)[0]), int(np.diff(byte_bounds)[0])
-    if num_rows > most_rows or size_bytes > most_bytes:
+    _, row_bounds, *_ = rows.buffers()
+    _, byte_bounds, data = records.buffers()
+    first_row, end_row = _BOUNDS.unpack_from(row_bounds, 4 * rows.offset)
+    first_byte, end_byte = _BOUNDS.unpack_from(byte_bounds, 4 * records.offset)
+    if end_row - first_row > most_rows or end_byte - first_byte > most_bytes:
         raise StoreError(
-            f"a message has {num_rows:,} rows and {size_bytes:,} bytes of records, may have "
-            f"{most_rows:,} and {most_bytes:,}"
+            f"a message has {end_row - first_row:,} rows and {end_byte - first_byte:,} bytes of "
+            f"records, may have {most_rows:,} and {most_bytes:,}"
         )
-    found = rows.values.to_numpy(zero_copy_only=True)[row_bounds[0] : row_bounds[1]]
-    if not found.flags.aligned:  # as most are: a message begins anywhere in what gRPC has read
-        found = found.copy()
-    data = records.buffers()[2]
-    if not size_bytes or data is None:
+    found = _NO_ROWS
+    if end_row > first_row:
+        found = values.to_numpy(zero_copy_only=True)[first_row:end_row]
+        if not found.flags.aligned:  # a message begins anywhere in what gRPC has read
+            found = found.copy()
+    if end_byte == first_byte or data is None:
         return found, _NO_BYTES
-    return found, np.frombuffer(data, np.uint8, size_bytes, int(byte_bounds[0]))
+    return found, np.frombuffer(data, np.uint8, end_byte - first_byte, first_byte)
 
 
 def as_records(data: UInt8Array, num_records: int, group: Group) -> Float32Array:
@@ -247,7 +256,3 @@ def room(num_records: int, group: Group) -> Float32Array:
 def as_bytes(records: Float32Array) -> UInt8Array:
     """Records (n, record_width) as the bytes of a payload, not a copy."""
     return records.reshape(-1).view(np.uint8)
-
-
-def _offsets(length: int) -> pa.Buffer:
-    return pa.py_buffer(struct.pack("<ii", 0, length))
