@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import SecretBytes, SecretStr
 
 from bagpipe.errors import ConfigError
+from bagpipe.native.memory import keep_freed_memory
 from bagpipe.server.credentials import Certificate, Credentials
 from bagpipe.server.flight import ShardServer
 from bagpipe.server.shard import Shard
@@ -24,6 +25,7 @@ _LOAD_ROWS = 1 << 16
 
 def main() -> None:
     """Serves what its argument tells."""
+    keep_freed_memory()  # as servers do
     end = End.told(sys.argv[1])
     if end.arm == "bare":
         with BareServer(end.host, end.group) as bare:

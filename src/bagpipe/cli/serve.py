@@ -57,9 +57,11 @@ def serve(
         tells = _place("--metrics", metrics)
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
+        from bagpipe.native.memory import keep_freed_memory
         from bagpipe.server.ending import Ending
         from bagpipe.server.start import running_shard
 
+        keep_freed_memory()  # messages are as large as those before them
         ending = Ending(lives_with)
         config = load_config(RunConfig, file, overrides)
         with running_shard(config, shard, listen=listens, metrics=tells) as running:

@@ -40,6 +40,7 @@ from bagpipe.config.load import check_config
 from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig
 from bagpipe.errors import BagpipeError, ConfigError, StoreError
+from bagpipe.native.memory import keep_freed_memory
 from bagpipe.server.credentials import Credentials, client_credentials
 from bagpipe.server.ending import Ending
 from bagpipe.server.start import Place, running_shard
@@ -183,6 +184,7 @@ def _serve(request: Mapping[str, Any], tells: int) -> None:
         level=logging.INFO,
         format=f"%(asctime)s shard {number} %(levelname)s %(message)s",
     )
+    keep_freed_memory()  # messages are as large as those before them
     ending = Ending(request["lives_with"])
     try:
         with _named(request["name"]) as listener:
