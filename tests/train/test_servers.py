@@ -146,3 +146,18 @@ def test_servers_that_hold_another_runs_tables_are_refused(tmp_path: Path) -> No
         train(over(addresses, tmp_path / "one", train={"steps": 3}), reporter=SilentReporter())
         with pytest.raises(BagpipeError, match="run"):
             train(over(addresses, tmp_path / "two"), reporter=SilentReporter())
+
+
+def test_servers_may_see_the_runs_folder_elsewhere(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    own = Path("run")
+    with servers_of(small_config(tmp_path / "elsewhere"), 2) as addresses:
+        for steps in (12, 24):
+            train(
+                over(addresses, own, train={"steps": steps}), reporter=SilentReporter(), resume=True
+            )
+    assert_same(own, undisturbed)
