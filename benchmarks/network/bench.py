@@ -1,6 +1,7 @@
 """`network`: how fast a trainer fetches records from a shard server.
 
-Over loopback the same is exchanged by Flight without a store behind it, and with and without TLS.
+Over loopback the same is exchanged by Flight without a store behind it, by Flight with and without
+TLS, and by shared memory.
 Over links, hosts as network namespaces on this machine, the share of the link that fetches use is
 what counts: the floor of a step is its records' bytes over the bandwidth, and headers of TCP, IP
 and Ethernet leave 0.95 of it.

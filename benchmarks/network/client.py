@@ -21,6 +21,7 @@ from benchmarks.network.server import EPOCH, SEED, credentials
 from benchmarks.network.settings import End, Fetched
 
 Ask = Callable[[Int64Array, Float32Array], Callable[[], None]]
+MakeOuts = Callable[[int], Float32Array]
 
 _NUM_DRAWN = 16
 """Steps whose rows are drawn; they repeat, and together are more than caches of processors hold."""
@@ -29,31 +30,46 @@ _NUM_DRAWN = 16
 def main() -> None:
     """Fetches what its argument tells."""
     end = End.told(sys.argv[1])
-    with _asking(end) as ask:
-        found = [_measure(end, ask, num_in_flight) for num_in_flight in end.in_flight]
+    with _asking(end) as (ask, make_outs):
+        found = [
+            _measure(end, ask, make_outs(num_in_flight), num_in_flight)
+            for num_in_flight in end.in_flight
+        ]
     sys.stdout.write(json.dumps([asdict(each) for each in found]) + "\n")
 
 
 @contextmanager
-def _asking(end: End) -> Iterator[Ask]:
+def _asking(end: End) -> Iterator[tuple[Ask, MakeOuts]]:
+    """What asks a server, and what makes arrays (num_in_flight, step_rows, record_width)."""
+    shape = end.step_rows, end.group.record_width
+
+    def make_outs(num_in_flight: int) -> Float32Array:
+        return np.zeros((num_in_flight, *shape), np.float32)
+
     if end.arm == "bare":
         with closing(BareClient(end.host, end.port, end.group)) as bare:
-            yield bare.ask
+            yield bare.ask, make_outs
         return
     own = credentials(Path(end.folder), of_server=False) if end.arm == "tls" else None
     address = f"{end.host}:{end.port}"
     with (
         closing(ServerControl([address], [end.group], SEED, own)) as control,
-        ShardServers(control, [end.group], EPOCH, [end.instance]) as servers,
+        ShardServers(
+            control, [end.group], EPOCH, [end.instance], staging=end.arm in ("staging", "direct")
+        ) as servers,
     ):
-        yield servers.stores[0].ask
+
+        def make_shared_outs(num_in_flight: int) -> Float32Array:
+            assert servers.memory is not None
+            records = servers.memory.take(num_in_flight * shape[0], shape[1])
+            return records.reshape(num_in_flight, *shape)
+
+        yield servers.stores[0].ask, make_shared_outs if end.arm == "direct" else make_outs
 
 
-def _measure(end: End, ask: Ask, num_in_flight: int) -> Fetched:
+def _measure(end: End, ask: Ask, outs: Float32Array, num_in_flight: int) -> Fetched:
     draw = np.random.default_rng(0)
     steps = [draw.integers(0, end.table_rows, end.step_rows) for _ in range(_NUM_DRAWN)]
-    shape = (num_in_flight, end.step_rows, end.group.record_width)
-    outs = np.zeros(shape, np.float32)
     _run(steps, outs, ask, end.measured_s / 5)
     server_clock = _clock_of(end.server_process)
     started_s = time.perf_counter()

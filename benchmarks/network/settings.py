@@ -11,9 +11,10 @@ from bagpipe.errors import ConfigError
 from bagpipe.optimizers import RowWiseAdagrad
 from bagpipe.types import Group, TableConfig, group_tables
 
-ARMS = ("bare", "flight", "tls")
+ARMS = ("bare", "flight", "tls", "staging", "direct")
 """bare: messages of the same sizes by Flight, without records being gathered or put in place.
-flight: a shard server. tls: the same with TLS and a token."""
+flight: a shard server. tls: the same with TLS and a token. staging: by shared memory, from which
+records are copied to where they are wanted. direct: they are wanted in that memory."""
 ALWAYS = ("bare",)
 OVER_LINKS = ("bare", "flight")
 QUICK: dict[str, Any] = {

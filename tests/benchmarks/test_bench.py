@@ -15,6 +15,7 @@ from benchmarks.cli import app
 from benchmarks.gpu.arms import TorchCpuArm
 from benchmarks.links import why_not
 from benchmarks.measure import Timing, disagreements, silent
+from benchmarks.network.settings import ARMS
 from benchmarks.prepared_stream import make_stream
 from benchmarks.workloads import make_workload
 
@@ -230,7 +231,7 @@ def test_the_oracle_plans_for_several_trainers(tmp_path: Path) -> None:
 def test_the_network_at_a_tiny_size(tmp_path: Path) -> None:
     values = run_to_json(tmp_path / "network.json", "network")["network"]
     found = {(each["arm"], each["in_flight"]) for each in values["loopback"]}
-    assert found == {(arm, steps) for arm in ("bare", "flight", "tls") for steps in (1, 2)}
+    assert found == {(arm, steps) for arm in ARMS for steps in (1, 2)}
     assert all(each["client_cpu_s_per_gb"] > 0 for each in values["loopback"])
     assert all(each["server_cpu_s_per_gb"] > 0 for each in values["loopback"])
     if why_not() is None:
