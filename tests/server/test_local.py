@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from bagpipe.server import local
 from bagpipe.server.credentials import Credentials
 from bagpipe.server.local import LocalServer, local_server
 from bagpipe.server.security import connect
+from bagpipe.server.staging import peer_of
 
 WITHIN_S = 60.0
 OTHER_USER = 4321
@@ -61,14 +62,18 @@ def process_of(config: RunConfig, number: int, agent: subprocess.Popen[bytes]) -
     name = local._name(config.model_dump(mode="json"), number, agent.pid)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
         asking.connect(f"\0{name}")
-        return local._peer(asking)[0]
+        return peer_of(asking)[0]
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_all_trainers_find_one_server_also_after_a_restart_until_their_agent_ends(
@@ -147,6 +152,7 @@ def test_one_that_was_killed_or_stopped_is_replaced(
     instance, pid = identity(before)["instance"], process_of(slow, 0, agent)
     os.kill(pid, end)
     if end == signal.SIGSTOP:
+        wait_until(lambda: "State:\tT" in Path(f"/proc/{pid}/status").read_text())
         name = local._name(slow.model_dump(mode="json"), 0, agent.pid)
         assert local._ask(name, timeout_s=0.2) is None
     wait_until_gone(pid)

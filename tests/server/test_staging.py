@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import random
+import secrets
 import socket
 import subprocess
 import sys
@@ -426,3 +427,23 @@ def test_a_process_of_another_user_is_sent_away(
     assert ended.stdout == "b''\n"
     assert "of user 65534 was refused shared memory of this server of user 0" in caplog.text
     place.check_serves()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_who_has_the_name_gets_no_memory(place: Host) -> None:
+    name = "bagpipe-test-" + secrets.token_hex(8)
+    code = (
+        "import os, socket, sys; os.setuid(65534);"
+        "listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        "listener.bind(chr(0) + sys.argv[1]); listener.listen(); print('ready', flush=True);"
+        "print([socket.recv_fds(listener.accept()[0], 99, 1)[:2] for _ in range(2)])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, name], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        assert not is_near(name)
+        with pytest.raises(StoreError, match=f"process {other.pid} of user 65534 is there"):
+            StagingStream(name, place.memory, place.header(What.FETCH), timeout_s=10)
+        assert other.stdout.readline() == "[(b'', []), (b'', [])]\n"

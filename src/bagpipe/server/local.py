@@ -22,7 +22,6 @@ import os
 import secrets
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -43,9 +42,9 @@ from bagpipe.errors import BagpipeError, ConfigError, StoreError
 from bagpipe.native.memory import keep_freed_memory
 from bagpipe.server.credentials import Credentials, client_credentials
 from bagpipe.server.ending import Ending
+from bagpipe.server.staging import peer_of
 from bagpipe.server.start import Place, running_shard
 
-_PEER = struct.Struct("3i")  # struct ucred: process, user, group
 _MAX_ANSWER_BYTES = 8192
 _LOOPBACK: Place = ("127.0.0.1", 0)
 
@@ -123,7 +122,7 @@ def _ask(name: str, timeout_s: float) -> tuple[str, str] | None:
             asking.connect(f"\0{name}")
         except ConnectionRefusedError:
             return None
-        pid, user = _peer(asking)
+        pid, user = peer_of(asking)
         if user != os.geteuid():
             raise StoreError(
                 f"process {pid} of user {user} has taken the name of this host's shard server, "
@@ -233,18 +232,11 @@ def _tell(listener: socket.socket, answer: bytes) -> None:
             time.sleep(0.1)  # no descriptors are left: others may be closed
             continue
         with asking, suppress(OSError):  # who asked may be gone
-            pid, user = _peer(asking)
+            pid, user = peer_of(asking)
             if user == os.geteuid():
                 asking.send(answer, socket.MSG_DONTWAIT)
             else:
                 _log.warning("process %d of user %d was not told the token", pid, user)
-
-
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    """The process and the user at the other end."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    pid, user, _ = _PEER.unpack(raw)
-    return pid, user
 
 
 def _new_token() -> SecretStr:

@@ -118,8 +118,7 @@ class StagingServer:
             thread.start()
 
     def _is_stranger(self, connection: socket.socket) -> bool:
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        process, user, _ = _PEER.unpack(raw)
+        process, user = peer_of(connection)
         if user == os.geteuid():
             return False
         _log.warning(
@@ -201,7 +200,7 @@ def is_near(address: str) -> bool:
             connection.connect(f"\0{address}")
         except OSError:
             return False
-        return bool(address)
+        return bool(address) and peer_of(connection)[1] == os.geteuid()
 
 
 class StagingStream:
@@ -230,6 +229,9 @@ class StagingStream:
         _limit(self._connection, socket.SO_SNDTIMEO, timeout_s)
         try:
             self._connection.connect(f"\0{address}")
+            process, user = peer_of(self._connection)
+            if user != os.geteuid():  # who has the memory has the records
+                raise PermissionError(f"process {process} of user {user} is there")
             socket.send_fds(self._connection, [opening.encode()], [memory.file])
         except OSError as error:
             self._connection.close()
@@ -339,6 +341,13 @@ def _limit(connection: socket.socket, option: int, timeout_s: float) -> None:
     """A limit of the system's: with one of Python's each call would poll first."""
     limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """The process and the user at the other end, as the system knows them."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    process, user, _ = _PEER.unpack(raw)
+    return process, user
 
 
 def _shut_down(connection: socket.socket) -> None:
