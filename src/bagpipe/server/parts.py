@@ -84,24 +84,27 @@ class Part:
     def receive(self, data: UInt8Array, group: Group) -> bool:
         """Puts records where they belong; returns whether all have come."""
         if self.header.what is What.FETCH:
-            num_records = len(data) // group.record_bytes
-            records = wire.as_records(data, num_records, group)
+            num_records, odd_bytes = divmod(len(data), group.record_bytes)
             begin, end = self.num_received, self.num_received + num_records
-            if not num_records or end > self.num_rows:
-                raise StoreError(f"{end:,} records came for {self.num_rows:,} rows")
+            if not num_records or odd_bytes or end > self.num_rows:
+                raise StoreError(
+                    f"{end:,} records and {odd_bytes} bytes came for {self.num_rows:,} rows"
+                )
             assert self.records is not None
+            # As bytes, since they may begin between words.
             if self.places is None:
-                self.records[self.first + begin : self.first + end] = records
+                wire.as_bytes(self.records[self.first + begin : self.first + end])[:] = data
             else:
-                _scatter(records, self.places[begin:end], self.records)
+                of_records = data.reshape(num_records, group.record_bytes)
+                _scatter(of_records, self.places[begin:end], self.records.view(np.uint8))
             self.num_received = end
             return end == self.num_rows
         return True
 
 
 @jit
-def _scatter(records: Float32Array, places: Int64Array, out: Float32Array) -> None:
-    """Copies record i of (n, width) to out[places[i]]."""
+def _scatter(records: UInt8Array, places: Int64Array, out: UInt8Array) -> None:
+    """Copies record i of (n, record_bytes) to out[places[i]]."""
     for index in range(len(places)):
         copy_run(records[index], out[np.uint64(places[index])])
 
