@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -379,3 +380,31 @@ def test_a_client_that_reads_nothing_holds_up_nobody(servers: Servers) -> None:
         assert not sender.is_alive()
         with suppress(flight.FlightError):
             writer.close()
+
+
+def test_memory_stays_flat_under_messages_that_are_refused(servers: Servers) -> None:
+    """Of a megabyte each, on streams of their own."""
+    servers.start()
+    instance = servers.servers[0].shard.instance
+    header = wire.Header(what=wire.What.WRITE, epoch=servers.epoch, instance=instance)
+    payload = wire.pack(ALL, np.zeros(1 << 20, np.uint8))  # another size than its rows have
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    def send(times: int) -> None:
+        for _ in range(times):
+            writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(wire.FETCH))
+            with suppress(flight.FlightError):
+                writer.begin(wire.SCHEMA)
+                writer.write_with_metadata(payload, header.encode())
+            with pytest.raises(flight.FlightServerError, match="a message is a WRITE"):
+                reader.read_chunk()
+            with suppress(flight.FlightError):
+                writer.close()
+
+    with flight.connect(f"grpc://{servers.addresses[0]}") as client:
+        send(30)
+        before = resident_bytes()
+        send(100)
+        assert resident_bytes() - before < 40 << 20
