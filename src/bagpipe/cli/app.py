@@ -83,6 +83,19 @@ def train(
     trace_after: Annotated[
         int | None, typer.Option(min=0, help="Steps before the first of them; 20 by default.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="ray: start trainers and shard servers on a Ray cluster, and start them again "
+            "when they die. By default this process is a trainer, of those that torchrun started."
+        ),
+    ] = None,
+    trainers: Annotated[int, typer.Option(min=1, help="Trainers on Ray.")] = 1,
+    servers: Annotated[int, typer.Option(min=1, help="Shard servers on Ray.")] = 1,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the Ray cluster; by default one is started on this machine."),
+    ] = None,
 ) -> None:
     """Train a model."""
     console = Console()
@@ -95,12 +108,32 @@ def train(
             raise typer.BadParameter(
                 "--trace-steps and --trace-after say which steps --trace FILE writes: give it too"
             )
+        if engine not in (None, "ray"):
+            raise typer.BadParameter(f"--engine {engine}: must be ray")
+        if engine is None and (trainers, servers, address) != (1, 1, None):
+            raise typer.BadParameter("--trainers, --servers and --address belong to --engine ray")
+        if engine is not None and trace is not None:
+            raise typer.BadParameter("--trace is not supported with --engine ray")
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
 
         config = load_config(RunConfig, file, overrides)
         prepare_environment(config.train.device)  # before the import of torch below
         traced = {"path": trace, "num_steps": trace_steps, "after": trace_after}
+        if engine is not None:
+            from bagpipe.launch.ray import Roles, train_on_ray
+            from bagpipe.train.progress import ConsoleReporter
+
+            with ConsoleReporter(console) as reporter:
+                result = train_on_ray(
+                    config,
+                    Roles(num_trainers=trainers, num_servers=servers),
+                    reporter=reporter,
+                    address=address,
+                    resume=resume,
+                    overwrite=overwrite,
+                )
+            return _tell_end(console, config, result)
         from bagpipe.launch.torchrun import joined_trainers
 
         with joined_trainers() as peers:

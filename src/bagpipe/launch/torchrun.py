@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,8 +72,9 @@ def joined_trainers() -> Iterator[Peers]:
     except BaseException:
         # A thread may wait for messages that never come, and the interpreter for it. Once this
         # process is gone the others see it.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_EXIT_SECONDS)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(_EXIT_SECONDS)
         raise
     dist.destroy_process_group()
 

@@ -45,6 +45,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     trace: TraceOptions | None = None,
+    stop: StopRequest | None = None,
     peers: Peers = ALONE,
 ) -> Result:
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
@@ -59,6 +60,7 @@ def train(
         resume: whether to go on from the newest valid checkpoint in the run's folder; where there
             is none, the run starts afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
+        stop: asks it to end; by default SIGINT and SIGTERM do.
         trace: which steps to profile, and where to write that.
         peers: the other trainers; by default none.
 
@@ -115,7 +117,7 @@ def train(
             trainers.all_do("a fresh start", partial(start, overwrite=True), ConfigError)
         log = _open_log(config, saved, reporter, trainers)
         stack.enter_context(log)
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(stop or StopRequest())
         profiler = StepProfiler(
             trace if trainers.is_first else None,
             run.device,

@@ -1,0 +1,414 @@
+"""A run on Ray: shard servers that outlive the trainers, and trainers that are started together.
+
+    supervisor    this process: starts actors, asks each for a sign of life, shows rank 0's progress
+    servers       an actor a shard, spread over the nodes; Ray starts one again when it dies
+    trainers      an actor a rank; when one dies all of them are replaced, and resume
+
+All that makes a restart safe is in `train()` and the servers (docs/protocol.md): the supervisor
+decides nothing but who is started when. Ray Train is not used. It would start trainers again in
+twice the time, in one gigabyte more, and tables must outlive the trainers.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bagpipe.config.run import RunConfig
+from bagpipe.config.servers import ServersConfig
+from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, StoreError
+from bagpipe.train.loop import Result
+from bagpipe.train.report import Reporter
+from bagpipe.train.trainer import StopRequest, train
+
+LIFE_TIMEOUT_S = 30.0
+"""How long an actor may owe a sign of life, by default."""
+_LOOK_EVERY_S = 0.5
+_LAST_WORDS_S = 10.0
+"""How long trainers may take to say why they end, once the first of them has ended."""
+_START_TIMEOUT_S = 120.0
+_MAX_FAILURES = 5
+"""Starts in a row in which no step was trained, after which the run is given up."""
+_RESTARTABLE = (BackgroundError, StoreError)
+"""Errors of somebody else's death; all other ones come again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """How many actors a run has."""
+
+    num_trainers: int
+    num_servers: int
+    life_timeout_s: float = LIFE_TIMEOUT_S
+
+
+def train_on_ray(
+    config: RunConfig,
+    roles: Roles,
+    *,
+    reporter: Reporter,
+    address: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Result:
+    """Trains on a Ray cluster, through the death of any actor.
+
+    Args:
+        config: The run's. Where its `[servers]` has addresses, no servers are started.
+        roles: How many actors to start.
+        reporter: Told what rank 0 tells, and of deaths.
+        address: The cluster's; None: the one of this environment, or a new one on this machine.
+        resume: Whether to go on from the newest checkpoint; a restart always does.
+        overwrite: Whether the first start may remove the checkpoints of an earlier run.
+
+    Raises:
+        ConfigError: Ray is not installed, or has too few GPUs.
+        BagpipeError: What a trainer raised that another start would not mend.
+    """
+    with _cluster(address) as ray, ExitStack() as stack:
+        servers = _Servers(ray, config, roles)
+        stack.callback(servers.end)
+        stop, failures = stack.enter_context(StopRequest()), 0
+        while True:
+            trainers = _Trainers(ray, servers.with_addresses(), roles, reporter)
+            try:
+                return trainers.run(servers, stop, resume=resume, overwrite=overwrite)
+            except _DiedError as death:
+                failures = 0 if trainers.num_steps else failures + 1
+                if stop.signal is not None or failures == _MAX_FAILURES:
+                    raise BackgroundError(
+                        f"given up after {failures} starts without a step: {death}"
+                    ) from death
+                reporter.say(f"{death}; all trainers start again")
+                resume, overwrite = True, False
+            finally:
+                trainers.end()
+
+
+class _DiedError(Exception):
+    """An actor is gone; all trainers are to be started again."""
+
+
+class _Servers:
+    """The servers of all shards."""
+
+    def __init__(self, ray: Any, config: RunConfig, roles: Roles) -> None:
+        self._ray, self._config, self._timeout_s = ray, config, roles.life_timeout_s
+        where = config.servers or ServersConfig()
+        self._actors: list[Any] = []
+        if where.addresses:
+            return
+        self._where = where.model_copy(update={"num_shards": roles.num_servers})
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        host = "127.0.0.1" if len(nodes) == 1 else None
+        actor = ray.remote(_ServerActor).options(
+            num_cpus=0, max_restarts=-1, max_concurrency=2, scheduling_strategy="SPREAD"
+        )
+        served = config.model_copy(update={"servers": self._where})
+        self._actors = [
+            actor.remote(served, number, host, os.getcwd()) for number in range(roles.num_servers)
+        ]
+
+    def with_addresses(self) -> RunConfig:
+        """The run's configuration, once all servers are up, with where they are now."""
+        if not self._actors:
+            return self._config
+        with _named_failures(self._ray, "a shard server can't be started"):
+            addresses = self._ray.get(
+                [actor.address.remote() for actor in self._actors], timeout=_START_TIMEOUT_S
+            )
+        where = self._where.model_copy(update={"addresses": tuple(addresses)})
+        return self._config.model_copy(update={"servers": where})
+
+    def check(self) -> None:
+        """Replaces servers that do not answer. _DiedError: one did not."""
+        looks = [actor.look.remote() for actor in self._actors]
+        for number, (actor, look) in enumerate(zip(self._actors, looks, strict=True)):
+            try:
+                self._ray.get(look, timeout=self._timeout_s)
+            except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
+                with suppress(self._ray.exceptions.RayError):
+                    self._ray.kill(actor, no_restart=False)
+                raise _DiedError(f"shard server {number} is gone") from None
+
+    def end(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+
+class _Trainers:
+    """One start of all trainers."""
+
+    def __init__(self, ray: Any, config: RunConfig, roles: Roles, reporter: Reporter) -> None:
+        self._ray, self._config, self._reporter = ray, config, reporter
+        self._timeout_s = roles.life_timeout_s
+        self.num_steps = 0
+        """Told by rank 0 since this start."""
+        wants_gpu = config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+        actor = ray.remote(_TrainerActor).options(
+            num_cpus=0,  # a laptop with two cores is enough
+            num_gpus=int(wants_gpu),
+            max_restarts=0,
+            max_concurrency=3,
+            scheduling_strategy="SPREAD",
+        )
+        self._actors = [actor.remote(os.getcwd()) for _ in range(roles.num_trainers)]
+
+    def run(self, servers: _Servers, stop: StopRequest, *, resume: bool, overwrite: bool) -> Result:
+        """Trains to the end. _DiedError: somebody has died."""
+        results = self._start(resume=resume, overwrite=overwrite)
+        is_told = False
+        while True:
+            ended, _ = self._ray.wait(results, num_returns=len(results), timeout=_LOOK_EVERY_S)
+            if len(ended) == len(results) or any(map(self._has_failed, ended)):
+                break
+            self._look()
+            servers.check()
+            if stop.signal is not None and not is_told:
+                is_told = True
+                for actor in self._actors:
+                    actor.stop.remote(int(stop.signal))
+        return self._outcome(results)
+
+    def end(self) -> None:
+        """Ends all trainers, those that are stopped, too."""
+        for actor in self._actors:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.kill(actor)
+
+    def _start(self, *, resume: bool, overwrite: bool) -> list[Any]:
+        try:
+            places = self._ray.get(
+                [actor.place.remote() for actor in self._actors], timeout=_START_TIMEOUT_S
+            )
+        except self._ray.exceptions.GetTimeoutError:
+            raise ConfigError(
+                f"the Ray cluster did not start {len(self._actors)} trainers within "
+                f"{_START_TIMEOUT_S:g} s: it has too few GPUs, or no memory: start fewer, or add nodes"
+            ) from None
+        except self._ray.exceptions.RayActorError as error:
+            raise _DiedError(f"a trainer died at its start ({_first_line(error)})") from None
+        # ranks of a node are neighbours
+        order = sorted(range(len(places)), key=lambda index: (places[index].node, index))
+        self._actors = [self._actors[index] for index in order]
+        places = [places[index] for index in order]
+        nodes = [place.node for place in places]
+        meeting = {"MASTER_ADDR": places[0].host, "MASTER_PORT": str(places[0].port)}
+        return [
+            actor.run.remote(
+                self._config,
+                meeting
+                | {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(len(places)),
+                    "LOCAL_RANK": str(nodes[:rank].count(nodes[rank])),
+                    "LOCAL_WORLD_SIZE": str(nodes.count(nodes[rank])),
+                    "GROUP_WORLD_SIZE": str(len(set(nodes))),
+                },
+                resume,
+                overwrite,
+            )
+            for rank, actor in enumerate(self._actors)
+        ]
+
+    def _look(self) -> None:
+        """Shows what rank 0 has told. _DiedError: a trainer is gone, or gives no sign of life."""
+        looks = [actor.look.remote() for actor in self._actors]
+        for rank, look in enumerate(looks):
+            try:
+                told = self._ray.get(look, timeout=self._timeout_s)
+            except self._ray.exceptions.GetTimeoutError:
+                raise _DiedError(
+                    f"rank {rank} has given no sign of life for {self._timeout_s:g} s"
+                ) from None
+            except self._ray.exceptions.RayActorError as error:
+                raise _DiedError(f"rank {rank} is gone ({_first_line(error)})") from None
+            for name, arguments in told if rank == 0 else ():
+                self.num_steps += name == "advance"
+                getattr(self._reporter, name)(*arguments)
+
+    def _has_failed(self, result: Any) -> bool:
+        try:
+            self._ray.get(result)
+        except self._ray.exceptions.RayError:
+            return True
+        return False
+
+    def _outcome(self, results: Sequence[Any]) -> Result:
+        """Rank 0's result, or the error that says most of why there is none."""
+        self._ray.wait(list(results), num_returns=len(results), timeout=_LAST_WORDS_S)
+        errors: list[tuple[int, BaseException]] = []
+        for rank, result in enumerate(results):
+            try:
+                self._ray.get(result, timeout=0)
+            except self._ray.exceptions.RayTaskError as error:
+                errors.append((rank, error.cause))
+            except self._ray.exceptions.RayError as error:
+                errors.append((rank, error))
+        with suppress(_DiedError):
+            self._look()
+        for _, cause in errors:
+            if isinstance(cause, BagpipeError) and not isinstance(cause, _RESTARTABLE):
+                raise cause
+        if errors:
+            rank, cause = errors[0]
+            raise _DiedError(f"rank {rank} has ended ({_first_line(cause)})")
+        outcome: Result = self._ray.get(results[0])
+        return outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    node: str
+    host: str
+    port: int
+    """Free, for rank 0's meeting."""
+
+
+class _ServerActor:
+    """A shard server; it lives as long as the actor."""
+
+    def __init__(self, config: RunConfig, number: int, host: str | None, folder: str) -> None:
+        from bagpipe.server.start import running_shard
+
+        _go_to(folder)
+        self._stack = ExitStack()
+        listen = (host or _own_host(), 0)
+        self._running = self._stack.enter_context(running_shard(config, number, listen=listen))
+
+    def address(self) -> str:
+        """Where trainers reach it."""
+        return self._running.address
+
+    def look(self) -> bool:
+        """A sign of life."""
+        return True
+
+
+class _TrainerActor:
+    """One rank."""
+
+    def __init__(self, folder: str) -> None:
+        _go_to(folder)
+        self._told: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
+        self._stop = StopRequest()
+
+    def place(self) -> _Place:
+        """Where it is."""
+        import ray
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        return _Place(node=ray.get_runtime_context().get_node_id(), host=_own_host(), port=port)
+
+    def run(
+        self, config: RunConfig, environment: dict[str, str], resume: bool, overwrite: bool
+    ) -> Result:
+        """Trains as this rank, to the end."""
+        os.environ.update(environment)
+        from bagpipe.launch.torchrun import joined_trainers
+
+        with joined_trainers() as peers:
+            return train(
+                config,
+                reporter=_Teller(self._told),
+                resume=resume,
+                overwrite=overwrite,
+                peers=peers,
+                stop=self._stop,
+            )
+
+    def look(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """A sign of life, and what has been told since the last one."""
+        told = []
+        with suppress(queue.Empty):
+            while True:
+                told.append(self._told.get_nowait())
+        return told
+
+    def stop(self, number: int) -> None:
+        """Asks it to end after a step, with a checkpoint."""
+        self._stop.signal = signal.Signals(number)
+
+
+class _Teller:
+    """A reporter that keeps what it is told, for the supervisor to fetch."""
+
+    def __init__(self, told: queue.SimpleQueue[tuple[str, tuple[Any, ...]]]) -> None:
+        self._told = told
+        self._advanced_at = 0.0
+
+    def start(self, step: int, num_steps: int) -> None:
+        self._told.put(("start", (step, num_steps)))
+
+    def advance(self, step: int) -> None:
+        # some a second are enough for a bar
+        if time.monotonic() - self._advanced_at > _LOOK_EVERY_S / 2:
+            self._advanced_at = time.monotonic()
+            self._told.put(("advance", (step,)))
+
+    def show(self, averages: Any) -> None:
+        self._told.put(("show", (averages,)))
+
+    def evaluating(self, num_done: int, num_batches: int) -> None:
+        self._told.put(("evaluating", (num_done, num_batches)))
+
+    def say(self, text: str) -> None:
+        self._told.put(("say", (text,)))
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Ray, connected. ConfigError: it is not installed, or there is no such cluster."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else actors give way to all else
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            "--engine ray needs Ray: install it by `pip install 'bagpipe-recsys[ray]'`"
+        ) from error
+    try:
+        ray.init(address=address, log_to_driver=True, ignore_reinit_error=True)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise ConfigError(f"Ray at {address or 'this machine'}: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _named_failures(ray: Any, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BagpipeError):
+            raise error.cause from None
+        raise BackgroundError(f"{what}: {_first_line(error.cause)}") from error
+    except ray.exceptions.RayError as error:
+        raise BackgroundError(f"{what}: {_first_line(error)}") from error
+
+
+def _own_host() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _go_to(folder: str) -> None:
+    """To the supervisor's folder, to which paths of a configuration are relative."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
