@@ -53,7 +53,7 @@ ALLOWED = {
     | {"config", "oracle", "feed", "store", "data", "distributed", "cache", "models"}
     | {"embeddings", "checkpoint", "server"},
     "server": BASE | {"config", "data", "store"},
-    "launch": BASE | {"distributed"},
+    "launch": BASE | {"distributed", "config", "server", "train"},
 }
 MAY_IMPORT_TORCH = {"distributed", "cache", "embeddings", "models", "checkpoint", "train", "launch"}
 

@@ -121,10 +121,27 @@ class _Servers:
         """The run's configuration, once all servers are up, with where they are now."""
         if not self._actors:
             return self._config
-        with _named_failures(self._ray, "a shard server can't be started"):
-            addresses = self._ray.get(
-                [actor.address.remote() for actor in self._actors], timeout=_START_TIMEOUT_S
-            )
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            asked = [actor.address.remote() for actor in self._actors]
+            try:
+                addresses = self._ray.get(asked, timeout=_START_TIMEOUT_S)
+                break
+            except self._ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, BagpipeError):
+                    raise error.cause from None
+                raise
+            except self._ray.exceptions.ActorDiedError as error:
+                raise StoreError(
+                    f"a shard server can't be started: {_last_line(error)}: see what it printed"
+                ) from None
+            except self._ray.exceptions.RayError as error:  # Ray is starting it again
+                if time.monotonic() > deadline:
+                    raise StoreError(
+                        f"a shard server did not start within {_START_TIMEOUT_S:g} s: "
+                        f"{_first_line(error)}"
+                    ) from None
+                time.sleep(_LOOK_EVERY_S)
         where = self._where.model_copy(update={"addresses": tuple(addresses)})
         return self._config.model_copy(update={"servers": where})
 
@@ -134,9 +151,13 @@ class _Servers:
         for number, (actor, look) in enumerate(zip(self._actors, looks, strict=True)):
             try:
                 self._ray.get(look, timeout=self._timeout_s)
-            except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
+            except self._ray.exceptions.GetTimeoutError:
                 with suppress(self._ray.exceptions.RayError):
                     self._ray.kill(actor, no_restart=False)
+                raise _DiedError(
+                    f"shard server {number} has given no sign of life for {self._timeout_s:g} s"
+                ) from None
+            except self._ray.exceptions.RayError:
                 raise _DiedError(f"shard server {number} is gone") from None
 
     def end(self) -> None:
@@ -192,9 +213,10 @@ class _Trainers:
         except self._ray.exceptions.GetTimeoutError:
             raise ConfigError(
                 f"the Ray cluster did not start {len(self._actors)} trainers within "
-                f"{_START_TIMEOUT_S:g} s: it has too few GPUs, or no memory: start fewer, or add nodes"
+                f"{_START_TIMEOUT_S:g} s: it has too few GPUs, or no memory: start fewer, or add "
+                "nodes"
             ) from None
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayError as error:
             raise _DiedError(f"a trainer died at its start ({_first_line(error)})") from None
         # ranks of a node are neighbours
         order = sorted(range(len(places)), key=lambda index: (places[index].node, index))
@@ -229,7 +251,7 @@ class _Trainers:
                 raise _DiedError(
                     f"rank {rank} has given no sign of life for {self._timeout_s:g} s"
                 ) from None
-            except self._ray.exceptions.RayActorError as error:
+            except self._ray.exceptions.RayError as error:
                 raise _DiedError(f"rank {rank} is gone ({_first_line(error)})") from None
             for name, arguments in told if rank == 0 else ():
                 self.num_steps += name == "advance"
@@ -370,6 +392,8 @@ class _Teller:
 def _cluster(address: str | None) -> Iterator[Any]:
     """Ray, connected. ConfigError: it is not installed, or there is no such cluster."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # else actors give way to all else
+    # what trainers raise when another one has died is told in one sentence, not by each
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         import ray
     except ImportError as error:
@@ -386,18 +410,6 @@ def _cluster(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-@contextmanager
-def _named_failures(ray: Any, what: str) -> Iterator[None]:
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, BagpipeError):
-            raise error.cause from None
-        raise BackgroundError(f"{what}: {_first_line(error.cause)}") from error
-    except ray.exceptions.RayError as error:
-        raise BackgroundError(f"{what}: {_first_line(error)}") from error
-
-
 def _own_host() -> str:
     import ray
 
@@ -412,3 +424,7 @@ def _go_to(folder: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
