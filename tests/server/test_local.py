@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,15 @@ def test_one_that_was_killed_or_stopped_is_replaced(
     before = local_server(slow, 0, lives_with=agent.pid)
     instance, pid = identity(before)["instance"], process_of(slow, 0, agent)
     os.kill(pid, end)
-    if end == signal.SIGSTOP:
-        wait_until(lambda: "State:\tT" in Path(f"/proc/{pid}/status").read_text())
-        name = local._name(slow.model_dump(mode="json"), 0, agent.pid)
-        assert local._ask(name, timeout_s=0.2) is None
-    wait_until_gone(pid)
+    try:
+        if end == signal.SIGSTOP:
+            wait_until(lambda: "State:\tT" in Path(f"/proc/{pid}/status").read_text())
+            name = local._name(slow.model_dump(mode="json"), 0, agent.pid)
+            assert local._ask(name, timeout_s=0.2) is None
+        wait_until_gone(pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     after = local_server(slow, 0, lives_with=agent.pid)
     assert identity(after)["instance"] != instance
 
