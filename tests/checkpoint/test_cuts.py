@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +37,8 @@ from bagpipe.errors import CheckpointError
 from bagpipe.server.shard import Checkpoint, Shard
 from bagpipe.store import MemoryStore
 from bagpipe.store.cuts import CutStore
+from bagpipe.store.manifest import describe
+from bagpipe.topology import shards_of
 
 NUM_ROWS = 100
 Records = dict[int, tuple[float, ...]]
@@ -134,10 +138,24 @@ class Run:
         assert found == self.records
 
 
-def records_in(checkpoint: Path) -> list[Records]:
-    """What trainers without servers load from it."""
+def records_in(checkpoint: Path, num_hosts: int = 1) -> list[Records]:
+    """What trainers without servers load from it, on so many hosts."""
+    by_host = [records_on(checkpoint, host, num_hosts) for host in range(num_hosts)]
+    found: list[Records] = [{}, {}]
+    for records in by_host:
+        for of_group, new in zip(found, records, strict=True):
+            assert not of_group.keys() & new.keys()  # a host has its own rows only
+            of_group |= new
+    return found
+
+
+def records_on(checkpoint: Path, host: int, num_hosts: int) -> list[Records]:
+    """What the first trainer of one host loads."""
     fresh = make_state(2, 4)
-    load_checkpoint(open_checkpoint(checkpoint), fresh)
+    trainers: Any = SimpleNamespace(
+        peers=SimpleNamespace(host=host, num_hosts=num_hosts, is_first_of_host=True)
+    )
+    load_checkpoint(open_checkpoint(checkpoint), fresh, trainers)
     return [
         {
             row: tuple(record.tolist())
@@ -198,6 +216,57 @@ def test_servers_that_were_not_told_of_a_commit_stand_where_it_does(tmp_path: Pa
     assert records_in(run.base.path) == run.saved
     run.write([50])
     run.start(servers, run.saved)
+
+
+def save_by_hosts(run: Run, records: Records, num_hosts: int) -> Path:
+    """What trainers of so many hosts, without servers, write."""
+    moment = take_moment(run.state, Position(epoch=0, batch=5), CONFIG)
+    with CheckpointWriter(claim_epoch(run.path), 5) as writer:
+        writer.write_bytes("dense.pt", moment.dense)
+        described = []
+        for index, group in enumerate(run.groups):
+            files = []
+            for host in range(num_hosts):
+                rows = np.array(sorted(records), np.int64)
+                rows = rows[shards_of(rows, num_hosts) == host]
+                values = np.repeat(np.float32(rows)[:, None], group.record_width, axis=1)
+                name = f"group-{index}.host-{host}.arrow" if host else f"group-{index}.arrow"
+                files.append(
+                    writer.write_records(
+                        name,
+                        [(rows, values)],
+                        group.record_width,
+                        shard=host,
+                        num_shards=num_hosts,
+                    )
+                )
+            described.append(describe(group, files))
+        writer.write_manifest({**moment.content, "step": 5, "groups": described})
+    return writer.path
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize(
+    ("num_hosts", "num_shards"), [(2, 1), (2, 2), (2, 3), (4, 2), (8, 5), (8, 8)]
+)
+def test_any_number_of_servers_resumes_what_several_hosts_have_saved(
+    tmp_path: Path, num_hosts: int, num_shards: int, is_old: bool
+) -> None:
+    run = Run(tmp_path)
+    path = save_by_hosts(run, {row: () for row in range(0, 100, 3)}, num_hosts)
+    if is_old:
+        make_format_1(path)
+    saved = records_in(path, num_hosts)
+    assert len(saved[0]) == 34
+    run.start(make_servers(num_shards), saved)
+    run.write([0, 1, 2, 50, 80])
+    run.cut()
+    for num_loading in (1, 2, 4):
+        assert records_in(run.base.path, num_loading) == run.saved
+    # who has the very rows of a host adds to its file
+    assert all(
+        (len(files) > num_shards) == (num_shards == num_hosts) for files in run.base.record_files
+    )
 
 
 @pytest.mark.parametrize("is_old", [False, True])
