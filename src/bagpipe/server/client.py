@@ -18,7 +18,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
@@ -27,13 +26,12 @@ from bagpipe.server import wire
 from bagpipe.server.channels import Channel, FlightChannel, StagingChannel
 from bagpipe.server.control import ServerControl
 from bagpipe.server.memory import StagingMemory
-from bagpipe.server.parts import Part, Pending
+from bagpipe.server.parts import Part, Pending, merged, pieces_of
 from bagpipe.server.staging import MAX_ROWS, StagingStream, is_near
 from bagpipe.server.streams import Stream
 from bagpipe.server.wire import Header, What
 from bagpipe.store.arguments import check_arguments, check_block_rows, check_out, closed
 from bagpipe.store.base import NO_STEPS, Steps
-from bagpipe.topology import by_shard
 from bagpipe.types import Float32Array, Group, Int64Array
 
 MAX_FETCH_STREAMS = 8
@@ -112,7 +110,7 @@ class ShardServers:
     ) -> Callable[[], None]:
         """See `RemoteStore.ask`; arguments are checked."""
         self._raise_failure()
-        pieces = list(_pieces(rows, self.num_shards, self._most_rows))
+        pieces = list(pieces_of(rows, self.num_shards, self._most_rows))
         pending = Pending(len(pieces))
         streams = {shard: self._fetch_stream(shard) for shard in {piece[0] for piece in pieces}}
         for shard, first, of_piece, places in pieces:
@@ -132,7 +130,7 @@ class ShardServers:
         """See `RemoteStore.send`; arguments are checked."""
         self._raise_failure()
         most_rows = min(self._most_rows, wire.piece_rows(self.groups[group]))
-        pieces = list(_pieces(rows, self.num_shards, most_rows))
+        pieces = list(pieces_of(rows, self.num_shards, most_rows))
         pieces.sort(key=lambda piece: piece[1])  # shards in turn, so that all have work
         pending = Pending(len(pieces))
         for shard, first, of_piece, places in pieces:
@@ -155,7 +153,7 @@ class ShardServers:
         if self.num_shards == 1:
             yield from of_shards[0]
             return
-        yield from _merged(of_shards)
+        yield from merged(of_shards)
 
     def clear(self, group: int) -> None:
         """See `RemoteStore.clear`."""
@@ -369,56 +367,8 @@ class RemoteStore:
             raise closed(self.group)
 
 
-def _pieces(
-    rows: Int64Array, num_shards: int, most_rows: int
-) -> Iterator[tuple[int, int, Int64Array, Int64Array | None]]:
-    """Divides rows (n,) by shard, and each shard's into pieces of at most `most_rows`.
-
-    Yields:
-        The shard, where the piece begins among the shard's rows, its rows, and their places in
-        `rows`; None: they lie there in order from where the piece begins.
-    """
-    if num_shards == 1:
-        for first in range(0, len(rows), most_rows):
-            yield 0, first, rows[first : first + most_rows], None
-        return
-    order, counts = by_shard(rows, num_shards)
-    ordered = rows[order]
-    end = 0
-    for shard, count in enumerate(counts.tolist()):
-        begin, end = end, end + count
-        for first in range(begin, end, most_rows):
-            of_piece = slice(first, min(end, first + most_rows))
-            yield shard, first - begin, ordered[of_piece], order[of_piece]
-
-
 def _next(reader: Any) -> Any:
     try:
         return reader.read_chunk()
     except StopIteration:
         return None
-
-
-def _merged(
-    streams: Sequence[Iterator[tuple[Int64Array, Float32Array]]],
-) -> Iterator[tuple[Int64Array, Float32Array]]:
-    """Merges streams of blocks of rows that each ascend, and have none in common."""
-    blocks = {index: block for index, each in enumerate(streams) if (block := next(each, None))}
-    while blocks:
-        # all rows up to the end of the block that ends first are here
-        first = min(blocks, key=lambda index: blocks[index][0][-1])
-        last = blocks[first][0][-1]
-        ends = {
-            index: int(np.searchsorted(rows, last, "right")) for index, (rows, _) in blocks.items()
-        }
-        rows = np.concatenate([blocks[index][0][:end] for index, end in ends.items()])
-        records = np.concatenate([blocks[index][1][:end] for index, end in ends.items()])
-        order = np.argsort(rows)
-        yield rows[order], records[order]
-        for index, end in ends.items():
-            if end < len(blocks[index][0]):
-                blocks[index] = blocks[index][0][end:], blocks[index][1][end:]
-            elif (block := next(streams[index], None)) is not None:
-                blocks[index] = block
-            else:
-                del blocks[index]

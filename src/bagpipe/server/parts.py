@@ -1,8 +1,12 @@
-"""A trainer's request, cut into parts: a message each, which goes to one shard and is answered."""
+"""A trainer's request, cut into parts: a message each, which goes to one shard and is answered.
+
+What comes from several shards is put together here, too.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +16,7 @@ from bagpipe.native.jit import jit
 from bagpipe.native.memory import copy_run
 from bagpipe.server import wire
 from bagpipe.server.wire import Header, What
+from bagpipe.topology import by_shard
 from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 
 
@@ -100,6 +105,54 @@ class Part:
             self.num_received = end
             return end == self.num_rows
         return True
+
+
+def pieces_of(
+    rows: Int64Array, num_shards: int, most_rows: int
+) -> Iterator[tuple[int, int, Int64Array, Int64Array | None]]:
+    """Divides rows (n,) by shard, and each shard's into pieces of at most `most_rows`.
+
+    Yields:
+        The shard, where the piece begins among the shard's rows, its rows, and their places in
+        `rows`; None: they lie there in order from where the piece begins.
+    """
+    if num_shards == 1:
+        for first in range(0, len(rows), most_rows):
+            yield 0, first, rows[first : first + most_rows], None
+        return
+    order, counts = by_shard(rows, num_shards)
+    ordered = rows[order]
+    end = 0
+    for shard, count in enumerate(counts.tolist()):
+        begin, end = end, end + count
+        for first in range(begin, end, most_rows):
+            of_piece = slice(first, min(end, first + most_rows))
+            yield shard, first - begin, ordered[of_piece], order[of_piece]
+
+
+def merged(
+    streams: Sequence[Iterator[tuple[Int64Array, Float32Array]]],
+) -> Iterator[tuple[Int64Array, Float32Array]]:
+    """Merges streams of blocks of rows that each ascend, and have none in common."""
+    blocks = {index: block for index, each in enumerate(streams) if (block := next(each, None))}
+    while blocks:
+        # all rows up to the end of the block that ends first are here
+        first = min(blocks, key=lambda index: blocks[index][0][-1])
+        last = blocks[first][0][-1]
+        ends = {
+            index: int(np.searchsorted(rows, last, "right")) for index, (rows, _) in blocks.items()
+        }
+        rows = np.concatenate([blocks[index][0][:end] for index, end in ends.items()])
+        records = np.concatenate([blocks[index][1][:end] for index, end in ends.items()])
+        order = np.argsort(rows)
+        yield rows[order], records[order]
+        for index, end in ends.items():
+            if end < len(blocks[index][0]):
+                blocks[index] = blocks[index][0][end:], blocks[index][1][end:]
+            elif (block := next(streams[index], None)) is not None:
+                blocks[index] = block
+            else:
+                del blocks[index]
 
 
 @jit
