@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.soon import SOON_S
 
 from bagpipe.errors import StoreError
 from bagpipe.optimizers import Adagrad, RowWiseAdagrad
@@ -294,7 +295,7 @@ class StoreContract:
 
         with ThreadPoolExecutor(num_threads) as pool:
             for future in [pool.submit(work, thread) for thread in range(num_threads)]:
-                future.result(timeout=60)
+                future.result(timeout=SOON_S)
         assert len(touched_rows(store)) == NUM_ROWS
         np.testing.assert_array_equal(
             fetch(store, np.arange(NUM_ROWS)), records_of(np.arange(NUM_ROWS), num_rounds - 1)
@@ -328,18 +329,18 @@ class StoreContract:
 
         def work(first: int) -> None:
             rows = np.arange(first, NUM_ROWS, 2)
-            started.wait(timeout=60)
+            started.wait(timeout=SOON_S)
             while True:
                 store.write(rows, records_of(rows))
                 np.testing.assert_array_equal(fetch(store, rows), records_of(rows))
 
         with ThreadPoolExecutor(2) as pool:
             futures = [pool.submit(work, first) for first in (0, 1)]
-            started.wait(timeout=60)
+            started.wait(timeout=SOON_S)
             store.close()
             for future in futures:
                 with pytest.raises(StoreError, match="closed"):
-                    future.result(timeout=60)
+                    future.result(timeout=SOON_S)
 
     def test_a_huge_group_is_made_lazily(self, make: StoreFactory) -> None:
         """Its records take 24 GiB: materialised, they would exhaust memory, disk or time."""

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.soon import SOON_S
 from typer.testing import CliRunner
 
 from bagpipe.cli.app import app
@@ -95,7 +96,7 @@ def test_the_loops_run_as_written() -> None:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=SOON_S,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 from rich.console import Console
+from tests.soon import SOON_S
 from typer.testing import CliRunner, Result
 
 from bagpipe.cli.app import app
@@ -73,7 +74,7 @@ def test_help_does_not_load_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=SOON_S, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert "train" in ended.stdout

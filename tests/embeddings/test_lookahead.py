@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from tests.soon import wait_until
 from tests.store_contract import touched_rows
 from torch.utils.data import DataLoader
 
@@ -119,9 +120,7 @@ def test_the_reader_is_not_read_further_ahead_than_the_window() -> None:
         counted(), embeddings, cache=200, lookahead=10, prefetch_depth=1, dedup_threads=1
     )
     next(stream)
-    deadline = time.monotonic() + 5
-    while len(read) < 11 and time.monotonic() < deadline:
-        threading.Event().wait(0.01)
+    wait_until(lambda: len(read) >= 11)
     threading.Event().wait(0.2)
     # one handed out, one prefetched, two plans ready and one waiting, ten in the window, two being
     # de-duplicated, one in hand

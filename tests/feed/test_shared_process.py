@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.oracle.ends import end_as
+from tests.soon import SOON_S, ends_soon, wait_until
 
 from bagpipe.errors import BackgroundError, LostError
 from bagpipe.feed import process
@@ -38,7 +39,6 @@ GROUPS = group_tables(
     SGD(lr=1.0),
 )
 NUM_PLACES = 4
-SOON_S = 10.0
 Plan = Planned[dict[str, Any]]
 
 
@@ -204,6 +204,7 @@ def test_plans_stay_until_they_are_released_and_the_slowest_rank_holds_all_back(
                 use(item)
 
         done = pool.submit(run_ahead)
+        wait_until(lambda: len(numbers) >= NUM_PLACES)
         time.sleep(1.0)
         assert numbers == list(range(NUM_PLACES))  # no more than the slow one has had
         # Then a step that waits for places, the planner's 2 and 1, the 4 steps whose ranks are
@@ -214,6 +215,7 @@ def test_plans_stay_until_they_are_released_and_the_slowest_rank_holds_all_back(
             np.testing.assert_array_equal(item.plan.groups[0].lookup_slots, slots)
         use(held[0])
         held.append(next(behind))
+        wait_until(lambda: len(numbers) > NUM_PLACES)
         time.sleep(0.3)
         assert numbers == list(range(NUM_PLACES + 1))
         for item in held[1:]:
@@ -304,10 +306,7 @@ def hanging(tmp_path: Path, num_batches: int = 12) -> tuple[Batches, Callable[[]
     hangs = tmp_path / "hangs"
 
     def wait() -> None:
-        deadline = time.monotonic() + SOON_S
-        while not hangs.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(hangs.exists)
 
     return Batches(num_batches, "hang", at_end=hangs), wait
 
@@ -366,10 +365,8 @@ def test_a_process_that_answers_nothing_holds_up_no_rank_that_ends_its_stream() 
         os.kill(first._process.pid or 0, signal.SIGSTOP)
         rest = pool.submit(lambda: len(list(stream)))
         time.sleep(0.2)
-        started = time.monotonic()
         second.stop()
         assert rest.result(timeout=SOON_S) <= NUM_PLACES
-        assert time.monotonic() - started < 2.0
 
 
 @contextmanager
@@ -414,15 +411,13 @@ def test_strangers_who_say_nothing_hold_up_nobody() -> None:
 
 
 def test_strangers_do_not_put_off_the_end_of_the_meeting() -> None:
-    started = time.monotonic()
     first = OracleProcess(
         Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES, join_timeout_s=1.0
     )
-    with strangers(first.address):
+    with ends_soon(), strangers(first.address):
         (error,) = outcomes([lambda: drain(first)])
     assert isinstance(error, LostError)
     assert "rank 1 has not come to the oracle process within 1 s" in str(error)
-    assert time.monotonic() - started < SOON_S
     first.close()
 
 

@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from tests.soon import SOON_S, wait_until
 
 from bagpipe.checkpoint.run_folder import claim_run_folder
 
@@ -24,7 +24,7 @@ def run(name: str, folder: Path) -> tuple[int, str]:
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            timeout=100,
+            timeout=SOON_S,
             check=False,
         )
     return ended.returncode, (folder / "out").read_text()
@@ -54,10 +54,7 @@ def test_a_killed_trainers_oracle_and_lock_end_with_it_though_a_child_lives(
         assert is_alive(child)
         with claim_run_folder(tmp_path):
             pass
-        deadline = time.monotonic() + 20
-        while is_alive(oracle) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not is_alive(oracle)
+        wait_until(lambda: not is_alive(oracle))
         assert is_alive(child)
     finally:
         os.kill(child, signal.SIGKILL)

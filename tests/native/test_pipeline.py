@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from tests.soon import SOON_S
 
 from bagpipe.errors import BackgroundError
 from bagpipe.native.pipeline import BackgroundIterator, ordered_map
@@ -83,7 +84,7 @@ def test_closing_says_when_the_items_do_not_come_back_and_ends_who_waits_for_the
     consumer.join(0.05)  # it closes, too, and waits
     may_go_on.set()
     for each in (thread, consumer):
-        each.join(5)
+        each.join(SOON_S)
         assert not each.is_alive()
     assert waiting.close(timeout_s=0.05)
     assert taken == []

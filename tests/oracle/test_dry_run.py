@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from tests.soon import SOON_S
 
 from bagpipe.errors import CacheTooSmallError, ConfigError, DataError
 from bagpipe.optimizers import SGD, Adagrad
@@ -230,7 +231,7 @@ def test_loads_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=SOON_S, check=False
     )
     assert ended.returncode == 0, ended.stderr
 

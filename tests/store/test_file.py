@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.soon import SOON_S
 from tests.store_contract import (
     StoreContract,
     StoreFactory,
@@ -305,7 +306,7 @@ def test_a_disk_that_is_really_full_does_not_kill_the_process(tmp_path: Path) ->
     if (
         unshare is None
         or subprocess.run(
-            [unshare, "-rm", *mount], capture_output=True, timeout=30, check=False
+            [unshare, "-rm", *mount], capture_output=True, timeout=SOON_S, check=False
         ).returncode
     ):
         pytest.skip("user and mount namespaces are not allowed here")
@@ -314,7 +315,7 @@ def test_a_disk_that_is_really_full_does_not_kill_the_process(tmp_path: Path) ->
         [unshare, "-rm", "sh", "-c", command, "sh", sys.executable, "-c", FULL_DISK, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=SOON_S,
         check=False,
         cwd=Path(__file__).parents[2],
     )

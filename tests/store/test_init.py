@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.soon import SOON_S
 
 from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.store.init import RowInitializer, fill_part, philox
@@ -85,7 +86,7 @@ def test_threads_that_share_an_initializer_get_the_same_records() -> None:
         return out
 
     with ThreadPoolExecutor(4) as pool:
-        parts = list(pool.map(work, np.array_split(rows, 13), timeout=60))
+        parts = list(pool.map(work, np.array_split(rows, 13), timeout=SOON_S))
     np.testing.assert_array_equal(np.concatenate(parts), fill(MIXED, rows))
 
 

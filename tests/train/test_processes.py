@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+from tests.soon import TIMEOUT_S
 from tests.train.test_equality import smallest_caches
 from tests.train.test_trainers import (
     Trainer,
@@ -35,7 +36,7 @@ RUNS = {"exact": linear_loss, "once": curved_loss, "again": curved_loss}
 
 
 def run_rank(rank: int, num_trainers: int, file: Path, folder: Path) -> None:
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=TIMEOUT_S)
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=num_trainers, timeout=timeout
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.soon import wait_until
 from tests.train.runs import NUM_STEPS, small_config
 
 from bagpipe.embeddings.batches import Lookahead
@@ -33,10 +33,10 @@ class Lines(io.StringIO):
     """A file that tells when so many lines with a word are in it."""
 
     def wait_for(self, word: str, count: int = 1) -> str:
-        deadline = time.monotonic() + 30
-        while sum(word in line for line in self.getvalue().splitlines()) < count:
-            assert time.monotonic() < deadline, self.getvalue()
-            threading.Event().wait(0.01)
+        wait_until(
+            lambda: sum(word in line for line in self.getvalue().splitlines()) >= count,
+            self.getvalue,
+        )
         return self.getvalue()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.soon import SOON_S
 
 from bagpipe.train.trainer import StopRequest
 
@@ -32,7 +33,7 @@ with StopRequest():
     print("alive")
 """
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, timeout=SOON_S, check=False
     )
     assert ended.returncode == -signal.SIGINT
     assert ended.stdout == b""

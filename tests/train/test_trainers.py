@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tests import strategies
+from tests.soon import TIMEOUT_S, ends_soon
 from tests.train.ranks import run_ranks
 from tests.train.test_equality import OPTIMIZERS, skewed_batch, smallest_caches
 from torch import Tensor
@@ -89,7 +90,7 @@ def train(
     loss: Callable[[Sequence[Tensor]], Tensor] = linear_loss,
     cache: Sequence[int] | None = None,
     store: type[MemoryStore] = MemoryStore,
-    timeout_s: float = 60.0,
+    timeout_s: float = TIMEOUT_S,
     **options: Any,
 ) -> list[np.ndarray]:
     """All records at the end, by group; each of `trainers` says how many they are up to which
@@ -409,9 +410,9 @@ def clear(marks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans as if no row had one of the two marks that say what is exchanged at once."""
     original = RankPlanner.__init__
 
-    def init(self: RankPlanner, group: Any, planned: Any, cache: Any, **options: Any) -> None:
-        getattr(planned.neighbours, marks)[:] = False
-        original(self, group, planned, cache, **options)
+    def init(self: RankPlanner, group: Any, planned: Any, **options: Any) -> None:
+        getattr(planned, marks)[:] = False
+        original(self, group, planned, **options)
 
     monkeypatch.setattr(RankPlanner, "__init__", init)
 
@@ -468,7 +469,7 @@ def test_a_planted_fault_is_found_by_the_check_of_plans_before_it_is_trained(
     with pytest.raises(
         PlanError,
         match=r"step \d+, group \d .*, rank \d: .*gradients are applied"
-        r"|, rank \d: .*which that compute",
+        r"|, rank \d: .*behind the compute that updates its row",
     ):
         train(
             make_tables(),
@@ -476,7 +477,6 @@ def test_a_planted_fault_is_found_by_the_check_of_plans_before_it_is_trained(
             make_batches(14),
             [(3, 14)],
             check=True,
-            timeout_s=3.0,
             **ROOMY,
         )
 
@@ -499,8 +499,7 @@ def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_wai
             embeddings.fail(RuntimeError("the test is over"))
             stream.close()
 
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank 1 is broken"):
+    with ends_soon(), pytest.raises(RuntimeError, match="rank 1 is broken"):
         train(
             make_tables(),
             SGD(lr=0.5),
@@ -509,15 +508,13 @@ def test_a_rank_that_fails_ends_the_others_with_an_error_that_says_what_they_wai
             loop=fail_in_step_5,
             cache=[200, 50],
             lookahead=3,
-            timeout_s=3.0,
         )
-    assert time.monotonic() - started < 30
     assert "rank 0: exchanging" in messages[0]
     assert "of step 5" in messages[0] or "of step 4" in messages[0] or "of step 6" in messages[0]
 
 
 def test_too_many_replicas_are_refused_with_step_need_and_limit() -> None:
-    options = {"cache": [200, 50], "replicas": 1, "lookahead": 3, "timeout_s": 3.0}
+    options = {"cache": [200, 50], "replicas": 1, "lookahead": 3}
     with pytest.raises(
         ConfigError, match=r"step 0: rank \d needs \d+ rows of group \d .* has room for 1 replicas"
     ):

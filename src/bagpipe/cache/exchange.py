@@ -333,14 +333,26 @@ class Exchange:
 
 
 class _BackgroundThread:
-    """Work behind a CPU's compute, one after the other."""
+    """Work behind a CPU's compute, one after the other, up to the first that fails."""
 
     def __init__(self) -> None:
         self._thread = Workers("bagpipe-exchange")
+        self._failure: BaseException | None = None
 
     def start(self, work: Callable[..., None], *arguments: Any) -> Callable[[], object]:
         """Hands out a call; what is returned waits for it and raises what it raised."""
-        return self._thread.submit(work, *arguments).result
+        return self._thread.submit(self._do, work, *arguments).result
+
+    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
+        # A failed call has left messages out. Other ranks would take those of the next call for
+        # them, and gloo ends a process that is sent more than it waits for.
+        if self._failure is not None:
+            raise self._failure
+        try:
+            work(*arguments)
+        except BaseException as failure:
+            self._failure = failure
+            raise
 
     def close(self, *, wait: bool) -> None:
         self._thread.close(wait=wait)

@@ -130,9 +130,10 @@ class Lockstep:
             try:
                 message.wait(_LOOK_AFTER)
             except RuntimeError:
+                is_over = message.is_completed()  # it has failed, or come meanwhile
                 self._look()
-                self._raise_if_failed()
-                if message.is_completed():  # it has failed, or come meanwhile
+                self._raise_if_failed()  # asked last: who fails leaves word before it goes
+                if is_over:
                     message.wait()
                     return
             else:
@@ -154,7 +155,11 @@ class Lockstep:
                 if not told.has_come:
                     if not told.message.is_completed():
                         break
-                    told.message.wait()
+                    try:
+                        told.message.wait()
+                    except RuntimeError:
+                        self._raise_if_failed()
+                        raise
                 self._told.popleft()
                 told_by_rank = [
                     told.acts[begin : begin + _BYTES] for begin in range(0, len(told.acts), _BYTES)
