@@ -212,3 +212,38 @@ def test_a_step_evicts_and_asks_while_the_records_of_the_step_before_are_on_thei
         mover.fill(issued)
     mover.close()
     assert cache.memory[:2, 0].tolist() == [10, 30]
+
+
+class SentStore(Store):
+    """An ordered store that notes what is sent and what is waited for."""
+
+    group = snapshot = clear = close = mark = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.happened: list[str] = []
+
+    def send(self, rows: Int64Array, records: Float32Array) -> Callable[[], None]:
+        self.happened.append(f"sent {rows.tolist()}")
+
+        def wait() -> None:
+            self.happened.append(f"waited for {rows.tolist()}")
+            self.write(rows, records)
+
+        return wait
+
+
+def test_a_flush_sends_a_block_while_the_one_before_is_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transfers, "_FLUSH_BLOCK_BYTES", 4)  # a row each
+    cache, store = Cache(), SentStore()
+    mover = RecordMover([cache], [store], None, NoMarks())  # type: ignore[list-item]
+    fetched, to_device = moves({}, {10: 0, 11: 1, 12: 2})
+    mover.fill(mover.issue(PLAN, [fetched], 0, to_device))
+    cache.memory += 1000
+    mover.write_all()
+    mover.close()
+    sent, waited = ([f"{what} [{row}]" for row in (10, 11, 12)] for what in ("sent", "waited for"))
+    assert store.happened == [sent[0], sent[1], waited[0], sent[2], waited[1], waited[2]]
+    assert store.records[10:13, 0].tolist() == [1010, 1011, 1012]

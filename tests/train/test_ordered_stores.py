@@ -7,14 +7,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.server.serving import Servers
 from tests.train.ranks import run_ranks
 from tests.train.test_equality import smallest_caches
 from tests.train.test_trainers import (
@@ -37,10 +35,10 @@ from bagpipe.native.workers import Workers
 from bagpipe.optimizers import SGD, Adam, Optimizer
 from bagpipe.server.shard import Shard
 from bagpipe.server.wire import Header, What
-from bagpipe.store import NO_STEPS, EmbeddingStore, MemoryStore, OrderedStore, Steps
+from bagpipe.store import NO_STEPS, MemoryStore, OrderedStore, Steps
 from bagpipe.store.cuts import CutStore
 from bagpipe.topology import shards_of
-from bagpipe.types import Float32Array, Group, Int64Array, TableConfig, group_tables
+from bagpipe.types import Float32Array, Group, Int64Array, group_tables
 
 SEED = 11
 BATCHES = make_batches(25, batch_size=8)
@@ -135,33 +133,6 @@ def make_shards(groups: Sequence[Group], num_shards: int, num_trainers: int) -> 
     return shards
 
 
-OpenStores = Callable[
-    [Sequence[Group], int, int], AbstractContextManager[Sequence[Sequence[EmbeddingStore]]]
-]
-
-
-@contextmanager
-def over_shards(
-    groups: Sequence[Group], num_shards: int, num_trainers: int
-) -> Iterator[Sequence[Sequence[EmbeddingStore]]]:
-    shards, streams = (
-        make_shards(groups, num_shards, num_trainers),
-        [Workers("stream") for _ in range(num_trainers)],
-    )
-    yield [
-        [ShardedStore(group, shards, rank, stream) for group in groups]
-        for rank, stream in enumerate(streams)
-    ]
-
-
-@contextmanager
-def over_servers(
-    groups: Sequence[Group], num_shards: int, num_trainers: int
-) -> Iterator[Sequence[Sequence[EmbeddingStore]]]:
-    with closing(Servers(groups, SEED, num_shards)) as servers:
-        yield [client.stores for client in servers.start(num_trainers)]
-
-
 def train_on_shards(
     optimizer: Optimizer,
     *,
@@ -169,35 +140,22 @@ def train_on_shards(
     num_shards: int,
     num_hosts: int = 1,
     loop: Loop = plain,
-    open_stores: OpenStores = over_shards,
 ) -> list[np.ndarray]:
     """All weights at the end, by group."""
     tables = make_tables()
     groups = group_tables(tables, optimizer)
-    with open_stores(groups, num_shards, num_trainers) as stores:
-        return train_on(stores, tables, optimizer, num_trainers, num_hosts, loop)
-
-
-def train_on(
-    stores: Sequence[Sequence[EmbeddingStore]],
-    tables: Sequence[TableConfig],
-    optimizer: Optimizer,
-    num_trainers: int,
-    num_hosts: int,
-    loop: Loop,
-) -> list[np.ndarray]:
-    """On stores by rank and group."""
+    shards = make_shards(groups, num_shards, num_trainers)
 
     def work(peers: Peers) -> list[np.ndarray]:
+        stream = Workers("stream")
         embeddings = EmbeddingBagCollection(
             tables,
             optimizer=optimizer,
             seed=SEED,
-            store=lambda group, _: stores[peers.rank][group.index],
+            store=lambda group, _: ShardedStore(group, shards, peers.rank, stream),
             communicator=peers,
         )
         assert all(isinstance(store, OrderedStore) for store in embeddings.stores)
-        groups = embeddings.groups
         slots = [-(-slots // num_trainers) for slots in smallest_caches(groups, BATCHES)]
         sizes = {"cache": slots, "replicas": [group.num_rows for group in groups], "check": True}
         trainer = Trainer(
@@ -232,20 +190,17 @@ def weights(optimizer: Optimizer, **options: Any) -> list[np.ndarray]:
     ("num_trainers", "num_shards", "num_hosts"),
     [(1, 3, 1), (2, 1, 1), (3, 7, 1), (4, 3, 2)],
 )
-@pytest.mark.parametrize("open_stores", [over_shards, over_servers])
 def test_any_trainers_over_any_shards_equal_one_over_memory(
     optimizer: Optimizer,
     num_trainers: int,
     num_shards: int,
     num_hosts: int,
-    open_stores: OpenStores,
 ) -> None:
     found = train_on_shards(
         optimizer,
         num_trainers=num_trainers,
         num_shards=num_shards,
         num_hosts=num_hosts,
-        open_stores=open_stores,
     )
     assert_equal(found, weights(optimizer))
 

@@ -46,8 +46,8 @@ from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
 from bagpipe.native.workers import Call, Workers
 from bagpipe.plan import StepPlan, Transfers
-from bagpipe.store.base import NO_STEPS, EmbeddingStore, OrderedStore, Steps
-from bagpipe.types import Float32Array, Int32Array, Int64Array
+from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps, sender_to
+from bagpipe.types import Int32Array, Int64Array
 
 _MAX_PENDING_WRITES = 64
 """Write-backs that may be waiting, each of one group and step.
@@ -96,6 +96,7 @@ class RecordMover:
     ) -> None:
         """`streams` are those of a CUDA device; `marks` tell others what is written back."""
         self._caches, self._stores = tuple(caches), tuple(stores)
+        self._sends = tuple(map(sender_to, stores))
         self._streams, self._marks = streams, marks
         self._device = caches[0].device
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
@@ -182,15 +183,20 @@ class RecordMover:
 
     def write_all(self) -> None:
         """Writes every resident record to its store; no transfer may be under way."""
-        for cache, store, rows_of_slots in zip(
-            self._caches, self._stores, self._rows_of_slots, strict=True
+        under_way = deque[Callable[[], None]]()
+        for cache, send, rows_of_slots in zip(
+            self._caches, self._sends, self._rows_of_slots, strict=True
         ):
             slots = np.flatnonzero(rows_of_slots >= 0).astype(np.int32)
             block_rows = -(-_FLUSH_BLOCK_BYTES // cache.group.record_bytes)
             for begin in range(0, len(slots), block_rows):
                 block = slots[begin : begin + block_rows]
                 records = cache.read(torch.from_numpy(block).to(self._device)).cpu()
-                store.write(rows_of_slots[block], records.numpy())
+                under_way.append(send(rows_of_slots[block], records.numpy()))
+                if len(under_way) > 1:  # the next block is read while one is on its way
+                    under_way.popleft()()
+        for sent in under_way:
+            sent()
 
     def close(self, *, wait: bool = True) -> None:
         """Ends the threads.
@@ -250,13 +256,8 @@ class RecordMover:
         records = self._caches[index].read(slots)
         rows = transfers.evict_rows.copy()  # may be written later than the plan is released
         if self._streams is None:
-            store = self._stores[index]
-            if isinstance(store, OrderedStore):
-                self._hand_out(self._write_threads, tick, store.send(rows, records.numpy()))
-            else:
-                self._hand_out(
-                    self._write_threads, tick, self._write_back, index, rows, records.numpy()
-                )
+            sent = self._sends[index](rows, records.numpy())
+            self._hand_out(self._write_threads, tick, self._write_back, sent)
             return None
         buffer = self._staging.take(*records.shape)
         buffer.tensor.copy_(records, non_blocking=True)
@@ -294,16 +295,16 @@ class RecordMover:
             write.result()
         self._marks.mark(kind, step)
 
-    def _write_back(self, index: int, rows: Int64Array, records: Float32Array) -> None:
+    def _write_back(self, sent: Callable[[], None]) -> None:
         """Runs on a write-back thread."""
         with span("write_back"):
-            self._stores[index].write(rows, records)
+            sent()
 
     def _write_back_copied(
         self, index: int, rows: Int64Array, buffer: Buffer, copied: torch.cuda.Event
     ) -> None:
         copied.synchronize()
-        self._write_back(index, rows, buffer.array)
+        self._write_back(self._sends[index](rows, buffer.array))
         self._staging.give_back(buffer)
 
     def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from bagpipe.types import Float32Array, Group, Int64Array
@@ -135,3 +136,15 @@ class OrderedStore(EmbeddingStore, Protocol):
         Raises:
             StoreError: the medium failed.
         """
+
+
+def sender_to(
+    store: EmbeddingStore,
+) -> Callable[[Int64Array, Float32Array], Callable[[], None]]:
+    """What sends records (n, record_width) to rows (n,) of a store, and returns what waits for it.
+
+    Stores that are not ordered write when waited for.
+    """
+    if isinstance(store, OrderedStore):
+        return store.send
+    return lambda rows, records: partial(store.write, rows, records)
