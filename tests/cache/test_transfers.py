@@ -123,6 +123,7 @@ def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(
         are_read=True,
         mark=lambda kind, step: done.append(f"{kind} {step}"),
         wait=lambda kind, step: None,
+        fence=lambda steps: steps,
     )
     mover = RecordMover([Cache()], [MeetingStore()], None, marks)  # type: ignore[list-item]
     for step, row in enumerate((10, 11)):
@@ -184,13 +185,41 @@ def test_all_groups_are_asked_before_the_first_is_waited_for() -> None:
     mover.fill(issued)
     mover.close()
     fence = Steps(overlapped=3, urgent=2)
-    assert happened == [
-        f"a asked for [10] behind {fence}",
-        f"b asked for [11] behind {fence}",
-        "a answered [10]",
-        "b answered [11]",
-    ]
+    asked = [f"a asked for [10] behind {fence}", f"b asked for [11] behind {fence}"]
+    assert happened[:2] == asked
+    assert sorted(happened[2:]) == ["a answered [10]", "b answered [11]"]
     assert [cache.memory[0].item() for cache in caches] == [10, 11]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_was_asked_for_is_waited_for_whatever_fails(broken: int, at_once: bool) -> None:
+    """A store may write into the arrays until then."""
+    happened: list[str] = []
+    caches, stores = [Cache(), Cache()], [FarStore("a", happened), FarStore("b", happened)]
+    for store in stores:
+        store.may_read.set()
+
+    def fail(*_: Any) -> Any:
+        raise OSError("gone")
+
+    if at_once:
+        stores[broken].ask = fail  # type: ignore[method-assign]
+    else:
+        stores[broken].fetch = fail  # type: ignore[method-assign]
+    mover = RecordMover(caches, stores, None, NoMarks())  # type: ignore[arg-type]
+    both = [moves({}, {row: 0}) for row in (10, 11)]
+    issued = mover.issue(
+        PLAN, [moved for moved, _ in both], 0, lambda: (*both[0][1](), *both[1][1]())
+    )
+    with pytest.raises(OSError, match="gone"):
+        mover.fill(issued)
+    mover.close()
+    asked, answered = (
+        {text[0] for text in happened if what in text} for what in ("asked", "answered")
+    )
+    assert asked == answered
+    assert len(asked) == (broken if at_once else 2)
 
 
 def test_a_step_evicts_and_asks_while_the_records_of_the_step_before_are_on_their_way() -> None:
@@ -217,7 +246,7 @@ def test_a_step_evicts_and_asks_while_the_records_of_the_step_before_are_on_thei
 class SentStore(Store):
     """An ordered store that notes what is sent and what is waited for."""
 
-    group = snapshot = clear = close = mark = None
+    group = snapshot = clear = close = mark = lambda *_: None
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ class _Asked:
     """A step's records, asked for."""
 
     stagings: list[Buffer]  # by group (n, record_width)
-    waits: list[Callable[[], None]]  # of the groups that fetch anything
+    waits: ExitStack  # waits for all groups when it is left, whatever fails before or among them
     fence: Steps
 
 
@@ -313,27 +313,26 @@ class RecordMover:
 
     def _ask(self, plan: StepPlan, transfers: Sequence[Transfers]) -> _Asked:
         """Asks for each group's rows, all before any is waited for."""
-        fence, stagings, waits = _fence_of(plan, transfers), [], []
-        for cache, store, moved in zip(self._caches, self._stores, transfers, strict=True):
-            staging = self._staging.take(len(moved.fetch_rows), cache.group.record_width)
-            if len(moved.fetch_rows):
-                waits.append(store.ask(moved.fetch_rows, staging.array, self._marks.fence(fence)))
-            stagings.append(staging)
-        return _Asked(stagings=stagings, waits=waits, fence=fence)
+        fence, stagings = _fence_of(plan, transfers), []
+        counted = self._marks.fence(fence)
+        with ExitStack() as waits:  # what was asked for is borrowed until it has been waited for
+            for cache, store, moved in zip(self._caches, self._stores, transfers, strict=True):
+                staging = self._staging.take(len(moved.fetch_rows), cache.group.record_width)
+                if len(moved.fetch_rows):
+                    waits.callback(_wait, store.ask(moved.fetch_rows, staging.array, counted))
+                stagings.append(staging)
+            return _Asked(stagings=stagings, waits=waits.pop_all(), fence=fence)
 
     def _receive(self, asked: _Asked) -> list[Buffer]:
         """Runs on a gather thread: waits for what was asked for, behind its fence."""
-        fence = asked.fence
-        if fence != NO_STEPS:
-            self._marks.wait("overlapped", fence.overlapped)
-            self._marks.wait("urgent", fence.urgent)
-        # all that was evicted before these transfers is among them
-        for tick, write in list(self._writes):
-            if tick <= fence.urgent:
-                write.result()
-        for wait in asked.waits:
-            with span("gather"):
-                wait()
+        with asked.waits:
+            if asked.fence != NO_STEPS:
+                self._marks.wait("overlapped", asked.fence.overlapped)
+                self._marks.wait("urgent", asked.fence.urgent)
+            # all that was evicted before these transfers is among them
+            for tick, write in list(self._writes):
+                if tick <= asked.fence.urgent:
+                    write.result()
         self._note_moves()
         return asked.stagings
 
@@ -370,6 +369,11 @@ def _fence_of(plan: StepPlan, transfers: Sequence[Transfers]) -> Steps:
     # circle.
     depth = plan.step - plan.issue_tick
     return Steps(overlapped=min(tick + depth, plan.step - 1), urgent=tick)
+
+
+def _wait(wait: Callable[[], None]) -> None:
+    with span("gather"):
+        wait()
 
 
 @jit
