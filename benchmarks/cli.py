@@ -134,7 +134,7 @@ def curve(
         )
         return bench_curve(CurveBench(**sizes), progress, plot)
 
-    _measure(run, "cpu", quick=quick, json_file=json_file)
+    _measure(run, "cpu", quick=quick, json_file=json_file, plot=plot)
 
 
 @app.command()
@@ -169,7 +169,7 @@ def gpu(
         chosen = chosen_arms(arms, ARMS, ALWAYS)
         return bench_gpu(make_workload(workload, options, quick=quick), chosen, progress, plot)
 
-    _measure(run, "auto", quick=quick, json_file=json_file)
+    _measure(run, "auto", quick=quick, json_file=json_file, plot=plot)
 
 
 @app.command()
@@ -265,14 +265,27 @@ def cuts(quick: Quick = False, json_file: JsonFile = None) -> None:
 
 
 def _measure(
-    run: Callable[[Progress], Result], device: str, *, quick: bool, json_file: Path | None
+    run: Callable[[Progress], Result],
+    device: str,
+    *,
+    quick: bool,
+    json_file: Path | None,
+    plot: Path | None = None,
 ) -> None:
-    """Runs a benchmark, which loads torch, and shows what it found."""
+    """Runs a benchmark, which loads torch, and shows what it found.
+
+    It refuses files that can't be written before the benchmark has taken its minutes.
+    """
     console = Console()
     prepare_environment(device)
     with mistakes_told():
+        from bagpipe.plots import check_can_plot, check_can_write
         from benchmarks.measure import as_json, describe_environment
 
+        if plot is not None:
+            check_can_plot(plot)
+        if json_file is not None:
+            check_can_write(json_file)
         values: dict[str, Any] = {"environment": describe_environment(), "quick": quick}
         with console_progress(console) as progress:
             result = run(progress)

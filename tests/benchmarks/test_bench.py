@@ -32,6 +32,22 @@ def run_to_json(path: Path, *arguments: object) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.parametrize("benchmark", ["curve", "gpu"])
+@pytest.mark.parametrize("option", ["--plot", "--json"])
+def test_a_file_that_can_not_be_written_is_refused_before_anything_runs(
+    benchmark: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe_environment() -> None:
+        raise AssertionError("it has begun")
+
+    monkeypatch.setattr("benchmarks.measure.describe_environment", describe_environment)
+    path = tmp_path / "none" / "out.svg"
+    result = run(benchmark, "--quick", option, path)
+    assert result.exit_code != 0
+    told = "".join(result.stderr.split())
+    assert f"{path}:can'tbewritten:Nosuchfileordirectory" in told
+
+
 # first of all tests on a new machine, these compile nearly every loop: two minutes on two cores
 @pytest.mark.timeout(400)
 def test_the_oracle_at_a_tiny_size(tmp_path: Path) -> None:

@@ -224,8 +224,9 @@ def test_a_damaged_one_of_the_same_step_that_cannot_be_removed_does_not_keep_out
         real(folder, ignore_errors)
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    write(tmp_path, 1)
+    assert write(tmp_path, 1) == path
     verify_files(path, read_manifest(path)["files"])
+    assert (path / "dense.pt").read_bytes() == b"dense"
 
 
 @pytest.mark.parametrize("name", ["../dense.pt", "/etc/passwd", "a/b", "..", ".", "", "a\0", 7])

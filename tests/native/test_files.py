@@ -118,7 +118,10 @@ def test_a_pipe_and_a_device_are_written_themselves(tmp_path: Path) -> None:
 
 
 def test_a_long_name_is_no_hindrance(tmp_path: Path) -> None:
-    write(tmp_path / ("ä" * 120 + ".json"), b"{}")
+    path = tmp_path / ("ä" * 120 + ".json")
+    write(path, b"{}")
+    assert path.read_bytes() == b"{}"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_kill_leaves_the_older_file(tmp_path: Path) -> None:
