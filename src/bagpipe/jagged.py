@@ -158,7 +158,7 @@ def check_ids(batch: Jagged) -> None:
         DataError: They don't.
     """
     _check_arrays(batch)
-    _check_offsets(batch)
+    check_offsets(batch)
 
 
 def share_bounds(batch_size: int, rank: int, num_trainers: int) -> tuple[int, int]:
@@ -267,7 +267,8 @@ def _check_arrays(batch: Jagged) -> None:
         raise DataError(f"the batch names a feature twice: {', '.join(batch.keys)}")
 
 
-def _check_offsets(batch: Jagged) -> None:
+def check_offsets(batch: Jagged) -> None:
+    """Raises DataError if the offsets do not cut the ids into the batch's bags."""
     num_bags, num_lookups = batch.batch_size * len(batch.keys), len(batch.values)
     offsets = batch.offsets
     if offsets is None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from bagpipe.data.base import Batch, FeatureSpec
 from bagpipe.errors import DataError
+from bagpipe.jagged import check_offsets
 from bagpipe.native.jit import jit
 from bagpipe.types import Float32Array, Int64Array, Jagged
 
@@ -104,24 +105,13 @@ def _first_bad_feature(
 
 def _feature_offsets(sparse: Jagged, where: str) -> npt.NDArray[np.integer]:
     """Where the ids of each feature begin, (F + 1,)."""
-    num_bags = len(sparse.keys) * sparse.batch_size
+    try:
+        check_offsets(sparse)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     if sparse.offsets is None:
-        if len(sparse.values) != num_bags:
-            raise DataError(
-                f"{where}: {len(sparse.values)} ids for {len(sparse.keys)} features of "
-                f"{sparse.batch_size} samples, must be {num_bags} when there are no offsets"
-            )
         return np.arange(len(sparse.keys) + 1) * sparse.batch_size
     offsets = sparse.offsets
-    if len(offsets) != num_bags + 1:
-        raise DataError(
-            f"{where}: {len(offsets)} offsets, must be {num_bags + 1} (features x samples + 1)"
-        )
-    if offsets[0] != 0 or offsets[-1] != len(sparse.values) or (np.diff(offsets) < 0).any():
-        raise DataError(
-            f"{where}: offsets must start at 0, never fall and end at {len(sparse.values)}, the "
-            "number of ids"
-        )
     return (
         offsets[:: sparse.batch_size]
         if sparse.batch_size
