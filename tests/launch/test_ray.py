@@ -60,9 +60,9 @@ def once_saved(folder: Path, do: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     ("actor", "number", "told"),
     [
-        ("_TrainerActor", signal.SIGKILL, "rank . (is gone|has ended)"),
-        ("_ServerActor", signal.SIGKILL, "server . is gone|has ended"),
-        ("_TrainerActor", signal.SIGSTOP, "rank . has given no sign of life for 5 s"),
+        ("TrainerActor", signal.SIGKILL, "rank . (is gone|has ended)"),
+        ("ServerActor", signal.SIGKILL, "server . is gone|has ended"),
+        ("TrainerActor", signal.SIGSTOP, "rank . has given no sign of life for 5 s"),
     ],
 )
 def test_whoever_is_gone_the_run_ends_as_undisturbed(
@@ -83,7 +83,7 @@ def test_whoever_is_gone_the_run_ends_as_undisturbed(
     assert "all trainers start again" in said
     assert "resumed from step" in said
     deadline = time.monotonic() + 20
-    while (left := actors("_")) and time.monotonic() < deadline:
+    while (left := actors("TrainerActor") + actors("ServerActor")) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []
 

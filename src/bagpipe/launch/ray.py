@@ -12,26 +12,22 @@ twice the time, in one gigabyte more, and tables must outlive the trainers.
 from __future__ import annotations
 
 import os
-import queue
-import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig
 from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, StoreError
+from bagpipe.launch.actors import LOOK_EVERY_S, ServerActor, TrainerActor
 from bagpipe.train.loop import Result
 from bagpipe.train.report import Reporter
-from bagpipe.train.trainer import StopRequest, train
+from bagpipe.train.trainer import StopRequest
 
 LIFE_TIMEOUT_S = 30.0
 """How long an actor may owe a sign of life, by default."""
-_LOOK_EVERY_S = 0.5
 _LAST_WORDS_S = 10.0
 """How long trainers may take to say why they end, once the first of them has ended."""
 _START_TIMEOUT_S = 120.0
@@ -109,7 +105,7 @@ class _Servers:
         self._where = where.model_copy(update={"num_shards": roles.num_servers})
         nodes = [node for node in ray.nodes() if node["Alive"]]
         host = "127.0.0.1" if len(nodes) == 1 else None
-        actor = ray.remote(_ServerActor).options(
+        actor = ray.remote(ServerActor).options(
             num_cpus=0, max_restarts=-1, max_concurrency=2, scheduling_strategy="SPREAD"
         )
         served = config.model_copy(update={"servers": self._where})
@@ -141,7 +137,7 @@ class _Servers:
                         f"a shard server did not start within {_START_TIMEOUT_S:g} s: "
                         f"{_first_line(error)}"
                     ) from None
-                time.sleep(_LOOK_EVERY_S)
+                time.sleep(LOOK_EVERY_S)
         where = self._where.model_copy(update={"addresses": tuple(addresses)})
         return self._config.model_copy(update={"servers": where})
 
@@ -174,7 +170,7 @@ class _Trainers:
         self.num_steps = 0
         """Told by rank 0 since this start."""
         wants_gpu = config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-        actor = ray.remote(_TrainerActor).options(
+        actor = ray.remote(TrainerActor).options(
             num_cpus=0,  # a laptop with two cores is enough
             num_gpus=int(wants_gpu),
             max_restarts=0,
@@ -188,7 +184,7 @@ class _Trainers:
         results = self._start(resume=resume, overwrite=overwrite)
         is_told = False
         while True:
-            ended, _ = self._ray.wait(results, num_returns=len(results), timeout=_LOOK_EVERY_S)
+            ended, _ = self._ray.wait(results, num_returns=len(results), timeout=LOOK_EVERY_S)
             if len(ended) == len(results) or any(map(self._has_failed, ended)):
                 break
             self._look()
@@ -287,107 +283,6 @@ class _Trainers:
         return outcome
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    node: str
-    host: str
-    port: int
-    """Free, for rank 0's meeting."""
-
-
-class _ServerActor:
-    """A shard server; it lives as long as the actor."""
-
-    def __init__(self, config: RunConfig, number: int, host: str | None, folder: str) -> None:
-        from bagpipe.server.start import running_shard
-
-        _go_to(folder)
-        self._stack = ExitStack()
-        listen = (host or _own_host(), 0)
-        self._running = self._stack.enter_context(running_shard(config, number, listen=listen))
-
-    def address(self) -> str:
-        """Where trainers reach it."""
-        return self._running.address
-
-    def look(self) -> bool:
-        """A sign of life."""
-        return True
-
-
-class _TrainerActor:
-    """One rank."""
-
-    def __init__(self, folder: str) -> None:
-        _go_to(folder)
-        self._told: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
-        self._stop = StopRequest()
-
-    def place(self) -> _Place:
-        """Where it is."""
-        import ray
-
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        return _Place(node=ray.get_runtime_context().get_node_id(), host=_own_host(), port=port)
-
-    def run(
-        self, config: RunConfig, environment: dict[str, str], resume: bool, overwrite: bool
-    ) -> Result:
-        """Trains as this rank, to the end."""
-        os.environ.update(environment)
-        from bagpipe.launch.torchrun import joined_trainers
-
-        with joined_trainers() as peers:
-            return train(
-                config,
-                reporter=_Teller(self._told),
-                resume=resume,
-                overwrite=overwrite,
-                peers=peers,
-                stop=self._stop,
-            )
-
-    def look(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """A sign of life, and what has been told since the last one."""
-        told = []
-        with suppress(queue.Empty):
-            while True:
-                told.append(self._told.get_nowait())
-        return told
-
-    def stop(self, number: int) -> None:
-        """Asks it to end after a step, with a checkpoint."""
-        self._stop.signal = signal.Signals(number)
-
-
-class _Teller:
-    """A reporter that keeps what it is told, for the supervisor to fetch."""
-
-    def __init__(self, told: queue.SimpleQueue[tuple[str, tuple[Any, ...]]]) -> None:
-        self._told = told
-        self._advanced_at = 0.0
-
-    def start(self, step: int, num_steps: int) -> None:
-        self._told.put(("start", (step, num_steps)))
-
-    def advance(self, step: int) -> None:
-        # some a second are enough for a bar
-        if time.monotonic() - self._advanced_at > _LOOK_EVERY_S / 2:
-            self._advanced_at = time.monotonic()
-            self._told.put(("advance", (step,)))
-
-    def show(self, averages: Any) -> None:
-        self._told.put(("show", (averages,)))
-
-    def evaluating(self, num_done: int, num_batches: int) -> None:
-        self._told.put(("evaluating", (num_done, num_batches)))
-
-    def say(self, text: str) -> None:
-        self._told.put(("say", (text,)))
-
-
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
     """Ray, connected. ConfigError: it is not installed, or there is no such cluster."""
@@ -408,18 +303,6 @@ def _cluster(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _own_host() -> str:
-    import ray
-
-    return str(ray.util.get_node_ip_address())
-
-
-def _go_to(folder: str) -> None:
-    """To the supervisor's folder, to which paths of a configuration are relative."""
-    if Path(folder).is_dir():
-        os.chdir(folder)
 
 
 def _first_line(error: BaseException) -> str:
