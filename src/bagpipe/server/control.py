@@ -187,12 +187,14 @@ class ServerControl:
         for client in self.clients:
             client.close()
 
-    def failed(self, shard: int, doing: str, error: Exception) -> StoreError:
-        """An error that names the server; `doing` says at what it came."""
+    def failed(
+        self, shard: int, doing: str, error: Exception, then: str = "start all trainers again"
+    ) -> StoreError:
+        """An error that names the server; `doing` says at what it came, `then` what follows."""
         text = reason(error)
         return StoreError(
             f"shard server {shard} of {self.num_shards} at {self._addresses[shard]} failed "
-            f"{doing}: {text}. See that it runs and what it logs, then start all trainers again"
+            f"{doing}: {text}. See that it runs and what it logs, then {then}"
         )
 
     def _within(self, folder: Path) -> Path:
@@ -259,4 +261,6 @@ class ServerControl:
             yield
         except (StoreError, flight.FlightError, pa.ArrowException, ValidationError) as error:
             epoch = "" if self.epoch is None else f" of epoch {self.epoch}"
-            raise self.failed(shard, f"in call {kind}{epoch}", error) from error
+            is_of_cut = kind in ("cut", "committed", "abandon")
+            then = "wait for the next checkpoint" if is_of_cut else "start all trainers again"
+            raise self.failed(shard, f"in call {kind}{epoch}", error, then) from error

@@ -34,7 +34,7 @@ from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.checkpoint.files import CheckpointWriter, prune
 from bagpipe.data.base import Position
 from bagpipe.distributed.trainers import Trainers
-from bagpipe.errors import BagpipeError
+from bagpipe.errors import BagpipeError, CheckpointError, StoreError
 from bagpipe.store.record_files import RecordFile
 from bagpipe.types import Group
 
@@ -113,8 +113,9 @@ class Cuts:
         When it returns training may go on.
 
         Raises:
-            CheckpointError, StoreError: It can't be taken, which all ranks raise. The run is as
-                before, and the next cut has its rows.
+            CheckpointError: It can't be taken, which all ranks raise. The run is as before, and the
+                next cut has its rows.
+            StoreError: This rank can't write its rows.
         """
         state.embeddings.flush()
         self._trainers.wait("all ranks to write their rows")
@@ -148,7 +149,7 @@ class Cuts:
                 number=number,
                 started=started,
                 writer=writer,
-                wait=self._servers.cut(number, writer.folder.relative_to(self._run.path)),
+                wait=self._cut_servers(number, writer.folder.relative_to(self._run.path)),
                 moment=take_moment(state, position, config),
                 groups=state.embeddings.groups,
             )
@@ -157,6 +158,12 @@ class Cuts:
             target=self._write, args=(taken, writing), name="bagpipe-checkpoint"
         )
         self._thread.start()
+
+    def _cut_servers(self, number: int, folder: Path) -> Callable[[], list[tuple[RecordFile, ...]]]:
+        try:
+            return self._servers.cut(number, folder)
+        except StoreError as error:  # of this cut: all ranks go on without it
+            raise CheckpointError(str(error)) from error
 
     def _write(self, taken: _Taken, writing: ExitStack) -> None:
         """Runs on a thread of its own. Nothing may be lost by an error here: it is told."""

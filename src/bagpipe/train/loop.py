@@ -124,6 +124,8 @@ class Loop:
         stream.flush()
         if self._stopped_by is not None or config.checkpoint.at_end:
             self.saving.save()
+        else:
+            self.saving.finish()
         return self._evaluate() if self._stopped_by is None else None
 
     def _is_due(self, every_steps: int | None) -> bool:

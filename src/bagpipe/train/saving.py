@@ -57,8 +57,7 @@ class Saving:
         Raises:
             CheckpointError: It can't be written; earlier ones are as they were.
         """
-        if self.cuts is not None:
-            self._finish()
+        self.finish()
         if self.newest_step == self.parts.embeddings.step:
             return
         self._begin()
@@ -66,6 +65,17 @@ class Saving:
             self._finish()
             if self.newest_step != self.parts.embeddings.step:
                 raise CheckpointError(self._reason)
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one."""
+        if self.cuts is not None:
+            self._finish()
+
+    def close(self) -> None:
+        """Waits for it however the run has ended, and for no other rank."""
+        if self.cuts is not None:
+            self.cuts.finish()
+            self.note_ended()
 
     def note_ended(self) -> None:
         """Notes cuts that have ended since the last call."""

@@ -141,6 +141,7 @@ def train(
                 say=reporter.say,
             ),
         )
+        stack.callback(saving.close)
         if saved is not None:
             saving.resumed_from(saved)
         loop = Loop(

@@ -1,0 +1,91 @@
+"""Cuts that fail, that are late, or that are in hand when a run ends."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.train.runs import Listener, small_config
+from tests.train.test_servers import assert_same, over, servers_of, undisturbed
+
+from bagpipe.distributed.trainers import Trainers
+from bagpipe.errors import StoreError
+from bagpipe.server.shard import Shard
+from bagpipe.store.cuts import CutStore
+from bagpipe.store.record_files import RecordFile
+from bagpipe.train.report import SilentReporter
+from bagpipe.train.trainer import train
+
+__all__ = ["undisturbed"]
+
+
+def logged(folder: Path, kind: str) -> list[int]:
+    """The steps of the log's records of a kind."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if record["kind"] == kind]
+
+
+@pytest.fixture
+def slow_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts that are still being written when the few steps after them have been trained."""
+    write_cut = CutStore._write_cut
+
+    def write(store: CutStore, *arguments: Any) -> RecordFile:
+        time.sleep(1.5)
+        return write_cut(store, *arguments)
+
+    monkeypatch.setattr(CutStore, "_write_cut", write)
+
+
+def test_a_server_that_refuses_a_cut_does_not_end_the_run(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = Shard.cut
+
+    def refuse(shard: Shard, epoch: int, number: int) -> Callable[[Path], tuple[RecordFile, ...]]:
+        if (shard.number, number) == (1, 1):
+            raise StoreError("refused by a test")
+        return cut(shard, epoch, number)
+
+    monkeypatch.setattr(Shard, "cut", refuse)
+    listener = Listener()
+    with servers_of(small_config(tmp_path), 2) as addresses:
+        train(over(addresses, tmp_path, checkpoint={"every_steps": 10}), reporter=listener)
+    assert any("step 10: no checkpoint" in text and "refused" in text for text in listener.said)
+    assert logged(tmp_path, "checkpoint_failed") == [10]
+    assert logged(tmp_path, "checkpoint") == [20, 24]
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.usefixtures("slow_cuts")
+def test_a_run_that_saves_no_last_checkpoint_waits_for_the_cut_in_hand(tmp_path: Path) -> None:
+    with servers_of(small_config(tmp_path), 2) as addresses:
+        config = over(addresses, tmp_path, checkpoint={"every_steps": 20, "at_end": False})
+        result = train(config, reporter=SilentReporter())
+    assert logged(tmp_path, "checkpoint") == [20]
+    assert result.checkpoint == tmp_path / "checkpoints" / "step-0000000020"
+
+
+@pytest.mark.usefixtures("slow_cuts")
+def test_a_cut_in_hand_when_a_step_fails_is_finished_and_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter(range(24))
+
+    def weight(*_: object) -> float:
+        if next(steps) == 21:
+            raise LookupError("of a test")
+        return 1.0
+
+    monkeypatch.setattr(Trainers, "weight", weight)
+    with servers_of(small_config(tmp_path), 2) as addresses:
+        config = over(addresses, tmp_path, checkpoint={"every_steps": 20})
+        with pytest.raises(LookupError, match="of a test"):
+            train(config, reporter=SilentReporter())
+        assert not [each for each in threading.enumerate() if each.name == "bagpipe-checkpoint"]
+    assert logged(tmp_path, "checkpoint") == [20]
