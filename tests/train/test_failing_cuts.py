@@ -6,18 +6,24 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from tests.server.serving import Servers
+from tests.store_contract import SEED, make_group
 from tests.train.runs import Listener, small_config
 from tests.train.test_servers import assert_same, over, servers_of, undisturbed
 
+from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import StoreError
 from bagpipe.server.shard import Shard
 from bagpipe.store.cuts import CutStore
 from bagpipe.store.record_files import RecordFile
+from bagpipe.train.cuts import Cuts, CutServers, Written
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 
@@ -89,3 +95,42 @@ def test_a_cut_in_hand_when_a_step_fails_is_finished_and_logged(
             train(config, reporter=SilentReporter())
         assert not [each for each in threading.enumerate() if each.name == "bagpipe-checkpoint"]
     assert logged(tmp_path, "checkpoint") == [20]
+
+
+def test_a_server_that_stands_still_holds_a_cut_up_no_longer_than_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+
+    def stand_still(*_: object) -> None:
+        goes_on.wait(60)
+        raise StoreError("of a test")
+
+    monkeypatch.setattr(Shard, "cut", stand_still)
+    with closing(Servers([make_group()], SEED, 2, timeout_s=0.5)) as servers:
+        servers.start()
+        started = time.monotonic()
+        with pytest.raises(StoreError, match=r"shard server 0 of 2 .* not answered for 0\.5 s"):
+            servers.control.cut(1, tmp_path)
+        servers.control.close()
+        elapsed_s = time.monotonic() - started
+        goes_on.set()
+    assert elapsed_s < 30
+
+
+def test_a_cut_that_ends_while_it_is_asked_which_have_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = RunFolder(path=Path("run"), epoch=1)
+    cuts = Cuts(run, cast(CutServers, None), None, keep=1, trainers=Trainers())
+
+    def written(**values: Any) -> Written:
+        assert cuts.ended() == []
+        return Written(**values)
+
+    monkeypatch.setattr("bagpipe.train.cuts.Written", written)
+    taken = SimpleNamespace(
+        started=0.0, moment=SimpleNamespace(step=3), writer=SimpleNamespace(path=run.path)
+    )
+    cuts._note(cast(Any, taken))
+    assert [ended.step for ended in cuts.ended()] == [3]

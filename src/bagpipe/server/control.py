@@ -5,10 +5,12 @@ No call is repeated. Errors name the server by its shard and address, and the ep
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,7 +81,6 @@ class ServerControl:
         self.start_timeout_s, self._run_folder = start_timeout_s, run_folder
         self._addresses = tuple(addresses)
         self._tables = calls.fingerprint(tuple(groups), seed)
-        self._threads = ThreadPoolExecutor(len(self._addresses), "bagpipe-calls")
         credentials = credentials or Credentials()
         self.clients: list[flight.FlightClient] = []
         try:
@@ -129,18 +130,21 @@ class ServerControl:
             StoreError: A server refuses, at once or from what waits: abandon the cut then.
         """
         call = calls.Cut(epoch=self._epoch(), number=number, folder=self._within(folder))
-        answers = self._on_all(
-            lambda shard: self._answers(shard, "cut", call, self.begin_timeout_s)
-        )
-        self._on_all(lambda shard: self._next(shard, answers[shard], "cut", calls.Taken))
 
-        def wait() -> list[tuple[RecordFile, ...]]:
-            written = self._on_all(
+        def take(shard: int) -> Any:
+            answers = self._answers(shard, "cut", call, self.begin_timeout_s)
+            self._next(shard, answers, "cut", calls.Taken)
+            return answers
+
+        answers = self._on_all(take, self.timeout_s)  # trainers wait for this
+
+        def written() -> list[tuple[RecordFile, ...]]:
+            found = self._on_all(
                 lambda shard: self._next(shard, answers[shard], "cut", calls.Written)
             )
-            return list(zip(*(each.files for each in written), strict=True))
+            return list(zip(*(each.files for each in found), strict=True))
 
-        return wait
+        return written
 
     def committed(self, number: int) -> bool:
         """The cut's checkpoint is in place, see `Shard.committed`; rank 0 alone calls it.
@@ -182,8 +186,7 @@ class ServerControl:
         )
 
     def close(self) -> None:
-        """Ends the connections. Closing twice is allowed."""
-        self._threads.shutdown()
+        """Ends the connections; who waits for a server is not waited for. May be called twice."""
         for client in self.clients:
             client.close()
 
@@ -224,13 +227,17 @@ class ServerControl:
                 raise self.failed(shard, "to be the one wanted", other)
         return found.staging
 
-    def _on_all(self, ask: Callable[[int], Result]) -> list[Result]:
-        """Asks all servers at once, and raises the first one's error once all have answered."""
-        asked = [self._threads.submit(ask, shard) for shard in range(self.num_shards)]
-        errors = [each.exception() for each in asked]
-        for error in errors:
-            if error is not None:
-                raise error
+    def _on_all(self, ask: Callable[[int], Result], timeout_s: float | None = None) -> list[Result]:
+        """Asks all servers at once, and raises the first one's error once all have answered.
+
+        One that has not within `timeout_s` has failed; None: `ask` ends by itself.
+        """
+        asked = [_in_background(partial(ask, shard)) for shard in range(self.num_shards)]
+        late = wait(asked, timeout_s).not_done
+        for shard, each in enumerate(asked):
+            if each in late:
+                error = StoreError(f"it has not answered for {timeout_s:g} s")
+                raise self.failed(shard, f"in epoch {self.epoch}", error)
         return [each.result() for each in asked]
 
     def _call_all(
@@ -264,3 +271,17 @@ class ServerControl:
             is_of_cut = kind in ("cut", "committed", "abandon")
             then = "wait for the next checkpoint" if is_of_cut else "start all trainers again"
             raise self.failed(shard, f"in call {kind}{epoch}", error, then) from error
+
+
+def _in_background(work: Callable[[], Result]) -> Future[Result]:
+    """Does it on a thread that keeps no process: a server that stands still would be waited for."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="bagpipe-call", daemon=True).start()
+    return future

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Cuts:
         self._number = 0
         self._base = base
         self._thread: threading.Thread | None = None
-        self._written: list[Written] = []
+        self._written: deque[Written] = deque()  # the thread adds to it at any moment
 
     def is_busy(self) -> bool:
         """Whether a cut is in hand. All ranks must ask; rank 0 knows."""
@@ -132,8 +133,7 @@ class Cuts:
 
     def ended(self) -> list[Written]:
         """The cuts that ended since the last call, in order; rank 0 alone has any."""
-        ended, self._written = self._written, []
-        return ended
+        return [self._written.popleft() for _ in range(len(self._written))]
 
     def _take(self, state: State, position: Position, config: Mapping[str, Any]) -> None:
         if not self._trainers.is_first:
