@@ -19,7 +19,7 @@ from tests.train.test_servers import assert_same, over, servers_of, undisturbed
 
 from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.distributed.trainers import Trainers
-from bagpipe.errors import StoreError
+from bagpipe.errors import ConfigError, StoreError
 from bagpipe.server.shard import Shard
 from bagpipe.store.cuts import CutStore
 from bagpipe.store.record_files import RecordFile
@@ -134,3 +134,14 @@ def test_a_cut_that_ends_while_it_is_asked_which_have_is_not_lost(
     )
     cuts._note(cast(Any, taken))
     assert [ended.step for ended in cuts.ended()] == [3]
+
+
+def test_a_start_that_is_refused_for_an_earlier_runs_checkpoints_ends_no_run(
+    tmp_path: Path,
+) -> None:
+    with servers_of(small_config(tmp_path), 1) as addresses:
+        config = over(addresses, tmp_path, train={"steps": 3})
+        train(config, reporter=SilentReporter())
+        with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
+            train(config, reporter=SilentReporter())
+    assert RunFolder(path=tmp_path, epoch=1).cuts.is_dir()

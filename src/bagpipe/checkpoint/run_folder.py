@@ -20,7 +20,11 @@ from bagpipe.native.fork import in_child
 
 @contextmanager
 def claim_run_folder(
-    folder: Path, say: Callable[[str], None] = lambda _: None, *, takes_over: bool = False
+    folder: Path,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    takes_over: bool = False,
+    is_new: bool = False,
 ) -> Iterator[RunFolder]:
     """Makes the folder, holds it for this process, and claims an epoch in it.
 
@@ -33,10 +37,14 @@ def claim_run_folder(
         takes_over: whether a process that trains in it is no reason to refuse. Its epoch ends: its
             shard servers leave it, and it can't change checkpoints any more. It may be stopped, and
             would never let go.
+        is_new: whether it must not take over a run that has checkpoints: a claim would end it.
 
     Raises:
-        ConfigError: the folder can't be written, or another process trains in it.
+        ConfigError: the folder can't be written, another process trains in it, or it `is_new` and
+            there are checkpoints.
     """
+    if takes_over and is_new:
+        check_no_earlier_run(folder)
     try:
         make_folder(folder / "checkpoints")
         lock = (folder / "lock").open("w")
@@ -81,6 +89,17 @@ def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
         trainers.all_do("a look at log.folder", look, ConfigError)
 
 
+def check_no_earlier_run(folder: Path) -> None:
+    """Raises ConfigError where a run's folder holds checkpoints."""
+    left = list_checkpoints(folder / "checkpoints")
+    if left:
+        raise ConfigError(
+            f"log.folder = {str(folder)!r}: holds checkpoints of an earlier run, up to "
+            f"step {step_of(left[-1]):,}: "
+            "go on with it (--resume), remove them (--overwrite), or give another folder"
+        )
+
+
 def start_afresh(run: RunFolder, *, overwrite: bool) -> None:
     """Makes sure that a new run mixes with no older one.
 
@@ -89,14 +108,9 @@ def start_afresh(run: RunFolder, *, overwrite: bool) -> None:
     Raises:
         ConfigError: there are some, and `overwrite` is not set, or they can't be removed.
     """
-    left = list_checkpoints(run.checkpoints)
-    if left and not overwrite:
-        raise ConfigError(
-            f"log.folder = {str(run.path)!r}: holds checkpoints of an earlier run, up to "
-            f"step {step_of(left[-1]):,}: "
-            "go on with it (--resume), remove them (--overwrite), or give another folder"
-        )
-    for path in left:
+    if not overwrite:
+        check_no_earlier_run(run.path)
+    for path in list_checkpoints(run.checkpoints):
         try:
             shutil.rmtree(run.take_away(path))
         except OSError as error:

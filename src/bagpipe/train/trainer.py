@@ -78,7 +78,12 @@ def train(
         def claim() -> int | None:
             if not trainers.is_first:
                 return None
-            claimed = claim_run_folder(folder, reporter.say, takes_over=config.servers is not None)
+            claimed = claim_run_folder(
+                folder,
+                reporter.say,
+                takes_over=config.servers is not None,
+                is_new=not (resume or overwrite),
+            )
             return stack.enter_context(claimed).epoch
 
         epoch = trainers.all_do("rank 0 to claim the run's folder", claim, ConfigError)[0]
