@@ -79,7 +79,9 @@ def test_the_commands_run_in_their_order(folder: Path) -> None:
 
 
 def test_the_commands_for_launchers_are_those_of_a_file_that_is_there() -> None:
-    for words in commands("From a file", "torchrun"):
+    told = [*commands("From a file", "torchrun"), *commands("Shard servers", "torchrun")]
+    assert len(told) == 2
+    for words in told:
         assert words[words.index("-m") + 1 :][:2] == ["bagpipe", "train"]
         assert (ROOT / words[words.index("train") + 1]).exists()
 

@@ -110,7 +110,9 @@ def test_train_another_model_and_trace_it(file: Path) -> None:
         (["--set", "cache.size=10"], "give the cache at least"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--trace-steps", "3"], "give it too"),
-        (["--set", "servers.num_shards=2"], "trainers do not use shard servers yet"),
+        (["--set", "servers.num_shards=2"], "trainers start one server on each of 1 hosts"),
+        (["--engine", "slurm"], "--engine slurm: must be ray"),
+        (["--servers", "2"], "belong to --engine ray"),
         (
             ["--set", "model.kind=deepfm"],
             "model.bottom: unknown key in [model]; there are top, kind",
