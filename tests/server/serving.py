@@ -41,8 +41,8 @@ class Servers:
         num_shards: int,
         make: MakeStore = in_memory,
         *,
-        wait_timeout_s: float = 30,
-        timeout_s: float = 60,
+        wait_timeout_s: float = 120,
+        timeout_s: float = 300,
         staging: bool = True,
     ) -> None:
         self.staging = staging
@@ -62,9 +62,9 @@ class Servers:
     def addresses(self) -> list[str]:
         return [f"127.0.0.1:{server.port}" for server in self.servers]
 
-    def connect(self, timeout_s: float = 60) -> ServerControl:
+    def connect(self, timeout_s: float = 300) -> ServerControl:
         return ServerControl(
-            self.addresses, self.groups, self.seed, timeout_s=timeout_s, start_timeout_s=10
+            self.addresses, self.groups, self.seed, timeout_s=timeout_s, start_timeout_s=60
         )
 
     def start(self, num_ranks: int = 1) -> list[ShardServers]:

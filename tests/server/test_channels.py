@@ -9,6 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from tests.server.serving import Servers
+from tests.soon import SOON_S
 from tests.store_contract import SEED, fetch, initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
@@ -99,7 +100,7 @@ def test_who_waits_for_room_fails_when_the_streams_end(
     writing.start()
     assert reached.wait(60)
     trainer.close()
-    writing.join(30)
+    writing.join(SOON_S)
     may_go_on.set()
     assert "rank 0 has closed its streams" in str(failed[0])
 

@@ -16,6 +16,7 @@ import pyarrow.flight as flight
 import pytest
 from tests.server.serving import Servers
 from tests.server.shards import own_rows
+from tests.soon import SOON_S
 from tests.store_contract import SEED, fetch, initial, make_group, records_of, rows_of, touched_rows
 
 from bagpipe.errors import StoreError
@@ -80,7 +81,7 @@ def test_rows_of_another_rank_are_read_once_all_ranks_have_marked(
     first.mark(Steps(overlapped=1, urgent=0))  # can't overtake what was sent
     assert is_waiting(waiting)  # for the own rank, too
     second.mark(Steps(overlapped=1, urgent=0))
-    waiting.result(10)
+    waiting.result(SOON_S)
     sent()
     np.testing.assert_array_equal(out, records_of(ALL, salt=0.5))
 
@@ -96,7 +97,7 @@ def test_a_fetch_that_waits_holds_up_no_other(servers: Servers, pool: ThreadPool
     for trainer in (first, second):
         trainer.mark(Steps(urgent=3))
     for wait in waits:
-        pool.submit(wait).result(30)
+        pool.submit(wait).result(SOON_S)
 
 
 def test_many_threads_of_two_ranks_read_and_write(
@@ -217,7 +218,7 @@ def test_a_server_that_is_gone_is_named_soon() -> None:
         started = time.perf_counter()
         threading.Thread(target=servers.servers[1].close, daemon=True).start()
         message = raised(waiting)
-        assert time.perf_counter() - started < 5
+        assert time.perf_counter() - started < SOON_S
         assert f"shard server 1 of 2 at 127.0.0.1:{servers.servers[1].port} failed" in message
         assert f"in epoch {servers.epoch}" in message
         assert raised(lambda: trainer.stores[0].write(ALL, records_of(ALL))) == message
@@ -246,7 +247,7 @@ def test_nobody_at_an_address_is_told_in_time() -> None:
     message = raised(
         lambda: ServerControl(["127.0.0.1:1"], [make_group()], SEED, start_timeout_s=1)
     )
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < SOON_S
     assert "shard server 0 of 1 at 127.0.0.1:1 failed in call identify" in message
 
 
@@ -286,7 +287,7 @@ def test_closing_ends_what_is_under_way_and_leaves_no_thread(
     assert threads
     trainer.close()
     trainer.close()
-    assert "rank 0 has closed its streams" in raised(lambda: waiting.result(10))
+    assert "rank 0 has closed its streams" in raised(lambda: waiting.result(SOON_S))
     assert not any(thread.is_alive() for thread in threads)
 
 
@@ -376,7 +377,7 @@ def test_a_client_that_reads_nothing_holds_up_nobody(servers: Servers) -> None:
             np.testing.assert_array_equal(fetch(trainer.stores[0], ALL), initial(make_group(), ALL))
         servers.start()  # nor does it keep an epoch from beginning
         reader.cancel()
-        sender.join(10)
+        sender.join(SOON_S)
         assert not sender.is_alive()
         with suppress(flight.FlightError):
             writer.close()

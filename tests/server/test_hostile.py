@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from tests.server.certificates import TOKEN
 from tests.server.shards import fetched, header_of, make_shard, own_rows
+from tests.soon import SOON_S
 from tests.store_contract import initial, records_of
 
 from bagpipe.server import wire
@@ -26,7 +27,7 @@ from bagpipe.server.flight import ShardServer
 from bagpipe.server.security import connect
 from bagpipe.server.wire import SCHEMA, Header, What
 
-WITHIN_S = 10.0
+WITHIN_S = SOON_S
 KNOWN = Credentials(token=SecretStr(TOKEN))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow.flight as flight
 import pytest
+from tests.soon import SOON_S
 
 from bagpipe.config.load import check_config
 from bagpipe.config.run import RunConfig
@@ -28,7 +29,7 @@ from bagpipe.server.local import LocalServer, local_server
 from bagpipe.server.security import connect
 from bagpipe.server.staging import peer_of
 
-WITHIN_S = 60.0
+WITHIN_S = SOON_S
 OTHER_USER = 4321
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 

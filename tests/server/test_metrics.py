@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from tests.server.certificates import TOKEN, Files, has_ipv6
 from tests.server.shards import fetched, header_of, make_shard, own_rows
+from tests.soon import SOON_S
 from tests.store_contract import records_of
 
 from bagpipe.errors import ConfigError, StoreError
@@ -26,7 +27,7 @@ from bagpipe.server.shard import Shard
 from bagpipe.server.wire import What
 from bagpipe.store import Steps
 
-WITHIN_S = 10.0
+WITHIN_S = SOON_S
 NOBODY = Credentials()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.server.shards import fetched, header_of, make_shard, own_rows
+from tests.soon import SOON_S
 from tests.store_contract import SEED, initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
@@ -95,7 +96,7 @@ def test_a_fetch_waits_for_the_marks_of_all_ranks_and_of_both_kinds(
     shard.mark(header_of(shard, rank=1, steps=Steps(urgent=2)))
     assert is_waiting(found)  # for a step more
     shard.mark(header_of(shard, rank=1, steps=Steps(urgent=3)))
-    np.testing.assert_array_equal(found.result(10), records_of(rows, salt=0.5))
+    np.testing.assert_array_equal(found.result(SOON_S), records_of(rows, salt=0.5))
 
 
 def test_the_newest_mark_counts_and_a_fetch_without_a_fence_waits_for_nobody(shard: Shard) -> None:
@@ -114,11 +115,11 @@ def test_a_mark_counts_once_its_write_is_there(pool: ThreadPoolExecutor) -> None
     rows, steps = rows_of(1, 2), Steps(urgent=1)
     written = pool.submit(shard.write, header_of(shard, steps=steps), rows, records_of(rows))
     found = pool.submit(fetched, shard, header_of(shard, what=What.FETCH, steps=steps), rows)
-    assert held.is_reached.wait(10)
+    assert held.is_reached.wait(SOON_S)
     assert is_waiting(found)
     held.go_on.set()
-    written.result(10)
-    np.testing.assert_array_equal(found.result(10), records_of(rows))
+    written.result(SOON_S)
+    np.testing.assert_array_equal(found.result(SOON_S), records_of(rows))
 
 
 def test_a_rank_that_stands_still_is_named_in_time() -> None:
@@ -198,11 +199,11 @@ def test_begin_forgets_marks_and_fails_what_waits_for_them(
     assert is_waiting(waiting)
     instance = shard.instance
     assert shard.begin(2, 1, None) == instance
-    assert "rank 0 of epoch 1 is not served, epoch 2 is" in raised(lambda: waiting.result(10))
+    assert "rank 0 of epoch 1 is not served" in raised(lambda: waiting.result(SOON_S))
     again = pool.submit(fetched, shard, dataclasses.replace(fence, epoch=2), rows_of(1))
     assert is_waiting(again)
     shard.mark(header_of(shard, 2, steps=Steps(urgent=1)))
-    again.result(10)
+    again.result(SOON_S)
 
 
 def test_begin_waits_for_a_running_write_and_puts_it_back(pool: ThreadPoolExecutor) -> None:
@@ -210,15 +211,15 @@ def test_begin_waits_for_a_running_write_and_puts_it_back(pool: ThreadPoolExecut
     shard.begin(1, 1, None)
     rows = rows_of(4)
     written = pool.submit(shard.write, header_of(shard), rows, records_of(rows))
-    assert held.is_reached.wait(10)
+    assert held.is_reached.wait(SOON_S)
     begun = pool.submit(shard.begin, 2, 1, None)
     assert is_waiting(begun)
     late = raised(lambda: shard.write(header_of(shard), rows, records_of(rows)))
     assert "rank 0 of epoch 1 is not served, no epoch is" in late
     held.go_on.set()
-    begun.result(10)
+    begun.result(SOON_S)
     # its mark comes when its epoch is over
-    assert "epoch 1 is not served" in raised(lambda: written.result(10))
+    assert "epoch 1 is not served" in raised(lambda: written.result(SOON_S))
     np.testing.assert_array_equal(
         fetched(shard, header_of(shard, 2), rows), initial(make_group(), rows)
     )
@@ -228,12 +229,12 @@ def test_a_write_that_does_not_end_is_named_in_time(pool: ThreadPoolExecutor) ->
     shard = make_shard(store=(held := HeldStore()), apply_timeout_s=0.1)
     shard.begin(1, 1, None)
     written = pool.submit(shard.write, header_of(shard), rows_of(4), records_of(rows_of(4)))
-    assert held.is_reached.wait(10)
+    assert held.is_reached.wait(SOON_S)
     assert "1 writes and 0 reads have not ended within 0.1 s" in raised(
         lambda: shard.begin(2, 1, None)
     )
     held.go_on.set()
-    raised(lambda: written.result(10))
+    raised(lambda: written.result(SOON_S))
     shard.begin(3, 1, None)
 
 
@@ -250,14 +251,14 @@ def test_an_epoch_that_is_overtaken_while_it_begins_serves_nobody(
 ) -> None:
     shard = make_shard(store=(held := HeldStore()))
     first = pool.submit(shard.begin, 1, 1, checkpoint_at(Path("slow")))
-    assert held.is_reached.wait(10)
+    assert held.is_reached.wait(SOON_S)
     second = pool.submit(shard.begin, 2, 1, checkpoint_at(Path("slow")))
     assert is_waiting(second)
     held.go_on.set()
     assert "epoch 1 ended while it began, since epoch 2 has begun" in raised(
-        lambda: first.result(10)
+        lambda: first.result(SOON_S)
     )
-    second.result(10)
+    second.result(SOON_S)
     assert (shard.epoch, shard.base) == (2, "0.9")
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tests.server.shards import header_of, make_shard
+from tests.soon import SOON_S
 from tests.store_contract import initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
@@ -154,7 +155,7 @@ def test_a_fetch_waits_for_the_marks_of_its_fence(place: Host) -> None:
     assert not answered.wait(0.1)
     writes[1].send(replace(mark, rank=1), rows_of())
     writes[1].receive()
-    assert answered.wait(30)
+    assert answered.wait(SOON_S)
     waiting.join()
     np.testing.assert_array_equal(out, records)
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 from tests.server.serving import Servers
+from tests.soon import SOON_S, TIMEOUT_S
 from tests.store_contract import SEED, make_group
 from tests.train.runs import Listener, small_config
 from tests.train.test_servers import assert_same, over, servers_of, undisturbed
@@ -103,7 +104,7 @@ def test_a_server_that_stands_still_holds_a_cut_up_no_longer_than_a_request(
     goes_on = threading.Event()
 
     def stand_still(*_: object) -> None:
-        goes_on.wait(60)
+        goes_on.wait(TIMEOUT_S)
         raise StoreError("of a test")
 
     monkeypatch.setattr(Shard, "cut", stand_still)
@@ -115,7 +116,7 @@ def test_a_server_that_stands_still_holds_a_cut_up_no_longer_than_a_request(
         servers.control.close()
         elapsed_s = time.monotonic() - started
         goes_on.set()
-    assert elapsed_s < 30
+    assert elapsed_s < SOON_S
 
 
 def test_a_cut_that_ends_while_it_is_asked_which_have_is_not_lost(
