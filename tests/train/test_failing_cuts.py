@@ -54,7 +54,9 @@ def test_a_server_that_refuses_a_cut_does_not_end_the_run(
 ) -> None:
     cut = Shard.cut
 
-    def refuse(shard: Shard, epoch: int, number: int) -> Callable[[Path], tuple[RecordFile, ...]]:
+    def refuse(
+        shard: Shard, epoch: int, number: int, *, is_whole: bool
+    ) -> Callable[[Path], tuple[RecordFile, ...]]:
         if (shard.number, number) == (1, 1):
             raise StoreError("refused by a test")
         return cut(shard, epoch, number)
@@ -103,7 +105,7 @@ def test_a_server_that_stands_still_holds_a_cut_up_no_longer_than_a_request(
 ) -> None:
     goes_on = threading.Event()
 
-    def stand_still(*_: object) -> None:
+    def stand_still(*_: object, is_whole: bool) -> None:
         goes_on.wait(TIMEOUT_S)
         raise StoreError("of a test")
 

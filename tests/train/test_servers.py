@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -119,6 +120,27 @@ def test_a_cut_that_is_not_put_in_place_is_abandoned_and_the_next_has_its_rows(
     assert sorted(abandoned) == [(0, 1), (1, 1)]
     assert any("No space left on device" in text for text in listener.said)
     assert_same(tmp_path, undisturbed)
+
+
+def test_a_checkpoint_that_a_user_removes_is_not_missed_by_the_next_ones(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    class Removes(Listener):
+        def advance(self, step: int) -> None:
+            if step == 17:
+                for path in list_checkpoints(tmp_path / "checkpoints"):
+                    shutil.rmtree(path)
+
+    listener = Removes()
+    with servers_of(small_config(tmp_path), 2) as addresses:
+        train(over(addresses, tmp_path, train={"steps": 12}), reporter=listener)
+        train(
+            over(addresses, tmp_path, checkpoint={"every_steps": 6}),
+            reporter=listener,
+            resume=True,
+        )
+    assert_same(tmp_path, undisturbed)
+    assert not any("no checkpoint, the run" in text for text in listener.said)
 
 
 def test_other_servers_go_on_from_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:

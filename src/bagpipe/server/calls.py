@@ -53,6 +53,8 @@ class Cut(Message):
     epoch: _Number
     number: _Number
     folder: Path
+    is_whole: bool = False
+    """Whether all rows are wanted, since the base's files are gone."""
 
 
 class Taken(Message):
@@ -184,7 +186,7 @@ def _begin(shard: Shard, call: Begin) -> Iterator[Message]:
 
 
 def _cut(shard: Shard, call: Cut) -> Iterator[Message]:
-    write = shard.cut(call.epoch, call.number)
+    write = shard.cut(call.epoch, call.number, is_whole=call.is_whole)
     yield Taken()
     yield Written(files=write(call.folder))
 

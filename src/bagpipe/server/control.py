@@ -113,7 +113,9 @@ class ServerControl:
         begun = self._call_all("begin", call, calls.Begun, self.begin_timeout_s)
         return tuple(each.instance for each in begun)
 
-    def cut(self, number: int, folder: Path) -> Callable[[], list[tuple[RecordFile, ...]]]:
+    def cut(
+        self, number: int, folder: Path, *, is_whole: bool = False
+    ) -> Callable[[], list[tuple[RecordFile, ...]]]:
         """Takes the cut `epoch.number` on all servers; rank 0 alone calls it, after all flushes.
 
         When this returns trainers may go on.
@@ -121,6 +123,7 @@ class ServerControl:
         Args:
             number: Counts the epoch's cuts from 1 on.
             folder: Where servers write their files.
+            is_whole: Whether all rows are wanted, since the base's files are gone.
 
         Returns:
             What waits until all files are on disk, and returns what the manifest says of them: by
@@ -129,7 +132,9 @@ class ServerControl:
         Raises:
             StoreError: A server refuses, at once or from what waits: abandon the cut then.
         """
-        call = calls.Cut(epoch=self._epoch(), number=number, folder=self._within(folder))
+        call = calls.Cut(
+            epoch=self._epoch(), number=number, folder=self._within(folder), is_whole=is_whole
+        )
 
         def take(shard: int) -> Any:
             answers = self._answers(shard, "cut", call, self.begin_timeout_s)

@@ -252,11 +252,18 @@ class Shard:
             self.base = self._cut = None
             self._stores[header.group].clear()
 
-    def cut(self, epoch: int, number: int) -> Callable[[Path], tuple[RecordFile, ...]]:
+    def cut(
+        self, epoch: int, number: int, *, is_whole: bool = False
+    ) -> Callable[[Path], tuple[RecordFile, ...]]:
         """Takes the records as they are into the cut `epoch.number`; copies nothing yet.
 
         A cut that is still in hand is abandoned. No write of before the cut may be under way, nor
         may trainers go on before this has returned.
+
+        Args:
+            epoch: The one that is served.
+            number: Counts the epoch's cuts.
+            is_whole: Whether all rows ever written are wanted, since the base's files are gone.
 
         Returns:
             What writes them into a folder, once, while other calls go on. It returns what the
@@ -276,7 +283,7 @@ class Shard:
             self._abandon()
             self._wait_until_idle(f"cut {name}", reads=False)
             self._check_epoch(epoch)
-            writers = [store.begin_cut() for store in self._stores]
+            writers = [store.begin_cut(is_whole=is_whole) for store in self._stores]
             self._cut = name
 
         def write(folder: Path) -> tuple[RecordFile, ...]:

@@ -177,8 +177,11 @@ class CutStore:
         num_touched, num_since = _count(self._store.flags)
         return int(num_touched), int(num_since)
 
-    def begin_cut(self) -> Callable[[Path], RecordFile]:
+    def begin_cut(self, *, is_whole: bool = False) -> Callable[[Path], RecordFile]:
         """Fixes that the cut has the records as they are now, of rows written since the base.
+
+        Args:
+            is_whole: whether it is to have all rows ever written, since the base's files are gone.
 
         Returns:
             What writes the cut's records to a new file, once, for a thread of its own. It returns
@@ -201,7 +204,7 @@ class CutStore:
                     "back first"
                 )
             num_touched, num_since = _count(self._store.flags)
-            is_whole = self._is_whole_due(self.base, num_touched, num_since)
+            is_whole = is_whole or self._is_whole_due(self.base, num_touched, num_since)
             self._cut = _Cut(bit=TOUCHED if is_whole else SINCE_BASE, is_whole=is_whole)
             self._store.mark = TOUCHED | SINCE_CUT
         return partial(self._write_cut, self._cut)

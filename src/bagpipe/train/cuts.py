@@ -43,7 +43,9 @@ from bagpipe.types import Group
 class CutServers(Protocol):
     """What cuts need of `bagpipe.server.client.ShardServers`."""
 
-    def cut(self, number: int, folder: Path) -> Callable[[], list[tuple[RecordFile, ...]]]:
+    def cut(
+        self, number: int, folder: Path, *, is_whole: bool = False
+    ) -> Callable[[], list[tuple[RecordFile, ...]]]:
         """Takes a cut on all servers; what is returned waits for its files, by group.
 
         `folder` is relative to the run's.
@@ -160,8 +162,14 @@ class Cuts:
         self._thread.start()
 
     def _cut_servers(self, number: int, folder: Path) -> Callable[[], list[tuple[RecordFile, ...]]]:
+        # a user may have removed the base, whose files would be linked
+        is_whole = self._base is not None and not all(
+            (self._base.path / file.name).exists()
+            for files in self._base.record_files
+            for file in files
+        )
         try:
-            return self._servers.cut(number, folder)
+            return self._servers.cut(number, folder, is_whole=is_whole)
         except StoreError as error:  # of this cut: all ranks go on without it
             raise CheckpointError(str(error)) from error
 
