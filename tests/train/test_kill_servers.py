@@ -133,6 +133,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.soak
 def test_all_servers_are_killed_at_once(tmp_path: Path, undisturbed: Path) -> None:
     with running_cluster(tmp_path) as cluster:
         cluster.start_trainer()
@@ -146,6 +147,7 @@ def test_all_servers_are_killed_at_once(tmp_path: Path, undisturbed: Path) -> No
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.soak
 def test_a_server_that_was_stopped_and_goes_on_serves_the_next_start(
     tmp_path: Path, undisturbed: Path
 ) -> None:
