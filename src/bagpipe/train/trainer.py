@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -26,7 +27,7 @@ from bagpipe.config.run import RunConfig
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import ConfigError
-from bagpipe.train.build import build_run, choose_device
+from bagpipe.train.build import Run, build_run, choose_device
 from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.cuts import Cuts
 from bagpipe.train.logs import NoLog, RunLog
@@ -71,55 +72,26 @@ def train(
         CheckpointError: none can be resumed from, or the last one can't be written.
         LossError: the loss is not finite.
     """
-    trainers, folder = Trainers(peers), config.log.folder
+    trainers = Trainers(peers)
     with ExitStack() as stack:
-        trainers.wait("all ranks to start")  # no start takes the run over unless it is whole
-
-        def claim() -> int | None:
-            if not trainers.is_first:
-                return None
-            claimed = claim_run_folder(
-                folder,
-                reporter.say,
-                takes_over=config.servers is not None,
-                is_new=not (resume or overwrite),
-            )
-            return stack.enter_context(claimed).epoch
-
-        epoch = trainers.all_do("rank 0 to claim the run's folder", claim, ConfigError)[0]
-        run_folder = RunFolder(path=folder, epoch=epoch)
-        check_seen_by_all(folder, trainers)
+        folder = stack.enter_context(
+            _claimed_folder(config, trainers, reporter, is_new=not (resume or overwrite))
+        )
         device = choose_device(config.train.device, peers)
         own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
         check_same_run(peers, {**describe_run(config), **own})
         ready = (lambda: None) if peers.has_others else stack.enter_context(compiled_ahead())
-        saved = _choose(config, run_folder.checkpoints, reporter, trainers) if resume else None
-
-        def start(*, overwrite: bool) -> None:
-            if saved is None and trainers.is_first:
-                start_afresh(run_folder, overwrite=overwrite)
-
-        if not overwrite:
-            trainers.all_do("a fresh start", partial(start, overwrite=False), ConfigError)
+        saved = _choose(config, folder.checkpoints, reporter, trainers) if resume else None
+        if saved is None and not overwrite:
+            _start_afresh(folder, trainers, overwrite=False)
         join = None
         if config.servers is not None:
-            join = partial(
-                joined_servers,
-                config,
-                run=run_folder,
-                saved=saved,
-                trainers=trainers,
-            )
+            join = partial(joined_servers, config, run=folder, saved=saved, trainers=trainers)
         run = stack.enter_context(build_run(config, peers=peers, join=join, say=reporter.say))
         if saved is not None:
-            if run.servers is None:
-                load_checkpoint(saved, run.state, trainers)
-                trainers.wait("all records to be loaded")
-            else:
-                load_moment(saved, run.state)
-            reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
-        else:  # once nothing else can refuse the run
-            trainers.all_do("a fresh start", partial(start, overwrite=True), ConfigError)
+            _restore(saved, run, reporter, trainers)
+        elif overwrite:  # once nothing else can refuse the run
+            _start_afresh(folder, trainers, overwrite=True)
         log = _open_log(config, saved, reporter, trainers)
         stack.enter_context(log)
         stop = stack.enter_context(stop or StopRequest())
@@ -131,20 +103,11 @@ def train(
         )
         saving = Saving(
             parts=run,
-            folder=run_folder,
+            folder=folder,
             trainers=trainers,
             log=log,
             reporter=reporter,
-            cuts=None
-            if run.servers is None
-            else Cuts(
-                run_folder,
-                run.servers.control,
-                saved,
-                keep=config.checkpoint.keep,
-                trainers=trainers,
-                say=reporter.say,
-            ),
+            cuts=_cuts(run, folder, saved, reporter, trainers),
         )
         stack.callback(saving.close)
         if saved is not None:
@@ -159,6 +122,63 @@ def train(
             stop_signal=lambda: stop.signal,
         )
         return loop.run(ready)
+
+
+@contextmanager
+def _claimed_folder(
+    config: RunConfig, trainers: Trainers, reporter: Reporter, *, is_new: bool
+) -> Iterator[RunFolder]:
+    """The run's folder, which rank 0 claims for all ranks."""
+    folder = config.log.folder
+    trainers.wait("all ranks to start")  # no start takes the run over unless it is whole
+    with ExitStack() as stack:
+
+        def claim() -> int | None:
+            if not trainers.is_first:
+                return None
+            claimed = claim_run_folder(
+                folder, reporter.say, takes_over=config.servers is not None, is_new=is_new
+            )
+            return stack.enter_context(claimed).epoch
+
+        epoch = trainers.all_do("rank 0 to claim the run's folder", claim, ConfigError)[0]
+        check_seen_by_all(folder, trainers)
+        yield RunFolder(path=folder, epoch=epoch)
+
+
+def _start_afresh(folder: RunFolder, trainers: Trainers, *, overwrite: bool) -> None:
+    """Refuses an earlier run's checkpoints, or with `overwrite` removes them; on all ranks."""
+
+    def start() -> None:
+        if trainers.is_first:
+            start_afresh(folder, overwrite=overwrite)
+
+    trainers.all_do("a fresh start", start, ConfigError)
+
+
+def _restore(saved: SavedRun, run: Run, reporter: Reporter, trainers: Trainers) -> None:
+    """Puts a checkpoint into the run's parts; shard servers have its records already."""
+    if run.servers is None:
+        load_checkpoint(saved, run.state, trainers)
+        trainers.wait("all records to be loaded")
+    else:
+        load_moment(saved, run.state)
+    reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
+
+
+def _cuts(
+    run: Run, folder: RunFolder, saved: SavedRun | None, reporter: Reporter, trainers: Trainers
+) -> Cuts | None:
+    if run.servers is None:
+        return None
+    return Cuts(
+        folder,
+        run.servers.control,
+        saved,
+        keep=run.config.checkpoint.keep,
+        trainers=trainers,
+        say=reporter.say,
+    )
 
 
 def _open_log(
