@@ -14,7 +14,7 @@ from tests.model.rules import ALL, Rules
 from bagpipe.server.shard import Checkpoint, Shard
 from bagpipe.server.wire import Header
 from bagpipe.store.array import TOUCHED
-from bagpipe.store.cuts import _DUE, _fold
+from bagpipe.store.flags import DUE, fold
 from bagpipe.store.record_files import RecordFile
 from bagpipe.types import Float32Array, Int64Array
 
@@ -65,7 +65,7 @@ class StaysWritten(SteppedStore):
         self, folder: Path, files: tuple[RecordFile, ...], due_flag: int, most_rows: int
     ) -> int:
         num_written = super()._load(folder, files, due_flag, most_rows)
-        self._store.flags[self._store.flags == _DUE] = TOUCHED
+        self._store.flags[self._store.flags == DUE] = TOUCHED
         return num_written
 
     def put_back(self, folder: Path, files: tuple[RecordFile, ...]) -> int:
@@ -83,7 +83,7 @@ class ForgottenRows(SteppedStore):
     def abandon(self) -> None:
         with self._gate.alone():
             if self._cut is not None:
-                _fold(self._store.flags, TOUCHED)
+                fold(self._store.flags, TOUCHED)
                 self._settle(self.base)
 
 

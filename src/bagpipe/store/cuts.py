@@ -36,16 +36,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from bagpipe.errors import CheckpointError, StoreError
 from bagpipe.native.gate import Gate
-from bagpipe.native.jit import jit
 from bagpipe.store.array import TOUCHED, ArrayStore
 from bagpipe.store.base import NO_STEPS, Steps
+from bagpipe.store.flags import (
+    DUE,
+    SINCE_BASE,
+    SINCE_CUT,
+    count,
+    fold,
+    load_code,
+    mark_due,
+    next_rows,
+)
 from bagpipe.store.record_files import (
     RecordFile,
     check_num_records,
@@ -55,17 +64,11 @@ from bagpipe.store.record_files import (
     write_records,
 )
 from bagpipe.topology import shards_of
-from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
+from bagpipe.types import Float32Array, Group, Int64Array
 
-SINCE_BASE, SINCE_CUT = 2, 4
-"""Bits of a row's flag: written since the base; written since the cut in hand began."""
-_DUE = 8
-"""What the flag of a row that is being put back is, until its record is found."""
 MAX_INCREMENTS = 32
 """The most files of a shard that have only some of its rows, in one checkpoint."""
 _BLOCK_BYTES = 16 << 20
-_FOLD_ROWS = 4096
-"""Flags looked at together; where none is set, their memory is not taken."""
 
 
 @dataclass
@@ -106,7 +109,7 @@ class CutStore:
 
     def __init__(self, store: ArrayStore) -> None:
         """Takes over an empty store."""
-        _load_code()
+        load_code()
         self._store = store
         self._gate = Gate()
         self._cut: _Cut | None = None
@@ -174,7 +177,7 @@ class CutStore:
         Raises:
             StoreError: the store is closed.
         """
-        num_touched, num_since = _count(self._store.flags)
+        num_touched, num_since = count(self._store.flags)
         return int(num_touched), int(num_since)
 
     def begin_cut(self, *, is_whole: bool = False) -> Callable[[Path], RecordFile]:
@@ -203,7 +206,7 @@ class CutStore:
                     f"{self.group.name} can't be cut, since putting it back has failed: put it "
                     "back first"
                 )
-            num_touched, num_since = _count(self._store.flags)
+            num_touched, num_since = count(self._store.flags)
             is_whole = is_whole or self._is_whole_due(self.base, num_touched, num_since)
             self._cut = _Cut(bit=TOUCHED if is_whole else SINCE_BASE, is_whole=is_whole)
             self._store.mark = TOUCHED | SINCE_CUT
@@ -249,14 +252,14 @@ class CutStore:
                     f"no cut of {self.group.name} can be committed: none is in hand whose file is "
                     "on disk"
                 )
-            _fold(self._store.flags, TOUCHED)
+            fold(self._store.flags, TOUCHED)
             self._settle(self._base_after(cut.file))
 
     def abandon(self) -> None:
         """Gives the cut in hand up, if there is one: its rows are written since the base still."""
         with self._gate.alone():
             if self._cut is not None:
-                _fold(self._store.flags, TOUCHED | SINCE_BASE)
+                fold(self._store.flags, TOUCHED | SINCE_BASE)
                 self._settle(self.base)
 
     def put_back(self, folder: Path, files: Iterable[RecordFile]) -> int:
@@ -280,14 +283,14 @@ class CutStore:
             if cut is not None:
                 # A checkpoint may be in place without this store having been told.
                 is_base = cut.file is not None and self._base_after(cut.file) == own
-                _fold(self._store.flags, TOUCHED if is_base else TOUCHED | SINCE_BASE)
+                fold(self._store.flags, TOUCHED if is_base else TOUCHED | SINCE_BASE)
                 self.base = own if is_base else self.base
             is_base = self.base == own
             self.base, self._cut, self._store.mark = None, None, TOUCHED
             if is_base:
-                num_due = _mark_due(self._store.flags)
-                num_written = self._load(folder, own, _DUE, num_due) if num_due else 0
-                _fold(self._store.flags, TOUCHED)
+                num_due = mark_due(self._store.flags)
+                num_written = self._load(folder, own, DUE, num_due) if num_due else 0
+                fold(self._store.flags, TOUCHED)
             else:
                 self._store.clear()
                 num_written = self._load(folder, own, 0, self.group.num_rows)
@@ -330,7 +333,7 @@ class CutStore:
                 )
             if cut.reached == self.group.num_rows:
                 return
-            rows, end = _next_rows(self._store.flags, cut.reached, cut.bit, self._block_rows)
+            rows, end = next_rows(self._store.flags, cut.reached, cut.bit, self._block_rows)
             rows, records = self._read(rows)
             with self._gate.alone():
                 self._check_in_hand(cut)
@@ -367,65 +370,3 @@ class CutStore:
                 f"the cut of {self.group.name} was given up before it was on disk: the next one "
                 "has its rows"
             )
-
-
-@lru_cache(maxsize=1)
-def _load_code() -> None:
-    """Has all loops compiled: else the first cut of a machine would hold writes up for seconds."""
-    flags = np.zeros(1, np.uint8)
-    _count(flags)
-    _next_rows(flags, 0, SINCE_BASE, 1)
-    _fold(flags, TOUCHED)
-    _mark_due(flags)
-
-
-@jit
-def _count(flags: UInt8Array) -> tuple[int, int]:
-    """How many rows were ever written, and how many since the base, the cut in hand included."""
-    num_touched = num_since = 0
-    for flag in flags:
-        num_touched += flag & 1
-        num_since += ((flag >> 1) | (flag >> 2)) & 1
-    return num_touched, num_since
-
-
-@jit
-def _next_rows(flags: UInt8Array, begin: int, bit: int, most_rows: int) -> tuple[Int64Array, int]:
-    """Up to so many rows from `begin` on whose flag has `bit` and not `SINCE_CUT`.
-
-    Returns:
-        The rows, ascending, and the row after the last that was looked at.
-    """
-    rows = np.empty(most_rows, np.int64)
-    num_found, row = 0, begin
-    while row < len(flags) and num_found < most_rows:
-        if flags[row] & (bit | SINCE_CUT) == bit:
-            rows[num_found] = row
-            num_found += 1
-        row += 1
-    return rows[:num_found].copy(), row
-
-
-@jit
-def _fold(flags: UInt8Array, kept: int) -> None:
-    """Keeps some bits, and makes of written since the cut: written since the base."""
-    for begin in range(0, len(flags), _FOLD_ROWS):
-        block = flags[begin : begin + _FOLD_ROWS]
-        any_set = np.uint8(0)
-        for flag in block:
-            any_set |= flag
-        if any_set & ~TOUCHED:
-            for index in range(len(block)):
-                since = np.uint8((block[index] & SINCE_CUT) >> 1)
-                block[index] = np.uint8(block[index] & kept) | since
-
-
-@jit
-def _mark_due(flags: UInt8Array) -> int:
-    """Makes the flag of rows written since the base `_DUE`; returns how many there are."""
-    num_due = 0
-    for index in range(len(flags)):
-        if flags[index] & SINCE_BASE:
-            flags[index] = _DUE
-            num_due += 1
-    return num_due
