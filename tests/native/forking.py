@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 from tests.embeddings.test_lookahead import Batch, Picklable, make_embeddings
@@ -20,6 +22,7 @@ import bagpipe
 from bagpipe.checkpoint.run_folder import claim_run_folder
 from bagpipe.errors import UsageError
 from bagpipe.feed.source import ProcessSource
+from bagpipe.native.jit import is_compiling
 from bagpipe.types import Jagged
 
 NUM_BATCHES = 60
@@ -106,9 +109,24 @@ def use(folder: Path) -> None:
     assert len(rest) == NUM_BATCHES - 1
 
 
+def compile_meanwhile(folder: Path) -> None:
+    """No child is forked in the middle of a compilation, whose half it would free."""
+
+    def compile_many() -> None:
+        for number in range(12):
+            numba.njit(lambda x, number=number: x + number)(1.0)
+
+    thread = threading.Thread(target=compile_many)
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.01)
+        wait_for(fork(lambda: check(not is_compiling())))
+
+
 def check(is_right: bool) -> None:
     assert is_right
 
 
 if __name__ == "__main__":
-    {"go_on": go_on, "die": die, "use": use}[sys.argv[1]](Path(sys.argv[2]))
+    programs = {"go_on": go_on, "die": die, "use": use, "compile": compile_meanwhile}
+    programs[sys.argv[1]](Path(sys.argv[2]))

@@ -30,7 +30,7 @@ def run(name: str, folder: Path) -> tuple[int, str]:
     return ended.returncode, (folder / "out").read_text()
 
 
-@pytest.mark.parametrize("name", ["go_on", "use"])
+@pytest.mark.parametrize("name", ["go_on", "use", "compile"])
 def test_children_disturb_nothing_and_are_told_what_they_can_not_use(
     name: str, tmp_path: Path
 ) -> None:

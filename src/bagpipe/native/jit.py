@@ -35,12 +35,20 @@ from typing import Any, ParamSpec, TypeVar
 import numba
 import numpy as np
 from numba.core import event, serialize
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu_options import ParallelOptions
 
 # For each array that it returns a compiled function asks this for the array's type, and takes no
 # error for an answer. It is Python code, where the handler of a signal may raise; once the answer
 # is remembered it is not, unless something compiled has returned an array before this import.
 serialize._numba_unpickle = lru_cache(maxsize=None)(serialize._numba_unpickle)
+
+# A child that has half of what another thread was compiling is ended by LLVM when it frees it.
+os.register_at_fork(
+    before=global_compiler_lock.acquire,
+    after_in_parent=global_compiler_lock.release,
+    after_in_child=global_compiler_lock.release,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
