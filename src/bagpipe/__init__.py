@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from bagpipe.errors import BagpipeError
 from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
-from bagpipe.types import Normal, TableConfig, Uniform
+from bagpipe.types import Jagged, Normal, TableConfig, Uniform
 
 if TYPE_CHECKING:
     from bagpipe import models, store
     from bagpipe.distributed.communicator import Communicator
+    from bagpipe.embeddings.collate import collate
     from bagpipe.embeddings.collection import EmbeddingBagCollection
     from bagpipe.embeddings.lookahead import lookahead
 
@@ -25,11 +26,13 @@ __all__ = [
     "BagpipeError",
     "Communicator",
     "EmbeddingBagCollection",
+    "Jagged",
     "Normal",
     "RowWiseAdagrad",
     "TableConfig",
     "Uniform",
     "__version__",
+    "collate",
     "lookahead",
     "models",
     "store",
@@ -40,6 +43,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Communicator": "bagpipe.distributed.communicator",
     "EmbeddingBagCollection": "bagpipe.embeddings.collection",
+    "collate": "bagpipe.embeddings.collate",
     "lookahead": "bagpipe.embeddings.lookahead",
 }
 _MODULES = ("models", "store")

@@ -6,12 +6,14 @@ these methods, so TorchRec need not be installed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from bagpipe.bags import as_array
 from bagpipe.errors import DataError
 from bagpipe.types import Jagged
 
@@ -23,7 +25,8 @@ def as_jagged(sparse: Any) -> Jagged:
     """Makes the sparse part of a batch a `Jagged`; nothing is copied if its tensors are on the CPU.
 
     Args:
-        sparse: A `Jagged`, or anything with the methods of TorchRec's KeyedJaggedTensor.
+        sparse: A `Jagged`, anything with the methods of TorchRec's KeyedJaggedTensor, or a dict as
+            `Jagged.from_dict` takes it.
 
     Raises:
         DataError: It is something else, its per-sample weights want a gradient, or its keys have
@@ -31,11 +34,13 @@ def as_jagged(sparse: Any) -> Jagged:
     """
     if isinstance(sparse, Jagged):
         return sparse
+    if isinstance(sparse, Mapping):
+        return Jagged.from_dict(sparse)
     missing = _missing_methods(sparse)
     if missing:
         raise DataError(
-            "the sparse part of a batch must be a bagpipe.types.Jagged or a KeyedJaggedTensor, is "
-            f"{type(sparse).__name__}, which has no method {missing[0]}()"
+            "the sparse part of a batch must be a bagpipe.Jagged, a KeyedJaggedTensor or a dict, "
+            f"is {type(sparse).__name__}, which has no method {missing[0]}()"
         )
     weights = (
         sparse.weights_or_none() if callable(getattr(sparse, "weights_or_none", None)) else None
@@ -53,7 +58,8 @@ def as_jagged(sparse: Any) -> Jagged:
             "the KeyedJaggedTensor has another batch size for each key: give every key the same "
             "number of samples"
         )
-    values, offsets = _to_numpy(sparse.values()), _to_numpy(sparse.offsets())
+    values = as_array("a batch's ids", sparse.values())
+    offsets = as_array("a batch's offsets", sparse.offsets())
     keys, batch_size = tuple(sparse.keys()), int(sparse.stride())
     is_single_hot = len(values) == len(keys) * batch_size == len(offsets) - 1 and bool(
         (np.diff(offsets) == 1).all()
@@ -63,9 +69,7 @@ def as_jagged(sparse: Any) -> Jagged:
         values=values,
         batch_size=batch_size,
         offsets=None if is_single_hot else offsets,
-        weights=None
-        if weights is None
-        else _to_numpy(weights.float() if hasattr(weights, "float") else weights),
+        weights=None if weights is None else as_array("per-sample weights", weights),
     )
 
 
@@ -230,38 +234,23 @@ def share_batch(batch: Any, rank: int, num_trainers: int) -> Any:
     )
 
 
-def _to_numpy(tensor: Any) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.asarray(
-        tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor
-    )
-    return array
-
-
 def _check_arrays(batch: Jagged) -> None:
     """Refuses arrays that the compiled loops would misread."""
     for name, array in (("ids", batch.values), ("offsets", batch.offsets)):
-        if array is None and name == "offsets":
-            continue
-        if (
-            not isinstance(array, np.ndarray)
-            or array.dtype.kind not in "iu"
-            or not array.dtype.isnative
-            or array.ndim != 1
+        if array is not None and (
+            array.dtype.kind not in "iu" or not array.dtype.isnative or array.ndim != 1
         ):
-            found = (
-                f"{array.ndim}-D {array.dtype}"
-                if isinstance(array, np.ndarray)
-                else type(array).__name__
+            raise DataError(
+                f"a batch's {name} must be a 1-D array of integers, are {array.ndim}-D "
+                f"{array.dtype}"
             )
-            raise DataError(f"a batch's {name} must be a 1-D array of integers, are {found}")
-    weights, is_array = batch.weights, isinstance(batch.weights, np.ndarray)
+    weights = batch.weights
     if weights is not None and not (
-        is_array and weights.dtype.kind == "f" and weights.shape == batch.values.shape
+        weights.dtype.kind == "f" and weights.shape == batch.values.shape
     ):
-        found = f"{weights.dtype} of shape {weights.shape}" if is_array else type(weights).__name__
         raise DataError(
             "a batch's per-sample weights must be floats, one for each of its "
-            f"{len(batch.values):,} ids, are {found}"
+            f"{len(batch.values):,} ids, are {weights.dtype} of shape {weights.shape}"
         )
     if len(set(batch.keys)) != len(batch.keys):
         raise DataError(f"the batch names a feature twice: {', '.join(batch.keys)}")

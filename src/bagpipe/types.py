@@ -11,15 +11,16 @@ in TorchRec's KeyedJaggedTensor (bag ``f * B + b``). Pooled output and its gradi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from bagpipe.errors import ConfigError
+from bagpipe.bags import as_array, join, offsets_of
+from bagpipe.errors import ConfigError, DataError
 from bagpipe.limits import (
     MAX_EMBEDDING_DIM,
     MAX_NUM_EMBEDDINGS,
@@ -243,7 +244,8 @@ def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[G
 class Jagged:
     """Multi-hot ids of one batch, feature-major: a KeyedJaggedTensor in numpy.
 
-    Without ``offsets`` every bag holds one id.
+    Lists and torch tensors are made arrays, without a copy where a tensor is on the CPU. Without
+    ``offsets`` every bag holds one id.
     """
 
     keys: tuple[str, ...]
@@ -252,3 +254,113 @@ class Jagged:
     offsets: npt.NDArray[np.integer] | None = None  # (F * B + 1,), bag f * B + b
     # (num_lookups,) per-sample weights, by which rows are multiplied; None: 1
     weights: npt.NDArray[np.floating] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keys, tuple):
+            object.__setattr__(self, "keys", _names(self.keys))
+        for name, what, of_empty in _ARRAYS:
+            array = getattr(self, name)
+            if array is not None and not isinstance(array, np.ndarray):
+                object.__setattr__(self, name, as_array(what, array, of_empty=of_empty))
+
+    @classmethod
+    def from_dict(
+        cls, features: Mapping[str, Any], *, weights: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Makes a batch of each feature's bags.
+
+        Args:
+            features: For each feature a list with, for each sample, an id, a list of ids or None;
+                or an array or tensor of ids (B,) or (B, L); or a TorchRec JaggedTensor.
+            weights: Per-sample weights in the same form.
+
+        Raises:
+            DataError: A value is something else, or the features' numbers of samples differ.
+        """
+        return cls(**join(features, weights))
+
+    @classmethod
+    def from_lists(
+        cls, keys: Sequence[str], lists: Sequence[Any], *, weights: Sequence[Any] | None = None
+    ) -> Self:
+        """Makes a batch of the bags of each of `keys`, in their order; see `from_dict`.
+
+        Raises:
+            DataError: As there, or there are not as many lists as keys.
+        """
+        names = _names(keys)
+        for what, given in (("lists", lists), ("weights", weights)):
+            if given is not None and len(given) != len(names):
+                raise DataError(
+                    f"from_lists was given {len(given)} {what} for {len(names)} keys: give one "
+                    "for each"
+                )
+        return cls.from_dict(
+            dict(zip(names, lists, strict=True)),
+            weights=None if weights is None else dict(zip(names, weights, strict=True)),
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        keys: Sequence[str],
+        values: Any,
+        *,
+        lengths: Any = None,
+        offsets: Any = None,
+        weights: Any = None,
+    ) -> Self:
+        """Makes a batch of what TorchRec's ``KeyedJaggedTensor`` is made of.
+
+        Args:
+            keys: The features.
+            values: Ids, feature-major: (num_lookups,).
+            lengths: Of the bags (F * B,). Without it and `offsets` every bag holds one id.
+            offsets: Instead of `lengths`: (F * B + 1,).
+            weights: Per-sample weights (num_lookups,).
+
+        Raises:
+            DataError: They are no arrays, or both `lengths` and `offsets` are given, or the number
+                of bags is no multiple of the number of keys.
+        """
+        names, ids = _names(keys), as_array("a batch's ids", values)
+        if lengths is not None and offsets is not None:
+            raise DataError("from_tensors was given lengths and offsets: give one of them")
+        if lengths is not None:
+            lengths = as_array("a batch's lengths", lengths)
+            if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+                raise DataError(
+                    "a batch's lengths must be a 1-D array of integers, are "
+                    f"{lengths.ndim}-D {lengths.dtype}"
+                )
+            num_bags, offsets = len(lengths), offsets_of(lengths)
+        elif offsets is not None:
+            offsets = as_array("a batch's offsets", offsets)
+            num_bags = offsets.size - 1
+        else:
+            num_bags = ids.size
+        if not names or num_bags % len(names):
+            raise DataError(
+                f"from_tensors was given {num_bags:,} bags for {len(names)} keys: give each key as "
+                "many"
+            )
+        return cls(
+            keys=names,
+            values=ids,
+            batch_size=num_bags // len(names),
+            offsets=offsets,
+            weights=weights,
+        )
+
+
+_ARRAYS = (
+    ("values", "a batch's ids", np.int64),
+    ("offsets", "a batch's offsets", np.int64),
+    ("weights", "a batch's per-sample weights", np.float32),
+)
+
+
+def _names(keys: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(keys, str):
+        raise DataError(f"a batch's keys must be a list of feature names, are {keys!r}")
+    return tuple(keys)

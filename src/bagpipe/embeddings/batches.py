@@ -52,7 +52,7 @@ class Lookahead(Generic[BatchT]):
         self.oracle_bytes = 0
         """Bytes of the oracle's own state, without the batches in its window."""
         self._embeddings, self._prefetch_depth = embeddings, options.prefetch_depth
-        self._move = move
+        self._move, self._loader = move, batches
         self._submitted: deque[tuple[Planned[Any], MakeBatch]] = deque()
         self._plans_error: Exception | None = None
         self.has_failed_alike = False
@@ -82,6 +82,22 @@ class Lookahead(Generic[BatchT]):
     def waits(self) -> Waits:
         """Seconds that the training loop waited for plans, rows and slots, so far."""
         return self._executor.waits
+
+    def __len__(self) -> int:
+        """How many batches the loader has, those that were handed out included.
+
+        Raises:
+            TypeError: it has no length, as a generator has not.
+        """
+        try:
+            return len(self._loader)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise TypeError(
+                f"the loader, a {type(self._loader).__name__}, has no length: {error}"
+            ) from None
+
+    def __bool__(self) -> bool:
+        return True
 
     def __iter__(self) -> Iterator[BatchT]:
         return self

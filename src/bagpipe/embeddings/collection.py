@@ -29,19 +29,19 @@ from bagpipe.jagged import as_jagged, same_ids
 from bagpipe.native.fork import check_same_process
 from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Group, TableConfig
+from bagpipe.types import Group
 
 
 class EmbeddingBagCollection(StoredTables):
     """Pooled embeddings of several tables, with the optimizer fused into backward.
 
-    ``forward`` takes a batch's jagged ids (a KeyedJaggedTensor or `bagpipe.types.Jagged`) and
+    ``forward`` takes a batch's jagged ids (a KeyedJaggedTensor, a `bagpipe.Jagged` or a dict) and
     returns `PooledEmbeddings`.
     """
 
     def __init__(
         self,
-        tables: Sequence[TableConfig],
+        tables: Sequence[Any],
         *,
         optimizer: Optimizer,
         device: str | torch.device = "cpu",
@@ -52,7 +52,8 @@ class EmbeddingBagCollection(StoredTables):
         """Makes the stores of the tables.
 
         Args:
-            tables: tables of one dimension and data type share a group.
+            tables: each a `TableConfig` or TorchRec's `EmbeddingBagConfig`. Tables of one dimension
+                and data type share a group.
             optimizer: fused into backward.
             device: where rows are cached, looked up and updated.
             seed: from it rows are initialised on first use.

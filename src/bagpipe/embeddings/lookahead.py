@@ -12,7 +12,7 @@ What it returns is `bagpipe.embeddings.batches.Lookahead`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from bagpipe.embeddings.agreement import check_same_settings
 from bagpipe.embeddings.batches import Lookahead
@@ -28,6 +28,44 @@ from bagpipe.topology import ONE_TRAINER, Topology
 BatchT = TypeVar("BatchT")
 _MAX_THREADS = 256
 _MIN_REPLICAS = 4096
+
+
+class _Options(TypedDict, total=False):
+    """What does not change the type of the batches."""
+
+    cache: int | str | Sequence[int]
+    lookahead: int | Literal["auto"]
+    lookahead_memory: int | str
+    prefetch_depth: int
+    dedup_threads: int | None
+    check: bool
+    sparse: Callable[[Any], Any] | None
+    oracle: Literal["thread", "process"]
+    replicas: int | Sequence[int] | None
+    share: Callable[[Any, int, int], Any]
+    overlap: bool
+
+
+@overload
+def lookahead(
+    batches: Iterable[BatchT | Deferred[BatchT]],
+    embeddings: EmbeddingBagCollection,
+    *,
+    hand_out: None = None,
+    move: None = None,
+    **options: Unpack[_Options],
+) -> Lookahead[BatchT]: ...
+
+
+@overload
+def lookahead(
+    batches: Iterable[BatchT | Deferred[BatchT]],
+    embeddings: EmbeddingBagCollection,
+    *,
+    hand_out: Callable[[BatchT], Any] | None = None,
+    move: Move | None = None,
+    **options: Unpack[_Options],
+) -> Lookahead[Any]: ...
 
 
 def lookahead(

@@ -21,11 +21,12 @@ from bagpipe.embeddings.tables import (
     save_tables_together,
     warn_of_optimizer_state,
 )
+from bagpipe.embeddings.torchrec_configs import as_table
 from bagpipe.errors import UsageError
 from bagpipe.lookups import check_features
 from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Group, Jagged, TableConfig, group_tables
+from bagpipe.types import Group, Jagged, group_tables
 
 
 class StoredTables(nn.Module, ABC):
@@ -33,7 +34,7 @@ class StoredTables(nn.Module, ABC):
 
     def __init__(
         self,
-        tables: Sequence[TableConfig],
+        tables: Sequence[Any],
         *,
         optimizer: Optimizer,
         device: str | torch.device,
@@ -47,12 +48,26 @@ class StoredTables(nn.Module, ABC):
         """The other trainers, of whom there may be none."""
         store = store or partial(shared_store, self.peers)
         self._fetch = partial(fetch_from_homes, self.peers)
-        self.groups = group_tables(tables, optimizer)
+        self._configs = list(tables)
+        self.groups = group_tables([as_table(config) for config in self._configs], optimizer)
         self.stores = tuple(store(group, seed) for group in self.groups)
         self.num_homes = num_homes(self.peers, self.stores)
         """Among how many hosts the records are divided."""
         self.device = torch.device(device)
         self.seed = seed
+
+    def embedding_bag_configs(self) -> list[Any]:
+        """The tables' configurations as they were given, as TorchRec's collection has them."""
+        return list(self._configs)
+
+    def extra_repr(self) -> str:
+        """A line for each table, group by group, as `repr` of a module shows them."""
+        return "".join(
+            f"\n{table.name}: {table.num_embeddings:,} x {table.embedding_dim} {table.data_type}, "
+            f"{table.pooling} of {', '.join(table.feature_names)}; {group.optimizer}"
+            for group in self.groups
+            for table in group.tables
+        )[1:]
 
     @abstractmethod
     def flush(self) -> None:

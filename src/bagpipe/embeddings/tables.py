@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from bagpipe.cache.weights import TORCH_DTYPES, weights_in
+from bagpipe.embeddings.row_index import rows_asked_for
 from bagpipe.errors import OptimizerStateWarning, StoreError, UsageError
 from bagpipe.native.files import replaced
 from bagpipe.store.base import EmbeddingStore
@@ -31,8 +32,9 @@ _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 class LazyTable:
     """One table's weights, read from its store when asked for.
 
-    Its shape is (num_embeddings, embedding_dim), in the table's data type. Slicing gives tensors:
-    ``table[10:20]``. `state_dict` holds this, since the whole table may not fit in memory.
+    Its shape is (num_embeddings, embedding_dim), in the table's data type. Indexing gives tensors:
+    ``table[10:20]`` and ``table[[1, 2]]`` rows, ``table[3]`` one row. ``np.asarray(table)`` reads
+    all of it. `state_dict` holds this, since the whole table may not fit in memory.
     """
 
     def __init__(
@@ -64,11 +66,29 @@ class LazyTable:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        begin, end, step = rows.indices(len(self))
-        return self._weights(self._records(np.arange(begin, end, step))).clone(
-            memory_format=torch.contiguous_format
-        )
+    def __repr__(self) -> str:
+        return f"<table {self.name!r}: {self.shape[0]:,} x {self.shape[1]}, {self.dtype}>"
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        """One row (D,) of a number; rows (n, D) of a slice, or of numbers or truth values (n,).
+
+        Raises:
+            IndexError: the table has no such row, or `rows` is something else.
+        """
+        ids = rows_asked_for(rows, self.name, len(self))
+        weights = self._weights(self._records(np.atleast_1d(ids)))
+        return (weights if ids.ndim else weights[0]).clone(memory_format=torch.contiguous_format)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (row for block in self.blocks() for row in block)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """The whole table; bfloat16, which numpy has not, as float32."""
+        if copy is False:
+            raise ValueError(f"table {self.name!r} lies in a store: an array of it is a copy")
+        weights = self[:]
+        array = (weights.float() if weights.dtype == torch.bfloat16 else weights).numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def blocks(self, block_rows: int = _BLOCK_ROWS) -> Iterator[Tensor]:
         """The table from top to bottom in blocks of at most `block_rows` rows."""
