@@ -139,7 +139,7 @@ def test_too_few_ids_without_offsets_are_refused() -> None:
         (np.array([True, False]), "1-D bool"),
         (np.array([[1], [2]]), "2-D int64"),
         (np.array([1, 2], dtype=">i8"), "1-D >i8"),
-        ([1, 2], "list"),
+        ([1.5, 2.0], "1-D float64"),
     ],
 )
 def test_ids_that_are_no_integers_are_refused(values: np.ndarray, found: str) -> None:
