@@ -69,6 +69,12 @@ class Fault:
     stops: bool = False
     """Whether it is stopped, and goes on once it has been replaced, rather than killed."""
 
+    def __str__(self) -> str:
+        return (
+            f"{' and '.join(self.victims)} {'stopped' if self.stops else 'killed'} "
+            f"{self.delay_s:.2f} s after step {self.at_step}"
+        )
+
 
 def random_faults(seed: int) -> list[Fault]:
     """One or two faults; two victims at a time in every fifth case."""
@@ -231,20 +237,41 @@ def assert_ends_as_undisturbed(folder: Path, faults: list[Fault], undisturbed: P
     return run.hits
 
 
-def main(seeds: list[int]) -> None:
+def train_undisturbed(folder: Path) -> None:
+    """A whole run in `folder`; nothing of it is left, also where this is interrupted."""
+    run = Run(folder)
+    try:
+        run.finish([])
+    finally:
+        run.kill()
+
+
+def main(seeds: list[int]) -> int:
+    """Tries all cases, and tells of each as a row of a table.
+
+    Returns:
+        How many did not end as they should.
+    """
+    num_failed = 0
     with tempfile.TemporaryDirectory() as name:
         undisturbed = Path(name) / "undisturbed"
         undisturbed.mkdir()
-        Run(undisturbed).finish([])
+        train_undisturbed(undisturbed)
         for seed in seeds:
             folder, faults = Path(name) / str(seed), random_faults(seed)
             folder.mkdir()
             started = time.monotonic()
-            hits = assert_ends_as_undisturbed(folder, faults, undisturbed)
+            try:
+                hits = ", ".join(assert_ends_as_undisturbed(folder, faults, undisturbed))
+            except AssertionError as error:
+                num_failed, hits = num_failed + 1, f"FAILED: {error}"
             elapsed_s = time.monotonic() - started
-            sys.stdout.write(f"{seed}: {faults}: {hits}: as undisturbed after {elapsed_s:.0f} s\n")
+            what = "; ".join(map(str, faults))
+            sys.stdout.write(f"| {seed} | {what} | {hits} | {elapsed_s:.0f} |\n")
             sys.stdout.flush()
+    return num_failed
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]] or list(range(60)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended
+    sys.exit(main([int(seed) for seed in sys.argv[1:]] or list(range(60))))

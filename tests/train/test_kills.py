@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
-from tests.train.kills import Fault, Run, assert_ends_as_undisturbed, random_faults
+from tests.train.kills import (
+    Fault,
+    Run,
+    assert_ends_as_undisturbed,
+    random_faults,
+    train_undisturbed,
+)
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -13,7 +20,7 @@ pytestmark = pytest.mark.timeout(400)
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    Run(folder).finish([])
+    train_undisturbed(folder)
     return folder
 
 
@@ -21,6 +28,29 @@ def test_a_trainer_and_the_server_are_killed_at_once(tmp_path: Path, undisturbed
     fault = Fault(victims=("rank 1", "server"), at_step=80)
     hits = assert_ends_as_undisturbed(tmp_path, [fault], undisturbed)
     assert hits == ["rank 1", "server"]
+
+
+def test_an_undisturbed_run_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[subprocess.Popen[bytes]] = []
+
+    def launch(_: Run) -> subprocess.Popen[bytes]:
+        launched.append(subprocess.Popen(["sleep", "600"]))
+        return launched[0]
+
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_launch", launch)
+    monkeypatch.setattr(Run, "_await", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_undisturbed(tmp_path)
+    (launcher,) = launched
+    is_left = launcher.poll() is None
+    launcher.kill()
+    launcher.wait()
+    assert not is_left
 
 
 @pytest.mark.soak
