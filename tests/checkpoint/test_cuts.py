@@ -354,7 +354,7 @@ def test_a_full_disk_on_one_server_leaves_the_rows_to_the_next_cut(
     for fact in (
         "epochs/1/cuts/2/group-1.shard-1-of-3.cut-1.2.arrow: the records of group 1 (dim 4), shard "
         "1 of 3, can't be written: No space left on device",
-        "The run goes on, and the next checkpoint has these rows: make room",
+        "The run goes on, and the next checkpoint has these rows. Make room",
     ):
         assert fact in str(caught.value)
     assert list(run.folder.cuts.iterdir()) == []
@@ -422,7 +422,9 @@ def test_a_server_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
     run.start(make_servers(1))
     run.write(range(20))
     write = run.servers[0].cut(1, 1)
-    message = r"nowhere/group-0.*shard 0 of 1, can't be written: No such file .* server can write"
+    message = (
+        r"nowhere/group-0.*shard 0 of 1, can't be written: No such file .* folder is there, and"
+    )
     with pytest.raises(CheckpointError, match=message):
         write(tmp_path / "nowhere")
 

@@ -16,7 +16,7 @@ from bagpipe.errors import CheckpointError
 def test_numbers_grow_and_say_who_claimed_them(tmp_path: Path) -> None:
     assert [claim_epoch(tmp_path).epoch for _ in range(3)] == [1, 2, 3]
     claim = json.loads((tmp_path / "epochs" / "2" / "claim.json").read_text())
-    assert set(claim) == {"host", "pid", "time_s"}
+    assert set(claim) == {"run", "host", "pid", "time_s"}
 
 
 def test_a_number_is_not_used_again_when_its_cuts_are_gone(tmp_path: Path) -> None:
@@ -82,6 +82,32 @@ def test_starts_at_one_time_get_numbers_of_their_own_and_the_newest_is_left(
     assert sorted(each.epoch for each in epochs) == list(range(1, 9))
     newest = max(epochs, key=lambda each: each.epoch)
     assert [each for each in epochs if each.cuts.is_dir()] == [newest]
+
+
+def test_a_run_keeps_its_name_when_its_oldest_epochs_are_removed(tmp_path: Path) -> None:
+    name = claim_epoch(tmp_path).identity
+    assert name.startswith(f"{tmp_path.name}-")
+    claim_epoch(tmp_path)
+    shutil.rmtree(tmp_path / "epochs" / "1")
+    third = claim_epoch(tmp_path)
+    assert (third.epoch, third.identity) == (3, name)
+    (tmp_path / "epochs" / "2" / "claim.json").write_text("[]")
+    assert third.identity == name
+    assert claim_epoch(tmp_path / "other").identity != name
+
+
+def test_what_is_no_epoch_is_left_alone(tmp_path: Path) -> None:
+    epochs = tmp_path / "epochs"
+    strange = [epochs / "notes" / "ended", epochs / "007" / "ended", epochs / "\u0663"]
+    for path in strange:
+        path.mkdir(parents=True)
+    (epochs / "4").write_text("a file")
+    (epochs / ("9" * 30)).mkdir()
+    assert claim_epoch(tmp_path).epoch == 5
+    run = claim_epoch(tmp_path)
+    assert run.epoch == 6
+    assert run.identity.startswith(f"{tmp_path.name}-")
+    assert all(path.is_dir() for path in strange)
 
 
 def test_a_folder_that_cant_be_written_is_named(tmp_path: Path) -> None:

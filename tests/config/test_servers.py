@@ -54,6 +54,7 @@ def test_addresses_count_the_shards(tmp_path: Path) -> None:
         ('tls = {root = "x", key = "y"}', "certificate and key belong together"),
         ('tls = {root = "x", mutual = true}', "mutual = true needs certificate and key"),
         ("timeout_s = 0", "servers.timeout_s = 0: input should be greater than 0"),
+        ("begin_timeout_s = -1", "servers.begin_timeout_s = -1: input should be greater than 0"),
         ("start_timeout_s = 1e9", "servers.start_timeout_s = 1000000000.0: input should be less"),
         ("shards = 3", "servers.shards: unknown key in [servers]"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -17,7 +18,7 @@ from tests.disks import ForgetfulDisk, files_of_at_most
 
 from bagpipe.cli.common import save_json
 from bagpipe.errors import ConfigError, StoreError
-from bagpipe.native.files import replaced
+from bagpipe.native.files import remedy, replaced
 from bagpipe.plots import save_figure
 
 
@@ -53,6 +54,18 @@ def test_a_full_disk_leaves_the_older_file_alone(
     assert os.listdir(tmp_path) == [name]
     assert f"{path}: can't be written: File too large; the file that was there" in str(caught.value)
     assert "Make room, or give another path" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (errno.ENOSPC, "Make room"),
+        (errno.EROFS, "Let the user of this process write there"),
+        (errno.EIO, "See to its file system"),
+    ],
+)
+def test_what_to_do_follows_from_what_failed(number: int, what: str) -> None:
+    assert remedy(OSError(number, "")) == what
 
 
 @pytest.mark.parametrize("name", ["nowhere/a.png", ".", "file/a.png"])

@@ -470,7 +470,7 @@ def test_a_full_disk_leaves_the_rows_to_the_next_cut(tmp_path: Path, in_a_file: 
     for fact in (
         f"{tmp_path}/a.arrow: the records of group 2 (dim 6), shard 0 of 1, can't be written: "
         "File too large",
-        "the next checkpoint has these rows: make room",
+        "the next checkpoint has these rows. Make room",
     ):
         assert fact in str(caught.value)
     assert not (tmp_path / "a.arrow").exists()

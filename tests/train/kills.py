@@ -157,6 +157,7 @@ class Run:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._launcher.wait()
+        self._out.close()
 
     def orphans(self) -> list[int]:
         """Processes of this run that are still there some seconds after its end."""

@@ -121,6 +121,44 @@ def test_a_server_that_stands_still_holds_a_cut_up_no_longer_than_a_request(
     assert elapsed_s < SOON_S
 
 
+def test_a_server_that_stands_still_is_not_waited_for_when_a_cut_is_abandoned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    goes_on, is_reached = threading.Event(), threading.Event()
+
+    def stand_still(*_: object) -> None:
+        is_reached.set()
+        goes_on.wait(TIMEOUT_S)
+
+    monkeypatch.setattr(Shard, "abandon", stand_still)
+    with closing(Servers([make_group()], SEED, 2, timeout_s=0.2)) as servers:
+        servers.start()
+        servers.control.abandon(1)
+        assert is_reached.wait(SOON_S)
+        goes_on.set()
+
+
+def test_a_server_that_loads_for_too_long_names_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+
+    def stand_still(*_: object, **__: object) -> None:
+        goes_on.wait(TIMEOUT_S)
+        raise StoreError("of a test")
+
+    with servers_of(small_config(tmp_path), 1) as (address,):
+        monkeypatch.setattr(Shard, "begin", stand_still)
+        config = small_config(tmp_path, servers={"addresses": [address], "begin_timeout_s": 0.2})
+        with pytest.raises(StoreError) as caught:
+            train(config, reporter=SilentReporter())
+        goes_on.set()
+    assert (
+        f"shard server 0 of 1 at {address} failed in call begin of epoch 1: it has not answered "
+        "for 0.2 s, which servers.begin_timeout_s allows; set that higher if it is still at work"
+    ) in str(caught.value)
+
+
 def test_a_cut_that_ends_while_it_is_asked_which_have_is_not_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.soon import wait_until
+from tests.train.ranks import run_ranks
 from tests.train.runs import Listener, newest_files, small_config
 
 from bagpipe.checkpoint.checkpoints import open_checkpoint
 from bagpipe.checkpoint.files import CheckpointWriter, list_checkpoints
 from bagpipe.config.run import RunConfig
-from bagpipe.errors import BagpipeError
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.errors import BagpipeError, ConfigError
 from bagpipe.server.shard import Shard
 from bagpipe.server.start import running_shard
 from bagpipe.store.record_files import read_records
 from bagpipe.train.report import SilentReporter
+from bagpipe.train.settings import check_same_run, describe_start
 from bagpipe.train.trainer import train
 
 
@@ -114,10 +118,16 @@ def test_a_cut_that_is_not_put_in_place_is_abandoned_and_the_next_has_its_rows(
 
     monkeypatch.setattr(Shard, "abandon", note)
     monkeypatch.setattr(CheckpointWriter, "_put_in_place", put)
-    config, listener = small_config(tmp_path), Listener()
+
+    class Waits(Listener):
+        def say(self, text: str) -> None:
+            super().say(text)
+            if "No space left on device" in text:
+                wait_until(lambda: sorted(abandoned) == [(0, 1), (1, 1)])
+
+    config, listener = small_config(tmp_path), Waits()
     with servers_of(config, 2) as addresses:
         train(over(addresses, tmp_path, checkpoint={"every_steps": 5}), reporter=listener)
-    assert sorted(abandoned) == [(0, 1), (1, 1)]
     assert any("No space left on device" in text for text in listener.said)
     assert_same(tmp_path, undisturbed)
 
@@ -183,3 +193,19 @@ def test_servers_may_see_the_runs_folder_elsewhere(
                 over(addresses, own, train={"steps": steps}), reporter=SilentReporter(), resume=True
             )
     assert_same(own, undisturbed)
+
+
+def test_ranks_must_speak_to_the_same_servers_and_have_own_secrets(tmp_path: Path) -> None:
+    def work(communicator: Communicator) -> None:
+        def check(**servers: object) -> None:
+            check_same_run(communicator, describe_start(small_config(tmp_path, servers=servers)))
+
+        rank = communicator.rank
+        check(token_file=f"/host-{rank}/token", timeout_s=9)
+        for name, value in (("addresses", [f"a:{rank + 1}"]), ("timeout_s", rank + 1.0)):
+            with pytest.raises(
+                ConfigError, match=rf"servers\.{name} is .* on rank 0 and .* rank 1"
+            ):
+                check(**{name: value})
+
+    run_ranks(2, work)

@@ -1,7 +1,7 @@
 """Epochs in a run's folder: each start of all trainers claims a number, and ends all older ones.
 
     epochs/
-      7/claim.json     who claimed it, when; the folder stays, so that no number is used twice
+      7/claim.json     who claimed it, when, of which run; stays, so that no number is used twice
       7/ended/         what was `cuts`: renamed away by a later epoch
       8/claim.json
       8/cuts/          the only place in which epoch 8 writes what is to become a checkpoint
@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -26,10 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagpipe.errors import CheckpointError
-from bagpipe.native.files import make_folder, sync_folder
+from bagpipe.native.files import make_folder, remedy, sync_folder
 
 _CLAIM, _CUTS, _ENDED = "claim.json", "cuts", "ended"
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,8 @@ class RunFolder:
 
     @property
     def identity(self) -> str:
-        """Tells this run from others, whatever their folders are called; see the first claim."""
-        return (self.path / "epochs" / "1" / _CLAIM).read_text()
+        """Tells this run from others, whatever their folders are called."""
+        return _run_of(self.path / "epochs") or ""
 
     def take_away(self, checkpoint: Path) -> Path:
         """Renames a checkpoint out of the way, so that nobody finds a half removed one.
@@ -84,7 +86,7 @@ def claim_epoch(path: Path, say: Callable[[str], None] = lambda _: None) -> RunF
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or epochs}: a start of the run can't be noted there: "
-            f"{error.strerror or error}. Make room, or give another log.folder"
+            f"{error.strerror or error}. {remedy(error)}, or give another log.folder"
         ) from error
     return RunFolder(path=path, epoch=number)
 
@@ -93,13 +95,19 @@ def _claim(epochs: Path) -> int:
     """Puts a folder in place whole, under the lowest number above all that are there."""
     claimed = epochs / f".new-{secrets.token_hex(8)}"
     (claimed / _CUTS).mkdir(parents=True)
-    claim = {"host": socket.gethostname(), "pid": os.getpid(), "time_s": time.time()}
+    run = _run_of(epochs) or f"{epochs.resolve().parent.name[:100]}-{secrets.token_hex(8)}"
+    claim = {
+        "run": run,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time_s": time.time(),
+    }
     with (claimed / _CLAIM).open("w") as file:
         json.dump(claim, file)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(claimed)
-    number = max(_numbers(epochs), default=0)
+    number = max(_numbers(epochs), default=0)  # also of what is no epoch's
     while True:
         number += 1
         try:
@@ -114,20 +122,21 @@ def _claim(epochs: Path) -> int:
 
 def _end_before(epochs: Path, number: int, say: Callable[[str], None]) -> None:
     """Takes all older epochs their folder of cuts, durably, then removes what was in there."""
-    for older in sorted(_numbers(epochs)):
+    for older in _numbers(epochs):
         if older >= number:
             break
         folder = epochs / str(older)
         try:
             (folder / _CUTS).rename(folder / _ENDED)
-        except FileNotFoundError:
-            continue  # ended before
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # ended before, or no epoch's
         sync_folder(folder)
-    for left in epochs.glob(f"*/{_ENDED}"):
+    for each in _numbers(epochs):
+        left = epochs / str(each) / _ENDED
         try:
             shutil.rmtree(left)
-        except FileNotFoundError:
-            pass  # another start removes it, too
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # removed before, or no epoch's
         except OSError as error:
             say(
                 f"{left}: is no longer needed, but can't be removed: {error.strerror or error}; "
@@ -136,4 +145,15 @@ def _end_before(epochs: Path, number: int, say: Callable[[str], None]) -> None:
 
 
 def _numbers(epochs: Path) -> list[int]:
-    return [int(path.name) for path in epochs.iterdir() if path.name.isdecimal()]
+    """Those that are taken, ascending; what else is there is left alone."""
+    return sorted(int(path.name) for path in epochs.iterdir() if _NUMBER.fullmatch(path.name))
+
+
+def _run_of(epochs: Path) -> str | None:
+    """The name of the run, which its oldest claim that is left tells; None: there is none."""
+    for number in _numbers(epochs):
+        try:
+            return str(json.loads((epochs / str(number) / _CLAIM).read_text())["run"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # removed by hand, or no claim
+    return None

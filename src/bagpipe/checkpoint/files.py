@@ -38,7 +38,7 @@ from typing import Any, Self
 
 from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.errors import CheckpointError, StoreError
-from bagpipe.native.files import make_folder, sync_folder
+from bagpipe.native.files import make_folder, remedy, sync_folder
 from bagpipe.store.manifest import FORMAT, MANIFEST, checksum_of
 from bagpipe.store.record_files import HashingFile, RecordFile, new_file, write_records
 from bagpipe.types import Float32Array, Int64Array
@@ -181,11 +181,21 @@ class CheckpointFiles:
                 os.link(old, new)
             except OSError as error:
                 if error.errno not in _NO_LINKS:
+                    self._check_linked(old, error)
                     raise
                 shutil.copyfile(old, new)
                 with new.open("rb") as copy:
                     os.fsync(copy.fileno())
         self.add(file)
+
+    def _check_linked(self, old: Path, error: OSError) -> None:
+        """Raises CheckpointError where a file to be linked is gone."""
+        if self.folder.is_dir() and not old.exists():
+            raise CheckpointError(
+                f"{self.path}: can't be written, since {old}, which it shares with the checkpoint "
+                "before, is gone; the next checkpoint has all rows. Remove no files of the newest "
+                "checkpoint while a run goes on"
+            ) from error
 
     @contextmanager
     def _open(self, name: str) -> Iterator[HashingFile]:
@@ -209,8 +219,7 @@ class CheckpointFiles:
                 ) from error
             raise CheckpointError(
                 f"{self.path}: can't be written: {error.strerror or error}; earlier checkpoints "
-                "are as they were. "
-                "Make room or give another log.folder"
+                f"are as they were. {remedy(error)}, or give another log.folder"
             ) from error
 
 

@@ -81,6 +81,9 @@ class ServersConfig(Section):
     """How long trainers wait at their start for servers to answer."""
     timeout_s: Seconds = 300.0
     """How long a request may take, with the wait for other ranks' writes."""
+    begin_timeout_s: Seconds = 1200.0
+    """How long a server may take to load its rows of a checkpoint, or to write those of one. It may
+    load 100 GB at 100 MB/s, and other ranks wait no longer than half an hour for it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

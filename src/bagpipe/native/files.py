@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import ENOTDIR
 from pathlib import Path
 
 from bagpipe.errors import BagpipeError, ConfigError
@@ -58,7 +58,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except FileExistsError as error:
-        raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR), str(folder)) from error
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
     sync_folder(folder.parent)
 
 
@@ -90,6 +90,17 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def remedy(error: OSError) -> str:
+    """What to do about an operating system's error of a file that is written, as a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Make room"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Let the user of this process write there"
+    if error.errno == errno.ENOENT:
+        return "See that its folder is there, and seen from this host"
+    return "See to its file system"
+
+
 def _refusal(path: Path, error: OSError, needs_bytes: int | None) -> str:
     """The message of an operating system's error."""
     text = f"{path}: can't be written: {error.strerror or error}"
@@ -98,4 +109,4 @@ def _refusal(path: Path, error: OSError, needs_bytes: int | None) -> str:
             f" ({needs_bytes:,} bytes are needed, {shutil.disk_usage(path.parent).free:,} are free)"
         )
     kept = "; the file that was there is as it was" if path.is_file() else ""
-    return f"{text}{kept}. Make room, or give another path"
+    return f"{text}{kept}. {remedy(error)}, or give another path"

@@ -31,8 +31,11 @@ TIMEOUT_S = 900.0
 """How long a server may owe an answer, by default: longer than it waits for marks."""
 START_TIMEOUT_S = 60.0
 """How long a server may take to say who it is, by default."""
-BEGIN_TIMEOUT_S = 3600.0
+BEGIN_TIMEOUT_S = 1200.0
 """How long a server may take to load a checkpoint, or to write a cut, by default."""
+
+_LIMITS = {"identify": "start_timeout_s", "begin": "begin_timeout_s", "cut": "begin_timeout_s"}
+"""By kind of call what limits it, as `[servers]` names it; all others `timeout_s` does."""
 
 Answer = TypeVar("Answer", bound=calls.Message)
 Result = TypeVar("Result")
@@ -110,7 +113,7 @@ class ServerControl:
         if checkpoint is not None:
             checkpoint = replace(checkpoint, folder=self._within(checkpoint.folder))
         call = calls.Begin(epoch=epoch, num_ranks=num_ranks, checkpoint=checkpoint, run=run)
-        begun = self._call_all("begin", call, calls.Begun, self.begin_timeout_s)
+        begun = self._call_all("begin", call, calls.Begun)
         return tuple(each.instance for each in begun)
 
     def cut(
@@ -137,7 +140,7 @@ class ServerControl:
         )
 
         def take(shard: int) -> Any:
-            answers = self._answers(shard, "cut", call, self.begin_timeout_s)
+            answers = self._answers(shard, "cut", call)
             self._next(shard, answers, "cut", calls.Taken)
             return answers
 
@@ -161,17 +164,18 @@ class ServerControl:
             StoreError: A server did not take it; nothing is lost by that either.
         """
         call = calls.End(epoch=self._epoch(), number=number)
-        ended = self._call_all("committed", call, calls.Ended, self.timeout_s)
+        ended = self._call_all("committed", call, calls.Ended)
         return all(each.was_in_hand for each in ended)
 
     def abandon(self, number: int) -> None:
         """The cut has failed, see `Shard.abandon`; rank 0 alone calls it.
 
-        Raises:
-            StoreError: A server did not take it; the next cut abandons this one.
+        No answer is waited for, since a server that stands still may be why the cut has failed. The
+        next cut abandons this one, too.
         """
         call = calls.End(epoch=self._epoch(), number=number)
-        self._call_all("abandon", call, calls.Ended, self.timeout_s)
+        for shard in range(self.num_shards):
+            _in_background(partial(self._call, shard, "abandon", call, calls.Ended))
 
     def clear(self, instances: Sequence[str], group: int) -> None:
         """Forgets the records of a group on all servers, see `Shard.clear`.
@@ -186,7 +190,6 @@ class ServerControl:
                 "clear",
                 calls.Clear(epoch=epoch, instance=instances[shard], group=group),
                 calls.Ended,
-                self.timeout_s,
             )
         )
 
@@ -216,7 +219,7 @@ class ServerControl:
         return self.epoch
 
     def _identify(self, shard: int) -> str:
-        found = self._call(shard, "identify", calls.Ask(), calls.Identity, self.start_timeout_s)
+        found = self._call(shard, "identify", calls.Ask(), calls.Identity)
         wanted = {
             "version": wire.VERSION,
             "num_shards": self.num_shards,
@@ -241,22 +244,20 @@ class ServerControl:
         late = wait(asked, timeout_s).not_done
         for shard, each in enumerate(asked):
             if each in late:
-                error = StoreError(f"it has not answered for {timeout_s:g} s")
+                error = StoreError(
+                    f"it has not answered for {timeout_s:g} s, which servers.timeout_s allows"
+                )
                 raise self.failed(shard, f"in epoch {self.epoch}", error)
         return [each.result() for each in asked]
 
-    def _call_all(
-        self, kind: str, call: calls.Message, form: type[Answer], timeout_s: float
-    ) -> list[Answer]:
-        return self._on_all(lambda shard: self._call(shard, kind, call, form, timeout_s))
+    def _call_all(self, kind: str, call: calls.Message, form: type[Answer]) -> list[Answer]:
+        return self._on_all(lambda shard: self._call(shard, kind, call, form))
 
-    def _call(
-        self, shard: int, kind: str, call: calls.Message, form: type[Answer], timeout_s: float
-    ) -> Answer:
-        return self._next(shard, self._answers(shard, kind, call, timeout_s), kind, form)
+    def _call(self, shard: int, kind: str, call: calls.Message, form: type[Answer]) -> Answer:
+        return self._next(shard, self._answers(shard, kind, call), kind, form)
 
-    def _answers(self, shard: int, kind: str, call: calls.Message, timeout_s: float) -> Any:
-        options = flight.FlightCallOptions(timeout=timeout_s)
+    def _answers(self, shard: int, kind: str, call: calls.Message) -> Any:
+        options = flight.FlightCallOptions(timeout=self._limit(kind)[1])
         with self._told(shard, kind):
             return self.clients[shard].do_action(flight.Action(kind, call.encode()), options)
 
@@ -267,15 +268,30 @@ class ServerControl:
                 raise StoreError("it has ended the call without an answer")
             return form.model_validate_json(found.body.to_pybytes())
 
+    def _limit(self, kind: str) -> tuple[str, float]:
+        """The setting that limits a call, and the seconds that it allows."""
+        name = _LIMITS.get(kind, "timeout_s")
+        return name, getattr(self, name)
+
     @contextmanager
     def _told(self, shard: int, kind: str) -> Iterator[None]:
         try:
             yield
+        except flight.FlightTimedOutError as error:
+            name, seconds = self._limit(kind)
+            late = StoreError(
+                f"it has not answered for {seconds:g} s, which servers.{name} allows; "
+                "set that higher if it is still at work"
+            )
+            raise self._failed_call(shard, kind, late) from error
         except (StoreError, flight.FlightError, pa.ArrowException, ValidationError) as error:
-            epoch = "" if self.epoch is None else f" of epoch {self.epoch}"
-            is_of_cut = kind in ("cut", "committed", "abandon")
-            then = "wait for the next checkpoint" if is_of_cut else "start all trainers again"
-            raise self.failed(shard, f"in call {kind}{epoch}", error, then) from error
+            raise self._failed_call(shard, kind, error) from error
+
+    def _failed_call(self, shard: int, kind: str, error: Exception) -> StoreError:
+        epoch = "" if self.epoch is None else f" of epoch {self.epoch}"
+        is_of_cut = kind in ("cut", "committed", "abandon")
+        then = "wait for the next checkpoint" if is_of_cut else "start all trainers again"
+        return self.failed(shard, f"in call {kind}{epoch}", error, then)
 
 
 def _in_background(work: Callable[[], Result]) -> Future[Result]:

@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 
 from bagpipe.errors import CheckpointError, StoreError
+from bagpipe.native.files import remedy
 from bagpipe.native.gate import Gate
 from bagpipe.store.array import TOUCHED, ArrayStore
 from bagpipe.store.base import NO_STEPS, Steps
@@ -224,8 +225,7 @@ class CutStore:
                 raise CheckpointError(
                     f"{path}: the records of {self.group.name}, shard {self.shard} of "
                     f"{self.num_shards}, can't be written: {error.strerror or error}. The run goes "
-                    "on, and the next checkpoint has these rows: make room, or see to it that this "
-                    "server can write there"
+                    f"on, and the next checkpoint has these rows. {remedy(error)}"
                 ) from error
             raise
         cut.file = RecordFile(

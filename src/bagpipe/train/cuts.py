@@ -55,7 +55,7 @@ class CutServers(Protocol):
         """The cut is a checkpoint."""
 
     def abandon(self, number: int) -> None:
-        """The cut has failed."""
+        """The cut has failed; no server is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +191,7 @@ class Cuts:
 
     def _abandon_after(self, number: int, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            with suppress(BagpipeError):  # the next cut abandons it, too
-                self._servers.abandon(number)
+            self._servers.abandon(number)
 
     def _note(self, taken: _Taken, error: Exception | None = None) -> None:
         elapsed_s = time.perf_counter() - taken.started

@@ -72,6 +72,7 @@ def joined_servers(
         credentials,
         timeout_s=where.timeout_s,
         start_timeout_s=where.start_timeout_s,
+        begin_timeout_s=where.begin_timeout_s,
     )
     with closing(control):
 

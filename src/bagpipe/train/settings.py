@@ -14,7 +14,18 @@ from bagpipe.data.manifest import PreparedManifest
 from bagpipe.distributed.alone import Peers
 from bagpipe.errors import ConfigError
 
-_MAY_DIFFER = ("log.folder", "data.folder", "prepare", "embeddings.store", "cache.threads")
+_MAY_DIFFER = (
+    "log.folder",
+    "data.folder",
+    "prepare",
+    "embeddings.store",
+    "cache.threads",
+    "servers.token_file",
+    "servers.token_variable",
+    "servers.tls.root",
+    "servers.tls.certificate",
+    "servers.tls.key",
+)
 """Keys of a run's configuration that belong to a host, so that each may have its own."""
 
 
@@ -24,7 +35,7 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
     It includes what the configuration leaves to the model. For prepared data it has a hash of the
     training split, so that another split is noticed wherever the folder lies.
     """
-    # where the tables are decides no number
+    # where the tables are decides no number: other servers, or none, may go on with a run
     settings = config.model_dump(mode="json", exclude={"servers"})
     if (init := config.table_init) is not None:
         settings["embeddings"]["init"] = init.model_dump(mode="json")
@@ -34,6 +45,11 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
         checksums = "".join(file.checksum for file in files).encode()
         settings["data"]["content"] = xxhash.xxh3_128(checksums).hexdigest()
     return settings
+
+
+def describe_start(config: RunConfig) -> dict[str, Any]:
+    """As `describe_run`, with what all ranks of a start must have alike beside that."""
+    return describe_run(config) | config.model_dump(mode="json", include={"servers"})
 
 
 def check_same_run(peers: Peers, settings: Mapping[str, Any]) -> None:

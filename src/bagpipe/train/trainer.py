@@ -35,7 +35,7 @@ from bagpipe.train.loop import Loop, Result
 from bagpipe.train.report import Reporter
 from bagpipe.train.saving import Saving
 from bagpipe.train.servers import joined_servers
-from bagpipe.train.settings import check_same_run, describe_run
+from bagpipe.train.settings import check_same_run, describe_run, describe_start
 from bagpipe.train.trace import StepProfiler, TraceOptions
 
 
@@ -79,7 +79,7 @@ def train(
         )
         device = choose_device(config.train.device, peers)
         own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
-        check_same_run(peers, {**describe_run(config), **own})
+        check_same_run(peers, {**describe_start(config), **own})
         ready = (lambda: None) if peers.has_others else stack.enter_context(compiled_ahead())
         saved = _choose(config, folder.checkpoints, reporter, trainers) if resume else None
         if saved is None and not overwrite:
