@@ -42,7 +42,7 @@ def test_a_minimal_file_is_enough(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("size", ["2%", "0.3%", "4GiB"])
+@pytest.mark.parametrize("size", ["2%", "0.3%", "4GiB", "4GB", "1.5KB"])
 def test_a_value_that_is_not_toml_is_a_string(tmp_path: Path, size: str) -> None:
     folder = "log.folder=/tmp/a run, and (another)"
     config = load_config(RunConfig, write(tmp_path, MINIMAL), [f"cache.size={size}", folder])
@@ -53,6 +53,7 @@ def test_overrides_are_toml_or_one_word(tmp_path: Path) -> None:
     overrides = [
         "train.batch_size=7",
         "cache.size=4GiB",
+        "cache.lookahead_memory=2GB",
         "model.bottom=[8, 16]",
         "embeddings.embedding_dim = 16",
         'embeddings.optimizer={kind="adam", lr=0.5}',

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -180,9 +181,12 @@ def test_a_bad_id_and_a_cache_too_small_are_raised_as_they_are() -> None:
         *batches(2),
         Batch(sparse=Jagged(keys=("f",), values=np.array([1000]), batch_size=1), number=2),
     ]
-    with pytest.raises(DataError, match="step 2: feature 'f': id 1000"):
+    with pytest.raises(DataError, match="step 2: feature 'f': id 1000") as caught:
         train(embeddings, bagpipe.lookahead(bad, embeddings))
     assert embeddings.step == 2
+    told = "".join(traceback.format_exception(caught.value))  # as a script that fails prints it
+    assert told.count("Traceback") == 1
+    assert len(told.splitlines()) < 10
     assert len(touched_rows(embeddings.stores[0])) > 16  # what was trained before is kept
     with pytest.raises(CacheTooSmallError, match="its cache has 3 slots"):
         train(embeddings, bagpipe.lookahead(batches(3), embeddings, cache=3))

@@ -32,10 +32,8 @@ from bagpipe.types import DataType, Initializer, Normal, Pooling, Uniform
 
 V = TypeVar("V")
 Rows: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
-MemorySize: TypeAlias = Annotated[
-    str, Field(pattern=r"^[0-9]{1,15}(\.[0-9]{1,15})?(B|KiB|MiB|GiB|TiB)$")
-]
-"""For example "4GiB"."""
+MemorySize: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,15}(\.[0-9]{1,15})?([KMGT]i?)?B$")]
+"""For example "4GiB" or "4GB"."""
 RowShare: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,3}(\.[0-9]{1,15})?%$")]
 """For example "2%"."""
 Beta: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]

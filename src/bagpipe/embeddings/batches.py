@@ -21,7 +21,7 @@ from bagpipe.distributed.lockstep import plan_act
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.move import MakeBatch, Move, take_apart
 from bagpipe.embeddings.oracle_process import start_oracle
-from bagpipe.errors import BackgroundError, LostError, UsageError
+from bagpipe.errors import BackgroundError, ConfigError, DataError, LostError, UsageError
 from bagpipe.feed.source import PLANS_AHEAD, PlanSource, ProcessSource, ThreadSource
 from bagpipe.feed.stream import BatchAdapter, Planned, StreamOptions
 from bagpipe.native.fork import check_same_process
@@ -120,6 +120,9 @@ class Lookahead(Generic[BatchT]):
             if not isinstance(error, StopIteration):
                 self._give_up(error)
             self._turn.release()
+            if isinstance(error, ConfigError | DataError):
+                # The message says all. The frames and causes of our threads would hide it.
+                raise error.with_traceback(None) from None
             raise
         self._turn.release()
         return batch
