@@ -82,7 +82,7 @@ class RealShard:
 
     def check(self, header: Header) -> None:
         with refusals():
-            self._shard._check_header(on_wire(header))
+            self._shard.serving.check_header(on_wire(header))
 
     def claim_writes(self, header: Header) -> None:
         with refusals():
@@ -98,7 +98,7 @@ class RealShard:
 
     def is_met(self, header: Header) -> bool:
         fence = header.steps.overlapped, header.steps.urgent
-        return bool((self._shard._marks >= fence).all())
+        return bool((self._shard.serving._marks >= fence).all())
 
     def fetch(self, header: Header, rows: list[int]) -> list[int]:
         out = np.empty((len(rows), 1), np.float32)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.server.shards import fetched, header_of, make_shard, own_rows
-from tests.soon import SOON_S
+from tests.soon import SOON_S, wait_until
 from tests.store_contract import SEED, initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
@@ -40,10 +40,16 @@ class HeldStore(CutStore):
         assert self.go_on.wait(60)
         super().write(rows, records)
 
-    def put_back(self, folder: Path, files: Iterable[RecordFile]) -> int:
+    def put_back(
+        self,
+        folder: Path,
+        files: Iterable[RecordFile],
+        check: Callable[[], None] = lambda: None,
+    ) -> int:
         if folder.name == "slow":
             self.is_reached.set()
-            assert self.go_on.wait(60)
+            while not self.go_on.wait(0.01):
+                check()
         if folder.name == "damaged":
             raise StoreError("can't be read")
         return super().put_back(folder, ())
@@ -252,14 +258,28 @@ def test_an_epoch_that_is_overtaken_while_it_begins_serves_nobody(
     shard = make_shard(store=(held := HeldStore()))
     first = pool.submit(shard.begin, 1, 1, checkpoint_at(Path("slow")))
     assert held.is_reached.wait(SOON_S)
-    second = pool.submit(shard.begin, 2, 1, checkpoint_at(Path("slow")))
-    assert is_waiting(second)
-    held.go_on.set()
+    second = pool.submit(shard.begin, 2, 1, checkpoint_at(Path("any")))
     assert "epoch 1 ended while it began, since epoch 2 has begun" in raised(
         lambda: first.result(SOON_S)
     )
     second.result(SOON_S)
     assert (shard.epoch, shard.base) == (2, "0.9")
+
+
+def test_an_epoch_that_is_overtaken_need_not_wait_for_what_is_being_applied(
+    pool: ThreadPoolExecutor,
+) -> None:
+    shard = make_shard(store=(held := HeldStore()))
+    shard.begin(1, 1, None)
+    written = pool.submit(shard.write, header_of(shard), rows_of(4), records_of(rows_of(4)))
+    assert held.is_reached.wait(SOON_S)
+    second = pool.submit(shard.begin, 2, 1, None)
+    wait_until(lambda: shard.serving._newest_epoch == 2)
+    third = pool.submit(shard.begin, 3, 1, None)
+    assert "epoch 2 ended while it began, since epoch 3" in raised(lambda: second.result(SOON_S))
+    held.go_on.set()
+    third.result(SOON_S)
+    raised(lambda: written.result(SOON_S))
 
 
 def test_a_checkpoint_that_can_not_be_read_leaves_the_shard_without_epoch() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -515,6 +516,8 @@ def test_a_store_that_was_not_put_back_whole_says_so_and_is_loaded_next_time(
     with pytest.raises(StoreError, match="can't be cut, since putting it back has failed"):
         store.begin_cut()
     (tmp_path / file.name).write_bytes(whole)
+    with pytest.raises(LookupError):
+        store.put_back(tmp_path, [file], Mock(side_effect=LookupError))  # it is given up
     assert store.put_back(tmp_path, [file]) == 40
     np.testing.assert_array_equal(fetch(store, rows), records_of(rows))
 

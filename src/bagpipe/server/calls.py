@@ -214,7 +214,7 @@ def _identify(shard: Shard, call: Ask) -> Iterator[Message]:
         tables=fingerprint(shard.groups, shard.seed),
         epoch=shard.epoch,
         instance=shard.instance,
-        run=shard.run,
+        run=shard.serving.run,
         staging=shard.staging,
     )
 

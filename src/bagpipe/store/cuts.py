@@ -262,20 +262,26 @@ class CutStore:
                 fold(self._store.flags, TOUCHED | SINCE_BASE)
                 self._settle(self.base)
 
-    def put_back(self, folder: Path, files: Iterable[RecordFile]) -> int:
+    def put_back(
+        self,
+        folder: Path,
+        files: Iterable[RecordFile],
+        check: Callable[[], None] = lambda: None,
+    ) -> int:
         """Makes all records what they are in a checkpoint; the cut in hand is given up.
 
         Args:
             folder: the checkpoint's; any where there are no files.
             files: the group's record files there, in order. None at all: a run's beginning.
+            check: called between blocks; it may raise, so that the rest is not loaded.
 
         Returns:
             How many records were read from files and written.
 
         Raises:
             CheckpointError: a file is damaged or can't be read.
-            StoreError: the medium failed. After either, records are of no checkpoint, and another
-                call loads them all.
+            StoreError: the medium failed. After either, or an error of `check`, records are of no
+                checkpoint, and another call loads them all.
         """
         own = files_of_shard(files, self.shard, self.num_shards)
         with self._gate.alone():
@@ -289,16 +295,21 @@ class CutStore:
             self.base, self._cut, self._store.mark = None, None, TOUCHED
             if is_base:
                 num_due = mark_due(self._store.flags)
-                num_written = self._load(folder, own, DUE, num_due) if num_due else 0
+                num_written = self._load(folder, own, DUE, num_due, check) if num_due else 0
                 fold(self._store.flags, TOUCHED)
             else:
                 self._store.clear()
-                num_written = self._load(folder, own, 0, self.group.num_rows)
+                num_written = self._load(folder, own, 0, self.group.num_rows, check)
             self._settle(own)
         return num_written
 
     def _load(
-        self, folder: Path, files: tuple[RecordFile, ...], due_flag: int, most_rows: int
+        self,
+        folder: Path,
+        files: tuple[RecordFile, ...],
+        due_flag: int,
+        most_rows: int,
+        check: Callable[[], None],
     ) -> int:
         """Writes the newest records of rows with that flag, at most so many; returns how many."""
         num_written = 0
@@ -306,6 +317,7 @@ class CutStore:
             num_read = 0
             is_own = (file.shard, file.num_shards) == (self.shard, self.num_shards)
             for rows, records in read_records(folder / file.name, self.group.record_width):
+                check()
                 num_read += len(rows)
                 is_due = self._store.flags_of(rows) == due_flag
                 if not is_own:
