@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # An example that compiles a loop, or runs beside other work, takes long once and is right.
-settings.register_profile("bagpipe", deadline=None)
+settings.register_profile("bagpipe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("bagpipe")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.soon import SOON_S, TIMEOUT_S, wait_until
 from torch import Tensor
 
 from bagpipe.cache import transfers
@@ -51,7 +52,7 @@ class Store:
 
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         if 20 in rows:
-            assert self.may_read.wait(60)
+            assert self.may_read.wait(TIMEOUT_S)
         out[:] = self.records[rows]
 
     def ask(self, rows: Int64Array, out: Float32Array, fence: Steps) -> Callable[[], None]:
@@ -115,7 +116,7 @@ def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(
 
     class MeetingStore(Store):
         def write(self, rows: Int64Array, records: Float32Array) -> None:
-            meeting.wait(60)  # for another one
+            meeting.wait(SOON_S)  # for another one
             time.sleep(0.02 if 10 in rows else 0)
             done.append(f"row {rows[0]}")
 
@@ -163,7 +164,7 @@ class FarStore(Store):
         self.happened.append(f"{self.name} asked for {rows.tolist()} behind {fence}")
 
         def wait() -> None:
-            assert self.may_read.wait(60)
+            assert self.may_read.wait(TIMEOUT_S)
             self.happened.append(f"{self.name} answered {rows.tolist()}")
             self.fetch(rows, out)
 
@@ -231,10 +232,7 @@ def test_a_step_evicts_and_asks_while_the_records_of_the_step_before_are_on_thei
     under_way = [mover.issue(PLAN, [first], 0, to_device)]
     second, to_device = moves({20: 1}, {30: 1})
     under_way.append(mover.issue(PLAN, [second], 1, to_device))
-    deadline = time.monotonic() + 20
-    while store.records[20, 0] != 1020 or len(happened) < 2:
-        assert time.monotonic() < deadline, happened
-        time.sleep(0.001)
+    wait_until(lambda: store.records[20, 0] == 1020 and len(happened) == 2, lambda: happened)
     assert happened == [f"it asked for [{row}] behind {NO_STEPS}" for row in (10, 30)]
     store.may_read.set()
     for issued in under_way:

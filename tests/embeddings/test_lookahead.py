@@ -275,8 +275,8 @@ def test_waits_are_counted_where_they_happen(monkeypatch: pytest.MonkeyPatch) ->
     embeddings = make_embeddings()
     stream = bagpipe.lookahead(batches(20), embeddings, cache=1000, prefetch_depth=1)
     train(embeddings, stream)
-    assert stream.waits.rows_s > 0.2
-    assert stream.waits.slots_s < 0.1
+    assert stream.waits.rows_s > 0.02
+    assert stream.waits.slots_s == 0.0  # nothing is urgent where all rows have room
 
 
 @pytest.mark.parametrize(

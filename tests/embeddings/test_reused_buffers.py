@@ -7,16 +7,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tests.soon import ends_soon
+from tests.soon import SOON_S, ends_soon
 from tests.train.ranks import run_ranks
 
 import bagpipe
+from bagpipe.distributed import communicator as communicator_module
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BagpipeError, DataError
@@ -190,7 +192,11 @@ def test_what_is_handed_out_is_right_or_an_error(
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_of_several_trainers_one_finds_them_and_none_goes_on(where: str) -> None:
+def test_of_several_trainers_one_finds_them_and_none_goes_on(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(communicator_module, "_STOPS_WITHIN", timedelta(seconds=1))  # none comes
+
     def work(communicator: Communicator) -> BagpipeError:
         with pytest.raises(BagpipeError) as caught:
             train(Ring(where), communicator=communicator)
@@ -222,7 +228,7 @@ def test_a_batch_that_changes_while_it_is_trained_is_found(
         first, *others = Copies()
         yield first
         yield from others[:5]
-        assert in_step.wait(30)
+        assert in_step.wait(SOON_S)
         yield use_again(first)
         was_read.set()
         yield from others[6:]
@@ -232,7 +238,7 @@ def test_a_batch_that_changes_while_it_is_trained_is_found(
     batch = next(stream)
     embeddings(batch.sparse).values().sum().backward()
     in_step.set()
-    assert was_read.wait(30)
+    assert was_read.wait(SOON_S)
     with pytest.raises(DataError, match=r"^step 0: batch\.labels holds something else than when"):
         next(stream)
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from tests.embeddings.test_lookahead import Batch, batches, make_embeddings, train
-from tests.soon import SOON_S, ends_soon
+from tests.soon import SOON_S, TIMEOUT_S, ends_soon, wait_until
 
 import bagpipe
 from bagpipe.embeddings.batches import Lookahead
@@ -31,14 +30,14 @@ class Blocking:
     def __iter__(self) -> Iterator[Batch]:
         yield from batches(self.count)
         self.is_waiting.set()
-        self._is_released.wait(60)
+        self._is_released.wait(TIMEOUT_S)
 
     def release(self) -> None:
         """Lets the reader go, and waits for the threads that it held."""
         self._is_released.set()
         for thread in threading.enumerate():
             if thread.name.startswith(("bagpipe-oracle", "bagpipe-reader", "bagpipe-dedup")):
-                thread.join(10)
+                thread.join(SOON_S)
                 assert not thread.is_alive()
 
 
@@ -103,14 +102,12 @@ def test_two_threads_that_iterate_are_refused(blocking: Blocking) -> None:
     with bagpipe.lookahead(blocking, embeddings, cache=64, lookahead=2) as stream:
         waiting = threading.Thread(target=lambda: list(stream), daemon=True)
         waiting.start()
-        last_step = -1
-        while embeddings.step > last_step or last_step < 10:
-            last_step = embeddings.step
-            time.sleep(0.3)
+        # all are handed out but those whose window needs what the reader waits for
+        wait_until(lambda: embeddings.step == 17 and stream._turn.locked())
         with pytest.raises(UsageError, match="another thread asks this stream"):
             next(stream)
         blocking.release()
-        waiting.join(10)
+        waiting.join(SOON_S)
         assert not waiting.is_alive()
     assert embeddings.step == 20
 
@@ -148,6 +145,6 @@ def test_a_stream_whose_threads_do_not_start_leaves_none(
     gc.collect()
     for thread in threading.enumerate():
         if thread.name.startswith("bagpipe-") and not thread.name.startswith("bagpipe-kernel"):
-            thread.join(5)
+            thread.join(SOON_S)
             assert not thread.is_alive()
     assert train(embeddings, bagpipe.lookahead(batches(4), embeddings, cache=64)) == [0, 1, 2, 3]

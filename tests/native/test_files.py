@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 from tests.disks import ForgetfulDisk, files_of_at_most
+from tests.soon import SOON_S
 
 from bagpipe.cli.common import save_json
 from bagpipe.errors import ConfigError, StoreError
@@ -122,7 +123,7 @@ def test_a_pipe_and_a_device_are_written_themselves(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
     reader.start()
     write(tmp_path / "pipe", b"new")
-    reader.join(10)
+    reader.join(SOON_S)
     assert read == [b"new"]
     write(Path("/dev/null"), b"new")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)

@@ -17,6 +17,7 @@ from typing import Any, cast, get_args, get_type_hints
 import numba
 import numpy as np
 import pytest
+from tests.soon import SOON_S, TIMEOUT_S
 
 import bagpipe
 from bagpipe.feed.stream import StreamOptions, plan_stream
@@ -139,19 +140,19 @@ def test_a_function_is_not_read_between_the_writing_of_its_index_and_its_code(
 
     def save_urgent(*arguments: object) -> None:
         is_between.set()
-        may_go_on.wait(30)
+        may_go_on.wait(TIMEOUT_S)
         save_data(*arguments)
 
     writer._save_data = save_urgent
     with ThreadPoolExecutor(2) as pool:
         writing = pool.submit(writer.save, "key", "code")
-        assert is_between.wait(30)
+        assert is_between.wait(SOON_S)
         reading = pool.submit(reader.load, "key")
         with pytest.raises(TimeoutError):
             reading.result(0.2)
         may_go_on.set()
-        writing.result(30)
-        assert reading.result(30) == "code"
+        writing.result(SOON_S)
+        assert reading.result(SOON_S) == "code"
 
 
 def compiled_of(function: Any) -> Any:

@@ -65,7 +65,7 @@ def test_the_thread_of_items_that_nobody_takes_ends_with_them() -> None:
     thread = thread_of("dropped")
     del items
     gc.collect()
-    thread.join(5)
+    thread.join(SOON_S)
     assert not thread.is_alive()
 
 

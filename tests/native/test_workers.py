@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from tests.soon import SOON_S
 
 from bagpipe.native.workers import Workers
 
@@ -55,7 +56,7 @@ def test_several_threads_wait_for_one_call() -> None:
 def test_several_threads_work_side_by_side() -> None:
     meeting = threading.Barrier(3)
     with Workers("w", 3) as workers:
-        calls = [workers.submit(meeting.wait, 5) for _ in range(3)]
+        calls = [workers.submit(meeting.wait, SOON_S) for _ in range(3)]
         assert sorted(call.result() for call in calls) == [0, 1, 2]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("w_")]
 
@@ -111,7 +112,7 @@ def test_the_threads_end_with_their_owner() -> None:
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "bagpipe-dropped_0")
     del workers
     gc.collect()
-    thread.join(5)
+    thread.join(SOON_S)
     assert not thread.is_alive()
 
 
@@ -132,7 +133,7 @@ def test_threads_that_could_start_end_where_others_could_not(
         Workers("bagpipe-some", 4)
     for thread in threading.enumerate():
         if thread.name.startswith("bagpipe-some"):
-            thread.join(5)
+            thread.join(SOON_S)
             assert not thread.is_alive()
     assert caught.tb is not None  # which holds the object: ending must not wait for its end
 
@@ -157,6 +158,6 @@ def test_a_call_whose_submission_was_interrupted_holds_up_neither_others_nor_the
     workers._tokens = tokens
     closing = threading.Thread(target=workers.close, daemon=True)
     closing.start()
-    closing.join(5)
+    closing.join(SOON_S)
     assert not closing.is_alive()
     assert seen == [1, 2]

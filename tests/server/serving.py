@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from tests.soon import TIMEOUT_S
+
 from bagpipe.server.client import RemoteStore, ShardServers
 from bagpipe.server.control import ServerControl
 from bagpipe.server.flight import ShardServer
@@ -41,8 +43,8 @@ class Servers:
         num_shards: int,
         make: MakeStore = in_memory,
         *,
-        wait_timeout_s: float = 120,
-        timeout_s: float = 300,
+        wait_timeout_s: float = TIMEOUT_S,
+        timeout_s: float = TIMEOUT_S,
         staging: bool = True,
     ) -> None:
         self.staging = staging
@@ -62,9 +64,9 @@ class Servers:
     def addresses(self) -> list[str]:
         return [f"127.0.0.1:{server.port}" for server in self.servers]
 
-    def connect(self, timeout_s: float = 300) -> ServerControl:
+    def connect(self, timeout_s: float = TIMEOUT_S) -> ServerControl:
         return ServerControl(
-            self.addresses, self.groups, self.seed, timeout_s=timeout_s, start_timeout_s=60
+            self.addresses, self.groups, self.seed, timeout_s=timeout_s, start_timeout_s=TIMEOUT_S
         )
 
     def start(self, num_ranks: int = 1) -> list[ShardServers]:

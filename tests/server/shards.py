@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from tests.soon import TIMEOUT_S
 from tests.store_contract import SEED, make_group
 
 from bagpipe.server.shard import Shard
@@ -23,8 +24,8 @@ def make_shard(
     num_shards: int = 1,
     *,
     store: CutStore | None = None,
-    wait_timeout_s: float = 30,
-    apply_timeout_s: float = 30,
+    wait_timeout_s: float = TIMEOUT_S,
+    apply_timeout_s: float = TIMEOUT_S,
 ) -> Shard:
     """A shard of the contract's group, which is its number 0."""
     store = store or make_store(number, num_shards)

@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from tests.server.serving import Servers
-from tests.soon import SOON_S
+from tests.soon import SOON_S, TIMEOUT_S
 from tests.store_contract import SEED, fetch, initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
@@ -84,7 +84,7 @@ def test_who_waits_for_room_fails_when_the_streams_end(
 
     def stand_still(*_: object) -> None:
         reached.set()
-        assert may_go_on.wait(60)
+        assert may_go_on.wait(TIMEOUT_S)
 
     monkeypatch.setattr(small.servers[0].shard, "write", stand_still)
     failed: list[StoreError] = []
@@ -98,7 +98,7 @@ def test_who_waits_for_room_fails_when_the_streams_end(
 
     writing = threading.Thread(target=write)
     writing.start()
-    assert reached.wait(60)
+    assert reached.wait(SOON_S)
     trainer.close()
     writing.join(SOON_S)
     may_go_on.set()

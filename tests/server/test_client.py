@@ -113,7 +113,7 @@ def test_many_threads_of_two_ranks_read_and_write(
             np.testing.assert_array_equal(fetch(store, rows), records_of(rows, salt))
 
     for future in [pool.submit(work, thread) for thread in range(6)]:
-        future.result(60)
+        future.result(SOON_S)
     assert touched_rows(trainers[0].stores[0]) == ALL.tolist()
     np.testing.assert_array_equal(fetch(trainers[1].stores[0], ALL), records_of(ALL, 9))
 
@@ -236,8 +236,9 @@ def test_a_server_that_owes_an_answer_for_too_long_is_named() -> None:
 def test_a_rank_that_stands_still_is_named_by_the_server() -> None:
     with closing(Servers([make_group()], SEED, 1, wait_timeout_s=0.2)) as servers:
         (trainer, other) = servers.start(2)
-        trainer.mark(Steps(urgent=4))
-        other.mark(Steps(urgent=2))
+        for each, step in ((trainer, 4), (other, 2)):
+            each.mark(Steps(urgent=step))
+            each.stores[0].write(rows_of(step), records_of(rows_of(step)))  # then the mark is there
         waiting, _ = asked(trainer, ALL, Steps(urgent=3))
         assert "waited 0.2 s for rank 1 to write" in raised(waiting)
 

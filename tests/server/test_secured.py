@@ -12,6 +12,7 @@ import pytest
 from pydantic import SecretStr
 from tests.server.certificates import TOKEN, Files
 from tests.server.shards import make_shard
+from tests.soon import TIMEOUT_S
 from tests.store_contract import SEED, fetch, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
@@ -41,7 +42,7 @@ def serving(files: Files, num_shards: int = 1, *, mutual: bool = False) -> Itera
 
 
 def connected(addresses: list[str], credentials: Credentials) -> ServerControl:
-    return ServerControl(addresses, [make_group()], SEED, credentials, start_timeout_s=30)
+    return ServerControl(addresses, [make_group()], SEED, credentials, start_timeout_s=TIMEOUT_S)
 
 
 @pytest.mark.parametrize("mutual", [False, True])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.server.shards import fetched, header_of, make_shard, own_rows
-from tests.soon import SOON_S, wait_until
+from tests.soon import SOON_S, TIMEOUT_S, wait_until
 from tests.store_contract import SEED, initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
@@ -37,7 +37,7 @@ class HeldStore(CutStore):
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
         self.is_reached.set()
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(TIMEOUT_S)
         super().write(rows, records)
 
     def put_back(

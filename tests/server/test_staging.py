@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tests.server.shards import header_of, make_shard
-from tests.soon import SOON_S
+from tests.soon import SOON_S, TIMEOUT_S
 from tests.store_contract import initial, make_group, records_of, rows_of
 
 from bagpipe.errors import StoreError
@@ -63,7 +63,7 @@ class Host:
         header = replace(header, place=Place.STAGING, offset=offset)
         return replace(header, **values)  # type: ignore[arg-type]
 
-    def stream(self, what: What, rank: int = 0, timeout_s: float = 30) -> StagingStream:
+    def stream(self, what: What, rank: int = 0, timeout_s: float = TIMEOUT_S) -> StagingStream:
         opening = self.header(what, rank=rank)
         stream = StagingStream(self.server.address, self.memory, opening, timeout_s=timeout_s)
         self.streams.append(stream)
@@ -207,7 +207,7 @@ def test_a_shard_server_tells_where_its_shared_memory_is(place: Host) -> None:
         address = calls.Identity.model_validate_json(answer).staging
         server.shard.begin(EPOCH, NUM_RANKS)
         opening = header_of(server.shard, EPOCH, what=What.FETCH)
-        stream = StagingStream(address, place.memory, opening, timeout_s=30)
+        stream = StagingStream(address, place.memory, opening, timeout_s=TIMEOUT_S)
     with pytest.raises(StoreError, match=GONE):
         stream.receive()
     stream.close()
@@ -263,7 +263,7 @@ def test_a_row_out_of_range_is_an_error_and_others_are_served(
 def raw(place: Host, *files: int, opening: bytes | None = None) -> socket.socket:
     """A connection whose opening brings any files, and is any bytes."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(30)
+    connection.settimeout(SOON_S)
     connection.connect(f"\0{place.server.address}")
     greeting = place.header(What.FETCH).encode() if opening is None else opening
     socket.send_fds(connection, [greeting], list(files))
@@ -446,5 +446,5 @@ def test_another_user_who_has_the_name_gets_no_memory(place: Host) -> None:
         assert other.stdout.readline() == "ready\n"
         assert not is_near(name)
         with pytest.raises(StoreError, match=f"process {other.pid} of user 65534 is there"):
-            StagingStream(name, place.memory, place.header(What.FETCH), timeout_s=10)
+            StagingStream(name, place.memory, place.header(What.FETCH), timeout_s=TIMEOUT_S)
         assert other.stdout.readline() == "[(b'', []), (b'', [])]\n"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.server.certificates import Files, has_ipv6
+from tests.soon import SOON_S
 
 from bagpipe.config.load import check_config
 from bagpipe.config.run import RunConfig
@@ -125,4 +126,4 @@ def test_a_mistake_is_told(
 
 def test_nothing_of_it_loads_torch() -> None:
     code = "import sys, bagpipe.server.start, bagpipe.cli.serve; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=110)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=SOON_S)
