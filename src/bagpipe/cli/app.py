@@ -25,6 +25,7 @@ from bagpipe.cli.common import (
     prepare_environment,
     tell,
 )
+from bagpipe.cli.example import example
 from bagpipe.cli.plan import plan
 from bagpipe.cli.serve import serve
 
@@ -39,6 +40,7 @@ data_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Prepare data and look at them."
 )
 app.add_typer(data_app, name="data")
+app.command()(example)
 app.command()(plan)
 app.command()(serve)
 
