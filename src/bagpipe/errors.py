@@ -7,6 +7,7 @@
     ├── StoreError (OSError)            rows could not be read, written or saved
     ├── CheckpointError                 a checkpoint is missing, damaged or of another run
     ├── LossError (ArithmeticError)     the training loss is not finite
+    ├── TakenOverError (RuntimeError)   a newer start has taken the run over
     ├── UsageError (RuntimeError)       the library was called in an order that it can't serve
     ├── PlanError (AssertionError)      a plan breaks an invariant: a defect, please report it
     └── BackgroundError (RuntimeError)  a background thread failed; see its ``__cause__``
@@ -114,6 +115,10 @@ class CheckpointError(BagpipeError):
 
 class LossError(BagpipeError, ArithmeticError):
     """The training loss is not finite; the message names the step."""
+
+
+class TakenOverError(BagpipeError, RuntimeError):
+    """A newer start of the run has taken it over; the message says which."""
 
 
 class UsageError(BagpipeError, RuntimeError):

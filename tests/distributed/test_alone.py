@@ -58,14 +58,14 @@ def test_it_answers_as_a_communicator_of_one_trainer() -> None:
 
 
 def test_a_single_trainer_acts_on_a_signal_at_once_and_several_one_call_later() -> None:
-    received = [None, signal.SIGTERM, None]
+    received = [0, signal.SIGTERM, 0]
 
-    def agreed(peers: Any) -> list[signal.Signals | None]:
+    def agreed(peers: Any) -> list[int]:
         trainers = Trainers(peers)
-        return [trainers.agree_on(own if peers.rank == 0 else None) for own in received]
+        return [trainers.agree_on(own if peers.rank == 0 else 0) for own in received]
 
     assert agreed(ALONE) == received
-    assert run_ranks(2, agreed) == [[None, None, signal.SIGTERM]] * 2
+    assert run_ranks(2, agreed) == [[0, 0, signal.SIGTERM]] * 2
 
 
 def test_a_full_disk_is_the_same_error_for_one_trainer_as_for_several() -> None:

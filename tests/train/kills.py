@@ -45,6 +45,7 @@ batch_size = 64
 steps = {steps}
 [checkpoint]
 every_steps = 30
+every_s = 3.0
 keep = 2
 [log]
 folder = "{folder}"

@@ -6,8 +6,10 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +121,29 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert (result.step, result.stopped_by, result.scores) == (7, signal.SIGTERM, None)
     assert steps_saved(tmp_path) == [7]
     train(small_config(tmp_path), reporter=SilentReporter(), resume=True)
+    assert newest_files(tmp_path) == newest_files(undisturbed)
+
+
+def test_checkpoints_come_by_the_clock_too(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven seconds after the last one of any cause, where a step takes a second."""
+    now_s = 0.0
+
+    class Clock(SilentReporter):
+        def advance(self, step: int) -> None:
+            nonlocal now_s
+            now_s = float(step)
+
+    clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=lambda: now_s)
+    monkeypatch.setattr("bagpipe.train.saving.time", clock)
+    checkpoint = {"every_s": 7, "every_steps": 10, "keep": 9}
+    first = small_config(tmp_path, checkpoint=checkpoint, train={"steps": 18})
+    train(first, reporter=Clock())
+    assert steps_saved(tmp_path) == [7, 10, 17, 18]
+    shutil.rmtree(tmp_path / "checkpoints" / "step-0000000018")
+    train(small_config(tmp_path, checkpoint=checkpoint), reporter=Clock(), resume=True)
+    assert steps_saved(tmp_path) == [7, 10, 17, 20, 24]
     assert newest_files(tmp_path) == newest_files(undisturbed)
 
 

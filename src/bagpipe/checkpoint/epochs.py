@@ -25,8 +25,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bagpipe.errors import CheckpointError
+from bagpipe.errors import CheckpointError, TakenOverError
 from bagpipe.native.files import make_folder, remedy, sync_folder
 
 _CLAIM, _CUTS, _ENDED = "claim.json", "cuts", "ended"
@@ -54,7 +55,26 @@ class RunFolder:
     @property
     def identity(self) -> str:
         """Tells this run from others, whatever their folders are called."""
-        return _run_of(self.path / "epochs") or ""
+        return name_of_run(self.path) or ""
+
+    def check_held(self, cause: Exception | None = None) -> None:
+        """Raises TakenOverError, of that cause, where a newer start has ended this epoch.
+
+        It costs a look at one folder.
+        """
+        if self.cuts.is_dir():
+            return
+        epochs = self.path / "epochs"
+        try:
+            newest = max(_numbers(epochs), default=0)
+        except OSError:
+            return
+        if newest > self.epoch:
+            raise TakenOverError(
+                f"epoch {self.epoch} of the run in {self.path} has ended: epoch {newest}"
+                f"{_who_claimed(epochs / str(newest))} has taken the run over and goes on from its "
+                "newest checkpoint. Leave it the folder: end what would start these trainers again"
+            ) from cause
 
     def take_away(self, checkpoint: Path) -> Path:
         """Renames a checkpoint out of the way, so that nobody finds a half removed one.
@@ -95,9 +115,9 @@ def _claim(epochs: Path) -> int:
     """Puts a folder in place whole, under the lowest number above all that are there."""
     claimed = epochs / f".new-{secrets.token_hex(8)}"
     (claimed / _CUTS).mkdir(parents=True)
-    run = _run_of(epochs) or f"{epochs.resolve().parent.name[:100]}-{secrets.token_hex(8)}"
+    run = name_of_run(epochs.parent)
     claim = {
-        "run": run,
+        "run": run or f"{epochs.resolve().parent.name[:100]}-{secrets.token_hex(8)}",
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time_s": time.time(),
@@ -149,11 +169,29 @@ def _numbers(epochs: Path) -> list[int]:
     return sorted(int(path.name) for path in epochs.iterdir() if _NUMBER.fullmatch(path.name))
 
 
-def _run_of(epochs: Path) -> str | None:
-    """The name of the run, which its oldest claim that is left tells; None: there is none."""
-    for number in _numbers(epochs):
-        try:
-            return str(json.loads((epochs / str(number) / _CLAIM).read_text())["run"])
-        except (OSError, ValueError, LookupError, TypeError):
-            continue  # removed by hand, or no claim
+def name_of_run(path: Path) -> str | None:
+    """The name of the run in a folder, which its oldest claim tells; None: there is no claim."""
+    epochs = path / "epochs"
+    for number in _numbers(epochs) if epochs.is_dir() else ():
+        claim = _claim_of(epochs / str(number))
+        if "run" in claim:
+            return str(claim["run"])
     return None
+
+
+def _who_claimed(epoch: Path) -> str:
+    claim = _claim_of(epoch)
+    return (
+        f" of process {claim['pid']} on host {claim['host']}"
+        if {"host", "pid"} <= claim.keys()
+        else ""
+    )
+
+
+def _claim_of(epoch: Path) -> dict[str, Any]:
+    """What an epoch's claim says; nothing where it was removed by hand, or is none of ours."""
+    try:
+        claim = json.loads((epoch / _CLAIM).read_text())
+    except (OSError, ValueError):
+        return {}
+    return claim if isinstance(claim, dict) else {}

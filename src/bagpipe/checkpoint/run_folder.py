@@ -18,13 +18,23 @@ from bagpipe.native.files import make_folder
 from bagpipe.native.fork import in_child
 
 
+def make_run_folder(folder: Path) -> TextIOWrapper:
+    """Makes the folder, and returns its lock, open. ConfigError: it can't be written."""
+    try:
+        make_folder(folder / "checkpoints")
+        return (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"log.folder = {str(folder)!r}: can't be written: {error.strerror}: give another one"
+        ) from error
+
+
 @contextmanager
 def claim_run_folder(
     folder: Path,
     say: Callable[[str], None] = lambda _: None,
     *,
     takes_over: bool = False,
-    is_new: bool = False,
 ) -> Iterator[RunFolder]:
     """Makes the folder, holds it for this process, and claims an epoch in it.
 
@@ -37,21 +47,11 @@ def claim_run_folder(
         takes_over: whether a process that trains in it is no reason to refuse. Its epoch ends: its
             shard servers leave it, and it can't change checkpoints any more. It may be stopped, and
             would never let go.
-        is_new: whether it must not take over a run that has checkpoints: a claim would end it.
 
     Raises:
-        ConfigError: the folder can't be written, another process trains in it, or it `is_new` and
-            there are checkpoints.
+        ConfigError: the folder can't be written, or another process trains in it.
     """
-    if takes_over and is_new:
-        check_no_earlier_run(folder)
-    try:
-        make_folder(folder / "checkpoints")
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise ConfigError(
-            f"log.folder = {str(folder)!r}: can't be written: {error.strerror}: give another one"
-        ) from error
+    lock = make_run_folder(folder)
     in_child(lock, TextIOWrapper.close)  # which would hold it after this process has ended
     with lock:
         try:

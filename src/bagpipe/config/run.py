@@ -17,6 +17,7 @@ from bagpipe.config.base import (
     BatchSize,
     Count,
     Rate,
+    Seconds,
     Section,
     Seed,
     Steps,
@@ -212,6 +213,9 @@ class CheckpointConfig(Section):
     """When to save. A signal always saves."""
 
     every_steps: Steps | None = None
+    every_s: Seconds | None = None
+    """Seconds from one checkpoint to the next, of any cause. With several trainers rank 0's clock
+    counts."""
     keep: Count = 2
     """How many of the newest checkpoints to keep."""
     at_end: bool = True

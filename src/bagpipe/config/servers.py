@@ -12,10 +12,9 @@ from typing import Annotated, Self, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
-from bagpipe.config.base import Section
+from bagpipe.config.base import Seconds, Section
 
 MAX_SHARDS = 1024
-Seconds: TypeAlias = Annotated[float, Field(gt=0.0, le=86_400.0)]
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9._-]{0,252}):([0-9]{1,5})")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +71,14 @@ class Trainers:
                 raise failure_is(f"on rank {rank}: {answer['failure']}")
         return [answer["result"] for answer in answers]
 
+    def all_get(
+        self, what: str, work: Callable[[], Any], failure_is: type[BagpipeError] = CheckpointError
+    ) -> Any:
+        """As `all_do`, where each rank keeps what `work` returns, of any kind, for itself."""
+        got: list[Any] = []
+        self.all_do(what, lambda: got.append(work()), failure_is)
+        return got[0]
+
     def weight(self, num_samples: int, batch_size: int) -> float:
         """The factor of a rank's mean loss, with which the mean over ranks is the batch's.
 
@@ -79,15 +86,14 @@ class Trainers:
         """
         return num_samples * self.peers.num_trainers / batch_size
 
-    def agree_on(self, received: signal.Signals | None) -> signal.Signals | None:
-        """The signal that any rank had received at the call before.
+    def agree_on(self, wish: int) -> int:
+        """The greatest wish that any rank had at the call before; 0 is none.
 
-        All ranks thus end after the same step, and none waits for others. A single trainer's is the
-        one that it has received by now.
+        All ranks thus do the same after the same step, and none waits for others. A single
+        trainer's is the one that it has now.
         """
-        self._asked.append(self.peers.ask_for_largest(received or 0))
-        number = int(self._asked.popleft()())
-        return signal.Signals(number) if number else None
+        self._asked.append(self.peers.ask_for_largest(wish))
+        return int(self._asked.popleft()())
 
     def mean(self, value: float) -> float:
         """The mean of all ranks' values, the same on each."""

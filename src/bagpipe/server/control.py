@@ -48,6 +48,7 @@ class ServerControl:
         epoch: That which has begun, for messages and errors.
         clients: One a shard.
         staging: Where each server's host reaches it by shared memory.
+        runs: The run whose tables each server holds; empty: none yet.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class ServerControl:
         self.clients: list[flight.FlightClient] = []
         try:
             self.clients = [connect(*split_address(at), credentials) for at in self._addresses]
-            self.staging = tuple(self._on_all(self._identify))
+            found = self._on_all(self._identify)
+            self.staging = tuple(each.staging for each in found)
+            self.runs = tuple(each.run for each in found)
         except BaseException:
             self.close()
             raise
@@ -97,6 +100,20 @@ class ServerControl:
     def num_shards(self) -> int:
         """How many servers there are."""
         return len(self._addresses)
+
+    def check_run(self, run: str | None) -> None:
+        """Raises StoreError where a server holds the tables of another run.
+
+        `run` is the name of the one that is to begin, None where it has none yet. A server refuses
+        it, too, but then the run's folder has been claimed.
+        """
+        for shard, found in enumerate(self.runs):
+            if found not in ("", run):
+                other = StoreError(
+                    f"it holds the tables of run {found!r}, not of {run or 'a new one'!r}: restart "
+                    "it, or give each run servers of its own"
+                )
+                raise self.failed(shard, "to be the one wanted", other)
 
     def begin(
         self, epoch: int, num_ranks: int, checkpoint: Checkpoint | None = None, *, run: str = ""
@@ -218,7 +235,7 @@ class ServerControl:
         assert self.epoch is not None, "no epoch has begun"
         return self.epoch
 
-    def _identify(self, shard: int) -> str:
+    def _identify(self, shard: int) -> calls.Identity:
         found = self._call(shard, "identify", calls.Ask(), calls.Identity)
         wanted = {
             "version": wire.VERSION,
@@ -233,7 +250,7 @@ class ServerControl:
                     "trainers with one configuration, and give addresses in the order of the shards"
                 )
                 raise self.failed(shard, "to be the one wanted", other)
-        return found.staging
+        return found
 
     def _on_all(self, ask: Callable[[int], Result], timeout_s: float | None = None) -> list[Result]:
         """Asks all servers at once, and raises the first one's error once all have answered.

@@ -16,6 +16,7 @@ finite ends the run before it can be saved.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from bagpipe.data.base import Batch
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.lookahead import lookahead
-from bagpipe.errors import BagpipeError, CheckpointError, LossError
+from bagpipe.errors import BagpipeError, CheckpointError, LossError, TakenOverError
 from bagpipe.train.build import Run
 from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.evaluate import Scores, evaluate
@@ -36,6 +37,13 @@ from bagpipe.train.report import Meter, Reporter
 from bagpipe.train.saving import Saving
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.trace import StepProfiler
+
+LOOK_EVERY_S = 1.0
+"""How often rank 0 looks whether a newer start has taken the run over, which no message tells it
+where it makes no checkpoints."""
+_SAVE, _END = 1, 1000
+"""What ranks agree on beside the numbers of signals, above none and below all of those that ask a
+run to end, or above all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,7 @@ class Loop:
     _started_at: int = field(init=False)
     _in_step: bool = field(init=False, default=False)
     _stopped_by: signal.Signals | None = field(init=False, default=None)
+    _looked_s: float = field(init=False, default=-math.inf)
 
     def __post_init__(self) -> None:
         self._step = self._started_at = self.parts.embeddings.step
@@ -117,8 +126,13 @@ class Loop:
                 self._pause(stream, self._evaluate)
             if self._is_due(config.checkpoint.every_steps):
                 self._pause(stream, self.saving.try_to_save)
-            self._stopped_by = self.trainers.agree_on(self.stop_signal())
-            if self._stopped_by is not None:
+            agreed = self.trainers.agree_on(self._wish())
+            if agreed == _SAVE and self._step < self.parts.schedule.num_steps:
+                self._pause(stream, self.saving.try_to_save)
+            elif agreed == _END:
+                self._end_taken_over()
+            elif agreed > _SAVE:
+                self._stopped_by = signal.Signals(agreed)
                 break
         self._write_averages(stream)
         stream.flush()
@@ -127,6 +141,29 @@ class Loop:
         else:
             self.saving.finish()
         return self._evaluate() if self._stopped_by is None else None
+
+    def _wish(self) -> int:
+        """What this rank wants after this step: the number of a signal, `_SAVE`, `_END` or 0."""
+        received = self.stop_signal() or 0
+        if not self.trainers.is_first:
+            return received
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= LOOK_EVERY_S:
+            self._looked_s = now_s
+            try:
+                self.saving.folder.check_held()
+            except TakenOverError:
+                return _END
+        return received or (_SAVE if self.saving.is_due() else 0)
+
+    def _end_taken_over(self) -> None:
+        """Raises TakenOverError on all ranks, once rank 0 has seen that it is so."""
+
+        def look() -> None:
+            if self.trainers.is_first:
+                self.saving.folder.check_held()
+
+        self.trainers.all_do("who has taken the run over", look, TakenOverError)
 
     def _is_due(self, every_steps: int | None) -> bool:
         """Whether an interval ends here; the last step has its own evaluation and checkpoint."""
@@ -219,7 +256,7 @@ class Loop:
         is_whole = not self._in_step and (
             stream.has_failed_alike or not self.trainers.peers.has_others
         )
-        if not is_whole or isinstance(error, LossError | CheckpointError):
+        if not is_whole or isinstance(error, LossError | CheckpointError | TakenOverError):
             return
         try:
             if self._step > self._started_at:

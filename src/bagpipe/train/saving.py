@@ -34,7 +34,19 @@ class Saving:
     newest: Path | None = None
     newest_step: int = -1
     _begun_step: int = field(init=False, default=-1)
+    _due_from_s: float = field(init=False)
     _reason: str = field(init=False, default="")  # of the last failure
+
+    def __post_init__(self) -> None:
+        self._due_from_s = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether `checkpoint.every_s` have passed since it was, or since the last checkpoint."""
+        every_s = self.parts.config.checkpoint.every_s
+        if every_s is None or time.monotonic() - self._due_from_s < every_s:
+            return False
+        self._due_from_s = time.monotonic()
+        return True
 
     def resumed_from(self, saved: SavedRun) -> None:
         """Says that the run goes on from a checkpoint, which need not be saved again."""
@@ -91,6 +103,7 @@ class Saving:
         step = parts.embeddings.step
         if step == self._begun_step:
             return
+        self._due_from_s = time.monotonic()
         parts.dense_step.settle()
         position = parts.schedule.position_after(step)
         if self.cuts is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from bagpipe.checkpoint.checkpoints import SavedRun
-from bagpipe.checkpoint.epochs import RunFolder
+from bagpipe.checkpoint.epochs import RunFolder, name_of_run
 from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig
 from bagpipe.distributed.trainers import Trainers
@@ -20,6 +20,7 @@ from bagpipe.server.credentials import Credentials, client_credentials
 from bagpipe.server.local import LocalServer, local_server
 from bagpipe.server.shard import Checkpoint
 from bagpipe.store.base import EmbeddingStore
+from bagpipe.train.start import Start
 from bagpipe.types import Group
 
 
@@ -27,6 +28,7 @@ from bagpipe.types import Group
 class Joined:
     """Shard servers that serve this trainer's epoch."""
 
+    start: Start
     control: ServerControl
     stores: Sequence[EmbeddingStore]
     """Of each group."""
@@ -40,41 +42,50 @@ def joined_servers(
     config: RunConfig,
     groups: Sequence[Group],
     *,
-    run: RunFolder,
-    saved: SavedRun | None,
+    claim: Callable[[], Start],
     trainers: Trainers,
 ) -> Iterator[Joined]:
     """Begins this start's epoch on all servers, and opens this rank's streams to them.
 
-    All ranks must call it. Afterwards the servers hold the records of `saved`.
+    All ranks must call it. Afterwards the servers hold the records of the start's checkpoint.
 
     Args:
         config: The run's. Where it has no addresses each host's trainers start one server there.
         groups: All groups of the run.
-        run: The run's folder, as this start has claimed it.
-        saved: The checkpoint that the run goes on from; None: it starts afresh.
+        claim: Claims the run's folder, once the servers are known to be those of this run.
         trainers: All ranks.
 
     Raises:
         ConfigError: A secret is missing or open to others, or there are not as many shards as
             hosts where trainers start the servers.
-        StoreError: A server does not answer, has other tables, or refuses the epoch.
+        StoreError: A server does not answer, has other tables or another run's, or refuses the
+            epoch.
     """
     where = config.servers or ServersConfig()
     addresses: Sequence[str] = where.addresses
     credentials = client_credentials(where)
     if not addresses:
         addresses, credentials = _started(config, where, trainers)
-    control = ServerControl(
-        addresses,
-        groups,
-        config.train.seed,
-        credentials,
-        timeout_s=where.timeout_s,
-        start_timeout_s=where.start_timeout_s,
-        begin_timeout_s=where.begin_timeout_s,
-    )
-    with closing(control):
+    with ExitStack() as stack:
+
+        def connect() -> ServerControl:
+            control = ServerControl(
+                addresses,
+                groups,
+                config.train.seed,
+                credentials,
+                timeout_s=where.timeout_s,
+                start_timeout_s=where.start_timeout_s,
+                begin_timeout_s=where.begin_timeout_s,
+            )
+            stack.enter_context(closing(control))
+            if trainers.is_first:
+                control.check_run(name_of_run(config.log.folder))
+            return control
+
+        control: ServerControl = trainers.all_get("shard servers to answer", connect, StoreError)
+        start = claim()
+        run, saved = start.folder, start.saved
 
         def begin() -> Sequence[str] | None:
             if not trainers.is_first:
@@ -84,10 +95,9 @@ def joined_servers(
             return control.begin(run.epoch, num_ranks, checkpoint, run=run.identity)
 
         instances = trainers.all_do("shard servers to begin", begin, StoreError)[0]
-        with closing(
-            ShardServers(control, groups, run.epoch, instances, rank=trainers.peers.rank)
-        ) as servers:
-            yield Joined(control=control, stores=servers.stores)
+        servers = ShardServers(control, groups, run.epoch, instances, rank=trainers.peers.rank)
+        with closing(servers):
+            yield Joined(start=start, control=control, stores=servers.stores)
 
 
 def _started(

@@ -5,28 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from bagpipe.checkpoint.checkpoints import (
     SavedRun,
-    check_resumable,
     environment,
-    find_checkpoint,
     load_checkpoint,
     load_moment,
-    read_checkpoint,
 )
 from bagpipe.checkpoint.epochs import RunFolder
-from bagpipe.checkpoint.run_folder import check_seen_by_all, claim_run_folder, start_afresh
 from bagpipe.config.run import RunConfig
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.trainers import Trainers
-from bagpipe.errors import ConfigError
 from bagpipe.train.build import Run, build_run, choose_device
 from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.cuts import Cuts
@@ -35,7 +28,8 @@ from bagpipe.train.loop import Loop, Result
 from bagpipe.train.report import Reporter
 from bagpipe.train.saving import Saving
 from bagpipe.train.servers import joined_servers
-from bagpipe.train.settings import check_same_run, describe_run, describe_start
+from bagpipe.train.settings import check_same_run, describe_start
+from bagpipe.train.start import Start, Starting
 from bagpipe.train.trace import StepProfiler, TraceOptions
 
 
@@ -71,27 +65,43 @@ def train(
         DataError: the data are wrong.
         CheckpointError: none can be resumed from, or the last one can't be written.
         LossError: the loss is not finite.
+        TakenOverError: a newer start goes on with the run over its shard servers.
     """
     trainers = Trainers(peers)
+    starting = Starting(
+        config=config,
+        trainers=trainers,
+        reporter=reporter,
+        resume=resume,
+        overwrite=overwrite,
+        takes_over=config.servers is not None,
+    )
     with ExitStack() as stack:
-        folder = stack.enter_context(
-            _claimed_folder(config, trainers, reporter, is_new=not (resume or overwrite))
-        )
+        trainers.wait("all ranks to start")  # no start takes the run over unless it is whole
         device = choose_device(config.train.device, peers)
         own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
         check_same_run(peers, {**describe_start(config), **own})
+        stack.enter_context(starting.takeover_told())
+
+        def claim() -> Start:
+            return stack.enter_context(starting.claimed())
+
+        start, join = None, None
+        if config.servers is None:
+            start = claim()
+        else:
+            starting.check()
+            join = partial(joined_servers, config, claim=claim, trainers=trainers)
         ready = (lambda: None) if peers.has_others else stack.enter_context(compiled_ahead())
-        saved = _choose(config, folder.checkpoints, reporter, trainers) if resume else None
-        if saved is None and not overwrite:
-            _start_afresh(folder, trainers, overwrite=False)
-        join = None
-        if config.servers is not None:
-            join = partial(joined_servers, config, run=folder, saved=saved, trainers=trainers)
         run = stack.enter_context(build_run(config, peers=peers, join=join, say=reporter.say))
+        if start is None:
+            assert run.servers is not None
+            start = run.servers.start
+        folder, saved = start.folder, start.saved
         if saved is not None:
             _restore(saved, run, reporter, trainers)
         elif overwrite:  # once nothing else can refuse the run
-            _start_afresh(folder, trainers, overwrite=True)
+            starting.start_afresh(folder)
         log = _open_log(config, saved, reporter, trainers)
         stack.enter_context(log)
         stop = stack.enter_context(stop or StopRequest())
@@ -122,38 +132,6 @@ def train(
             stop_signal=lambda: stop.signal,
         )
         return loop.run(ready)
-
-
-@contextmanager
-def _claimed_folder(
-    config: RunConfig, trainers: Trainers, reporter: Reporter, *, is_new: bool
-) -> Iterator[RunFolder]:
-    """The run's folder, which rank 0 claims for all ranks."""
-    folder = config.log.folder
-    trainers.wait("all ranks to start")  # no start takes the run over unless it is whole
-    with ExitStack() as stack:
-
-        def claim() -> int | None:
-            if not trainers.is_first:
-                return None
-            claimed = claim_run_folder(
-                folder, reporter.say, takes_over=config.servers is not None, is_new=is_new
-            )
-            return stack.enter_context(claimed).epoch
-
-        epoch = trainers.all_do("rank 0 to claim the run's folder", claim, ConfigError)[0]
-        check_seen_by_all(folder, trainers)
-        yield RunFolder(path=folder, epoch=epoch)
-
-
-def _start_afresh(folder: RunFolder, trainers: Trainers, *, overwrite: bool) -> None:
-    """Refuses an earlier run's checkpoints, or with `overwrite` removes them; on all ranks."""
-
-    def start() -> None:
-        if trainers.is_first:
-            start_afresh(folder, overwrite=overwrite)
-
-    trainers.all_do("a fresh start", start, ConfigError)
 
 
 def _restore(saved: SavedRun, run: Run, reporter: Reporter, trainers: Trainers) -> None:
@@ -192,35 +170,6 @@ def _open_log(
         tensorboard=config.log.tensorboard,
         on_failure=reporter.say,
     )
-
-
-def _choose(
-    config: RunConfig, checkpoints: Path, reporter: Reporter, trainers: Trainers
-) -> SavedRun | None:
-    """The newest valid checkpoint, the same on all ranks; tells how this run differs from its."""
-
-    def find() -> str | None:
-        if not trainers.is_first:
-            return None
-        found = find_checkpoint(
-            checkpoints, on_damaged=lambda error: reporter.say(f"skipped a checkpoint: {error}")
-        )
-        return None if found is None else found.path.name
-
-    name = trainers.all_do("a checkpoint to resume from", find)[0]
-    if name is None:
-        reporter.say(f"{checkpoints} holds no checkpoint to resume from: starting afresh")
-        return None
-    saved = read_checkpoint(checkpoints / name)  # rank 0 has compared all files
-    for difference in check_resumable(saved, describe_run(config)):
-        reporter.say(f"resuming with another {difference}")
-    for name, value in environment().items():
-        if (before := saved.environment.get(name)) != value:
-            reporter.say(
-                f"resuming with another {name}: {before!r} -> {value!r} (the last bits of the "
-                "results may differ)"
-            )
-    return saved
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
