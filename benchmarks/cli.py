@@ -25,6 +25,7 @@ from benchmarks.options import (
     BatchSizes,
     CacheShare,
     Delays,
+    DeviceTimes,
     Gbits,
     InFlight,
     Lookahead,
@@ -250,6 +251,46 @@ def network(
         return bench_network(NetworkBench(**sizes), progress)
 
     _measure(run, "cpu", quick=quick, json_file=json_file)
+
+
+@app.command()
+def remote(
+    quick: Quick = False,
+    batch_size: BatchSize = None,
+    max_rows: MaxRows = None,
+    arms: Arms = None,
+    lookahead: Lookahead = None,
+    cache: CacheShare = None,
+    devices_ms: DeviceTimes = None,
+    gbits: Gbits = None,
+    delays_ms: Delays = None,
+    rounds: Rounds = None,
+    steps: Steps = None,
+    plot: Plot = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Train over a link to a shard server (as root), against ways that do not look ahead."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.remote.bench import bench_remote
+        from benchmarks.remote.settings import ALWAYS, ARMS, QUICK, RemoteBench
+
+        sizes = sizes_of(
+            QUICK if quick else {},
+            batch_size=batch_size,
+            max_rows=max_rows,
+            lookahead=lookahead,
+            cache_share=cache,
+            devices_ms=devices_ms,
+            gbits=gbits,
+            delays_ms=delays_ms,
+            num_rounds=rounds,
+            measured_steps=steps,
+            arms=chosen_arms(arms, ARMS, ALWAYS),
+        )
+        return bench_remote(RemoteBench(**sizes), progress, plot)
+
+    _measure(run, "cpu", quick=quick, json_file=json_file, plot=plot)
 
 
 @app.command()

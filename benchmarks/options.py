@@ -82,6 +82,10 @@ InFlight = Annotated[
     list[int] | None,
     typer.Option("--in-flight", min=1, max=64, help="Steps under way; may be repeated."),
 ]
+DeviceTimes = Annotated[
+    list[float] | None,
+    typer.Option("--device-ms", help="What a step takes on the device; may be repeated."),
+]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Save the plot here (.png, .svg, .pdf).")]
 
 

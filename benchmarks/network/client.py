@@ -16,6 +16,7 @@ import numpy as np
 from bagpipe.server.client import ShardServers
 from bagpipe.server.control import ServerControl
 from bagpipe.types import Float32Array, Int64Array
+from benchmarks.measure import clock_of_process
 from benchmarks.network.bare import BareClient
 from benchmarks.network.server import EPOCH, SEED, credentials
 from benchmarks.network.settings import End, Fetched
@@ -71,7 +72,7 @@ def _measure(end: End, ask: Ask, outs: Float32Array, num_in_flight: int) -> Fetc
     draw = np.random.default_rng(0)
     steps = [draw.integers(0, end.table_rows, end.step_rows) for _ in range(_NUM_DRAWN)]
     _run(steps, outs, ask, end.measured_s / 5)
-    server_clock = _clock_of(end.server_process)
+    server_clock = clock_of_process(end.server_process)
     started_s = time.perf_counter()
     client_s, server_s = time.process_time(), time.clock_gettime(server_clock)
     num_steps = _run(steps, outs, ask, end.measured_s)
@@ -101,15 +102,6 @@ def _run(steps: list[Int64Array], outs: Float32Array, ask: Ask, seconds: float) 
     for wait in under_way:
         wait()
     return num_steps
-
-
-def _clock_of(process: int) -> int:
-    """The clock of another process's CPU time, see clock_getcpuclockid(3) and linux/posix-timers.h.
-
-    It has nanoseconds, where /proc has ticks of 10 ms.
-    """
-    scheduler = 2
-    return (~process << 3) | scheduler
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main() -> None:
     end = End.told(sys.argv[1])
     if end.arm == "bare":
         with BareServer(end.host, end.group) as bare:
-            _serve(bare.port)
+            serve(bare.port)
         return
     store = CutStore(MemoryStore(end.group, SEED))
     shard = Shard([end.group], SEED, 0, 1, [store])
@@ -37,7 +37,7 @@ def main() -> None:
     _fill(store)
     own = credentials(Path(end.folder), of_server=True) if end.arm == "tls" else None
     with closing(ShardServer(shard, end.host, 0, own)) as server:
-        _serve(server.port, instance)
+        serve(server.port, instance)
 
 
 def credentials(folder: Path, *, of_server: bool) -> Credentials:
@@ -77,7 +77,7 @@ def _fill(store: CutStore) -> None:
         store.write(rows, np.ones((len(rows), group.record_width), np.float32))
 
 
-def _serve(port: int, instance: str = "none") -> None:
+def serve(port: int, instance: str = "none") -> None:
     sys.stdout.write(f"{port} {instance}\n")
     sys.stdout.flush()
     sys.stdin.read()
