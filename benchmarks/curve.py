@@ -68,7 +68,9 @@ def bench_curve(sizes: CurveBench, progress: Progress, plot: Path | None = None)
     result = dry_run(trace, grid, find_smallest=False, progress=progress)
     rises = count_rises(result)
     if plot is not None:
-        save_plot(result, plot)
+        of_what = f"synthetic data (Criteo Kaggle, skew {sizes.skew:g})"
+        title = f"Rows fetched a step of {sizes.batch_size:,} samples\n{of_what}"
+        save_plot(result, plot, title=title)
     return Result(
         name="curve",
         tables=(render_points(result),),

@@ -7,16 +7,21 @@ lost otherwise.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import replaced
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 DISTRIBUTION = "bagpipe-recsys"
 """The name of this package for pip; the package index has another project under `bagpipe`."""
+_COLORS = 10  # of matplotlib's cycle
+_DASHES = ("-", "--", ":", "-.")
+_MARKERS = "osv^DPX*"
+_LONG_AXIS = 5_000.0  # from its one end to the other; beyond that each power of ten has one tick
 
 
 def check_can_plot(path: Path) -> None:
@@ -66,6 +71,35 @@ def new_figure(*, width: float = 8.0, height: float = 5.0) -> Figure:
             f"a plot needs matplotlib: pip install '{DISTRIBUTION}[plot]', or leave the plot out"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Returns color, dashes and marker of a plot's line; forty lines differ in color or dashes."""
+    return {
+        "color": f"C{index % _COLORS}",
+        "linestyle": _DASHES[index // _COLORS % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+    }
+
+
+def show_percent(axis: Axis) -> None:
+    """Makes the ticks of an axis of shares, 0.02 for example, read as "2 %"; once all is drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+    if axis.get_scale() == "log":
+        low, high = axis.get_view_interval()
+        is_long = high > _LONG_AXIS * low
+        axis.set_major_locator(LogLocator(subs=(1.0,) if is_long else (1.0, 2.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda share, _: _percent(share)))
+    else:
+        axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0, symbol=" %"))
+
+
+def _percent(share: float) -> str:
+    """Writes a share as people do, never as a power of ten."""
+    digits = f"{100 * share:.12f}".rstrip("0").rstrip(".")
+    return f"{digits} %"
 
 
 def save_figure(figure: Figure, path: Path) -> None:

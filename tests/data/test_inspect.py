@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from bagpipe.data.inspect import ALL_TABLES, inspect_source, render_table, save_plot
@@ -57,11 +58,31 @@ def test_table_and_plot(tmp_path: Path) -> None:
     text = console.export_text()
     for fact in ("C1", "all tables", "100", "top 1 %"):
         assert fact in text
-    save_plot(stats, tmp_path / "plot.png")
+    save_plot(stats, tmp_path / "plot.png", title="small")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'bagpipe-recsys\[plot\]'"):
-        save_plot([], tmp_path / "plot.png")
+        save_plot([], tmp_path / "plot.png", title="none")
+
+
+def test_a_plot_says_what_it_shows_and_tells_26_tables_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("bagpipe.data.inspect.save_figure", lambda figure, _: drawn.append(figure))
+    source = SyntheticSource([300] * 26, split="train", num_samples=200)
+    save_plot(inspect_source(source), Path("never.png"), title="these data")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    assert axes.get_title() == "these data"
+    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert len(lines) == 27
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 27
+    assert len(figure.legends[0].get_texts()) == 27
+    figure.draw_without_rendering()
+    across = {label.get_text() for label in axes.get_xticklabels()}
+    assert {"0.5 %", "1 %", "10 %", "50 %"} <= across
+    assert {"0 %", "100 %"} <= {label.get_text() for label in axes.get_yticklabels()}

@@ -11,10 +11,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from tests.soon import SOON_S
 
@@ -167,10 +169,33 @@ def test_json_and_plot(result: DryRun, tmp_path: Path) -> None:
     assert len(values["points"]) == 15
     assert values["num_counted_steps"] == 30
     assert values["points"][-1]["cache_bytes"] == 600 * 8 * 4 + 400 * 4 * 4
-    save_plot(result, tmp_path / "curve.svg")
+    save_plot(result, tmp_path / "curve.svg", title="small")
     assert (tmp_path / "curve.svg").stat().st_size > 1000
     with pytest.raises(ConfigError, match="nowhere"):
-        save_plot(result, tmp_path / "nowhere" / "curve.svg")
+        save_plot(result, tmp_path / "nowhere" / "curve.svg", title="")
+
+
+def test_a_plot_says_what_it_shows_and_joins_equal_curves(
+    result: DryRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(
+        "bagpipe.oracle.dry_run_view.save_figure", lambda figure, _: drawn.append(figure)
+    )
+    longest = max(point.lookahead for point in result.points)
+    again = [
+        replace(point, lookahead=1_000) for point in result.points if point.lookahead == longest
+    ]
+    save_plot(replace(result, points=(*result.points, *again)), Path("never.svg"), title="what")
+    (axes,) = drawn[0].axes
+    assert axes.get_title() == "what"
+    labels = [str(line.get_label()) for line in axes.lines]
+    assert labels[-1].endswith(f"{longest}, 1000")
+    assert len({line.get_marker() for line in axes.lines}) == len(labels)
+    drawn[0].draw_without_rendering()
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert all(text.endswith(" %") for text in shown)
+    assert "10 %" in shown
 
 
 def test_without_matplotlib_one_sentence_says_what_to_do(
@@ -178,7 +203,7 @@ def test_without_matplotlib_one_sentence_says_what_to_do(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'bagpipe-recsys\[plot\]'"):
-        save_plot(result, Path("never.svg"))
+        save_plot(result, Path("never.svg"), title="")
 
 
 def test_impossible_dry_runs_are_refused(trace: Trace) -> None:

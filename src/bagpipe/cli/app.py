@@ -187,10 +187,16 @@ def inspect_data(
     """Print how many ids each table has and how skewed its accesses are."""
     console = Console()
     with mistakes_told():
+        from bagpipe.config.data import data_name
         from bagpipe.config.load import load_config
         from bagpipe.config.run import DataFile
         from bagpipe.data import open_source
-        from bagpipe.data.inspect import inspect_source, render_table, save_plot
+        from bagpipe.data.inspect import (
+            INSPECTED_BATCH_SIZE,
+            inspect_source,
+            render_table,
+            save_plot,
+        )
         from bagpipe.data.notes import run_notes
         from bagpipe.plots import check_can_plot
 
@@ -206,7 +212,9 @@ def inspect_data(
         for note in run_notes(config):
             tell(console, note)
         if plot is not None:
-            save_plot(stats, plot)
+            what = f"{data_name(config)}, {split} split"
+            read = f"up to {batches:,} batches of {INSPECTED_BATCH_SIZE:,} samples"
+            save_plot(stats, plot, title=f"Skew of {what}\n{read}")
             tell(console, f"plot: {plot}")
 
 

@@ -80,6 +80,7 @@ def plan(
     """Say what caches and lookaheads of several sizes would fetch, without training."""
     console = Console()
     with mistakes_told():
+        from bagpipe.config.data import data_name
         from bagpipe.config.load import load_config
         from bagpipe.config.run import RunConfig
         from bagpipe.oracle.dry_run_view import (
@@ -112,7 +113,8 @@ def plan(
         console.print(render_smallest(result))
         tell(console, describe_largest(result))
         if plot is not None:
-            save_plot(result, plot)
+            batches = f"a step of {config.train.batch_size:,} samples"
+            save_plot(result, plot, title=f"Rows fetched {batches}\n{data_name(config.data)}")
             tell(console, f"plot: {plot}")
         if json_file is not None:
             save_json(as_dict(result), json_file)

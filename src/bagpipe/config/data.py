@@ -71,6 +71,15 @@ class PreparedData(Section):
 DataConfig: TypeAlias = Annotated[SyntheticData | PreparedData, Field(discriminator="kind")]
 
 
+def data_name(config: SyntheticData | PreparedData) -> str:
+    """What a plot calls the data."""
+    if isinstance(config, PreparedData):
+        return str(config.folder)
+    tables = config.num_embeddings
+    of_what = f"{len(tables)} tables" if isinstance(tables, tuple) else f"Criteo {tables.title()}"
+    return f"synthetic data ({of_what}, skew {config.skew:g})"
+
+
 class CriteoFiles(Section):
     """Criteo's raw text: label, I1..I13, C1..C26, tabs between, no header.
 

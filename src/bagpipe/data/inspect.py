@@ -18,10 +18,11 @@ from rich.text import Text
 
 from bagpipe.data.base import BatchSource
 from bagpipe.data.vocabulary import KeyCounter
-from bagpipe.plots import new_figure, save_figure
+from bagpipe.plots import line_style, new_figure, save_figure, show_percent
 from bagpipe.types import Float64Array, Int64Array
 
 ALL_TABLES: Final = "all tables"
+INSPECTED_BATCH_SIZE: Final = 16_384
 _NUM_CURVE_POINTS: Final = 64
 _TOP_SHARE: Final = 0.01
 
@@ -54,7 +55,7 @@ class TableStats:
 
 
 def inspect_source(
-    source: BatchSource, max_batches: int | None = None, batch_size: int = 16_384
+    source: BatchSource, max_batches: int | None = None, batch_size: int = INSPECTED_BATCH_SIZE
 ) -> list[TableStats]:
     """Statistics of each table, in the order of the features.
 
@@ -106,30 +107,40 @@ def render_table(stats: Sequence[TableStats]) -> Table:
     return table
 
 
-def save_plot(stats: Sequence[TableStats], path: Path) -> None:
+def save_plot(stats: Sequence[TableStats], path: Path, *, title: str) -> None:
     """Plots the share of lookups against the share of rows that takes them, one line per table.
 
     Args:
         stats: What `inspect_source` has returned.
         path: Where the plot goes; its ending names the format.
+        title: Says which data these are.
 
     Raises:
         ConfigError: matplotlib is not installed, or can't write there.
     """
-    figure = new_figure()
+    figure = new_figure(width=9.0)
     axes = figure.add_subplot()
-    for entry in stats:
+    for index, entry in enumerate(stats):
         pooled = entry.table == ALL_TABLES
-        line = {"color": "black", "linewidth": 2.5} if pooled else {"linewidth": 0.8, "alpha": 0.7}
+        line = (
+            {"color": "black", "linewidth": 2.5}
+            if pooled
+            else line_style(index) | {"marker": "", "linewidth": 1.2}
+        )
         axes.plot(*entry.curve, label=entry.table, **line)
     axes.axvline(_TOP_SHARE, color="grey", linestyle=":", linewidth=1)
     axes.set(
+        title=title,
         xscale="log",
         xlabel="most frequent rows, share of num_embeddings",
         ylabel="share of lookups",
         ylim=(0, 1.02),
     )
-    axes.legend(fontsize="x-small", ncols=3)
+    show_percent(axes.xaxis)
+    show_percent(axes.yaxis)
+    axes.tick_params(axis="x", labelrotation=30)
+    axes.grid(visible=True, alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="x-small", ncols=-(-len(stats) // 30))
     save_figure(figure, path)
 
 

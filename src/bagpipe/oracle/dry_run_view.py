@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bagpipe.oracle.dry_run import DryRun, Point
 from bagpipe.oracle.traffic import OVERLAPPED, URGENT, Traffic
-from bagpipe.plots import new_figure, save_figure
+from bagpipe.plots import line_style, new_figure, save_figure, show_percent
 
 _TRAFFIC_HEADINGS = (
     *("ahead", "cache", "rows\nurgent", "\nurgent", "rows\nbehind", "\nbehind"),
@@ -126,32 +126,57 @@ def as_dict(result: DryRun) -> dict[str, Any]:
     }
 
 
-def save_plot(result: DryRun, path: Path) -> None:
+def save_plot(result: DryRun, path: Path, *, title: str) -> None:
     """Plots the rows fetched a step over the cache size, one curve for each lookahead.
+
+    Lookaheads that fetch the same have one curve together, since one would hide the other.
 
     Args:
         result: The dry run.
         path: Where to save the plot; its ending names the format.
+        title: Says which data and batches these are.
 
     Raises:
         ConfigError: matplotlib is not installed, or can't write there.
     """
     figure = new_figure()
-    num_rows = sum(group.num_rows for group in result.groups)
     axes = figure.add_subplot()
-    for lookahead in sorted({point.lookahead for point in result.points}):
-        shares, fetched = [], []
-        for point in result.points:
-            if point.lookahead == lookahead and point.report is not None:
-                shares.append(100 * point.cache_rows / num_rows)
-                fetched.append(point.report.fetched_rows_per_step)
-        axes.plot(shares, fetched, marker="o", markersize=3, label=f"lookahead {lookahead}")
+    curves = _curves(result)
+    for index, (curve, lookaheads) in enumerate(curves.items()):
+        # those drawn later are thinner, so that one that is almost the same shows behind them
+        behind = len(curves) - index
+        axes.plot(
+            *zip(*curve, strict=True),
+            **line_style(index),
+            linewidth=2 * behind - 0.5,
+            markersize=3 * behind + 1,
+            label=f"lookahead {', '.join(map(str, lookaheads))}",
+        )
     whose = _if_several(result, " of each of {} trainers")
-    axes.set(xscale="log", xlabel=f"cache{whose}, % of the rows", ylabel="rows fetched a step")
+    axes.set(
+        title=title, xscale="log", xlabel=f"cache{whose}, share of the rows", ylabel="rows fetched"
+    )
+    show_percent(axes.xaxis)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     save_figure(figure, path)
+
+
+def _curves(result: DryRun) -> dict[tuple[tuple[float, float], ...], list[int]]:
+    """The lookaheads of each curve of points (cache as a share of the rows, rows fetched)."""
+    num_rows = sum(group.num_rows for group in result.groups)
+    curves: dict[tuple[tuple[float, float], ...], list[int]] = {}
+    for lookahead in sorted({point.lookahead for point in result.points}):
+        curve = tuple(
+            (point.cache_rows / num_rows, point.report.fetched_rows_per_step)
+            for point in result.points
+            if point.lookahead == lookahead and point.report is not None
+        )
+        if curve:
+            curves.setdefault(curve, []).append(lookahead)
+    return curves
 
 
 def format_count(count: float) -> str:
