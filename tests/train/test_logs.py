@@ -38,12 +38,27 @@ def test_a_fresh_run_starts_a_fresh_log(tmp_path: Path) -> None:
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+    config = {"train": {"batch_size": 8, "lr": 0.5}, "model": {"top": [8, 1], "bottom": None}}
     with RunLog(tmp_path, step=None, tensorboard=True) as log:
+        log.write("start", 0, config=config, device="cpu")
         log.write("train", 3, loss=0.25, note="text", auc=None)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        log.write("checkpoint", 4, num_bytes=7)
+        log.write("end", 4, elapsed_s=2.5)
+    folder = tmp_path / "tensorboard"
+    events = EventAccumulator(str(folder)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.25)]
-    assert events.Tags()["scalars"] == ["train/loss"]
+    assert events.Tags()["scalars"] == ["train/loss"]  # no chart has a point that stays alone
+    assert [path.is_file() for path in folder.iterdir()] == [True]  # nor is there a second run
+    started = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    hparams = HParamsPluginData.FromString(started).session_start_info.hparams
+    assert {name: value.number_value or value.string_value for name, value in hparams.items()} == {
+        "train.batch_size": 8,
+        "train.lr": 0.5,
+        "model.top": "[8, 1]",
+    }
+    assert "config/text_summary" in events.Tags()["tensors"]
 
 
 def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tests.train.runs import NUM_STEPS, small_config
 
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.native import jit
-from bagpipe.train.progress import ConsoleReporter
+from bagpipe.train.progress import ConsoleReporter, line_of
 from bagpipe.train.report import SilentReporter, StepAverages
 from bagpipe.train.trainer import train
 
@@ -45,16 +47,35 @@ def test_without_a_terminal_a_plain_line_comes_by_itself() -> None:
     with ConsoleReporter(Console(file=file, width=200), line_every_s=0.02) as reporter:
         file.wait_for("preparing")
         reporter.start(0, 10)
-        file.wait_for("0/10 -/s loss -", count=2)  # nothing is done, and it is told
+        file.wait_for("0/10 -/s loss - hit - wait -", count=2)  # nothing is done, and it is told
         reporter.advance(3)
         reporter.show(NUMBERS)
-        file.wait_for(
-            "3/10 1,234/s loss 0.5000 hit 75.0% wait plan 1.5 rows 2.5 slots 3.5 replicas 4.5 ms"
-        )
+        file.wait_for("3/10 1,234/s loss 0.5000 hit 75.0% wait 12.0 ms (replicas)")
         reporter.evaluating(1, 3)
         file.wait_for("1/3 batches evaluated")
     assert "\x1b" not in file.getvalue()
     assert not [thread for thread in threading.enumerate() if thread.name == "bagpipe-progress"]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_line_fits_80_columns(is_terminal: bool) -> None:
+    file = Lines()
+    console = Console(file=file, force_terminal=is_terminal, width=80)
+    with ConsoleReporter(console, line_every_s=0.02) as reporter:
+        reporter.start(0, 100_000)
+        reporter.show(replace(NUMBERS, examples_per_s=1_234_567.0))
+        reporter.advance(12_345)
+        text = file.wait_for("12345/100000")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
+    lines = [line.rstrip() for line in plain.splitlines() if "/100000" in line]
+    assert any("1,235k/s loss 0.5000 hit 75.0% wait 12.0 ms (replicas)" in line for line in lines)
+    assert max(map(len, plain.splitlines())) <= 80
+
+
+def test_a_wait_that_is_none_has_no_reason() -> None:
+    waits = dict.fromkeys(("wait_rows_ms", "wait_slots_ms", "wait_replicas_ms"), 0.0)
+    assert line_of(replace(NUMBERS, **waits)).endswith("wait 1.5 ms (plan)")
+    assert line_of(replace(NUMBERS, wait_plan_ms=0.01, **waits)).endswith("wait 0.0 ms")
 
 
 def test_a_terminal_has_its_live_line_alone() -> None:

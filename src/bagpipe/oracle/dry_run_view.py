@@ -144,12 +144,12 @@ def save_plot(result: DryRun, path: Path, *, title: str) -> None:
     curves = _curves(result)
     for index, (curve, lookaheads) in enumerate(curves.items()):
         # those drawn later are thinner, so that one that is almost the same shows behind them
-        behind = len(curves) - index
+        behind = len(curves) - index - 1
         axes.plot(
             *zip(*curve, strict=True),
             **line_style(index),
-            linewidth=2 * behind - 0.5,
-            markersize=3 * behind + 1,
+            linewidth=1.5 + 1.2 * behind,
+            markersize=4 + 2 * behind,
             label=f"lookahead {', '.join(map(str, lookaheads))}",
         )
     whose = _if_several(result, " of each of {} trainers")

@@ -1,6 +1,8 @@
-"""A run's records as files: JSON lines in log.jsonl, and the same numbers for TensorBoard.
+"""A run's records as files: JSON lines in log.jsonl, and what TensorBoard charts of them.
 
-Every record has a `kind` ("start", "train", "evaluation", "checkpoint", "end") and a `step`. A
+Every record has a `kind` ("start", "train", "evaluation", "checkpoint", "end") and a `step`. Of
+"train" and "evaluation", which come again and again, the numbers are TensorBoard's charts. Of
+"start" it gets the configuration, as hyper-parameters and as text. A
 resumed run first drops the records of steps that it will train again, so that the log reads as that
 of an undisturbed run.
 """
@@ -8,18 +10,23 @@ of an undisturbed run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import replaced
 
 LOG_NAME = "log.jsonl"
+CHARTED = ("train", "evaluation")
+"""Kinds of records whose numbers make curves."""
+_SCORES = ("evaluation/auc", "evaluation/log_loss", "train/loss")
+"""What the table of hyper-parameters shows of a run beside its settings."""
 
 
 class RunLog:
@@ -75,15 +82,17 @@ class RunLog:
                 self._board.close()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Adds a record; its numbers become TensorBoard scalars named `kind`/name."""
+        """Adds a record; TensorBoard gets what it can chart, as `kind`/name."""
         with self._failures_told():
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            numbers = {
-                name: value for name, value in values.items() if isinstance(value, int | float)
-            }
-            for name, value in numbers.items():
-                if self._board is not None:
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            if self._board is None:
+                return
+            if kind in CHARTED:
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
+            elif kind == "start" and "config" in values:
+                _write_settings(self._board, values["config"], step)
 
     @contextmanager
     def _failures_told(self) -> Iterator[None]:
@@ -114,6 +123,29 @@ class NoLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Does nothing."""
+
+
+def _write_settings(board: SummaryWriter, config: Mapping[str, Any], step: int) -> None:
+    """Writes a configuration as TensorBoard's hyper-parameters and as text.
+
+    `SummaryWriter.add_hparams` would make a run of its own for them, with charts of one point.
+    """
+    flat = dict(_flat(config))
+    # of scores only the names count here: their values are in the charts of these names
+    summaries = hparams(flat, dict.fromkeys(_SCORES, 0.0))  # type: ignore[no-untyped-call]
+    for summary in summaries:
+        board.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]
+    board.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", step)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting under its name in the file, such as train.batch_size."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            plain = isinstance(value, bool | int | float | str)
+            yield f"{prefix}{name}", value if plain else json.dumps(value)
 
 
 def _drop_records_after(path: Path, step: int) -> None:

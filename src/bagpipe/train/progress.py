@@ -20,24 +20,19 @@ from rich.text import Text
 from bagpipe.native.jit import count_compiled, is_compiling
 from bagpipe.train.report import StepAverages
 
-_NUMBERS = (
-    "{speed}/s loss {loss} hit {hit_rate} wait plan {plan} rows {rows} slots {slots} "
-    "replicas {replicas} ms"
-)
-_NOTHING_YET = _NUMBERS.format(
-    **dict.fromkeys(("loss", "speed", "hit_rate", "plan", "rows", "slots", "replicas"), "-")
-)
+_NOTHING_YET = "-/s loss - hit - wait -"
+_SHOWN_WAIT_MS = 0.05  # less is shown as 0.0
 _LOOK_EVERY_S = 0.25
 _COMPILING_IS_TOLD_AFTER_S = 1.0
 
 
 class _Description(progress.ProgressColumn):
-    """A task's description, for training with what is compiled at the moment."""
+    """A task's description, or what is compiled at the moment, on one line."""
 
     max_refresh = 0.25
 
     def render(self, task: progress.Task) -> Text:
-        return Text(f"{task.description}{_compiling()}")
+        return Text(_compiling() or task.description, no_wrap=True, overflow="ellipsis")
 
 
 class ConsoleReporter:
@@ -93,16 +88,7 @@ class ConsoleReporter:
     def show(self, averages: StepAverages) -> None:
         """Puts new numbers on the line."""
         if self._training is not None:
-            numbers = _NUMBERS.format(
-                loss=f"{averages.loss:.4f}",
-                speed=f"{averages.examples_per_s:,.0f}",
-                hit_rate=f"{averages.hit_rate:.1%}",
-                plan=f"{averages.wait_plan_ms:.1f}",
-                rows=f"{averages.wait_rows_ms:.1f}",
-                slots=f"{averages.wait_slots_ms:.1f}",
-                replicas=f"{averages.wait_replicas_ms:.1f}",
-            )
-            self._bar.update(self._training, description=numbers)
+            self._bar.update(self._training, description=line_of(averages))
 
     def evaluating(self, num_done: int, num_batches: int) -> None:
         """Moves the line of an evaluation, which goes with its last batch."""
@@ -139,17 +125,42 @@ class ConsoleReporter:
 
     def _write_line(self) -> None:
         for task in self._bar.tasks:
-            left = "" if task.time_remaining is None else f", {task.time_remaining:,.0f} s left"
+            left = "" if task.time_remaining is None else f" {_duration(task.time_remaining)} left"
             self.say(
-                f"{task.completed:,.0f}/{task.total:,.0f} {task.description}{_compiling()}{left}"
+                f"{task.completed:.0f}/{task.total:.0f} {_compiling() or task.description}{left}"
             )
         if not self._bar.tasks:
-            self.say(f"preparing{_compiling()}")
+            self.say(_compiling() or "preparing")
+
+
+def line_of(averages: StepAverages) -> str:
+    """A step's averages in 57 columns at most, so that a terminal of 80 has room for the steps.
+
+    Of the waits it has the sum, and says which is the longest.
+    """
+    waits = {
+        "plan": averages.wait_plan_ms,
+        "rows": averages.wait_rows_ms,
+        "slots": averages.wait_slots_ms,
+        "replicas": averages.wait_replicas_ms,
+    }
+    wait_ms = sum(waits.values())
+    longest = max(waits, key=lambda kind: waits[kind])
+    speed = averages.examples_per_s
+    return (
+        f"{f'{speed:,.0f}' if speed < 1e6 else f'{speed / 1e3:,.0f}k'}/s "
+        f"loss {averages.loss:.4f} hit {averages.hit_rate:.1%} wait {wait_ms:.1f} ms"
+        + (f" ({longest})" if wait_ms >= _SHOWN_WAIT_MS else "")
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _compiling() -> str:
-    """What is added to a line while loops are compiled."""
+    """What a line says while loops are compiled; else nothing."""
     if not is_compiling():
         return ""
     done, total = count_compiled()
-    return f"; compiling loops, once: {done} of at most {total}"
+    return f"compiling loops, once: {done} of at most {total}"
