@@ -43,6 +43,7 @@ lookahead = 5
 [train]
 batch_size = 64
 steps = {steps}
+wait_timeout_s = {wait_timeout_s}
 [checkpoint]
 every_steps = 30
 every_s = 3.0
@@ -57,6 +58,8 @@ start_timeout_s = 30.0
 """
 VICTIMS = ("rank 0", "rank 1", "oracle", "server", "launcher")
 _LIMIT_S = 240.0
+_WAIT_TIMEOUT_S = 45.0
+"""After which a trainer gives up one that is stopped."""
 _FOLDER = "RUN_OF_A_TEST"
 
 
@@ -78,8 +81,12 @@ class Fault:
 
 
 def random_faults(seed: int) -> list[Fault]:
-    """One or two faults; two victims at a time in every fifth case."""
+    """One or two faults; two victims at a time in every fifth case.
+
+    From seed 60 on trainers are stopped, too.
+    """
     draw = random.Random(seed)
+    stoppable = {"server"} if seed < 60 else {"server", "rank 0", "rank 1"}
     faults = []
     for _ in range(draw.choice([1, 1, 2])):
         victims = tuple(draw.sample(VICTIMS, 2 if draw.random() < 0.2 else 1))
@@ -88,24 +95,25 @@ def random_faults(seed: int) -> list[Fault]:
                 victims=victims,
                 at_step=draw.choice([0, 10, 40, 60, 80, 120, 150]),
                 delay_s=draw.random(),
-                # the other trainer waits half an hour for one that is stopped
-                stops=victims == ("server",) and draw.random() < 0.4,
+                stops=len(victims) == 1 and victims[0] in stoppable and draw.random() < 0.4,
             )
         )
     return sorted(faults, key=lambda fault: fault.at_step)
 
 
-def write_run(folder: Path, *, steps: int = NUM_STEPS) -> Path:
+def write_run(folder: Path, *, steps: int = NUM_STEPS, wait_timeout_s: float = 1800.0) -> Path:
     file = folder / "run.toml"
-    file.write_text(RUN.format(folder=folder / "run", steps=steps))
+    text = RUN.format(folder=folder / "run", steps=steps, wait_timeout_s=wait_timeout_s)
+    file.write_text(text)
     return file
 
 
 class Run:
     """A run under torchrun, started again by hand where torchrun itself is killed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._file = folder, write_run(folder)
+    def __init__(self, folder: Path, *, stops_trainers: bool = False) -> None:
+        wait_timeout_s = _WAIT_TIMEOUT_S if stops_trainers else 1800.0
+        self.folder, self._file = folder, write_run(folder, wait_timeout_s=wait_timeout_s)
         self._stopped: list[int] = []
         self.hits: list[str] = []
         """Who was there to be killed or stopped."""
@@ -227,7 +235,8 @@ def assert_ends_as_undisturbed(folder: Path, faults: list[Fault], undisturbed: P
     Returns:
         Who was killed or stopped.
     """
-    run = Run(folder)
+    stopped = {victim for fault in faults if fault.stops for victim in fault.victims}
+    run = Run(folder, stops_trainers=bool(stopped - {"server"}))
     try:
         run.finish(faults)
         assert list_checkpoints(folder / "run" / "checkpoints"), run.output()

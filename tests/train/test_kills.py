@@ -54,6 +54,6 @@ def test_an_undisturbed_run_that_is_interrupted_leaves_nothing(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(70))
 def test_random_faults(tmp_path: Path, undisturbed: Path, seed: int) -> None:
     assert_ends_as_undisturbed(tmp_path, random_faults(seed), undisturbed)

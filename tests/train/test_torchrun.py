@@ -365,6 +365,6 @@ def test_uneven_hosts_are_refused_on_each_before_it_waits_for_others(
             pytest.raises(
                 ConfigError, match=rf"{num_on_host} of 3 trainers run on this one of 2 hosts"
             ),
-            joined_trainers(),
+            joined_trainers(60.0),
         ):
             pass

@@ -138,7 +138,7 @@ def train(
             return _tell_end(console, config, result)
         from bagpipe.launch.torchrun import joined_trainers
 
-        with joined_trainers() as peers:
+        with joined_trainers(config.train.wait_timeout_s) as peers:
             console.quiet = peers.rank > 0
             result = _train(
                 console, config, peers, resume=resume, overwrite=overwrite, traced=traced

@@ -198,6 +198,10 @@ class TrainConfig(Section):
     eval_every_steps: Steps | None = None
     """Steps between evaluations on the validation split. There is always one at the end."""
     eval_batch_size: BatchSize = 8192
+    wait_timeout_s: Seconds = 1800.0
+    """How long a trainer waits for another one, also while that saves or begins a start alone. One
+    that dies is noticed at once, but one that is stopped only by this: then the others end, and
+    torchrun starts all again."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -84,6 +84,7 @@ def naming_failures(rank: int, num_trainers: int, what: str) -> Iterator[None]:
         raise
     except (RuntimeError, torch.distributed.DistError) as error:
         raise BackgroundError(
-            f"rank {rank}: {what} failed; another of the {num_trainers} trainers may be gone: "
+            f"rank {rank}: {what} failed; another of the {num_trainers} trainers may be gone, or "
+            "stand still: "
             f"{error}"
         ) from error

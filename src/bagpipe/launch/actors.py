@@ -74,7 +74,7 @@ class TrainerActor:
         os.environ.update(environment)
         from bagpipe.launch.torchrun import joined_trainers
 
-        with joined_trainers() as peers:
+        with joined_trainers(config.train.wait_timeout_s) as peers:
             return train(
                 config,
                 reporter=_Teller(self._told),

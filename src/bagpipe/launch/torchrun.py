@@ -25,11 +25,6 @@ from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import ConfigError
 from bagpipe.topology import check_hosts
 
-_TIMEOUT = timedelta(minutes=30)
-"""Longer than other ranks wait for a checkpoint or for the scores of an evaluation.
-
-A rank that dies is noticed at once."""
-
 _LOOK_AFTER = timedelta(seconds=1)
 """How long a rank waits for rank 0's answer before it looks whether there is another rank 0."""
 _MEETING = "bagpipe/meeting"
@@ -39,8 +34,10 @@ _EXIT_SECONDS = 10
 
 
 @contextmanager
-def joined_trainers() -> Iterator[Peers]:
+def joined_trainers(wait_timeout_s: float) -> Iterator[Peers]:
     """This process's connections to the other trainers, of whom there may be none.
+
+    A rank waits `wait_timeout_s` for another one, also for rank 0 while that saves.
 
     Raises:
         ConfigError: the hosts do not have equally many trainers, or are not 1, 2, 4 or 8.
@@ -62,13 +59,14 @@ def joined_trainers() -> Iterator[Peers]:
     if torch.cuda.device_count() >= num_on_host and dist.is_nccl_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, _ = next(rendezvous("env://", timeout=_TIMEOUT))
-    store = meet(store, rank, num_trainers)
+    timeout = timedelta(seconds=wait_timeout_s)
+    store, rank, _ = next(rendezvous("env://", timeout=timeout))
+    store = meet(store, rank, num_trainers, timeout)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=num_trainers, timeout=_TIMEOUT
+        backend, store=store, rank=rank, world_size=num_trainers, timeout=timeout
     )
     try:
-        yield Communicator.from_default_group(num_hosts=num_hosts, timeout=_TIMEOUT)
+        yield Communicator.from_default_group(num_hosts=num_hosts, timeout=timeout)
     except BaseException:
         # A thread may wait for messages that never come, and the interpreter for it. Once this
         # process is gone the others see it.
@@ -79,7 +77,7 @@ def joined_trainers() -> Iterator[Peers]:
     dist.destroy_process_group()
 
 
-def meet(store: Store, rank: int, num_trainers: int, timeout: timedelta = _TIMEOUT) -> Store:
+def meet(store: Store, rank: int, num_trainers: int, timeout: timedelta) -> Store:
     """A part of the key-value store that this start of the trainers alone uses.
 
     torchrun keeps its store when it starts trainers again. The addresses of those before are still
