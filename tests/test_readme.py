@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.soon import SOON_S
+from tests.soon import TIMEOUT_S
 from typer.testing import CliRunner
 
 from bagpipe.cli.app import app
@@ -98,7 +98,7 @@ def test_the_loops_run_as_written() -> None:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=SOON_S,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

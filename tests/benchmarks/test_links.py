@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+from tests.soon import SOON_S
 
 from bagpipe.errors import ConfigError
 from benchmarks.links import Link, Network, first_line, linked_hosts, running, why_not
@@ -53,6 +54,14 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
+def fastest_s(network: Network, num_bytes: int, stack: ExitStack, most_s: float) -> float:
+    """Of some tries the first in time, or the last: a busy machine delays many, not all."""
+    return next(
+        (seconds for _ in range(20) if (seconds := seconds_of(network, num_bytes, stack)) < most_s),
+        most_s,
+    )
+
+
 def seconds_of(network: Network, num_bytes: int, stack: ExitStack) -> float:
     """How long answers of so many bytes take from all other hosts at once to the first."""
     ways = []
@@ -62,7 +71,7 @@ def seconds_of(network: Network, num_bytes: int, stack: ExitStack) -> float:
         address, port = network.way_to(host, int(first_line(server)))
         ways.append(f"{address}:{port}")
     command = network.hosts[0].command(sys.executable, "-c", CLIENT, str(num_bytes), *ways)
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SOON_S)
     return float(ended.stdout)
 
 
@@ -78,14 +87,14 @@ def test_a_link_has_its_rate(delay_ms: float, stack: ExitStack) -> None:
     network = stack.enter_context(linked_hosts(2, link))
     num_bytes = 5_000_000
     floor_s = (num_bytes - 2 * 6_250) / link.bytes_per_s + 2 * delay_ms / 1e3
-    # 5 % are headers; the rest is room for a busy machine
-    assert floor_s < seconds_of(network, num_bytes, stack) < 1.5 * floor_s
+    # 5 % are headers
+    assert floor_s < fastest_s(network, num_bytes, stack, 1.5 * floor_s) < 1.5 * floor_s
 
 
 @needs_links
 def test_a_delay_is_met_both_ways(stack: ExitStack) -> None:
     network = stack.enter_context(linked_hosts(2, Link(gbit_per_s=1, delay_ms=20)))
-    assert 0.040 < seconds_of(network, 250, stack) < 0.080
+    assert 0.040 < fastest_s(network, 250, stack, 0.080) < 0.080
 
 
 @needs_links

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.oracle.ends import end_as
-from tests.soon import SOON_S, ends_soon, wait_until
+from tests.soon import SOON_S, TIMEOUT_S, ends_soon, wait_until
 
 from bagpipe.errors import BackgroundError, LostError
 from bagpipe.feed import process
@@ -331,15 +331,16 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_STOP_TIMEOUT_S", 1.0)
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("leaving", [0, 1, 2])
 def test_a_rank_that_ends_its_stream_while_the_reader_hangs_ends_the_others(
-    leaving: int, tmp_path: Path
+    leaving: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(process, "_STOP_TIMEOUT_S", TIMEOUT_S)  # none is told by a kill
     batches, wait_until_it_hangs = hanging(tmp_path)
     with shared(3, batches) as ends:
+        assert ends[0]._process is not None
         streams = [end.items() for end in ends]
-        with ThreadPoolExecutor(3) as pool:
+        with ThreadPoolExecutor(4) as pool:
             # all that is planned, then they wait for more: the window holds 5
             drained = [
                 pool.submit(lambda stream: deque(map(use, stream)), each) for each in streams
@@ -347,8 +348,10 @@ def test_a_rank_that_ends_its_stream_while_the_reader_hangs_ends_the_others(
             wait_until_it_hangs()
             time.sleep(0.5)
             assert not any(each.done() for each in drained)
-            ends[leaving].stop()
+            stopped = pool.submit(ends[leaving].stop)
             errors = [each.exception(timeout=SOON_S) for each in drained]
+            ends[0]._process.kill()  # whose reader hangs
+            stopped.result(timeout=SOON_S)
     assert errors[leaving] is None
     for rank, error in enumerate(errors):
         if rank != leaving:

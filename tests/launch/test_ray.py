@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.train.kills import of_process
+from tests.processes import of_process
 from tests.train.runs import Listener, small_config
 from tests.train.test_servers import assert_same
 

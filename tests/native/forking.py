@@ -17,6 +17,7 @@ import numba
 import numpy as np
 import torch
 from tests.embeddings.test_lookahead import Batch, Picklable, make_embeddings
+from tests.soon import SOON_S, TIMEOUT_S
 
 import bagpipe
 from bagpipe.checkpoint.run_folder import claim_run_folder
@@ -26,14 +27,13 @@ from bagpipe.native.jit import is_compiling
 from bagpipe.types import Jagged
 
 NUM_BATCHES = 60
-CHILD_S = 60.0
 
 
 def fork(in_child: Callable[[], object]) -> int:
     """Forks; the child leaves as programs do."""
     pid = os.fork()
     if pid == 0:
-        signal.alarm(20)  # instead of waiting for ever
+        signal.alarm(int(SOON_S))  # instead of waiting for ever
         in_child()
         sys.exit(0)
     return pid
@@ -74,7 +74,9 @@ def die(folder: Path) -> None:
         next(stream)
         assert isinstance(stream._source, ProcessSource)
         assert stream._source.process._process is not None
-        child = fork(lambda: (signal.alarm(0), time.sleep(CHILD_S)))
+        reads, writes = os.pipe()
+        child = fork(lambda: (signal.alarm(0), os.write(writes, b"!"), time.sleep(TIMEOUT_S)))
+        os.read(reads, 1)  # it has let go of what it inherits
         (folder / "pids").write_text(f"{child} {stream._source.process._process.pid}")
         os.kill(os.getpid(), signal.SIGKILL)
 

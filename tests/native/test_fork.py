@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.processes import is_alive
 from tests.soon import SOON_S, wait_until
 
 from bagpipe.checkpoint.run_folder import claim_run_folder
@@ -35,14 +36,6 @@ def test_children_disturb_nothing_and_are_told_what_they_can_not_use(
     name: str, tmp_path: Path
 ) -> None:
     assert run(name, tmp_path) == (0, "")
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # ended, and whoever adopted it has not asked
 
 
 def test_a_killed_trainers_oracle_and_lock_end_with_it_though_a_child_lives(

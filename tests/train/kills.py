@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.processes import is_alive, of_process
 from tests.train.test_servers import dense_of, tables_of
 
 from bagpipe.checkpoint.files import list_checkpoints
@@ -216,17 +217,6 @@ class Run:
             and is_alive(pid)
             and pid != self._launcher.pid
         ]
-
-
-def of_process(pid: int, what: str) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/{what}").read_text()
-    return ""
-
-
-def is_alive(pid: int) -> bool:
-    fields = of_process(pid, "stat").rpartition(")")[2].split()
-    return bool(fields) and fields[0] != "Z"
 
 
 def assert_ends_as_undisturbed(folder: Path, faults: list[Fault], undisturbed: Path) -> list[str]:

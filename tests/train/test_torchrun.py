@@ -9,14 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.soon import TIMEOUT_S, ends_soon, wait_until
+from tests.processes import children_of, is_alive, of_process
+from tests.soon import SOON_S, TIMEOUT_S, ends_soon, wait_until
 
 from bagpipe.checkpoint.files import list_checkpoints
 from bagpipe.errors import ConfigError
@@ -59,6 +61,9 @@ tensorboard = false
 """
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
 def command(num_trainers: int, file: Path, *options: str) -> list[str]:
     train = ["-m", "bagpipe", "train", str(file), *options]
     if num_trainers == 1:
@@ -75,13 +80,26 @@ def command(num_trainers: int, file: Path, *options: str) -> list[str]:
 
 def start(num_trainers: int, file: Path, *options: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(num_trainers, file, *options),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    _started.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """A test that fails leaves no run behind, which would train on beside other tests."""
+    yield
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.terminate()  # or its trainers would go on without it
+            process.communicate(timeout=SOON_S)
 
 
 def train(num_trainers: int, file: Path, *options: str) -> str:
@@ -179,7 +197,7 @@ def running(folder: Path, *options: str) -> tuple[subprocess.Popen[str], list[in
         child
         for rank in by_rank
         for child in children_of(rank)
-        if "spawn_main" in command_of(child)
+        if "spawn_main" in of_process(child, "cmdline")
     ]
     assert len(oracles) == ("cache.oracle=thread" not in options)
     return process, by_rank, oracles[0] if oracles else 0
@@ -203,7 +221,7 @@ def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_or
     else:
         assert named_by_torchrun(killed, output), output
     # the oracle process takes 5 s, where its reader does not return
-    wait_until(lambda: not any(Path(f"/proc/{each}").exists() for each in (*ranks, oracle)))
+    wait_until(lambda: not any(map(is_alive, (*ranks, oracle))))
 
 
 @pytest.mark.parametrize("receiver", ["rank 1", "torchrun"])
@@ -228,7 +246,7 @@ def test_a_killed_rank_ends_the_other_where_each_plans_for_itself(tmp_path: Path
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0
     assert named_by_torchrun(ranks[1], output), output
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert not any(map(is_alive, ranks))
 
 
 def named_by_torchrun(pid: int, output: str) -> bool:
@@ -240,36 +258,31 @@ def named_by_torchrun(pid: int, output: str) -> bool:
 
 def rank_of(pid: int) -> int:
     """From a trainer's environment."""
-    variables = dict(
-        each.split("=", 1) for each in Path(f"/proc/{pid}/environ").read_text().split("\0") if each
-    )
+    variables = dict(each.split("=", 1) for each in of_process(pid, "environ").split("\0") if each)
     return int(variables["RANK"])
 
 
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
-
-
-def children_of(pid: int) -> list[int]:
-    """Of all threads of a process, oldest first."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    return sorted(int(child) for file in files for child in file.read_text().split())
+def free_port() -> int:
+    """Below those that the system gives out, so that nobody gets it before torchrun listens."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def start_hosts(
     num_hosts: int, num_on_host: int, file: Path, *options: str
 ) -> list[subprocess.Popen[str]]:
     """torchrun as on so many hosts, all of them this one: each knows only its own trainers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     place = [
         f"--nnodes={num_hosts}",
         f"--nproc-per-node={num_on_host}",
         "--master-addr=127.0.0.1",
         f"--master-port={port}",
     ]
-    return [
+    hosts = [
         subprocess.Popen(
             [
                 sys.executable,
@@ -290,6 +303,8 @@ def start_hosts(
         )
         for host in range(num_hosts)
     ]
+    _started.extend(hosts)
+    return hosts
 
 
 def outputs_of(processes: list[subprocess.Popen[str]]) -> list[str]:
@@ -339,7 +354,10 @@ def test_a_rank_that_is_killed_ends_the_other_host_too(tmp_path: Path) -> None:
     wait_until_it_trains(log, hosts)
     ranks = [child for host in hosts for child in children_of(host.pid)]
     oracles = [
-        child for rank in ranks for child in children_of(rank) if "spawn_main" in command_of(child)
+        child
+        for rank in ranks
+        for child in children_of(rank)
+        if "spawn_main" in of_process(child, "cmdline")
     ]
     assert (len(ranks), len(oracles)) == (2, 2)
     os.kill(ranks[1], signal.SIGKILL)
@@ -348,7 +366,7 @@ def test_a_rank_that_is_killed_ends_the_other_host_too(tmp_path: Path) -> None:
     assert all(host.returncode != 0 for host in hosts)
     assert named_by_torchrun(ranks[1], outputs[1]), outputs[1]
     assert "another of the 2 trainers may be gone" in " ".join(outputs[0].split()), outputs[0]
-    wait_until(lambda: not any(Path(f"/proc/{each}").exists() for each in (*ranks, *oracles)))
+    wait_until(lambda: not any(map(is_alive, (*ranks, *oracles))))
 
 
 def test_uneven_hosts_are_refused_on_each_before_it_waits_for_others(

@@ -5,14 +5,13 @@ one rank, different settings.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.soon import ends_soon
+from tests.soon import TIMEOUT_S, ends_soon, wait_until
 from tests.store_contract import touched_rows
 from tests.train.ranks import run_ranks
 
@@ -188,20 +187,15 @@ def test_a_learning_rate_is_that_of_the_gradients_step() -> None:
 def test_a_late_gradient_has_the_rate_of_its_step_when_the_next_one_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batches, was_urgent = random_batches(20, 8), list[bool]()
+    batches = random_batches(20, 8)
     original = Exchange._apply_overlapped
 
     def rate_of(step: int) -> float:
         return 0.5 ** (step % 4 + 1)
 
     def apply_overlapped(exchange: Exchange, step: Any) -> None:
-        deadline = time.monotonic() + 0.2  # where a step waits for it, or none comes any more
-        while (
-            exchange._caches[0].group.optimizer.lr == rate_of(step.plan.step)
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.001)
-        was_urgent.append(exchange._caches[0].group.optimizer.lr != rate_of(step.plan.step))
+        if step.plan.step < len(batches) - 1:  # behind which none sets another rate
+            wait_until(lambda: exchange._caches[0].group.optimizer.lr != rate_of(step.plan.step))
         original(exchange, step)
 
     def set_rate(embeddings: EmbeddingBagCollection, step: int) -> None:
@@ -212,7 +206,6 @@ def test_a_late_gradient_has_the_rate_of_its_step_when_the_next_one_is_set(
         train(2, batches, set_rate, cache=[50], replicas=50, lookahead=3),
         train(1, batches, set_rate, cache=[50]),
     )
-    assert sum(was_urgent) >= 20
 
 
 def test_an_error_on_one_rank_is_raised_there_at_once_as_it_is() -> None:
@@ -270,6 +263,8 @@ def test_a_rank_that_stops_alone_does_not_wait_for_ever(monkeypatch: pytest.Monk
 
     def stop(communicator: Communicator) -> list[bool]:
         alone = communicator.rank == 1 and communicator.all_stop_before(7)
+        if communicator.rank == 1:  # then they may be long in coming
+            monkeypatch.setattr(communicator_module, "_STOPS_WITHIN", timedelta(seconds=TIMEOUT_S))
         communicator.barrier("the test")
         return [alone, communicator.all_stop_before(8)]
 
