@@ -18,6 +18,7 @@ import bagpipe
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, UsageError
+from bagpipe.native import jit
 
 
 class Blocking:
@@ -95,6 +96,27 @@ def test_an_error_in_the_loop_is_shown_though_the_loader_blocks(blocking: Blocki
     ):
         failing_loop(blocking, embeddings)
     check_rows(embeddings)
+
+
+def test_threads_that_compile_are_waited_for(
+    blocking: Blocking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come back, which takes a busy machine's first run long; the reader stands for them."""
+    embeddings, waits = make_embeddings(), list[float]()
+    stream = bagpipe.lookahead(blocking, embeddings, cache=64, lookahead=2)
+    loop(blocking, stream, embeddings)
+    stop = stream._source.stop
+
+    def stop_third(*, timeout_s: float) -> bool:
+        waits.append(timeout_s)
+        if len(waits) == 3:
+            blocking.release()
+        return stop(timeout_s=timeout_s)
+
+    monkeypatch.setattr(stream._source, "stop", stop_third)
+    monkeypatch.setattr(jit._listener, "num_in_hand", 1)
+    stream.close()  # without a warning, which would be an error
+    assert len(waits) == 3
 
 
 def test_two_threads_that_iterate_are_refused(blocking: Blocking) -> None:

@@ -25,9 +25,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_trainer_and_the_server_are_killed_at_once(tmp_path: Path, undisturbed: Path) -> None:
-    fault = Fault(victims=("rank 1", "server"), at_step=80)
-    hits = assert_ends_as_undisturbed(tmp_path, [fault], undisturbed)
-    assert hits == ["rank 1", "server"]
+    fault = Fault(victims=("rank 1", "server"), at_step=40)
+    for attempt in range(5):  # on a busy machine the run may be over before they are found
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        hits = assert_ends_as_undisturbed(folder, [fault], undisturbed)
+        if hits == ["rank 1", "server"]:
+            return
+    raise AssertionError(hits)
 
 
 def test_an_undisturbed_run_that_is_interrupted_leaves_nothing(

@@ -25,6 +25,7 @@ from bagpipe.errors import BackgroundError, ConfigError, DataError, LostError, U
 from bagpipe.feed.source import PLANS_AHEAD, PlanSource, ProcessSource, ThreadSource
 from bagpipe.feed.stream import BatchAdapter, Planned, StreamOptions
 from bagpipe.native.fork import check_same_process
+from bagpipe.native.jit import is_compiling
 from bagpipe.oracle.report import OracleReport
 
 BatchT = TypeVar("BatchT")
@@ -238,7 +239,9 @@ class Lookahead(Generic[BatchT]):
         return os.getpid() != self._pid
 
     def _end_threads(self) -> None:
-        if not self._source.stop(timeout_s=_STOP_TIMEOUT_S):
+        while not self._source.stop(timeout_s=_STOP_TIMEOUT_S):
+            if is_compiling():  # which ends
+                continue
             warnings.warn(
                 f"bagpipe.lookahead has ended, but its reader has not come back within "
                 f"{_STOP_TIMEOUT_S:.0f} s from the loader (or from `sparse`, `share` or "
@@ -246,6 +249,7 @@ class Lookahead(Generic[BatchT]):
                 RuntimeWarning,
                 stacklevel=2,
             )
+            return
 
     def _process_source(
         self, batches: Iterable[Any], options: StreamOptions, adapter: BatchAdapter

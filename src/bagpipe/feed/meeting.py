@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from bagpipe.errors import BackgroundError
+from bagpipe.native.sockets import connect_unix
 from bagpipe.topology import MAX_TRAINERS
 
 _MAX_GREETING_BYTES = 256
@@ -127,7 +128,7 @@ def connect(address: str, rank: int, file: int, timeout_s: float) -> Connection:
     limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     try:
-        connection.connect(f"\0{name}")
+        connect_unix(connection, f"\0{name}")
         socket.send_fds(connection, [f"{key} {rank}".encode()], [file])
     except OSError as error:
         connection.close()

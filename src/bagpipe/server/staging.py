@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from bagpipe.errors import BagpipeError, StoreError
+from bagpipe.native.sockets import connect_unix
 from bagpipe.server.memory import StagingMemory, map_foreign
 from bagpipe.server.shard import Shard
 from bagpipe.server.wire import Header, Place, What, decode
@@ -197,7 +198,7 @@ def is_near(address: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         _limit(connection, socket.SO_SNDTIMEO, _OPENING_TIMEOUT_S)
         try:
-            connection.connect(f"\0{address}")
+            connect_unix(connection, f"\0{address}")
         except OSError:
             return False
         return bool(address) and peer_of(connection)[1] == os.geteuid()
@@ -228,7 +229,7 @@ class StagingStream:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _limit(self._connection, socket.SO_SNDTIMEO, timeout_s)
         try:
-            self._connection.connect(f"\0{address}")
+            connect_unix(self._connection, f"\0{address}")
             process, user = peer_of(self._connection)
             if user != os.geteuid():  # who has the memory has the records
                 raise PermissionError(f"process {process} of user {user} is there")
