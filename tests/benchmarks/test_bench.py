@@ -49,7 +49,6 @@ def test_a_file_that_can_not_be_written_is_refused_before_anything_runs(
 
 
 # first of all tests on a new machine, these compile nearly every loop: two minutes on two cores
-@pytest.mark.timeout(400)
 def test_the_oracle_at_a_tiny_size(tmp_path: Path) -> None:
     saved = run_to_json(tmp_path / "oracle.json", "oracle")
     assert saved["environment"]["packages"]["torch"]
@@ -66,7 +65,6 @@ def test_the_oracle_at_a_tiny_size(tmp_path: Path) -> None:
     assert all(live["batches_per_s"] > 0 for live in values["live"])
 
 
-@pytest.mark.timeout(400)
 def test_a_step_at_a_tiny_size(tmp_path: Path) -> None:
     values = run_to_json(tmp_path / "step.json", "step")["step"]["by_batch_size"]["32"]
     assert values["arms"]["bagpipe"]["embedding"]["count"] == 10

@@ -121,7 +121,7 @@ def test_a_client_that_stays_does_not_keep_it(file: Path) -> None:
 
 def test_it_ends_with_the_process_that_it_lives_with(file: Path) -> None:
     with (
-        subprocess.Popen(["sleep", "600"]) as other,
+        subprocess.Popen(["sleep", "900"]) as other,
         serving(file, "--lives-with", other.pid) as (process, _),
     ):
         assert process.poll() is None

@@ -56,7 +56,6 @@ def once_saved(folder: Path, do: Callable[[], object]) -> None:
     do()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("actor", "number", "told"),
     [

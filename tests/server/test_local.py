@@ -46,7 +46,7 @@ def config_of(folder: Path, **servers: Any) -> RunConfig:
 @pytest.fixture
 def agent() -> Iterator[subprocess.Popen[bytes]]:
     """The process that started the trainers."""
-    with subprocess.Popen(["sleep", "600"]) as process:
+    with subprocess.Popen(["sleep", "900"]) as process:
         yield process
         process.kill()
 

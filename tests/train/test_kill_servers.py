@@ -29,8 +29,6 @@ from bagpipe.config.run import RunConfig
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 
-pytestmark = pytest.mark.timeout(400)
-
 NUM_SHARDS = 2
 NUM_STEPS = 80
 SERVERS = ("server 0", "server 1")

@@ -14,8 +14,6 @@ from tests.train.kills import (
     train_undisturbed,
 )
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:

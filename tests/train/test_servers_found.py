@@ -28,7 +28,7 @@ from bagpipe.types import group_tables
 @pytest.fixture(autouse=True)
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What starts the ranks, which are threads here."""
-    with subprocess.Popen(["sleep", "600"]) as process:
+    with subprocess.Popen(["sleep", "900"]) as process:
         monkeypatch.setattr(os, "getppid", lambda: process.pid)
         yield
         process.kill()
