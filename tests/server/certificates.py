@@ -38,10 +38,13 @@ class Files:
         path.chmod(mode)
         return path
 
-    def issue(self, name: str, *hosts: str, expired: bool = False) -> tuple[Path, Path]:
+    def issue(
+        self, name: str, *hosts: str, expired: bool = False, early: bool = False
+    ) -> tuple[Path, Path]:
         """The files of a certificate for `hosts`, and of its key."""
         until = datetime(2020, 1, 1, tzinfo=UTC) if expired else None
-        issued = self.authority.issue_cert(*hosts, not_after=until)
+        begin = datetime(2990, 1, 1, tzinfo=UTC) if early else None
+        issued = self.authority.issue_cert(*hosts, not_before=begin, not_after=until)
         chain = self.folder / f"{name}.pem"
         chain.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
         return chain, self.secret(f"{name}.key", issued.private_key_pem.bytes())

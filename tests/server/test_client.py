@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pyarrow.flight as flight
 import pytest
 from tests.server.serving import Servers
 from tests.server.shards import own_rows
-from tests.soon import SOON_S
+from tests.soon import SOON_S, ends_soon
 from tests.store_contract import SEED, fetch, initial, make_group, records_of, rows_of, touched_rows
 
 from bagpipe.errors import StoreError
@@ -24,7 +25,7 @@ from bagpipe.optimizers import Adagrad
 from bagpipe.server import wire
 from bagpipe.server.client import ShardServers
 from bagpipe.server.control import ServerControl
-from bagpipe.server.shard import Checkpoint
+from bagpipe.server.shard import Checkpoint, Shard
 from bagpipe.store import MemoryStore, Steps
 from bagpipe.store.record_files import next_files
 from bagpipe.types import Float32Array, TableConfig, group_tables
@@ -243,13 +244,33 @@ def test_a_rank_that_stands_still_is_named_by_the_server() -> None:
         assert "waited 0.2 s for rank 1 to write" in raised(waiting)
 
 
-def test_nobody_at_an_address_is_told_in_time() -> None:
-    started = time.perf_counter()
-    message = raised(
-        lambda: ServerControl(["127.0.0.1:1"], [make_group()], SEED, start_timeout_s=1)
-    )
-    assert time.perf_counter() - started < SOON_S
-    assert "shard server 0 of 1 at 127.0.0.1:1 failed in call identify" in message
+def test_a_server_that_is_not_there_or_answers_nothing_is_told_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ends_soon():
+        for address, why in (
+            ("127.0.0.1:1", "nobody listens there"),
+            (
+                f"127.0.0.1:{silent.getsockname()[1]}",
+                "it has not answered for 1 s, which servers.start_timeout_s allows",
+            ),
+        ):
+            message = raised(
+                lambda at=address: ServerControl([at], [make_group()], SEED, start_timeout_s=1)
+            )
+            assert f"shard server 0 of 1 at {address} failed in call identify: {why}" in message
+
+
+def test_a_server_that_is_out_of_memory_says_so(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trainer,) = servers.start()
+
+    def fail(*_: object) -> None:
+        raise MemoryError("of a test")
+
+    monkeypatch.setattr(Shard, "read", fail)
+    message = raised(asked(trainer, ALL, Steps())[0])
+    assert f"in a fetch of rank 0 in epoch {servers.epoch}: it is out of memory (of a te" in message
+    assert "divide the tables among more servers" in message
 
 
 @pytest.mark.parametrize(
@@ -257,13 +278,17 @@ def test_nobody_at_an_address_is_told_in_time() -> None:
     [
         ("order", "its shard is 1, here it is 0"),
         ("fewer", "its num_shards is 3, here it is 2"),
-        ("seed", "its tables is "),
-        ("tables", "its tables is "),
+        ("version", f"its version is {wire.VERSION + 1}, here it is {wire.VERSION}"),
+        ("seed", "it has other tables, another optimizer or another seed"),
+        ("tables", "it has other tables, another optimizer or another seed"),
     ],
 )
 def test_servers_of_another_configuration_are_refused(
-    servers: Servers, change: str, fact: str
+    servers: Servers, change: str, fact: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if change == "version":
+        call, newer = ServerControl._call, {"version": wire.VERSION + 1}
+        monkeypatch.setattr(ServerControl, "_call", lambda *of: call(*of).model_copy(update=newer))
     addresses, groups, seed = servers.addresses, servers.groups, SEED
     if change == "order":
         addresses = [addresses[1], addresses[0], addresses[2]]

@@ -134,7 +134,7 @@ def test_a_payload_that_is_none(
     server: ShardServer, client: flight.FlightClient, payload: pa.RecordBatch, fact: str
 ) -> None:
     header = replace(header_of(server.shard), rank=0)
-    server.shard._writing_ranks.clear()  # each rank may have one stream only
+    server.shard.serving._writing_ranks.clear()  # each rank may have one stream only
     assert fact in refused(lambda: sent(client, wire.WRITE, payload, header.encode()))
     is_as_before(server, client)
 
@@ -159,7 +159,7 @@ HEADERS: list[tuple[Callable[[Header], bytes], str]] = [
 def test_a_header_that_is_none(
     server: ShardServer, client: flight.FlightClient, make: Callable[[Header], bytes], fact: str
 ) -> None:
-    server.shard._writing_ranks.clear()
+    server.shard.serving._writing_ranks.clear()
     header = make(header_of(server.shard))
     assert fact in refused(lambda: sent(client, wire.WRITE, lists([OWN], ONE), header))
     is_as_before(server, client)

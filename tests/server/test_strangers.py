@@ -206,16 +206,17 @@ def test_a_root_that_did_not_sign(files: Files, secured: Probe, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("hosts", "expired", "fact"),
+    ("host", "of", "fact"),
     [
-        (["elsewhere.example"], False, "is for other names"),
-        (["localhost"], True, "has expired"),
+        ("elsewhere.example", {}, "is for other names"),
+        ("localhost", {"expired": True}, "has expired"),
+        ("localhost", {"early": True}, "is not valid yet: set the clocks"),
     ],
 )
 def test_a_server_of_another_name_or_time(
-    files: Files, hosts: list[str], expired: bool, fact: str
+    files: Files, host: str, of: dict[str, bool], fact: str
 ) -> None:
-    files.issue("wrong", *hosts, expired=expired)
+    files.issue("wrong", host, **of)
     config = files.config().model_copy(update={"tls": files.tls("wrong")})
     with (
         serving(server_credentials(config, "127.0.0.1")) as server,

@@ -58,7 +58,7 @@ def test_a_start_over_servers_of_another_run_or_of_other_tables_claims_nothing(
         train(over(foreign, there, train={"steps": 3}), reporter=SilentReporter())
         for addresses, fact in (
             (foreign, rf"at {foreign[0]} .* it holds the tables of run 'there-.*, not of 'here-"),
-            (of_other_tables, rf"at {of_other_tables[0]} .* its tables is"),
+            (of_other_tables, rf"at {of_other_tables[0]} .* it has other tables"),
         ):
             with pytest.raises(StoreError, match=fact):
                 train(over(addresses, here), reporter=SilentReporter(), resume=True)

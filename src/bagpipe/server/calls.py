@@ -124,6 +124,16 @@ def fingerprint(groups: tuple[Group, ...], seed: int) -> str:
     return xxhash.xxh3_128(repr((meaning, seed)).encode()).hexdigest()
 
 
+def unexpected(error: Exception) -> str:
+    """What a client is told of an error that is none of `bagpipe.errors`."""
+    if isinstance(error, MemoryError):
+        return (
+            f"it is out of memory ({error}): give its host more, or divide the tables among more "
+            "servers"
+        )
+    return f"{type(error).__name__}: {error}; see the server's log"
+
+
 def answers(
     shard: Shard, kind: str, body: pa.Buffer, run_folder: Path | None = None
 ) -> Iterator[bytes]:

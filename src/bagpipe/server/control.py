@@ -245,9 +245,12 @@ class ServerControl:
         }
         for name, value in wanted.items():
             if getattr(found, name) != value:
+                what = f"its {name} is {getattr(found, name)}, here it is {value}"
+                if name == "tables":  # a hash, which tells nobody anything
+                    what = "it has other tables, another optimizer or another seed"
                 other = StoreError(
-                    f"its {name} is {getattr(found, name)}, here it is {value}: start servers and "
-                    "trainers with one configuration, and give addresses in the order of the shards"
+                    f"{what}: start servers and trainers with one configuration, and give "
+                    "addresses in the order of the shards"
                 )
                 raise self.failed(shard, "to be the one wanted", other)
         return found

@@ -190,7 +190,7 @@ def _telling() -> Iterator[None]:
         raise _told(str(error)) from None
     except Exception as error:
         _log.exception("a request failed")
-        raise _told(f"{type(error).__name__}: {error}; see the server's log") from None
+        raise _told(calls.unexpected(error)) from None
 
 
 def _told(text: str) -> flight.FlightServerError:

@@ -35,6 +35,7 @@ import pyarrow as pa
 
 from bagpipe.errors import BagpipeError, StoreError
 from bagpipe.native.sockets import connect_unix
+from bagpipe.server.calls import unexpected
 from bagpipe.server.memory import StagingMemory, map_foreign
 from bagpipe.server.shard import Shard
 from bagpipe.server.wire import Header, Place, What, decode
@@ -155,7 +156,7 @@ class StagingServer:
             pass
         except Exception as error:
             _log.exception("a request of shared memory failed")
-            _tell(connection, number, f"{type(error).__name__}: {error}; see the server's log")
+            _tell(connection, number, unexpected(error))
         finally:
             with self._lock:
                 self._connections.pop(connection, None)
