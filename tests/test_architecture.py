@@ -33,6 +33,7 @@ ALLOWED = {
     "errors": set(),
     "limits": {"errors"},
     "optimizers": {"errors", "limits"},
+    "version": set(),
     "bags": {"errors"},
     "types": {"bags", "errors", "limits", "optimizers"},
     "plan": {"types"},
@@ -53,7 +54,7 @@ ALLOWED = {
     "checkpoint": BASE | {"config", "data", "store", "distributed"},
     "train": BASE
     | {"config", "oracle", "feed", "store", "data", "distributed", "cache", "models"}
-    | {"embeddings", "checkpoint", "server"},
+    | {"embeddings", "checkpoint", "server", "version"},
     "server": BASE | {"config", "data", "store"},
     "launch": BASE | {"distributed", "config", "server", "train"},
 }

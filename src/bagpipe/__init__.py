@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from bagpipe.errors import BagpipeError
 from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
 from bagpipe.types import Jagged, Normal, TableConfig, Uniform
+from bagpipe.version import __version__
 
 if TYPE_CHECKING:
     from bagpipe import models, store
@@ -37,8 +38,6 @@ __all__ = [
     "models",
     "store",
 ]
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Communicator": "bagpipe.distributed.communicator",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import threading
 from dataclasses import replace
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from tests.soon import wait_until
-from tests.train.runs import NUM_STEPS, small_config
+from tests.train.runs import NUM_STEPS, Listener, small_config
 
+import bagpipe
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.native import jit
-from bagpipe.train.progress import ConsoleReporter, line_of
-from bagpipe.train.report import SilentReporter, StepAverages
+from bagpipe.train.progress import ConsoleReporter
+from bagpipe.train.report import SilentReporter, StepAverages, line_of
 from bagpipe.train.trainer import train
 
 NUMBERS = StepAverages(
@@ -125,3 +128,28 @@ def test_the_last_rate_is_taken_before_the_stream_is_closed(
     train(config, reporter=Listener())
     assert seen[: -(-NUM_STEPS // 10)] == ["shown"] * 3
     assert "shown" not in seen[seen.index("closed") :]
+
+
+def test_a_run_says_what_it_is_and_logs_all_under_the_packages_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = Listener()
+    config = small_config(
+        tmp_path, cache={"size": "auto"}, train={"steps": 3}, checkpoint={"at_end": False}
+    )
+    with caplog.at_level(logging.INFO, logger="bagpipe"):
+        train(config, reporter=listener)
+    text = "\n".join(listener.said)
+    num_rows = sum(config.data.num_embeddings)
+    for fact in (
+        f"bagpipe {bagpipe.__version__} on cpu ({torch.get_num_threads()} threads); torch ",
+        f"tables: 3 with {num_rows:,} rows, ",
+        f"model: {config.model.kind}, ",
+        f" parameters; 3 steps of {config.train.batch_size:,} samples",
+        f"cache: {num_rows:,} rows (100.00%), ",
+        f'chosen by "auto"; lookahead {config.cache.lookahead}, prefetch depth 2',
+    ):
+        assert fact in text
+    logged = [record.getMessage() for record in caplog.records if record.name == "bagpipe.train"]
+    assert set(listener.said) < set(logged)
+    assert any(re.match(r"step 3: [\d,]+/s loss \d\.\d{4} hit ", line) for line in logged)

@@ -27,8 +27,19 @@ def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
     names = {event["name"] for event in events if event["name"].startswith("bagpipe.")}
     assert names == {
         f"bagpipe.{stage}"
-        for stage in ("lookup", "dense", "update", "evict", "gather", "fetch", "plan", "write_back")
+        for stage in (
+            *("lookup", "dense", "update", "evict", "gather", "fetch", "plan", "write_back"),
+            *("oracle.read", "oracle.dedup", "oracle.link", "oracle.plan"),
+        )
     }
+    threads = {
+        event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"
+    }
+    where = {event["name"]: threads[event["tid"]] for event in events if event["name"] in names}
+    assert where["bagpipe.lookup"] == "MainThread"
+    assert where["bagpipe.oracle.link"] == "bagpipe-reader"
+    assert where["bagpipe.oracle.plan"] == "bagpipe-oracle"
+    assert where["bagpipe.oracle.dedup"].startswith("bagpipe-")
     with pytest.raises(ConfigError, match="can't be written"):
         train(
             small_config(tmp_path),

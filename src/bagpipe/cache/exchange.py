@@ -41,9 +41,9 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceExchange, DevicePlan
 from bagpipe.cache.overlap import Streams
-from bagpipe.cache.spans import span
 from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.distributed.communicator import Communicator, Moment
+from bagpipe.native.spans import span
 from bagpipe.native.workers import Workers
 from bagpipe.plan import GroupExchange, RowExchange, StepPlan
 

@@ -35,11 +35,11 @@ from bagpipe.cache.device_plan import (
 )
 from bagpipe.cache.exchange import exchange_with
 from bagpipe.cache.overlap import Streams
-from bagpipe.cache.spans import span
 from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.write_marks import marks_with
 from bagpipe.errors import UsageError
+from bagpipe.native.spans import span
 from bagpipe.plan import StepPlan, Transfers
 from bagpipe.store.base import EmbeddingStore
 

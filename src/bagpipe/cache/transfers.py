@@ -39,11 +39,11 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceTransfers
 from bagpipe.cache.overlap import Buffer, Staging, Streams
-from bagpipe.cache.spans import span
 from bagpipe.distributed.communicator import Moment
 from bagpipe.distributed.write_marks import Marks, StoreMarks
 from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
+from bagpipe.native.spans import span
 from bagpipe.native.workers import Call, Workers
 from bagpipe.plan import StepPlan, Transfers
 from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps, sender_to

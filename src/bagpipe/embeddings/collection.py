@@ -17,7 +17,6 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
-from bagpipe.cache.spans import span
 from bagpipe.distributed.alone import Peers
 from bagpipe.embeddings.grad_scaling import GradScaling
 from bagpipe.embeddings.lookup_function import Lookup
@@ -27,6 +26,7 @@ from bagpipe.embeddings.user_tensors import autocast_dtype, check_dtype, check_s
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.jagged import as_jagged, same_ids
 from bagpipe.native.fork import check_same_process
+from bagpipe.native.spans import span
 from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Group

@@ -31,6 +31,7 @@ from bagpipe.jagged import (
 )
 from bagpipe.lookups import check_features
 from bagpipe.native.pipeline import BackgroundIterator, ordered_map
+from bagpipe.native.spans import span
 from bagpipe.native.workers import Workers
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import dedup
@@ -246,7 +247,8 @@ def _dedup(
 ) -> DedupedBatch[tuple[list[tuple[BatchT, Any, Seal | None]], str | None]]:
     """Finds and de-duplicates a batch's ids, and makes what each of `ranks` is handed out."""
     step, item, seal = read
-    batch = item.read() if isinstance(item, Deferred) else item
+    with span("oracle.read"):
+        batch = item.read() if isinstance(item, Deferred) else item
     num_trainers = options.topology.num_trainers
     try:
         sparse = adapter.sparse(batch)
@@ -267,9 +269,10 @@ def _dedup(
                 for rank in range(num_trainers)
             ]
             own_parts = [own[rank][:2] for rank in ranks]
-        deduped = tuple(
-            merge(group, [dedup(group, each) for each in shares]) for group in options.groups
-        )
+        with span("oracle.dedup"):
+            deduped = tuple(
+                merge(group, [dedup(group, each) for each in shares]) for group in options.groups
+            )
         parts = _handed_out(own_parts, adapter, batch, seal)
     except DataError as error:
         change = None if seal is None else seal.change()  # a change may be the error's cause

@@ -24,6 +24,7 @@ import xxhash
 
 from bagpipe.errors import CacheTooSmallError, ConfigError
 from bagpipe.native.pipeline import ordered_map
+from bagpipe.native.spans import span
 from bagpipe.native.workers import Workers
 from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.linker import LinkedGroup
@@ -200,8 +201,10 @@ class Oracle:
     def link(self, batches: Iterable[DedupedBatch[Payload]]) -> Iterator[Linked[Payload]]:
         """The first stage. May be any number of batches ahead of the second."""
         for batch in batches:
-            pairs = zip(self._policies, batch.groups, strict=True)
-            yield batch, tuple(policy.link(group) for policy, group in pairs)
+            with span("oracle.link"):
+                pairs = zip(self._policies, batch.groups, strict=True)
+                linked = tuple(policy.link(group) for policy, group in pairs)
+            yield batch, linked
 
     def plan(
         self, linked: Iterable[Linked[Payload]], workers: Workers | None = None
@@ -257,10 +260,12 @@ class Oracle:
                 break
             batch = window.popleft()
             window_bytes -= batch.nbytes
+            with span("oracle.plan"):
+                caches = tuple(policy.plan() for policy in self._policies)
             yield _JointStep(
                 step=step,
                 batch=batch,
-                caches=tuple(policy.plan() for policy in self._policies),
+                caches=caches,
                 num_ahead=len(window),
                 peak_slots=tuple(policy.num_used_slots for policy in self._policies),
                 failure="" if failure is None else str(failure),

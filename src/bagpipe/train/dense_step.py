@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from bagpipe.cache.spans import span
 from bagpipe.data.base import Batch
+from bagpipe.native.spans import span
 from bagpipe.train.capture import captured_graph, parameters_of, unchanged
 from bagpipe.types import Float32Array, Jagged
 

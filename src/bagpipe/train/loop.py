@@ -29,6 +29,7 @@ from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.lookahead import lookahead
 from bagpipe.errors import BagpipeError, CheckpointError, LossError, TakenOverError
+from bagpipe.train.banner import banner
 from bagpipe.train.build import Run
 from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.evaluate import Scores, evaluate
@@ -94,6 +95,8 @@ class Loop:
         ready()
         started = time.perf_counter()
         with self._open_stream() as stream:
+            for line in banner(parts):
+                self.reporter.say(line)
             try:
                 scores = self._train(stream)
             except Exception as error:

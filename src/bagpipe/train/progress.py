@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.text import Text
 
 from bagpipe.native.jit import count_compiled, is_compiling
-from bagpipe.train.report import StepAverages
+from bagpipe.train.report import StepAverages, line_of
 
 _NOTHING_YET = "-/s loss - hit - wait -"
-_SHOWN_WAIT_MS = 0.05  # less is shown as 0.0
 _LOOK_EVERY_S = 0.25
 _COMPILING_IS_TOLD_AFTER_S = 1.0
 
@@ -131,27 +130,6 @@ class ConsoleReporter:
             )
         if not self._bar.tasks:
             self.say(_compiling() or "preparing")
-
-
-def line_of(averages: StepAverages) -> str:
-    """A step's averages in 57 columns at most, so that a terminal of 80 has room for the steps.
-
-    Of the waits it has the sum, and says which is the longest.
-    """
-    waits = {
-        "plan": averages.wait_plan_ms,
-        "rows": averages.wait_rows_ms,
-        "slots": averages.wait_slots_ms,
-        "replicas": averages.wait_replicas_ms,
-    }
-    wait_ms = sum(waits.values())
-    longest = max(waits, key=lambda kind: waits[kind])
-    speed = averages.examples_per_s
-    return (
-        f"{f'{speed:,.0f}' if speed < 1e6 else f'{speed / 1e3:,.0f}k'}/s "
-        f"loss {averages.loss:.4f} hit {averages.hit_rate:.1%} wait {wait_ms:.1f} ms"
-        + (f" ({longest})" if wait_ms >= _SHOWN_WAIT_MS else "")
-    )
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.errors import LossError
+
+_SHOWN_WAIT_MS = 0.05  # less is shown as 0.0
+_logger = logging.getLogger("bagpipe.train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,61 @@ class SilentReporter:
 
     def say(self, text: str) -> None:
         """Does nothing."""
+
+
+class LoggedReporter:
+    """Passes all on to another reporter, and tells the logger "bagpipe.train" at level INFO.
+
+    What is told are the sentences and the numbers of every `log.every_steps` steps.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter, self._step = reporter, 0
+
+    def start(self, step: int, num_steps: int) -> None:
+        """Passes it on."""
+        self._step = step
+        self._reporter.start(step, num_steps)
+
+    def advance(self, step: int) -> None:
+        """Passes it on."""
+        self._step = step
+        self._reporter.advance(step)
+
+    def show(self, averages: StepAverages) -> None:
+        """Logs the numbers and passes them on."""
+        _logger.info("step %d: %s", self._step, line_of(averages))
+        self._reporter.show(averages)
+
+    def evaluating(self, num_done: int, num_batches: int) -> None:
+        """Passes it on."""
+        self._reporter.evaluating(num_done, num_batches)
+
+    def say(self, text: str) -> None:
+        """Logs the sentence and passes it on."""
+        _logger.info("%s", text)
+        self._reporter.say(text)
+
+
+def line_of(averages: StepAverages) -> str:
+    """A step's averages in 57 columns at most, so that a terminal of 80 has room for the steps.
+
+    Of the waits it has the sum, and says which is the longest.
+    """
+    waits = {
+        "plan": averages.wait_plan_ms,
+        "rows": averages.wait_rows_ms,
+        "slots": averages.wait_slots_ms,
+        "replicas": averages.wait_replicas_ms,
+    }
+    wait_ms = sum(waits.values())
+    longest = max(waits, key=lambda kind: waits[kind])
+    speed = averages.examples_per_s
+    return (
+        f"{f'{speed:,.0f}' if speed < 1e6 else f'{speed / 1e3:,.0f}k'}/s "
+        f"loss {averages.loss:.4f} hit {averages.hit_rate:.1%} wait {wait_ms:.1f} ms"
+        + (f" ({longest})" if wait_ms >= _SHOWN_WAIT_MS else "")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,21 +8,23 @@ that is traced from its middle on. Steps are a little slower while traced, the f
 from __future__ import annotations
 
 import gzip
+import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from bagpipe.cache.spans import tracing
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import replaced
+from bagpipe.native.spans import named_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class StepProfiler:
         self._steps_done = 0
         self._stack = ExitStack()
         self._profile: profile | None = None
+        self._threads: dict[int, str] = {}  # also those that end while they are traced
         if options is None:
             return
         self._first_step = options.after if options.after < num_steps else num_steps // 2
@@ -107,8 +110,9 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (
             self._device.type == "cuda"
         )
+        self._threads = _thread_names()
         all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-        self._stack.enter_context(tracing())
+        self._stack.enter_context(named_by(record_function))
         self._profile = self._stack.enter_context(
             profile(activities=activities, experimental_config=all_threads)
         )
@@ -121,13 +125,19 @@ class StepProfiler:
         self._stack.close()
         taken, self._profile = self._profile, None
         try:
-            _write(taken, self._options.path)
+            _write(taken, self._options.path, self._threads | _thread_names())
         except ConfigError as error:
             self._on_failure(f"no trace, the run goes on without it: {error}")
 
 
-def _write(taken: profile, path: Path) -> None:
-    """Writes a trace that is whole, or raises ConfigError.
+def _thread_names() -> dict[int, str]:
+    """By the number that the system gives each thread."""
+    threads = {each.native_id: each.name for each in threading.enumerate()}
+    return {number: name for number, name in threads.items() if number is not None}
+
+
+def _write(taken: profile, path: Path, thread_names: Mapping[int, str]) -> None:
+    """Writes a trace that is whole and names its threads, or raises ConfigError.
 
     The profiler itself does not say that a disk is full, but leaves half a file.
     """
@@ -139,11 +149,28 @@ def _write(taken: profile, path: Path) -> None:
         taken.export_chrome_trace(str(plain))
         if not plain.exists() or not _ends_like_json(plain):
             raise OSError(0, "it was cut short; the disk may be full")
+        _name_threads(plain, thread_names)
         if path.suffix == ".gz":
             with plain.open("rb") as source, gzip.open(temporary, "wb") as target:
                 shutil.copyfileobj(source, target)
         else:
             plain.replace(temporary)
+
+
+def _name_threads(path: Path, names: Mapping[int, str]) -> None:
+    """Adds the events by which viewers name threads; the profiler calls them all "python"."""
+    trace = json.loads(path.read_text(encoding="utf-8"))
+    events = [event for event in trace["traceEvents"] if not _names_one_of(event, names)]
+    traced = {event["tid"]: event["pid"] for event in events if event.get("tid") in names}
+    events += [
+        {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": names[tid]}}
+        for tid, pid in traced.items()
+    ]
+    path.write_text(json.dumps(trace | {"traceEvents": events}), encoding="utf-8")
+
+
+def _names_one_of(event: Mapping[str, Any], threads: Mapping[int, str]) -> bool:
+    return event["name"] == "thread_name" and event.get("tid") in threads
 
 
 def _ends_like_json(path: Path) -> bool:

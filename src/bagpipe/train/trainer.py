@@ -25,7 +25,7 @@ from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.cuts import Cuts
 from bagpipe.train.logs import NoLog, RunLog
 from bagpipe.train.loop import Loop, Result
-from bagpipe.train.report import Reporter
+from bagpipe.train.report import LoggedReporter, Reporter
 from bagpipe.train.saving import Saving
 from bagpipe.train.servers import joined_servers
 from bagpipe.train.settings import check_same_run, describe_start
@@ -51,7 +51,7 @@ def train(
 
     Args:
         config: the run.
-        reporter: told about progress.
+        reporter: told about progress; so is the logger "bagpipe.train", at level INFO.
         resume: whether to go on from the newest valid checkpoint in the run's folder; where there
             is none, the run starts afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
@@ -67,7 +67,7 @@ def train(
         LossError: the loss is not finite.
         TakenOverError: a newer start goes on with the run over its shard servers.
     """
-    trainers = Trainers(peers)
+    trainers, reporter = Trainers(peers), LoggedReporter(reporter)
     starting = Starting(
         config=config,
         trainers=trainers,
