@@ -217,11 +217,18 @@ class Group:
         return tuple(index for index, table in enumerate(self.tables) for _ in table.feature_names)
 
 
-def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[Group, ...]:
-    """Groups tables by dimension and data type, in order of first appearance.
+def group_tables(
+    tables: Sequence[TableConfig], optimizer: Optimizer | Mapping[str, Optimizer]
+) -> tuple[Group, ...]:
+    """Groups tables by dimension, data type and optimizer, in order of first appearance.
+
+    Args:
+        tables: The tables.
+        optimizer: Of all tables, or of each table by name.
 
     Raises:
-        ConfigError: There are no tables, two have one name, or two look up the same feature.
+        ConfigError: There are no tables, two have one name, or two look up the same feature; or a
+            table has no optimizer, or something else as one.
     """
     names = [table.name for table in tables]
     features = [feature for table in tables for feature in table.feature_names]
@@ -231,13 +238,34 @@ def group_tables(tables: Sequence[TableConfig], optimizer: Optimizer) -> tuple[G
             raise ConfigError(f"{what} {repeated[0]!r} is given more than once")
     if not tables:
         raise ConfigError("no tables are given: at least one is needed")
-    members: dict[tuple[int, DataType], list[TableConfig]] = {}
+    optimizers = _optimizers_of(names, optimizer)
+    members: dict[tuple[int, DataType, Optimizer], list[TableConfig]] = {}
     for table in tables:
-        members.setdefault((table.embedding_dim, table.data_type), []).append(table)
+        kind = table.embedding_dim, table.data_type, optimizers[table.name]
+        members.setdefault(kind, []).append(table)
     return tuple(
-        Group(index=index, tables=tuple(of_group), optimizer=optimizer)
-        for index, of_group in enumerate(members.values())
+        Group(index=index, tables=tuple(of_group), optimizer=of_each)
+        for index, ((_, _, of_each), of_group) in enumerate(members.items())
     )
+
+
+def _optimizers_of(
+    tables: Sequence[str], optimizer: Optimizer | Mapping[str, Optimizer]
+) -> Mapping[str, Optimizer]:
+    """Each table's optimizer."""
+    optimizers = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(tables, optimizer)
+    if optimizers.keys() != set(tables):
+        raise ConfigError(
+            f"optimizers are given for the tables {', '.join(map(str, optimizers)) or 'none'}; the "
+            f"tables are {', '.join(tables)}: give one for each, or a single one for all"
+        )
+    for table, given in optimizers.items():
+        if not isinstance(given, Optimizer):
+            raise ConfigError(
+                f"table {table!r}: its optimizer is {given!r}, must be a bagpipe.SGD, Adagrad, "
+                "RowWiseAdagrad or Adam"
+            )
+    return optimizers
 
 
 @dataclass(frozen=True, kw_only=True)

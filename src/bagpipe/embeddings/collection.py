@@ -8,7 +8,7 @@ fused optimizers. In evaluation (`eval()`) it reads the stores, for any batch, a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -19,6 +19,7 @@ from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed.alone import Peers
 from bagpipe.embeddings.grad_scaling import GradScaling
+from bagpipe.embeddings.learning_rates import common_rate, new_rates
 from bagpipe.embeddings.lookup_function import Lookup
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.embeddings.stored_tables import StoredTables
@@ -43,7 +44,7 @@ class EmbeddingBagCollection(StoredTables):
         self,
         tables: Sequence[Any],
         *,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Mapping[str, Optimizer],
         device: str | torch.device = "cpu",
         seed: int = 0,
         store: Callable[[Group, int], EmbeddingStore] | None = None,
@@ -52,9 +53,9 @@ class EmbeddingBagCollection(StoredTables):
         """Makes the stores of the tables.
 
         Args:
-            tables: each a `TableConfig` or TorchRec's `EmbeddingBagConfig`. Tables of one dimension
-                and data type share a group.
-            optimizer: fused into backward.
+            tables: each a `TableConfig` or TorchRec's `EmbeddingBagConfig`. Tables of one
+                dimension, data type and optimizer share a group.
+            optimizer: fused into backward; of all tables, or of each by its name.
             device: where rows are cached, looked up and updated.
             seed: from it rows are initialised on first use.
             store: makes a group's store of the group and `seed`; by default memory, which all
@@ -93,17 +94,25 @@ class EmbeddingBagCollection(StoredTables):
 
     @property
     def lr(self) -> float:
-        """The embeddings' learning rate."""
-        return self.groups[0].optimizer.lr
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Sets the embeddings' learning rate from the next backward on.
+        """The embeddings' learning rate.
 
         Raises:
-            ConfigError: it is no number from 0 to a million.
+            UsageError: tables have several; each group's optimizer has its own.
         """
-        for group in self.groups:
-            group.set_learning_rate(lr)
+        return common_rate(self.groups)
+
+    def set_learning_rate(self, lr: float | Mapping[str, float]) -> None:
+        """Sets the embeddings' learning rate from the next backward on.
+
+        Args:
+            lr: of all tables, or of some by name. Tables of one group have one rate.
+
+        Raises:
+            ConfigError: it is no number from 0 to a million, or a table is not known, or tables of
+                one group are given several. Nothing is changed then.
+        """
+        for group, rate in new_rates(self.groups, lr):
+            group.set_learning_rate(rate)
 
     def set_grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Says which `torch.amp.GradScaler` scales the loss, or None: none does.

@@ -36,7 +36,7 @@ class StoredTables(nn.Module, ABC):
         self,
         tables: Sequence[Any],
         *,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Mapping[str, Optimizer],
         device: str | torch.device,
         seed: int,
         store: Callable[[Group, int], EmbeddingStore] | None,
