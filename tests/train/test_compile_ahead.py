@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.soon import SOON_S
 from tests.train.runs import NUM_STEPS, Listener, small_config
 
 from bagpipe.native import jit
@@ -100,4 +101,4 @@ def test_it_is_told_that_others_compile(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_program_runs_a_part() -> None:
     process = compile_ahead._start("rest")
-    assert process.wait(100) == 0
+    assert process.wait(SOON_S) == 0
