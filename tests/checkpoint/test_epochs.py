@@ -16,7 +16,7 @@ from bagpipe.errors import CheckpointError
 def test_numbers_grow_and_say_who_claimed_them(tmp_path: Path) -> None:
     assert [claim_epoch(tmp_path).epoch for _ in range(3)] == [1, 2, 3]
     claim = json.loads((tmp_path / "epochs" / "2" / "claim.json").read_text())
-    assert set(claim) == {"run", "host", "pid", "time_s"}
+    assert set(claim) == {"run", "host", "pid", "time_s", "launcher"}
 
 
 def test_a_number_is_not_used_again_when_its_cuts_are_gone(tmp_path: Path) -> None:

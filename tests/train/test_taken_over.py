@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from tests.train.runs import small_config
 from tests.train.test_servers import assert_same, over, servers_of, undisturbed
 
 from bagpipe.checkpoint.epochs import RunFolder, claim_epoch
+from bagpipe.distributed.trainers import Launcher
 from bagpipe.errors import CheckpointError, StoreError, TakenOverError
+from bagpipe.launch.torchrun import torchrun_launcher
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 
@@ -90,3 +93,34 @@ def test_a_run_whose_servers_serve_a_newer_start_says_which(
         with pytest.raises(TakenOverError, match=r"epoch 1 of the run in .* has ended: epoch 2"):
             train(config, reporter=newer)
     assert_same(tmp_path, undisturbed)
+
+
+def test_a_launcher_takes_no_run_back_by_itself(tmp_path: Path) -> None:
+    def start(name: str, *, is_restart: bool) -> None:
+        launcher = Launcher(name=name, is_restart=is_restart)
+        train(config, reporter=SilentReporter(), resume=True, launcher=launcher)
+
+    with servers_of(small_config(tmp_path), 1) as addresses:
+        config = over(addresses, tmp_path, train={"steps": 1})
+        start("one", is_restart=False)
+        start("one", is_restart=True)
+        start("other", is_restart=False)
+        with pytest.raises(TakenOverError, match=r"epoch 3 .* over from epoch 2 of this launcher"):
+            start("one", is_restart=True)
+        assert not (tmp_path / "epochs" / "4").exists()
+        start("other", is_restart=True)
+        start("one", is_restart=False)  # somebody has started it again
+
+
+def test_torchrun_is_known_by_what_stays_over_its_restarts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert torchrun_launcher() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of this test")
+    first = torchrun_launcher()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    second = torchrun_launcher()
+    assert first is not None
+    assert second == replace(first, is_restart=True)
+    assert "of this test" in first.name

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bagpipe.distributed.trainers import Launcher
 from bagpipe.errors import CheckpointError, TakenOverError
 from bagpipe.native.files import make_folder, remedy, sync_folder
 
@@ -90,10 +91,16 @@ class RunFolder:
         return doomed
 
 
-def claim_epoch(path: Path, say: Callable[[str], None] = lambda _: None) -> RunFolder:
+def claim_epoch(
+    path: Path,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    launcher: Launcher | None = None,
+) -> RunFolder:
     """Claims the next epoch of the run in a folder, and ends all older ones.
 
     What they had begun to write is removed; `say` is told what can't be, which is in nobody's way.
+    The claim names the `launcher`, if there is one.
 
     Raises:
         CheckpointError: The folder can't be written.
@@ -101,7 +108,7 @@ def claim_epoch(path: Path, say: Callable[[str], None] = lambda _: None) -> RunF
     epochs = path / "epochs"
     try:
         make_folder(epochs)
-        number = _claim(epochs)
+        number = _claim(epochs, launcher)
         _end_before(epochs, number, say)
     except OSError as error:
         raise CheckpointError(
@@ -111,7 +118,28 @@ def claim_epoch(path: Path, say: Callable[[str], None] = lambda _: None) -> RunF
     return RunFolder(path=path, epoch=number)
 
 
-def _claim(epochs: Path) -> int:
+def check_launcher(path: Path, launcher: Launcher | None) -> None:
+    """Refuses a launcher's restart where another start has taken the run over from it.
+
+    Two launchers would otherwise take the run from each other for ever.
+
+    Raises:
+        TakenOverError: So it is.
+    """
+    epochs = path / "epochs"
+    if launcher is None or not launcher.is_restart or not epochs.is_dir():
+        return
+    claims = {number: _claim_of(epochs / str(number)) for number in _numbers(epochs)}
+    own = [number for number, claim in claims.items() if claim.get("launcher") == launcher.name]
+    if own and own[-1] < max(claims):
+        raise TakenOverError(
+            f"epoch {max(claims)}{_who_claimed(epochs / str(max(claims)))} has taken the run in "
+            f"{path} over from epoch {own[-1]} of this launcher, which may not take it back by "
+            "itself: end it, or start a new one that does"
+        )
+
+
+def _claim(epochs: Path, launcher: Launcher | None) -> int:
     """Puts a folder in place whole, under the lowest number above all that are there."""
     claimed = epochs / f".new-{secrets.token_hex(8)}"
     (claimed / _CUTS).mkdir(parents=True)
@@ -121,6 +149,7 @@ def _claim(epochs: Path) -> int:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time_s": time.time(),
+        "launcher": None if launcher is None else launcher.name,
     }
     with (claimed / _CLAIM).open("w") as file:
         json.dump(claim, file)

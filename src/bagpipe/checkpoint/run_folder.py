@@ -12,7 +12,7 @@ from tempfile import NamedTemporaryFile
 
 from bagpipe.checkpoint.epochs import RunFolder, claim_epoch
 from bagpipe.checkpoint.files import list_checkpoints, step_of
-from bagpipe.distributed.trainers import Trainers
+from bagpipe.distributed.trainers import Launcher, Trainers
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import make_folder
 from bagpipe.native.fork import in_child
@@ -35,6 +35,7 @@ def claim_run_folder(
     say: Callable[[str], None] = lambda _: None,
     *,
     takes_over: bool = False,
+    launcher: Launcher | None = None,
 ) -> Iterator[RunFolder]:
     """Makes the folder, holds it for this process, and claims an epoch in it.
 
@@ -47,6 +48,7 @@ def claim_run_folder(
         takes_over: whether a process that trains in it is no reason to refuse. Its epoch ends: its
             shard servers leave it, and it can't change checkpoints any more. It may be stopped, and
             would never let go.
+        launcher: what has started this process, if anything that starts it again has.
 
     Raises:
         ConfigError: the folder can't be written, or another process trains in it.
@@ -61,7 +63,7 @@ def claim_run_folder(
             raise ConfigError(
                 f"log.folder = {str(folder)!r}: another process trains in it: give another one"
             ) from error
-        yield claim_epoch(folder, say)
+        yield claim_epoch(folder, say, launcher=launcher)
 
 
 def check_seen_by_all(folder: Path, trainers: Trainers) -> None:

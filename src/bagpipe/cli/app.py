@@ -227,6 +227,7 @@ def _train(
     overwrite: bool,
     traced: Mapping[str, Any],
 ) -> Result:
+    from bagpipe.launch.torchrun import torchrun_launcher
     from bagpipe.train.progress import ConsoleReporter
     from bagpipe.train.trace import TraceOptions
     from bagpipe.train.trainer import train
@@ -241,6 +242,7 @@ def _train(
             overwrite=overwrite,
             trace=trace,
             peers=peers,
+            launcher=torchrun_launcher(),
         )
 
 

@@ -6,10 +6,20 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """What starts trainers, and starts them again when they have failed."""
+
+    name: str
+    is_restart: bool
+    """Whether it starts them again."""
 
 
 class Trainers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.trainers import Launcher
 from bagpipe.errors import ConfigError
 from bagpipe.topology import check_hosts
 
 _LOOK_AFTER = timedelta(seconds=1)
 """How long a rank waits for rank 0's answer before it looks whether there is another rank 0."""
 _MEETING = "bagpipe/meeting"
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 _EXIT_SECONDS = 10
 """How long a rank that failed may take to end, before it is killed."""
@@ -75,6 +78,17 @@ def joined_trainers(wait_timeout_s: float) -> Iterator[Peers]:
             signal.alarm(_EXIT_SECONDS)
         raise
     dist.destroy_process_group()
+
+
+def torchrun_launcher() -> Launcher | None:
+    """The torchrun that has started this process; None: none has."""
+    run, restarts = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get(_RESTARTS, "0")
+    if run is None:
+        return None
+    where = [os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")]
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # else rank 0 may be on another one later
+        where.append(socket.gethostname())
+    return Launcher(name=" ".join(["torchrun", run, *where]), is_restart=restarts != "0")
 
 
 def meet(store: Store, rank: int, num_trainers: int, timeout: timedelta) -> Store:

@@ -16,7 +16,7 @@ from bagpipe.checkpoint.checkpoints import (
     find_checkpoint,
     read_checkpoint,
 )
-from bagpipe.checkpoint.epochs import RunFolder
+from bagpipe.checkpoint.epochs import RunFolder, check_launcher
 from bagpipe.checkpoint.files import list_checkpoints
 from bagpipe.checkpoint.run_folder import (
     check_no_earlier_run,
@@ -26,7 +26,7 @@ from bagpipe.checkpoint.run_folder import (
     start_afresh,
 )
 from bagpipe.config.run import RunConfig
-from bagpipe.distributed.trainers import Trainers
+from bagpipe.distributed.trainers import Launcher, Trainers
 from bagpipe.errors import BagpipeError, CheckpointError, ConfigError
 from bagpipe.train.report import Reporter
 from bagpipe.train.settings import describe_run
@@ -52,6 +52,8 @@ class Starting:
     overwrite: bool
     takes_over: bool
     """Whether who trains in the folder now is no reason to refuse, since servers leave them."""
+    launcher: Launcher | None = None
+    """What has started the trainers, if anything that starts them again has."""
     _folder: RunFolder | None = None
 
     def check(self) -> None:
@@ -61,6 +63,7 @@ class Starting:
             ConfigError: The folder can't be written or is not seen by all, or it holds an earlier
                 run that this one is neither to resume nor to overwrite.
             CheckpointError: The newest checkpoint is of another configuration.
+            TakenOverError: Another start has taken the run over from the launcher.
         """
         folder = self.config.log.folder
 
@@ -68,6 +71,7 @@ class Starting:
             if not self.trainers.is_first:
                 return
             make_run_folder(folder).close()
+            check_launcher(folder, self.launcher)
             if not (self.resume or self.overwrite):
                 check_no_earlier_run(folder)
             for path in reversed(list_checkpoints(folder / "checkpoints") if self.resume else ()):
@@ -126,7 +130,9 @@ class Starting:
         def claim() -> int | None:
             if not self.trainers.is_first:
                 return None
-            claimed = claim_run_folder(folder, self.reporter.say, takes_over=self.takes_over)
+            claimed = claim_run_folder(
+                folder, self.reporter.say, takes_over=self.takes_over, launcher=self.launcher
+            )
             return stack.enter_context(claimed).epoch
 
         epoch = self.trainers.all_do("rank 0 to claim the run's folder", claim, ConfigError)[0]

@@ -19,7 +19,7 @@ from bagpipe.checkpoint.checkpoints import (
 from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.config.run import RunConfig
 from bagpipe.distributed.alone import ALONE, Peers
-from bagpipe.distributed.trainers import Trainers
+from bagpipe.distributed.trainers import Launcher, Trainers
 from bagpipe.train.build import Run, build_run, choose_device
 from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.cuts import Cuts
@@ -42,6 +42,7 @@ def train(
     trace: TraceOptions | None = None,
     stop: StopRequest | None = None,
     peers: Peers = ALONE,
+    launcher: Launcher | None = None,
 ) -> Result:
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
 
@@ -58,6 +59,8 @@ def train(
         stop: asks it to end; by default SIGINT and SIGTERM do.
         trace: which steps to profile, and where to write that.
         peers: the other trainers; by default none.
+        launcher: what has started them, if it starts them again when they fail. It does not once
+            another start has taken the run over.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor
@@ -75,6 +78,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         takes_over=config.servers is not None,
+        launcher=launcher,
     )
     with ExitStack() as stack:
         trainers.wait("all ranks to start")  # no start takes the run over unless it is whole
