@@ -86,6 +86,10 @@ DeviceTimes = Annotated[
     list[float] | None,
     typer.Option("--device-ms", help="What a step takes on the device; may be repeated."),
 ]
+RunsFolder = Annotated[
+    str | None,
+    typer.Option("--folder", help="Where runs' folders are made; by default temporary files'."),
+]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Save the plot here (.png, .svg, .pdf).")]
 
 

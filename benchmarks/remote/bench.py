@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bagpipe.errors import ConfigError
 from bagpipe.plots import new_figure, save_figure
-from benchmarks.links import Link, first_line, linked_hosts, running, why_not
+from benchmarks.links import Link, Network, first_line, linked_hosts, running, why_not
 from benchmarks.measure import Progress, Result, Timing
 from benchmarks.remote.settings import End, RemoteBench, Turn
 
@@ -69,24 +69,41 @@ def bench_remote(bench: RemoteBench, progress: Progress, plot: Path | None = Non
 
 
 def _over_link(bench: RemoteBench, link: Link) -> list[Turn]:
-    with linked_hosts(2, link) as network, ExitStack() as stack:
-        trainer, host = network.hosts
-        end = End(bench=bench, host=host.address)
-        server = stack.enter_context(running(host.command(*_command("server", end))))
-        port, instance = first_line(server).split()
-        address, port_there = network.way_to(host, int(port))
-        end = replace(
-            end, host=address, port=port_there, instance=instance, server_process=server.pid
-        )
-        command = trainer.command(*_command("trainer", end))
+    with linked_hosts(2, link) as network:
+        found = run_over("benchmarks.remote.trainer", network, End(bench=bench, host=""))
+        return [Turn(**each) for each in found]
+
+
+def run_over(trainer: str, network: Network | None, end: End) -> Any:
+    """Runs a server and a trainer's program; returns what the trainer printed, as JSON.
+
+    Args:
+        trainer: the program's module.
+        network: hosts for both; None: they share this one.
+        end: what both are told, but for where the server is.
+    """
+    with ExitStack() as stack:
+        before: list[list[str]] = [[], []]
+        host = "127.0.0.1"
+        if network is not None:
+            before, host = [each.command() for each in network.hosts], network.hosts[1].address
+        end = replace(end, host=host)
+        serve = [*before[1], *_command("benchmarks.remote.server", end)]
+        server = stack.enter_context(running(serve))
+        text, instance = first_line(server).split()
+        port = int(text)
+        if network is not None:
+            host, port = network.way_to(network.hosts[1], port)
+        end = replace(end, host=host, port=port, instance=instance, server_process=server.pid)
+        command = [*before[0], *_command(trainer, end)]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_TIMEOUT_S)
         if ended.returncode:
             raise ConfigError(f"the trainer ended with status {ended.returncode}; see above")
-        return [Turn(**each) for each in json.loads(ended.stdout)]
+        return json.loads(ended.stdout)
 
 
-def _command(name: str, end: End) -> list[str]:
-    return [sys.executable, "-m", f"benchmarks.remote.{name}", end.argument()]
+def _command(module: str, end: End) -> list[str]:
+    return [sys.executable, "-m", module, end.argument()]
 
 
 def _summaries(bench: RemoteBench, link: Link, turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from pathlib import Path
 
 from bagpipe.native.memory import keep_freed_memory
 from bagpipe.server.flight import ShardServer
@@ -21,7 +22,8 @@ def main() -> None:
     group = end.bench.group
     shard = Shard([group], SEED, 0, 1, [CutStore(MemoryStore(group, SEED))])
     instance = shard.begin(EPOCH, 1)
-    with closing(ShardServer(shard, end.host, 0, None)) as server:
+    run_folder = Path(end.folder) if end.folder else None
+    with closing(ShardServer(shard, end.host, 0, run_folder=run_folder)) as server:
         serve(server.port, instance)
 
 

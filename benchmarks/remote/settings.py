@@ -172,6 +172,8 @@ class End:
     port: int = 0
     instance: str = ""
     server_process: int = 0
+    folder: str = ""
+    """The run's, if it has one."""
 
     def argument(self) -> str:
         """As it is told."""

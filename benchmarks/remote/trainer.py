@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -30,10 +30,11 @@ from bagpipe.feed.stream import BatchAdapter, Deferred, StreamOptions
 from bagpipe.oracle.dedup import dedup
 from bagpipe.server.client import ShardServers
 from bagpipe.server.control import ServerControl
+from bagpipe.types import Group
 from benchmarks.measure import clock_of_process, silent
 from benchmarks.network.server import EPOCH, SEED
 from benchmarks.remote.policy import no_cache_known
-from benchmarks.remote.settings import End, RemoteBench, Turn
+from benchmarks.remote.settings import ArmSettings, End, RemoteBench, Turn
 from benchmarks.streams import make_batches
 
 _GRADIENT_SCALE = 1e-3
@@ -53,6 +54,17 @@ def main() -> None:
         skew=bench.skew,
         progress=silent,
     )
+    with joined(end) as (_, embeddings):
+        clock = clock_of_process(end.server_process)
+        turns = run_turns(bench, embeddings, batches, partial(time.clock_gettime, clock))
+        found = [asdict(turn) for turn in turns]
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+@contextmanager
+def joined(end: End) -> Iterator[tuple[ServerControl, EmbeddingBagCollection]]:
+    """The server that `end` names, and tables whose records it has."""
+    group = end.bench.group
     with ExitStack() as stack:
         address = f"{end.host}:{end.port}"
         control = stack.enter_context(closing(ServerControl([address], [group], SEED)))
@@ -64,10 +76,7 @@ def main() -> None:
             store=lambda group, seed: servers.stores[group.index],
         )
         stack.callback(embeddings.close)
-        clock = clock_of_process(end.server_process)
-        turns = run_turns(bench, embeddings, batches, partial(time.clock_gettime, clock))
-        found = [asdict(turn) for turn in turns]
-    sys.stdout.write(json.dumps(found) + "\n")
+        yield control, embeddings
 
 
 def run_turns(
@@ -78,8 +87,8 @@ def run_turns(
 ) -> Iterator[Turn]:
     """Lets all arms have their turns: A B C A B C ..."""
     group = embeddings.groups[0]
-    most_uniques = max(len(dedup(group, batch.sparse).unique_rows) for batch in batches)
-    device = _Device(bench, embeddings)
+    most_uniques = most_uniques_of(group, batches)
+    device = Device(bench, embeddings)
     with no_cache_known():
         for _ in range(bench.num_rounds):
             for arm in bench.arms:
@@ -89,7 +98,12 @@ def run_turns(
                     yield from _turn(bench, arm, device, batches, most_uniques, server_cpu_s)
 
 
-class _Device:
+def most_uniques_of(group: Group, batches: Sequence[Batch]) -> int:
+    """The rows of the batch that has most."""
+    return max(len(dedup(group, batch.sparse).unique_rows) for batch in batches)
+
+
+class Device:
     """What a device would do in a step, in a time of its own."""
 
     def __init__(self, bench: RemoteBench, embeddings: EmbeddingBagCollection) -> None:
@@ -130,7 +144,7 @@ class _Counted:
     server_cpu_s: float
 
     @classmethod
-    def now(cls, stream: Lookahead[Any], device: _Device, server_cpu_s: ServerClock) -> _Counted:
+    def now(cls, stream: Lookahead[Any], device: Device, server_cpu_s: ServerClock) -> _Counted:
         report = stream.report
         return cls(
             num_steps=report.num_steps,
@@ -174,7 +188,7 @@ def _device_alone(bench: RemoteBench) -> Iterator[Turn]:
 def _turn(
     bench: RemoteBench,
     arm: str,
-    device: _Device,
+    device: Device,
     batches: Sequence[Batch],
     most_uniques: int,
     server_cpu_s: ServerClock,
@@ -182,23 +196,7 @@ def _turn(
     """An arm's turn, from an empty cache to a flush."""
     embeddings = device.embeddings
     planned = bench.settings_of(arm, embeddings.groups[0].num_rows, most_uniques)
-    options = StreamOptions(
-        groups=embeddings.groups,
-        num_slots=(planned.num_slots,),
-        lookahead=planned.lookahead,
-        prefetch_depth=planned.prefetch_depth,
-        first_step=embeddings.step,
-        policy=planned.policy,
-    )
-    of_arm = cycle(batches[: planned.num_batches])
-    stream: Lookahead[Batch] = Lookahead(
-        (Deferred(partial(_as_it_is, batch)) for batch in of_arm),
-        embeddings,
-        options,
-        BatchAdapter(),
-        None,
-        in_process=False,
-    )
+    stream = stream_of(embeddings, batches, planned)
     turns = []
     with stream:
         for _ in range(planned.warmup_steps):
@@ -217,8 +215,24 @@ def _turn(
     return turns
 
 
+def stream_of(
+    embeddings: EmbeddingBagCollection, batches: Sequence[Batch], planned: ArmSettings
+) -> Lookahead[Batch]:
+    """Batches again and again, planned as an arm does."""
+    options = StreamOptions(
+        groups=embeddings.groups,
+        num_slots=(planned.num_slots,),
+        lookahead=planned.lookahead,
+        prefetch_depth=planned.prefetch_depth,
+        first_step=embeddings.step,
+        policy=planned.policy,
+    )
+    reads = (Deferred(partial(_as_it_is, each)) for each in cycle(batches[: planned.num_batches]))
+    return Lookahead(reads, embeddings, options, BatchAdapter(), None, in_process=False)
+
+
 def _measured(
-    bench: RemoteBench, stream: Lookahead[Batch], device: _Device, seconds: float
+    bench: RemoteBench, stream: Lookahead[Batch], device: Device, seconds: float
 ) -> list[float]:
     """Seconds of each step, from one batch's end to the next one's."""
     step_s: list[float] = []

@@ -1,0 +1,183 @@
+"""The subcommands about shard servers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bagpipe.cli.common import JsonFile
+from benchmarks.options import (
+    Arms,
+    BatchSize,
+    CacheShare,
+    Delays,
+    DeviceTimes,
+    Gbits,
+    InFlight,
+    Lookahead,
+    MaxRows,
+    NumTrainers,
+    Plot,
+    Quick,
+    Rounds,
+    RunsFolder,
+    StepRows,
+    Steps,
+    chosen_arms,
+    sizes_of,
+)
+from benchmarks.showing import measure
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Progress, Result
+
+
+def network(
+    quick: Quick = False,
+    max_rows: MaxRows = None,
+    rows: StepRows = None,
+    gbits: Gbits = None,
+    delays_ms: Delays = None,
+    in_flight: InFlight = None,
+    arms: Arms = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Fetch from a shard server, over loopback and over links that are made (as root)."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.network.bench import bench_network
+        from benchmarks.network.settings import ALWAYS, ARMS, QUICK, NetworkBench
+
+        sizes = sizes_of(
+            QUICK if quick else {},
+            table_rows=max_rows,
+            step_rows=rows,
+            gbits=gbits,
+            delays_ms=delays_ms,
+            in_flight=in_flight,
+            arms=chosen_arms(arms, ARMS, ALWAYS),
+        )
+        return bench_network(NetworkBench(**sizes), progress)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
+
+
+def remote(
+    quick: Quick = False,
+    batch_size: BatchSize = None,
+    max_rows: MaxRows = None,
+    arms: Arms = None,
+    lookahead: Lookahead = None,
+    cache: CacheShare = None,
+    devices_ms: DeviceTimes = None,
+    gbits: Gbits = None,
+    delays_ms: Delays = None,
+    rounds: Rounds = None,
+    steps: Steps = None,
+    plot: Plot = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Train over a link to a shard server (as root), against ways that do not look ahead."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.remote.bench import bench_remote
+        from benchmarks.remote.settings import ALWAYS, ARMS, QUICK, RemoteBench
+
+        sizes = sizes_of(
+            QUICK if quick else {},
+            batch_size=batch_size,
+            max_rows=max_rows,
+            lookahead=lookahead,
+            cache_share=cache,
+            devices_ms=devices_ms,
+            gbits=gbits,
+            delays_ms=delays_ms,
+            num_rounds=rounds,
+            measured_steps=steps,
+            arms=chosen_arms(arms, ARMS, ALWAYS),
+        )
+        return bench_remote(RemoteBench(**sizes), progress, plot)
+
+    measure(run, "cpu", quick=quick, json_file=json_file, plot=plot)
+
+
+def cuts(quick: Quick = False, json_file: JsonFile = None) -> None:
+    """Write a shard's rows to checkpoints beside training, and put them back."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.cuts import QUICK, CutsBench, bench_cuts
+
+        return bench_cuts(CutsBench(**QUICK if quick else {}), progress)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
+
+
+def cutting(
+    quick: Quick = False,
+    batch_size: BatchSize = None,
+    max_rows: MaxRows = None,
+    lookahead: Lookahead = None,
+    cache: CacheShare = None,
+    devices_ms: DeviceTimes = None,
+    gbits: Gbits = None,
+    delays_ms: Delays = None,
+    rounds: Annotated[int | None, typer.Option("--cuts", min=1, help="How many cuts.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps between two cuts.")] = None,
+    folder: RunsFolder = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Train over a shard server with cuts: near it, and as root over links."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.cutting.bench import bench_cutting
+        from benchmarks.cutting.settings import CUTTING, QUICK, CuttingBench
+        from benchmarks.remote.settings import RemoteBench
+
+        sizes = sizes_of(
+            QUICK if quick else CUTTING,
+            batch_size=batch_size,
+            max_rows=max_rows,
+            lookahead=lookahead,
+            cache_share=cache,
+            devices_ms=devices_ms,
+            gbits=gbits,
+            delays_ms=delays_ms,
+            num_rounds=rounds,
+            measured_steps=steps,
+        )
+        return bench_cutting(CuttingBench.of(RemoteBench(**sizes)), progress, folder)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
+
+
+def recovery(
+    quick: Quick = False,
+    table_gb: Annotated[
+        float | None, typer.Option("--gb", min=0.0, help="GB of records, all of them written.")
+    ] = None,
+    victims: Annotated[
+        list[str] | None,
+        typer.Option("--kill", help="Whom to kill; may be repeated. All in turn by default."),
+    ] = None,
+    num_trainers: NumTrainers = None,
+    batch_size: BatchSize = None,
+    folder: RunsFolder = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Kill processes of a run under torchrun, and time what passes until the next step."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.recovery.bench import bench_recovery
+        from benchmarks.recovery.settings import QUICK, RecoveryBench
+
+        sizes = sizes_of(
+            QUICK if quick else {},
+            table_gb=table_gb,
+            victims=victims or None,
+            num_trainers=num_trainers,
+            batch_size=batch_size,
+        )
+        return bench_recovery(RecoveryBench(**sizes), progress, folder)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
