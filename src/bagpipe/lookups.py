@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -81,14 +81,21 @@ def _find_keys(group: str, features: tuple[str, ...], keys: tuple[str, ...]) -> 
     return np.array([position[feature] for feature in features], np.int64)
 
 
-def check_features(groups: Sequence[Group], batch: Jagged) -> None:
+def check_features(
+    groups: Sequence[Group], batch: Jagged, others: Collection[str] = frozenset()
+) -> None:
     """Checks that every feature of a batch belongs to a table, lest its ids are dropped in silence.
+
+    Args:
+        groups: All groups.
+        batch: The batch.
+        others: Features that are somebody else's.
 
     Raises:
         DataError: One does not.
     """
     known = dict.fromkeys(feature for group in groups for feature in group.features)
-    strangers = [key for key in batch.keys if key not in known]
+    strangers = [key for key in batch.keys if key not in known and key not in others]
     if strangers:
         raise DataError(
             f"the batch has feature {strangers[0]!r}, which no table looks up; the tables' "

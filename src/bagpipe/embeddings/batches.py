@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 from bagpipe.cache.executor import Waits
 from bagpipe.distributed.lockstep import plan_act
 from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.joint import JointCollections
 from bagpipe.embeddings.move import MakeBatch, Move, take_apart
 from bagpipe.embeddings.oracle_process import start_oracle
 from bagpipe.errors import BackgroundError, ConfigError, DataError, LostError, UsageError
@@ -42,7 +43,7 @@ class Lookahead(Generic[BatchT]):
     def __init__(
         self,
         batches: Iterable[Any],
-        embeddings: EmbeddingBagCollection,
+        embeddings: EmbeddingBagCollection | JointCollections,
         options: StreamOptions,
         adapter: BatchAdapter,
         move: Move | None,

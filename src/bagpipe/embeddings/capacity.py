@@ -1,4 +1,4 @@
-"""From what the user says of the cache to slots for each group, on the trainer's device."""
+"""From what the user says of the cache to slots and caches of each group, on the device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from numbers import Integral
 
 import torch
 
+from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import ConfigError
 from bagpipe.oracle.sizes import parse_rows, slots_of
@@ -49,6 +50,28 @@ def slots_for(
         return [min(int(slots), group.num_rows) for slots, group in zip(cache, groups, strict=True)]
     size = f"{_automatic_bytes(device, peers)}B" if cache == "auto" else str(cache)
     return slots_of(parse_rows(size, groups, "cache"), groups)
+
+
+def make_caches(
+    groups: Sequence[Group],
+    num_slots: Sequence[int],
+    num_replica_slots: Sequence[int] | None,
+    *,
+    device: torch.device,
+    seed: int,
+) -> list[DeviceCache]:
+    """A cache for each group; see `EmbeddingBagCollection.start`."""
+    if len(num_slots) != len(groups):
+        raise ConfigError(f"num_slots has {len(num_slots)} entries for {len(groups)} groups")
+    replicas = (
+        [0] * len(groups)
+        if num_replica_slots is None
+        else [2 * slots for slots in num_replica_slots]
+    )
+    return [
+        DeviceCache(group=group, num_slots=slots, num_replica_slots=more, device=device, seed=seed)
+        for group, slots, more in zip(groups, num_slots, replicas, strict=True)
+    ]
 
 
 def _automatic_bytes(device: torch.device, peers: Peers) -> int:

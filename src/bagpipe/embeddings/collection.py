@@ -14,17 +14,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed.alone import Peers
+from bagpipe.embeddings.capacity import make_caches
+from bagpipe.embeddings.executor_part import ExecutorPart
 from bagpipe.embeddings.grad_scaling import GradScaling
 from bagpipe.embeddings.learning_rates import common_rate, new_rates
 from bagpipe.embeddings.lookup_function import Lookup
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.embeddings.stored_tables import StoredTables
 from bagpipe.embeddings.user_tensors import autocast_dtype, check_dtype, check_stays, check_tensors
-from bagpipe.errors import ConfigError, UsageError
+from bagpipe.errors import UsageError
 from bagpipe.jagged import as_jagged, same_ids
 from bagpipe.native.fork import check_same_process
 from bagpipe.native.spans import span
@@ -80,7 +81,7 @@ class EmbeddingBagCollection(StoredTables):
         """Steps trained so far; the number that the next one gets."""
         self.num_skipped = [0] * len(self.groups)
         """How many of these steps did not update each group's tables, for want of a backward."""
-        self.executor: Executor | None = None
+        self.executor: Executor | ExecutorPart | None = None
         self._features = [group.features for group in self.groups]
         self._failure: BaseException | None = None
         self._current_sparse: object = None
@@ -262,49 +263,44 @@ class EmbeddingBagCollection(StoredTables):
             num_replica_slots: with several trainers, by group, for the rows of one step that others
                 own.
         """
-        assert self.executor is None
-        if len(num_slots) != len(self.groups):
-            raise ConfigError(
-                f"num_slots has {len(num_slots)} entries for {len(self.groups)} groups"
-            )
-        replicas = (
-            [0] * len(self.groups)
-            if num_replica_slots is None
-            else [2 * slots for slots in num_replica_slots]
+        caches = make_caches(
+            self.groups, num_slots, num_replica_slots, device=self.device, seed=self.seed
         )
-        caches = [
-            DeviceCache(
-                group=group,
-                num_slots=slots,
-                num_replica_slots=more,
-                device=self.device,
-                seed=self.seed,
-            )
-            for group, slots, more in zip(self.groups, num_slots, replicas, strict=True)
-        ]
+        stream = self._num_streams + 1
+        executor = Executor(caches, self.stores, self.peers, self.num_skipped, stream)
+        self.serve(executor)
+        return executor
+
+    def serve(self, executor: Executor | ExecutorPart) -> None:
+        """Lets lookups and updates go to `executor`, up to `stop`."""
+        assert self.executor is None
         self._pid = os.getpid()
         self._num_streams += 1
-        self.executor = Executor(
-            caches, self.stores, self.peers, self.num_skipped, self._num_streams
-        )
-        return self.executor
+        self.executor = executor
 
     def begin_step(self, sparse: object) -> None:
         """Makes the rows of the next submitted plan ready.
 
         `sparse` is the batch's sparse part as the user will pass it.
         """
-        assert self.executor is not None
+        assert isinstance(self.executor, Executor)
         self.executor.begin_step()
+        self.expect(sparse)
+
+    def expect(self, sparse: object) -> None:
+        """Takes `sparse` as that of the step whose rows are ready."""
         self._current_sparse, self._was_served = sparse, False
 
     def end_step(self) -> None:
         """Closes the step that `begin_step` opened, if there is one."""
         if self.executor is None or self.executor.current is None:
             return
-        self.step = self.executor.step + 1  # twice is once, should an interrupt come here
-        self._current_sparse = None
+        self.note_step(self.executor.step + 1)  # twice is once, should an interrupt come here
         self.executor.end_step()
+
+    def note_step(self, step: int) -> None:
+        """Takes it that `step` steps are trained, and that no batch is being trained."""
+        self.step, self._current_sparse = step, None
 
     def flush(self) -> None:
         """Writes all resident rows to the stores, which hold everything until the next update.
@@ -357,8 +353,16 @@ class EmbeddingBagCollection(StoredTables):
     def _end_executor(self) -> None:
         if self.executor is not None:
             self.executor.close(has_failed=self._failure is not None)
-            self.executor = None
-            self._current_sparse = None
+            self.leave(self._failure)
+
+    def leave(self, failure: BaseException | None) -> None:
+        """Leaves a stream that is over; with a failure the tables refuse all use from now on."""
+        self.executor, self._current_sparse, self._failure = None, None, failure
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What lost rows, if anything did."""
+        return self._failure
 
     def close(self) -> None:
         """Stops and closes the stores; nothing can be read afterwards.

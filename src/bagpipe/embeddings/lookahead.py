@@ -18,6 +18,7 @@ from bagpipe.embeddings.agreement import check_same_settings
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.capacity import slots_for
 from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.joint import JointCollections
 from bagpipe.embeddings.move import Move
 from bagpipe.errors import ConfigError
 from bagpipe.feed.stream import BatchAdapter, Deferred, StreamOptions
@@ -49,7 +50,7 @@ class _Options(TypedDict, total=False):
 @overload
 def lookahead(
     batches: Iterable[BatchT | Deferred[BatchT]],
-    embeddings: EmbeddingBagCollection,
+    embeddings: EmbeddingBagCollection | Sequence[EmbeddingBagCollection],
     *,
     hand_out: None = None,
     move: None = None,
@@ -60,7 +61,7 @@ def lookahead(
 @overload
 def lookahead(
     batches: Iterable[BatchT | Deferred[BatchT]],
-    embeddings: EmbeddingBagCollection,
+    embeddings: EmbeddingBagCollection | Sequence[EmbeddingBagCollection],
     *,
     hand_out: Callable[[BatchT], Any] | None = None,
     move: Move | None = None,
@@ -70,7 +71,7 @@ def lookahead(
 
 def lookahead(
     batches: Iterable[BatchT | Deferred[BatchT]],
-    embeddings: EmbeddingBagCollection,
+    embeddings: EmbeddingBagCollection | Sequence[EmbeddingBagCollection],
     *,
     cache: int | str | Sequence[int] = "auto",
     lookahead: int | Literal["auto"] = "auto",
@@ -101,6 +102,10 @@ def lookahead(
     evaluate and leave the loop. Before each step they compare what they did, and where each reads
     for itself also the batches and plans. Where one parts, all raise an error that says which rank,
     at which step, and what.
+
+    `embeddings` may be a list of collections, each with its device cache's part, for a single
+    trainer. Each is called with the whole sparse part of the batch and looks up its own features;
+    a step is one of all. From then on each also takes such batches in evaluation.
 
     Only `backward` reaches the tables. Tell them of a `torch.amp.GradScaler` by
     `embeddings.set_grad_scaler`, or backward refuses a scaled loss. What clips gradients after
@@ -164,28 +169,33 @@ def lookahead(
         raise ConfigError(f"dedup_threads is {dedup_threads}, must be from 1 to {_MAX_THREADS}")
     if oracle not in ("thread", "process"):
         raise ConfigError(f"oracle is {oracle!r}, must be 'thread' or 'process'")
+    whole = (
+        embeddings
+        if isinstance(embeddings, EmbeddingBagCollection)
+        else JointCollections(embeddings)
+    )
     # An earlier stream's cache must be free before this one is sized, and its last step closed.
-    embeddings.stop()
-    peers = embeddings.peers
-    num_slots = slots_for(cache, embeddings.groups, embeddings.device, peers)
+    whole.stop()
+    peers = whole.peers
+    num_slots = slots_for(cache, whole.groups, whole.device, peers)
     options = StreamOptions(
-        groups=embeddings.groups,
+        groups=whole.groups,
         num_slots=tuple(num_slots),
-        topology=_topology(embeddings, num_slots, replicas, overlap),
+        topology=_topology(whole, num_slots, replicas, overlap),
         lookahead=lookahead,
         lookahead_bytes=parse_bytes(lookahead_memory, "lookahead_memory"),
         prefetch_depth=prefetch_depth,
-        first_step=embeddings.step,
+        first_step=whole.step,
         dedup_threads=dedup_threads,
         check=check,
     )
-    check_same_settings(peers, options, seed=embeddings.seed)
+    check_same_settings(peers, options, seed=whole.seed)
     adapter = BatchAdapter(sparse=sparse or find_sparse, share=share, hand_out=hand_out)
-    return Lookahead(batches, embeddings, options, adapter, move, in_process=oracle == "process")
+    return Lookahead(batches, whole, options, adapter, move, in_process=oracle == "process")
 
 
 def _topology(
-    embeddings: EmbeddingBagCollection,
+    embeddings: EmbeddingBagCollection | JointCollections,
     num_slots: Sequence[int],
     replicas: int | Sequence[int] | None,
     overlap: bool,

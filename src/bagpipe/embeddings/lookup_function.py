@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
+from bagpipe.embeddings.executor_part import ExecutorPart
 from bagpipe.embeddings.grad_scaling import GradScaling
 from bagpipe.errors import UsageError
 
@@ -24,7 +25,7 @@ class Lookup(torch.autograd.Function):
     def forward(
         ctx: Any,
         anchor: Tensor,
-        executor: Executor,
+        executor: Executor | ExecutorPart,
         group: int,
         plan: DevicePlan,
         dtype: torch.dtype,

@@ -55,6 +55,11 @@ class StoredTables(nn.Module, ABC):
         """Among how many hosts the records are divided."""
         self.device = torch.device(device)
         self.seed = seed
+        self.other_features: set[str] = set()
+        """Features of batches that other collections look up; an evaluation passes over them.
+
+        `bagpipe.lookahead` adds those of the collections that it trains together.
+        """
 
     def embedding_bag_configs(self) -> list[Any]:
         """The tables' configurations as they were given, as TorchRec's collection has them."""
@@ -179,7 +184,7 @@ class StoredTables(nn.Module, ABC):
 
     def _read(self, batch: Jagged) -> list[Tensor]:
         """Pools rows straight from the stores."""
-        check_features(self.groups, batch)
+        check_features(self.groups, batch, self.other_features)
         self.flush()
         return [read_pooled(store, batch, self.device, self._fetch) for store in self.stores]
 
