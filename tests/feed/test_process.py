@@ -18,7 +18,7 @@ import pytest
 from tests.oracle.ends import end_as
 from tests.soon import SOON_S, TIMEOUT_S, ends_soon
 
-from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError
+from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError, LostError
 from bagpipe.feed.process import OracleProcess
 from bagpipe.feed.stream import Deferred, StreamOptions, plan_stream
 from bagpipe.optimizers import SGD
@@ -145,6 +145,18 @@ def test_the_death_of_the_process_is_an_error() -> None:
     with pytest.raises(BackgroundError, match="exit code -9"):
         drain(process)
     process.close()
+
+
+def test_a_process_that_a_signal_has_stopped_is_an_error_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bagpipe.feed.process._LOOK_EVERY_S", 0.01)
+    stops = OracleProcess(Batches(9, "stop"), options(), num_places=NUM_PLACES, join_timeout_s=0.1)
+    with pytest.raises(LostError, match=r"pid \d+\) has been stopped by a signal for 0\.1"):
+        drain(stops)
+    assert stops._process is not None
+    stops._process.kill()
+    stops.close()
 
 
 def test_stopping_ends_the_process_at_once_or_by_force(monkeypatch: pytest.MonkeyPatch) -> None:

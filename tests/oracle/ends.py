@@ -8,11 +8,13 @@ import time
 
 
 def end_as(end: str) -> None:
-    """Fails, dies or hangs as `end` says; returns if it says none of these."""
+    """Fails, dies, hangs or is stopped as `end` says; returns if it says none of these."""
     if end == "fail":
         raise OSError("the disk is gone")
     if end == "die":
         time.sleep(0.5)  # what is on its way arrives
         os.kill(os.getpid(), signal.SIGKILL)
+    if end == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if end == "hang":
         time.sleep(600)

@@ -84,10 +84,10 @@ class Fault:
 def random_faults(seed: int) -> list[Fault]:
     """One or two faults; two victims at a time in every fifth case.
 
-    From seed 60 on trainers are stopped, too.
+    From seed 60 on trainers and oracles are stopped, too.
     """
     draw = random.Random(seed)
-    stoppable = {"server"} if seed < 60 else {"server", "rank 0", "rank 1"}
+    stoppable = {"server"} if seed < 60 else set(VICTIMS) - {"launcher"}
     faults = []
     for _ in range(draw.choice([1, 1, 2])):
         victims = tuple(draw.sample(VICTIMS, 2 if draw.random() < 0.2 else 1))

@@ -39,6 +39,7 @@ from dataclasses import replace
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from bagpipe.errors import ConfigError, LostError
@@ -52,6 +53,7 @@ from bagpipe.types import UInt8Array
 BatchT = TypeVar("BatchT")
 
 _STOP_TIMEOUT_S, _JOIN_TIMEOUT_S = 5.0, 300.0
+_LOOK_EVERY_S = 1.0
 
 
 class SharedOracle(Generic[BatchT]):
@@ -66,6 +68,7 @@ class SharedOracle(Generic[BatchT]):
         file: int,
         process: SpawnProcess | None,
         on_region: Callable[[UInt8Array], None],
+        stopped_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> None:
         """Takes all that it is given.
 
@@ -74,8 +77,10 @@ class SharedOracle(Generic[BatchT]):
             file: the descriptor of this trainer's shared memory.
             process: the process, for the trainer that has started it; None for the others.
             on_region: is shown all shared memory before its use.
+            stopped_timeout_s: how long the process may be stopped by a signal.
         """
         self._connection, self._process, self._on_region = connection, process, on_region
+        self._stopped_timeout_s = stopped_timeout_s
         self._file: int | None = file
         self._mapped: tuple[Region, UInt8Array] | None = None
         self._is_stopped = False
@@ -161,6 +166,7 @@ class SharedOracle(Generic[BatchT]):
 
     def _receive(self) -> Received | Failure:
         try:
+            self._wait_unless_stopped()
             message = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
             if self._is_stopped:  # it was told to
@@ -170,6 +176,26 @@ class SharedOracle(Generic[BatchT]):
             return Received.of(message[1:])
         failure: Failure = pickle.loads(message[1:])
         return failure
+
+    def _wait_unless_stopped(self) -> None:
+        """Waits for a message, if this trainer has started the process.
+
+        Of a process that is stopped no other sign is seen. What is counted is what was seen: where
+        this process was stopped, too, none of the time.
+
+        Raises:
+            LostError: it has been stopped for too long.
+        """
+        stopped_s = 0.0
+        while self._process is not None and not self._connection.poll(_LOOK_EVERY_S):
+            is_stopped = _is_stopped(self._process)
+            stopped_s = stopped_s + _LOOK_EVERY_S if is_stopped else 0.0
+            if stopped_s >= self._stopped_timeout_s:
+                raise LostError(
+                    f"the oracle process (pid {self._process.pid}) has been stopped by a signal "
+                    f"for {stopped_s:g} s: continue such a process sooner, or resume from the last "
+                    "checkpoint"
+                )
 
     def _fate(self) -> str:
         """How the process has ended, as far as this trainer can tell."""
@@ -216,7 +242,7 @@ class OracleProcess(SharedOracle[BatchT]):
             adapter: how batches are read.
             num_places: how many items may be sent and not yet released.
             on_region: is shown all shared memory before its use.
-            join_timeout_s: how long the others may take to join.
+            join_timeout_s: how long the others may take to join, and the process may be stopped.
 
         Raises:
             ConfigError: `batches` or `adapter` can't be sent to another process, or the system is
@@ -235,7 +261,7 @@ class OracleProcess(SharedOracle[BatchT]):
             args=(theirs, door, batches, options, adapter, num_places),
             name="bagpipe-oracle",
         )
-        super().__init__(ours, file, process, on_region)
+        super().__init__(ours, file, process, on_region, join_timeout_s)
         try:
             with _signals_put_off():
                 process.start()
@@ -256,6 +282,14 @@ _WHAT_TO_DO = (
     "its own messages, if any, are above; lower lookahead_memory, or resume from the last "
     "checkpoint"
 )
+
+
+def _is_stopped(process: SpawnProcess) -> bool:
+    """Whether a signal has stopped it; not whether it has ended."""
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def _shared_memory() -> int:
