@@ -17,7 +17,7 @@ import pyarrow.flight as flight
 import pytest
 from tests.server.serving import Servers
 from tests.server.shards import own_rows
-from tests.soon import SOON_S, ends_soon
+from tests.soon import SOON_S, TIMEOUT_S, ends_soon
 from tests.store_contract import SEED, fetch, initial, make_group, records_of, rows_of, touched_rows
 
 from bagpipe.errors import StoreError
@@ -246,15 +246,18 @@ def test_a_rank_that_stands_still_is_named_by_the_server() -> None:
 
 def test_a_server_that_is_not_there_or_answers_nothing_is_told_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, ends_soon():
-        for address, why in (
-            ("127.0.0.1:1", "nobody listens there"),
+        for address, limit_s, why in (
+            ("127.0.0.1:1", TIMEOUT_S, "nobody listens there"),
             (
                 f"127.0.0.1:{silent.getsockname()[1]}",
+                1,
                 "it has not answered for 1 s, which servers.start_timeout_s allows",
             ),
         ):
             message = raised(
-                lambda at=address: ServerControl([at], [make_group()], SEED, start_timeout_s=1)
+                lambda at=address, limit_s=limit_s: ServerControl(
+                    [at], [make_group()], SEED, start_timeout_s=limit_s
+                )
             )
             assert f"shard server 0 of 1 at {address} failed in call identify: {why}" in message
 
