@@ -47,7 +47,7 @@ ALLOWED = {
     "feed": BASE | {"oracle"},
     "store": BASE,
     "data": BASE | {"config", "plots"},
-    "distributed": BASE | {"store"},
+    "distributed": BASE | {"store", "server", "config"},
     "cache": BASE | {"store", "distributed"},
     "embeddings": BASE | {"oracle", "feed", "store", "distributed", "cache"},
     "models": {"errors"},

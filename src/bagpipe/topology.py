@@ -1,14 +1,10 @@
-"""Where things are: the shards of a group's rows, their records' hosts, and the trainers.
+"""Where things are: the shards of a group's rows, and the trainers.
 
 A hash of a row's number says to which of any number of shards the row belongs. The oracle cuts
-large caches into `NUM_SHARDS` by it. With several hosts it also says on which of them a row's
-record lives: stores and checkpoints are divided by it. The hash is multiplied by the number of
-shards and its upper half is the shard (Lemire, "Fast random integer generation in an interval",
-ACM TOMACS 2019), so a cut into fewer shards joins neighbours where one number divides the other.
-
-Hosts appear in two roles here. As machines they group trainers: as many on each, ranks of one host
-beside each other (`host_of`, `neighbours_on`). As homes they have parts of the records, a shard
-each; there `num_hosts` only says into how many shards the records are divided.
+large caches into `NUM_SHARDS` by it. It also says which shard server has a row's record: stores
+and checkpoints are divided by it. The hash is multiplied by the number of shards and its upper half
+is the shard (Lemire, "Fast random integer generation in an interval", ACM TOMACS 2019), so a cut
+into fewer shards joins neighbours where one number divides the other.
 """
 
 from __future__ import annotations
@@ -88,31 +84,13 @@ def lines_of_shard(num_rows: int, shard: int, num_shards: int) -> tuple[Int32Arr
     return lines, num_own
 
 
-def host_of(rank: int, num_trainers: int, num_hosts: int) -> int:
-    """The machine of a trainer; trainers of one machine have neighbouring ranks."""
-    return rank * num_hosts // num_trainers
-
-
-def neighbours_on(host: int, num_items: int, num_hosts: int) -> range:
-    """Which of `num_items` trainers, or shards, are a host's."""
-    return range(host * num_items // num_hosts, (host + 1) * num_items // num_hosts)
-
-
-def check_hosts(num_trainers: int, num_hosts: int) -> None:
-    """Raises ConfigError unless shards and trainers divide evenly among `num_hosts` hosts."""
-    if not 1 <= num_hosts <= NUM_SHARDS or NUM_SHARDS % num_hosts:
-        raise ConfigError(f"{num_hosts} hosts: rows can be divided among 1, 2, 4 or 8 hosts")
-    if num_trainers % num_hosts:
-        raise ConfigError(f"{num_trainers} trainers on {num_hosts} hosts: start as many on each")
-
-
 MAX_TRAINERS = 64
 """The bits of a uint64, in which the oracle keeps which trainers use a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """How many trainers there are, on how many hosts, and for which of them plans are made.
+    """How many trainers there are, and for which of them plans are made.
 
     Trainers share the batches and the caches.
     """
@@ -120,11 +98,8 @@ class Topology:
     num_trainers: int
     ranks: tuple[int, ...]
     """The ranks for which this process plans."""
-    num_hosts: int = 1
-    """Machines with as many trainers each, whose ranks are neighbours."""
-    has_homes: bool = True
-    """Whether they are homes of records, too: then a row is owned on the host that has its record.
-    """
+    ranks_of_host: tuple[int, ...] = ()
+    """The ranks of this process's host, who share an oracle process; none: all ranks."""
     num_replica_slots: tuple[int, ...] = ()
     """For each group how many replicas one trainer can hold for one step."""
     overlap: bool = True
@@ -132,17 +107,6 @@ class Topology:
 
     False puts all that travels between trainers on the critical path, to measure what it saves.
     """
-
-    @property
-    def num_homes(self) -> int:
-        """Among how many hosts the records are divided."""
-        return self.num_hosts if self.has_homes else 1
-
-    @property
-    def ranks_of_host(self) -> tuple[int, ...]:
-        """All ranks on the host of the first of `ranks`."""
-        host = host_of(self.ranks[0], self.num_trainers, self.num_hosts)
-        return tuple(neighbours_on(host, self.num_trainers, self.num_hosts))
 
     def num_replicas(self, index: int) -> int:
         """How many replicas of the group at `index` one trainer can hold; 0 where none is used."""
@@ -152,7 +116,6 @@ class Topology:
         """Raises ConfigError for values out of range."""
         if not 1 <= self.num_trainers <= MAX_TRAINERS:
             raise ConfigError(f"{self.num_trainers} trainers, must be from 1 to {MAX_TRAINERS}")
-        check_hosts(self.num_trainers, self.num_hosts)
         if not self.ranks or not all(0 <= rank < self.num_trainers for rank in self.ranks):
             raise ConfigError(f"ranks {self.ranks}, must be some of 0 to {self.num_trainers - 1}")
         if self.num_trainers > 1 and len(self.num_replica_slots) != len(groups):

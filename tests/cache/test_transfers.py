@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -20,9 +19,9 @@ from tests.soon import SOON_S, TIMEOUT_S, wait_until
 from torch import Tensor
 
 from bagpipe.cache import transfers
+from bagpipe.cache.marks import Marks
 from bagpipe.cache.overlap import Staging
 from bagpipe.cache.transfers import RecordMover
-from bagpipe.distributed.write_marks import NoMarks
 from bagpipe.store.base import NO_STEPS, Steps
 from bagpipe.types import Float32Array, Int64Array
 
@@ -81,14 +80,9 @@ def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.Mo
 
     It runs as on CUDA, with streams that are made up here.
     """
-    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
-    monkeypatch.setattr(transfers, "Staging", lambda *, pinned: Staging(pinned=pinned and False))
-    stream = SimpleNamespace(wait_event=lambda _: None, record_event=lambda: event)
-    streams: Any = SimpleNamespace(out=stream, into=stream, computed=event)
+    streams = made_up_streams(monkeypatch)
     cache, store = Cache(), Store()
-    mover = RecordMover([cache], [store], streams, NoMarks())  # type: ignore[list-item]
+    mover = RecordMover([cache], [store], streams, None)  # type: ignore[list-item]
     first, to_device = moves({}, {10: 0, 11: 1})
     mover.fill(mover.issue(PLAN, [first], 0, to_device))
     cache.memory[:2] += 1000  # they are trained
@@ -108,40 +102,87 @@ def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.Mo
     assert store.records[[10, 11, 20, 30], 0].tolist() == [1010, 1011, 20, 30]
 
 
-def test_write_backs_run_side_by_side_and_a_mark_waits_for_those_before_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def made_up_streams(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As those of a CUDA device."""
+    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(transfers, "Staging", lambda *, pinned: Staging(pinned=pinned and False))
+    stream = SimpleNamespace(wait_event=lambda _: None, record_event=lambda: event)
+    return SimpleNamespace(out=stream, into=stream, computed=event)
+
+
+def test_write_backs_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers, "_NUM_THREADS", 2)
-    meeting, done = threading.Barrier(2), list[str]()
+    meeting = threading.Barrier(2)
 
     class MeetingStore(Store):
         def write(self, rows: Int64Array, records: Float32Array) -> None:
             meeting.wait(SOON_S)  # for another one
-            time.sleep(0.02 if 10 in rows else 0)
-            done.append(f"row {rows[0]}")
 
-    marks: Any = SimpleNamespace(
-        are_read=True,
-        mark=lambda kind, step: done.append(f"{kind} {step}"),
-        wait=lambda kind, step: None,
-        fence=lambda steps: steps,
-    )
-    mover = RecordMover([Cache()], [MeetingStore()], None, marks)  # type: ignore[list-item]
+    mover = RecordMover([Cache()], [MeetingStore()], None, None)  # type: ignore[list-item]
     for step, row in enumerate((10, 11)):
         evicted, to_device = moves({row: 0}, {})
         mover.issue(PLAN, [evicted], step, to_device).gathered.result()
-        mover.mark_written("overlapped", step)
-        mover.mark_written("urgent", step)
-    assert mover._evict_thread is not None
-    mover._evict_thread.submit(lambda: None).result()
     mover.finish_writes()
     mover.close()
-    assert done == ["row 11", "row 10", "overlapped 0", "urgent 0", "overlapped 1", "urgent 1"]
+
+
+class MarkedStore(Store):
+    """Notes what is sent and marked; what is sent is written late, the first one last."""
+
+    group = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent, self.is_second_written = list[str](), threading.Event()
+
+    def send(self, rows: Int64Array, records: Float32Array) -> Callable[[], None]:
+        self.sent.append(f"row {rows[0]}")
+        if len(self.sent) == 1:
+            return lambda: require(self.is_second_written.wait(TIMEOUT_S))
+        return self.is_second_written.set
+
+    def mark(self, steps: Steps) -> None:
+        self.sent.append(f"{steps.overlapped - MARKED} {steps.urgent - MARKED}")
+
+    def snapshot(self) -> None:
+        raise NotImplementedError
+
+    clear = close = snapshot
+
+
+MARKED = 1 << 40  # where the steps of the first stream begin
+
+
+def require(is_so: bool) -> None:
+    assert is_so
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_mark_is_sent_behind_what_was_sent_before_it_and_waits_for_no_write(
+    on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "_NUM_THREADS", 2)
+    streams = made_up_streams(monkeypatch)
+    store = MarkedStore()
+    marks = Marks(store, 1)  # type: ignore[arg-type]
+    mover = RecordMover([Cache()], [store], streams if on_device else None, marks)  # type: ignore[list-item]
+    for step, row in enumerate((10, 11)):
+        evicted, to_device = moves({row: 0}, {})
+        mover.issue(PLAN, [evicted], step, to_device)
+        mover.mark("overlapped", step)
+    assert mover._order_thread is not None
+    mover._order_thread.submit(lambda: None).result()
+    none = -1 - MARKED
+    assert store.sent == ["row 10", f"0 {none}", "row 11", f"1 {none}"]
+    mover.finish_writes()
+    mover.close()
 
 
 def test_an_emptied_slot_is_not_flushed() -> None:
     cache, store = Cache(), Store()
-    mover = RecordMover([cache], [store], None, NoMarks())  # type: ignore[list-item]
+    mover = RecordMover([cache], [store], None, None)  # type: ignore[list-item]
     for step, (evict, fetch) in enumerate([({}, {10: 3}), ({10: 3}, {}), ({}, {10: 0})]):
         moved, to_device = moves(evict, fetch)
         moved.fence_tick = step - 1
@@ -176,7 +217,7 @@ def test_all_groups_are_asked_before_the_first_is_waited_for() -> None:
     caches, stores = [Cache(), Cache()], [FarStore("a", happened), FarStore("b", happened)]
     for store in stores:
         store.may_read.set()
-    mover = RecordMover(caches, stores, None, NoMarks())  # type: ignore[arg-type]
+    mover = RecordMover(caches, stores, None, None)  # type: ignore[arg-type]
     both = [moves({}, {row: 0}) for row in (10, 11)]
     both[1][0].fence_tick = 2
     plan: Any = SimpleNamespace(step=5, issue_tick=4)
@@ -208,7 +249,7 @@ def test_what_was_asked_for_is_waited_for_whatever_fails(broken: int, at_once: b
         stores[broken].ask = fail  # type: ignore[method-assign]
     else:
         stores[broken].fetch = fail  # type: ignore[method-assign]
-    mover = RecordMover(caches, stores, None, NoMarks())  # type: ignore[arg-type]
+    mover = RecordMover(caches, stores, None, None)  # type: ignore[arg-type]
     both = [moves({}, {row: 0}) for row in (10, 11)]
     issued = mover.issue(
         PLAN, [moved for moved, _ in both], 0, lambda: (*both[0][1](), *both[1][1]())
@@ -226,7 +267,7 @@ def test_what_was_asked_for_is_waited_for_whatever_fails(broken: int, at_once: b
 def test_a_step_evicts_and_asks_while_the_records_of_the_step_before_are_on_their_way() -> None:
     happened: list[str] = []
     cache, store = Cache(), FarStore("it", happened)
-    mover = RecordMover([cache], [store], None, NoMarks())  # type: ignore[list-item]
+    mover = RecordMover([cache], [store], None, None)  # type: ignore[list-item]
     cache.memory[1] = 1020
     first, to_device = moves({}, {10: 0})
     under_way = [mover.issue(PLAN, [first], 0, to_device)]
@@ -265,7 +306,7 @@ def test_a_flush_sends_a_block_while_the_one_before_is_on_its_way(
 ) -> None:
     monkeypatch.setattr(transfers, "_FLUSH_BLOCK_BYTES", 4)  # a row each
     cache, store = Cache(), SentStore()
-    mover = RecordMover([cache], [store], None, NoMarks())  # type: ignore[list-item]
+    mover = RecordMover([cache], [store], None, None)  # type: ignore[list-item]
     fetched, to_device = moves({}, {10: 0, 11: 1, 12: 2})
     mover.fill(mover.issue(PLAN, [fetched], 0, to_device))
     cache.memory += 1000

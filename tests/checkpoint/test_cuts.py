@@ -7,8 +7,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -138,24 +136,10 @@ class Run:
         assert found == self.records
 
 
-def records_in(checkpoint: Path, num_hosts: int = 1) -> list[Records]:
-    """What trainers without servers load from it, on so many hosts."""
-    by_host = [records_on(checkpoint, host, num_hosts) for host in range(num_hosts)]
-    found: list[Records] = [{}, {}]
-    for records in by_host:
-        for of_group, new in zip(found, records, strict=True):
-            assert not of_group.keys() & new.keys()  # a host has its own rows only
-            of_group |= new
-    return found
-
-
-def records_on(checkpoint: Path, host: int, num_hosts: int) -> list[Records]:
-    """What the first trainer of one host loads."""
+def records_in(checkpoint: Path) -> list[Records]:
+    """What a trainer without servers loads from it."""
     fresh = make_state(2, 4)
-    trainers: Any = SimpleNamespace(
-        peers=SimpleNamespace(host=host, num_hosts=num_hosts, is_first_of_host=True)
-    )
-    load_checkpoint(open_checkpoint(checkpoint), fresh, trainers)
+    load_checkpoint(open_checkpoint(checkpoint), fresh)
     return [
         {
             row: tuple(record.tolist())
@@ -219,7 +203,7 @@ def test_servers_that_were_not_told_of_a_commit_stand_where_it_does(tmp_path: Pa
 
 
 def save_by_hosts(run: Run, records: Records, num_hosts: int) -> Path:
-    """What trainers of so many hosts, without servers, write."""
+    """What trainers of so many hosts have written that each had a part of the tables."""
     moment = take_moment(run.state, Position(epoch=0, batch=5), CONFIG)
     with CheckpointWriter(claim_epoch(run.path), 5) as writer:
         writer.write_bytes("dense.pt", moment.dense)
@@ -256,13 +240,12 @@ def test_any_number_of_servers_resumes_what_several_hosts_have_saved(
     path = save_by_hosts(run, {row: () for row in range(0, 100, 3)}, num_hosts)
     if is_old:
         make_format_1(path)
-    saved = records_in(path, num_hosts)
+    saved = records_in(path)
     assert len(saved[0]) == 34
     run.start(make_servers(num_shards), saved)
     run.write([0, 1, 2, 50, 80])
     run.cut()
-    for num_loading in (1, 2, 4):
-        assert records_in(run.base.path, num_loading) == run.saved
+    assert records_in(run.base.path) == run.saved
     # who has the very rows of a host adds to its file
     assert all(
         (len(files) > num_shards) == (num_shards == num_hosts) for files in run.base.record_files

@@ -69,7 +69,6 @@ def plan_all(
     ranks: tuple[int, ...] | None = None,
     num_replica_slots: int | None = None,
     overlap: bool = True,
-    num_hosts: int = 1,
 ) -> Planned:
     shares = [
         [share_of(batch, rank, num_trainers) for rank in range(num_trainers)] for batch in batches
@@ -78,7 +77,6 @@ def plan_all(
     ranks = ranks or tuple(range(num_trainers))
     topology = Topology(
         num_trainers=num_trainers,
-        num_hosts=num_hosts,
         ranks=ranks,
         num_replica_slots=(num_replicas,),
         overlap=overlap,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,28 +20,34 @@ import pyarrow.flight as flight
 import pytest
 from tests.soon import SOON_S
 
-from bagpipe.config.load import check_config
-from bagpipe.config.run import RunConfig
-from bagpipe.config.servers import split_address
+from bagpipe.config.servers import ServersConfig, split_address
 from bagpipe.errors import ConfigError, StoreError
+from bagpipe.optimizers import SGD
 from bagpipe.server import local
 from bagpipe.server.credentials import Credentials
 from bagpipe.server.local import LocalServer, local_server
+from bagpipe.server.made import with_secrets
 from bagpipe.server.security import connect
 from bagpipe.server.staging import peer_of
+from bagpipe.server.start import Served
+from bagpipe.types import TableConfig, group_tables
 
 WITHIN_S = SOON_S
 OTHER_USER = 4321
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 
 
-def config_of(folder: Path, **servers: Any) -> RunConfig:
-    settings = {
-        "data": {"kind": "synthetic", "num_embeddings": [40, 300, 90]},
-        "log": {"folder": str(folder / "run")},
-        "servers": {"num_shards": 2} | servers,
-    }
-    return check_config(RunConfig, settings, source="run.toml")
+def served_by(*, num_shards: int = 2, **servers: Any) -> Served:
+    tables = [TableConfig(name="t", num_embeddings=300, embedding_dim=4, feature_names=["f"])]
+    groups = group_tables(tables, SGD(lr=0.1))
+    return Served(groups=groups, seed=1, servers=ServersConfig(num_shards=num_shards, **servers))
+
+
+SERVED, KEY = served_by(), "the run"
+
+
+def started_by(agent: subprocess.Popen[bytes], number: int = 0, **options: Any) -> LocalServer:
+    return local_server(SERVED, number, key=KEY, lives_with=agent.pid, **options)
 
 
 @pytest.fixture
@@ -59,9 +66,9 @@ def identity(server: LocalServer) -> dict[str, Any]:
         return found
 
 
-def process_of(config: RunConfig, number: int, agent: subprocess.Popen[bytes]) -> int:
+def process_of(number: int, agent: subprocess.Popen[bytes]) -> int:
     """The server's process, as the system tells it."""
-    name = local._name(config.model_dump(mode="json"), number, agent.pid)
+    name = local._name(KEY, number, agent.pid)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
         asking.connect(f"\0{name}")
         return peer_of(asking)[0]
@@ -79,28 +86,26 @@ def wait_until_gone(pid: int) -> None:
 
 
 def test_all_trainers_find_one_server_also_after_a_restart_until_their_agent_ends(
-    tmp_path: Path, agent: subprocess.Popen[bytes]
+    agent: subprocess.Popen[bytes],
 ) -> None:
-    config = config_of(tmp_path)
     with ThreadPoolExecutor(4) as pool:
-        ranks = [pool.submit(local_server, config, 1, lives_with=agent.pid) for _ in range(4)]
+        ranks = [pool.submit(started_by, agent, 1) for _ in range(4)]
         servers = [rank.result(WITHIN_S) for rank in ranks]
-    again = local_server(config, 1, lives_with=agent.pid)
+    again = started_by(agent, 1)
     assert servers == [again] * 4
     assert (identity(again)["shard"], identity(again)["num_shards"]) == (1, 2)
-    pid = process_of(config, 1, agent)
+    pid = process_of(1, agent)
     agent.kill()
     agent.wait()
     wait_until_gone(pid)
     with pytest.raises(StoreError, match=f"process {agent.pid}, with which .* is gone"):
-        local_server(config, 1, lives_with=agent.pid)
+        started_by(agent, 1)
 
 
 def test_its_token_is_known_to_its_trainers_only(
-    tmp_path: Path, agent: subprocess.Popen[bytes]
+    agent: subprocess.Popen[bytes],
 ) -> None:
-    config = config_of(tmp_path)
-    server = local_server(config, 0, lives_with=agent.pid)
+    server = started_by(agent)
     token = server.credentials.token
     assert token is not None
     assert len(token.get_secret_value()) == 64
@@ -108,16 +113,16 @@ def test_its_token_is_known_to_its_trainers_only(
     with connect(*split_address(server.address), Credentials()) as client:
         with pytest.raises(flight.FlightUnauthenticatedError):
             list(client.do_action(flight.Action("identify", b"{}"), options))
-    proc = Path(f"/proc/{process_of(config, 0, agent)}")
+    proc = Path(f"/proc/{process_of(0, agent)}")
     for shown in ("cmdline", "environ"):
         assert token.get_secret_value() not in (proc / shown).read_text()
     if os.geteuid() == 0:
-        assert asked_by_another_user(config, agent) == "b''\n"
+        assert asked_by_another_user(agent) == "b''\n"
 
 
-def asked_by_another_user(config: RunConfig, agent: subprocess.Popen[bytes]) -> str:
+def asked_by_another_user(agent: subprocess.Popen[bytes]) -> str:
     """What a process of another user is told."""
-    name = local._name(config.model_dump(mode="json"), 0, agent.pid)
+    name = local._name(KEY, 0, agent.pid)
     code = (
         "import os, socket, sys; os.setuid(int(sys.argv[2]));"
         "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
@@ -135,58 +140,80 @@ def asked_by_another_user(config: RunConfig, agent: subprocess.Popen[bytes]) -> 
 def test_another_run_shard_or_agent_has_a_server_of_its_own(
     tmp_path: Path, agent: subprocess.Popen[bytes]
 ) -> None:
-    run, other = (
-        config_of(folder).model_dump(mode="json") for folder in (tmp_path, tmp_path / "other")
-    )
-    names = [local._name(*of) for of in ((run, 0, agent.pid), (run, 1, agent.pid))]
-    names += [local._name(*of) for of in ((other, 0, agent.pid), (run, 0, os.getpid()))]
+    names = [local._name(*of) for of in ((KEY, 0, agent.pid), (KEY, 1, agent.pid))]
+    names += [local._name(*of) for of in (("another", 0, agent.pid), (KEY, 0, os.getpid()))]
     assert len(set(names)) == 4
     assert max(map(len, names)) <= 107  # the longest that a Unix socket takes
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
 def test_one_that_was_killed_or_stopped_is_replaced(
-    tmp_path: Path, agent: subprocess.Popen[bytes], end: signal.Signals
+    agent: subprocess.Popen[bytes], end: signal.Signals
 ) -> None:
-    slow = config_of(tmp_path)
     # as patient as a busy machine needs where a server starts, not where a stopped one is asked
-    before = local_server(slow, 0, lives_with=agent.pid)
-    instance, pid = identity(before)["instance"], process_of(slow, 0, agent)
+    before = started_by(agent)
+    instance, pid = identity(before)["instance"], process_of(0, agent)
     os.kill(pid, end)
     try:
         if end == signal.SIGSTOP:
             wait_until(lambda: "State:\tT" in Path(f"/proc/{pid}/status").read_text())
-            name = local._name(slow.model_dump(mode="json"), 0, agent.pid)
+            name = local._name(KEY, 0, agent.pid)
             assert local._ask(name, timeout_s=0.2) is None
         wait_until_gone(pid)
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    after = local_server(slow, 0, lives_with=agent.pid)
+    after = started_by(agent)
     assert identity(after)["instance"] != instance
 
 
-def test_what_it_refuses_is_told(tmp_path: Path, agent: subprocess.Popen[bytes]) -> None:
-    config = config_of(tmp_path)
-    told = r"shard server 0 of this host: a shard server on 0\.0\.0\.0 can be reached from other"
-    with pytest.raises(ConfigError, match=told):
-        local_server(config, 0, lives_with=agent.pid, listen=("0.0.0.0", 0))
+def test_what_it_refuses_is_told(agent: subprocess.Popen[bytes]) -> None:
+    with pytest.raises(ConfigError, match=r"shard server 2 of this host: .* must be from 0 to 1"):
+        started_by(agent, 2)
 
 
 def test_one_that_can_not_be_started_is_told(
-    tmp_path: Path, agent: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    agent: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(StoreError, match="shard server 0 of this host could not be started"):
-        local_server(config_of(tmp_path), 0, lives_with=agent.pid)
+        started_by(agent)
+
+
+def test_one_that_is_held_ends_with_the_last_who_holds_it() -> None:
+    key = secrets.token_hex(8)
+    first, second = (
+        local_server(SERVED, 0, key=key, lives_with=None, listen=("0.0.0.0", 0)) for _ in range(2)
+    )
+    assert first.hold is not None
+    assert second.hold is not None
+    assert (first.address, first.credentials) == (second.address, second.credentials)
+    pid = peer_of(first.hold)[0]
+    first.hold.close()
+    # by TLS, with a certificate for its address that signs itself
+    assert identity(second)["shard"] == 0
+    assert second.credentials.root is not None
+    with connect(*split_address(second.address), Credentials(root=second.credentials.root)) as of:
+        with pytest.raises(flight.FlightUnauthenticatedError):
+            list(of.do_action(flight.Action("identify", b"{}")))
+    second.hold.close()
+    wait_until_gone(pid)
+
+
+def test_where_no_certificate_can_be_made_the_error_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    told = r"no certificate can be made with openssl here .*: install it, or set \[servers.tls\]"
+    with pytest.raises(ConfigError, match=told), with_secrets(ServersConfig(), "127.0.0.1"):
+        pass
 
 
 @needs_root
 def test_another_user_can_not_pass_as_the_server(
-    tmp_path: Path, agent: subprocess.Popen[bytes]
+    agent: subprocess.Popen[bytes],
 ) -> None:
-    config = config_of(tmp_path)
-    name = local._name(config.model_dump(mode="json"), 0, agent.pid)
+    name = local._name(KEY, 0, agent.pid)
     code = (
         "import os, socket, sys; os.setuid(int(sys.argv[2]));"
         "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
@@ -200,5 +227,5 @@ def test_another_user_can_not_pass_as_the_server(
         assert other.stdout is not None
         assert other.stdout.readline() == b"ready\n"
         with pytest.raises(StoreError, match=f"process {other.pid} of user {OTHER_USER}"):
-            local_server(config, 0, lives_with=agent.pid)
+            started_by(agent)
         other.kill()

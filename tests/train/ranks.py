@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from tests.ordered import TablesOfRanks
 from tests.soon import TIMEOUT_S
 
 from bagpipe.distributed.communicator import Communicator
@@ -24,15 +25,17 @@ def run_ranks(
     work: Callable[[Communicator], Any],
     *,
     num_hosts: int = 1,
+    with_servers: bool = False,
     timeout_s: float = TIMEOUT_S,
 ) -> list[Any]:
     """What `work` returns on each rank; raises the first failure once all have ended. All hosts are
-    this one.
+    this one, some with a rank more than others. Tables are in this process, unless `with_servers`.
     """
     kv_store, timeout = dist.HashStore(), timedelta(seconds=timeout_s)
     results: list[Any] = [None] * num_trainers
     failures: list[BaseException] = []
     groups: list[list[Any]] = [[] for _ in range(num_trainers)]
+    tables = None if with_servers else TablesOfRanks(num_trainers)
 
     def run(rank: int) -> None:
         try:
@@ -48,7 +51,8 @@ def run_ranks(
                 overlapped=overlapped,
                 alike=alike,
                 kv_store=kv_store,
-                num_hosts=num_hosts,
+                host_name=f"host {rank * num_hosts // num_trainers}",
+                open_tables=tables,
                 timeout=timeout,
             )
             results[rank] = work(communicator)

@@ -29,8 +29,8 @@ from tests.train.test_trainers import (
     train,
 )
 
+from bagpipe.cache.marks import Marks
 from bagpipe.distributed.alone import ALONE, Peers
-from bagpipe.distributed.write_marks import StoreMarks
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.native.workers import Workers
 from bagpipe.optimizers import SGD, Adam, Optimizer
@@ -244,7 +244,7 @@ def test_a_row_that_another_rank_has_evicted_is_read_once_it_is_written(
 def test_what_a_stream_has_marked_says_nothing_of_the_next_ones_steps() -> None:
     marked = list[Steps]()
     store: Any = SimpleNamespace(mark=marked.append)
-    first, second = StoreMarks(store, 1), StoreMarks(store, 2)
+    first, second = Marks(store, 1), Marks(store, 2)
     first.mark("overlapped", 9)
     first.mark("urgent", 7)
     second.mark("overlapped", 8)

@@ -1,5 +1,5 @@
-"""Ranks as processes, which share memory, gloo and one oracle process, give what one trainer gives;
-`test_trainers`: threads.
+"""Ranks as processes, which share gloo, one oracle process and the shard servers that they start,
+give what one trainer gives; `test_trainers`: threads.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ optimizer makes of it must then be equal to the last bit.
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +18,15 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tests import strategies
+from tests.ordered import view_of
 from tests.soon import TIMEOUT_S, ends_soon
 from tests.train.ranks import run_ranks
 from tests.train.test_equality import OPTIMIZERS, skewed_batch, smallest_caches
 from torch import Tensor
 
 import bagpipe
-from bagpipe.cache import transfers
 from bagpipe.cache.exchange import Exchange
-from bagpipe.cache.transfers import RecordMover
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.distributed.write_marks import WriteMarks
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
@@ -89,7 +85,6 @@ def train(
     loop: Loop = plain,
     loss: Callable[[Sequence[Tensor]], Tensor] = linear_loss,
     cache: Sequence[int] | None = None,
-    store: type[MemoryStore] = MemoryStore,
     timeout_s: float = TIMEOUT_S,
     **options: Any,
 ) -> list[np.ndarray]:
@@ -97,7 +92,7 @@ def train(
     batch.
     """
     groups = group_tables(tables, optimizer)
-    stores = {group.index: store(group, 11) for group in groups}
+    stores = {group.index: MemoryStore(group, 11) for group in groups}
 
     def train_part(num_trainers: int, begin: int, end: int) -> None:
         slots = cache or [
@@ -109,7 +104,7 @@ def train(
             embeddings = EmbeddingBagCollection(
                 tables,
                 optimizer=optimizer,
-                store=lambda group, _: stores[group.index],
+                store=lambda group, _: view_of(stores[group.index], communicator),
                 communicator=communicator,
             )
             embeddings.step = begin
@@ -321,53 +316,6 @@ def test_a_flush_between_steps_changes_nothing(step: int) -> None:
     assert_equal(
         train(make_tables(), SGD(lr=0.5), batches, [(2, 10)], loop=flush_after_a_step), expected
     )
-
-
-class SlowStore(MemoryStore):
-    """Whose write-backs come late, every second one later than the one behind it."""
-
-    num_writes, delay_s = itertools.count(), 0.06
-
-    def write(self, rows: Any, records: Any) -> None:
-        time.sleep(self.delay_s / (1 + 5 * (next(self.num_writes) % 2)))
-        super().write(rows, records)
-
-
-def wait_for_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WriteMarks, "wait", lambda *_: None)
-
-
-def mark_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = RecordMover._mark_written
-    monkeypatch.setattr(
-        RecordMover, "_mark_written", lambda mover, _, kind, step: original(mover, (), kind, step)
-    )
-
-
-@pytest.mark.parametrize(
-    ("num_threads", "fault"),
-    [(1, None), (3, None), (1, wait_for_no_mark), (3, mark_before_it_is_written)],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_a_row_that_another_rank_has_evicted_is_fetched_once_it_is_written(
-    num_threads: int,
-    fault: Callable[[pytest.MonkeyPatch], None] | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    batches = make_batches(25, batch_size=8)
-    expected = train(make_tables(), SGD(lr=0.5), batches, [(1, 25)])
-    monkeypatch.setattr(transfers, "_NUM_THREADS", num_threads)
-    if fault is not None:
-        fault(monkeypatch)
-    options = {"lookahead": 1, "prefetch_depth": 2, "store": SlowStore}
-    # whether a mistake tells is a matter of time: a busy machine needs longer delays
-    for delay_s in (0.06,) if fault is None else (0.06, 0.06, 0.2, 0.6, 2.0):
-        monkeypatch.setattr(SlowStore, "delay_s", delay_s)
-        found = train(make_tables(), SGD(lr=0.5), batches, [(3, 25)], **options)
-        is_equal = all(map(np.array_equal, found, expected))
-        if not is_equal:
-            break
-    assert is_equal == (fault is None)
 
 
 def break_and_go_on(trainer: Trainer, batches: Sequence[Jagged]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.ordered import view_of
 from tests.soon import TIMEOUT_S, ends_soon, wait_until
-from tests.store_contract import touched_rows
 from tests.train.ranks import run_ranks
 
 import bagpipe
@@ -21,7 +21,6 @@ from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed import communicator as communicator_module
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.distributed.homes import shared_store
 from bagpipe.embeddings import capacity
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
@@ -52,7 +51,10 @@ def random_batches(
 
 def make(communicator: Communicator | None, store: MemoryStore) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(
-        TABLES, optimizer=OPTIMIZER, store=lambda *_: store, communicator=communicator
+        TABLES,
+        optimizer=OPTIMIZER,
+        store=lambda *_: view_of(store, communicator),
+        communicator=communicator,
     )
 
 
@@ -416,18 +418,6 @@ def test_one_stream_at_a_time() -> None:
     run_ranks(2, run)
 
 
-def test_stores_that_are_shared_are_told_apart() -> None:
-    def run(communicator: Communicator) -> list[Any]:
-        stores = [shared_store(communicator, GROUP, 1) for _ in range(2)]
-        communicator.barrier("the test")
-        if communicator.rank == 0:
-            stores[1].write(np.array([7]), np.full((1, GROUP.record_width), 9.0, np.float32))
-        communicator.barrier("the test")
-        return [len(touched_rows(store)) for store in stores]
-
-    assert run_ranks(2, run) == [[0, 1], [0, 1]]
-
-
 def test_one_rank_with_a_communicator_trains_alone() -> None:
     batches, store = random_batches(10, 8), MemoryStore(GROUP, 1)
 
@@ -439,20 +429,3 @@ def test_one_rank_with_a_communicator_trains_alone() -> None:
 
     run_ranks(1, run)
     np.testing.assert_array_equal(records_of(store), train(1, batches, cache=[50]))
-
-
-def test_tables_of_several_trainers_are_shared_by_default() -> None:
-    batches = random_batches(12, 8)
-
-    def run(communicator: Communicator) -> np.ndarray:
-        embeddings = EmbeddingBagCollection(
-            TABLES, optimizer=OPTIMIZER, seed=1, communicator=communicator
-        )
-        with bagpipe.lookahead(batches, embeddings, cache=[8], replicas=50, lookahead=3) as stream:
-            for batch in stream:
-                (embeddings(batch).values().sum() * 2).backward()
-        return embeddings.tables()["t"][0:50].numpy()
-
-    first, second = run_ranks(2, run)
-    np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(first, train(1, batches, cache=[50])[:, :2])

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tests.train.slow_device import KINDS, slow_down
 from tests.train.test_trainers import (
     OPTIMIZERS,
+    all_records,
     assert_equal,
     linear_loss,
     make_batches,
@@ -28,12 +29,10 @@ from tests.train.test_trainers import (
 
 import bagpipe
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.distributed.homes import fetch_from_homes
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import Optimizer
-from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DenseStep
-from bagpipe.types import Group, group_tables
+from bagpipe.types import group_tables
 from benchmarks.trainers.rank import claim_own_host
 
 pytestmark = [
@@ -73,25 +72,12 @@ def train(
             (linear_loss(pooled) * num_trainers).backward()
             if number == NUM_STEPS // 2:
                 stream.flush()
-    records = [
-        all_records(*each, communicator) for each in zip(groups, embeddings.stores, strict=True)
-    ]
+    # every rank reads all of it; all have written their rows when the stream has ended
+    records = [all_records(*each) for each in zip(groups, embeddings.stores, strict=True)]
+    if communicator is not None:
+        communicator.barrier("waiting for all to have read")
+    embeddings.close()
     return [*records, *(each.cpu().numpy() for each in looked_up)]
-
-
-def all_records(
-    group: Group, store: EmbeddingStore, communicator: Communicator | None
-) -> np.ndarray:
-    """Of all hosts."""
-    rows, records = (
-        np.arange(group.num_rows),
-        np.empty((group.num_rows, group.record_width), np.float32),
-    )
-    if communicator is None:
-        store.fetch(rows, records)
-    else:
-        fetch_from_homes(communicator, store, rows, records)
-    return records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +88,17 @@ class Case:
     slots: tuple[int, int] = (14, 24)  # so few that rows come late, those that travel among them
     oracle: Literal["thread", "process"] = "thread"
     slow: str = ""
-    num_hosts: int = 1
+    has_own_host: bool = False  # each rank
 
 
 CASES = {
     **{type(optimizer).__name__: Case(optimizer=optimizer) for optimizer in OPTIMIZERS},
     **{f"slow {kind}": Case(slow=kind) for kind in KINDS},
     "oracle in a process": Case(slots=(30, 24), oracle="process"),
-    "two hosts": Case(slots=(18, 24), num_hosts=2),
-    "an oracle process on each of two hosts": Case(slots=(30, 50), num_hosts=2, oracle="process"),
+    "two hosts": Case(slots=(18, 24), has_own_host=True),
+    "an oracle process on each of two hosts": Case(
+        slots=(30, 50), has_own_host=True, oracle="process"
+    ),
 }
 
 
@@ -139,7 +127,7 @@ def run_rank(rank: int, num_trainers: int, port: int, path: str) -> None:
             if case.slow:
                 slow_down(case.slow, patch.setattr)
             communicator = Communicator.from_default_group(
-                num_hosts=case.num_hosts, timeout=timedelta(seconds=60)
+                host=f"host {rank}" if case.has_own_host else None, timeout=timedelta(seconds=60)
             )
             np.savez(
                 f"{path}/{name}-{rank}.npz",

@@ -34,10 +34,10 @@ from bagpipe.cache.device_plan import (
     plan_to_device,
 )
 from bagpipe.cache.exchange import exchange_with
+from bagpipe.cache.marks import marks_on
 from bagpipe.cache.overlap import Streams
 from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
 from bagpipe.distributed.alone import ALONE, Peers
-from bagpipe.distributed.write_marks import marks_with
 from bagpipe.errors import UsageError
 from bagpipe.native.spans import span
 from bagpipe.plan import StepPlan, Transfers
@@ -102,7 +102,7 @@ class Executor:
         self._device = caches[0].device
         self._streams = Streams(self._device) if self._device.type == "cuda" else None
         self._exchange = exchange_with(peers, caches, self._streams)
-        self._mover = RecordMover(caches, stores, self._streams, marks_with(peers, stores, stream))
+        self._mover = RecordMover(caches, stores, self._streams, marks_on(stores, stream))
         self._pending: list[_Pending] = []
         self._ended: list[_Pending] = []  # steps whose plans may still be read
         self._num_kept = int(self._exchange.has_others)  # ended, their gradients on their way
@@ -151,7 +151,7 @@ class Executor:
                 self._issue_urgent(pending)
             # Before the overlapped ones of later steps: other ranks may wait for it before they do
             # what those wait for.
-            self._mover.mark_written("urgent", tick)
+            self._mover.mark("urgent", tick)
             for due in self._pending:
                 if due.plan.issue_tick <= tick:
                     self._issue_overlapped(due)
@@ -289,7 +289,7 @@ class Executor:
             to_device = partial(self._plan_to_device, pending)
             with self.undivided():
                 pending.overlapped = self._mover.issue(plan, transfers, plan.issue_tick, to_device)
-            self._mover.mark_written("overlapped", plan.step)
+            self._mover.mark("overlapped", plan.step)
 
     def _issue_urgent(self, pending: _Pending) -> None:
         """Hands out the urgent transfers of the step that comes now."""

@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,9 @@ from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceTransfers
+from bagpipe.cache.marks import Marks
 from bagpipe.cache.overlap import Buffer, Staging, Streams
 from bagpipe.distributed.communicator import Moment
-from bagpipe.distributed.write_marks import Marks, StoreMarks
 from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
 from bagpipe.native.spans import span
@@ -92,9 +93,9 @@ class RecordMover:
         caches: Sequence[DeviceCache],
         stores: Sequence[EmbeddingStore],
         streams: Streams | None,
-        marks: Marks,
+        marks: Marks | None,
     ) -> None:
-        """`streams` are those of a CUDA device; `marks` tell others what is written back."""
+        """`streams` are those of a CUDA device; `marks` those of stores that go by them."""
         self._caches, self._stores = tuple(caches), tuple(stores)
         self._sends = tuple(map(sender_to, stores))
         self._streams, self._marks = streams, marks
@@ -103,11 +104,12 @@ class RecordMover:
         # issued and not yet there, in order of issue
         self._to_note: deque[Sequence[Transfers]] = deque()
         self._noting = threading.Lock()
-        # On a CPU one thread each takes steps in order, as the device's streams do elsewhere.
-        self._evict_thread = Workers("bagpipe-evict") if streams is None else None
+        # On a CPU one thread each takes steps in order, as the device's streams do elsewhere. On
+        # CUDA one sends in order, where marks must come behind what has been sent.
+        is_in_order = streams is None or marks is not None
+        self._order_thread = Workers("bagpipe-in-order") if is_in_order else None
         self._gather_threads = Workers("bagpipe-gather", 1 if streams is None else _NUM_THREADS)
         self._write_threads = Workers("bagpipe-write-back", _NUM_THREADS)
-        self._mark_thread = Workers("bagpipe-mark") if marks.are_read else None
         self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
         self._staging = Staging(pinned=streams is not None)
 
@@ -122,12 +124,12 @@ class RecordMover:
 
         `to_device` moves the slots, by group, to the device. On a CPU the evicting thread calls it.
         """
-        if self._evict_thread is not None:
+        if self._streams is None:
+            assert self._order_thread is not None
             self._to_note.append(transfers)
-            asked = self._evict_thread.submit(self._evict_and_ask, plan, transfers, tick, to_device)
+            asked = self._order_thread.submit(self._evict_and_ask, plan, transfers, tick, to_device)
             done = self._gather_threads.submit(self._receive_and_fill, asked)
             return IssuedTransfers(on_device=(), gathered=done, evicted=None, is_filled=True)
-        assert self._streams is not None
         with torch.cuda.stream(self._streams.out):
             on_device = to_device()
             self._streams.out.wait_event(self._streams.computed)
@@ -157,16 +159,11 @@ class RecordMover:
         for buffer in issued.gathered.result():
             self._staging.give_back(buffer)
 
-    def mark_written(self, kind: Moment, step: int) -> None:
-        """Tells the other trainers, if there are any, once what has been issued is written."""
-        if self._mark_thread is None:
-            return
-        if self._evict_thread is not None:
-            is_ordered = isinstance(self._marks, StoreMarks)  # then marks do not wait for writes
-            mark = self._marks.mark if is_ordered else self._hand_out_mark
-            self._evict_thread.submit(mark, kind, step)
-        else:
-            self._hand_out_mark(kind, step)
+    def mark(self, kind: Moment, step: int) -> None:
+        """Tells stores that go by marks that what has been issued is sent."""
+        if self._marks is not None:
+            assert self._order_thread is not None
+            self._order_thread.submit(self._marks.mark, kind, step)
 
     def raise_failed_writes(self) -> None:
         """Raises what a write-back has raised."""
@@ -203,12 +200,10 @@ class RecordMover:
 
         Without `wait` they end by themselves, once what they wait for has come or failed.
         """
-        if self._evict_thread is not None:
-            self._evict_thread.close(wait=wait)
+        if self._order_thread is not None:
+            self._order_thread.close(wait=wait)
         self._gather_threads.close(wait=wait)
         self._write_threads.close(wait=wait)
-        if self._mark_thread is not None:  # after what it waits for
-            self._mark_thread.close(wait=wait)
         self._to_note.clear()
 
     def _evict_and_ask(
@@ -263,15 +258,19 @@ class RecordMover:
         buffer.tensor.copy_(records, non_blocking=True)
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record(self._streams.out)
-        self._hand_out(
-            self._write_threads, tick, self._write_back_copied, index, rows, buffer, copied
-        )
+        if self._order_thread is None:
+            send: Callable[[], Callable[[], None]] = partial(
+                self._send_copied, index, rows, buffer, copied
+            )
+        else:
+            send = self._order_thread.submit(self._send_copied, index, rows, buffer, copied).result
+        self._hand_out(self._write_threads, tick, self._write_back_copied, send, buffer)
         return copied
 
     def _hand_out(
         self, threads: Workers, tick: int, work: Callable[..., None], *arguments: Any
     ) -> None:
-        """Hands out a write-back or mark, once few enough of them wait.
+        """Hands out a write-back, once few enough of them wait.
 
         Forgets those that have succeeded.
         """
@@ -281,31 +280,22 @@ class RecordMover:
             self._writes.popleft()
         self._writes.append((tick, threads.submit(work, *arguments)))
 
-    def _hand_out_mark(self, kind: Moment, step: int) -> None:
-        assert self._mark_thread is not None
-        earlier = [write for _, write in self._writes]
-        self._hand_out(self._mark_thread, step, self._mark_written, earlier, kind, step)
-
-    def _mark_written(self, earlier: Sequence[Call[None]], kind: Moment, step: int) -> None:
-        """Runs on the mark thread.
-
-        A write-back thread would wait here for the other and leave the next step's rows lying.
-        """
-        for write in earlier:
-            write.result()
-        self._marks.mark(kind, step)
-
     def _write_back(self, sent: Callable[[], None]) -> None:
         """Runs on a write-back thread."""
         with span("write_back"):
             sent()
 
-    def _write_back_copied(
-        self, index: int, rows: Int64Array, buffer: Buffer, copied: torch.cuda.Event
-    ) -> None:
-        copied.synchronize()
-        self._write_back(self._sends[index](rows, buffer.array))
+    def _write_back_copied(self, send: Callable[[], Callable[[], None]], buffer: Buffer) -> None:
+        """Runs on a write-back thread; `send` sends, or waits for what does."""
+        self._write_back(send())
         self._staging.give_back(buffer)
+
+    def _send_copied(
+        self, index: int, rows: Int64Array, buffer: Buffer, copied: torch.cuda.Event
+    ) -> Callable[[], None]:
+        """On CUDA sends records once they are on the host; returns what waits for the store."""
+        copied.synchronize()
+        return self._sends[index](rows, buffer.array)
 
     def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:
         """Runs on a gather thread, on CUDA."""
@@ -314,7 +304,7 @@ class RecordMover:
     def _ask(self, plan: StepPlan, transfers: Sequence[Transfers]) -> _Asked:
         """Asks for each group's rows, all before any is waited for."""
         fence, stagings = _fence_of(plan, transfers), []
-        counted = self._marks.fence(fence)
+        counted = fence if self._marks is None else self._marks.fence(fence)
         with ExitStack() as waits:  # what was asked for is borrowed until it has been waited for
             for cache, store, moved in zip(self._caches, self._stores, transfers, strict=True):
                 staging = self._staging.take(len(moved.fetch_rows), cache.group.record_width)
@@ -326,9 +316,6 @@ class RecordMover:
     def _receive(self, asked: _Asked) -> list[Buffer]:
         """Runs on a gather thread: waits for what was asked for, behind its fence."""
         with asked.waits:
-            if asked.fence != NO_STEPS:
-                self._marks.wait("overlapped", asked.fence.overlapped)
-                self._marks.wait("urgent", asked.fence.urgent)
             # all that was evicted before these transfers is among them
             for tick, write in list(self._writes):
                 if tick <= asked.fence.urgent:

@@ -8,15 +8,12 @@ continues as if nothing had happened, bit for bit.
 Rows that were never written are not stored: their initial record follows from the seed. The cost is
 that of all rows touched since the run began.
 
-With several trainers rank 0 writes the checkpoint. With several hosts the first rank of each writes
-the records that its host has, into a folder that all hosts see. Any number of hosts can resume from
-it: each reads all records, and keeps those whose home it is.
+With several trainers rank 0 writes the checkpoint. Any number of them can resume from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +23,7 @@ from torch import nn
 
 from bagpipe.checkpoint.dense import dense_state, load_dense_state
 from bagpipe.checkpoint.epochs import RunFolder
-from bagpipe.checkpoint.files import CheckpointFiles, CheckpointWriter, list_checkpoints, prune
+from bagpipe.checkpoint.files import CheckpointWriter, list_checkpoints, prune
 from bagpipe.config.compare import Difference, compare_configs
 from bagpipe.data.base import Position
 from bagpipe.distributed.trainers import Trainers
@@ -40,8 +37,7 @@ from bagpipe.store.manifest import (
     record_files,
     verify_files,
 )
-from bagpipe.store.record_files import RecordFile, check_num_records, files_of_shard, read_records
-from bagpipe.topology import shards_of
+from bagpipe.store.record_files import RecordFile, check_num_records, read_records
 from bagpipe.types import Group
 
 DENSE = "dense.pt"
@@ -133,7 +129,7 @@ def save_checkpoint(
         position: the next batch to train.
         config: the run's configuration, as JSON values.
         keep: how many checkpoints to leave.
-        trainers: those of the run; rank 0 writes, and the first rank of each host its records.
+        trainers: those of the run; rank 0 writes.
         say: told about an earlier one that can't be removed. The new one is whole.
 
     Returns:
@@ -145,55 +141,30 @@ def save_checkpoint(
         StoreError: a store can't be read.
     """
     state.embeddings.flush()
-    groups, step, peers = state.embeddings.groups, state.embeddings.step, trainers.peers
-    writer = CheckpointWriter(run, step)
-    with ExitStack() as stack:
+    writer = CheckpointWriter(run, state.embeddings.step)
 
-        def begin() -> str | None:
-            return str(stack.enter_context(writer).folder) if trainers.is_first else None
-
-        def write(temporary: str) -> dict[str, Any] | None:
-            if not peers.is_first_of_host:
-                return None
-            files = (
-                writer if trainers.is_first else CheckpointFiles.join(Path(temporary), writer.path)
-            )
-            if trainers.is_first:
-                files.write_bytes(DENSE, dense_state(state.model, state.optimizer))
-            host, num_hosts = peers.host, peers.num_hosts
-            written = [
-                files.write_records(
-                    f"group-{group.index}.host-{host}.arrow"
-                    if host
-                    else f"group-{group.index}.arrow",
-                    store.snapshot(),
-                    group.record_width,
-                    shard=host,
-                    num_shards=num_hosts,
-                )
-                for group, store in zip(groups, state.embeddings.stores, strict=True)
-            ]
-            return {"files": files.files, "records": [asdict(file) for file in written]}
-
-        def put_in_place(parts: Sequence[Mapping[str, Any]]) -> None:
-            if not trainers.is_first:
-                return
-            by_host = [part["records"] for part in parts]
+    def write() -> None:
+        if not trainers.is_first:
+            return
+        with writer:
+            writer.write_bytes(DENSE, dense_state(state.model, state.optimizer))
             described = [
-                describe(group, [RecordFile(**file) for file in files])
-                for group, files in zip(groups, zip(*by_host, strict=True), strict=True)
+                describe(
+                    store.group,
+                    [
+                        writer.write_records(
+                            f"group-{store.group.index}.arrow",
+                            store.snapshot(),
+                            store.group.record_width,
+                        )
+                    ],
+                )
+                for store in state.embeddings.stores
             ]
-            writer.files += [file for part in parts[1:] for file in part["files"]]
             writer.write_manifest(_content(state, position, config) | {"groups": described})
-            stack.close()
-            prune(run, newest=step, keep=keep, say=say)
+        prune(run, newest=state.embeddings.step, keep=keep, say=say)
 
-        temporary = trainers.all_do("a checkpoint's folder", begin)[0]
-        written = trainers.all_do("a checkpoint's files", lambda: write(temporary))
-        trainers.all_do(
-            "a checkpoint to be put in place",
-            lambda: put_in_place([part for part in written if part is not None]),
-        )
+    trainers.all_do("a checkpoint", write)
     return writer.path
 
 
@@ -296,16 +267,16 @@ def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> tuple[Differe
 def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) -> None:
     """Puts a verified checkpoint's content into a freshly built state.
 
-    With several `trainers` the first of each host loads the host's records.
+    With several `trainers` rank 0 loads the records, and the others must wait for it.
 
     Raises:
         CheckpointError: the state was built for other tables or another model.
         StoreError: a store can't be written.
     """
     load_moment(saved, state)
-    if trainers.peers.is_first_of_host:
+    if trainers.is_first:
         for store, files in zip(state.embeddings.stores, saved.record_files, strict=True):
-            _load_records(saved.path, store, files, trainers)
+            _load_records(saved.path, store, files)
 
 
 def load_moment(saved: SavedRun, state: State) -> None:
@@ -336,17 +307,11 @@ def environment() -> dict[str, Any]:
     return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
 
 
-def _load_records(
-    checkpoint: Path, store: EmbeddingStore, files: Sequence[RecordFile], trainers: Trainers
-) -> None:
+def _load_records(checkpoint: Path, store: EmbeddingStore, files: Sequence[RecordFile]) -> None:
     store.clear()
-    host, num_hosts = trainers.peers.host, trainers.peers.num_hosts
-    for file in files_of_shard(files, host, num_hosts):
+    for file in files:
         num_read = 0
         for rows, records in read_records(checkpoint / file.name, store.group.record_width):
             num_read += len(rows)
-            if file.num_shards != num_hosts:
-                is_own = shards_of(rows, num_hosts) == host
-                rows, records = rows[is_own], records[is_own]
             store.write(rows, records)
         check_num_records(checkpoint, file, num_read)

@@ -4,8 +4,8 @@
       step-0000001000/
         dense.pt            model, dense optimizer and random state, as torch.save writes them; read
                             with weights_only=True
-        group-0.arrow       every touched record of one group; with several hosts the first
-                            host's, those of the others are in group-0.host-1.arrow and so on
+        group-0.arrow       every touched record of one group; of shard servers each adds files of
+                            its own
         manifest.json       step, position, configuration, each group's record files in order,
                             sizes and xxh3_128 checksums of all files; written last
     epochs/8/cuts/
@@ -109,21 +109,6 @@ class CheckpointFiles:
         self.folder, self.path = folder, path
         self.files: list[dict[str, Any]] = []
         """Name, size and checksum of each, as the manifest has them."""
-
-    @classmethod
-    def join(cls, folder: Path, path: Path) -> CheckpointFiles:
-        """The files that another host adds to the folder of rank 0.
-
-        Raises:
-            CheckpointError: this host can't see the folder.
-        """
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{path}: rank 0 has made its folder, but this host can't see it: give a "
-                "log.folder on a file system that all "
-                "hosts share"
-            )
-        return cls(folder, path)
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Adds a file."""

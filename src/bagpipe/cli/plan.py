@@ -67,8 +67,7 @@ def plan(
         int,
         typer.Option(
             min=1,
-            help="Hosts on which the trainers are, as many on each: 1, 2, 4 or 8. A row is owned "
-            "on the host that has it.",
+            help="Hosts on which the trainers are; says how much of what they send leaves one.",
         ),
     ] = 1,
     plot: Annotated[

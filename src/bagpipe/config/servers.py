@@ -76,7 +76,7 @@ class ServersConfig(Section):
     token_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
     """Or the environment variable that has it."""
     tls: TlsConfig | None = None
-    start_timeout_s: Seconds = 60.0
+    start_timeout_s: Seconds = 120.0
     """How long trainers wait at their start for servers to answer."""
     timeout_s: Seconds = 300.0
     """How long a request may take, with the wait for other ranks' writes."""

@@ -16,7 +16,7 @@ class Alone:
 
     rank, num_trainers, has_others = 0, 1, False
     host, num_hosts = 0, 1
-    ranks_of_host, is_first_of_host = range(1), True
+    ranks_of_host, is_first_of_host = (0,), True
     timeout = timedelta(minutes=5)
 
     def tell(self, act: str, *, needed_at: int, note: str = "") -> None:

@@ -9,8 +9,7 @@ A rank that is gone shows as a failed message. Where one waits for its entry in 
 it shows by its process, which the others of its host watch (`waiting`). Every call ends after
 `timeout`, and says what it waited for.
 
-All hosts have equally many trainers, and the ranks of a host are neighbours. What they share on a
-host, and read of other hosts, is in `homes` and `write_marks`.
+Which host a rank is on it tells itself; there may be any number of hosts and of ranks on each.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -28,11 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.distributed.lockstep import Lockstep
-from bagpipe.distributed.machines import check_machines, describe_process
+from bagpipe.distributed.machines import describe_process, processes_and_hosts
 from bagpipe.distributed.waiting import KeyWaiter, naming_failures
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.plan import RowExchange
-from bagpipe.topology import check_hosts, host_of, neighbours_on
+from bagpipe.store.base import OrderedStore
+from bagpipe.types import Group
 
 Moment: TypeAlias = Literal["urgent", "overlapped"]
 """Whether something is on the critical path or travels behind compute."""
@@ -41,6 +41,20 @@ _STOPS_WITHIN = timedelta(seconds=30)
 and a read."""
 
 _numbers = itertools.count(1)
+
+
+class SharedTables(Protocol):
+    """Tables of several trainers, as one of them has them open."""
+
+    stores: Sequence[OrderedStore]
+    """By group."""
+
+    def close(self) -> None:
+        """Says that this trainer needs them no more."""
+
+
+OpenTables: TypeAlias = Callable[["Communicator", Sequence[Group], int], SharedTables]
+"""Opens tables, which are new, of groups and a seed; all ranks call it."""
 
 
 @dataclass(kw_only=True)
@@ -56,20 +70,24 @@ class Communicator:
     overlapped: Any
     alike: Any  # gloo's
     kv_store: Any
-    num_hosts: int = 1
+    host_name: str | None = None
+    """Ranks with the same one are on one host; None: that of the machine."""
+    open_tables: OpenTables | None = None
+    """What opens tables for which the user names no store; None: shard servers are started."""
     timeout: timedelta = field(default_factory=lambda: timedelta(minutes=5))
     number: int = 0
     """Tells the keys of several communicators of one key-value store apart."""
     lockstep: Lockstep = field(init=False)
     waiter: KeyWaiter = field(init=False)
     """Waits for entries of the key-value store."""
+    hosts: tuple[int, ...] = field(init=False)
+    """The host of each rank, from 0 on in the order of their first ranks."""
     _stream: int = field(init=False, default=0)
     _is_streaming: bool = field(init=False, default=False)
     _has_failed: bool = field(init=False, default=False)
     _num_texts: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        check_hosts(self.num_trainers, self.num_hosts)
         self.waiter = KeyWaiter(self.kv_store, self.timeout)
         self.lockstep = Lockstep(
             self.alike,
@@ -78,8 +96,8 @@ class Communicator:
             num_trainers=self.num_trainers,
             key=self._key,
         )
-        told = self.gather_texts("the process", describe_process(self.num_hosts))
-        pids = check_machines(told, self.num_hosts)
+        told = self.gather_texts("the process", describe_process(self.host_name))
+        pids, self.hosts = processes_and_hosts(told)
         self.waiter.watch({rank: pids[rank] for rank in self.ranks_of_host})
 
     @property
@@ -93,18 +111,20 @@ class Communicator:
 
     @classmethod
     def from_default_group(
-        cls, *, num_hosts: int = 1, timeout: timedelta | None = None
+        cls, *, host: str | None = None, timeout: timedelta | None = None
     ) -> Communicator:
         """The communicator of the group that `torch.distributed.init_process_group` has made.
 
         All ranks must call it, in the same order.
 
         Args:
-            num_hosts: 1, 2, 4 or 8, each with equally many ranks that are neighbours.
+            host: what this rank's host is called. Ranks of one host have one shard server and one
+                oracle process together. By default the machine's name, and under torchrun the
+                agent's number.
             timeout: how long one may wait for another rank; by default 5 minutes.
 
         Raises:
-            ConfigError: there is no process group, or the ranks do not run on hosts like that.
+            ConfigError: there is no process group.
         """
         if not dist.is_available() or not dist.is_initialized():
             raise ConfigError(
@@ -124,7 +144,7 @@ class Communicator:
             overlapped=overlapped,
             alike=alike,
             kv_store=dist.distributed_c10d._get_default_store(),
-            num_hosts=num_hosts,
+            host_name=host,
             timeout=timeout,
             number=next(_numbers),
         )
@@ -137,12 +157,17 @@ class Communicator:
     @property
     def host(self) -> int:
         """Which host this rank is on."""
-        return host_of(self.rank, self.num_trainers, self.num_hosts)
+        return self.hosts[self.rank]
 
     @property
-    def ranks_of_host(self) -> range:
+    def num_hosts(self) -> int:
+        """How many hosts there are."""
+        return max(self.hosts) + 1
+
+    @property
+    def ranks_of_host(self) -> tuple[int, ...]:
         """The ranks of this one's host."""
-        return neighbours_on(self.host, self.num_trainers, self.num_hosts)
+        return tuple(rank for rank, host in enumerate(self.hosts) if host == self.host)
 
     @property
     def is_first_of_host(self) -> bool:

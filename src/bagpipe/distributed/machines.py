@@ -1,4 +1,4 @@
-"""Which machine each rank runs on, and whether the ranks of each host really share one."""
+"""On which host each rank runs: ranks of one host share a shard server and an oracle process."""
 
 from __future__ import annotations
 
@@ -7,44 +7,30 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from bagpipe.errors import ConfigError
-from bagpipe.topology import neighbours_on
-
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def describe_process(num_hosts: int) -> str:
-    """What a rank tells the others of itself: process, number of hosts it was told, machine."""
-    return f"{os.getpid()} {num_hosts} {_machine()}"
+def describe_process(host: str | None) -> str:
+    """What a rank tells the others of itself: its process, and its host."""
+    return f"{os.getpid()} {host or _own_host()}"
 
 
-def check_machines(told: Sequence[str], num_hosts: int) -> list[int]:
-    """Checks what all ranks have told of themselves, in the order of ranks; returns their pids.
+def processes_and_hosts(told: Sequence[str]) -> tuple[list[int], tuple[int, ...]]:
+    """What all ranks have told of themselves, in the order of ranks.
 
-    Raises:
-        ConfigError: ranks were told different numbers of hosts, or those of one host run on several
-            machines.
+    Returns:
+        The process of each, and the number of its host; hosts count in the order of their first
+        ranks.
     """
-    pids, nums_hosts, machines = zip(*(text.split(maxsplit=2) for text in told), strict=True)
-    on_hosts = [
-        {machines[rank] for rank in neighbours_on(host, len(told), num_hosts)}
-        for host in range(num_hosts)
-    ]
-    if len(set(nums_hosts)) > 1 or any(len(found) > 1 for found in on_hosts):
-        numbers = ", ".join(sorted({f"num_hosts={number}" for number in nums_hosts}))
-        where = "; ".join(
-            " and ".join(name.split()[0] for name in sorted(found)) for found in on_hosts
-        )
-        raise ConfigError(
-            f"{len(told)} trainers were told {numbers}, but run, host by host, on {where}: give "
-            "all the number of hosts, "
-            f"Communicator.from_default_group(num_hosts={len(set(machines))}), and start as many "
-            "on each, beside each other"
-        )
-    return [int(pid) for pid in pids]
+    pids, names = zip(*(text.split(maxsplit=1) for text in told), strict=True)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [int(pid) for pid in pids], tuple(numbers[name] for name in names)
 
 
-def _machine() -> str:
-    """The name of this machine, and what tells it from others of that name."""
+def _own_host() -> str:
+    """The name of this machine, and what tells it from others of that name.
+
+    Two agents of torchrun on one machine are two hosts, since their trainers live with them.
+    """
     boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
-    return f"{socket.gethostname()} {boot_id}".strip()
+    return f"{socket.gethostname()} {boot_id} {os.environ.get('GROUP_RANK', '')}".strip()

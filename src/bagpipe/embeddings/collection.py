@@ -59,15 +59,17 @@ class EmbeddingBagCollection(StoredTables):
             optimizer: fused into backward; of all tables, or of each by its name.
             device: where rows are cached, looked up and updated.
             seed: from it rows are initialised on first use.
-            store: makes a group's store of the group and `seed`; by default memory, which all
-                trainers of a host share.
+            store: makes a group's store of the group and `seed`; by default memory. With several
+                trainers each makes its way to one store (`bagpipe.store.OrderedStore`); by default
+                the first trainer of each host starts a shard server there, which ends when all
+                trainers of its host have closed these tables or ended.
             communicator: with the other trainers, if there are any. Each trainer has its share of
                 every batch, and gradients are averaged over them. On each batch all must call
                 `backward`, those without samples too, or none.
 
-        The stores of the trainers of a host must hold the same records. With several hosts whole
-        tables, and so state dicts, are read only by `save_tables`, and in evaluation all trainers
-        read together (`join_reading`).
+        Raises:
+            ConfigError: tables do not fit together, or the store is one for a single trainer.
+            StoreError: a store can't be made, or a shard server can't be started.
         """
         super().__init__(
             tables,
@@ -375,6 +377,7 @@ class EmbeddingBagCollection(StoredTables):
         finally:
             for store in self.stores:
                 store.close()
+            self._let_go()
 
     def _check_idle(self, what: str) -> None:
         """Refuses to write to the stores while the cache has newer rows, and would undo it."""

@@ -50,7 +50,6 @@ class JointCollections:
         whole = [group for member in members for group in member.groups]
         self.groups = tuple(replace(group, index=index) for index, group in enumerate(whole))
         self.device, self.seed = members[0].device, members[0].seed
-        self.num_homes = 1
         self._ends = list(accumulate(len(member.groups) for member in members))
         self._num_skipped: list[int] = []
         self._executor: Executor | None = None

@@ -209,9 +209,8 @@ def _topology(
         replicas = [replicas] * len(num_slots)
     return Topology(
         num_trainers=peers.num_trainers,
-        num_hosts=peers.num_hosts,
-        has_homes=embeddings.num_homes > 1,
         ranks=(peers.rank,),
+        ranks_of_host=tuple(peers.ranks_of_host),
         num_replica_slots=tuple(replicas),
         overlap=overlap,
     )

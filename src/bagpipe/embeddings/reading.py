@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,19 +10,16 @@ from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DevicePlan, to_device
 from bagpipe.lookups import group_lookups, group_rows
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.types import Float32Array, Int64Array, Jagged
-
-Fetch: TypeAlias = Callable[[EmbeddingStore, Int64Array, Float32Array], None]
-"""As `EmbeddingStore.fetch`, of a store and whatever else has rows of its group."""
+from bagpipe.types import Jagged
 
 
-def read_pooled(store: EmbeddingStore, batch: Jagged, device: torch.device, fetch: Fetch) -> Tensor:
+def read_pooled(store: EmbeddingStore, batch: Jagged, device: torch.device) -> Tensor:
     """The pooled embeddings of the store's group, (B, F, D), on `device`."""
     group = store.group
     lookups = group_lookups(group, batch)
     rows, inverse = np.unique(group_rows(group, batch, lookups), return_inverse=True)
     records = np.empty((len(rows), group.record_width), np.float32)
-    fetch(store, rows, records)
+    store.fetch(rows, records)
     cache = DeviceCache(group=group, num_slots=len(rows), device=device)
     cache.fill(
         to_device(np.arange(len(rows), dtype=np.int32), device),
@@ -39,8 +33,3 @@ def read_pooled(store: EmbeddingStore, batch: Jagged, device: torch.device, fetc
         device=device,
     )
     return cache.lookup(plan)
-
-
-def join_reading(store: EmbeddingStore, fetch: Fetch) -> None:
-    """Reads no rows, where all ranks must read together."""
-    fetch(store, np.empty(0, np.int64), np.empty((0, store.group.record_width), np.float32))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from bagpipe.distributed.alone import Peers, peers_of
-from bagpipe.distributed.homes import fetch_from_homes, num_homes, shared_store
-from bagpipe.embeddings.reading import join_reading, read_pooled
+from bagpipe.distributed.communicator import Communicator
+from bagpipe.embeddings.reading import read_pooled
 from bagpipe.embeddings.tables import (
     LazyTable,
     load_tables,
     save_tables,
-    save_tables_together,
     warn_of_optimizer_state,
 )
 from bagpipe.embeddings.torchrec_configs import as_table
-from bagpipe.errors import UsageError
+from bagpipe.errors import ConfigError, UsageError
 from bagpipe.lookups import check_features
 from bagpipe.optimizers import Optimizer
-from bagpipe.store.base import EmbeddingStore
+from bagpipe.store import MemoryStore
+from bagpipe.store.base import EmbeddingStore, OrderedStore
 from bagpipe.types import Group, Jagged, group_tables
 
 
@@ -46,13 +47,9 @@ class StoredTables(nn.Module, ABC):
         super().__init__()
         self.peers = peers_of(communicator)
         """The other trainers, of whom there may be none."""
-        store = store or partial(shared_store, self.peers)
-        self._fetch = partial(fetch_from_homes, self.peers)
         self._configs = list(tables)
         self.groups = group_tables([as_table(config) for config in self._configs], optimizer)
-        self.stores = tuple(store(group, seed) for group in self.groups)
-        self.num_homes = num_homes(self.peers, self.stores)
-        """Among how many hosts the records are divided."""
+        self.stores, self._let_go = self._open(store, seed)
         self.device = torch.device(device)
         self.seed = seed
         self.other_features: set[str] = set()
@@ -74,13 +71,34 @@ class StoredTables(nn.Module, ABC):
             for table in group.tables
         )[1:]
 
+    def _open(
+        self, store: Callable[[Group, int], EmbeddingStore] | None, seed: int
+    ) -> tuple[tuple[EmbeddingStore, ...], Callable[[], object]]:
+        """The stores, by group, and what lets go of them; so does the end of this object."""
+        if store is None and isinstance(self.peers, Communicator):
+            from bagpipe.distributed.served_tables import open_tables  # loads Flight
+
+            shared = open_tables(self.peers, self.groups, seed)
+            end = weakref.finalize(self, _in_background, shared.close)
+            end.atexit = False  # a process that ends lets go of all
+
+            def let_go() -> None:
+                end.detach()
+                shared.close()
+
+            return tuple(shared.stores), let_go
+        stores = tuple((store or MemoryStore)(group, seed) for group in self.groups)
+        if self.peers.has_others and not all(isinstance(each, OrderedStore) for each in stores):
+            raise ConfigError(
+                f"store makes a {type(stores[0]).__name__}, which one trainer alone can use, not "
+                f"{self.peers.num_trainers}: leave store out, and a shard server is started, or "
+                "give stores that order what several write and read (bagpipe.store.OrderedStore)"
+            )
+        return stores, lambda: None
+
     @abstractmethod
     def flush(self) -> None:
         """Brings the stores up to date, as each read needs them."""
-
-    @abstractmethod
-    def _check_nothing_lost(self) -> None:
-        """Raises UsageError where rows were lost by an earlier failure."""
 
     @abstractmethod
     def _check_idle(self, what: str) -> None:
@@ -92,58 +110,23 @@ class StoredTables(nn.Module, ABC):
         Raises:
             UsageError: rows were lost by an earlier failure.
         """
-        if self._has_hosts:
-            # They can't be read here, and flushing would wait for ranks that do not ask.
-            self._check_nothing_lost()
-        else:
-            self.flush()
-        return self._tables(self._make_readable)
+        self.flush()
+        return {
+            table.name: LazyTable(store, index, self.flush, self._check_idle)
+            for group, store in zip(self.groups, self.stores, strict=True)
+            for index, table in enumerate(group.tables)
+        }
 
     def save_tables(self, path: str | Path) -> None:
         """Writes all tables' weights to one safetensors file, in bounded memory.
 
-        They stand under the keys of `state_dict`. With several hosts all trainers must call it, and
-        rank 0 writes.
+        They stand under the keys of `state_dict`.
 
         Raises:
             StoreError: the file can't be written, as on a full disk; one that was there before is
                 as it was.
         """
-        if not self._has_hosts:
-            save_tables(
-                {_weight_key(name): table for name, table in self.tables().items()}, Path(path)
-            )
-            return
-        self.flush()
-        tables = {_weight_key(name): table for name, table in self._tables(self.flush).items()}
-        save_tables_together(tables, Path(path), self.peers)
-
-    def join_reading(self) -> None:
-        """With several hosts: helps the others to read a batch in evaluation.
-
-        For a rank that has no batch for its own part.
-        """
-        for store in self.stores:
-            join_reading(store, self._fetch)
-
-    @property
-    def _has_hosts(self) -> bool:
-        return self.num_homes > 1
-
-    def _tables(self, flush: Callable[[], None]) -> dict[str, LazyTable]:
-        return {
-            table.name: LazyTable(store, index, flush, self._fetch, self._check_idle)
-            for group, store in zip(self.groups, self.stores, strict=True)
-            for index, table in enumerate(group.tables)
-        }
-
-    def _make_readable(self) -> None:
-        if self._has_hosts:
-            raise UsageError(
-                "the tables' rows are divided among several hosts, so one trainer can't read them: "
-                "call save_tables(path) on all, and read the file that rank 0 writes"
-            )
-        self.flush()
+        save_tables({_weight_key(name): table for name, table in self.tables().items()}, Path(path))
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(
@@ -186,7 +169,12 @@ class StoredTables(nn.Module, ABC):
         """Pools rows straight from the stores."""
         check_features(self.groups, batch, self.other_features)
         self.flush()
-        return [read_pooled(store, batch, self.device, self._fetch) for store in self.stores]
+        return [read_pooled(store, batch, self.device) for store in self.stores]
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    """Does it on a thread of its own, whatever thread the garbage collector has come in."""
+    threading.Thread(target=work, name="bagpipe-close", daemon=True).start()
 
 
 def _weight_key(table: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from bagpipe.types import Float32Array, Int64Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bagpipe.distributed.alone import Peers
-
-Fetch: TypeAlias = Callable[[EmbeddingStore, Int64Array, Float32Array], None]
 _BLOCK_ROWS = 65_536
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -42,7 +39,6 @@ class LazyTable:
         store: EmbeddingStore,
         index: int,
         flush: Callable[[], None],
-        fetch: Fetch,
         check_idle: Callable[[str], None],
     ) -> None:
         """One table of a store's group.
@@ -51,10 +47,9 @@ class LazyTable:
             store: of the group.
             index: of the table in the group.
             flush: brings the store up to date before each read.
-            fetch: reads the store.
             check_idle: raises where a write, which is named to it, would be undone.
         """
-        self._flush, self._fetch, self._check_idle = flush, fetch, check_idle
+        self._flush, self._check_idle = flush, check_idle
         group = store.group
         self._store, self._first_row = store, int(group.row_offsets[index])
         self.shape, self.dtype = (
@@ -95,11 +90,6 @@ class LazyTable:
         for begin in range(0, len(self), block_rows):
             yield self[begin : begin + block_rows]
 
-    def join_reading(self, block_rows: int = _BLOCK_ROWS) -> None:
-        """Helps another rank that reads `blocks`, with a `fetch` that all ranks must call."""
-        for _ in range(0, len(self), block_rows):
-            self._records(np.empty(0, np.int64))
-
     def load(self, weights: Any) -> None:
         """Overwrites the table with `weights`; optimizer state is kept.
 
@@ -128,7 +118,7 @@ class LazyTable:
     def _records(self, ids: Int64Array) -> Float32Array:
         self._flush()
         records = np.empty((len(ids), self._store.group.record_width), np.float32)
-        self._fetch(self._store, ids + self._first_row, records)
+        self._store.fetch(ids + self._first_row, records)
         return records
 
     def __reduce__(self) -> NoReturn:
@@ -149,39 +139,6 @@ def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
     Raises:
         StoreError: the file can't be written, and is as it was before; or a store can't be read.
     """
-    _write_tables(tables, _all_blocks(tables), path)
-
-
-def save_tables_together(tables: Mapping[str, LazyTable], path: Path, peers: Peers) -> None:
-    """As `save_tables`, of tables that all ranks must read together: rank 0 writes.
-
-    Raises:
-        StoreError: as there, on all ranks.
-    """
-    failure: StoreError | None = None
-    if peers.rank == 0:
-        blocks = _all_blocks(tables)
-        try:
-            _write_tables(tables, blocks, path)
-        except StoreError as error:
-            failure = error
-            for _ in blocks:  # the others, who do not know, read to the end
-                pass
-    else:
-        for table in tables.values():
-            table.join_reading()
-    told = peers.gather_texts("the tables' file", "" if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    if told[0]:
-        raise StoreError(f"on rank 0: {told[0]}")
-
-
-def _all_blocks(tables: Mapping[str, LazyTable]) -> Iterator[Tensor]:
-    return (block for table in tables.values() for block in table.blocks())
-
-
-def _write_tables(tables: Mapping[str, LazyTable], blocks: Iterable[Tensor], path: Path) -> None:
     header: dict[str, Any] = {}
     end = 0
     for key, table in tables.items():
@@ -199,7 +156,7 @@ def _write_tables(tables: Mapping[str, LazyTable], blocks: Iterable[Tensor], pat
         temporary.open("wb") as file,
     ):
         file.write(beginning)
-        for block in blocks:
+        for block in (block for table in tables.values() for block in table.blocks()):
             # little-endian, as all machines are that torch runs on
             file.write(block.view(torch.uint8).numpy().tobytes())
 

@@ -250,11 +250,12 @@ class OracleProcess(SharedOracle[BatchT]):
         """
         file, door = _shared_memory(), None
         self.address = ""
-        ranks = options.topology.ranks_of_host
+        topology = options.topology
+        ranks = topology.ranks_of_host or tuple(range(topology.num_trainers))
         if len(ranks) > 1:
             door = Door.open(join_timeout_s)
             self.address = door.address
-            options = replace(options, topology=replace(options.topology, ranks=ranks))
+            options = replace(options, topology=replace(topology, ranks=ranks))
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=run_child,

@@ -229,7 +229,7 @@ class _Trainers:
                     "WORLD_SIZE": str(len(places)),
                     "LOCAL_RANK": str(nodes[:rank].count(nodes[rank])),
                     "LOCAL_WORLD_SIZE": str(nodes.count(nodes[rank])),
-                    "GROUP_WORLD_SIZE": str(len(set(nodes))),
+                    "GROUP_RANK": nodes[rank],
                 },
                 resume,
                 overwrite,

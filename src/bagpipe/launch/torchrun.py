@@ -24,8 +24,6 @@ from torch.distributed.rendezvous import rendezvous
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.trainers import Launcher
-from bagpipe.errors import ConfigError
-from bagpipe.topology import check_hosts
 
 _LOOK_AFTER = timedelta(seconds=1)
 """How long a rank waits for rank 0's answer before it looks whether there is another rank 0."""
@@ -41,23 +39,12 @@ def joined_trainers(wait_timeout_s: float) -> Iterator[Peers]:
     """This process's connections to the other trainers, of whom there may be none.
 
     A rank waits `wait_timeout_s` for another one, also for rank 0 while that saves.
-
-    Raises:
-        ConfigError: the hosts do not have equally many trainers, or are not 1, 2, 4 or 8.
     """
     num_trainers = int(os.environ.get("WORLD_SIZE", "1"))
     if num_trainers == 1:
         yield ALONE
         return
-    num_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     num_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_trainers))
-    if num_on_host * num_hosts != num_trainers:  # seen on every host, before one waits for another
-        raise ConfigError(
-            f"{num_on_host} of {num_trainers} trainers run on this one of {num_hosts} hosts: start "
-            "torchrun with the same "
-            "--nproc-per-node on all"
-        )
-    check_hosts(num_trainers, num_hosts)
     backend = "gloo"
     if torch.cuda.device_count() >= num_on_host and dist.is_nccl_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -69,7 +56,7 @@ def joined_trainers(wait_timeout_s: float) -> Iterator[Peers]:
         backend, store=store, rank=rank, world_size=num_trainers, timeout=timeout
     )
     try:
-        yield Communicator.from_default_group(num_hosts=num_hosts, timeout=timeout)
+        yield Communicator.from_default_group(timeout=timeout)
     except BaseException:
         # A thread may wait for messages that never come, and the interpreter for it. Once this
         # process is gone the others see it.

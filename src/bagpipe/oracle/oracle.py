@@ -183,7 +183,6 @@ class Oracle:
                 prefetch_depth=prefetch_depth,
                 first_step=first_step,
                 num_trainers=topology.num_trainers,
-                num_hosts=topology.num_homes,
             )
             for group, slots in zip(groups, num_slots, strict=True)
         ]
@@ -280,7 +279,6 @@ class Oracle:
                 groups=self._groups,
                 num_slots=self._num_slots,
                 num_trainers=self._topology.num_trainers,
-                num_hosts=self._topology.num_homes,
             )
         if failure is not None:
             raise failure

@@ -67,7 +67,6 @@ class MakePolicy(Protocol):
         prefetch_depth: int,
         first_step: int,
         num_trainers: int,
-        num_hosts: int,
     ) -> EvictionPolicy:
         """Makes a policy for a stream that starts at `first_step`.
 
@@ -78,7 +77,6 @@ class MakePolicy(Protocol):
             prefetch_depth: Steps before its use at which a row's overlapped transfer is issued.
             first_step: Number of the first batch.
             num_trainers: Trainers that share the joint cache.
-            num_hosts: Hosts that the trainers run on. A row must be cached on its home host.
         """
 
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from bagpipe.errors import DataError
+from bagpipe.errors import ConfigError, DataError
 from bagpipe.jagged import share_of
 from bagpipe.native.pipeline import ordered_map
 from bagpipe.native.workers import Workers
@@ -52,7 +52,7 @@ class Trace:
     batches: tuple[DedupedBatch[None], ...]
     num_trainers: int = 1
     num_hosts: int = 1
-    """How many hosts the trainers are on, equally many on each."""
+    """How many hosts the trainers are on, equally many on each but for one."""
 
     @property
     def nbytes(self) -> int:
@@ -89,11 +89,10 @@ class Trace:
     def slots(self, cache_rows: int) -> list[int]:
         """Returns the slots of each trainer by group, for a cache of so many rows each.
 
-        The trainers of a host together get no more slots than a group has rows, but for rounding.
+        All trainers together get no more slots than a group has rows, but for rounding.
         """
-        num_on_host = self.num_trainers // self.num_hosts
         pairs = zip(slots_of(cache_rows, self.groups), self.groups, strict=True)
-        return [min(count, -(-group.num_rows // num_on_host)) for count, group in pairs]
+        return [min(count, -(-group.num_rows // self.num_trainers)) for count, group in pairs]
 
     def topology(self, ranks: Sequence[int]) -> Topology:
         """Returns the topology for plans of these ranks.
@@ -106,17 +105,13 @@ class Trace:
         ]
         return Topology(
             num_trainers=self.num_trainers,
-            num_hosts=self.num_hosts,
             ranks=tuple(ranks),
             num_replica_slots=tuple(num_replicas),
         )
 
     def _slots_needed(self, batch: DedupedBatch[None]) -> list[int]:
         pairs = zip(self.groups, batch.groups, strict=True)
-        return [
-            num_slots_needed(rows.unique_rows, group.num_rows, self.num_hosts)
-            for group, rows in pairs
-        ]
+        return [num_slots_needed(rows.unique_rows, group.num_rows) for group, rows in pairs]
 
 
 def read_trace(
@@ -141,15 +136,14 @@ def read_trace(
         progress: Is told how much is done.
 
     Raises:
-        ConfigError: There are too many trainers, or the hosts are uneven.
+        ConfigError: There are too many trainers, or more hosts than trainers.
         DataError: There is no batch, or one can't be read or de-duplicated.
     """
-    Topology(
-        num_trainers=num_trainers,
-        num_hosts=num_hosts,
-        ranks=(0,),
-        num_replica_slots=(0,) * len(groups),
-    ).check(groups)
+    Topology(num_trainers=num_trainers, ranks=(0,), num_replica_slots=(0,) * len(groups)).check(
+        groups
+    )
+    if not 1 <= num_hosts <= num_trainers:
+        raise ConfigError(f"{num_hosts} hosts for {num_trainers} trainers, must be from 1 to that")
     num_threads = threads or os.cpu_count() or 1
     kept = []
     with Workers("bagpipe-dedup", num_threads) as workers:

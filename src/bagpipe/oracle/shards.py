@@ -6,10 +6,6 @@ plans are the same for any number of threads. Rows are spread evenly, so the sha
 about what one undivided cache would (docs/results.md). A small cache is a single shard: several
 would be uneven, and there is little work to divide.
 
-With several hosts a row's record lives on one of them, its home, and only trainers of that host may
-own the row. So the shards are dealt out to the hosts, and their slots with them. A small cache then
-has one shard for each host, which joins all of that host's shards.
-
 The unique rows of a batch stand shard by shard, whatever the cache's size, so a shard's part of any
 array with an entry for each row is a slice.
 """
@@ -22,7 +18,7 @@ from itertools import accumulate
 import numpy as np
 
 from bagpipe.native.jit import jit
-from bagpipe.topology import LINE_BITS, NUM_SHARDS, neighbours_on, shard_of
+from bagpipe.topology import LINE_BITS, NUM_SHARDS, shard_of
 from bagpipe.types import Int32Array, Int64Array
 
 MIN_SLOTS = 1 << 15
@@ -74,42 +70,18 @@ def shard_bounds(rows: Int64Array, num_shards: int) -> Int64Array:
     return bounds
 
 
-def slot_bounds(num_slots: int, num_rows: int, num_hosts: int = 1) -> Int64Array:
+def slot_bounds(num_slots: int, num_rows: int) -> Int64Array:
     """Divides a cache's slots among its shards, in proportion to the rows that each of them has.
-
-    All hosts have equally many slots. Slots are counted one host after the other; `slot_at` tells
-    which slots of the joint cache they are.
 
     Returns:
         (num_shards + 1,): a shard has the slots from one bound to the next.
     """
-    num_shards = num_hosts if num_slots < MIN_SLOTS else NUM_SHARDS
-    host_slots = num_slots // num_hosts
-    counts = _num_rows_by_shard(num_rows, num_shards)
-    bounds = [0]
-    for host in range(num_hosts):
-        *ends, num_host_rows = accumulate(
-            counts[shard] for shard in neighbours_on(host, num_shards, num_hosts)
-        )
-        # A host may have no rows at all, where there are fewer lines of rows than hosts.
-        bounds += [host * host_slots + end * host_slots // max(1, num_host_rows) for end in ends]
-        bounds.append((host + 1) * host_slots)
+    *ends, num_of_all = accumulate(_num_rows_by_shard(num_rows, _num_shards(num_slots)))
+    bounds = [0, *(end * num_slots // max(1, num_of_all) for end in ends), num_slots]
     return np.array(bounds, np.int64)
 
 
-@jit
-def slot_at(place: int, host_slots: int, num_trainers: int, num_hosts: int) -> int:
-    """Returns the slot of the joint cache that a place counted host by host stands for.
-
-    Slot s of the joint cache of N trainers is slot s // N of rank s % N. The ranks of a host are
-    neighbours.
-    """
-    host, host_trainers = place // host_slots, num_trainers // num_hosts
-    within = place - host * host_slots
-    return within // host_trainers * num_trainers + host * host_trainers + within % host_trainers
-
-
-def num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int = 1) -> int:
+def num_slots_needed(rows: Int64Array, num_rows: int) -> int:
     """Returns a number of slots such that every cache with at least as many holds these rows.
 
     That is more than there are rows where they spread unevenly over the shards.
@@ -117,27 +89,28 @@ def num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int = 1) -> int
     Args:
         rows: (U,) the rows, shard by shard.
         num_rows: How many rows the group has.
-        num_hosts: The hosts among which the cache is divided.
     """
     # Which caches are cut depends on their size, so both ways are tried.
-    in_shards = _num_slots_needed(rows, num_rows, num_hosts, NUM_SHARDS)
-    if in_shards >= MIN_SLOTS:
-        return in_shards
-    return _num_slots_needed(rows, num_rows, num_hosts, num_hosts)
+    in_shards = _num_slots_needed(rows, num_rows)
+    return in_shards if in_shards >= MIN_SLOTS else len(rows)
 
 
-def _num_slots_needed(rows: Int64Array, num_rows: int, num_hosts: int, num_shards: int) -> int:
-    """Returns the slots of the smallest cache of `num_shards` shards that holds these rows."""
-    used = np.diff(shard_bounds(rows, num_shards)).tolist()
-    all_rows = _num_rows_by_shard(num_rows, num_shards)
-    needed = [0]
-    for host in range(num_hosts):
-        own = neighbours_on(host, num_shards, num_hosts)
-        num_host_rows = sum(all_rows[shard] for shard in own)
-        needed += [
-            -(-used[shard] * num_host_rows // all_rows[shard]) for shard in own if used[shard]
-        ]
-    return num_hosts * max(needed)
+def _num_shards(num_slots: int) -> int:
+    return 1 if num_slots < MIN_SLOTS else NUM_SHARDS
+
+
+def _num_slots_needed(rows: Int64Array, num_rows: int) -> int:
+    """Returns the slots of the smallest cache cut into shards that holds these rows."""
+    used = np.diff(shard_bounds(rows, NUM_SHARDS)).tolist()
+    num_of_shards = _num_rows_by_shard(num_rows, NUM_SHARDS)
+    return max(
+        (
+            -(-count * num_rows // of_shard)
+            for count, of_shard in zip(used, num_of_shards, strict=True)
+            if count
+        ),
+        default=0,
+    )
 
 
 @lru_cache

@@ -25,7 +25,6 @@ def with_needs_ahead(
     groups: Sequence[Group],
     num_slots: Sequence[int],
     num_trainers: int,
-    num_hosts: int,
 ) -> CacheTooSmallError:
     """Returns the error with the cache size that all of these batches need.
 
@@ -35,14 +34,13 @@ def with_needs_ahead(
         groups: The groups of the run.
         num_slots: For each group the slots of each trainer, into which all batches before fitted.
         num_trainers: How many trainers share the cache.
-        num_hosts: On how many hosts they are.
     """
     num_needed, num_seen = num_trainers * np.array(num_slots), 0
     # A batch behind the refused one that can't be read is no matter yet.
     with suppress(Exception):
         for batch in batches:
             needed = [
-                num_slots_needed(linked.batch.unique_rows, group.num_rows, num_hosts)
+                num_slots_needed(linked.batch.unique_rows, group.num_rows)
                 for group, linked in zip(groups, batch, strict=True)
             ]
             num_needed, num_seen = np.maximum(num_needed, needed), num_seen + 1

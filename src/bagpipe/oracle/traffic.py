@@ -28,7 +28,6 @@ import numpy as np
 
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.plan import GroupPlan, StepPlan
-from bagpipe.topology import host_of
 from bagpipe.types import Group, Int64Array, UInt64Array
 
 REPLICA, GRADIENT = 0, 1
@@ -239,7 +238,7 @@ class Traffic:
         self.rows += rows
         self.sent_bytes += rows * row_bytes[:, None]
         ranks = range(self.num_trainers)
-        hosts = np.array([host_of(rank, self.num_trainers, self.num_hosts) for rank in ranks])
+        hosts = np.array([rank * self.num_hosts // self.num_trainers for rank in ranks])
         leaving = sent[:, :, hosts[:, None] != hosts].sum(axis=(1, 2))  # (2 what,)
         self.between_hosts_bytes += int(leaving @ row_bytes)
         remote_uses = hashed_remote_uses(batch, self.num_trainers)

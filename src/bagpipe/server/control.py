@@ -56,7 +56,7 @@ class ServerControl:
         addresses: Sequence[str],
         groups: Sequence[Group],
         seed: int,
-        credentials: Credentials | None = None,
+        credentials: Credentials | Sequence[Credentials] | None = None,
         *,
         timeout_s: float = TIMEOUT_S,
         start_timeout_s: float = START_TIMEOUT_S,
@@ -69,7 +69,7 @@ class ServerControl:
             addresses: "host:port" of each shard's server, in order.
             groups: All groups of the run.
             seed: What initial records are drawn from.
-            credentials: This trainer's.
+            credentials: This trainer's; those of each shard, where they differ.
             timeout_s: How long a call may take, but for those below.
             start_timeout_s: How long a server may take to say who it is.
             begin_timeout_s: How long it may take to begin an epoch, to write a cut, or to send all
@@ -85,10 +85,14 @@ class ServerControl:
         self.start_timeout_s, self._run_folder = start_timeout_s, run_folder
         self._addresses = tuple(addresses)
         self._tables = calls.fingerprint(tuple(groups), seed)
-        credentials = credentials or Credentials()
+        if not isinstance(credentials, Sequence):
+            credentials = [credentials or Credentials()] * len(addresses)
         self.clients: list[flight.FlightClient] = []
         try:
-            self.clients = [connect(*split_address(at), credentials) for at in self._addresses]
+            self.clients = [
+                connect(*split_address(at), each)
+                for at, each in zip(self._addresses, credentials, strict=True)
+            ]
             found = self._on_all(self._identify)
             self.staging = tuple(each.staging for each in found)
             self.runs = tuple(each.run for each in found)

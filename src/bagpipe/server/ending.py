@@ -21,7 +21,7 @@ class Ending:
     """
 
     def __init__(self, lives_with: int | None = None) -> None:
-        self._lives_with = lives_with
+        self._gone = f"process {lives_with}, with which this one lives, is gone"
         self._reasons, self._told = os.pipe()
         os.set_blocking(self._told, False)
         signal.set_wakeup_fd(self._told)
@@ -35,9 +35,12 @@ class Ending:
     def wait(self) -> str:
         """Returns the reason once there is one."""
         number = os.read(self._reasons, 1)[0]
-        if number:
-            return signal.Signals(number).name
-        return f"process {self._lives_with}, with which this one lives, is gone"
+        return signal.Signals(number).name if number else self._gone
+
+    def end(self, reason: str) -> None:
+        """Gives a reason."""
+        self._gone = reason
+        os.write(self._told, b"\0")
 
     def _on_signal(self, number: int, frame: object) -> None:
         for each in _SIGNALS:

@@ -1,16 +1,17 @@
 """The shard server of a host whose configuration names none: trainers start it, and find it again.
 
 It lives as long as the process that started the trainers, such as torchrun's agent. So when
-trainers end and are started again, their tables are still there.
+trainers end and are started again, their tables are still there. Or it lives as long as somebody
+holds it: then it ends with the last of the trainers of its host.
 
-Its name is one in Linux's space of Unix sockets without files, made of that process, the host's
-shard and the run's configuration. Whoever finds somebody at that name asks for the address and the
-token. The system says whose process it is: another user's is not believed, and not told. Nothing is
-left behind when the server ends, however it ends. One that does not answer, since it was stopped,
-is killed, and another one started.
+Its name is one in Linux's space of Unix sockets without files. Whoever finds somebody at that name
+asks for the address, and for the token and certificate where the server has made them. The system
+says whose process it is: another user's is not believed, and not told. Nothing is left behind when
+the server ends, however it ends. One that does not answer, since it was stopped, is killed, and
+another one started.
 
-The server's process is `python -m bagpipe.server.local`, which gets what to serve as JSON on its
-standard input, says in JSON on its standard output whether it serves, and goes on in the
+The server's process is `python -m bagpipe.server.local`, which gets what to serve as a pickle on
+its standard input, says in JSON on its standard output whether it serves, and goes on in the
 background.
 """
 
@@ -19,15 +20,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import secrets
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,17 +38,15 @@ from typing import Any
 import xxhash
 from pydantic import SecretStr
 
-from bagpipe.config.load import check_config
-from bagpipe.config.run import RunConfig
-from bagpipe.config.servers import ServersConfig
 from bagpipe.errors import BagpipeError, ConfigError, StoreError
 from bagpipe.native.memory import keep_freed_memory
-from bagpipe.server.credentials import Credentials, client_credentials
+from bagpipe.server.credentials import Credentials, client_credentials, is_loopback
 from bagpipe.server.ending import Ending
+from bagpipe.server.made import own_address, with_secrets
 from bagpipe.server.staging import peer_of
-from bagpipe.server.start import Place, running_shard
+from bagpipe.server.start import Place, RunningShard, Served, serving
 
-_MAX_ANSWER_BYTES = 8192
+_MAX_ANSWER_BYTES = 1 << 16
 _LOOPBACK: Place = ("127.0.0.1", 0)
 
 _log = logging.getLogger(__name__)
@@ -57,66 +58,102 @@ class LocalServer:
 
     address: str
     credentials: Credentials
+    hold: socket.socket | None = None
+    """Open for as long as this process holds a server that ends with who holds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What a server's process is to do."""
+
+    name: str
+    served: Served
+    number: int
+    lives_with: int | None
+    listen: Place
 
 
 def local_server(
-    config: RunConfig, number: int, *, lives_with: int, listen: Place = _LOOPBACK
+    served: Served,
+    number: int,
+    *,
+    key: str,
+    lives_with: int | None,
+    listen: Place = _LOOPBACK,
 ) -> LocalServer:
     """Finds the server of this host, or starts it. Several processes may call it at a time.
 
     Args:
-        config: The run's.
-        number: Which of the run's shards is this host's.
-        lives_with: The process whose end is the server's, such as torchrun's agent.
-        listen: Where. On loopback it makes up a token where the configuration has none.
+        served: What it serves.
+        number: Which of the shards is this host's.
+        key: Of the run: the same for all that are to find the server, and for no others.
+        lives_with: The process whose end is the server's, such as torchrun's agent; None: it lives
+            as long as somebody holds it.
+        listen: Where. On loopback it makes up a token where the configuration has none, elsewhere
+            a certificate, too.
 
     Raises:
         ConfigError: The server refuses the configuration.
         StoreError: It can't be started, or does not answer within `servers.start_timeout_s`.
     """
-    servers = config.servers or ServersConfig()
-    settings = config.model_dump(mode="json")
-    name = _name(settings, number, lives_with)
-    request = {
-        "name": name,
-        "config": settings,
-        "number": number,
-        "lives_with": lives_with,
-        "listen": listen,
-    }
+    servers = served.servers
+    request = _Request(
+        name=_name(key, number, lives_with),
+        served=served,
+        number=number,
+        lives_with=lives_with,
+        listen=listen,
+    )
     deadline = None
-    while (answer := _ask(name, servers.start_timeout_s)) is None:
-        deadline = deadline or time.monotonic() + servers.start_timeout_s
-        if time.monotonic() > deadline:
-            raise StoreError(
-                f"shard server {number} of this host did not answer within "
-                f"{servers.start_timeout_s:g} s after it was started: see what it logs"
-            )
-        _start(request, servers.start_timeout_s)
-    address, token = answer
-    credentials = client_credentials(servers)
+    with ExitStack() as holds:  # what is started must not end before it is asked
+        while (found := _ask(request.name, servers.start_timeout_s)) is None:
+            deadline = deadline or time.monotonic() + servers.start_timeout_s
+            if time.monotonic() > deadline:
+                raise StoreError(
+                    f"shard server {number} of this host did not answer within "
+                    f"{servers.start_timeout_s:g} s after it was started: see what it logs"
+                )
+            holds.enter_context(_started(request, servers.start_timeout_s))
+    answer, asking = found
+    if lives_with is not None:
+        asking.close()
     return LocalServer(
-        address=address, credentials=replace(credentials, token=SecretStr(token) if token else None)
+        address=answer["address"],
+        credentials=credentials_with(served, answer["token"], answer["root"]),
+        hold=None if lives_with is not None else asking,
     )
 
 
-def _name(settings: Mapping[str, Any], number: int, pid: int) -> str:
+def credentials_with(served: Served, token: str | None, root: str | None) -> Credentials:
+    """A trainer's, with the token and the certificate that a server has made, if it has."""
+    found = client_credentials(served.servers)
+    if token is not None:
+        found = replace(found, token=SecretStr(token))
+    return found if root is None else replace(found, root=root.encode())
+
+
+def _name(key: str, number: int, lives_with: int | None) -> str:
     """The same for all starts of a run's trainers by one process, and for no others."""
+    run = xxhash.xxh3_64(key.encode()).hexdigest()
+    if lives_with is None:
+        return f"bagpipe-server-{os.geteuid()}-{run}-{number}"
     try:
         # the number of a process may be another's later: when it began tells them apart
-        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        began = Path(f"/proc/{lives_with}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError as error:
-        raise StoreError(f"process {pid}, with which a shard server is to live, is gone") from error
-    run = xxhash.xxh3_64(json.dumps([settings, os.getcwd()], sort_keys=True).encode()).hexdigest()
-    return f"bagpipe-server-{os.geteuid()}-{pid}-{began}-{run}-{number}"
+        raise StoreError(
+            f"process {lives_with}, with which a shard server is to live, is gone"
+        ) from error
+    return f"bagpipe-server-{os.geteuid()}-{lives_with}-{began}-{run}-{number}"
 
 
-def _ask(name: str, timeout_s: float) -> tuple[str, str] | None:
-    """The address and the token of the server of that name; None where there is none.
+def _ask(name: str, timeout_s: float) -> tuple[dict[str, Any], socket.socket] | None:
+    """What the server of that name answers, and the connection; None where there is none.
 
     One that does not answer is killed.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+    with ExitStack() as stack:
+        asking = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         asking.settimeout(timeout_s)
         try:
             asking.connect(f"\0{name}")
@@ -136,34 +173,44 @@ def _ask(name: str, timeout_s: float) -> tuple[str, str] | None:
             return None
         except ConnectionResetError:
             return None
-    address, found, token = answer.decode().partition("\n")
-    return (address, token) if found else None
+        if not answer:
+            return None
+        stack.pop_all()
+    return json.loads(answer), asking
 
 
-def _start(request: Mapping[str, Any], timeout_s: float) -> None:
-    """Starts a server, and waits until it serves, or another one of its name does."""
-    try:
-        ended = subprocess.run(
-            [sys.executable, "-m", "bagpipe.server.local"],
-            input=json.dumps(request),
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=timeout_s,
-            check=True,
-        )
-        error = json.loads(ended.stdout)["error"]
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise StoreError(
-            f"shard server {request['number']} of this host could not be started: {error}: see "
-            "what it printed"
-        ) from error
-    if error is not None:
-        raise ConfigError(f"shard server {request['number']} of this host: {error}")
+@contextmanager
+def _started(request: _Request, timeout_s: float) -> Iterator[None]:
+    """Starts a server, and waits until it serves, or another one of its name does.
+
+    A server that ends with who holds it is held until the end.
+    """
+    ours, theirs = socket.socketpair()
+    with ours:
+        try:
+            with theirs:
+                ended = subprocess.run(
+                    [sys.executable, "-m", "bagpipe.server.local", str(theirs.fileno())],
+                    input=pickle.dumps(request),
+                    stdout=subprocess.PIPE,
+                    pass_fds=[theirs.fileno()],
+                    timeout=timeout_s,
+                    check=True,
+                )
+            error = json.loads(ended.stdout)["error"]
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            raise StoreError(
+                f"shard server {request.number} of this host could not be started: {error}: see "
+                "what it printed"
+            ) from error
+        if error is not None:
+            raise ConfigError(f"shard server {request.number} of this host: {error}")
+        yield
 
 
 def main() -> None:
     """The server's process: leaves its parent once it serves."""
-    request = json.load(sys.stdin)
+    request: _Request = pickle.load(sys.stdin.buffer)  # of its parent
     hears, tells = os.pipe()
     if os.fork():
         os.close(tells)
@@ -173,31 +220,29 @@ def main() -> None:
     os.setsid()  # Ctrl-C is for the trainers
     os.dup2(2, 1)
     os.close(hears)
-    _serve(request, tells)
+    _serve(request, tells, socket.socket(fileno=int(sys.argv[1])))
 
 
-def _serve(request: Mapping[str, Any], tells: int) -> None:
-    number = request["number"]
+def _serve(request: _Request, tells: int, hold: socket.socket) -> None:
+    number = request.number
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO,
         format=f"%(asctime)s shard {number} %(levelname)s %(message)s",
     )
     keep_freed_memory()  # messages are as large as those before them
-    ending = Ending(request["lives_with"])
+    ending = Ending(request.lives_with)
     try:
-        with _named(request["name"]) as listener:
-            config = check_config(RunConfig, request["config"], source="the trainers' run")
-            host, port = request["listen"]
-            with running_shard(
-                config, number, listen=(host, port), own_token=_new_token()
-            ) as running:
-                token = running.credentials.token
-                shown = token.get_secret_value() if token is not None else ""
-                answer = f"{running.address}\n{shown}".encode()
-                threading.Thread(target=_tell, args=(listener, answer), daemon=True).start()
-                _report(tells, None)
-                _log.info("ends: %s", ending.wait())
+        with _named(request.name) as listener, _running(request) as (running, answer):
+            door = _Door(listener, answer, ending.end)
+            if request.lives_with is None:
+                door.hold(hold)
+            else:
+                hold.close()
+            threading.Thread(target=door.serve, daemon=True).start()
+            _report(tells, None)
+            _log.info("serves at %s", running.address)
+            _log.info("ends: %s", ending.wait())
     except _TakenError:
         _report(tells, None)
     except BagpipeError as error:
@@ -205,6 +250,35 @@ def _serve(request: Mapping[str, Any], tells: int) -> None:
     # a client that stays would keep the process, and nothing is left to be saved
     logging.shutdown()
     os._exit(0)
+
+
+@contextmanager
+def _running(request: _Request) -> Iterator[tuple[RunningShard, bytes]]:
+    """The server, and what its trainers are told."""
+    served, is_far = request.served, not is_loopback(request.listen[0])
+    makes_root = is_far and served.servers.tls is None
+    with ExitStack() as stack, ExitStack() as secret_files:
+        address = own_address() if makes_root else None
+        if address is not None:
+            servers = secret_files.enter_context(with_secrets(served.servers, address))
+            served = replace(served, servers=servers)
+        running = stack.enter_context(
+            serving(
+                served,
+                request.number,
+                listen=request.listen,
+                name=address,
+                own_token=SecretStr(secrets.token_hex(32)),
+            )
+        )
+        secret_files.close()
+        token, root = running.credentials.token, running.credentials.root
+        answer = {
+            "address": running.address,
+            "token": None if token is None else token.get_secret_value(),
+            "root": root.decode() if makes_root and root is not None else None,
+        }
+        yield running, json.dumps(answer).encode()
 
 
 class _TakenError(Exception):
@@ -223,24 +297,54 @@ def _named(name: str) -> socket.socket:
     return listener
 
 
-def _tell(listener: socket.socket, answer: bytes) -> None:
-    """Tells every process of this user where the server is."""
-    while True:
+class _Door:
+    """Tells every process of this user where the server is, and knows who holds it."""
+
+    def __init__(self, listener: socket.socket, answer: bytes, end: Callable[[str], None]) -> None:
+        self._listener, self._answer, self._end = listener, answer, end
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._num_holds: int | None = None
+
+    def hold(self, connection: socket.socket) -> None:
+        """Holds the server until the other end is closed; from the first one on all who ask do."""
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._num_holds = (self._num_holds or 0) + 1
+
+    def serve(self) -> None:
+        """Runs on a thread of its own."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._listener:
+                    self._tell()
+                else:
+                    self._let_go(key.fileobj)
+
+    def _tell(self) -> None:
         try:
-            asking, _ = listener.accept()
+            asking, _ = self._listener.accept()
         except OSError:
             time.sleep(0.1)  # no descriptors are left: others may be closed
-            continue
-        with asking, suppress(OSError):  # who asked may be gone
+            return
+        with ExitStack() as stack, suppress(OSError):  # who asked may be gone
+            stack.enter_context(asking)
             pid, user = peer_of(asking)
-            if user == os.geteuid():
-                asking.send(answer, socket.MSG_DONTWAIT)
-            else:
+            if user != os.geteuid():
                 _log.warning("process %d of user %d was not told the token", pid, user)
+                return
+            asking.send(self._answer, socket.MSG_DONTWAIT)
+            if self._num_holds is not None:
+                self.hold(asking)
+                stack.pop_all()
 
-
-def _new_token() -> SecretStr:
-    return SecretStr(secrets.token_hex(32))
+    def _let_go(self, connection: object) -> None:
+        assert isinstance(connection, socket.socket)
+        assert self._num_holds is not None
+        self._selector.unregister(connection)
+        connection.close()
+        self._num_holds -= 1
+        if not self._num_holds:
+            self._end("nobody holds it any more")
 
 
 def _report(tells: int, error: str | None) -> None:

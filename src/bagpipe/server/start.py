@@ -1,21 +1,22 @@
-"""From a run's configuration to a shard server that runs.
+"""From a run's configuration, or from tables, to a shard server that runs.
 
-Tables, groups and shards follow from the file, as they do for trainers; so both must be started
-from the same one. Nothing here loads torch.
+Where it is a configuration, tables, groups and shards follow from the file, as they do for
+trainers; so both must be started from the same one. Nothing here loads torch.
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from bagpipe.config.run import RunConfig
+from bagpipe.config.run import MemoryStoreConfig, RunConfig, StoreConfig
 from bagpipe.config.servers import ServersConfig, split_address
 from bagpipe.config.tables import make_tables
 from bagpipe.data import open_source
@@ -51,32 +52,66 @@ class RunningShard:
     credentials: Credentials
 
 
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What the shard servers of a run serve, and how."""
+
+    groups: tuple[Group, ...]
+    seed: int
+    store: StoreConfig = field(default_factory=MemoryStoreConfig)
+    """Behind each server."""
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    folder: Path | None = None
+    """The run's, outside of which servers touch no file; None: there are no checkpoints."""
+
+
 @contextmanager
 def running_shard(
-    config: RunConfig,
+    config: RunConfig, number: int, *, listen: Place | None = None, metrics: Place | None = None
+) -> Iterator[RunningShard]:
+    """As `serving`, from a run's configuration.
+
+    Raises:
+        DataError: The data do not say how large the tables are.
+    """
+    served = Served(
+        groups=_groups(config),
+        seed=config.train.seed,
+        store=config.embeddings.store,
+        servers=config.servers or ServersConfig(),
+        folder=config.log.folder,
+    )
+    with serving(served, number, listen=listen, metrics=metrics) as running:
+        yield running
+
+
+@contextmanager
+def serving(
+    served: Served,
     number: int,
     *,
     listen: Place | None = None,
+    name: str | None = None,
     metrics: Place | None = None,
     own_token: SecretStr | None = None,
 ) -> Iterator[RunningShard]:
     """Starts the server of one shard of every group; closes it at the end.
 
     Args:
-        config: The run's.
+        served: What it serves.
         number: Which shard, from 0 on.
         listen: Where; by default at its address in `servers.addresses`, or on loopback at any port
             that is free.
+        name: By which others reach this host; by default its own.
         metrics: Where to tell numbers by HTTP; None: nowhere.
         own_token: What trainers show where the configuration has no token.
 
     Raises:
         ConfigError: There is no such shard; a secret is missing or open to others; the address is
             taken; or another server has the store's folder.
-        DataError: The data do not say how large the tables are.
         StoreError: The memory or the folder can't be had.
     """
-    servers = config.servers or ServersConfig()
+    servers = served.servers
     if not 0 <= number < servers.shards:
         raise ConfigError(
             f"--shard {number}: servers.num_shards or the addresses make {servers.shards} shards, "
@@ -88,19 +123,20 @@ def running_shard(
     credentials = replace(credentials, token=credentials.token or own_token)
     metrics_credentials = None if metrics is None else server_credentials(servers, metrics[0])
     with ExitStack() as stack:
-        groups = _groups(config)
-        make_store = stack.enter_context(_stores(config, number, servers.shards))
-        stores = [CutStore(make_store(group)) for group in groups]
+        make_store = stack.enter_context(_stores(served, number))
+        stores = [CutStore(make_store(group)) for group in served.groups]
         shard = Shard(
-            groups,
-            config.train.seed,
+            served.groups,
+            served.seed,
             number,
             servers.shards,
             stores,
             wait_timeout_s=_WAIT_SHARE * servers.timeout_s,
         )
         logins = Logins(credentials.token)
-        server = ShardServer(shard, host, port, credentials, logins, config.log.folder)
+        server = ShardServer(
+            shard, host, port, credentials, logins, served.folder or Path(os.devnull)
+        )
         stack.callback(server.close)
         metrics_address = None
         if metrics is not None:
@@ -112,16 +148,16 @@ def running_shard(
             metrics_address = _address(metrics[0], teller.port, None)
         yield RunningShard(
             server=server,
-            address=_address(host, server.port, known),
+            address=_address(host, server.port, name or (known and split_address(known)[0])),
             metrics_address=metrics_address,
             credentials=credentials,
         )
 
 
-def _address(host: str, port: int, known: str | None) -> str:
+def _address(host: str, port: int, name: str | None) -> str:
     """What others connect to where a server listens at `host`, which may be all of a host's."""
     if host in ("0.0.0.0", "::"):
-        host = split_address(known)[0] if known else socket.gethostname()
+        host = name or socket.gethostname()
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -134,11 +170,9 @@ def _groups(config: RunConfig) -> tuple[Group, ...]:
 
 
 @contextmanager
-def _stores(
-    config: RunConfig, number: int, num_shards: int
-) -> Iterator[Callable[[Group], ArrayStore]]:
+def _stores(served: Served, number: int) -> Iterator[Callable[[Group], ArrayStore]]:
     """What makes an empty store of a group; holds the folder of file stores meanwhile."""
-    seed, medium = config.train.seed, config.embeddings.store
+    seed, medium, num_shards = served.seed, served.store, served.servers.shards
     if medium.kind == "memory":
         yield lambda group: MemoryStore(group, seed, shard=number, num_shards=num_shards)
         return

@@ -7,7 +7,6 @@ from bagpipe.store.base import NO_STEPS, EmbeddingStore, OrderedStore, Steps
 from bagpipe.store.file import FileStore
 from bagpipe.store.init import RowInitializer
 from bagpipe.store.memory import MemoryStore
-from bagpipe.store.shared import SharedMemoryStore
 
 __all__ = [
     "NO_STEPS",
@@ -16,6 +15,5 @@ __all__ = [
     "MemoryStore",
     "OrderedStore",
     "RowInitializer",
-    "SharedMemoryStore",
     "Steps",
 ]

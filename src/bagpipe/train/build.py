@@ -112,7 +112,7 @@ def build_run(
             optimizer=optimizer,
             device=device,
             seed=config.train.seed,
-            store=_store_maker(config.embeddings, peers, servers),
+            store=_store_maker(config.embeddings, servers),
             communicator=peers,
         )
         stack.callback(embeddings.close)
@@ -298,17 +298,12 @@ class _DensePartModule(torch.nn.Module):
 
 
 def _store_maker(
-    config: EmbeddingsConfig, peers: Peers, servers: Joined | None
+    config: EmbeddingsConfig, servers: Joined | None
 ) -> Callable[[Group, int], EmbeddingStore] | None:
-    """None is memory, which all trainers of a host share."""
+    """None is memory."""
     if servers is not None:
         return lambda group, seed: servers.stores[group.index]
     store = config.store
     if store.kind == "memory":
         return None
-    if peers.has_others:
-        raise ConfigError(
-            f"embeddings.store.kind = {store.kind!r} with {peers.num_trainers} trainers: they "
-            "share tables in memory only so far: use 'memory'"
-        )
     return lambda group, seed: FileStore(group, seed, store.folder / f"group-{group.index}")

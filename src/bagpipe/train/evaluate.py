@@ -94,7 +94,6 @@ def evaluate(
     precision: Precision,
     peers: Peers = ALONE,
     on_batch: Callable[[int, int], None] = lambda number, num_batches: None,
-    on_no_batch: Callable[[], None] = lambda: None,
 ) -> Scores | None:
     """How well `model` predicts the labels of `source`.
 
@@ -108,8 +107,6 @@ def evaluate(
         precision: of the dense part.
         peers: the other trainers, by default none; all must call this together.
         on_batch: told how many of all batches are done, and at the end that all are.
-        on_no_batch: called in place of the last batch where other ranks have one more, so that all
-            can read together.
 
     Returns:
         The scores on rank 0, None on other ranks. With several trainers rank 0 keeps 16 bytes a
@@ -128,8 +125,6 @@ def evaluate(
             logits = model(batch.dense.to(device), batch.sparse).float().cpu()
             on_batch(min(number * num_trainers, num_batches - 1), num_batches)
             yield torch.stack([logits, batch.labels], dim=1)
-        if 0 < num_batches % num_trainers <= rank:
-            on_no_batch()
 
     was_training = model.training
     model.eval()

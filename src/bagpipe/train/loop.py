@@ -243,7 +243,6 @@ class Loop:
             precision=parts.config.train.precision,
             peers=self.trainers.peers,
             on_batch=self.reporter.evaluating,
-            on_no_batch=parts.embeddings.join_reading,
         )
         if scores is None:  # rank 0 has them
             return None

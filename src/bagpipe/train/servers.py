@@ -12,13 +12,15 @@ from bagpipe.checkpoint.checkpoints import SavedRun
 from bagpipe.checkpoint.epochs import RunFolder, name_of_run
 from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig
+from bagpipe.distributed.served_tables import servers_of_hosts
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import ConfigError, StoreError
 from bagpipe.server.client import ShardServers
 from bagpipe.server.control import ServerControl
 from bagpipe.server.credentials import Credentials, client_credentials
-from bagpipe.server.local import LocalServer, local_server
+from bagpipe.server.local import LocalServer
 from bagpipe.server.shard import Checkpoint
+from bagpipe.server.start import Served
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.start import Start
 from bagpipe.types import Group
@@ -63,9 +65,11 @@ def joined_servers(
     """
     where = config.servers or ServersConfig()
     addresses: Sequence[str] = where.addresses
-    credentials = client_credentials(where)
+    credentials: Credentials | Sequence[Credentials] = client_credentials(where)
     if not addresses:
-        addresses, credentials = _started(config, where, trainers)
+        started = _started(config, groups, where, trainers)
+        addresses = [server.address for server in started]
+        credentials = [server.credentials for server in started]
     with ExitStack() as stack:
 
         def connect() -> ServerControl:
@@ -101,9 +105,9 @@ def joined_servers(
 
 
 def _started(
-    config: RunConfig, servers: ServersConfig, trainers: Trainers
-) -> tuple[Sequence[str], Credentials]:
-    """One server a host, started there unless it still runs: where they are, and what to show."""
+    config: RunConfig, groups: Sequence[Group], servers: ServersConfig, trainers: Trainers
+) -> Sequence[LocalServer]:
+    """One server a host, which lives as long as the process that started the trainers."""
     peers = trainers.peers
     if servers.num_shards not in (None, peers.num_hosts):
         raise ConfigError(
@@ -111,22 +115,19 @@ def _started(
             f"server on each of {peers.num_hosts} hosts: leave it out, or start servers with "
             "`bagpipe serve` and give their addresses"
         )
-    one_a_host = servers.model_copy(update={"num_shards": peers.num_hosts})
-    found: list[LocalServer] = []
-
-    def find() -> str | None:
-        found.append(
-            local_server(
-                config.model_copy(update={"servers": one_a_host}),
-                peers.host,
-                lives_with=os.getppid() if peers.has_others else os.getpid(),
-                listen=("127.0.0.1" if peers.num_hosts == 1 else "0.0.0.0", 0),
-            )
-        )
-        return found[0].address if peers.is_first_of_host else None
-
-    told = trainers.all_do("the shard servers of all hosts", find, StoreError)
-    return [address for address in told if address is not None], found[0].credentials
+    served = Served(
+        groups=tuple(groups),
+        seed=config.train.seed,
+        store=config.embeddings.store,
+        servers=servers.model_copy(update={"num_shards": peers.num_hosts}),
+        folder=config.log.folder,
+    )
+    return servers_of_hosts(
+        trainers,
+        served,
+        key=f"{os.getcwd()} {config.model_dump_json()}",
+        lives_with=os.getppid() if peers.has_others else os.getpid(),
+    )
 
 
 def _as_checkpoint(saved: SavedRun, run: RunFolder) -> Checkpoint:

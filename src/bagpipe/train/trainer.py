@@ -71,13 +71,14 @@ def train(
         TakenOverError: a newer start goes on with the run over its shard servers.
     """
     trainers, reporter = Trainers(peers), LoggedReporter(reporter)
+    has_servers = config.servers is not None or peers.has_others
     starting = Starting(
         config=config,
         trainers=trainers,
         reporter=reporter,
         resume=resume,
         overwrite=overwrite,
-        takes_over=config.servers is not None,
+        takes_over=has_servers,
         launcher=launcher,
     )
     with ExitStack() as stack:
@@ -91,7 +92,7 @@ def train(
             return stack.enter_context(starting.claimed())
 
         start, join = None, None
-        if config.servers is None:
+        if not has_servers:
             start = claim()
         else:
             starting.check()

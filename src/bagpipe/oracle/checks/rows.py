@@ -9,7 +9,7 @@ import numpy as np
 
 from bagpipe.oracle.checks.rules import Rules
 from bagpipe.plan import Transfers
-from bagpipe.topology import Topology, host_of, shards_of
+from bagpipe.topology import Topology
 from bagpipe.types import Group, Int32Array, Int64Array
 
 _NOWHERE = -1
@@ -20,11 +20,8 @@ class Rows:
 
     def __init__(self, rules: Rules, group: Group, topology: Topology, num_slots: int) -> None:
         """Begins with empty caches of `num_slots` slots for each trainer."""
-        self._rules, self.num_slots, self._num_homes = rules, num_slots, topology.num_homes
+        self._rules, self.num_slots = rules, num_slots
         self._num_rows, num_trainers = group.num_rows, topology.num_trainers
-        self._hosts = [
-            host_of(rank, num_trainers, topology.num_homes) for rank in range(num_trainers)
-        ]
         self._in_slots = np.full((num_trainers, num_slots), _NOWHERE, np.int64)
         self._is_cached = np.zeros(group.num_rows, np.bool_)
         self._evicted_at = np.full(group.num_rows, -1, np.int64)
@@ -82,8 +79,6 @@ class Rows:
         is_free = (self.at(rank, slots) == _NOWHERE).all()
         expect(5, "a fetch fills a slot that is still in use", is_free)
         expect(2, "a row is fetched that is in a cache", not self._is_cached[rows].any())
-        is_home = (shards_of(rows, self._num_homes) == self._hosts[rank]).all()
-        expect(6, "a row is fetched whose record another host has", is_home)
         latest = int(self._evicted_at[rows].max(initial=-1))
         expect(4, f"a fetch does not wait for the write-back of tick {latest}", latest <= fence)
         expect(4, f"a fetch waits for the later tick {fence}", fence <= tick)

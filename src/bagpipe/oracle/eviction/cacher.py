@@ -63,18 +63,17 @@ class Cacher:
         prefetch_depth: int,
         first_step: int = 0,
         num_trainers: int = 1,
-        num_hosts: int = 1,
     ) -> None:
         """Makes an empty cache; see `bagpipe.oracle.policy.MakePolicy` for the arguments.
 
-        Hosts have equally many trainers. The caches of all trainers are planned as one.
+        The caches of all trainers are planned as one.
         """
         self.group, self.num_slots, self.prefetch_depth = group, num_slots, prefetch_depth
-        self._ranks = shard_loops.Ranks(num_trainers=num_trainers, num_hosts=num_hosts)
+        self._num_trainers = num_trainers
         # Of several trainers a row's update may end one step later (see GroupExchange): so long it
         # is not settled.
         self._num_kept_unsettled = prefetch_depth + (num_trainers > 1)
-        bounds = slot_bounds(num_slots, group.num_rows, num_hosts)
+        bounds = slot_bounds(num_slots, group.num_rows)
         num_shards, shard_slots = len(bounds) - 1, int(np.diff(bounds).max())
         self.linker = Linker(group, num_shards=num_shards, first_step=first_step)
         self._first_step = self._next_step = self._next_admitted = self._next_taken = first_step
@@ -123,9 +122,9 @@ class Cacher:
                 step=self._next_admitted,
                 group=self.group.name,
                 num_uniques=len(rows),
-                num_needed=num_slots_needed(rows, self.group.num_rows, self._ranks.num_hosts),
+                num_needed=num_slots_needed(rows, self.group.num_rows),
                 num_slots=self.num_slots,
-                num_trainers=self._ranks.num_trainers,
+                num_trainers=self._num_trainers,
             )
 
     def admit(self, linked: LinkedGroup) -> None:
@@ -158,7 +157,7 @@ class Cacher:
             np.array([each.first + each.bounds for each in (settled, *self._unsettled)]),
             shard_loops.Ticks(step=step, overlapped=issue_tick, last_seen=last_seen),
             shard_loops.Uses(next_uses=self.linker.next_uses, slots_of_uses=self._slots_of_uses),
-            self._ranks,
+            self._num_trainers,
         )
         if settled is not self._nothing:
             self._num_unsettled -= settled.num_uniques

@@ -30,7 +30,6 @@ from bagpipe.oracle.eviction.shard_loops import (
     URGENT_FENCE,
     Batch,
     Moved,
-    Ranks,
     Shard,
     Ticks,
     Uses,
@@ -47,7 +46,7 @@ class State(NamedTuple):
     # (num_rows, 1) each row's slot; -1 for a row never cached, -2 - tick for one evicted at a tick
     slots_of_rows: Int32Array
     rows_of_slots: Int64Array  # (num_slots,)
-    # (S + 1,) a shard has the slots from one bound to the next, counted as `slot_at` does
+    # (S + 1,) a shard has the slots from one bound to the next
     slot_bounds: Int64Array
     num_used: Int64Array  # (S,) how many of a shard's slots were ever filled
     oldest_unsettled: Int64Array  # (S,) the first occurrence that is not settled
@@ -92,7 +91,7 @@ def plan(
     recent: Int64Array,
     ticks: Ticks,
     uses: Uses,
-    ranks: Ranks,
+    num_trainers: int,
 ) -> tuple[Int32Array, tuple[Int64Array, Int32Array], tuple[Int64Array, Int32Array], Int64Array]:
     """Admits the window's last batch and plans a step.
 
@@ -104,7 +103,7 @@ def plan(
             is the batch that is old enough to settle; younger ones follow, the oldest first.
         ticks: The clock.
         uses: The rings of occurrences.
-        ranks: Whose slots they are.
+        num_trainers: How many trainers have the cache together.
 
     Returns:
         The slots of the batch's rows (U,); the rows evicted and their slots; the rows fetched and
@@ -122,8 +121,6 @@ def plan(
     first_occurrence = batch.first_occurrence
     next_uses, slots_of_uses = uses.next_uses, uses.slots_of_uses
     step, overlapped, last_seen = ticks.step, ticks.overlapped, ticks.last_seen
-    num_trainers, num_hosts = ranks.num_trainers, ranks.num_hosts
-    host_slots = slot_bounds[-1] // num_hosts
     slots = np.empty(len(rows), np.int32)
     evict_rows, evict_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
     fetch_rows, fetch_slots = np.empty(len(rows), np.int64), np.empty(len(rows), np.int32)
@@ -151,7 +148,6 @@ def plan(
                 first_slot + num_used[shard],
                 last_fresh,
                 last_fresh - first_slot,
-                host_slots,
                 unknown,
                 due,
             ),
@@ -162,7 +158,7 @@ def plan(
             oldest_unsettled[shard],
             Ticks(step, overlapped, last_seen),
             Uses(next_uses, slots_of_uses),
-            Ranks(num_trainers, num_hosts),
+            num_trainers,
             slots,
             Moved(evict_rows, evict_slots),
             Moved(fetch_rows, fetch_slots),

@@ -32,7 +32,6 @@ from bagpipe.oracle.eviction.row_loops import (
     take_slots,
 )
 from bagpipe.oracle.owners import choose_owners
-from bagpipe.oracle.shards import slot_at
 from bagpipe.types import Int32Array, Int64Array, UInt64Array
 
 (
@@ -71,13 +70,6 @@ class Ticks(NamedTuple):
     last_seen: int  # the last step in the window
 
 
-class Ranks(NamedTuple):
-    """Whose slots they are."""
-
-    num_trainers: int
-    num_hosts: int
-
-
 class Uses(NamedTuple):
     """The rings of occurrences: the linker's and the Cacher's."""
 
@@ -100,7 +92,6 @@ class Shard(NamedTuple):
     first_fresh: int  # where those of its slots begin that were never filled
     last_fresh: int  # where they end
     num_slots: int
-    host_slots: int
     unknown: UnknownQueue
     due: DueQueues
 
@@ -139,7 +130,7 @@ def plan_shard(
     oldest_unsettled: int,
     ticks: Ticks,
     uses: Uses,
-    ranks: Ranks,
+    num_trainers: int,
     all_slots: Int32Array,
     evicted: Moved,
     fetched: Moved,
@@ -159,7 +150,7 @@ def plan_shard(
         oldest_unsettled: The first occurrence that is not settled before the step.
         ticks: The clock.
         uses: The rings of occurrences.
-        ranks: Whose slots they are.
+        num_trainers: How many trainers have the cache together.
         all_slots: (U,) is filled from `begin` to `end` with the rows' slots.
         evicted: (U,) each, are filled from `begin` on.
         fetched: (U,) each, are filled from `begin` on.
@@ -181,7 +172,7 @@ def plan_shard(
         recent[num_settled, 0] if num_settled < len(recent) else batch.first_occurrence + begin
     )
     missing, freed = missing[:num_missing], np.empty(num_missing, np.int32)
-    num_fresh, num_unknown, num_freed = _free(shard, ticks, ranks, freed)
+    num_fresh, num_unknown, num_freed = _free(shard, ticks, freed)
     if num_freed < num_missing:
         return first_unsettled
     # Some rows were used so recently that they have settled only because the cache is tight. Their
@@ -192,8 +183,8 @@ def plan_shard(
         uses.slots_of_uses,
         len(shard.rows_of_slots) if num_settled > 1 else 0,
     )
-    if ranks.num_trainers > 1:
-        missing = choose_owners(missing, batch.users[begin:end], freed, ranks.num_trainers)
+    if num_trainers > 1:
+        missing = choose_owners(missing, batch.users[begin:end], freed, num_trainers)
 
     _evict(shard, freed[num_fresh:], num_ahead - num_fresh, ticks, begin, evicted, counts)
     counts[EVICTED_BLINDLY] = num_unknown - num_fresh
@@ -261,7 +252,7 @@ def _settle(shard: Shard, settled: Int64Array, ticks: Ticks, uses: Uses) -> None
 
 
 @jit
-def _free(shard: Shard, ticks: Ticks, ranks: Ranks, freed: Int32Array) -> tuple[int, int, int]:
+def _free(shard: Shard, ticks: Ticks, freed: Int32Array) -> tuple[int, int, int]:
     """Fills `freed` with slots, by Belady's rule.
 
     First come slots that were never filled, then those of rows without a known next use, then those
@@ -272,9 +263,7 @@ def _free(shard: Shard, ticks: Ticks, ranks: Ranks, freed: Int32Array) -> tuple[
     """
     num_fresh = min(len(freed), shard.last_fresh - shard.first_fresh)
     for index in range(num_fresh):
-        freed[index] = slot_at(
-            shard.first_fresh + index, shard.host_slots, ranks.num_trainers, ranks.num_hosts
-        )
+        freed[index] = shard.first_fresh + index
     num_unknown = num_fresh + pop_unknown(shard.unknown, freed[num_fresh:])
     num_freed = num_unknown
     due_step = ticks.last_seen
