@@ -84,6 +84,24 @@ def test_a_change_in_another_file_compiles_its_callers_anew(
     assert run(tmp_path, **change) == expected
 
 
+@jit
+def _add_one(number: int) -> int:
+    return number + 1
+
+
+@jit
+def _add_two(number: int) -> int:
+    return _add_one(_add_one(number))
+
+
+def test_what_compiled_code_calls_is_compiled_for_python_only_when_python_calls_it() -> None:
+    door = cast(Any, _add_one)
+    assert _add_two(1) == 3
+    assert door.signatures == []
+    assert _add_one(1) == 2
+    assert len(door.signatures) == 1
+
+
 COUNTED = """
 import sys
 from bagpipe.native import jit as _jit

@@ -29,7 +29,7 @@ from bagpipe.train.compile_ahead import compile_planning, compile_the_rest
 from bagpipe.train.trainer import train
 
 functions = [
-    *(loops.plan.__wrapped__, loops.admit.__wrapped__, _dedup, linker._link.__wrapped__),
+    *(loops.plan.__wrapped__, loops.admit, _dedup, linker._link.__wrapped__),
     *(linker._forget, linker._copy_ring, array._gather, array._scatter),
 ]
 compile_planning()

@@ -17,6 +17,7 @@ from bagpipe.cache.cpu_loops import ROWS_AHEAD, apply, sum_piece
 from bagpipe.cache.weights import COLUMNS_A_BLOCK, ROUNDING
 from bagpipe.native.jit import jit
 from bagpipe.native.prefetch import LINE_FLOATS, prefetch
+from bagpipe.native.search import first_at_least
 from bagpipe.store.half import by_chance, widen
 from bagpipe.store.init import philox
 from bagpipe.types import Float32Array, Int32Array
@@ -91,7 +92,7 @@ def update(
     total = np.empty(dim, np.float32)
     further, piece_sum = np.empty_like(total), np.empty_like(total)
     row = np.empty((1, dim), np.float32)
-    long = int(np.searchsorted(long_uniques, begin))
+    long = first_at_least(long_uniques, begin)
     for unique in range(begin, end):
         next_slot = unique_slots[min(unique + ROWS_AHEAD, num_uniques - 1)]
         for column in range(0, dim, _LINE_HALVES):

@@ -6,6 +6,7 @@ import numpy as np
 
 from bagpipe.native.jit import jit
 from bagpipe.native.prefetch import LINE_FLOATS, prefetch
+from bagpipe.native.search import first_at_least
 from bagpipe.optimizers import SGD, Adagrad, RowWiseAdagrad
 from bagpipe.types import Float32Array, Int32Array
 
@@ -101,7 +102,7 @@ def update(
     num_uniques = len(unique_slots)
     total = np.empty(dim, np.float32)
     further, piece_sum = np.empty_like(total), np.empty_like(total)
-    long = int(np.searchsorted(long_uniques, begin))
+    long = first_at_least(long_uniques, begin)
     for unique in range(begin, end):
         next_slot = unique_slots[min(unique + ROWS_AHEAD, num_uniques - 1)]
         for column in range(0, dim, LINE_FLOATS):

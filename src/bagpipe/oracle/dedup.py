@@ -142,10 +142,13 @@ def _dedup(
     table_lookups = np.zeros(len(row_offsets) - 1, np.int64)
     for feature in range(len(feature_tables)):
         table_lookups[feature_tables[feature]] += feature_lengths[feature]
-    max_uniques = np.minimum(table_lookups, np.diff(row_offsets)).sum()
+    first_rows, sizes = row_offsets[:-1], np.empty(len(table_lookups), np.int64)
+    max_uniques = 0
+    for table in range(len(table_lookups)):
+        sizes[table] = row_offsets[table + 1] - row_offsets[table]
+        max_uniques += min(table_lookups[table], sizes[table])
     unique_rows = np.empty(max_uniques, np.int64)
     counts = np.empty(max_uniques, np.int32)
-    first_rows, sizes = row_offsets[:-1], np.diff(row_offsets)
     num_uniques, bad_feature, bad_lookup = number_rows(
         values,
         feature_starts,
@@ -227,7 +230,8 @@ def number_rows(
             bits += 1
         # A table whose ids all have a place needs no hash, which the shift says: 0.
         shift = np.uint32(0 if sizes[table] <= (1 << bits) else 32 - bits)
-        heads = np.full((1 << bits, 1), -1, np.int32)
+        heads = np.empty((1 << bits, 1), np.int32)
+        heads[:] = -1
         for current in range(feature, last):
             start = feature_starts[current]
             stop = start + feature_lengths[current]

@@ -138,7 +138,7 @@ def roomy_ring(ring: Int32Array, first_occurrence: int, num_kept: int, num_more:
     if size == len(ring):
         return ring
     larger = np.empty((size, *ring.shape[1:]), np.int32)
-    _copy_ring(ring, larger, first_occurrence, num_kept)
+    _copy_ring(ring.reshape(len(ring), -1), larger.reshape(size, -1), first_occurrence, num_kept)
     return larger
 
 
@@ -217,7 +217,8 @@ def _forget(last_uses: Int32Array, next_occurrence: int) -> None:
 def _copy_ring(
     ring: Int32Array, larger: Int32Array, first_occurrence: int, num_occurrences: int
 ) -> None:
-    """Copies the entries of consecutive occurrences to their places in a larger ring."""
+    """Copies the entries (., n) of consecutive occurrences to their places in a larger ring."""
     mask, larger_mask = len(ring) - 1, len(larger) - 1
     for occurrence in range(first_occurrence, first_occurrence + num_occurrences):
-        larger[occurrence & larger_mask] = ring[occurrence & mask]
+        for column in range(ring.shape[1]):
+            larger[occurrence & larger_mask, column] = ring[occurrence & mask, column]

@@ -54,7 +54,10 @@ def choose_owners(
             chosen[positions[ends[best] - left[best]]] = index
             left[best] -= 1
     for index in rest[:num_left_over]:
-        best = int(np.argmax(left))
+        best = 0
+        for other in range(len(left)):
+            if left[other] > left[best]:
+                best = other
         chosen[positions[ends[best] - left[best]]] = index
         left[best] -= 1
     return chosen
@@ -70,8 +73,12 @@ def _by_rank(slots: Int32Array, num_trainers: int) -> tuple[Int64Array, Int64Arr
     counts = np.zeros(num_trainers, np.int64)
     for slot in slots:
         counts[slot % num_trainers] += 1
-    ends = np.cumsum(counts)
-    nexts, positions = ends - counts, np.empty(len(slots), np.int32)
+    nexts, ends = np.zeros(num_trainers, np.int64), np.empty(num_trainers, np.int64)
+    for before in range(num_trainers):
+        ends[before] = nexts[before] + counts[before]
+        if before + 1 < num_trainers:
+            nexts[before + 1] = ends[before]
+    positions = np.empty(len(slots), np.int32)
     for position in range(len(slots)):
         rank = slots[position] % num_trainers
         positions[nexts[rank]] = position

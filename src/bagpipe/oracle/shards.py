@@ -37,7 +37,8 @@ def order_by_shard(
     nexts = np.zeros(NUM_SHARDS + 1, np.int64)
     for row in rows:
         nexts[shard_of(row, NUM_SHARDS) + 1] += 1
-    nexts = np.cumsum(nexts)
+    for before in range(NUM_SHARDS):
+        nexts[before + 1] += nexts[before]
     ordered, ordered_counts = np.empty_like(rows), np.empty_like(counts)
     places = np.empty(len(rows), np.int32)
     for index in range(len(rows)):

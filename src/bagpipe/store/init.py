@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bagpipe.native.jit import inline_jit, jit
+from bagpipe.native.search import first_at_least
 from bagpipe.optimizers import Adagrad, RowWiseAdagrad
 from bagpipe.store.half import CODES, FP32, nearest
 from bagpipe.types import (
@@ -214,7 +215,7 @@ def _fill_tile(
     affine, limits = parameters.affine, parameters.limits
     for place in range(len(indices)):
         index = indices[place]
-        table = np.searchsorted(offsets, rows[index], side="right") - 1
+        table = first_at_least(offsets, rows[index] + 1) - 1
         shift, scale = affine[table, 0], affine[table, 1]
         least, greatest = limits[table, 0], limits[table, 1]
         if data_type == FP32 and not is_normal[table]:

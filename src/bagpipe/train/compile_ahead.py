@@ -94,8 +94,7 @@ def compile_the_rest() -> None:
     group = _group()
     linker = Linker(group)
     ids = Jagged(keys=("a",), values=np.array([1, 2, 1], np.int32), batch_size=3)
-    for width in ((), (2,)):  # a ring of uses, and one of slots
-        roomy_ring(np.empty((2, *width), np.int32), 0, 1, 3)
+    roomy_ring(np.empty(2, np.int32), 0, 1, 3)
     rows = linker.link(merge(group, [dedup(group, ids)])).batch.unique_rows
     store = MemoryStore(group, 0)
     records = np.empty((len(rows), group.record_width), np.float32)

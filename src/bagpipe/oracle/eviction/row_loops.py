@@ -233,7 +233,8 @@ def old_first(
         else:
             freed[num_old] = slot
             num_old += 1
-    freed[num_old:] = kept[:num_young]
+    for index in range(num_young):
+        freed[num_old + index] = kept[index]
     return num_old
 
 
@@ -287,5 +288,7 @@ def keep_uses(slots: Int32Array, first_occurrence: int, slots_of_uses: Int32Arra
     # Two copies of whole runs: the second one is what has gone round the ring's end.
     begin = first_occurrence & (len(slots_of_uses) - 1)
     num_first = min(len(slots), len(slots_of_uses) - begin)
-    slots_of_uses[begin : begin + num_first] = slots[:num_first]
-    slots_of_uses[: len(slots) - num_first] = slots[num_first:]
+    for index in range(num_first):
+        slots_of_uses[begin + index] = slots[index]
+    for index in range(len(slots) - num_first):
+        slots_of_uses[index] = slots[num_first + index]

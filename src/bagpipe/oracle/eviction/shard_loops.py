@@ -117,7 +117,9 @@ def admit_shard(
         slots_of_rows, rows[begin:end], previous[begin:end], oldest_unsettled, indices, slots, begin
     )
     forget_unknown(places, slots[:count])
-    push_due(due, np.full(count, step, np.int32), indices[:count], slots[:count])
+    steps = np.empty(count, np.int32)
+    steps[:] = step
+    push_due(due, steps, indices[:count], slots[:count])
 
 
 @jit
@@ -284,13 +286,14 @@ def _evict(
     counts: Int64Array,
 ) -> None:
     """Evicts the rows in freed slots (n,), the first `num_overlapped` of them ahead."""
-    end = begin + len(freed)
-    evicted.slots[begin:end] = freed
+    evicted_slots = evicted.slots
+    for index in range(len(freed)):
+        evicted_slots[begin + index] = freed[index]
     evict(
         shard.slots_of_rows,
         shard.rows_of_slots,
         freed,
-        evicted.rows[begin:end],
+        evicted.rows[begin : begin + len(freed)],
         num_overlapped,
         ticks.overlapped,
         ticks.step,
@@ -344,8 +347,7 @@ def _fetch(
 def join_shard(
     shard: int,
     begin: int,
-    num_moved: Int64Array,
-    num_overlapped: Int64Array,
+    counts: Int64Array,
     parts: Moved,
     joined: Moved,
 ) -> None:
@@ -357,14 +359,19 @@ def join_shard(
     Args:
         shard: The shard.
         begin: Where in `parts` its rows begin.
-        num_moved: (S,) how many rows each shard moves.
-        num_overlapped: (S,) how many of them, the first ones, are overlapped.
+        counts: (S, 2) how many rows each shard moves, and how many of them, the first ones, are
+            overlapped.
         parts: What the shards have written.
         joined: Is filled.
     """
-    first_overlapped = num_overlapped[:shard].sum()
-    first_urgent = num_overlapped.sum() + num_moved[:shard].sum() - first_overlapped
-    middle, end = begin + num_overlapped[shard], begin + num_moved[shard]
+    first_overlapped = first_urgent = 0
+    for other in range(len(counts)):
+        num_moved, num_overlapped = counts[other, 0], counts[other, 1]
+        first_urgent += num_overlapped
+        if other < shard:
+            first_overlapped += num_overlapped
+            first_urgent += num_moved - num_overlapped
+    middle, end = begin + counts[shard, 1], begin + counts[shard, 0]
     _copy_moved(parts, begin, middle, joined, first_overlapped)
     _copy_moved(parts, middle, end, joined, first_urgent)
 
@@ -372,5 +379,24 @@ def join_shard(
 @jit
 def _copy_moved(parts: Moved, begin: int, end: int, joined: Moved, first: int) -> None:
     """Copies the rows and slots of `parts` from `begin` to `end` into `joined` from `first` on."""
-    joined.rows[first : first + end - begin] = parts.rows[begin:end]
-    joined.slots[first : first + end - begin] = parts.slots[begin:end]
+    # Loops, since numba's copies of slices bring a message for slices of unequal lengths, which
+    # takes longer to compile than all else here.
+    part_rows, rows, part_slots, slots = parts.rows, joined.rows, parts.slots, joined.slots
+    for index in range(end - begin):
+        rows[first + index] = part_rows[begin + index]
+    for index in range(end - begin):
+        slots[first + index] = part_slots[begin + index]
+
+
+@jit
+def total_counts(counts: Int64Array) -> Int64Array:
+    """What all shards have together (DONE + 1,) of what is counted of each (S, DONE + 1)."""
+    totals = np.zeros(DONE + 1, np.int64)
+    totals[OVERLAPPED_FENCE] = totals[URGENT_FENCE] = -1
+    for shard in range(len(counts)):
+        for kind in range(DONE + 1):
+            if kind == OVERLAPPED_FENCE or kind == URGENT_FENCE:
+                totals[kind] = max(totals[kind], counts[shard, kind])
+            else:
+                totals[kind] += counts[shard, kind]
+    return totals
