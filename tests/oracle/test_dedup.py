@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from itertools import chain, pairwise
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from tests import reference, strategies
 
 from bagpipe.errors import DataError
 from bagpipe.optimizers import SGD
-from bagpipe.oracle.dedup import DedupedGroup, dedup
+from bagpipe.oracle.dedup import DedupedGroup, _dedup, dedup
 from bagpipe.plan import MAX_PIECE_LENGTH
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
@@ -108,6 +110,27 @@ def test_the_first_of_many_bad_ids_is_named_wherever_it_stands(dtype: type) -> N
     values[[700, 701, 1500]] = 2**31 - 1, 55, 100
     with pytest.raises(DataError, match=r"feature 'user': id 2147483647 \(lookup 700 "):
         dedup(group, Jagged(keys=("user", "item"), values=values, batch_size=1000))
+
+
+def test_ids_of_any_kind_are_right_and_need_no_compilation_of_their_own() -> None:
+    (group,) = group_tables(TABLES, SGD(lr=0.1))
+    rows = np.random.default_rng(3).integers(0, 10, 8)
+    read_only = rows.astype(np.int32)
+    read_only.flags.writeable = False
+
+    def unique_rows(values: npt.NDArray[np.integer]) -> list[int]:
+        batch = Jagged(keys=("user", "item"), values=values, batch_size=4)
+        return dedup(group, batch).unique_rows.tolist()
+
+    expected = unique_rows(rows)
+    assert unique_rows(rows.astype(np.int32)) == expected
+    compiled = list(cast(Any, _dedup).signatures)
+    for values in (rows.astype(np.uint8), rows.astype(np.uint64), np.repeat(rows, 2)[::2]):
+        assert unique_rows(values) == expected
+    assert unique_rows(read_only) == expected
+    assert list(cast(Any, _dedup).signatures) == compiled
+    with pytest.raises(DataError, match=rf"id {2**64 - 1} "):
+        unique_rows(np.full(8, 2**64 - 1, np.uint64))
 
 
 def test_a_missing_feature_is_named() -> None:

@@ -89,7 +89,7 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
     weights = np.empty(0, np.float32) if lookups.weights is None else lookups.weights
     bag_weights = np.empty_like(weights)
     unique_rows, piece_offsets, long_uniques, long_offsets, bad_feature, bad_lookup = _dedup(
-        batch.values,
+        _as_compiled_for(batch.values),
         lookups.feature_starts,
         lookups.feature_lengths,
         np.asarray(group.feature_tables, np.int64),
@@ -115,6 +115,18 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
         lookup_weights=lookups.weights,
         bag_weights=None if lookups.weights is None else bag_weights,
     )
+
+
+def _as_compiled_for(ids: npt.NDArray[np.integer]) -> Int32Array | Int64Array:
+    """Ids as one of the two kinds of arrays for which `_dedup` is compiled: int32 or int64.
+
+    Others are copied: to compile for them, too, would stop a running loop for seconds. An id of
+    2**63 or more becomes negative, which is as bad.
+    """
+    is_short = ids.dtype == np.int32
+    if (is_short or ids.dtype == np.int64) and ids.flags.c_contiguous and ids.flags.writeable:
+        return ids
+    return ids.astype(np.int32 if is_short else np.int64)
 
 
 @jit
