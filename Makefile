@@ -20,6 +20,7 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED)  ## the tests that take minutes: thousands of simulated runs with faults
 	$(BIN)/python -m pytest --numprocesses=2 -m soak
+	$(BIN)/python -m pytest --numprocesses=2 --hypothesis-profile=soak tests/oracle tests/store
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -7,6 +7,9 @@ from hypothesis import HealthCheck, settings
 
 # An example that compiles a loop, or runs beside other work, takes long once and is right.
 settings.register_profile("bagpipe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "soak", settings.get_profile("bagpipe"), max_examples=1000
+)  # see `strategies.examples`
 settings.load_profile("bagpipe")
 
 

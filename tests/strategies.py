@@ -5,10 +5,16 @@ quickly.
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from bagpipe.optimizers import SGD, Optimizer
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
+
+
+def examples(number: int) -> int:
+    """How many examples a test tries: `number` in `make test`, ten times as many in `make soak`."""
+    return number * settings.default.max_examples // 100
 
 
 @st.composite

@@ -35,7 +35,7 @@ def smallest_cache(group: Group, batches: list[Jagged]) -> int:
     st.integers(0, 4),
     st.integers(0, 5),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=strategies.examples(150), deadline=None)
 def test_plans_keep_the_invariants_and_fetch_what_the_naive_oracle_fetches(
     trace: tuple[Group, list[Jagged]],
     extra_slots: int,
@@ -67,7 +67,7 @@ def test_plans_keep_the_invariants_and_fetch_what_the_naive_oracle_fetches(
 
 
 @given(strategies.group_traces(), st.integers(0, 30), st.integers(1, 30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=strategies.examples(25), deadline=None)
 def test_plans_are_deterministic(
     trace: tuple[Group, list[Jagged]], extra_slots: int, lookahead: int
 ) -> None:
@@ -85,7 +85,7 @@ def test_plans_are_deterministic(
 
 
 @given(strategies.group_traces(), st.integers(0, 30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=strategies.examples(25), deadline=None)
 def test_auto_lookahead_keeps_the_invariants(
     trace: tuple[Group, list[Jagged]], extra_slots: int
 ) -> None:

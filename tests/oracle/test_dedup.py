@@ -55,7 +55,7 @@ def check_schedule(group: Group, batch: Jagged, deduped: DedupedGroup) -> None:
 
 
 @given(strategies.group_traces())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=strategies.examples(75), deadline=None)
 def test_matches_the_naive_reading(trace: tuple[Group, list[Jagged]]) -> None:
     group, batches = trace
     for batch in batches:

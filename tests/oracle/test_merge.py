@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import reference
+from tests import reference, strategies
 
 from bagpipe.optimizers import SGD
 from bagpipe.oracle import dedup
@@ -15,7 +15,7 @@ from bagpipe.types import Jagged, TableConfig, group_tables
 
 
 @given(st.data(), st.sampled_from([1, 2, 40, 2**40]), st.sampled_from([1, 2, 3, 8, MAX_TRAINERS]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=strategies.examples(80), deadline=None)
 def test_rows_are_numbered_shard_by_shard_in_first_use_order_with_the_set_of_their_users(
     data: st.DataObject, num_rows: int, num_trainers: int
 ) -> None:

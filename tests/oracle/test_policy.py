@@ -19,7 +19,7 @@ from bagpipe.types import Group, Jagged, TableConfig, group_tables
 @given(
     strategies.group_traces(), st.integers(0, 20), st.integers(1, 10), st.sampled_from([1, 2, 3])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=strategies.examples(30), deadline=None)
 def test_plans_of_another_policy_keep_the_invariants_and_fetch_no_less(
     trace: tuple[Group, list[Jagged]], extra_slots: int, lookahead: int, num_trainers: int
 ) -> None:

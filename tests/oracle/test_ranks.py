@@ -45,7 +45,11 @@ Trace = tuple[Group, list[Jagged]]
     ahead=st.integers(0, 5),
     overlap=st.booleans(),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=strategies.examples(75),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 def test_every_rank_finds_current_rows_and_every_gradient_is_applied_once(
     trace: Trace,
     num_trainers: int,

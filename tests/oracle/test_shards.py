@@ -83,7 +83,7 @@ def zipf_trace(num_rows: int, num_batches: int, batch_size: int) -> tuple[Group,
     prefetch_depth=st.integers(0, 4),
 )
 @settings(
-    max_examples=200,
+    max_examples=strategies.examples(80),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -124,7 +124,7 @@ def test_each_shard_fetches_and_evicts_as_the_naive_oracle_of_a_small_cache(
     overlap=st.booleans(),
 )
 @settings(
-    max_examples=60,
+    max_examples=strategies.examples(30),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

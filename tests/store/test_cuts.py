@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import strategies
 from tests.soon import SOON_S, TIMEOUT_S
 from tests.store_contract import (
     SEED,
@@ -220,7 +221,7 @@ DEEDS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=strategies.examples(100), deadline=None)
 @given(deeds=st.lists(DEEDS, max_size=30), block_rows=st.integers(1, 9), is_full=st.booleans())
 def test_equals_dicts_whatever_happens_beside_a_cut(
     deeds: list[tuple[Any, ...]], block_rows: int, is_full: bool

@@ -117,7 +117,7 @@ def dedup(group: Group, batch: Jagged) -> DedupedGroup:
     )
 
 
-def _as_compiled_for(ids: npt.NDArray[np.integer]) -> Int32Array | Int64Array:
+def _as_compiled_for(ids: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
     """Ids as one of the two kinds of arrays for which `_dedup` is compiled: int32 or int64.
 
     Others are copied: to compile for them, too, would stop a running loop for seconds. An id of
@@ -126,7 +126,7 @@ def _as_compiled_for(ids: npt.NDArray[np.integer]) -> Int32Array | Int64Array:
     is_short = ids.dtype == np.int32
     if (is_short or ids.dtype == np.int64) and ids.flags.c_contiguous and ids.flags.writeable:
         return ids
-    return ids.astype(np.int32 if is_short else np.int64)
+    return ids.astype(np.int32) if is_short else ids.astype(np.int64)
 
 
 @jit
