@@ -91,12 +91,13 @@ def _add_one(number: int) -> int:
 
 @jit
 def _add_two(number: int) -> int:
-    return _add_one(_add_one(number))
+    return _add_one(number) + _add_one(0)
 
 
-def test_what_compiled_code_calls_is_compiled_for_python_only_when_python_calls_it() -> None:
+def test_what_compiled_code_calls_is_compiled_once_and_for_python_when_python_calls_it() -> None:
     door = cast(Any, _add_one)
     assert _add_two(1) == 3
+    assert len(door.get_overload.__self__.signatures) == 1
     assert door.signatures == []
     assert _add_one(1) == 2
     assert len(door.signatures) == 1

@@ -34,7 +34,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numba
 import numpy as np
-from numba.core import event, serialize
+from numba.core import event, serialize, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu_options import ParallelOptions
 
@@ -148,8 +148,13 @@ def _compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
     options |= {"nogil": True, "cache": True, "no_cfunc_wrapper": True}
     njit: Any = numba.njit  # its types know nothing of wrappers
     door, inner = njit(**options)(function), njit(**options, no_cpython_wrapper=True)(function)
-    # numba asks the door of a function that compiled code calls: the inner one answers
-    door.get_call_template, door.get_overload = inner.get_call_template, inner.get_overload
+    # numba asks the door of a function that compiled code calls: the inner one answers, for numbers
+    # that are constants as for others, where numba would compile once for each
+    plain: Any = types.unliteral
+    door.get_call_template = lambda args, kws: inner.get_call_template(
+        tuple(map(plain, args)), {name: plain(kind) for name, kind in kws.items()}
+    )
+    door.get_overload = inner.get_overload
     inner_file = inner._cache._cache_file
     inner_file._index_name = f"inner.{inner_file._index_name}"
     inner_file._index_path = os.path.join(inner_file._cache_path, inner_file._index_name)
