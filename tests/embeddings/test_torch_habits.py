@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -232,6 +233,23 @@ def test_bags_of_one_id_need_no_offsets() -> None:
     assert Jagged.from_dict({"a": [[], None]}).values.dtype == np.int64
 
 
+class JaggedTensor:
+    """What Bagpipe reads of TorchRec's."""
+
+    def values(self) -> torch.Tensor:
+        return torch.tensor([6, 6, 5])
+
+    def lengths(self) -> torch.Tensor:
+        return torch.tensor([0, 3])
+
+
+def test_a_jagged_tensor_is_the_bags_of_a_feature() -> None:
+    batch = Jagged.from_dict({"hour": [3, 4], "genre": JaggedTensor()})
+    assert batch.values.tolist() == [3, 4, 6, 6, 5]
+    assert batch.offsets is not None
+    assert batch.offsets.tolist() == [0, 1, 2, 2, 5]
+
+
 def test_weights_come_with_their_bags() -> None:
     batch = Jagged.from_dict({"a": [[1, 2], []]}, weights={"a": [[0.5, 2], None]})
     assert batch.weights is not None
@@ -343,6 +361,17 @@ def test_a_stream_is_as_long_as_its_loader(embeddings: EmbeddingBagCollection) -
         with pytest.raises(TypeError, match="the loader, a generator, has no length"):
             len(batches)
         assert len(list(batches)) == 1
+
+
+def test_a_stream_logs_its_cache_under_the_packages_name(
+    embeddings: EmbeddingBagCollection, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="bagpipe"):
+        bagpipe.lookahead([BATCH], embeddings, cache=[9, 5], lookahead=3).close()
+    (record,) = caplog.records
+    assert record.name == "bagpipe.lookahead"
+    said = "step 0: reading ahead (lookahead 3, prefetch depth 2), a cache of 9 + 5 rows"
+    assert record.getMessage() == said
 
 
 def test_the_batches_have_the_loaders_type() -> None:

@@ -7,6 +7,7 @@ there (`waits` says for how long).
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -31,6 +32,7 @@ from bagpipe.oracle.report import OracleReport
 
 BatchT = TypeVar("BatchT")
 _STOP_TIMEOUT_S = 5.0
+_logger = logging.getLogger("bagpipe.lookahead")
 
 
 class Lookahead(Generic[BatchT]):
@@ -79,6 +81,13 @@ class Lookahead(Generic[BatchT]):
         except BaseException:
             embeddings.stop()
             raise
+        _logger.info(
+            "step %d: reading ahead (lookahead %s, prefetch depth %d), a cache of %s rows",
+            options.first_step,
+            options.lookahead,
+            options.prefetch_depth,
+            " + ".join(f"{slots:,}" for slots in options.num_slots),
+        )
 
     @property
     def waits(self) -> Waits:
