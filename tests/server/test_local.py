@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 import pyarrow.flight as flight
 import pytest
-from tests.soon import SOON_S
+from tests.processes import is_alive
+from tests.soon import SOON_S, wait_until
 
 from bagpipe.config.servers import ServersConfig, split_address
 from bagpipe.errors import ConfigError, StoreError
@@ -74,15 +74,8 @@ def process_of(number: int, agent: subprocess.Popen[bytes]) -> int:
         return peer_of(asking)[0]
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def wait_until_gone(pid: int) -> None:
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: not is_alive(pid))
 
 
 def test_all_trainers_find_one_server_also_after_a_restart_until_their_agent_ends(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.processes import is_alive
 from tests.soon import wait_until
 from tests.train.ranks import run_ranks
 from tests.train.test_trainers import Trainer, linear_loss, make_batches, make_tables, plain, train
@@ -28,10 +28,6 @@ GROUPS = group_tables(make_tables(), OPTIMIZER)
 def server_of(tables: ServedTables) -> int:
     """The process of this host's server."""
     return peer_of(tables.holds[0])[0]
-
-
-def is_gone(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists()
 
 
 def test_uneven_hosts_with_a_server_each_equal_one_trainer_to_the_bit() -> None:
@@ -79,13 +75,13 @@ def test_tables_are_apart_from_others_and_their_server_ends_with_the_last_who_ha
             second.stores[0].fetch(rows, found)
             assert not np.array_equal(found, ones)
             first.close()
-            wait_until(lambda: is_gone(pids[0]))
-            assert not is_gone(pids[1])
+            wait_until(lambda: not is_alive(pids[0]))
+            assert is_alive(pids[1])
         communicator.barrier("waiting for rank 1 to have read")
         second.close()
 
     run_ranks(2, work, with_servers=True)
-    wait_until(lambda: is_gone(pids[1]))
+    wait_until(lambda: not is_alive(pids[1]))
 
 
 def test_a_server_that_was_killed_is_told_by_all_who_ask_it() -> None:
