@@ -23,6 +23,9 @@ from benchmarks.recovery.run import Died
 from benchmarks.recovery.settings import PARTS, Event
 from benchmarks.remote.settings import End, RemoteBench
 
+# on a new machine the first one compiles most loops
+pytestmark = pytest.mark.timeout(400)
+
 REMOTE = RemoteBench(**QUICK)
 
 

@@ -21,6 +21,9 @@ from benchmarks.remote.settings import ARMS, NO_CACHE, QUICK, RemoteBench
 from benchmarks.remote.trainer import run_turns
 from benchmarks.streams import make_batches
 
+# on a new machine these compile most loops, two processes at a time
+pytestmark = pytest.mark.timeout(400)
+
 BENCH = RemoteBench(**QUICK | {"devices_ms": (0.01,)})
 TRAINING = [arm for arm in ARMS if arm not in ("device", "resident")]
 GROUP = BENCH.group
