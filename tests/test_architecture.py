@@ -128,8 +128,11 @@ def test_the_public_surface() -> None:
         "Uniform",
         "__version__",
         "collate",
+        "dense_state_dict",
         "lookahead",
         "models",
+        "restore",
+        "save",
         "store",
     ]
     assert all(getattr(bagpipe, name) is not None for name in bagpipe.__all__)

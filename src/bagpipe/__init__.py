@@ -15,6 +15,8 @@ from bagpipe.version import __version__
 
 if TYPE_CHECKING:
     from bagpipe import models, store
+    from bagpipe.checkpoint.dense import dense_state_dict
+    from bagpipe.checkpoint.own_loops import restore, save
     from bagpipe.distributed.communicator import Communicator
     from bagpipe.embeddings.collate import collate
     from bagpipe.embeddings.collection import EmbeddingBagCollection
@@ -34,8 +36,11 @@ __all__ = [
     "Uniform",
     "__version__",
     "collate",
+    "dense_state_dict",
     "lookahead",
     "models",
+    "restore",
+    "save",
     "store",
 ]
 
@@ -43,7 +48,10 @@ _LAZY = {
     "Communicator": "bagpipe.distributed.communicator",
     "EmbeddingBagCollection": "bagpipe.embeddings.collection",
     "collate": "bagpipe.embeddings.collate",
+    "dense_state_dict": "bagpipe.checkpoint.dense",
     "lookahead": "bagpipe.embeddings.lookahead",
+    "restore": "bagpipe.checkpoint.own_loops",
+    "save": "bagpipe.checkpoint.own_loops",
 }
 _MODULES = ("models", "store")
 """Parts of the package that a user calls by name."""

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from bagpipe.checkpoint.dense import dense_state, load_dense_state
+from bagpipe.checkpoint.dense import Optimizers, dense_state, load_dense_state
 from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.checkpoint.files import CheckpointWriter, list_checkpoints, prune
 from bagpipe.config.compare import Difference, compare_configs
@@ -67,8 +67,10 @@ class State:
     """The parts of a run that training changes."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     embeddings: Embeddings
+    own: Mapping[str, Any] | None = None
+    """What an own loop adds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,9 @@ def take_moment(state: State, position: Position, config: Mapping[str, Any]) -> 
     """Copies all of `state` but its records, so that training can go on."""
     content = _content(state, position, config)
     return Moment(
-        step=state.embeddings.step, dense=dense_state(state.model, state.optimizer), content=content
+        step=state.embeddings.step,
+        dense=dense_state(state.model, state.optimizer, state.own),
+        content=content,
     )
 
 
@@ -147,7 +151,7 @@ def save_checkpoint(
         if not trainers.is_first:
             return
         with writer:
-            writer.write_bytes(DENSE, dense_state(state.model, state.optimizer))
+            writer.write_bytes(DENSE, dense_state(state.model, state.optimizer, state.own))
             described = [
                 describe(
                     store.group,
@@ -274,8 +278,18 @@ def load_checkpoint(saved: SavedRun, state: State, trainers: Trainers = _ALONE) 
         StoreError: a store can't be written.
     """
     load_moment(saved, state)
+    load_records(saved, state.embeddings, trainers)
+
+
+def load_records(saved: SavedRun, embeddings: Embeddings, trainers: Trainers = _ALONE) -> None:
+    """Puts a verified checkpoint's records, and no others, into stores; of `trainers` the first.
+
+    Raises:
+        CheckpointError: a file is not what the manifest says.
+        StoreError: a store can't be written.
+    """
     if trainers.is_first:
-        for store, files in zip(state.embeddings.stores, saved.record_files, strict=True):
+        for store, files in zip(embeddings.stores, saved.record_files, strict=True):
             _load_records(saved.path, store, files)
 
 

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from bagpipe.cache.executor import Waits
 from bagpipe.distributed.lockstep import plan_act
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.joint import JointCollections
+from bagpipe.embeddings.loader_states import LoaderStates
 from bagpipe.embeddings.move import MakeBatch, Move, take_apart
 from bagpipe.embeddings.oracle_process import start_oracle
 from bagpipe.errors import BackgroundError, ConfigError, DataError, LostError, UsageError
@@ -65,6 +67,7 @@ class Lookahead(Generic[BatchT]):
         self._peers = embeddings.peers
         self._has_others = self._peers.has_others
         self._pid = os.getpid()
+        states = LoaderStates(batches, options.first_step, is_elsewhere=in_process)
         # Held while a batch is asked for, and for ever by a call that was interrupted.
         self._turn = threading.Lock()
         self._is_closed = False
@@ -76,7 +79,7 @@ class Lookahead(Generic[BatchT]):
             self._source: PlanSource[Any] = (
                 self._process_source(batches, options, adapter)
                 if in_process
-                else ThreadSource(batches, options, adapter)
+                else ThreadSource(states if states.has_state else batches, options, adapter)
             )
         except BaseException:
             embeddings.stop()
@@ -88,6 +91,7 @@ class Lookahead(Generic[BatchT]):
             options.prefetch_depth,
             " + ".join(f"{slots:,}" for slots in options.num_slots),
         )
+        embeddings.stream, embeddings.loader_states = weakref.ref(self), states
 
     @property
     def waits(self) -> Waits:
@@ -210,6 +214,13 @@ class Lookahead(Generic[BatchT]):
         self._end_step()
         self._source.end_step(self._embeddings.step - 1)
         self._embeddings.flush()
+
+    def settle(self) -> None:
+        """As `flush`, but a batch of which nothing was looked up yet stays to be trained."""
+        if self._owns_embeddings and not self._embeddings.is_batch_unused:
+            self.flush()
+        else:
+            self._embeddings.flush()
 
     def _give_up(self, error: BaseException) -> None:
         """Ends the stream after an error.

@@ -8,8 +8,9 @@ fused optimizers. In evaluation (`eval()`) it reads the stores, for any batch, a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from bagpipe.embeddings.capacity import make_caches
 from bagpipe.embeddings.executor_part import ExecutorPart
 from bagpipe.embeddings.grad_scaling import GradScaling
 from bagpipe.embeddings.learning_rates import common_rate, new_rates
+from bagpipe.embeddings.loader_states import LoaderStates
 from bagpipe.embeddings.lookup_function import Lookup
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.embeddings.stored_tables import StoredTables
@@ -32,6 +34,13 @@ from bagpipe.native.spans import span
 from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Group
+
+
+class Stream(Protocol):
+    """What embeddings know of the `bagpipe.lookahead` that serves them."""
+
+    def settle(self) -> None:
+        """See `Lookahead.settle`."""
 
 
 class EmbeddingBagCollection(StoredTables):
@@ -87,7 +96,11 @@ class EmbeddingBagCollection(StoredTables):
         self._features = [group.features for group in self.groups]
         self._failure: BaseException | None = None
         self._current_sparse: object = None
-        self._was_served = False
+        self._was_asked = self._was_served = False
+        self.stream: Callable[[], Stream | None] = lambda: None
+        """The `bagpipe.lookahead` that serves these embeddings, or served them last."""
+        self.loader_states: LoaderStates[Any] | None = None
+        """Where its loader was, behind each batch."""
         self._num_streams = 0
         self._to_update: tuple[DevicePlan, ...] = ()
         # Autograd calls a function's backward only if one of its inputs wants a gradient; the
@@ -291,7 +304,7 @@ class EmbeddingBagCollection(StoredTables):
 
     def expect(self, sparse: object) -> None:
         """Takes `sparse` as that of the step whose rows are ready."""
-        self._current_sparse, self._was_served = sparse, False
+        self._current_sparse, self._was_asked, self._was_served = sparse, False, False
 
     def end_step(self) -> None:
         """Closes the step that `begin_step` opened, if there is one."""
@@ -303,6 +316,30 @@ class EmbeddingBagCollection(StoredTables):
     def note_step(self, step: int) -> None:
         """Takes it that `step` steps are trained, and that no batch is being trained."""
         self.step, self._current_sparse = step, None
+
+    @property
+    def is_batch_unused(self) -> bool:
+        """Whether a batch has been handed out whose embeddings nobody has asked for yet."""
+        return (
+            self.executor is not None
+            and self.executor.current is not None
+            and not (self._was_asked)
+        )
+
+    @contextmanager
+    def being_restored(self) -> Iterator[None]:
+        """While all records are replaced; after a failure the tables refuse all use.
+
+        Raises:
+            UsageError: a stream is running.
+        """
+        self._check_idle("restore")
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+        self._failure, self.stream, self.loader_states = None, lambda: None, None
 
     def flush(self) -> None:
         """Writes all resident rows to the stores, which hold everything until the next update.
@@ -406,4 +443,5 @@ class EmbeddingBagCollection(StoredTables):
                 f"step {self.step}: forward was given other ids than those of the batch that "
                 "bagpipe.lookahead handed out last; its plan is for that batch alone"
             )
+        self._was_asked = True
         return self.executor.current

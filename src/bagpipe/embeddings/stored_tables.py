@@ -139,7 +139,10 @@ class StoredTables(nn.Module, ABC):
     ) -> None:
         """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
         destination.update(
-            {prefix + _weight_key(name): table for name, table in self.tables().items()}
+            {
+                prefix + _weight_key(name): table  # which flushes when it is read
+                for name, table in self._tables(self._make_readable).items()
+            }
         )
 
     def _load_from_state_dict(  # the signature is nn.Module's
