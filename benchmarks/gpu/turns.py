@@ -149,7 +149,11 @@ class Turns:
                     self._group,
                     all_batches(source, self._workload.batch_size, self._stream.num_batches),
                     device=self._device,
-                    store=(lambda group, seed: FileStore(group, seed, self._folder / "store"))
+                    store=(
+                        lambda group, seed: FileStore(
+                            group, seed, self._folder / "store", existing="overwrite"
+                        )
+                    )
                     if in_file
                     else None,
                 )

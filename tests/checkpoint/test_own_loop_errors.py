@@ -85,12 +85,17 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(tmp_path: Path) -> No
     refused("the seed 0, these embeddings have 1: rows that no batch has touched would differ")
     others["embeddings"] = Loop().embeddings
     refused(r"holds another model: .*'hidden.bias', 'hidden.weight'", model=torch.nn.Linear(2, 2))
-    wider = torch.nn.ModuleDict({**other.model, "last": torch.nn.Linear(5, 1)})
-    refused(r"last.weight has the shape \(1, 4\) there and \(1, 5\) here", model=wider)
+    for last, message in (
+        (torch.nn.Linear(5, 1), r"last.weight is .*shape \(1, 4\) there and .*\(1, 5\) here"),
+        (torch.nn.Linear(4, 1).half(), "last.weight is torch.float32 .*there and torch.float16"),
+    ):
+        refused(message, model=torch.nn.ModuleDict({**other.model, "last": last}))
     refused(
         r"other dense optimizers: .*\[\[2\], \[2\]\] .* \[\[2\]\]", optimizer=loop.optimizers[0]
     )
     refused(r"no state of \['scaler'\], only of \['schedule'\]", stateful={"scaler": loop.schedule})
+    with pytest.raises(UsageError, match="embeddings are a ModuleDict, must be a"):
+        bagpipe.restore(tmp_path, other.model)  # type: ignore[arg-type]
     stream = bagpipe.lookahead(BATCHES, others["embeddings"])
     with pytest.raises(UsageError, match=r"restore while bagpipe.lookahead is running"):
         bagpipe.restore(tmp_path, **others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from tests.checkpoint.own_loop import BATCHES, NUM_STEPS, Loop, assert_equal, save_at
 from tests.train.ranks import run_ranks
 from tests.train.test_trainers import linear_loss, make_batches, make_tables
+from torch.utils.data import RandomSampler
 
 import bagpipe
 from bagpipe.checkpoint.checkpoints import State, save_checkpoint
@@ -230,3 +232,34 @@ def test_a_run_of_bagpipe_train_is_restored(tmp_path: Path) -> None:
     assert_equal(other, loop)
     with pytest.raises(CheckpointError, match="the seed 0, these embeddings have 1"):
         bagpipe.restore(tmp_path, Loop(1).embeddings)
+
+
+def test_the_page_on_own_loops_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "own-loops.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {})
+    saved = sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir())
+    assert saved == ["step-0000000040", "step-0000000060"]
+
+
+def test_torchdata_s_loader_goes_on_behind_what_was_trained(tmp_path: Path) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
+
+    def loader() -> Any:
+        generator = torch.Generator().manual_seed(3)
+        return stateful.StatefulDataLoader(
+            BATCHES, batch_size=None, sampler=RandomSampler(BATCHES, generator=generator)
+        )
+
+    expected, loop, whole, stopped = Loop(), Loop(), loader(), loader()
+    for _ in range(2):
+        expected.train(whole)
+        loop.train(stopped, save_at(loop, tmp_path, 27))
+    resumed, again = Loop(), loader()
+    assert resumed.restore(tmp_path, loader=again).step == 27
+    resumed.train(again)
+    assert_equal(resumed, expected)
+    assert resumed.embeddings.step == 40

@@ -28,7 +28,9 @@ def in_memory(group: Group, seed: int, shard: int, num_shards: int) -> ArrayStor
 def in_files(folder: Path) -> MakeStore:
     def make(group: Group, seed: int, shard: int, num_shards: int) -> ArrayStore:
         place = folder / f"{abs(hash((repr(group), seed)))}-{shard}-{num_shards}"
-        return FileStore(group, seed, place, shard=shard, num_shards=num_shards)
+        return FileStore(
+            group, seed, place, shard=shard, num_shards=num_shards, existing="overwrite"
+        )
 
     return make
 

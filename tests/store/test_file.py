@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tests.disks import files_of_at_most
 from tests.soon import SOON_S
 from tests.store_contract import (
     StoreContract,
@@ -30,6 +32,7 @@ from bagpipe.errors import StoreError
 from bagpipe.optimizers import Adam, RowWiseAdagrad
 from bagpipe.store import FileStore
 from bagpipe.store.sparse_file import SparseFile
+from bagpipe.topology import shards_of
 from bagpipe.types import Group, Int64Array
 
 
@@ -40,15 +43,86 @@ class TestFileStore(StoreContract):
         return lambda group, seed: FileStore(group, seed, tmp_path / str(next(numbers)))
 
 
-def test_a_store_starts_empty_over_its_own_old_files(tmp_path: Path) -> None:
+def test_a_store_starts_empty_over_its_own_old_files_where_asked(tmp_path: Path) -> None:
     rows = rows_of(3, 900)
     old = FileStore(make_group(), 5, tmp_path)
     old.write(rows, records_of(rows))
-    new = FileStore(make_group(), 5, tmp_path)
+    new = FileStore(make_group(), 5, tmp_path, existing="overwrite")
     assert touched_rows(new) == []
     np.testing.assert_array_equal(fetch(new, rows), initial(new.group, rows))
     new.write(rows, records_of(rows, salt=0.5))
     np.testing.assert_array_equal(fetch(old, rows), records_of(rows))  # each has files of its own
+
+
+@pytest.mark.parametrize(("shard", "num_shards"), [(0, 1), (1, 3)])
+def test_a_closed_store_is_opened_again_or_refused(
+    tmp_path: Path, shard: int, num_shards: int
+) -> None:
+    def make(existing: Any) -> FileStore:
+        options = {"shard": shard, "num_shards": num_shards}
+        return FileStore(make_group(100_000), 5, tmp_path, existing=existing, **options)
+
+    rows = np.arange(100_000)[shards_of(np.arange(100_000), num_shards) == shard][::997]
+    for existing in ("refuse", "reopen"):  # an empty one is as good as none
+        make(existing).close()
+    store = make("reopen")
+    store.write(rows, records_of(rows))
+    with pytest.raises(StoreError, match=r"holds rows of these tables.*'reopen'.*'overwrite'"):
+        make("refuse")
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="existing is 'again', must be"):
+        make("again")
+
+    again = make("reopen")
+    assert touched_rows(again) == rows.tolist()
+    np.testing.assert_array_equal(fetch(again, rows), records_of(rows))
+    again.write(rows[:3], records_of(rows[:3], salt=0.5))
+    again.close()
+    third = make("reopen")
+    np.testing.assert_array_equal(fetch(third, rows[3:]), records_of(rows[3:]))
+    np.testing.assert_array_equal(fetch(third, rows[:3]), records_of(rows[:3], salt=0.5))
+    del third  # as a process that is killed
+    with pytest.raises(StoreError, match=r"was not closed.*restore a checkpoint into it, with"):
+        make("reopen")
+    make("overwrite").close()
+
+
+def test_a_store_that_is_open_or_damaged_is_not_opened_again(tmp_path: Path) -> None:
+    rows = rows_of(3, 900)
+    store = FileStore(make_group(), 5, tmp_path)
+    store.write(rows, records_of(rows))
+    touched = tmp_path / "touched.bits"
+    store.close()
+    first = FileStore(make_group(), 5, tmp_path, existing="reopen")
+    with pytest.raises(StoreError, match="it is open, or its store was not closed"):
+        FileStore(make_group(), 5, tmp_path, existing="reopen")
+    first.close()
+    content = touched.read_bytes()
+    held = SparseFile(tmp_path / "records.f32", 1_300, first.group.record_bytes, is_there=True)
+    with pytest.raises(StoreError, match="is open in another store, of this process or another"):
+        FileStore(make_group(), 5, tmp_path, existing="reopen")
+    held.close()
+    assert touched.read_bytes() == content
+    touched.write_bytes(content[:-1])
+    with pytest.raises(StoreError, match=r"touched\.bits is damaged: restore a checkpoint"):
+        FileStore(make_group(), 5, tmp_path, existing="reopen")
+    touched.write_bytes(content)
+    (tmp_path / "records.f32").write_bytes((tmp_path / "records.f32").read_bytes()[:-4])
+    with pytest.raises(StoreError, match="has 36,396 bytes, not 36,400"):
+        FileStore(make_group(), 5, tmp_path, existing="reopen")
+
+
+def test_a_store_that_cannot_be_kept_says_so_and_is_closed(tmp_path: Path) -> None:
+    rows = rows_of(3, 900)
+    store = FileStore(make_group(), 5, tmp_path)
+    store.write(rows, records_of(rows))
+    with files_of_at_most(100), pytest.raises(StoreError, match=r"can't be kept: .*touched"):
+        store.close()
+    with pytest.raises(StoreError, match="is closed"):
+        fetch(store, rows)
+    with pytest.raises(StoreError, match="was not closed"):
+        FileStore(make_group(), 5, tmp_path, existing="reopen")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +184,8 @@ def test_the_header_says_what_the_files_are(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "header.json").read_text())["tables"] == [["a", 433], ["b", 867]]
     assert (tmp_path / "records.f32").stat().st_size == 1_300 * store.group.record_bytes
     assert {path.name for path in tmp_path.iterdir()} == {"header.json", "records.f32"}
+    store.close()
+    assert (tmp_path / "touched.bits").stat().st_size == 16 + 163
 
 
 def test_disk_use_follows_the_rows_touched_and_clear_gives_it_back(tmp_path: Path) -> None:

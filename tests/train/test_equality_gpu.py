@@ -61,7 +61,9 @@ def run(
     batches = equality.skewed_batches(50)
     store = variant.pop("store", MemoryStore)
     if variant.pop("file", False):
-        store = lambda group, seed: FileStore(group, seed, folder / str(group.index))  # noqa: E731
+        store = lambda group, seed: FileStore(  # noqa: E731
+            group, seed, folder / str(group.index), existing="overwrite"
+        )
     embeddings = EmbeddingBagCollection(
         equality.TABLES, optimizer=optimizer, device=device, seed=11, store=store
     )

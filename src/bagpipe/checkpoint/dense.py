@@ -131,17 +131,17 @@ def check_dense(
             "them"
         )
     for name, value in now.items():
-        if isinstance(value, Tensor) and value.shape != saved[name].shape:
+        there, here = _kind(saved[name]), _kind(value)
+        if there != here:
             raise CheckpointError(
-                f"{path}: holds another model: {name} has the shape {tuple(saved[name].shape)} "
-                f"there and {tuple(value.shape)} here"
+                f"{path}: holds another model: {name} is {there} there and {here} here"
             )
-    there = [_parameters(state["param_groups"]) for state in _states(content)]
-    here = [_parameters(optimizer.param_groups) for optimizer in _listed(optimizers)]
-    if there != here:
+    numbers = [_parameters(state["param_groups"]) for state in _states(content)]
+    own_numbers = [_parameters(optimizer.param_groups) for optimizer in _listed(optimizers)]
+    if numbers != own_numbers:
         raise CheckpointError(
-            f"{path}: holds other dense optimizers: their groups have {there} parameters there and "
-            f"{here} here (a list for each optimizer)"
+            f"{path}: holds other dense optimizers: their groups have {numbers} parameters there "
+            f"and {own_numbers} here (a list for each optimizer)"
         )
 
 
@@ -184,6 +184,12 @@ def _listed(optimizers: Optimizers) -> Sequence[torch.optim.Optimizer]:
 def _states(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     state = content["optimizer"]
     return state if isinstance(state, list) else [state]
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _parameters(groups: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -147,6 +147,7 @@ def save(
         StoreError: rows can't be read.
         UsageError: rows were lost, or a value can't be saved; it is named.
     """
+    _check_embeddings(embeddings)
     if keep < 1:
         raise ConfigError(f"keep is {keep}, must be at least 1")
     trainers, stream = Trainers(embeddings.peers), embeddings.stream()
@@ -160,7 +161,7 @@ def save(
         "loader": _loader_state(embeddings),
         "random_by_rank": _random_by_rank(trainers),
     }
-    _check_readable(own)
+    trainers.all_do("what to save to be looked at", lambda: _check_readable(own), UsageError)
     place = Path(folder).resolve()
     run, doomed = _claimed(place, embeddings, trainers, overwrite=overwrite)
     path = save_checkpoint(
@@ -224,6 +225,7 @@ def restore(
         UsageError: a stream is running.
         StoreError: rows can't be written. The tables then refuse all use until a restore succeeds.
     """
+    _check_embeddings(embeddings)
     place, trainers = Path(folder).resolve(), Trainers(embeddings.peers)
     path = trainers.all_do(
         "a checkpoint to restore", lambda: str(_find(place) or "") if trainers.is_first else ""
@@ -262,6 +264,14 @@ def restore(
     listed = list_checkpoints(run / "checkpoints") if place == run else [saved.path]
     _runs_of(embeddings)[run] = _Known(newest_step=max(step_of(each) for each in listed))
     return Restored(path=saved.path, step=saved.step, extra=own.get("extra", {}))
+
+
+def _check_embeddings(embeddings: object) -> None:
+    if not hasattr(embeddings, "loader_states"):
+        raise UsageError(
+            f"embeddings are a {type(embeddings).__name__}, must be a "
+            "bagpipe.EmbeddingBagCollection: a model around it goes to `model`"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ class Lookahead(Generic[BatchT]):
             options.prefetch_depth,
             " + ".join(f"{slots:,}" for slots in options.num_slots),
         )
-        embeddings.stream, embeddings.loader_states = weakref.ref(self), states
+        embeddings.note_stream(weakref.ref(self), states)
 
     @property
     def waits(self) -> Waits:

@@ -320,11 +320,12 @@ class EmbeddingBagCollection(StoredTables):
     @property
     def is_batch_unused(self) -> bool:
         """Whether a batch has been handed out whose embeddings nobody has asked for yet."""
-        return (
-            self.executor is not None
-            and self.executor.current is not None
-            and not (self._was_asked)
-        )
+        executor = self.executor
+        return executor is not None and executor.current is not None and not self._was_asked
+
+    def note_stream(self, stream: Callable[[], Stream | None], states: LoaderStates[Any]) -> None:
+        """Takes it that a `bagpipe.lookahead` serves these embeddings."""
+        self.stream, self.loader_states = stream, states
 
     @contextmanager
     def being_restored(self) -> Iterator[None]:

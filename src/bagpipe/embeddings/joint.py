@@ -6,15 +6,17 @@ for one of them ends it for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.embeddings.capacity import make_caches
-from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.collection import EmbeddingBagCollection, Stream
 from bagpipe.embeddings.executor_part import ExecutorPart
+from bagpipe.embeddings.loader_states import LoaderStates
 from bagpipe.errors import ConfigError, UsageError
 
 
@@ -109,6 +111,16 @@ class JointCollections:
         self._executor.begin_step()
         for member in self._members:
             member.expect(sparse)
+
+    @property
+    def is_batch_unused(self) -> bool:
+        """Whether a batch has been handed out of which no collection was asked for anything."""
+        return all(member.is_batch_unused for member in self._members)
+
+    def note_stream(self, stream: Callable[[], Stream | None], states: LoaderStates[Any]) -> None:
+        """Takes it that a `bagpipe.lookahead` serves all collections."""
+        for member in self._members:
+            member.note_stream(stream, states)
 
     def end_step(self) -> None:
         """Closes the step that `begin_step` opened, if there is one."""

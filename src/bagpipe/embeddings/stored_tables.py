@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from bagpipe.distributed.alone import Peers, peers_of
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.reading import read_pooled
+from bagpipe.embeddings.table_file import open_table_file
 from bagpipe.embeddings.tables import (
     LazyTable,
     load_tables,
@@ -22,7 +24,7 @@ from bagpipe.embeddings.tables import (
     warn_of_optimizer_state,
 )
 from bagpipe.embeddings.torchrec_configs import as_table
-from bagpipe.errors import ConfigError, UsageError
+from bagpipe.errors import ConfigError, StoreError, UsageError
 from bagpipe.lookups import check_features
 from bagpipe.optimizers import Optimizer
 from bagpipe.store import MemoryStore
@@ -111,6 +113,10 @@ class StoredTables(nn.Module, ABC):
             UsageError: rows were lost by an earlier failure.
         """
         self.flush()
+        return self._tables()
+
+    def _tables(self) -> dict[str, LazyTable]:
+        """As `tables`, flushed when one is read."""
         return {
             table.name: LazyTable(store, index, self.flush, self._check_idle)
             for group, store in zip(self.groups, self.stores, strict=True)
@@ -128,6 +134,38 @@ class StoredTables(nn.Module, ABC):
         """
         save_tables({_weight_key(name): table for name, table in self.tables().items()}, Path(path))
 
+    def load_tables(self, path: str | Path) -> None:
+        """Sets all tables' weights to those of a file that `save_tables` wrote, in bounded memory.
+
+        Optimizer state stays as it is, and an `OptimizerStateWarning` says so: `bagpipe.save` and
+        `bagpipe.restore` keep all of it. With several trainers all must call it. Weights of another
+        data type are rounded to the nearest.
+
+        Args:
+            path: of a safetensors file with each table's weights (num_embeddings, embedding_dim)
+                under its key, float32, bfloat16 or float16.
+
+        Raises:
+            StoreError: the file can't be read or is damaged, or it holds other tables or shapes;
+                nothing was changed.
+            UsageError: a `bagpipe.lookahead` is running.
+        """
+        self._check_idle("load_tables")
+        tables = {_weight_key(name): table for name, table in self.tables().items()}
+
+        def load() -> None:
+            found = open_table_file(Path(path), {key: table.shape for key, table in tables.items()})
+            if self.peers.rank == 0:
+                for key, table in tables.items():
+                    table.load(found[key])
+
+        Trainers(self.peers).all_do("the tables to be loaded", load, StoreError)
+        self._warn_of_optimizer_state("load_tables", len(tables))
+
+    def _warn_of_optimizer_state(self, what: str, num_loaded: int) -> None:
+        if any(group.state_width for group in self.groups):
+            warn_of_optimizer_state(what, num_loaded, type(self.groups[0].optimizer).__name__)
+
     def __reduce__(self) -> NoReturn:
         raise UsageError(
             "embedding tables are neither copied nor pickled whole, they may not fit in memory: "
@@ -139,10 +177,7 @@ class StoredTables(nn.Module, ABC):
     ) -> None:
         """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
         destination.update(
-            {
-                prefix + _weight_key(name): table  # which flushes when it is read
-                for name, table in self._tables(self._make_readable).items()
-            }
+            {prefix + _weight_key(name): table for name, table in self._tables().items()}
         )
 
     def _load_from_state_dict(  # the signature is nn.Module's
@@ -162,8 +197,8 @@ class StoredTables(nn.Module, ABC):
         self._check_idle("load_state_dict")
         known = {prefix + _weight_key(name): table for name, table in self.tables().items()}
         num_loaded = load_tables(known, state_dict, missing_keys, error_msgs)
-        if num_loaded and any(group.state_width for group in self.groups):
-            warn_of_optimizer_state(num_loaded, type(self.groups[0].optimizer).__name__)
+        if num_loaded:
+            self._warn_of_optimizer_state("load_state_dict", num_loaded)
         unexpected_keys.extend(
             key for key in state_dict if key.startswith(prefix) and key not in known
         )

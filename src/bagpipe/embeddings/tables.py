@@ -186,13 +186,12 @@ def load_tables(
     return num_loaded
 
 
-def warn_of_optimizer_state(num_loaded: int, optimizer: str) -> None:
-    """Says what loading `num_loaded` tables from a state dict leaves out."""
+def warn_of_optimizer_state(what: str, num_loaded: int, optimizer: str) -> None:
+    """Says what loading the weights of `num_loaded` tables by a method leaves out."""
     warnings.warn(
-        f"load_state_dict has set the weights of {num_loaded} tables, but a state dict holds no "
-        f"optimizer state: that of {optimizer}, and the count of steps, stay as they are here. A "
-        "run that goes on from here differs from one that was never stopped; the checkpoints of "
-        "`bagpipe train` hold all of it",
+        f"{what} has set the weights of {num_loaded} tables, but was given no optimizer state: "
+        f"that of {optimizer}, and the count of steps, stay as they are here. A run that goes on "
+        "from here differs from one that was never stopped; bagpipe.save keeps all of it",
         OptimizerStateWarning,
-        stacklevel=2,
+        stacklevel=3,
     )

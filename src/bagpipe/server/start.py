@@ -179,7 +179,12 @@ def _stores(served: Served, number: int) -> Iterator[Callable[[Group], ArrayStor
     folder = medium.folder / f"shard-{number}-of-{num_shards}"
     with _held(folder):
         yield lambda group: FileStore(
-            group, seed, folder / f"group-{group.index}", shard=number, num_shards=num_shards
+            group,
+            seed,
+            folder / f"group-{group.index}",
+            shard=number,
+            num_shards=num_shards,
+            existing="overwrite",
         )
 
 

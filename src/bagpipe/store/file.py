@@ -3,9 +3,11 @@
 The plan hides the disk's latency: rows are fetched steps ahead of their use.
 
 A folder holds `records.f32` (num_rows x record_width float32, sparse) and `header.json`, which says
-what it is. They are working state, not a checkpoint: a store starts empty, and a run restores it
-from its checkpoint. Which rows are touched is kept in memory, one byte a row: merely looking at a
-hole of a mapped file may need a block (on tmpfs), and a full disk then kills the process.
+what it is. Which rows are touched is kept in memory, one byte a row: merely looking at a hole of a
+mapped file may need a block (on tmpfs), and a full disk then kills the process. A store that is
+closed leaves that in `touched.bits`, a bit a row, and can be opened again. The file goes when it
+is, since rows then change: after a crash nothing says which rows are whole. A run of `bagpipe
+train` restores its stores from a checkpoint, so its files are working state and start empty.
 
 Why a map and not system calls: rows that the page cache holds, most of a skewed stream's, are then
 plain memory. On one core and a virtual disk, 20,000 random records of 260 bytes in the page cache
@@ -35,59 +37,119 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import xxhash
 
 from bagpipe.errors import StoreError
-from bagpipe.store.array import ArrayStore, Places
+from bagpipe.native.files import replaced
+from bagpipe.store.array import TOUCHED, ArrayStore, Places
 from bagpipe.store.sparse_file import SparseFile
-from bagpipe.types import Float32Array, Group, Int64Array
+from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 
 _FORMAT = 1
-_HEADER, _RECORDS = "header.json", "records.f32"
+_DIGEST_BYTES = 16
+_HEADER, _RECORDS, _TOUCHED = "header.json", "records.f32", "touched.bits"
 
 
 class FileStore(ArrayStore):
     """An `EmbeddingStore` in one folder.
 
     Takes at most `record_bytes` of disk and one byte of memory a row, and what page cache there
-    is. Starts empty, whatever the folder held for these tables before.
+    is.
 
     Args:
         group: the group whose records these are.
         seed: what initial records are drawn from.
         path: the folder, made where it is missing; one that holds other tables' files is refused.
         shard: the shard whose rows it has, of `num_shards`.
+        existing: what becomes of rows of the same tables that the folder holds. "refuse": it is
+            refused. "reopen": the store goes on with them, where it was closed before; the count
+            of steps, which Adam needs, is not among them, see `bagpipe.save`. "overwrite": the
+            store starts empty, and is working state: closing it does not wait for the disk, and
+            it can't be opened again. A checkpoint may be restored into it.
 
     Raises:
-        StoreError: the folder is another store's, or its disk is full or can't be written.
+        StoreError: the folder holds rows that `existing` refuses or that can't be opened, or it is
+            another store's, or its disk is full or can't be written.
     """
 
     def __init__(
-        self, group: Group, seed: int, path: str | Path, *, shard: int = 0, num_shards: int = 1
+        self,
+        group: Group,
+        seed: int,
+        path: str | Path,
+        *,
+        shard: int = 0,
+        num_shards: int = 1,
+        existing: Literal["refuse", "reopen", "overwrite"] = "refuse",
     ) -> None:
+        if existing not in ("refuse", "reopen", "overwrite"):
+            raise StoreError(f"existing is {existing!r}, must be 'refuse', 'reopen' or 'overwrite'")
         self.path = Path(path)
+        self._is_kept, self._pid = existing != "overwrite", os.getpid()
         places = Places(group, shard, num_shards)
         self._num_places = places.num_places
         header = _header(group, seed) | {"shard": shard, "num_shards": num_shards}
         _check_folder(self.path, header)
+        touched = self._kept_rows(group, existing) if _holds_rows(self.path) else None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_header(self.path / _HEADER, header)
-            self._file = SparseFile(self.path / _RECORDS, self._num_places, group.record_bytes)
+            self._file = SparseFile(
+                self.path / _RECORDS,
+                self._num_places,
+                group.record_bytes,
+                is_there=touched is not None,
+            )
+            (self.path / _TOUCHED).unlink(missing_ok=True)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"{self.path} is open in another store, of this process or another one: close "
+                "that first"
+            ) from error
         except (OSError, OverflowError) as error:
             size_bytes = self._num_places * group.record_bytes
             raise StoreError(
                 f"can't create the file store of {group.name} in {self.path}: {_reason(error)}; "
                 f"it needs a writable folder, on a disk that allows files of {size_bytes:,} bytes"
             ) from error
-        super().__init__(group, seed, self._mapped_records(group), places=places)
+        super().__init__(group, seed, self._mapped_records(group), touched, places)
+        if touched is not None:
+            for rows in self._touched_blocks(1 << 20):
+                self._file.note_reserved(self._places(rows))
 
     def close(self) -> None:
-        """See `EmbeddingStore.close`. The files stay."""
+        """See `EmbeddingStore.close`. The files stay, and can be opened again.
+
+        Raises:
+            StoreError: the disk is full or has failed, and they can't.
+        """
+        arrays = self._arrays
         super().close()
-        self._file.close()
+        try:
+            if arrays is not None and self._is_kept and os.getpid() == self._pid:
+                self._file.sync()  # before what says that rows are there
+                _write_touched(self.path / _TOUCHED, arrays[1])
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} can't be kept: {_reason(error)}; it is closed, and can't be opened "
+                "again: restore a checkpoint"
+            ) from error
+        finally:
+            self._file.close()
+
+    def _kept_rows(self, group: Group, existing: str) -> UInt8Array | None:
+        """Which rows (num_rows,) the folder's files hold; None: it is to start empty."""
+        if existing == "overwrite":
+            return None
+        if existing == "refuse":
+            raise StoreError(
+                f"{self.path} holds rows of these tables: FileStore(existing='reopen') goes on "
+                "with them, 'overwrite' starts empty; or choose another folder"
+            )
+        return _read_touched(self.path / _TOUCHED, group.num_rows)
 
     def _mapped_records(self, group: Group) -> Float32Array:
         return np.frombuffer(self._file.map, np.float32).reshape(
@@ -169,3 +231,35 @@ def _check_folder(folder: Path, header: dict[str, Any]) -> None:
             f"{folder} holds the file store of another run or other tables: {key} is "
             f"{found.get(key)!r} there and {header[key]!r} here; {remedy}"
         )
+
+
+def _holds_rows(folder: Path) -> bool:
+    """Whether any row was ever written to a folder's file: only then it has blocks."""
+    try:
+        return (folder / _RECORDS).stat().st_blocks > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _write_touched(path: Path, touched: UInt8Array) -> None:
+    """Writes which rows are touched, a bit a row, behind a checksum of that."""
+    bits = np.packbits(touched & TOUCHED)
+    with replaced(path, StoreError) as partial, partial.open("wb") as file:
+        file.write(xxhash.xxh3_128(bits.data).digest())
+        file.write(bits.data)
+
+
+def _read_touched(path: Path, num_rows: int) -> UInt8Array:
+    """Flags (num_rows,) of the rows that are touched. StoreError: it can't be told."""
+    remedy = "restore a checkpoint into it, with existing='overwrite'"
+    try:
+        content = np.fromfile(path, np.uint8)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{path.parent} can't be opened again: it is open, or its store was not closed, as by "
+            f"a process that was killed, so nothing says which rows are whole: {remedy}"
+        ) from error
+    digest, bits = content[:_DIGEST_BYTES].tobytes(), content[_DIGEST_BYTES:]
+    if len(bits) != -(-num_rows // 8) or xxhash.xxh3_128(bits.data).digest() != digest:
+        raise StoreError(f"{path} is damaged: {remedy}")
+    return np.unpackbits(bits, count=num_rows)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import threading
@@ -32,26 +33,39 @@ Random rows soon reserve the whole file, as they would fill it.
 
 
 class SparseFile:
-    """A new file of `num_items` x `item_bytes` zeros at `path`; `map` is its memory.
+    """A file of `num_items` x `item_bytes` zeros at `path`; `map` is its memory.
 
-    It replaces a file of that name. A process that still has the replaced file mapped keeps it,
-    without a name, so that neither sees the other's rows.
+    A new one replaces a file of that name. A process that still has the replaced file mapped keeps
+    it, without a name, so that neither sees the other's rows. One that `is_there` is opened as it
+    is; of its items those are to be given to `note_reserved` that were reserved before.
 
     Raises:
+        BlockingIOError: another process, or another object, has the file open.
         OSError: the file can't be made, sized or mapped.
     """
 
-    def __init__(self, path: Path, num_items: int, item_bytes: int) -> None:
+    def __init__(
+        self, path: Path, num_items: int, item_bytes: int, *, is_there: bool = False
+    ) -> None:
         self.path = path
         self._item_bytes = item_bytes
         self._size_bytes = size_bytes = num_items * item_bytes
         # No item is longer than a stretch, so its two ends tell all stretches that it lies in.
         self._stretch_bytes = max(STRETCH_BYTES, item_bytes)
-        path.unlink(missing_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        if is_there:
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        else:
+            path.unlink(missing_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         # Closes the file of a store that nobody closed, too.
         self._close_file = weakref.finalize(self, os.close, self._file)
-        os.ftruncate(self._file, size_bytes)
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not is_there:
+            os.ftruncate(self._file, size_bytes)
+        elif os.fstat(self._file).st_size != size_bytes:
+            raise OSError(
+                errno.EINVAL, f"has {os.fstat(self._file).st_size:,} bytes, not {size_bytes:,}"
+            )
         self.map = mmap.mmap(self._file, size_bytes)
         self.map.madvise(mmap.MADV_RANDOM)  # a fault reads one page, not the pages around it
         self._reserved = np.zeros(-(-size_bytes // self._stretch_bytes), np.bool_)
@@ -82,6 +96,16 @@ class SparseFile:
                 )
                 self._reserved[stretch] = True
 
+    def note_reserved(self, items: Int64Array) -> None:
+        """Says of items (n,) int64 that an earlier object has reserved them."""
+        begin = items * self._item_bytes
+        self._reserved[begin // self._stretch_bytes] = True
+        self._reserved[(begin + (self._item_bytes - 1)) // self._stretch_bytes] = True
+
+    def sync(self) -> None:
+        """Returns once all that was written is on disk. OSError: the disk failed, or is full."""
+        os.fsync(self._file)
+
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[None]:
         """Page faults also read the pages that follow, for going through the file in order."""
@@ -107,6 +131,8 @@ class SparseFile:
         The map lives until no array is over it.
         """
         with self._lock:
+            if self._close_file.alive:
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked process has the same file open
             self._close_file()
 
 

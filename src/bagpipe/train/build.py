@@ -306,4 +306,6 @@ def _store_maker(
     store = config.store
     if store.kind == "memory":
         return None
-    return lambda group, seed: FileStore(group, seed, store.folder / f"group-{group.index}")
+    return lambda group, seed: FileStore(
+        group, seed, store.folder / f"group-{group.index}", existing="overwrite"
+    )
