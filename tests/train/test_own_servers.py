@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.processes import is_alive
 from tests.soon import wait_until
 from tests.train.ranks import run_ranks
+from tests.train.runs import small_config
 from tests.train.test_trainers import Trainer, linear_loss, make_batches, make_tables, plain, train
 
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.distributed.served_tables import ServedTables
+from bagpipe.distributed.served_tables import ServedTables, servers_of_hosts
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import StoreError
 from bagpipe.optimizers import SGD
 from bagpipe.server.client import RemoteStore
+from bagpipe.server.local import LocalServer
 from bagpipe.server.staging import peer_of
+from bagpipe.train.report import SilentReporter
+from bagpipe.train.trainer import train as train_run
 from bagpipe.types import group_tables
 
 OPTIMIZER = SGD(lr=0.5)
@@ -96,3 +103,21 @@ def test_a_server_that_was_killed_is_told_by_all_who_ask_it() -> None:
         tables.close()
 
     run_ranks(2, work, with_servers=True)
+
+
+def test_a_run_of_one_trainer_leaves_no_server_to_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def note(*of: Any, **options: Any) -> Sequence[LocalServer]:
+        servers = servers_of_hosts(*of, **options)
+        assert servers[0].hold is not None
+        started.append(peer_of(servers[0].hold)[0])
+        return servers
+
+    monkeypatch.setattr("bagpipe.train.servers.servers_of_hosts", note)
+    config = small_config(tmp_path, servers={}, train={"steps": 2})
+    train_run(config, reporter=SilentReporter())
+    (server,) = started
+    wait_until(lambda: not is_alive(server))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -66,11 +67,13 @@ def joined_servers(
     where = config.servers or ServersConfig()
     addresses: Sequence[str] = where.addresses
     credentials: Credentials | Sequence[Credentials] = client_credentials(where)
-    if not addresses:
-        started = _started(config, groups, where, trainers)
-        addresses = [server.address for server in started]
-        credentials = [server.credentials for server in started]
     with ExitStack() as stack:
+        if not addresses:
+            started = _started(config, groups, where, trainers)
+            for server in started:
+                stack.enter_context(server.hold or nullcontext())
+            addresses = [server.address for server in started]
+            credentials = [server.credentials for server in started]
 
         def connect() -> ServerControl:
             control = ServerControl(
@@ -107,7 +110,10 @@ def joined_servers(
 def _started(
     config: RunConfig, groups: Sequence[Group], servers: ServersConfig, trainers: Trainers
 ) -> Sequence[LocalServer]:
-    """One server a host, which lives as long as the process that started the trainers."""
+    """One server a host, which lives as long as the process that started the trainers.
+
+    A trainer alone, which nothing starts again, has one for itself, as long as it holds it.
+    """
     peers = trainers.peers
     if servers.num_shards not in (None, peers.num_hosts):
         raise ConfigError(
@@ -122,12 +128,10 @@ def _started(
         servers=servers.model_copy(update={"num_shards": peers.num_hosts}),
         folder=config.log.folder,
     )
-    return servers_of_hosts(
-        trainers,
-        served,
-        key=f"{os.getcwd()} {config.model_dump_json()}",
-        lives_with=os.getppid() if peers.has_others else os.getpid(),
-    )
+    if not peers.has_others:
+        return servers_of_hosts(trainers, served, key=secrets.token_hex(16), lives_with=None)
+    key = f"{os.getcwd()} {config.model_dump_json()}"
+    return servers_of_hosts(trainers, served, key=key, lives_with=os.getppid())
 
 
 def _as_checkpoint(saved: SavedRun, run: RunFolder) -> Checkpoint:
