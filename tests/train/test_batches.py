@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from bagpipe.config.run import RunConfig, TrainConfig
+from bagpipe.config.tables import make_tables
 from bagpipe.data.base import Batch, FeatureSpec, Position, count_batches
 from bagpipe.errors import ConfigError
-from bagpipe.train.build import make_schedule, make_tables
 from bagpipe.train.dense_step import TorchBatch
-from bagpipe.train.schedule import RemainingBatches, Schedule
+from bagpipe.train.schedule import RemainingBatches, Schedule, make_schedule
 from bagpipe.types import Int64Array, Jagged
 
 

@@ -40,6 +40,24 @@ def test_a_graph_gives_what_eager_gives(tmp_path: Path, kind: str) -> None:
     assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam"])
+def test_a_rate_that_changes_is_no_part_of_the_graph(tmp_path: Path, kind: str) -> None:
+    listener = Listener()
+    for dense in ("eager", "graph"):
+        config = small_config(
+            tmp_path / dense,
+            train={
+                "device": "cuda",
+                "dense": dense,
+                "optimizer": {"kind": kind, "lr": 0.01},
+                "lr_schedule": {"kind": "cosine", "warmup_steps": 5},
+            },
+        )
+        train(config, reporter=listener)
+    assert not [text for text in listener.said if "failed" in text]
+    assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
+
+
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:torch", "ignore:TensorFloat32 tensor cores:UserWarning"
 )

@@ -13,8 +13,9 @@ With several trainers rank 0 writes the checkpoint. Any number of them can resum
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ from bagpipe.store.record_files import RecordFile, check_num_records, read_recor
 from bagpipe.types import Group
 
 DENSE = "dense.pt"
+_OTHERS = "train"
 _ALONE = Trainers()
 
 
@@ -62,6 +64,16 @@ class Embeddings(Protocol):
         """Writes every record that is newer in the cache to its store."""
 
 
+class Stateful(Protocol):
+    """What has a state of JSON values, as torch's schedulers do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Goes on from a state."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class State:
     """The parts of a run that training changes."""
@@ -71,6 +83,24 @@ class State:
     embeddings: Embeddings
     own: Mapping[str, Any] | None = None
     """What an own loop adds."""
+    others: Mapping[str, Stateful] = field(default_factory=dict)
+    """What else `bagpipe train` changes, by name, such as learning rates."""
+
+    def dense(self) -> memoryview:
+        """All but the records, as a file."""
+        own = self.own
+        if self.others:
+            # as text, since equal states pickled are not equal bytes
+            states = {name: other.state_dict() for name, other in self.others.items()}
+            own = {_OTHERS: json.dumps(states)}
+        return dense_state(self.model, self.optimizer, own)
+
+    def load_others(self, added: Mapping[str, Any]) -> None:
+        """Puts back the states of `others` from what was added to the dense part."""
+        saved = json.loads(added.get(_OTHERS, "{}"))
+        for name, other in self.others.items():
+            if name in saved:  # else it is new to the run, and starts here
+                other.load_state_dict(saved[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +138,7 @@ def take_moment(state: State, position: Position, config: Mapping[str, Any]) -> 
     content = _content(state, position, config)
     return Moment(
         step=state.embeddings.step,
-        dense=dense_state(state.model, state.optimizer, state.own),
+        dense=state.dense(),
         content=content,
     )
 
@@ -151,7 +181,7 @@ def save_checkpoint(
         if not trainers.is_first:
             return
         with writer:
-            writer.write_bytes(DENSE, dense_state(state.model, state.optimizer, state.own))
+            writer.write_bytes(DENSE, state.dense())
             described = [
                 describe(
                     store.group,
@@ -300,7 +330,7 @@ def load_moment(saved: SavedRun, state: State) -> None:
         CheckpointError: the state was built for other tables or another model.
     """
     check_tables(saved.path, saved.groups, state.embeddings.groups)
-    load_dense_state(saved.path / DENSE, state.model, state.optimizer)
+    state.load_others(load_dense_state(saved.path / DENSE, state.model, state.optimizer))
     state.embeddings.step = saved.step
     state.embeddings.num_skipped[:] = saved.num_skipped
 

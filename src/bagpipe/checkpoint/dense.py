@@ -112,12 +112,17 @@ def is_readable(value: object) -> bool:
     return True
 
 
-def load_dense_state(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Puts back what `dense_state` has made. CheckpointError: it is another model's."""
+def load_dense_state(path: Path, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+    """Puts back what `dense_state` has made, and returns what was added to it.
+
+    Raises:
+        CheckpointError: it is another model's.
+    """
     content = read_dense(path)
     check_dense(path, content, model, optimizers)
     put_dense(content, model, optimizers)
     put_random(content["random"], content["random_cuda"])
+    return own_part(content)
 
 
 def check_dense(

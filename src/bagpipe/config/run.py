@@ -27,6 +27,7 @@ from bagpipe.config.base import (
 )
 from bagpipe.config.data import DataConfig, PrepareConfig
 from bagpipe.config.model import DLRMConfig, ModelConfig
+from bagpipe.config.rates import PlateauRate, RateConfig
 from bagpipe.config.servers import ServersConfig
 from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.types import DataType, Initializer, Normal, Pooling, Uniform
@@ -144,6 +145,8 @@ class EmbeddingsConfig(Section):
     init: Annotated[UniformInit | NormalInit, Field(discriminator="kind")] | None = None
     """How rows start. Left out: uniform in +-1/sqrt(rows of the table), as with TorchRec and the
     DLRM reference; with DeepFM in +-0.0173."""
+    lr_schedule: RateConfig | None = None
+    """How the tables' learning rate goes over the run. Left out: as `train.lr_schedule`."""
     store: StoreConfig = MemoryStoreConfig()
 
 
@@ -186,6 +189,9 @@ class TrainConfig(Section):
     """Whether the smaller batch at the end of an epoch is left out."""
     optimizer: DenseOptimizerConfig | None = None
     """The dense part's. Left out: Adagrad at 0.02, for DCN at 0.005."""
+    lr_schedule: RateConfig | None = None
+    """How the dense part's learning rate goes over the run, and the tables' where
+    `embeddings.lr_schedule` is left out. Left out: it stays."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """The precision of the dense part. "tf32" rounds what its matrix products read (on a GPU).
     "bf16" is autocast, with pooled embeddings of that type. Records stay as they are."""
@@ -251,7 +257,21 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.model.check(self.embeddings.embedding_dim)
+        for key, schedule in (
+            ("train.lr_schedule", self.train.lr_schedule),
+            ("embeddings.lr_schedule", self.embeddings.lr_schedule),
+        ):
+            if isinstance(schedule, PlateauRate) and self.train.eval_every_steps is None:
+                raise ValueError(
+                    f"{key}.kind = 'plateau' goes by evaluations on the way, of which there are "
+                    "none: give train.eval_every_steps"
+                )
         return self
+
+    @property
+    def table_lr_schedule(self) -> RateConfig | None:
+        """How the tables' learning rate goes: as the file says, else as the dense part's."""
+        return self.embeddings.lr_schedule or self.train.lr_schedule
 
     @property
     def table_init(self) -> UniformInit | NormalInit | None:

@@ -20,6 +20,7 @@ from bagpipe.cache.executor import Executor
 from bagpipe.distributed.alone import Peers
 from bagpipe.embeddings.capacity import make_caches
 from bagpipe.embeddings.executor_part import ExecutorPart
+from bagpipe.embeddings.fused_optimizer import FusedOptimizer
 from bagpipe.embeddings.grad_scaling import GradScaling
 from bagpipe.embeddings.learning_rates import common_rate, new_rates
 from bagpipe.embeddings.loader_states import LoaderStates
@@ -107,6 +108,8 @@ class EmbeddingBagCollection(StoredTables):
         # tables are no tensors here.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._scaling = GradScaling()
+        self.fused_optimizer = FusedOptimizer(self.groups)
+        """The learning rates, for torch's schedulers; `set_learning_rate` sets them, too."""
 
     @property
     def lr(self) -> float:
@@ -128,7 +131,7 @@ class EmbeddingBagCollection(StoredTables):
                 one group are given several. Nothing is changed then.
         """
         for group, rate in new_rates(self.groups, lr):
-            group.set_learning_rate(rate)
+            self.fused_optimizer.param_groups[group.index]["lr"] = rate
 
     def set_grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Says which `torch.amp.GradScaler` scales the loss, or None: none does.

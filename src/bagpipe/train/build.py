@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from bagpipe.checkpoint.checkpoints import State
 from bagpipe.config.data import DataConfig
 from bagpipe.config.model import ModelConfig
+from bagpipe.config.rates import PlateauRate
 from bagpipe.config.run import DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TrainConfig
 from bagpipe.config.tables import make_tables
 from bagpipe.data import open_source
-from bagpipe.data.base import BatchSource, count_batches
+from bagpipe.data.base import BatchSource
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.data.notes import run_notes
 from bagpipe.distributed.alone import ALONE, Peers
@@ -30,7 +31,8 @@ from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
-from bagpipe.train.schedule import Schedule
+from bagpipe.train.rates import Rates
+from bagpipe.train.schedule import Schedule, make_schedule
 from bagpipe.train.servers import Join, Joined
 from bagpipe.train.settings import describe_run
 from bagpipe.types import Group, group_tables
@@ -64,13 +66,19 @@ class Run:
     optimizer: torch.optim.Optimizer
     embeddings: EmbeddingBagCollection
     dense_step: DenseStep
+    rates: Rates
     servers: Joined | None = None
     """The shard servers that have the records, if there are any."""
 
     @property
     def state(self) -> State:
         """What training changes."""
-        return State(model=self.model, optimizer=self.optimizer, embeddings=self.embeddings)
+        return State(
+            model=self.model,
+            optimizer=self.optimizer,
+            embeddings=self.embeddings,
+            others={"rates": self.rates} if self.rates.change else {},
+        )
 
 
 @contextmanager
@@ -101,6 +109,8 @@ def build_run(
     for note in run_notes(config.data):
         say(note)
     schedule = make_schedule(config.train, source.num_samples)
+    if validation is None:
+        _check_without_validation(config)
     torch.manual_seed(config.train.seed)
     tables, optimizer = make_tables(source.features, config), config.embeddings.optimizer.build()
     with ExitStack() as stack:
@@ -118,6 +128,13 @@ def build_run(
         stack.callback(embeddings.close)
         model = make_model(config.model, embeddings, source.num_dense).to(device)
         dense_optimizer = make_dense_optimizer(model, config.dense_optimizer, device)
+        rates = Rates(
+            [
+                (dense_optimizer, config.train.lr_schedule),
+                (embeddings.fused_optimizer, config.table_lr_schedule),
+            ],
+            schedule.num_steps,
+        )
         with _matrix_products(config.train.precision, device):
             yield Run(
                 config=config,
@@ -130,32 +147,11 @@ def build_run(
                 optimizer=dense_optimizer,
                 embeddings=embeddings,
                 servers=servers,
+                rates=rates,
                 dense_step=make_dense_step(
                     config.train, model, dense_optimizer, embeddings, device, say
                 ),
             )
-
-
-def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
-    """How many steps to train, of which batches.
-
-    Raises:
-        ConfigError: not one batch is left.
-    """
-    num_batches = count_batches(num_samples, config.batch_size, drop_last=config.drop_last)
-    if num_batches == 0:
-        raise ConfigError(
-            f"train.batch_size = {config.batch_size:,} with drop_last leaves no batch of the "
-            f"{num_samples:,} training samples: "
-            "set drop_last = false or a smaller batch_size"
-        )
-    num_steps = config.steps if config.steps is not None else (config.epochs or 1) * num_batches
-    return Schedule(
-        batch_size=config.batch_size,
-        drop_last=config.drop_last,
-        num_batches=num_batches,
-        num_steps=num_steps,
-    )
 
 
 def make_model(config: ModelConfig, embeddings: torch.nn.Module, num_dense: int) -> RankingModel:
@@ -218,6 +214,7 @@ def make_dense_step(
         graph=graph,
         compile_part=config.dense == "compile",
         average=peers.average if peers.has_others and graph else None,
+        rate_changes=config.lr_schedule is not None,
         say=say,
     )
 
@@ -254,6 +251,16 @@ def _has_validation(config: DataConfig) -> bool:
     return (
         config.kind != "prepared" or PreparedManifest.load(config.folder).num_rows("validation") > 0
     )
+
+
+def _check_without_validation(config: RunConfig) -> None:
+    """Refuses what goes by scores where there is no split to score on."""
+    for schedule in (config.train.lr_schedule, config.table_lr_schedule):
+        if isinstance(schedule, PlateauRate):
+            raise ConfigError(
+                "lr_schedule.kind = 'plateau' goes by evaluations, and the data have no validation "
+                "split: prepare them with prepare.split.validation_share above 0"
+            )
 
 
 def choose_device(name: str, peers: Peers) -> torch.device:

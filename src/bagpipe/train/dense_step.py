@@ -92,6 +92,7 @@ class _Captured:
     labels: Tensor
     loss: Tensor
     grads: list[Tensor]
+    parameter_grads: list[Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +165,7 @@ class DenseStep:
         graph: bool = False,
         compile_part: bool = False,
         average: Callable[[Tensor], None] | None = None,
+        rate_changes: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Makes a step that captures nothing yet.
@@ -179,11 +181,14 @@ class DenseStep:
             compile_part: captures what torch.compile makes of the dense part; needs `graph`.
             average: with several trainers, averages the gradients (n,) over them, in place and on
                 the current stream.
+            rate_changes: whether the optimizer's learning rate changes. A graph would keep that
+                of its capture, so the optimizer then steps outside of it.
             say: told what does not work.
         """
         self._part, self._optimizer, self._device = dense_part, optimizer, device
         self._groups, self._batch_size = tuple(groups), batch_size
         self._precision, self._say = precision, say
+        self._rate_changes = rate_changes
         self._averaged = (
             None if average is None else AveragedGradients(parameters_of(optimizer), average)
         )
@@ -323,11 +328,19 @@ class DenseStep:
         # one launch from the device
         torch._foreach_copy_([captured.dense, captured.labels], [dense, labels], non_blocking=True)
         captured.graph.replay()
-        if captured.optimizer_graph is not None:
-            assert self._averaged is not None
+        if self._averaged is not None:
             self._averaged.average()
-            captured.optimizer_graph.replay()
-        self._num_replays += 1
+        if self._rate_changes:
+            # an eager step since the capture has left gradients of its own
+            for parameter, grad in zip(
+                parameters_of(self._optimizer), captured.parameter_grads, strict=True
+            ):
+                parameter.grad = grad
+            self._optimizer.step()
+        else:
+            if captured.optimizer_graph is not None:
+                captured.optimizer_graph.replay()
+            self._num_replays += 1
         return captured.loss.clone(), captured.grads
 
     def _try_to_capture(self, dense: Tensor, labels: Tensor) -> _Captured | None:
@@ -362,10 +375,10 @@ class DenseStep:
             leaf.grad = None
         with captured_graph(stream) as graph:
             loss = self._backward(part, dense, labels, pooled)
-            if self._averaged is None:
+            if self._averaged is None and not self._rate_changes:
                 self._optimizer.step()
         optimizer_graph = None
-        if self._averaged is not None:
+        if self._averaged is not None and not self._rate_changes:
             with captured_graph(stream) as optimizer_graph:
                 self._optimizer.step()
         return _Captured(
@@ -375,6 +388,7 @@ class DenseStep:
             labels=labels,
             loss=loss,
             grads=[_grad(leaf) for leaf in pooled],
+            parameter_grads=[parameter.grad for parameter in parameters_of(self._optimizer)],
         )
 
 

@@ -126,7 +126,7 @@ class Loop:
             if self._is_due(config.log.every_steps) or self._step == self.parts.schedule.num_steps:
                 self._write_averages(stream)
             if self._is_due(config.train.eval_every_steps):
-                self._pause(stream, self._evaluate)
+                self._pause(stream, self._evaluate_on_the_way)
             if self._is_due(config.checkpoint.every_steps):
                 self._pause(stream, self.saving.try_to_save)
             agreed = self.trainers.agree_on(self._wish())
@@ -206,6 +206,7 @@ class Loop:
             loss, grads = parts.dense_step(batch.dense, batch.labels, weight)
         parts.embeddings.update(grads)
         self._step += 1
+        parts.rates.after_step(self._step)
         self._in_step = False
         self._meter.add(self._step, loss, batch.batch_size)
 
@@ -218,7 +219,11 @@ class Loop:
             loss=trainers.mean(averages.loss),
             examples_per_s=trainers.peers.num_trainers * trainers.mean(averages.examples_per_s),
         )
-        self.log.write("train", self._step, **asdict(averages))
+        rates = {
+            "lr": self.parts.optimizer.param_groups[0]["lr"],
+            "embeddings_lr": self.parts.embeddings.lr,
+        }
+        self.log.write("train", self._step, **asdict(averages), **rates)
         self.reporter.show(averages)
 
     def _pause(self, stream: Lookahead[TorchBatch], work: Callable[[], object]) -> None:
@@ -230,6 +235,15 @@ class Loop:
         stream.flush()
         work()
         self._meter.restart(stream)
+
+    def _evaluate_on_the_way(self) -> None:
+        """Evaluates, and lowers rates that wait for it; all ranks alike."""
+        scores = self._evaluate()
+        if self.parts.rates.change:
+            told = self.trainers.all_do(
+                "an evaluation's scores", lambda: None if scores is None else asdict(scores)
+            )[0]
+            self.parts.rates.after_evaluation(self._step, told)
 
     def _evaluate(self) -> Scores | None:
         parts = self.parts

@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from bagpipe.data.base import Batch, BatchSource, Position
+from bagpipe.data.base import Batch, BatchSource, Position, count_batches
+from bagpipe.errors import ConfigError
 from bagpipe.feed.stream import Deferred
+
+if TYPE_CHECKING:
+    from bagpipe.config.run import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,28 @@ class Schedule:
         """The next batch after `step` steps."""
         epoch, batch = divmod(step, self.num_batches)
         return Position(epoch=epoch, batch=batch)
+
+
+def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
+    """How many steps to train, of which batches.
+
+    Raises:
+        ConfigError: not one batch is left.
+    """
+    num_batches = count_batches(num_samples, config.batch_size, drop_last=config.drop_last)
+    if num_batches == 0:
+        raise ConfigError(
+            f"train.batch_size = {config.batch_size:,} with drop_last leaves no batch of the "
+            f"{num_samples:,} training samples: "
+            "set drop_last = false or a smaller batch_size"
+        )
+    num_steps = config.steps if config.steps is not None else (config.epochs or 1) * num_batches
+    return Schedule(
+        batch_size=config.batch_size,
+        drop_last=config.drop_last,
+        num_batches=num_batches,
+        num_steps=num_steps,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,12 @@ from typing import Any
 import xxhash
 
 from bagpipe.config.compare import compare_configs
+from bagpipe.config.rates import CosineRate, PlateauRate, PolynomialRate, RateConfig
 from bagpipe.config.run import RunConfig
 from bagpipe.data.manifest import PreparedManifest
 from bagpipe.distributed.alone import Peers
 from bagpipe.errors import ConfigError
+from bagpipe.train.schedule import make_schedule
 
 _MAY_DIFFER = (
     "log.folder",
@@ -32,14 +34,24 @@ _MAY_DIFFER = (
 def describe_run(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON values, as a checkpoint remembers it.
 
-    It includes what the configuration leaves to the model. For prepared data it has a hash of the
-    training split, so that another split is noticed wherever the folder lies.
+    It includes what the configuration leaves to the model, and to the length of the run where that
+    decides numbers. For prepared data it has a hash of the training split, so that another split is
+    noticed wherever the folder lies.
+
+    Raises:
+        ConfigError: a learning rate's schedule does not fit the run.
     """
     # where the tables are decides no number: other servers, or none, may go on with a run
     settings = config.model_dump(mode="json", exclude={"servers"})
     if (init := config.table_init) is not None:
         settings["embeddings"]["init"] = init.model_dump(mode="json")
     settings["train"]["optimizer"] = config.dense_optimizer.model_dump(mode="json")
+    for section, schedule in (
+        ("train", config.train.lr_schedule),
+        ("embeddings", config.table_lr_schedule),
+    ):
+        if schedule is not None:
+            settings[section]["lr_schedule"] = _describe_schedule(schedule, config)
     if config.data.kind == "prepared":
         files = PreparedManifest.load(config.data.folder).splits.get("train", ())
         checksums = "".join(file.checksum for file in files).encode()
@@ -50,6 +62,25 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
 def describe_start(config: RunConfig) -> dict[str, Any]:
     """As `describe_run`, with what all ranks of a start must have alike beside that."""
     return describe_run(config) | config.model_dump(mode="json", include={"servers"})
+
+
+def _describe_schedule(schedule: RateConfig, config: RunConfig) -> dict[str, Any]:
+    """A schedule with what it leaves to the run."""
+    described = schedule.model_dump(mode="json")
+    if isinstance(schedule, PlateauRate):
+        described["eval_every_steps"] = config.train.eval_every_steps
+    if isinstance(schedule, PolynomialRate | CosineRate):
+        num_samples = (
+            PreparedManifest.load(config.data.folder).num_rows("train")
+            if config.data.kind == "prepared"
+            else config.data.num_samples
+        )
+        num_steps = make_schedule(config.train, num_samples).num_steps
+        try:
+            described["start_step"], described["decay_steps"] = schedule.decay(num_steps)
+        except ValueError as error:
+            raise ConfigError(f"lr_schedule.kind = {schedule.kind!r}: {error}") from error
+    return described
 
 
 def check_same_run(peers: Peers, settings: Mapping[str, Any]) -> None:
