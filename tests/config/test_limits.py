@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -97,7 +98,8 @@ def settings_for(path: tuple[str, ...], given: Mapping[str, Any], value: object)
         table = {"column": "y", "num_embeddings": 9}
         parquet = {"kind": "parquet", "files": ["x"], "label": {"column": "z"}, "sparse": [table]}
         settings["prepare"]["source"] = parquet
-    for key, inner in [*given.items(), (".".join(path), value)]:
+    # copies, since what is put in place is filled further
+    for key, inner in deepcopy([*given.items(), (".".join(path), value)]):
         *sections, name = key.split(".")
         place: Any = settings
         for part in sections:

@@ -1,4 +1,4 @@
-"""The rules that hold rows out for validation."""
+"""The rules that hold rows out for validation and a test."""
 
 from __future__ import annotations
 
@@ -36,14 +36,18 @@ def test_nth_smallest(blocks: list[list[int]], data: st.DataObject) -> None:
 
 
 def test_rules() -> None:
-    assert ByRow(3).is_validation(block([2, 3, 4])).tolist() == [False, True, True]
-    assert ByTime(7).is_validation(block([0, 1, 2], [8, 6, 7])).tolist() == [True, False, True]
+    assert ByRow(3, 5).split_of(block([2, 3, 4, 5])).tolist() == [0, 1, 1, 2]
+    assert ByTime(7, None).split_of(block([0, 1, 2], [8, 6, 7])).tolist() == [1, 0, 1]
+    assert ByTime(7, 8).split_of(block([0, 1, 2], [8, 6, 7])).tolist() == [2, 0, 1]
 
 
 def test_share_depends_on_row_number_and_seed_only() -> None:
     rows = list(range(20_000))
-    chosen = ByShare(0.1, 3).is_validation(block(rows))
-    assert 0.09 < chosen.mean() < 0.11
-    assert ByShare(0.1, 3).is_validation(block(rows[5000:])).tolist() == chosen[5000:].tolist()
-    assert ByShare(0.1, 4).is_validation(block(rows)).tolist() != chosen.tolist()
-    assert not ByShare(0.0, 3).is_validation(block(rows)).any()
+    chosen = ByShare(0.1, 0.2, 3).split_of(block(rows))
+    assert 0.09 < (chosen == 1).mean() < 0.11
+    assert 0.19 < (chosen == 2).mean() < 0.21
+    assert ByShare(0.1, 0.2, 3).split_of(block(rows[5000:])).tolist() == chosen[5000:].tolist()
+    assert ByShare(0.1, 0.2, 4).split_of(block(rows)).tolist() != chosen.tolist()
+    # a test split changes no row of validation
+    assert (ByShare(0.1, 0.0, 3).split_of(block(rows)) == (chosen == 1)).all()
+    assert not ByShare(0.0, 0.0, 3).split_of(block(rows)).any()

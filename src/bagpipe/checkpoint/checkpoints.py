@@ -150,6 +150,7 @@ def save_checkpoint(
     position: Position,
     config: Mapping[str, Any],
     keep: int,
+    spared: int | None = None,
     trainers: Trainers = _ALONE,
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
@@ -163,6 +164,7 @@ def save_checkpoint(
         position: the next batch to train.
         config: the run's configuration, as JSON values.
         keep: how many checkpoints to leave.
+        spared: the step of one that is left, too.
         trainers: those of the run; rank 0 writes.
         say: told about an earlier one that can't be removed. The new one is whole.
 
@@ -196,7 +198,7 @@ def save_checkpoint(
                 for store in state.embeddings.stores
             ]
             writer.write_manifest(_content(state, position, config) | {"groups": described})
-        prune(run, newest=state.embeddings.step, keep=keep, say=say)
+        prune(run, newest=state.embeddings.step, keep=keep, say=say, spared=spared)
 
     trainers.all_do("a checkpoint", write)
     return writer.path

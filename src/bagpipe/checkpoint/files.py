@@ -44,6 +44,8 @@ from bagpipe.store.record_files import HashingFile, RecordFile, new_file, write_
 from bagpipe.types import Float32Array, Int64Array
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+BEST = "best"
+"""The name of the link to the checkpoint of the best model."""
 _NAME = re.compile(r"step-(\d{10})")
 
 
@@ -72,8 +74,10 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def prune(run: RunFolder, *, newest: int, keep: int, say: Callable[[str], None]) -> None:
-    """Removes all but the last `keep` checkpoints up to step `newest`.
+def prune(
+    run: RunFolder, *, newest: int, keep: int, say: Callable[[str], None], spared: int | None = None
+) -> None:
+    """Removes all but the last `keep` checkpoints up to step `newest`, and that of step `spared`.
 
     Later ones belong to a run that was given up, and stay. `say` is told what can't be removed; the
     newer checkpoints are as good beside it.
@@ -81,8 +85,27 @@ def prune(run: RunFolder, *, newest: int, keep: int, say: Callable[[str], None])
     with _removal(run.checkpoints, say):
         mine = [path for path in list_checkpoints(run.checkpoints) if step_of(path) <= newest]
         for path in mine[:-keep]:
+            if step_of(path) == spared:
+                continue
             with _removal(path, say):
                 shutil.rmtree(run.take_away(path))
+
+
+def mark_best(run: RunFolder, step: int, say: Callable[[str], None]) -> None:
+    """Lets `best` in the run's folder lead to the best checkpoint, that of `step`.
+
+    `say` is told of a failure.
+    """
+    link = run.cuts / BEST
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(run.checkpoints.relative_to(run.path) / checkpoint_name(step))
+        link.rename(run.path / BEST)
+    except OSError as error:
+        say(
+            f"{run.path / BEST}: can't be made to lead to step {step:,}, the best so far: "
+            f"{error.strerror or error}; the run goes on"
+        )
 
 
 @contextmanager

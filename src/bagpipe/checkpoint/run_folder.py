@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from bagpipe.checkpoint.epochs import RunFolder, claim_epoch
-from bagpipe.checkpoint.files import list_checkpoints, step_of
+from bagpipe.checkpoint.files import BEST, list_checkpoints, step_of
 from bagpipe.distributed.trainers import Launcher, Trainers
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import make_folder
@@ -112,6 +112,8 @@ def start_afresh(run: RunFolder, *, overwrite: bool) -> None:
     """
     if not overwrite:
         check_no_earlier_run(run.path)
+    with suppress(OSError):
+        (run.path / BEST).unlink()
     for path in list_checkpoints(run.checkpoints):
         try:
             shutil.rmtree(run.take_away(path))

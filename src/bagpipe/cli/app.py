@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
@@ -159,7 +159,10 @@ def prepare_data(file: File, overrides: Overrides) -> None:
         config = load_config(PrepareFile, file, overrides, only=["prepare"]).prepare
         with console_progress(console, counted=False) as show:
             manifest = prepare(config, lambda at: show(at.stage, at.done, at.total))
-    rows = {split: f"{manifest.num_rows(split):,}" for split in ("train", "validation")}
+    rows = f"{manifest.num_rows('train'):,} training and {manifest.num_rows('validation'):,} "
+    rows += "validation rows"
+    if num_test := manifest.num_rows("test"):
+        rows += f", {num_test:,} test rows"
     skipped = (
         f", {manifest.source.num_rows_skipped:,} skipped"
         if manifest.source.num_rows_skipped
@@ -167,8 +170,7 @@ def prepare_data(file: File, overrides: Overrides) -> None:
     )
     tell(
         console,
-        f"{config.output}: {rows['train']} training and {rows['validation']} validation "
-        f"rows{skipped}",
+        f"{config.output}: {rows}{skipped}",
     )
     for note in prepare_notes(manifest):
         tell(console, note)
@@ -178,7 +180,7 @@ def prepare_data(file: File, overrides: Overrides) -> None:
 def inspect_data(
     file: File,
     overrides: Overrides,
-    split: Annotated[str, typer.Option(help="train or validation")] = "train",
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
     batches: Annotated[int, typer.Option(min=1, help="Batches of 16,384 samples to read.")] = 100,
     plot: Annotated[
         Path | None, typer.Option(help="Save a plot of the skew here (.png, .svg, .pdf).")
@@ -191,6 +193,7 @@ def inspect_data(
         from bagpipe.config.load import load_config
         from bagpipe.config.run import DataFile
         from bagpipe.data import open_source
+        from bagpipe.data.base import Split
         from bagpipe.data.inspect import (
             INSPECTED_BATCH_SIZE,
             inspect_source,
@@ -200,14 +203,12 @@ def inspect_data(
         from bagpipe.data.notes import run_notes
         from bagpipe.plots import check_can_plot
 
-        if split not in ("train", "validation"):
-            raise typer.BadParameter(f"--split {split}: must be train or validation")
+        if split not in get_args(Split):
+            raise typer.BadParameter(f"--split {split}: must be train, validation or test")
         config = load_config(DataFile, file, overrides, only=["data"]).data
         if plot is not None:
             check_can_plot(plot)
-        stats = inspect_source(
-            open_source(config, "train" if split == "train" else "validation"), max_batches=batches
-        )
+        stats = inspect_source(open_source(config, cast(Split, split)), max_batches=batches)
         console.print(render_table(stats))
         for note in run_notes(config):
             tell(console, note)

@@ -18,6 +18,8 @@ _FREE = (
     "train.steps",
     "train.eval_every_steps",
     "train.eval_batch_size",
+    "train.best",
+    "data.num_test_samples",
 )
 """Keys, or whole sections, that leave every trained number as it is, to the last bit."""
 _ROUNDING = ("train.device", "train.dense")

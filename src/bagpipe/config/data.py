@@ -29,6 +29,7 @@ class SyntheticData(Section):
     kind: Literal["synthetic"]
     num_samples: Samples = 1_000_000
     num_validation_samples: Samples = 65_536
+    num_test_samples: Annotated[int, Field(ge=0, le=10**12)] = 0
     num_embeddings: Literal["kaggle", "terabyte"] | Cardinalities = "kaggle"
     max_num_embeddings: NumEmbeddings | None = None
     """Every table is cut to at most this many rows."""
@@ -191,13 +192,24 @@ class DictionaryConfig(Section):
 
 
 class SplitConfig(Section):
-    """Which rows are held out for validation."""
+    """Which rows are held out for validation and for a test."""
 
     by: Literal["time", "share"] = "time"
     """time: the last rows by the time column, or in the order of reading; share: rows by a hash of
     their number."""
     validation_share: Share = 0.1
+    test_share: Share = 0.0
+    """Rows that neither train nor choose a model. By time they come after those of validation."""
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.validation_share + self.test_share >= 1.0:
+            raise ValueError(
+                f"validation_share = {self.validation_share} and test_share = {self.test_share} "
+                "leave no rows to train: together they must be below 1"
+            )
+        return self
 
 
 class PrepareConfig(Section):

@@ -13,7 +13,14 @@ from pydantic import Field
 
 from bagpipe.config.base import Section, Steps
 
+Metric: TypeAlias = Literal["auc", "log_loss", "normalized_entropy"]
+"""What an evaluation tells, by which models are compared."""
 Factor: TypeAlias = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+def is_better_high(metric: Metric) -> bool:
+    """Whether the better model has the higher value of a metric."""
+    return metric == "auc"
 
 
 class ConstantRate(Section):
@@ -80,7 +87,7 @@ class PlateauRate(ConstantRate):
     """
 
     kind: Literal["plateau"]  # type: ignore[assignment]
-    metric: Literal["auc", "log_loss", "normalized_entropy"] = "log_loss"
+    metric: Metric = "log_loss"
     factor: Factor = 0.1
     patience: Annotated[int, Field(ge=0, le=10**6)] = 1
     """How many evaluations may be no better than the best one before the rate falls."""

@@ -27,7 +27,7 @@ from bagpipe.config.base import (
 )
 from bagpipe.config.data import DataConfig, PrepareConfig
 from bagpipe.config.model import DLRMConfig, ModelConfig
-from bagpipe.config.rates import PlateauRate, RateConfig
+from bagpipe.config.rates import Metric, PlateauRate, RateConfig
 from bagpipe.config.servers import ServersConfig
 from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.types import DataType, Initializer, Normal, Pooling, Uniform
@@ -177,6 +177,16 @@ class DenseOptimizerConfig(Section):
     weight_decay: Rate = 0.0
 
 
+class BestConfig(Section):
+    """The best model by evaluations, whose checkpoint is kept beside the last ones."""
+
+    metric: Metric = "log_loss"
+    patience: Count | None = None
+    """After how many evaluations in a row that are no better the run ends. Left out: it goes on."""
+    min_gain: Rate = 0.0
+    """By more than how much a metric must be better to count."""
+
+
 class TrainConfig(Section):
     """The loop."""
 
@@ -204,6 +214,8 @@ class TrainConfig(Section):
     eval_every_steps: Steps | None = None
     """Steps between evaluations on the validation split. There is always one at the end."""
     eval_batch_size: BatchSize = 8192
+    best: BestConfig | None = None
+    """Keeps the best model. It needs `eval_every_steps`."""
     wait_timeout_s: Seconds = 1800.0
     """How long a trainer waits for another one, also while that saves or begins a start alone. One
     that dies is noticed at once, but one that is stopped only by this: then the others end, and
@@ -266,6 +278,11 @@ class RunConfig(Section):
                     f"{key}.kind = 'plateau' goes by evaluations on the way, of which there are "
                     "none: give train.eval_every_steps"
                 )
+        if self.train.best is not None and self.train.eval_every_steps is None:
+            raise ValueError(
+                "train.best goes by evaluations on the way, of which there are none: give "
+                "train.eval_every_steps"
+            )
         return self
 
     @property

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from bagpipe.data.base import BatchSource, Split
 from bagpipe.data.criteo import CARDINALITIES
+from bagpipe.data.manifest import PreparedManifest
 from bagpipe.data.prepared import PreparedSource
 from bagpipe.data.synthetic import SyntheticSource
 
 if TYPE_CHECKING:
     from bagpipe.config.data import DataConfig, SyntheticData
 
-__all__ = ["open_source"]
+__all__ = ["has_split", "open_source"]
 
 
 def open_source(config: DataConfig, split: Split) -> BatchSource:
@@ -37,6 +38,13 @@ def open_source(config: DataConfig, split: Split) -> BatchSource:
     )
 
 
+def has_split(config: DataConfig, split: Split) -> bool:
+    """Whether the data that the configuration names have samples of a split."""
+    if config.kind == "synthetic":
+        return split != "test" or config.num_test_samples > 0
+    return PreparedManifest.load(config.folder).num_rows(split) > 0
+
+
 def _open_synthetic(config: SyntheticData, split: Split) -> SyntheticSource:
     sizes = (
         CARDINALITIES[config.num_embeddings]
@@ -48,10 +56,15 @@ def _open_synthetic(config: SyntheticData, split: Split) -> SyntheticSource:
         name: (length, length) if isinstance(length, int) else length
         for name, length in config.multi_hot.items()
     }
+    num_samples = {
+        "train": config.num_samples,
+        "validation": config.num_validation_samples,
+        "test": config.num_test_samples,
+    }
     return SyntheticSource(
         [size if limit is None else min(size, limit) for size in sizes],
         split=split,
-        num_samples=config.num_samples if split == "train" else config.num_validation_samples,
+        num_samples=num_samples[split],
         num_dense=config.num_dense,
         skew=config.skew,
         bag_lengths=lengths,

@@ -14,7 +14,7 @@ import numpy as np
 from bagpipe.jagged import share_bounds, share_of
 from bagpipe.types import Float32Array, Jagged
 
-Split: TypeAlias = Literal["train", "validation"]
+Split: TypeAlias = Literal["train", "validation", "test"]
 
 _NO_IDS = np.empty(0, np.int32)
 

@@ -74,7 +74,7 @@ def _clustered(manifest: PreparedManifest) -> Iterator[str]:
 
 
 def _clipped(manifest: PreparedManifest) -> Iterator[str]:
-    num_rows = manifest.num_rows("train") + manifest.num_rows("validation")
+    num_rows = sum(manifest.num_rows(split) for split in manifest.splits)
     counts = manifest.num_clipped
     if counts:
         ranked = sorted(counts, key=lambda name: -counts[name])

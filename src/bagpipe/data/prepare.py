@@ -26,7 +26,7 @@ from bagpipe.data.manifest import FileEntry, PreparedManifest, SkippedEntry, Sou
 from bagpipe.data.output_folder import OutputFolder
 from bagpipe.data.parquet import ParquetSource
 from bagpipe.data.raw import Problems, Progress, RawSource, find_files
-from bagpipe.data.splitting import Splitter, make_splitter
+from bagpipe.data.splitting import SPLITS, Splitter, make_splitter
 from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary, KeyCounter, Vocabulary
 from bagpipe.data.writer import Encoder, SplitWriter
 from bagpipe.errors import DataError
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 ProgressCallback = Callable[[Progress], None]
 COUNT_STAGE: Final = "counting values"
 WRITE_STAGE: Final = "writing"
-_SPLITS: Final[tuple[Split, Split]] = ("train", "validation")
 
 
 def prepare(config: PrepareConfig, progress: ProgressCallback = lambda _: None) -> PreparedManifest:
@@ -107,7 +106,7 @@ def _make_vocabularies(
         return {table: HashVocabulary(_required(size, table)) for table, size in sizes.items()}
     counters = {table: KeyCounter() for table in sizes}
     for block in source.blocks(Problems(on_error=config.on_error), progress, COUNT_STAGE):
-        training = block.take(np.flatnonzero(~splitter.is_validation(block)))
+        training = block.take(np.flatnonzero(splitter.split_of(block) == 0))
         for feature, keys in zip(source.features, training.keys, strict=True):
             counters[feature.table].add(keys.values)
     min_count = config.vocabulary.min_count
@@ -153,15 +152,20 @@ def _write_splits(
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(_split_writer(config, folder, split, encoder.schema))
-            for split in _SPLITS
+            for split in SPLITS
         }
         for block in source.blocks(problems, progress, WRITE_STAGE):
-            held_out = splitter.is_validation(block)
-            for split, chosen in zip(_SPLITS, (~held_out, held_out), strict=True):
+            places = splitter.split_of(block)
+            for place, split in enumerate(SPLITS):
+                chosen = places == place
                 if chosen.any():
                     part = block if chosen.all() else block.take(np.flatnonzero(chosen))
                     writers[split].write(encoder.encode(part, split))
-    return {split: tuple(writers[split].entries) for split in _SPLITS}, problems
+    return {
+        split: tuple(writer.entries)
+        for split, writer in writers.items()
+        if writer.entries or split != "test"
+    }, problems
 
 
 def _split_writer(

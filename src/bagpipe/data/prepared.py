@@ -68,7 +68,8 @@ class PreparedSource:
         entries = self.manifest.splits.get(split, ())
         if not entries:
             raise DataError(
-                f"{folder} has no {split} rows: prepare it with split.validation_share above 0"
+                f"{folder} has no {split} rows: prepare it with "
+                f"split.{'test' if split == 'test' else 'validation'}_share above 0"
             )
         schema = prepared_schema(self.manifest.features, self.num_dense)
         self._files = [

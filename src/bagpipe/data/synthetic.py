@@ -2,8 +2,8 @@
 
 Every value of sample n comes from a counter-based generator keyed by (seed, what, n). So batches of
 any size, from any position, on any thread, hold the same samples. Every epoch repeats them in the
-same order. Training samples are numbered from 0, and validation samples from 2**40. So the two
-never overlap, and a longer training split changes no validation sample.
+same order. Training samples are numbered from 0, validation samples from 2**40, and test samples
+from 2**42. So they never overlap, and a longer training split changes no sample of another.
 
 - Ids: the rank is Zipf (`bagpipe.data.zipf`). ``rank * a + b mod n`` with `a` coprime to n spreads
   the frequent ranks over the table, as real ids are spread.
@@ -48,7 +48,7 @@ CLICK_RATE: Final = 0.25
 LOGIT_SPREAD: Final = 1.36
 NUM_PAIRS: Final = 8
 
-_FIRST_SAMPLE: Final[dict[Split, int]] = {"train": 0, "validation": 1 << 40}
+_FIRST_SAMPLE: Final[dict[Split, int]] = {"train": 0, "validation": 1 << 40, "test": 1 << 42}
 _FIRST_CALIBRATION_SAMPLE: Final = 1 << 41
 _NUM_CALIBRATION_SAMPLES: Final = 8_192
 _ROOT_3: Final = sqrt(3.0)

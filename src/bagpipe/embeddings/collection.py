@@ -20,9 +20,7 @@ from bagpipe.cache.executor import Executor
 from bagpipe.distributed.alone import Peers
 from bagpipe.embeddings.capacity import make_caches
 from bagpipe.embeddings.executor_part import ExecutorPart
-from bagpipe.embeddings.fused_optimizer import FusedOptimizer
 from bagpipe.embeddings.grad_scaling import GradScaling
-from bagpipe.embeddings.learning_rates import common_rate, new_rates
 from bagpipe.embeddings.loader_states import LoaderStates
 from bagpipe.embeddings.lookup_function import Lookup
 from bagpipe.embeddings.pooled import PooledEmbeddings
@@ -108,30 +106,6 @@ class EmbeddingBagCollection(StoredTables):
         # tables are no tensors here.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._scaling = GradScaling()
-        self.fused_optimizer = FusedOptimizer(self.groups)
-        """The learning rates, for torch's schedulers; `set_learning_rate` sets them, too."""
-
-    @property
-    def lr(self) -> float:
-        """The embeddings' learning rate.
-
-        Raises:
-            UsageError: tables have several; each group's optimizer has its own.
-        """
-        return common_rate(self.groups)
-
-    def set_learning_rate(self, lr: float | Mapping[str, float]) -> None:
-        """Sets the embeddings' learning rate from the next backward on.
-
-        Args:
-            lr: of all tables, or of some by name. Tables of one group have one rate.
-
-        Raises:
-            ConfigError: it is no number from 0 to a million, or a table is not known, or tables of
-                one group are given several. Nothing is changed then.
-        """
-        for group, rate in new_rates(self.groups, lr):
-            self.fused_optimizer.param_groups[group.index]["lr"] = rate
 
     def set_grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Says which `torch.amp.GradScaler` scales the loss, or None: none does.

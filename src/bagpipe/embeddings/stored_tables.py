@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from bagpipe.distributed.alone import Peers, peers_of
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.trainers import Trainers
+from bagpipe.embeddings.fused_optimizer import FusedOptimizer
+from bagpipe.embeddings.learning_rates import common_rate, new_rates
 from bagpipe.embeddings.reading import read_pooled
 from bagpipe.embeddings.table_file import open_table_file
 from bagpipe.embeddings.tables import (
@@ -59,6 +61,30 @@ class StoredTables(nn.Module, ABC):
 
         `bagpipe.lookahead` adds those of the collections that it trains together.
         """
+        self.fused_optimizer = FusedOptimizer(self.groups)
+        """The learning rates, for torch's schedulers; `set_learning_rate` sets them, too."""
+
+    @property
+    def lr(self) -> float:
+        """The embeddings' learning rate.
+
+        Raises:
+            UsageError: tables have several; each group's optimizer has its own.
+        """
+        return common_rate(self.groups)
+
+    def set_learning_rate(self, lr: float | Mapping[str, float]) -> None:
+        """Sets the embeddings' learning rate from the next backward on.
+
+        Args:
+            lr: of all tables, or of some by name. Tables of one group have one rate.
+
+        Raises:
+            ConfigError: it is no number from 0 to a million, or a table is not known, or tables of
+                one group are given several. Nothing is changed then.
+        """
+        for group, rate in new_rates(self.groups, lr):
+            self.fused_optimizer.param_groups[group.index]["lr"] = rate
 
     def embedding_bag_configs(self) -> list[Any]:
         """The tables' configurations as they were given, as TorchRec's collection has them."""

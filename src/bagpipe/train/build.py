@@ -15,14 +15,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bagpipe.checkpoint.checkpoints import State
-from bagpipe.config.data import DataConfig
 from bagpipe.config.model import ModelConfig
 from bagpipe.config.rates import PlateauRate
 from bagpipe.config.run import DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TrainConfig
 from bagpipe.config.tables import make_tables
-from bagpipe.data import open_source
+from bagpipe.data import has_split, open_source
 from bagpipe.data.base import BatchSource
-from bagpipe.data.manifest import PreparedManifest
 from bagpipe.data.notes import run_notes
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.embeddings.collection import EmbeddingBagCollection
@@ -30,6 +28,7 @@ from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore
 from bagpipe.store.base import EmbeddingStore
+from bagpipe.train.best import Best
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
 from bagpipe.train.rates import Rates
 from bagpipe.train.schedule import Schedule, make_schedule
@@ -61,12 +60,14 @@ class Run:
     device: torch.device
     source: BatchSource
     validation: BatchSource | None
+    test: BatchSource | None
     schedule: Schedule
     model: RankingModel
     optimizer: torch.optim.Optimizer
     embeddings: EmbeddingBagCollection
     dense_step: DenseStep
     rates: Rates
+    best: Best
     servers: Joined | None = None
     """The shard servers that have the records, if there are any."""
 
@@ -77,7 +78,8 @@ class Run:
             model=self.model,
             optimizer=self.optimizer,
             embeddings=self.embeddings,
-            others={"rates": self.rates} if self.rates.change else {},
+            others=({"rates": self.rates} if self.rates.change else {})
+            | ({"best": self.best} if self.best.is_kept else {}),
         )
 
 
@@ -105,7 +107,10 @@ def build_run(
     """
     device = choose_device(config.train.device, peers)
     source = open_source(config.data, "train")
-    validation = open_source(config.data, "validation") if _has_validation(config.data) else None
+    validation, test = (
+        open_source(config.data, split) if has_split(config.data, split) else None
+        for split in ("validation", "test")
+    )
     for note in run_notes(config.data):
         say(note)
     schedule = make_schedule(config.train, source.num_samples)
@@ -142,12 +147,14 @@ def build_run(
                 device=device,
                 source=source,
                 validation=validation,
+                test=test,
                 schedule=schedule,
                 model=model,
                 optimizer=dense_optimizer,
                 embeddings=embeddings,
                 servers=servers,
                 rates=rates,
+                best=Best(config.train.best),
                 dense_step=make_dense_step(
                     config.train, model, dense_optimizer, embeddings, device, say
                 ),
@@ -247,14 +254,13 @@ def _matrix_products(precision: Precision, device: torch.device) -> Iterator[Non
         torch.set_float32_matmul_precision(before)
 
 
-def _has_validation(config: DataConfig) -> bool:
-    return (
-        config.kind != "prepared" or PreparedManifest.load(config.folder).num_rows("validation") > 0
-    )
-
-
 def _check_without_validation(config: RunConfig) -> None:
     """Refuses what goes by scores where there is no split to score on."""
+    if config.train.best is not None:
+        raise ConfigError(
+            "train.best goes by evaluations, and the data have no validation split: prepare them "
+            "with prepare.split.validation_share above 0"
+        )
     for schedule in (config.train.lr_schedule, config.table_lr_schedule):
         if isinstance(schedule, PlateauRate):
             raise ConfigError(

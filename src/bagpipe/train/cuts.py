@@ -79,6 +79,8 @@ class _Taken:
     wait: Callable[[], list[tuple[RecordFile, ...]]]
     moment: Moment
     groups: Sequence[Group]
+    spared: int | None
+    """The step of a checkpoint that is kept whatever its age."""
 
 
 class Cuts:
@@ -110,7 +112,14 @@ class Cuts:
 
         return bool(self._trainers.all_do("whether a checkpoint is being written", look)[0])
 
-    def begin(self, state: State, position: Position, config: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        state: State,
+        position: Position,
+        config: Mapping[str, Any],
+        *,
+        spared: int | None = None,
+    ) -> None:
         """Takes a cut of the step that `state` is at. All ranks must call it, with none in hand.
 
         When it returns training may go on.
@@ -124,7 +133,8 @@ class Cuts:
         self._trainers.wait("all ranks to write their rows")
         self._number += 1
         self._trainers.all_do(
-            f"cut {self._run.epoch}.{self._number}", lambda: self._take(state, position, config)
+            f"cut {self._run.epoch}.{self._number}",
+            lambda: self._take(state, position, config, spared),
         )
 
     def finish(self) -> None:
@@ -137,7 +147,9 @@ class Cuts:
         """The cuts that ended since the last call, in order; rank 0 alone has any."""
         return [self._written.popleft() for _ in range(len(self._written))]
 
-    def _take(self, state: State, position: Position, config: Mapping[str, Any]) -> None:
+    def _take(
+        self, state: State, position: Position, config: Mapping[str, Any], spared: int | None
+    ) -> None:
         if not self._trainers.is_first:
             return
         self.finish()
@@ -154,6 +166,7 @@ class Cuts:
                 wait=self._cut_servers(number, writer.folder.relative_to(self._run.path)),
                 moment=take_moment(state, position, config),
                 groups=state.embeddings.groups,
+                spared=spared,
             )
             writing = stack.pop_all()
         self._thread = threading.Thread(
@@ -186,7 +199,13 @@ class Cuts:
             return
         with suppress(BagpipeError):  # then the next cut has more rows than it must
             self._servers.committed(taken.number)
-        prune(self._run, newest=taken.moment.step, keep=self._keep, say=self._say)
+        prune(
+            self._run,
+            newest=taken.moment.step,
+            keep=self._keep,
+            say=self._say,
+            spared=taken.spared,
+        )
         self._note(taken)
 
     def _abandon_after(self, number: int, kind: type[BaseException] | None, *_: object) -> None:

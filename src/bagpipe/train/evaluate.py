@@ -41,7 +41,7 @@ class Scores:
 
     def __str__(self) -> str:
         auc = "none (one class only)" if self.auc is None else f"{self.auc:.4f}"
-        return f"validation AUC {auc}, log-loss {self.log_loss:.4f} on {self.num_samples:,} samples"
+        return f"AUC {auc}, log-loss {self.log_loss:.4f} on {self.num_samples:,} samples"
 
 
 class BinaryScores:

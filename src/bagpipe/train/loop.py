@@ -19,12 +19,14 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bagpipe.checkpoint.checkpoints import environment
-from bagpipe.data.base import Batch
+from bagpipe.checkpoint.files import mark_best
+from bagpipe.data.base import Batch, BatchSource
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.lookahead import lookahead
@@ -56,6 +58,10 @@ class Result:
     """On the validation split at the last step; None: there is none, or a signal ended the run."""
     checkpoint: Path | None
     """The newest one."""
+    best_step: int | None = None
+    """Of the checkpoint with the best model, where one is kept."""
+    test_scores: Mapping[str, Any] | None = None
+    """Of the best model, or of the last where none is kept, on the test split if there is one."""
     stopped_by: signal.Signals | None
 
 
@@ -76,6 +82,8 @@ class Loop:
     _started_at: int = field(init=False)
     _in_step: bool = field(init=False, default=False)
     _stopped_by: signal.Signals | None = field(init=False, default=None)
+    _scores: Scores | None = field(init=False, default=None)  # of the last evaluation
+    _test_scores: dict[str, Any] | None = field(init=False, default=None)
     _looked_s: float = field(init=False, default=-math.inf)
 
     def __post_init__(self) -> None:
@@ -110,13 +118,39 @@ class Loop:
             step=self._step,
             scores=scores,
             checkpoint=self.saving.newest,
+            best_step=self.parts.best.step,
+            test_scores=self._test_scores,
             stopped_by=self._stopped_by,
         )
 
     def _train(self, stream: Lookahead[TorchBatch]) -> Scores | None:
         """Trains all that is left, up to the last checkpoint and evaluation."""
-        config = self.parts.config
+        best = self.parts.best
         self._meter.restart(stream)
+        if not best.is_over:
+            self._train_steps(stream)
+        self._write_averages(stream)
+        stream.flush()
+        is_stopped = self._stopped_by is not None
+        if best.is_kept and not is_stopped:
+            # An early end comes right after an evaluation, or long after it by --resume.
+            if not best.is_over:
+                self._evaluate_on_the_way()
+            self.reporter.say(str(best))
+        if is_stopped or self.parts.config.checkpoint.at_end:
+            self.saving.save()
+        else:
+            self.saving.finish()
+        if is_stopped:
+            return None
+        if not best.is_kept:
+            self._scores = self._evaluate()
+        self._test()
+        return self._scores
+
+    def _train_steps(self, stream: Lookahead[TorchBatch]) -> None:
+        """Trains until the data, a signal or the evaluations end the run."""
+        config = self.parts.config
         for batch in stream:
             self._train_step(batch)
             self.saving.note_ended()
@@ -127,23 +161,23 @@ class Loop:
                 self._write_averages(stream)
             if self._is_due(config.train.eval_every_steps):
                 self._pause(stream, self._evaluate_on_the_way)
+                if self.parts.best.is_over:
+                    break
             if self._is_due(config.checkpoint.every_steps):
                 self._pause(stream, self.saving.try_to_save)
-            agreed = self.trainers.agree_on(self._wish())
-            if agreed == _SAVE and self._step < self.parts.schedule.num_steps:
-                self._pause(stream, self.saving.try_to_save)
-            elif agreed == _END:
-                self._end_taken_over()
-            elif agreed > _SAVE:
-                self._stopped_by = signal.Signals(agreed)
+            if self._is_to_end(stream):
                 break
-        self._write_averages(stream)
-        stream.flush()
-        if self._stopped_by is not None or config.checkpoint.at_end:
-            self.saving.save()
-        else:
-            self.saving.finish()
-        return self._evaluate() if self._stopped_by is None else None
+
+    def _is_to_end(self, stream: Lookahead[TorchBatch]) -> bool:
+        """Does what any rank has wished for after a step; returns whether that ends the run."""
+        agreed = self.trainers.agree_on(self._wish())
+        if agreed == _SAVE and self._step < self.parts.schedule.num_steps:
+            self._pause(stream, self.saving.try_to_save)
+        elif agreed == _END:
+            self._end_taken_over()
+        elif agreed > _SAVE:
+            self._stopped_by = signal.Signals(agreed)
+        return self._stopped_by is not None
 
     def _wish(self) -> int:
         """What this rank wants after this step: the number of a signal, `_SAVE`, `_END` or 0."""
@@ -237,32 +271,67 @@ class Loop:
         self._meter.restart(stream)
 
     def _evaluate_on_the_way(self) -> None:
-        """Evaluates, and lowers rates that wait for it; all ranks alike."""
-        scores = self._evaluate()
-        if self.parts.rates.change:
-            told = self.trainers.all_do(
-                "an evaluation's scores", lambda: None if scores is None else asdict(scores)
-            )[0]
-            self.parts.rates.after_evaluation(self._step, told)
+        """Evaluates, lowers rates that wait for it, and keeps the best model; all ranks alike."""
+        parts = self.parts
+        self._scores = self._evaluate()
+        if parts.rates.change or parts.best.is_kept:
+            told = self._told(self._scores)
+            if told is not None:
+                parts.rates.after_evaluation(self._step, told)
+            if parts.best.note(told):
+                self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Saves the best model so far, with its scores on the test split."""
+        best, step = self.parts.best, self._step
+        before = best.step, best.test
+        best.step, best.test = step, self._told(self._score(self.parts.test))
+        if not self.saving.try_to_save_now():
+            best.step, best.test = before
+        elif self.trainers.is_first:
+            mark_best(self.saving.folder, step, self.reporter.say)
+
+    def _test(self) -> None:
+        """Tells how good the best model is, or the last where none is kept, on the test split."""
+        best, step = self.parts.best, self._step
+        if self.parts.test is None:
+            return
+        if best.step is None:
+            self._test_scores = self._told(self._score(self.parts.test))
+        else:
+            self._test_scores, step = best.test, best.step
+        if self._test_scores is not None:
+            self.log.write("test", step, **self._test_scores)
+            self.reporter.say(f"step {step:,}: test {Scores(**self._test_scores)}")
+
+    def _told(self, scores: Scores | None) -> dict[str, Any] | None:
+        """Rank 0's scores, on all ranks."""
+        told: dict[str, Any] | None = self.trainers.all_do(
+            "an evaluation's scores", lambda: None if scores is None else asdict(scores)
+        )[0]
+        return told
 
     def _evaluate(self) -> Scores | None:
+        scores = self._score(self.parts.validation)
+        if scores is not None:  # rank 0 has them
+            self.log.write("evaluation", self._step, **asdict(scores))
+            self.reporter.say(f"step {self._step:,}: validation {scores}")
+        return scores
+
+    def _score(self, source: BatchSource | None) -> Scores | None:
+        """Scores the model on a split, if there is one; rank 0 has the scores."""
         parts = self.parts
-        if parts.validation is None:
+        if source is None:
             return None
-        scores = evaluate(
+        return evaluate(
             parts.model,
-            parts.validation,
+            source,
             batch_size=parts.config.train.eval_batch_size,
             device=parts.device,
             precision=parts.config.train.precision,
             peers=self.trainers.peers,
             on_batch=self.reporter.evaluating,
         )
-        if scores is None:  # rank 0 has them
-            return None
-        self.log.write("evaluation", self._step, **asdict(scores))
-        self.reporter.say(f"step {self._step:,}: {scores}")
-        return scores
 
     def _save_after(self, error: Exception, stream: Lookahead[TorchBatch]) -> None:
         """Saves what was trained before an error, if that is whole on all ranks.

@@ -21,7 +21,14 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from bagpipe.config.rates import CosineRate, PlateauRate, PolynomialRate, RateConfig, StepRate
+from bagpipe.config.rates import (
+    CosineRate,
+    PlateauRate,
+    PolynomialRate,
+    RateConfig,
+    StepRate,
+    is_better_high,
+)
 
 
 class Rates:
@@ -77,7 +84,7 @@ class _Rate:
         if isinstance(config, PlateauRate):
             self._plateau = ReduceLROnPlateau(
                 optimizer,
-                mode="max" if config.metric == "auc" else "min",
+                mode="max" if is_better_high(config.metric) else "min",
                 factor=config.factor,
                 patience=config.patience,
                 cooldown=config.cooldown,

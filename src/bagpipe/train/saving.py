@@ -78,6 +78,15 @@ class Saving:
             if self.newest_step != self.parts.embeddings.step:
                 raise CheckpointError(self._reason)
 
+    def try_to_save_now(self) -> bool:
+        """As `save`; a failure is told, and the run goes on. Returns whether it is in place."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            self._failed(self.parts.embeddings.step, str(error))
+            return False
+        return True
+
     def finish(self) -> None:
         """Waits for the checkpoint that is being written, if there is one."""
         if self.cuts is not None:
@@ -107,7 +116,7 @@ class Saving:
         parts.dense_step.settle()
         position = parts.schedule.position_after(step)
         if self.cuts is not None:
-            self.cuts.begin(parts.state, position, parts.settings)
+            self.cuts.begin(parts.state, position, parts.settings, spared=parts.best.step)
             self._begun_step = step
             return
         path = save_checkpoint(
@@ -116,6 +125,7 @@ class Saving:
             position=position,
             config=parts.settings,
             keep=parts.config.checkpoint.keep,
+            spared=parts.best.step,
             trainers=self.trainers,
             say=self.reporter.say,
         )

@@ -1,0 +1,73 @@
+"""The best model of a run, by evaluations on the way: which it was, and whether to go on.
+
+All trainers keep it alike. Its state is part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bagpipe.config.rates import is_better_high
+from bagpipe.config.run import BestConfig
+
+
+class Best:
+    """Which evaluation was the best so far; nothing where a configuration does not ask."""
+
+    def __init__(self, config: BestConfig | None) -> None:
+        self._config = config
+        self.score: float | None = None
+        self.step: int | None = None
+        """Of the checkpoint that holds the best model, once one does."""
+        self.test: dict[str, Any] | None = None
+        """The scores of that model on the test split."""
+        self.num_worse = 0
+        """Evaluations in a row that were no better than the best one."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the best model is looked for at all."""
+        return self._config is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether evaluations have been no better for as long as the run may wait for it."""
+        config = self._config
+        return (
+            config is not None and config.patience is not None and self.num_worse >= config.patience
+        )
+
+    def note(self, scores: Mapping[str, Any] | None) -> bool:
+        """Takes the scores of an evaluation; returns whether it is the best so far."""
+        if self._config is None or scores is None:
+            return False
+        score = scores[self._config.metric]
+        if score is not None and self._is_better(score):
+            self.score, self.num_worse = score, 0
+            return True
+        self.num_worse += 1
+        return False
+
+    def _is_better(self, score: float) -> bool:
+        config = self._config
+        assert config is not None
+        if self.score is None:
+            return True
+        gain = score - self.score if is_better_high(config.metric) else self.score - score
+        return gain > config.min_gain
+
+    def __str__(self) -> str:
+        assert self._config is not None
+        score = "none" if self.score is None else f"{self.score:.4f}"
+        return f"the best {self._config.metric}, {score}, at step {self.step or 0:,}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs."""
+        names = ("score", "step", "test", "num_worse")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where `state_dict` was asked for."""
+        for name, value in state.items():
+            setattr(self, name, value)
