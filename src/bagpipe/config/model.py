@@ -1,11 +1,12 @@
 """The model sections, told apart by their `kind`; a section without one is a DLRM's.
 
 The keys of a section are the arguments of its model in `bagpipe.models`, which says what they mean.
+A `kind` with a colon names a class of the user's own.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
 
@@ -21,22 +22,37 @@ class _Model(Section):
     dense_lr: ClassVar[float] = 0.02
     """Adagrad's learning rate where `train.optimizer` is left out."""
 
-    top: LayerSizes
-    """Layers over the features that the model makes. The last layer is the logit, of size 1."""
-
     def check(self, embedding_dim: int) -> None:
-        """Checks the sizes of layers.
+        """Checks the sizes of layers, where they are known.
 
         Raises:
             ValueError: The sizes do not fit together, or do not fit the embedding dimension.
         """
+
+
+class OwnModelConfig(_Model):
+    """A subclass of `bagpipe.models.RankingModel` that can be imported: "package.module:Class".
+
+    It is called with the embeddings, the number of dense features, and `arguments`.
+    """
+
+    kind: Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class _LayeredModel(_Model):
+    top: LayerSizes
+    """Layers over the features that the model makes. The last layer is the logit, of size 1."""
+
+    def check(self, embedding_dim: int) -> None:
+        """Checks the sizes of layers, as `_Model.check` does."""
         if self.top[-1] != 1:
             raise ValueError(
                 f"model.top ends with {self.top[-1]}: its last layer is the logit, so it must be 1"
             )
 
 
-class DLRMConfig(_Model):
+class DLRMConfig(_LayeredModel):
     """`bagpipe.models.DLRM`: pairwise dot products."""
 
     kind: Literal["dlrm"] = "dlrm"
@@ -67,7 +83,7 @@ class DCNConfig(DLRMConfig):
     cross_rank: Width = 512
 
 
-class WideDeepConfig(_Model):
+class WideDeepConfig(_LayeredModel):
     """`bagpipe.models.WideDeep`; the last column of each table holds the linear weights."""
 
     kind: Literal["wide_deep"] = "wide_deep"
@@ -96,18 +112,20 @@ class DeepFMConfig(WideDeepConfig):
 
 
 def model_kind(section: object) -> object:
-    """Which model a section is for: its `kind`, or DLRM where it has none."""
-    return (
+    """Which model a section is for: its `kind`, or DLRM where it has none; "own" for a class."""
+    kind = (
         section.get("kind", "dlrm")
         if isinstance(section, dict)
         else getattr(section, "kind", "dlrm")
     )
+    return "own" if isinstance(kind, str) and ":" in kind else kind
 
 
 ModelConfig: TypeAlias = Annotated[
     Annotated[DLRMConfig, Tag("dlrm")]
     | Annotated[DCNConfig, Tag("dcn")]
     | Annotated[WideDeepConfig, Tag("wide_deep")]
-    | Annotated[DeepFMConfig, Tag("deepfm")],
+    | Annotated[DeepFMConfig, Tag("deepfm")]
+    | Annotated[OwnModelConfig, Tag("own")],
     Discriminator(model_kind),
 ]

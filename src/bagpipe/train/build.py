@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bagpipe.checkpoint.checkpoints import State
-from bagpipe.config.model import ModelConfig
+from bagpipe.config.model import ModelConfig, OwnModelConfig
 from bagpipe.config.rates import PlateauRate
 from bagpipe.config.run import DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TrainConfig
 from bagpipe.config.tables import make_tables
@@ -30,6 +30,7 @@ from bagpipe.store import FileStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.best import Best
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
+from bagpipe.train.own_model import make_own_model
 from bagpipe.train.rates import Rates
 from bagpipe.train.schedule import Schedule, make_schedule
 from bagpipe.train.servers import Join, Joined
@@ -167,6 +168,8 @@ def make_model(config: ModelConfig, embeddings: torch.nn.Module, num_dense: int)
     Raises:
         ConfigError: the data do not fit it.
     """
+    if isinstance(config, OwnModelConfig):
+        return make_own_model(config, embeddings, num_dense)
     return _MODELS[config.kind](embeddings, num_dense, **config.model_dump(exclude={"kind"}))
 
 

@@ -1,0 +1,56 @@
+"""A run's file names a model class of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.train.runs import small_config
+from torch import Tensor, nn
+
+from bagpipe.errors import ConfigError
+from bagpipe.models import RankingModel
+from bagpipe.train.report import SilentReporter
+from bagpipe.train.trainer import train
+
+HERE = "tests.train.test_own_model"
+
+
+class Linear(RankingModel):
+    """Logistic regression over everything."""
+
+    def __init__(self, embeddings: nn.Module, num_dense: int, *, bias: bool = True) -> None:
+        super().__init__(embeddings)
+        self.linear = nn.Linear(num_dense + self.num_features * self.embedding_dim, 1, bias=bias)
+
+    def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        logits: Tensor = self.linear(torch.cat([dense, pooled], dim=1))
+        return logits.squeeze(1)
+
+
+def run(folder: Path, **model: Any) -> None:
+    train(small_config(folder, model=model, train={"steps": 2}), reporter=SilentReporter())
+
+
+def test_it_is_trained_with_its_arguments(tmp_path: Path) -> None:
+    run(tmp_path, kind=f"{HERE}:Linear", arguments={"bias": False})
+    (dense,) = (tmp_path / "checkpoints").glob("*/dense.pt")
+    assert torch.load(dense)["model"].keys() == {"linear.weight"}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"kind": "nowhere.at_all:Linear"}, "nowhere.at_all can't be imported: .*PYTHONPATH"),
+        ({"kind": f"{HERE}:Liner"}, "no subclass of .*RankingModel .*: did you mean 'Linear'"),
+        ({"kind": f"{HERE}:HERE"}, "no subclass of bagpipe.models.RankingModel"),
+        ({"kind": f"{HERE}:Linear", "arguments": {"bia": 1}}, r"with \['bia'\]: .*bia"),
+        ({"kind": "a b:C"}, r'model\.kind = "a b:C": string should match pattern'),
+        ({"kind": f"{HERE}:Linear", "top": [1]}, "model.top: unknown key"),
+    ],
+)
+def test_what_is_wrong_with_it_is_told(tmp_path: Path, model: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, **model)
