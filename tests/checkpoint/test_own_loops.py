@@ -245,6 +245,7 @@ def test_the_page_on_own_loops_runs_as_written(
     assert saved == ["step-0000000040", "step-0000000060"]
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 def test_torchdata_s_loader_goes_on_behind_what_was_trained(tmp_path: Path) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
 
