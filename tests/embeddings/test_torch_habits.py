@@ -85,7 +85,6 @@ def table(embeddings: EmbeddingBagCollection) -> LazyTable:
         ({"init_fn": partial(torch.nn.init.normal_, std=0.5)}, {"init": Normal(std=0.5)}),
         ({"init_fn": torch.nn.init.uniform_}, {"init": Uniform(low=0, high=1)}),
     ],
-    ids=str,
 )
 def test_an_embedding_bag_config_is_a_table(
     changes: dict[str, Any], expected: dict[str, Any]
@@ -111,7 +110,6 @@ def test_an_embedding_bag_config_is_a_table(
         ({"init_fn": partial(torch.nn.init.normal_, generator=1)}, "init_fn is functools.partial"),
         ({"feature_names": []}, "table 't': feature_names must be a non-empty list"),
     ],
-    ids=str,
 )
 def test_a_config_that_asks_for_more_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -141,7 +139,6 @@ def test_repr_shows_the_tables(embeddings: EmbeddingBagCollection, table: LazyTa
         *([1, 2], [-1, 0, -1], [], torch.tensor([1, 2]), slice(4, None, 5)),
         *([row % 3 == 0 for row in range(20)], torch.arange(20) < 3),
     ],
-    ids=str,
 )
 def test_a_table_is_indexed_like_a_tensor(table: LazyTable, index: Any) -> None:
     whole = table[:]
@@ -162,7 +159,6 @@ def test_a_table_is_indexed_like_a_tensor(table: LazyTable, index: Any) -> None:
         ([True, False], "indexed by rows"),
         (None, "indexed by rows"),
     ],
-    ids=str,
 )
 def test_an_index_that_names_no_rows_is_refused(table: LazyTable, index: Any, message: str) -> None:
     with pytest.raises(IndexError, match=message):
