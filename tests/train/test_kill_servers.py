@@ -158,6 +158,7 @@ def test_a_server_that_was_stopped_and_goes_on_serves_the_next_start(
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.soak
 def test_a_trainer_that_was_stopped_and_replaced_changes_nothing(
     tmp_path: Path, undisturbed: Path
 ) -> None:

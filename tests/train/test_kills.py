@@ -33,6 +33,7 @@ def test_a_trainer_and_the_server_are_killed_at_once(tmp_path: Path, undisturbed
     raise AssertionError(hits)
 
 
+@pytest.mark.soak
 def test_an_undisturbed_run_that_is_interrupted_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

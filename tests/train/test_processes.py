@@ -71,7 +71,7 @@ def run_rank(rank: int, num_trainers: int, file: Path, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("num_trainers", [3, 8])
+@pytest.mark.parametrize("num_trainers", [3, pytest.param(8, marks=pytest.mark.soak)])
 def test_processes_equal_one_trainer_where_sums_are_exact_and_repeat_to_the_bit_where_not(
     num_trainers: int, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_a_run_whose_servers_serve_a_newer_start_says_which(
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.soak
 def test_a_launcher_takes_no_run_back_by_itself(tmp_path: Path) -> None:
     def start(name: str, *, is_restart: bool) -> None:
         launcher = Launcher(name=name, is_restart=is_restart)

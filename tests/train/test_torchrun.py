@@ -157,6 +157,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_alone(tmp_path: Path) -
     assert records_of(together)[0] == 35
 
 
+@pytest.mark.soak
 def test_a_cache_too_small_for_a_later_batch_loses_nothing(tmp_path: Path) -> None:
     file = write_run(tmp_path)
     process = start(2, file, "--set", "cache.size=69")
@@ -201,7 +202,14 @@ def running(folder: Path, *options: str) -> tuple[subprocess.Popen[str], list[in
     return process, by_rank, oracles[0] if oracles else 0
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "oracle"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "rank 1",
+        pytest.param("rank 0", marks=pytest.mark.soak),
+        pytest.param("oracle", marks=pytest.mark.soak),
+    ],
+)
 def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_orphan(
     victim: str, tmp_path: Path
 ) -> None:
@@ -222,7 +230,7 @@ def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_or
     wait_until(lambda: not any(map(is_alive, (*ranks, oracle))))
 
 
-@pytest.mark.parametrize("receiver", ["rank 1", "torchrun"])
+@pytest.mark.parametrize("receiver", ["rank 1", pytest.param("torchrun", marks=pytest.mark.soak)])
 def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
     receiver: str, tmp_path: Path
 ) -> None:
@@ -238,6 +246,7 @@ def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
         ), output
 
 
+@pytest.mark.soak
 def test_a_killed_rank_ends_the_other_where_each_plans_for_itself(tmp_path: Path) -> None:
     process, ranks, _ = running(tmp_path, "--set", "cache.oracle=thread")
     os.kill(ranks[1], signal.SIGKILL)
@@ -339,6 +348,7 @@ def test_two_uneven_hosts_train_as_one_trainer_does_and_any_number_goes_on(tmp_p
     np.testing.assert_allclose(records_of(together)[2], records_of(alone)[2], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.soak
 def test_a_rank_that_is_killed_ends_the_other_host_too(tmp_path: Path) -> None:
     hosts = start_hosts([1, 1], write_run(tmp_path, steps=100_000))
     log = tmp_path / "run" / "log.jsonl"
