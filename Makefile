@@ -16,7 +16,7 @@ train: $(INSTALLED)  ## train the default run (about two minutes on two cores)
 	$(BIN)/bagpipe train examples/quickstart.toml --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED)  ## the tests that take minutes: thousands of simulated runs with faults
 	$(BIN)/python -m pytest --numprocesses=2 -m soak

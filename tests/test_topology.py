@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from tests import reference
 
 from bagpipe.topology import NUM_SHARDS, by_shard, lines_of_shard, shard_of, shards_of
+from bagpipe.types import Int64Array
+
+
+@cache
+def uneven_rows() -> Int64Array:
+    """Rows that are spread unevenly over the table, as those of several tables in use."""
+    return np.unique(np.random.default_rng(2).zipf(1.05, 2_000_000) % 10**9)
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
@@ -23,8 +32,7 @@ def test_any_number_of_shards_is_even_within_two_percent(num_shards: int) -> Non
     counts = np.bincount(shards_of(np.arange(num_rows), num_shards), minlength=num_shards)
     assert len(counts) == num_shards
     np.testing.assert_allclose(counts, num_rows / num_shards, rtol=0.02)
-    # rows that are spread unevenly over the table, as those of several tables in use
-    rows = np.unique(np.random.default_rng(2).zipf(1.05, 2_000_000) % 10**9)
+    rows = uneven_rows()
     counts = np.bincount(shards_of(rows, num_shards))
     np.testing.assert_allclose(counts, len(rows) / num_shards, rtol=0.02)
 

@@ -20,6 +20,7 @@ from benchmarks.workloads import make_workload
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.soak
 def test_the_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
     """Run from the top of the repository; the ranks' processes find its modules, too."""
     file = tmp_path / "trainers.json"

@@ -157,7 +157,8 @@ def test_data_inspect_prints_tables_and_draws(file: Path) -> None:
     assert "Embedding tables" in result.output
     assert plot.stat().st_size > 0
     assert (
-        "must be train or validation" in invoke("data", "inspect", file, "--split", "test").stderr
+        "must be train, validation or test"
+        in invoke("data", "inspect", file, "--split", "other").stderr
     )
 
 

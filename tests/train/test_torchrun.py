@@ -324,6 +324,7 @@ def outputs_of(processes: list[subprocess.Popen[str]]) -> list[str]:
         ]
 
 
+@pytest.mark.soak
 def test_two_uneven_hosts_train_as_one_trainer_does_and_any_number_goes_on(tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
