@@ -32,9 +32,9 @@ BATCHES = [make_batch(step) for step in range(NUM_STEPS)]
 class Loop:
     """A user's own loop: all that it trains, and how."""
 
-    def __init__(self, seed: int = 0, **options: Any) -> None:
+    def __init__(self, seed: int = 0, device: str = "cpu", **options: Any) -> None:
         self.embeddings = bagpipe.EmbeddingBagCollection(
-            TABLES, optimizer=Adam(lr=0.05), seed=seed, **options
+            TABLES, optimizer=Adam(lr=0.05), seed=seed, device=device, **options
         )
         torch.manual_seed(seed)
         self.model = torch.nn.ModuleDict(
@@ -44,7 +44,7 @@ class Loop:
                 "dropout": torch.nn.Dropout(0.3),
                 "last": torch.nn.Linear(4, 1),
             }
-        )
+        ).to(device)
         # as where parts of a model are trained at rates of their own
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Adam(self.model["hidden"].parameters(), lr=0.05),
