@@ -1,4 +1,4 @@
-"""README's code and commands run as they stand there, in their order, as a newcomer pastes them."""
+"""The code and commands of README and of two pages run as they stand, as a newcomer pastes them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from bagpipe.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EMBEDDINGS = (ROOT / "docs/embeddings.md").read_text()
+TRAINING = (ROOT / "docs/training.md").read_text()
 SMALL = {
     "data.num_samples": "4096",
     "data.num_validation_samples": "256",
@@ -30,14 +32,19 @@ SMALL = {
 }
 
 
-def commands(heading: str, *programs: str) -> list[list[str]]:
-    """The commands of a section, without their comments; a backslash continues a line."""
-    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
-    joined = section.replace("\\\n", " ")
+def section(heading: str) -> str:
+    """A section of README."""
+    return README.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+def commands(text: str, *programs: str) -> list[list[str]]:
+    """The commands of a text, without their comments; a backslash continues a line."""
+    joined = text.replace("\\\n", " ")
     lines = [line for line in joined.splitlines() if line.startswith("    ")]
     parsed = [shlex.split(line, comments=True) for line in lines]
+    elsewhere = {"--nnodes=2", "--engine", "serve"}  # tests of their own have these
     return [
-        words for words in parsed if words and words[0] in programs and "--nnodes=2" not in words
+        words for words in parsed if words and words[0] in programs and elsewhere.isdisjoint(words)
     ]
 
 
@@ -66,7 +73,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_commands_run_in_their_order(folder: Path) -> None:
-    told = commands("From a file", "bagpipe")
+    told = commands(section("From a file") + TRAINING, "bagpipe")
     assert {words[1] for words in told} == {"data", "plan", "train"}
     for words in told:
         small = made_small(words[1:])
@@ -79,7 +86,7 @@ def test_the_commands_run_in_their_order(folder: Path) -> None:
 
 
 def test_the_commands_for_launchers_are_those_of_a_file_that_is_there() -> None:
-    told = [*commands("From a file", "torchrun"), *commands("Shard servers", "torchrun")]
+    told = commands(section("Whatever is killed") + TRAINING, "torchrun")
     assert len(told) == 2
     for words in told:
         assert words[words.index("-m") + 1 :][:2] == ["bagpipe", "train"]
@@ -87,11 +94,13 @@ def test_the_commands_for_launchers_are_those_of_a_file_that_is_there() -> None:
 
 
 def test_the_loops_run_as_written() -> None:
-    own_loop, many = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    own_loop, many = re.findall(r"```python\n(.*?)```", README + EMBEDDINGS, flags=re.DOTALL)
     # as written but for their size: random rows of a table of gigabytes touch all its pages
     own_loop = re.sub(r"10_131_227|8_351_593", "20_000", own_loop).replace("2%", "50%")
     many = many.replace("2%", "50%")
-    many = many.replace("    ...  # as above", "    assert sum(1 for _ in batches) == len(loader)")
+    many = many.replace(
+        "    ...  # as in README", "    assert sum(1 for _ in batches) == len(loader)"
+    )
     environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     ended = subprocess.run(
         [sys.executable, "-c", f"{own_loop}assert loss.item() < 1.0\n{many}"],
