@@ -42,7 +42,7 @@ def commands(text: str, *programs: str) -> list[list[str]]:
     joined = text.replace("\\\n", " ")
     lines = [line for line in joined.splitlines() if line.startswith("    ")]
     parsed = [shlex.split(line, comments=True) for line in lines]
-    elsewhere = {"--nnodes=2", "--engine", "serve"}  # tests of their own have these
+    elsewhere = {"--nnodes=2", "--engine", "serve", "settings"}  # tests of their own have these
     return [
         words for words in parsed if words and words[0] in programs and elsewhere.isdisjoint(words)
     ]

@@ -28,6 +28,7 @@ from bagpipe.cli.common import (
 from bagpipe.cli.example import example
 from bagpipe.cli.plan import plan
 from bagpipe.cli.serve import serve
+from bagpipe.cli.settings import settings
 
 if TYPE_CHECKING:
     from bagpipe.config.run import RunConfig
@@ -43,6 +44,7 @@ app.add_typer(data_app, name="data")
 app.command()(example)
 app.command()(plan)
 app.command()(serve)
+app.command()(settings)
 
 
 @app.callback(invoke_without_command=True)

@@ -36,4 +36,6 @@ class Section(BaseModel):
     It is frozen. An unknown key is an error, which the loader answers with the nearest right key.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
