@@ -54,11 +54,13 @@ ALLOWED = {
     "checkpoint": BASE | {"config", "data", "store", "distributed"},
     "train": BASE
     | {"config", "oracle", "feed", "store", "data", "distributed", "cache", "models"}
-    | {"embeddings", "checkpoint", "server", "version"},
+    | {"embeddings", "checkpoint", "server", "version", "serving", "plots"},
+    "serving": BASE | {"data", "embeddings", "version"},
     "server": BASE | {"config", "data", "store"},
     "launch": BASE | {"distributed", "config", "server", "train"},
 }
 MAY_IMPORT_TORCH = {"distributed", "cache", "embeddings", "models", "checkpoint", "train", "launch"}
+MAY_IMPORT_TORCH |= {"serving"}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
@@ -133,6 +135,7 @@ def test_the_public_surface() -> None:
         "models",
         "restore",
         "save",
+        "serving",
         "store",
     ]
     assert all(getattr(bagpipe, name) is not None for name in bagpipe.__all__)

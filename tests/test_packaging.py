@@ -24,8 +24,8 @@ BY_IMPORT = {
     "llvmlite": "numba",  # which needs the one that fits
     "pydantic_core": "pydantic",
 }
-OPTIONAL = {"matplotlib", "ray", "triton"}
-"""What only a door imports: the plots, Ray's actors, and on GPUs what comes with torch."""
+OPTIONAL = {"matplotlib", "onnxscript", "ray", "triton"}
+"""What only a door imports: ONNX, the plots, Ray's actors, and on GPUs what comes with torch."""
 
 
 def imported_packages(path: Path) -> set[str]:

@@ -14,7 +14,7 @@ from bagpipe.types import Jagged, Normal, TableConfig, Uniform
 from bagpipe.version import __version__
 
 if TYPE_CHECKING:
-    from bagpipe import models, store
+    from bagpipe import models, serving, store
     from bagpipe.checkpoint.dense import dense_state_dict
     from bagpipe.checkpoint.own_loops import restore, save
     from bagpipe.distributed.communicator import Communicator
@@ -41,6 +41,7 @@ __all__ = [
     "models",
     "restore",
     "save",
+    "serving",
     "store",
 ]
 
@@ -53,7 +54,7 @@ _LAZY = {
     "restore": "bagpipe.checkpoint.own_loops",
     "save": "bagpipe.checkpoint.own_loops",
 }
-_MODULES = ("models", "store")
+_MODULES = ("models", "serving", "store")
 """Parts of the package that a user calls by name."""
 
 

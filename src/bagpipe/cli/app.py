@@ -27,6 +27,7 @@ from bagpipe.cli.common import (
 )
 from bagpipe.cli.example import example
 from bagpipe.cli.plan import plan
+from bagpipe.cli.scoring import evaluate, export, predict
 from bagpipe.cli.serve import serve
 from bagpipe.cli.settings import settings
 
@@ -45,6 +46,9 @@ app.command()(example)
 app.command()(plan)
 app.command()(serve)
 app.command()(settings)
+app.command("eval")(evaluate)
+app.command()(predict)
+app.command()(export)
 
 
 @app.callback(invoke_without_command=True)

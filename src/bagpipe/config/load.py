@@ -44,8 +44,7 @@ def load_config(
         ConfigError: The file can't be read, or has mistakes, all of which it lists.
     """
     settings = read_toml(path)
-    for override in overrides:
-        _apply(settings, override)
+    apply_overrides(settings, overrides)
     if only is not None:
         settings = {key: value for key, value in settings.items() if key in only}
     return check_config(model, settings, source=str(path))
@@ -87,6 +86,16 @@ def check_config(model: type[S], settings: dict[str, Any], *, source: str) -> S:
         mistakes = list(dict.fromkeys(_mistakes(model, settings, error.errors(include_url=False))))
     heading = f"{source}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
     raise ConfigError("\n".join([heading, *(f"  {mistake}" for mistake in mistakes)]))
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets keys as `section.key=value` says, in place.
+
+    Raises:
+        ConfigError: An override is not of that form.
+    """
+    for override in overrides:
+        _apply(settings, override)
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:

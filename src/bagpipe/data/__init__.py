@@ -1,17 +1,17 @@
-"""Where batches come from: prepared files, or a synthetic stream. Never imports torch."""
+"""Where batches come from: prepared files, or a synthetic stream. Never imports torch.
+
+What reads them is imported when a source is opened: serving, which opens none, loads no compiled
+loops.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bagpipe.data.base import BatchSource, Split
-from bagpipe.data.criteo import CARDINALITIES
-from bagpipe.data.manifest import PreparedManifest
-from bagpipe.data.prepared import PreparedSource
-from bagpipe.data.synthetic import SyntheticSource
-
 if TYPE_CHECKING:
     from bagpipe.config.data import DataConfig, SyntheticData
+    from bagpipe.data.base import BatchSource, Split
+    from bagpipe.data.synthetic import SyntheticSource
 
 __all__ = ["has_split", "open_source"]
 
@@ -28,6 +28,8 @@ def open_source(config: DataConfig, split: Split) -> BatchSource:
     """
     if config.kind == "synthetic":
         return _open_synthetic(config, split)
+    from bagpipe.data.prepared import PreparedSource
+
     return PreparedSource(
         config.folder,
         split,
@@ -42,10 +44,15 @@ def has_split(config: DataConfig, split: Split) -> bool:
     """Whether the data that the configuration names have samples of a split."""
     if config.kind == "synthetic":
         return split != "test" or config.num_test_samples > 0
+    from bagpipe.data.manifest import PreparedManifest
+
     return PreparedManifest.load(config.folder).num_rows(split) > 0
 
 
 def _open_synthetic(config: SyntheticData, split: Split) -> SyntheticSource:
+    from bagpipe.data.criteo import CARDINALITIES
+    from bagpipe.data.synthetic import SyntheticSource
+
     sizes = (
         CARDINALITIES[config.num_embeddings]
         if isinstance(config.num_embeddings, str)

@@ -1,6 +1,6 @@
-"""Counter-based randomness and hashing of ids.
+"""Counter-based randomness, compiled; `bagpipe.data.transforms` hashes ids by the same mixer.
 
-Both come from one 64-bit mixer, the finaliser of SplitMix64 with David Stafford's constants
+It is the finaliser of SplitMix64 with David Stafford's constants
 (variant 13). Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA
 2014). The mixer is a bijection of 64-bit numbers, so distinct keys collide only in the modulo.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bagpipe.native.jit import jit
-from bagpipe.types import Int32Array, Int64Array
+from bagpipe.types import Int64Array
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -38,16 +38,6 @@ def stream(seed: np.uint64, number: np.uint64) -> np.uint64:
 def unit(state: np.uint64) -> float:
     """A float64 in [0, 1) from the upper 53 bits."""
     return float(state >> _S11) * _UNIT
-
-
-@jit
-def hash_ids(keys: Int64Array, num_embeddings: int) -> Int32Array:
-    """The ids (n,) ``mix64(key) % num_embeddings`` of keys (n,)."""
-    ids = np.empty(len(keys), np.int32)
-    limit = np.uint64(num_embeddings)
-    for i in range(len(keys)):
-        ids[i] = np.int32(mix64(np.uint64(keys[i])) % limit)
-    return ids
 
 
 @jit

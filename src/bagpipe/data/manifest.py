@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from bagpipe.data.base import FeatureSpec, Split
 from bagpipe.data.files import checksum_file, write_atomically
+from bagpipe.data.raw import ValueKind
 from bagpipe.errors import DataError
 from bagpipe.native.files import is_file_name
 
@@ -49,6 +50,9 @@ class FeatureEntry(_Entry):
     name: str
     table: str
     multi_hot: bool
+    kind: ValueKind | None = None  # of its values; None in data prepared by older versions
+    column: str | None = None  # of the raw files; None there, too
+    separator: str | None = None
 
 
 class SkippedEntry(_Entry):
@@ -98,6 +102,7 @@ class PreparedManifest(_Entry):
 
     format_version: Literal[1] = 1
     label: str
+    label_at_least: float | None = None  # labels are 1 where the column is at least this
     dense_names: tuple[str, ...]
     dense_transform: Literal["log", "none"]
     features: tuple[FeatureEntry, ...]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,15 +38,25 @@ class ParquetSource:
     Args:
         files: The files to read.
         config: Which columns they are read by, and as what.
+        has_label: Whether the files have the label's column; else all labels are 0.
+        block_rows: The most rows of a block.
 
     Raises:
         DataError: A mapped column is missing or of different types, there are no rows, or a file
             can't be read.
     """
 
-    def __init__(self, files: Sequence[Path], config: ParquetFiles) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        config: ParquetFiles,
+        *,
+        has_label: bool = True,
+        block_rows: int = BLOCK_ROWS,
+    ) -> None:
         self._files, self._config = tuple(files), config
-        self._columns = _mapped_columns(config)
+        self._has_label, self._block_rows = has_label, block_rows
+        self._columns = _mapped_columns(config, has_label=has_label)
         lists = self._check_schemas()
         self.features = tuple(_raw_feature(column, lists) for column in config.sparse)
         self.dense_names = config.dense
@@ -60,7 +70,7 @@ class ParquetSource:
         """Yields the time column without the rows that have no time."""
         name = str(self._config.time)
         for file in self._files:
-            for batch in _batches(file, [name]):
+            for batch in _batches(file, [name], self._block_rows):
                 values, good = _time_keys(batch.column(0), f"{file}, column {name!r}")
                 yield values[good]
 
@@ -71,8 +81,8 @@ class ParquetSource:
         total, row = self.num_rows(), 0
         for file in self._files:
             first_row = row
-            for batch in _batches(file, self._columns):
-                yield self._block(batch, row, _Place(file, row - first_row, problems))
+            for batch in _batches(file, self._columns, self._block_rows):
+                yield self._block(batch, row, Place(file, row - first_row, problems))
                 row += len(batch)
                 progress(Progress(stage=stage, done=row, total=total, unit="rows"))
 
@@ -80,7 +90,7 @@ class ParquetSource:
         """The mapped columns that are lists."""
         first: dict[str, tuple[Any, Path]] = {}
         for file in self._files:
-            schema = _open(file).schema_arrow
+            schema = schema_of(file)
             for name in self._columns:
                 if (count := schema.names.count(name)) != 1:
                     has = f"has {count} columns named" if count else "has no column"
@@ -112,19 +122,16 @@ class ParquetSource:
                 uses.append((is_list(kind), str(kind) if key == "other" else key))
         return uses
 
-    def _block(self, batch: Any, row: int, place: _Place) -> RawBlock:
+    def _block(self, batch: Any, row: int, place: Place) -> RawBlock:
         config = self._config
         good = np.ones(len(batch), np.bool_)
-        labels = _labels(
-            batch.column(config.label.column),
-            config.label.column,
-            config.label.at_least,
-            good,
-            place,
-        )
+        labels = np.zeros(len(batch), np.float32)
+        if self._has_label:
+            values = batch.column(config.label.column)
+            labels = _labels(values, config.label.column, config.label.at_least, good, place)
         dense = np.empty((len(batch), len(config.dense)), np.float32)
         for index, name in enumerate(config.dense):
-            dense[:, index] = _dense(batch.column(name), name, good, place)
+            dense[:, index] = dense_values(batch.column(name), name, good, place)
         times = None
         if config.time is not None:
             times, timed = _time_keys(
@@ -138,7 +145,7 @@ class ParquetSource:
                 None,
             )
         keys = tuple(
-            _feature_keys(batch.column(column.column), column, feature.multi_hot, place.file)
+            feature_keys(batch.column(column.column), column, feature.multi_hot, place.file)
             for column, feature in zip(config.sparse, self.features, strict=True)
         )
         block = RawBlock(
@@ -151,10 +158,22 @@ class ParquetSource:
         return block if good.all() else block.take(np.flatnonzero(good))
 
 
-class _Place:
-    """Where a block lies, so that its bad rows can be named."""
+class Column(Protocol):
+    """Which column a feature is read from."""
 
-    def __init__(self, file: Path, first_row: int, problems: Problems) -> None:
+    @property
+    def column(self) -> str:
+        """Its name."""
+
+    @property
+    def separator(self) -> str | None:
+        """What splits its strings into values, if they hold several."""
+
+
+class Place:
+    """Where a block lies, so that its bad rows can be named: in a file, or in what a text names."""
+
+    def __init__(self, file: Path | str, first_row: int, problems: Problems) -> None:
         self.file, self._first_row, self._problems = file, first_row, problems
 
     def refuse(
@@ -178,8 +197,9 @@ class _Place:
         good &= ~bad
 
 
-def _mapped_columns(config: ParquetFiles) -> list[str]:
-    names = [config.label.column, *config.dense, *(column.column for column in config.sparse)]
+def _mapped_columns(config: ParquetFiles, *, has_label: bool) -> list[str]:
+    names = [config.label.column] if has_label else []
+    names += [*config.dense, *(column.column for column in config.sparse)]
     return list(dict.fromkeys(names + ([config.time] if config.time else [])))
 
 
@@ -192,7 +212,12 @@ def _raw_feature(column: SparseColumn, lists: set[str]) -> RawFeature:
     )
 
 
-def _feature_keys(array: Any, column: SparseColumn, multi_hot: bool, file: Path) -> Keys:
+def feature_keys(array: Any, column: Column, multi_hot: bool, file: Path | str) -> Keys:
+    """The keys of a feature's column.
+
+    Raises:
+        DataError: The column is of a type that can't be keys.
+    """
     where = f"{file}, column {column.column!r}"
     if column.separator is not None:
         return split_keys(array, column.separator, where)
@@ -204,7 +229,7 @@ def _feature_keys(array: Any, column: SparseColumn, multi_hot: bool, file: Path)
 
 
 def _labels(
-    array: Any, name: str, at_least: float | None, good: BoolArray, place: _Place
+    array: Any, name: str, at_least: float | None, good: BoolArray, place: Place
 ) -> Float32Array:
     values, present = _numbers(array, name, place.file)
     place.refuse(~present, good, "label is missing", f"label column {name!r} is missing", None)
@@ -228,7 +253,12 @@ def _labels(
     return values.astype(np.float32)
 
 
-def _dense(array: Any, name: str, good: BoolArray, place: _Place) -> Float32Array:
+def dense_values(array: Any, name: str, good: BoolArray, place: Place) -> Float32Array:
+    """The numbers (n,) of a dense column, 0 where missing; rows without a good one are refused.
+
+    Raises:
+        DataError: The column is of a type that is no number.
+    """
     values, _ = _numbers(array, name, place.file)
     with np.errstate(over="ignore"):
         narrow: Float32Array = values.astype(np.float32)
@@ -237,7 +267,7 @@ def _dense(array: Any, name: str, good: BoolArray, place: _Place) -> Float32Arra
     return narrow
 
 
-def _numbers(array: Any, name: str, file: Path) -> tuple[Float64Array, BoolArray]:
+def _numbers(array: Any, name: str, file: Path | str) -> tuple[Float64Array, BoolArray]:
     """Values as float64 (0 where missing), and where they are present."""
     kind = array.type
     if not _is_number(kind):
@@ -280,6 +310,11 @@ def _time_keys(array: Any, where: str) -> tuple[Int64Array, BoolArray]:
     return values, present
 
 
+def schema_of(file: Path) -> Any:
+    """The Arrow schema of a Parquet file. DataError: it can't be read."""
+    return _open(file).schema_arrow
+
+
 def _open(file: Path) -> Any:
     try:
         return pq.ParquetFile(file, page_checksum_verification=True)
@@ -287,9 +322,9 @@ def _open(file: Path) -> Any:
         raise DataError(f"{file} can't be read as Parquet: {error}") from error
 
 
-def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
+def _batches(file: Path, columns: list[str], block_rows: int) -> Iterator[Any]:
     try:
-        yield from _open(file).iter_batches(batch_size=BLOCK_ROWS, columns=columns)
+        yield from _open(file).iter_batches(batch_size=block_rows, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{file} can't be read to its end, it is damaged or on a bad disk: {error}"

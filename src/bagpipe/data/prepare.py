@@ -196,6 +196,7 @@ def _describe(
     num_kept = sum(file.num_rows for files in splits.values() for file in files)
     return PreparedManifest(
         label=config.source.label.column if config.source.kind == "parquet" else "label",
+        label_at_least=(config.source.label.at_least if config.source.kind == "parquet" else None),
         dense_names=source.dense_names,
         dense_transform=config.transform,
         features=encoder.features,

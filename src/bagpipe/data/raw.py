@@ -15,7 +15,7 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from bagpipe.errors import DataError
 from bagpipe.types import Float32Array, Int64Array
 
 MISSING_KEY: Final = -(2**63)
+ValueKind: TypeAlias = Literal["integer", "unsigned", "hexadecimal", "text", "nothing"]
+"""What a feature's values are before they are keys: integers of up to 63 or 64 bits, Criteo's
+categories, strings or binaries; nothing: all are missing, or their type makes no keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from bagpipe.data.files import HashingFile
-from bagpipe.data.hashing import hash_ids
+from bagpipe.data.transforms import hash_ids
 from bagpipe.types import Int32Array, Int64Array
 
 _LEAST_PENDING: Final = 1 << 20

@@ -20,6 +20,7 @@ from bagpipe.data.files import HashingFile
 from bagpipe.data.manifest import FeatureEntry, FileEntry
 from bagpipe.data.observed import LabelClustering, UsedRows
 from bagpipe.data.raw import RawBlock, RawSource
+from bagpipe.data.transforms import log_transform
 from bagpipe.data.vocabulary import Vocabulary
 from bagpipe.types import Float32Array, Int32Array
 
@@ -200,12 +201,3 @@ class Encoder:
         """How many values below 0 the transform has made 0, by dense feature."""
         counts = zip(self._dense_names, self._num_clipped.tolist(), strict=True)
         return {name: count for name, count in counts if count}
-
-
-def log_transform(dense: Float32Array) -> Float32Array:
-    """``log(max(x, 0) + 1)`` in float32, as the DLRM reference does.
-
-    Source: facebookresearch/dlrm, data_utils.py.
-    """
-    transformed: Float32Array = np.log(np.maximum(dense, np.float32(0)) + np.float32(1))
-    return transformed

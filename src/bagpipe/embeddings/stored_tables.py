@@ -18,7 +18,7 @@ from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.fused_optimizer import FusedOptimizer
 from bagpipe.embeddings.learning_rates import common_rate, new_rates
 from bagpipe.embeddings.reading import read_pooled
-from bagpipe.embeddings.table_file import open_table_file
+from bagpipe.embeddings.table_file import open_table_file, weight_key
 from bagpipe.embeddings.tables import (
     LazyTable,
     load_tables,
@@ -158,7 +158,7 @@ class StoredTables(nn.Module, ABC):
             StoreError: the file can't be written, as on a full disk; one that was there before is
                 as it was.
         """
-        save_tables({_weight_key(name): table for name, table in self.tables().items()}, Path(path))
+        save_tables({weight_key(name): table for name, table in self.tables().items()}, Path(path))
 
     def load_tables(self, path: str | Path) -> None:
         """Sets all tables' weights to those of a file that `save_tables` wrote, in bounded memory.
@@ -177,7 +177,7 @@ class StoredTables(nn.Module, ABC):
             UsageError: a `bagpipe.lookahead` is running.
         """
         self._check_idle("load_tables")
-        tables = {_weight_key(name): table for name, table in self.tables().items()}
+        tables = {weight_key(name): table for name, table in self.tables().items()}
 
         def load() -> None:
             found = open_table_file(Path(path), {key: table.shape for key, table in tables.items()})
@@ -203,7 +203,7 @@ class StoredTables(nn.Module, ABC):
     ) -> None:
         """Adds each table as a `LazyTable` under TorchRec's key; nothing is read yet."""
         destination.update(
-            {prefix + _weight_key(name): table for name, table in self._tables().items()}
+            {prefix + weight_key(name): table for name, table in self._tables().items()}
         )
 
     def _load_from_state_dict(  # the signature is nn.Module's
@@ -221,7 +221,7 @@ class StoredTables(nn.Module, ABC):
         Optimizer state is kept, and an `OptimizerStateWarning` says so.
         """
         self._check_idle("load_state_dict")
-        known = {prefix + _weight_key(name): table for name, table in self.tables().items()}
+        known = {prefix + weight_key(name): table for name, table in self.tables().items()}
         num_loaded = load_tables(known, state_dict, missing_keys, error_msgs)
         if num_loaded:
             self._warn_of_optimizer_state("load_state_dict", num_loaded)
@@ -239,8 +239,3 @@ class StoredTables(nn.Module, ABC):
 def _in_background(work: Callable[[], None]) -> None:
     """Does it on a thread of its own, whatever thread the garbage collector has come in."""
     threading.Thread(target=work, name="bagpipe-close", daemon=True).start()
-
-
-def _weight_key(table: str) -> str:
-    """Where TorchRec keeps a table's weights in a state dict."""
-    return f"embedding_bags.{table}.weight"

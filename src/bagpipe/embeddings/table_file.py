@@ -1,4 +1,4 @@
-"""A file of tables, as `save_tables` writes it, read back block by block.
+"""A file of tables, as `save_tables` writes it: its beginning, and reading it block by block.
 
 It is a safetensors file (https://github.com/huggingface/safetensors, "Format"): an 8-byte
 little-endian header length, a JSON header, and the raw data. Anybody may have written it, so all of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from bagpipe.errors import StoreError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 << 20  # as safetensors has it
 
 
@@ -48,6 +50,39 @@ class FileTable:
         if len(content) != num_bytes:
             raise StoreError(f"{self.path}: has become shorter while it was read")
         return torch.from_numpy(content).view(self.dtype).reshape(-1, self.shape[1])
+
+
+def weight_key(table: str) -> str:
+    """Where TorchRec keeps a table's weights in a state dict."""
+    return f"embedding_bags.{table}.weight"
+
+
+def header_of(
+    tables: Mapping[str, tuple[torch.dtype, tuple[int, int]]],
+) -> tuple[bytes, int]:
+    """The beginning of a file of tables, behind which their weights follow one another.
+
+    It is written here because the library's own writer wants every tensor in memory at once.
+
+    Args:
+        tables: data type and shape by key, in the order of their weights.
+
+    Returns:
+        The bytes, a multiple of 8; and the size of the whole file.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for key, (dtype, shape) in tables.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[key] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    beginning = struct.pack("<Q", len(encoded)) + encoded
+    return beginning, len(beginning) + end
 
 
 def open_table_file(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, FileTable]:

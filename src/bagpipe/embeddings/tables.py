@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 
 from bagpipe.cache.weights import TORCH_DTYPES, weights_in
 from bagpipe.embeddings.row_index import rows_asked_for
+from bagpipe.embeddings.table_file import header_of
 from bagpipe.errors import OptimizerStateWarning, StoreError, UsageError
 from bagpipe.native.files import replaced
 from bagpipe.store.base import EmbeddingStore
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_ROWS = 65_536
-_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class LazyTable:
@@ -132,27 +130,14 @@ class LazyTable:
 def save_tables(tables: Mapping[str, LazyTable], path: Path) -> None:
     """Writes the tables to a safetensors file, block by block.
 
-    The format (https://github.com/huggingface/safetensors, "Format") is an 8-byte little-endian
-    header length, a JSON header and the raw data; it is written here because the library's own
-    writer wants every tensor in memory at once.
-
     Raises:
         StoreError: the file can't be written, and is as it was before; or a store can't be read.
     """
-    header: dict[str, Any] = {}
-    end = 0
-    for key, table in tables.items():
-        begin, end = end, end + table.dtype.itemsize * table.shape[0] * table.shape[1]
-        header[key] = {
-            "dtype": _SAFETENSORS_TYPES[table.dtype],
-            "shape": list(table.shape),
-            "data_offsets": [begin, end],
-        }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    beginning = struct.pack("<Q", len(encoded)) + encoded
+    beginning, size_bytes = header_of(
+        {key: (table.dtype, table.shape) for key, table in tables.items()}
+    )
     with (
-        replaced(path, StoreError, needs_bytes=len(beginning) + end) as temporary,
+        replaced(path, StoreError, needs_bytes=size_bytes) as temporary,
         temporary.open("wb") as file,
     ):
         file.write(beginning)

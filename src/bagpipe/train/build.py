@@ -141,7 +141,7 @@ def build_run(
             ],
             schedule.num_steps,
         )
-        with _matrix_products(config.train.precision, device):
+        with matrix_products(config.train.precision, device):
             yield Run(
                 config=config,
                 settings=describe_run(config),
@@ -240,7 +240,7 @@ def has_graph(config: TrainConfig, device: torch.device, num_trainers: int) -> b
 
 
 @contextmanager
-def _matrix_products(precision: Precision, device: torch.device) -> Iterator[None]:
+def matrix_products(precision: Precision, device: torch.device) -> Iterator[None]:
     """Lets float32 matrix products of the process read TF32, and puts the setting back."""
     if precision != "tf32":
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -53,10 +54,15 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
         if schedule is not None:
             settings[section]["lr_schedule"] = _describe_schedule(schedule, config)
     if config.data.kind == "prepared":
-        files = PreparedManifest.load(config.data.folder).splits.get("train", ())
-        checksums = "".join(file.checksum for file in files).encode()
-        settings["data"]["content"] = xxhash.xxh3_128(checksums).hexdigest()
+        settings["data"]["content"] = data_content(config.data.folder)
     return settings
+
+
+def data_content(folder: Path) -> str:
+    """A hash of the training split in a folder of prepared data."""
+    files = PreparedManifest.load(folder).splits.get("train", ())
+    checksums = "".join(file.checksum for file in files).encode()
+    return xxhash.xxh3_128(checksums).hexdigest()
 
 
 def describe_start(config: RunConfig) -> dict[str, Any]:

@@ -1,0 +1,195 @@
+"""From raw rows to what a model reads, as preparing did it for training.
+
+A raw row has a value for each column: that of a categorical feature, or a dense number. Keys, ids
+and the transform come from the code that prepares data, so that a value that is missing, or that
+training has not seen, means what it meant there.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+
+from bagpipe.data.arrow_keys import is_list, key_kind
+from bagpipe.data.parquet import Place, dense_values, feature_keys
+from bagpipe.data.raw import MISSING_KEY, Keys, Problems, ValueKind
+from bagpipe.data.transforms import log_transform
+from bagpipe.data.vocabulary import Vocabulary
+from bagpipe.errors import DataError
+from bagpipe.types import Float32Array, Int32Array
+
+_HEX_DIGITS: Final = 8
+_HOLDS: Final = {
+    "integer": "integers",
+    "unsigned": "integers",
+    "hexadecimal": f"strings of up to {_HEX_DIGITS} hexadecimal digits",
+    "text": "strings",
+    "nothing": "nothing but missing values",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureColumn:
+    """A categorical feature, and the column of raw rows that it is read from."""
+
+    feature: str
+    table: str
+    column: str
+    kind: ValueKind
+    """What the column held in training; "nothing" there takes anything."""
+    separator: str | None = None
+    """What splits a string into several values."""
+    multi_hot: bool = False
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a row has a list of values."""
+        return self.multi_hot and self.separator is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Rows as a model reads them."""
+
+    dense: Float32Array  # (n, D)
+    ids: tuple[tuple[Int32Array, Int32Array | None], ...]
+    """Of each feature its ids, and offsets (n + 1,); without these one id a row."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.dense)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The columns that a model reads of raw rows."""
+
+    features: tuple[FeatureColumn, ...]
+    dense: tuple[str, ...]
+    transform: Literal["log", "none"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Of what `as_dict` has made."""
+        features = tuple(FeatureColumn(**feature) for feature in values["features"])
+        return cls(features=features, dense=tuple(values["dense"]), transform=values["transform"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns, each once: dense ones, then those of features."""
+        columns = (feature.column for feature in self.features)
+        return tuple(dict.fromkeys((*self.dense, *columns)))
+
+
+class Inputs:
+    """Encodes raw rows.
+
+    Args:
+        columns: what is read of them.
+        vocabularies: by table what makes ids of keys.
+    """
+
+    def __init__(self, columns: Columns, vocabularies: Mapping[str, Vocabulary]) -> None:
+        self.columns, self._vocabularies = columns, vocabularies
+
+    def encode_arrow(self, rows: Any, where: str) -> Encoded:
+        """Encodes an Arrow record batch that has the columns.
+
+        Args:
+            rows: the record batch (n,); further columns are passed over.
+            where: what messages call it.
+
+        Raises:
+            DataError: a column is missing or of another type than in training, or a number is not
+                finite.
+        """
+        names = rows.schema.names
+        for name in self.columns.names:
+            if (count := names.count(name)) != 1:
+                has = f"has {count} columns named" if count else "has no column"
+                raise DataError(
+                    f"{where} {has} {name!r}, of which the model reads one; it has "
+                    f"{', '.join(names) or 'none'}: give each column, null where a value is missing"
+                )
+        problems, good = Problems(on_error="skip"), np.ones(len(rows), np.bool_)
+        dense = np.empty((len(rows), len(self.columns.dense)), np.float32)
+        place = Place(where, 0, problems)
+        for index, name in enumerate(self.columns.dense):
+            dense[:, index] = dense_values(rows.column(name), name, good, place)
+        for skipped in problems.skipped.values():
+            raise DataError(skipped.first)
+        keys = [
+            self._keys(feature, rows.column(feature.column), where)
+            for feature in self.columns.features
+        ]
+        return self.encode(dense, keys)
+
+    def encode(self, dense: Float32Array, keys: Sequence[Keys]) -> Encoded:
+        """Encodes rows whose keys have been read.
+
+        Args:
+            dense: numbers as read, 0 where missing: (n, D).
+            keys: of each feature.
+        """
+        if self.columns.transform == "log":
+            dense = log_transform(dense)
+        ids = tuple(
+            (
+                self._vocabularies[feature.table].ids(of_feature.values),
+                None if of_feature.offsets is None else of_feature.offsets.astype(np.int32),
+            )
+            for feature, of_feature in zip(self.columns.features, keys, strict=True)
+        )
+        return Encoded(dense=dense, ids=ids)
+
+    def _keys(self, feature: FeatureColumn, values: Any, where: str) -> Keys:
+        if feature.kind == "hexadecimal":
+            return _hexadecimal_keys(feature, values, where)
+        check_column(feature, values.type, where)
+        return feature_keys(values, feature, feature.multi_hot, where)
+
+
+def check_column(feature: FeatureColumn, kind: Any, where: str) -> None:
+    """Raises DataError where a column of an Arrow type means other values than in training."""
+    found, expected = key_kind(kind), feature.kind
+    is_empty = pa.types.is_null(kind)
+    if not is_empty and is_list(kind) != feature.is_list:
+        one, many = "one value a row", "a list of values a row"
+        has, had = (many, one) if is_list(kind) else (one, many)
+        raise _other(feature, kind, where, f"has {has}, in training it had {had}")
+    texts = {"text": "text", "nothing": found}.get(expected, "integer")
+    if found not in ("nothing", texts) or found == "other":
+        raise _other(feature, kind, where, f"in training it held {_HOLDS[expected]}")
+
+
+def _other(feature: FeatureColumn, kind: Any, where: str, what: str) -> DataError:
+    return DataError(
+        f"{where}, column {feature.column!r} (feature {feature.feature!r}) is of type {kind}: "
+        f"{what}, and values of another type would get other ids: convert it"
+    )
+
+
+def _hexadecimal_keys(feature: FeatureColumn, values: Any, where: str) -> Keys:
+    """Keys of Criteo's categories: a string is the number that it writes, an empty one missing."""
+    if key_kind(values.type) not in ("text", "nothing") or is_list(values.type):
+        raise _other(feature, values.type, where, f"in training it held {_HOLDS[feature.kind]}")
+    keys = np.full(len(values), MISSING_KEY, np.int64)
+    for row, text in enumerate(values.cast(pa.large_string()).to_pylist()):
+        if not text:
+            continue
+        if len(text) > _HEX_DIGITS or not set(text) <= set(string.hexdigits):
+            raise DataError(
+                f"{where}, row {row} (from 0): column {feature.column!r} is {text!r}, must be 1 to "
+                f"{_HEX_DIGITS} hexadecimal digits, or null"
+            )
+        keys[row] = int(text, 16)
+    return Keys(values=keys, offsets=None)

@@ -1,0 +1,121 @@
+"""An exported model, loaded to answer requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagpipe.embeddings.table_file import open_table_file
+from bagpipe.errors import DataError, StoreError
+from bagpipe.serving.inputs import Columns, Inputs
+from bagpipe.serving.manifest import DENSE_NAME, TABLES_NAME, ExportManifest
+from bagpipe.serving.requests import WHERE, Requests, as_record_batch
+from bagpipe.serving.tables import MappedTable, pool
+from bagpipe.serving.vocabularies import open_vocabulary
+from bagpipe.types import Float32Array
+
+
+class ServedModel:
+    """Predicts raw rows; `load` makes one. Several threads may call it at a time."""
+
+    def __init__(
+        self,
+        manifest: ExportManifest,
+        inputs: Inputs,
+        tables: tuple[MappedTable, ...],
+        dense_part: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """Takes the parts; `tables` are those of the features, one each."""
+        self.manifest = manifest
+        self._inputs, self._tables, self._dense_part = inputs, tables, dense_part
+
+    @property
+    def columns(self) -> Columns:
+        """What each row of a request has."""
+        return self.manifest.columns
+
+    def predict(self, requests: Requests) -> Float32Array:
+        """The probability of each row.
+
+        The rows are one batch. `bagpipe predict` gives the same bits for batches of the same rows;
+        in others the dense part may add up in another order.
+
+        Args:
+            requests: a list of dicts from column to value, or a pyarrow Table or RecordBatch. None,
+                or null, is a missing value. Further columns are passed over.
+
+        Returns:
+            (n,) float32.
+
+        Raises:
+            DataError: a row lacks a column, or has a value of another type than in training.
+        """
+        rows = as_record_batch(requests, self.columns)
+        if len(rows) == 0:
+            return np.empty(0, np.float32)
+        encoded = self._inputs.encode_arrow(rows, WHERE)
+        pooled = torch.from_numpy(pool(self._tables, encoded))
+        with torch.inference_mode():
+            logits = self._dense_part(torch.from_numpy(encoded.dense), pooled)
+            scores: Float32Array = probabilities(logits).numpy()
+        return scores
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """What is told of logits: float32 of the same shape."""
+    return torch.sigmoid(logits)
+
+
+def load(folder: str | Path, *, verify: bool = False) -> ServedModel:
+    """Opens a folder that `bagpipe export` has written. Its tables are mapped, not read.
+
+    Args:
+        folder: the folder, which must stay as it is.
+        verify: whether the checksums of the tables are compared, too, which reads all of them.
+
+    Raises:
+        DataError: it is no exported model, a file is missing, cut off or damaged, or versions do
+            not fit.
+    """
+    folder = Path(folder)
+    manifest = ExportManifest.load(folder)
+    manifest.check_files(folder, verify=verify)
+    shapes = {table.key: (table.num_embeddings, table.embedding_dim) for table in manifest.tables}
+    try:
+        found = open_table_file(folder / TABLES_NAME, shapes)
+    except StoreError as error:
+        raise DataError(f"{error}: export the run again") from error
+    tables = {
+        table.name: MappedTable(table, folder / TABLES_NAME, found[table.key].begin)
+        for table in manifest.tables
+    }
+    inputs = Inputs(
+        manifest.columns,
+        {table.name: open_vocabulary(folder, table) for table in manifest.tables},
+    )
+    return ServedModel(
+        manifest,
+        inputs,
+        tuple(tables[feature.table] for feature in manifest.columns.features),
+        _load_dense_part(folder / DENSE_NAME, manifest),
+    )
+
+
+def _load_dense_part(path: Path, manifest: ExportManifest) -> Callable[[Tensor, Tensor], Tensor]:
+    from torch.export import load as load_program  # a second, and not needed to look at a request
+
+    try:
+        program: Any = load_program(path)
+    except Exception as error:  # torch raises what it likes
+        raise DataError(
+            f"{path}: torch {torch.__version__} can't read it, which torch "
+            f"{manifest.versions.get('torch')} has written: {error}: install that version, or "
+            "export the run again with this one"
+        ) from error
+    part: Callable[[Tensor, Tensor], Tensor] = program.module()
+    return part

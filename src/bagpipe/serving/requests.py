@@ -1,0 +1,79 @@
+"""Requests as users send them, dicts or Arrow, made one Arrow record batch."""
+
+from __future__ import annotations
+
+import decimal
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+
+from bagpipe.errors import DataError
+from bagpipe.serving.inputs import Columns
+
+Requests: TypeAlias = Any
+"""A list of dicts from column to value, or a pyarrow Table or RecordBatch."""
+WHERE = "the request"
+
+
+def as_record_batch(requests: Requests, columns: Columns) -> Any:
+    """The record batch of some requests, which has at least `columns`, if dicts they were.
+
+    Raises:
+        DataError: they are something else, or a dict lacks a column or has a value in it that no
+            type of Arrow holds together with the others'.
+    """
+    if isinstance(requests, pa.RecordBatch):
+        return requests
+    if isinstance(requests, pa.Table):
+        batches = requests.combine_chunks().to_batches()
+        return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=requests.schema)
+    if isinstance(requests, Mapping):
+        raise DataError(f"{WHERE} is one dict, must be a list of dicts, one for each row")
+    if not isinstance(requests, Sequence) or not all(isinstance(row, Mapping) for row in requests):
+        raise DataError(
+            f"{WHERE} is a {type(requests).__name__}, must be a list of dicts, or a pyarrow Table "
+            "or RecordBatch"
+        )
+    names = columns.names
+    return pa.RecordBatch.from_arrays(
+        [_column(requests, name) for name in names], names=list(names)
+    )
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+    try:
+        values = [row[name] for row in rows]
+    except KeyError:
+        place = next(place for place, row in enumerate(rows) if name not in row)
+        raise DataError(
+            f"{WHERE}, row {place} (from 0) has no {name!r}; it has "
+            f"{', '.join(map(repr, rows[place])) or 'nothing'}: give each row every column, None "
+            "where a value is missing"
+        ) from None
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+        if _are_numbers(values):
+            return pa.array([None if value is None else float(value) for value in values])
+        raise DataError(
+            f"{WHERE}, column {name!r}: its values are of no common type ({_types(values)}): "
+            f"{error}"
+        ) from error
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Whether all are numbers, of types that Arrow does not mix by itself."""
+    return all(
+        value is None or isinstance(value, numbers.Real | decimal.Decimal) for value in values
+    )
+
+
+def _types(values: Sequence[Any]) -> str:
+    """The types of values, each with the row in which it comes first."""
+    first: dict[str, int] = {}
+    for row, value in enumerate(values):
+        if value is not None:
+            first.setdefault(type(value).__name__, row)
+    return ", ".join(f"{kind} in row {row}" for kind, row in first.items()) or "none"

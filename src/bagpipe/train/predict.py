@@ -1,0 +1,142 @@
+"""Predictions of a saved model, batch by batch, at the pace of training.
+
+Rows come ahead of their batch by the plans of `bagpipe.lookahead`, as in training, but nothing is
+updated. An evaluation within a run computes the same logits, to the bit: rows are summed in the
+same order, and the dense part sees batches of the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from bagpipe.data.base import Batch, BatchSource, count_batches
+from bagpipe.embeddings.lookahead import lookahead
+from bagpipe.embeddings.pooled import PooledEmbeddings
+from bagpipe.errors import DataError
+from bagpipe.feed.stream import Deferred
+from bagpipe.native.files import replaced
+from bagpipe.train.dense_step import TorchBatch
+from bagpipe.train.evaluate import BinaryScores, Scores
+from bagpipe.train.saved import LoadedModel
+
+OnBatch = Callable[[int, int], None]
+"""Told how many of all batches are done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllBatches:
+    """Every sample of a source once, in its order; can be sent to another process."""
+
+    source: BatchSource
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Deferred[Batch]]:
+        for read in self.source.reads(batch_size=self.batch_size):
+            yield Deferred(read)
+
+    def __len__(self) -> int:
+        return count_batches(self.source.num_samples, self.batch_size)
+
+
+def predictions(
+    loaded: LoadedModel, source: BatchSource, batch_size: int, on_batch: OnBatch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields logits (B,) and labels (B,) of each batch, float32 on the CPU.
+
+    Args:
+        loaded: what predicts.
+        source: what is predicted, in its order.
+        batch_size: samples that are predicted together.
+        on_batch: told of progress.
+
+    Raises:
+        DataError: a sample can't be read.
+        CacheTooSmallError: a batch needs more rows than the cache has.
+    """
+    config, embeddings, device = loaded.of.config, loaded.embeddings, loaded.device
+    batches = AllBatches(source=source, batch_size=batch_size)
+    # the run's cache is for its batches; a larger one gets what is free
+    cache = config.cache.size if batch_size <= config.train.batch_size else "auto"
+    in_process = config.cache.oracle == "process" or (
+        config.cache.oracle == "auto" and device.type == "cuda"
+    )
+    stream = lookahead(
+        batches,
+        embeddings,
+        cache=cache,
+        lookahead=config.cache.lookahead,
+        lookahead_memory=config.cache.lookahead_memory,
+        prefetch_depth=config.cache.prefetch_depth,
+        dedup_threads=config.cache.threads,
+        oracle="process" if in_process else "thread",
+        hand_out=Batch.without_ids,
+        move=TorchBatch.moved,
+    )
+    with stream:
+        for number, batch in enumerate(stream, 1):
+            yield _logits(loaded, batch), batch.labels.cpu()
+            on_batch(number, len(batches))
+
+
+def _logits(loaded: LoadedModel, batch: TorchBatch) -> Tensor:
+    embeddings, device = loaded.embeddings, loaded.device
+    is_bf16 = loaded.of.config.train.precision == "bf16"
+    features = [group.features for group in embeddings.groups]
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+        pooled = PooledEmbeddings(features, embeddings.lookup(batch.sparse))
+        return loaded.model.dense_part(batch.dense.to(device), pooled.values()).float().cpu()
+
+
+def score(loaded: LoadedModel, source: BatchSource, batch_size: int, on_batch: OnBatch) -> Scores:
+    """How well the model predicts the labels of a source; see `predictions`."""
+    scores = BinaryScores()
+    for logits, labels in predictions(loaded, source, batch_size, on_batch):
+        scores.update(logits, labels)
+    return scores.compute()
+
+
+def write_predictions(
+    loaded: LoadedModel,
+    source: BatchSource,
+    path: Path,
+    batch_size: int,
+    on_batch: OnBatch,
+    *,
+    has_labels: bool = True,
+) -> int:
+    """Writes a Parquet file with a row for each sample, in the source's order.
+
+    Its columns are `score` float32, the probability, and `label` float32 where there are labels.
+
+    Returns:
+        How many rows there are.
+
+    Raises:
+        DataError: the file can't be written, and is as it was before, or a sample can't be read.
+    """
+    names = ["score", "label"] if has_labels else ["score"]
+    schema = pa.schema([(name, pa.float32()) for name in names])
+    num_rows = 0
+    with (
+        replaced(path, DataError) as temporary,
+        pq.ParquetWriter(temporary, schema) as writer,
+    ):
+        for logits, labels in predictions(loaded, source, batch_size, on_batch):
+            columns = [probabilities(logits), labels][: len(names)]
+            writer.write_batch(
+                pa.record_batch([pa.array(column.numpy()) for column in columns], schema=schema)
+            )
+            num_rows += len(logits)
+    return num_rows
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """What is told of logits, float32 of the same shape; `bagpipe.serving` tells the same."""
+    return torch.sigmoid(logits)

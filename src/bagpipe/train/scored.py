@@ -1,0 +1,132 @@
+"""The data that a saved model is scored on: a part of its own, or others that fit it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagpipe.config.data import DataConfig, LabelColumn, PreparedData
+from bagpipe.data import has_split, open_source
+from bagpipe.data.base import BatchSource, Split
+from bagpipe.data.manifest import MANIFEST_NAME, PreparedManifest
+from bagpipe.data.raw import find_files
+from bagpipe.errors import ConfigError, DataError
+from bagpipe.train.raw_inputs import inputs_of
+from bagpipe.train.raw_source import open_raw_rows
+from bagpipe.train.saved import SavedModel, any_split
+
+_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredData:
+    """What is to be predicted."""
+
+    source: BatchSource
+    name: str
+    """What a message calls it."""
+    label: str
+    has_labels: bool = True
+
+
+def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredData:
+    """Opens what a saved model is to predict.
+
+    Args:
+        of: the model.
+        data: raw files, by their path or a pattern, or a folder of prepared data; None: the run's
+            own data.
+        split: which part of prepared data; by default the test part if there is one, else the
+            validation part.
+
+    Raises:
+        ConfigError: there is no such part.
+        DataError: the data can't be read, do not fit the model, or their ids mean other values.
+    """
+    config = of.config
+    if data is None:
+        own = config.data
+        if isinstance(own, PreparedData):
+            own = own.model_copy(update={"shuffle": False})
+        return _part_of(own, split)
+    if (data / MANIFEST_NAME).is_file():
+        check_same_ids(of, data)
+        features = tuple(spec.name for spec in any_split(config).features)
+        return _part_of(PreparedData(kind="prepared", folder=data, features=features), split)
+    if data.is_dir():
+        raise DataError(
+            f"{data}: is no folder of prepared data (it has no {MANIFEST_NAME}): give raw files, "
+            "as by a pattern in quotes, or a folder that `bagpipe data prepare` has written"
+        )
+    if split is not None:
+        raise ConfigError(f"--split {split}: {data} are raw files, which have no parts")
+    files = find_files([str(data)])
+    label, is_criteo = LabelColumn(column="label"), False
+    if isinstance(config.data, PreparedData):
+        manifest = PreparedManifest.load(config.data.folder)
+        label = LabelColumn(column=manifest.label, at_least=manifest.label_at_least)
+        is_criteo = manifest.source.kind == "criteo"
+    rows = open_raw_rows(
+        files,
+        inputs_of(config, of.groups, of.num_dense),
+        any_split(config).features,
+        label,
+        is_criteo=is_criteo,
+    )
+    return ScoredData(source=rows, name=str(data), label=label.column, has_labels=rows.has_label)
+
+
+def check_same_ids(of: SavedModel, folder: Path) -> None:
+    """Raises DataError where prepared data have other columns, or their ids mean other values."""
+    if not isinstance(of.config.data, PreparedData):
+        raise DataError(
+            f"{folder}: is prepared data, and {of.saved.path} was trained on ids that were made on "
+            "the fly: give a Parquet file of ids"
+        )
+    own, other = PreparedManifest.load(of.config.data.folder), PreparedManifest.load(folder)
+    features = {spec.name: spec.table for spec in any_split(of.config).features}
+    entries = {entry.name: entry for entry in other.features}
+    missing = sorted(features.keys() - entries.keys())
+    differing = [
+        table
+        for table in dict.fromkeys(features.values())
+        if _ids_of(own, table) != _ids_of(other, table)
+    ]
+    if missing or differing:
+        what = (
+            f"has no feature {missing[0]!r}"
+            if missing
+            else f"has other ids for the values of table {differing[0]!r}"
+        )
+    elif (own.dense_names, own.dense_transform) != (other.dense_names, other.dense_transform):
+        what = (
+            f"has the dense features {', '.join(other.dense_names)} (transform "
+            f"{other.dense_transform}), not {', '.join(own.dense_names)} ({own.dense_transform})"
+        )
+    else:
+        return
+    raise DataError(
+        f"{folder}: {what}, so it does not fit the model that was trained on "
+        f"{of.config.data.folder}: give the raw files, which are encoded as those were"
+    )
+
+
+def _ids_of(manifest: PreparedManifest, table: str) -> tuple[object, ...]:
+    """What says which values the ids of a table stand for."""
+    dictionary = manifest.dictionaries.get(table)
+    return (
+        manifest.vocabulary,
+        manifest.num_embeddings.get(table),
+        None if dictionary is None else dictionary.checksum,
+    )
+
+
+def _part_of(config: DataConfig, split: str | None) -> ScoredData:
+    if split is not None and split not in _SPLITS:
+        raise ConfigError(f"--split {split}: must be {', '.join(_SPLITS)}")
+    chosen: Split = next(
+        each for each in ("test", "validation") if each == "validation" or has_split(config, each)
+    )
+    for each in _SPLITS:
+        chosen = each if each == split else chosen
+    return ScoredData(source=open_source(config, chosen), name=chosen, label="label")
