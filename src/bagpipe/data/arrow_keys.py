@@ -7,6 +7,7 @@ bytes. Dictionaries, views and extension types are read as the values that they 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from bagpipe.data.raw import MISSING_KEY, Keys
+from bagpipe.data.raw import MISSING_KEY, Keys, ValueKind
 from bagpipe.errors import DataError
 from bagpipe.types import Int64Array
 
@@ -39,15 +40,37 @@ def key_kind(kind: Any) -> KeyKind:
     Two types of one kind give a value the same key. A "nothing" type holds nulls only, and values
     of an "other" type can't be keys.
     """
-    if isinstance(kind, pa.BaseExtensionType):
-        return key_kind(kind.storage_type)
-    if pa.types.is_dictionary(kind) or is_list(kind):
-        return key_kind(kind.value_type)
+    kind = _plain_type(kind)
     if pa.types.is_null(kind):
         return "nothing"
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         return "integer"
     return "text" if _is_text(kind) else "other"
+
+
+def value_kind(kinds: Iterable[Any]) -> ValueKind:
+    """What the values of a column of these Arrow types are; the types are of one kind."""
+    found: set[ValueKind] = set()
+    for kind in kinds:
+        plain = _plain_type(kind)
+        if pa.types.is_uint64(plain):
+            found.add("unsigned")
+        elif pa.types.is_integer(plain) or pa.types.is_boolean(plain):
+            found.add("integer")
+        elif _is_text(plain):
+            found.add("text")
+    if len(found) > 1:
+        found.discard("integer")
+    return found.pop() if found else "nothing"
+
+
+def _plain_type(kind: Any) -> Any:
+    """The type of the values that a type stands for, or holds lists of."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain_type(kind.storage_type)
+    if pa.types.is_dictionary(kind) or is_list(kind):
+        return _plain_type(kind.value_type)
+    return kind
 
 
 def single_keys(column: Any, where: str) -> Keys:

@@ -67,7 +67,14 @@ class CriteoSource:
     def __init__(self, files: Sequence[Path], num_embeddings: Sequence[int | None]) -> None:
         self._files = tuple(files)
         self.features = tuple(
-            RawFeature(name=name, table=name, num_embeddings=size, multi_hot=False)
+            RawFeature(
+                name=name,
+                table=name,
+                num_embeddings=size,
+                multi_hot=False,
+                kind="hexadecimal",
+                column=name,
+            )
             for name, size in zip(SPARSE_NAMES, num_embeddings, strict=True)
         )
         self.dense_names: tuple[str, ...] = DENSE_NAMES

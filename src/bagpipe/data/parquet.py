@@ -20,7 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bagpipe.data.arrow_keys import is_list, key_kind, list_keys, single_keys, split_keys
+from bagpipe.data.arrow_keys import (
+    is_list,
+    key_kind,
+    list_keys,
+    single_keys,
+    split_keys,
+    value_kind,
+)
 from bagpipe.data.raw import Keys, Problems, Progress, RawBlock, RawFeature
 from bagpipe.errors import DataError
 from bagpipe.types import BoolArray, Float32Array, Float64Array, Int64Array
@@ -57,8 +64,10 @@ class ParquetSource:
         self._files, self._config = tuple(files), config
         self._has_label, self._block_rows = has_label, block_rows
         self._columns = _mapped_columns(config, has_label=has_label)
-        lists = self._check_schemas()
-        self.features = tuple(_raw_feature(column, lists) for column in config.sparse)
+        kinds = self._check_schemas()
+        self.features = tuple(
+            _raw_feature(column, kinds.get(column.column, [])) for column in config.sparse
+        )
         self.dense_names = config.dense
         self.has_time = config.time is not None
 
@@ -86,9 +95,10 @@ class ParquetSource:
                 row += len(batch)
                 progress(Progress(stage=stage, done=row, total=total, unit="rows"))
 
-    def _check_schemas(self) -> set[str]:
-        """The mapped columns that are lists."""
+    def _check_schemas(self) -> dict[str, list[Any]]:
+        """The types that each mapped column has, but for that of nulls only."""
         first: dict[str, tuple[Any, Path]] = {}
+        kinds: dict[str, list[Any]] = {}
         for file in self._files:
             schema = schema_of(file)
             for name in self._columns:
@@ -101,6 +111,7 @@ class ParquetSource:
                 if pa.types.is_null(kind) and name != self._config.time:
                     continue  # a column without a value goes with any other
                 earlier, where = first.setdefault(name, (kind, file))
+                kinds.setdefault(name, []).append(kind)
                 if self._meaning(name, kind) != self._meaning(name, earlier):
                     raise DataError(
                         f"{file}: column {name!r} is of type {kind}, "
@@ -108,7 +119,7 @@ class ParquetSource:
                     )
         if self.num_rows() == 0:
             raise DataError(f"{', '.join(map(str, self._files))}: no rows")
-        return {name for name, (kind, _) in first.items() if is_list(kind)}
+        return kinds
 
     def _meaning(self, name: str, kind: Any) -> list[object]:
         """What about a column's type must be the same in all files, for each of its uses."""
@@ -203,12 +214,15 @@ def _mapped_columns(config: ParquetFiles, *, has_label: bool) -> list[str]:
     return list(dict.fromkeys(names + ([config.time] if config.time else [])))
 
 
-def _raw_feature(column: SparseColumn, lists: set[str]) -> RawFeature:
+def _raw_feature(column: SparseColumn, kinds: Sequence[Any]) -> RawFeature:
     return RawFeature(
         name=column.feature,
         table=column.table_name,
         num_embeddings=column.num_embeddings,
-        multi_hot=column.column in lists or column.separator is not None,
+        multi_hot=any(map(is_list, kinds)) or column.separator is not None,
+        kind=value_kind(kinds),
+        column=column.column,
+        separator=column.separator,
     )
 
 

@@ -39,6 +39,11 @@ class RawFeature:
     table: str
     num_embeddings: int | None
     multi_hot: bool
+    kind: ValueKind
+    column: str
+    """The column that it is read from."""
+    separator: str | None = None
+    """What splits the column's strings into values."""
 
 
 @dataclass(frozen=True, kw_only=True)

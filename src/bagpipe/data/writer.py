@@ -170,7 +170,14 @@ class Encoder:
         transform: Literal["log", "none"],
     ) -> None:
         self.features = tuple(
-            FeatureEntry(name=feature.name, table=feature.table, multi_hot=feature.multi_hot)
+            FeatureEntry(
+                name=feature.name,
+                table=feature.table,
+                multi_hot=feature.multi_hot,
+                kind=feature.kind,
+                column=feature.column,
+                separator=feature.separator,
+            )
             for feature in source.features
         )
         self.schema = prepared_schema(self.features, len(source.dense_names))
