@@ -5,7 +5,7 @@ Each subcommand is one benchmark and measures again what docs/results.md states.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +27,9 @@ from benchmarks.options import (
     Threads,
     WorkloadName,
     chosen_arms,
+    of_workload,
     sizes_of,
+    takes,
 )
 from benchmarks.showing import measure
 
@@ -127,16 +129,12 @@ def curve(
 
 
 @app.command()
+@takes(of_workload)
 def gpu(
+    sizes: dict[str, Any],
     workload: WorkloadName = "W1",
     quick: Quick = False,
-    batch_size: BatchSize = None,
-    max_rows: MaxRows = None,
     arms: Arms = None,
-    lookahead: Lookahead = None,
-    rounds: Rounds = None,
-    steps: Steps = None,
-    threads: Threads = None,
     plot: Plot = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -146,32 +144,19 @@ def gpu(
         from benchmarks.gpu.bench import ALWAYS, ARMS, bench_gpu
         from benchmarks.workloads import make_workload
 
-        options = sizes_of(
-            {},
-            batch_size=batch_size,
-            max_rows=max_rows,
-            lookahead=lookahead,
-            rounds=rounds,
-            turn_steps=steps,
-            dedup_threads=threads,
-        )
         chosen = chosen_arms(arms, ARMS, ALWAYS)
-        return bench_gpu(make_workload(workload, options, quick=quick), chosen, progress, plot)
+        return bench_gpu(make_workload(workload, sizes, quick=quick), chosen, progress, plot)
 
     measure(run, "auto", quick=quick, json_file=json_file, plot=plot)
 
 
 @app.command()
+@takes(of_workload)
 def trainers(
+    sizes: dict[str, Any],
     workload: WorkloadName = "small",
     quick: Quick = False,
-    batch_size: BatchSize = None,
-    max_rows: MaxRows = None,
     arms: Arms = None,
-    lookahead: Lookahead = None,
-    rounds: Rounds = None,
-    steps: Steps = None,
-    threads: Threads = None,
     num_trainers: NumTrainers = None,
     device: Annotated[
         str, typer.Option(help="cpu; cuda, a device each; or cuda:0, which all share.")
@@ -188,18 +173,9 @@ def trainers(
         from benchmarks.trainers.settings import ALWAYS, ARMS, QUICK, TrainersBench
         from benchmarks.workloads import make_workload
 
-        options = sizes_of(
-            {},
-            batch_size=batch_size,
-            max_rows=max_rows,
-            lookahead=lookahead,
-            rounds=rounds,
-            turn_steps=steps,
-            dedup_threads=threads,
-        )
         settings = sizes_of(
             QUICK if quick else {},
-            workload=make_workload(workload, options, quick=quick),
+            workload=make_workload(workload, sizes, quick=quick),
             arms=chosen_arms(arms, ARMS, ALWAYS),
             num_trainers=num_trainers,
             device=device,

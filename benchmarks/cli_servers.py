@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,12 +10,9 @@ from bagpipe.cli.common import JsonFile
 from benchmarks.options import (
     Arms,
     BatchSize,
-    CacheShare,
     Delays,
-    DeviceTimes,
     Gbits,
     InFlight,
-    Lookahead,
     MaxRows,
     NumTrainers,
     Plot,
@@ -25,7 +22,9 @@ from benchmarks.options import (
     StepRows,
     Steps,
     chosen_arms,
+    over_links,
     sizes_of,
+    takes,
 )
 from benchmarks.showing import measure
 
@@ -63,16 +62,11 @@ def network(
     measure(run, "cpu", quick=quick, json_file=json_file)
 
 
+@takes(over_links)
 def remote(
+    sizes: dict[str, Any],
     quick: Quick = False,
-    batch_size: BatchSize = None,
-    max_rows: MaxRows = None,
     arms: Arms = None,
-    lookahead: Lookahead = None,
-    cache: CacheShare = None,
-    devices_ms: DeviceTimes = None,
-    gbits: Gbits = None,
-    delays_ms: Delays = None,
     rounds: Rounds = None,
     steps: Steps = None,
     plot: Plot = None,
@@ -84,20 +78,14 @@ def remote(
         from benchmarks.remote.bench import bench_remote
         from benchmarks.remote.settings import ALWAYS, ARMS, QUICK, RemoteBench
 
-        sizes = sizes_of(
+        settings = sizes_of(
             QUICK if quick else {},
-            batch_size=batch_size,
-            max_rows=max_rows,
-            lookahead=lookahead,
-            cache_share=cache,
-            devices_ms=devices_ms,
-            gbits=gbits,
-            delays_ms=delays_ms,
+            **sizes,
             num_rounds=rounds,
             measured_steps=steps,
             arms=chosen_arms(arms, ARMS, ALWAYS),
         )
-        return bench_remote(RemoteBench(**sizes), progress, plot)
+        return bench_remote(RemoteBench(**settings), progress, plot)
 
     measure(run, "cpu", quick=quick, json_file=json_file, plot=plot)
 
@@ -113,15 +101,10 @@ def cuts(quick: Quick = False, json_file: JsonFile = None) -> None:
     measure(run, "cpu", quick=quick, json_file=json_file)
 
 
+@takes(over_links)
 def cutting(
+    sizes: dict[str, Any],
     quick: Quick = False,
-    batch_size: BatchSize = None,
-    max_rows: MaxRows = None,
-    lookahead: Lookahead = None,
-    cache: CacheShare = None,
-    devices_ms: DeviceTimes = None,
-    gbits: Gbits = None,
-    delays_ms: Delays = None,
     rounds: Annotated[int | None, typer.Option("--cuts", min=1, help="How many cuts.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps between two cuts.")] = None,
     folder: RunsFolder = None,
@@ -134,19 +117,10 @@ def cutting(
         from benchmarks.cutting.settings import CUTTING, QUICK, CuttingBench
         from benchmarks.remote.settings import RemoteBench
 
-        sizes = sizes_of(
-            QUICK if quick else CUTTING,
-            batch_size=batch_size,
-            max_rows=max_rows,
-            lookahead=lookahead,
-            cache_share=cache,
-            devices_ms=devices_ms,
-            gbits=gbits,
-            delays_ms=delays_ms,
-            num_rounds=rounds,
-            measured_steps=steps,
+        settings = sizes_of(
+            QUICK if quick else CUTTING, **sizes, num_rounds=rounds, measured_steps=steps
         )
-        return bench_cutting(CuttingBench.of(RemoteBench(**sizes)), progress, folder)
+        return bench_cutting(CuttingBench.of(RemoteBench(**settings)), progress, folder)
 
     measure(run, "cpu", quick=quick, json_file=json_file)
 

@@ -5,7 +5,9 @@ A subcommand declares those that it uses, and typer refuses the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,6 +98,74 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Save the plot here (.
 def sizes_of(defaults: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """`defaults`, replaced by those `options` that were given, which are not None."""
     return dict(defaults) | {name: value for name, value in options.items() if value is not None}
+
+
+def of_workload(
+    batch_size: BatchSize = None,
+    max_rows: MaxRows = None,
+    lookahead: Lookahead = None,
+    rounds: Rounds = None,
+    steps: Steps = None,
+    threads: Threads = None,
+) -> dict[str, Any]:
+    """The options that replace a workload's own values, those that were given."""
+    return sizes_of(
+        {},
+        batch_size=batch_size,
+        max_rows=max_rows,
+        lookahead=lookahead,
+        rounds=rounds,
+        turn_steps=steps,
+        dedup_threads=threads,
+    )
+
+
+def over_links(
+    batch_size: BatchSize = None,
+    max_rows: MaxRows = None,
+    lookahead: Lookahead = None,
+    cache: CacheShare = None,
+    devices_ms: DeviceTimes = None,
+    gbits: Gbits = None,
+    delays_ms: Delays = None,
+) -> dict[str, Any]:
+    """The options of one trainer over links to a shard server, those that were given."""
+    return sizes_of(
+        {},
+        batch_size=batch_size,
+        max_rows=max_rows,
+        lookahead=lookahead,
+        cache_share=cache,
+        devices_ms=devices_ms,
+        gbits=gbits,
+        delays_ms=delays_ms,
+    )
+
+
+def takes(
+    shared: Callable[..., dict[str, Any]],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a subcommand the options of `shared` beside its own.
+
+    It is called with what `shared` makes of them as `sizes`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        theirs = inspect.signature(shared, eval_str=True).parameters
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for name, each in signature.parameters.items() if name != "sizes"]
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            sizes = shared(**{name: given.pop(name) for name in theirs})
+            command(sizes, **given)
+
+        # typer reads the one, and takes types that stand in the other for those of the command
+        run.__signature__ = signature.replace(parameters=[*theirs.values(), *own])  # type: ignore[attr-defined]
+        run.__annotations__ = {}
+        return run
+
+    return decorate
 
 
 def chosen_arms(
