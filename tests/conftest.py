@@ -1,6 +1,11 @@
-"""Test-wide rules: GPU tests are skipped where there is no GPU, and no example has a deadline."""
+"""Test-wide rules: GPU tests are skipped where there is no GPU, no example has a deadline, and
+oracle processes start quickly.
+"""
 
 from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,3 +27,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_oracles() -> Iterator[None]:
+    """Oracle processes are forked from one that has imported everything, and has no threads.
+
+    A new program, as users have it, takes seconds to import torch: `tests/feed/test_process.py`
+    and runs by torchrun start those.
+    """
+    from bagpipe.feed import process
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["bagpipe.train.trainer", "bagpipe.feed.child", "hypothesis", "pytest"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "_CONTEXT", context)
+        yield

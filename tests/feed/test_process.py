@@ -4,6 +4,7 @@ unnoticed.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -65,6 +66,13 @@ def start(batches: Batches, num_slots: int = 1500) -> OracleProcess[dict[str, ob
     return OracleProcess(batches, options(num_slots), num_places=NUM_PLACES)
 
 
+@pytest.fixture
+def as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is a new program, which imports all that it needs; see `tests/conftest.py`."""
+    monkeypatch.setattr("bagpipe.feed.process._CONTEXT", multiprocessing.get_context("spawn"))
+
+
+@pytest.mark.usefixtures("as_users_have_it")
 def test_plans_and_batches_are_those_of_a_thread() -> None:
     batches = Batches(60)
     process = start(batches)
@@ -140,6 +148,7 @@ def test_errors_of_ours_arrive_as_they_are() -> None:
     process.close()
 
 
+@pytest.mark.usefixtures("as_users_have_it")
 def test_the_death_of_the_process_is_an_error() -> None:
     process = start(Batches(9, "die"))
     with pytest.raises(BackgroundError, match="exit code -9"):
@@ -197,6 +206,7 @@ def test_a_program_that_leaves_it_running_still_ends(tmp_path: Path) -> None:
     assert ended.stderr.endswith("RuntimeError: of the user\n")
 
 
+@pytest.mark.usefixtures("as_users_have_it")
 def test_signals_to_the_whole_group_leave_it_alone_while_it_starts_too() -> None:
     process = start(Batches(60))
     assert process._process is not None

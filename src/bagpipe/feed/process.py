@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -54,6 +54,8 @@ BatchT = TypeVar("BatchT")
 
 _STOP_TIMEOUT_S, _JOIN_TIMEOUT_S = 5.0, 300.0
 _LOOK_EVERY_S = 1.0
+_CONTEXT: Any = multiprocessing.get_context("spawn")
+"""How the child starts: as a program of its own, since a fork would copy locks that are held."""
 
 
 class SharedOracle(Generic[BatchT]):
@@ -66,7 +68,7 @@ class SharedOracle(Generic[BatchT]):
         self,
         connection: Connection,
         file: int,
-        process: SpawnProcess | None,
+        process: BaseProcess | None,
         on_region: Callable[[UInt8Array], None],
         stopped_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> None:
@@ -257,7 +259,7 @@ class OracleProcess(SharedOracle[BatchT]):
             self.address = door.address
             options = replace(options, topology=replace(topology, ranks=ranks))
         ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(
+        process = _CONTEXT.Process(
             target=run_child,
             args=(theirs, door, batches, options, adapter, num_places),
             name="bagpipe-oracle",
@@ -285,7 +287,7 @@ _WHAT_TO_DO = (
 )
 
 
-def _is_stopped(process: SpawnProcess) -> bool:
+def _is_stopped(process: BaseProcess) -> bool:
     """Whether a signal has stopped it; not whether it has ended."""
     try:
         return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
@@ -316,7 +318,7 @@ def _signals_put_off() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _stop(connection: Connection, process: SpawnProcess | None) -> None:
+def _stop(connection: Connection, process: BaseProcess | None) -> None:
     """Tells the child to stop, and ends it, by force if need be, where this trainer started it."""
     with contextlib.suppress(OSError):
         connection.send_bytes(STOP)
@@ -339,6 +341,6 @@ def _stop(connection: Connection, process: SpawnProcess | None) -> None:
                 )
 
 
-def _leave(process: SpawnProcess | None) -> None:
+def _leave(process: BaseProcess | None) -> None:
     """Keeps multiprocessing from waiting for the process at the end of this one."""
     multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
