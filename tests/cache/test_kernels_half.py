@@ -17,7 +17,7 @@ import torch
 from tests.cache import kernels_torch
 from tests.cache.rounding_torch import round_by_chance
 from tests.cache.test_kernels import make_case
-from tests.train.test_equality import (
+from tests.train.equality import (
     TABLES,
     all_records,
     make_dense,

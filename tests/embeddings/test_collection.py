@@ -1,28 +1,22 @@
-"""The user's module: what it accepts and refuses, reading without training, state dicts and saved
-tables.
-"""
+"""The user's module: what it accepts and refuses, reading without training, state dicts."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 import torch
-from tests.disks import files_of_at_most
 from tests.store_contract import touched_rows
 from torch import Tensor
 
 import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.errors import ConfigError, DataError, StoreError, UsageError
+from bagpipe.errors import ConfigError, DataError, UsageError
 from bagpipe.jagged import share_of
 from bagpipe.optimizers import SGD
-from bagpipe.store import MemoryStore
 from bagpipe.types import Jagged, TableConfig
 
 TABLES = [
@@ -320,47 +314,6 @@ def test_load_state_dict_takes_tensors_and_names_what_does_not_fit(
     del state["embedding_bags.hours.weight"]
     with pytest.raises(RuntimeError, match=r"Missing key.*embedding_bags.hours.weight"):
         embeddings.load_state_dict(state)
-
-
-def test_saved_tables_are_a_safetensors_file(
-    embeddings: EmbeddingBagCollection, tmp_path: Path
-) -> None:
-    embeddings.save_tables(tmp_path / "tables.safetensors")
-    with safetensors.safe_open(tmp_path / "tables.safetensors", "pt") as file:
-        assert sorted(file.keys()) == sorted(
-            f"embedding_bags.{table.name}.weight" for table in TABLES
-        )
-        for name, table in embeddings.tables().items():
-            assert torch.equal(file.get_tensor(f"embedding_bags.{name}.weight"), table[:])
-
-
-def test_a_full_disk_leaves_older_tables_alone(
-    embeddings: EmbeddingBagCollection, tmp_path: Path
-) -> None:
-    path = tmp_path / "tables.safetensors"
-    embeddings.save_tables(path)
-    before = path.read_bytes()
-    with files_of_at_most(300), pytest.raises(StoreError) as caught:
-        embeddings.save_tables(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-    message = str(caught.value)
-    assert f"{path}: can't be written: File too large ({len(before):,} bytes are needed" in message
-    assert "the file that was there is as it was. Make room" in message
-    embeddings.save_tables(path)
-    assert path.read_bytes() == before
-
-
-def test_a_store_that_fails_is_not_taken_for_the_disk(
-    embeddings: EmbeddingBagCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise StoreError("row 3 is gone")
-
-    monkeypatch.setattr(MemoryStore, "fetch", fail)
-    with pytest.raises(StoreError, match=r"^row 3 is gone$"):
-        embeddings.save_tables(tmp_path / "tables.safetensors")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.store_contract import touched_rows
-from tests.train import test_equality as equality
+from tests.train import equality
 from torch import Tensor
 
 import bagpipe

@@ -7,9 +7,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.train.equality import TABLES, smallest_caches, torch_pooled, torch_twin
+from tests.train.equality import skewed_batches as make_batches
 from tests.train.ranks import run_ranks
-from tests.train.test_equality import TABLES, smallest_caches, torch_pooled, torch_twin
-from tests.train.test_equality import skewed_batches as make_batches
 from torch import Tensor
 
 import bagpipe

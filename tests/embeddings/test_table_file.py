@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from tests.disks import files_of_at_most
 from tests.embeddings.test_collection import BATCH, TABLES
 from tests.train.ranks import run_ranks
 
@@ -19,6 +20,7 @@ from bagpipe.embeddings import tables as tables_module
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import OptimizerStateWarning, StoreError, UsageError
 from bagpipe.optimizers import SGD, Adagrad
+from bagpipe.store import MemoryStore
 from bagpipe.types import TableConfig
 
 
@@ -139,3 +141,37 @@ def test_several_trainers_load_together(path: Path) -> None:
         communicator.barrier("all to be done")
 
     run_ranks(2, work)
+
+
+def test_saved_tables_are_a_safetensors_file(path: Path) -> None:
+    with safetensors.safe_open(path, "pt") as file:
+        assert sorted(file.keys()) == sorted(
+            f"embedding_bags.{table.name}.weight" for table in TABLES
+        )
+        for name, table in weights_of(make()).items():
+            assert torch.equal(file.get_tensor(f"embedding_bags.{name}.weight"), table)
+
+
+def test_a_full_disk_leaves_older_tables_alone(path: Path) -> None:
+    embeddings, before = make(), path.read_bytes()
+    with files_of_at_most(300), pytest.raises(StoreError) as caught:
+        embeddings.save_tables(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+    message = str(caught.value)
+    assert f"{path}: can't be written: File too large ({len(before):,} bytes are needed" in message
+    assert "the file that was there is as it was. Make room" in message
+    embeddings.save_tables(path)
+    assert path.read_bytes() == before
+
+
+def test_a_store_that_fails_is_not_taken_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("row 3 is gone")
+
+    monkeypatch.setattr(MemoryStore, "fetch", fail)
+    with pytest.raises(StoreError, match=r"^row 3 is gone$"):
+        make().save_tables(tmp_path / "tables.safetensors")
+    assert list(tmp_path.iterdir()) == []

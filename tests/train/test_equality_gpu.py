@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.train import test_equality as equality
+from tests.train import equality
 from tests.train.slow_device import KINDS, OF_SEVERAL_TRAINERS, slow_down
 from tests.train.test_trainers import linear_loss, make_batches, make_tables
 

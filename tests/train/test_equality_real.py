@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.train import test_real_runs as real
-from tests.train.test_equality import check_equal
+from tests.train.equality import check_equal
 
 from bagpipe.config.load import check_config
 from bagpipe.config.run import PrepareFile

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from tests.soon import TIMEOUT_S
+from tests.train.equality import smallest_caches
 from tests.train.ranks import run_ranks
-from tests.train.test_equality import smallest_caches
 from tests.train.test_trainers import (
     Loop,
     Trainer,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from tests.soon import TIMEOUT_S
-from tests.train.test_equality import smallest_caches
+from tests.train.equality import smallest_caches
 from tests.train.test_trainers import (
     Trainer,
     all_records,

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from tests import strategies
 from tests.ordered import view_of
 from tests.soon import TIMEOUT_S
+from tests.train.equality import OPTIMIZERS, skewed_batch, smallest_caches
 from tests.train.ranks import run_ranks
-from tests.train.test_equality import OPTIMIZERS, skewed_batch, smallest_caches
 from torch import Tensor
 
 import bagpipe

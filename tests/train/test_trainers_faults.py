@@ -1,5 +1,5 @@
 """What goes wrong with several trainers, and must not: circles of waiting, late plans, failures of
-one rank, different settings.
+one rank.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.ordered import view_of
 from tests.soon import TIMEOUT_S, ends_soon, wait_until
+from tests.train.one_table import GROUP, batch_of, make, random_batches, records_of, train
 from tests.train.ranks import run_ranks
 
 import bagpipe
@@ -21,73 +21,14 @@ from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed import communicator as communicator_module
 from bagpipe.distributed.communicator import Communicator
-from bagpipe.embeddings import capacity
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.errors import BackgroundError, ConfigError, DataError, UsageError
+from bagpipe.errors import BackgroundError, DataError
 from bagpipe.feed.stream import StreamOptions, plan_stream
 from bagpipe.native.pipeline import BackgroundIterator
-from bagpipe.optimizers import SGD
 from bagpipe.plan import StepPlan
 from bagpipe.store import MemoryStore
 from bagpipe.topology import Topology
-from bagpipe.types import Jagged, TableConfig, group_tables
-
-TABLES = [TableConfig(name="t", num_embeddings=50, embedding_dim=2, feature_names=["a"])]
-OPTIMIZER = SGD(lr=0.5)
-(GROUP,) = group_tables(TABLES, OPTIMIZER)
-
-
-def batch_of(ids: Any) -> Jagged:
-    values = np.asarray(ids, np.int64)
-    return Jagged(keys=("a",), values=values, batch_size=len(values))
-
-
-def random_batches(
-    num_batches: int, batch_size: int, num_ids: int = 50, seed: int = 0, skew: float = 1.0
-) -> list[Jagged]:
-    rng = np.random.default_rng(seed)
-    return [batch_of(num_ids * rng.random(batch_size) ** skew) for _ in range(num_batches)]
-
-
-def make(communicator: Communicator | None, store: MemoryStore) -> EmbeddingBagCollection:
-    return EmbeddingBagCollection(
-        TABLES,
-        optimizer=OPTIMIZER,
-        store=lambda *_: view_of(store, communicator),
-        communicator=communicator,
-    )
-
-
-def records_of(store: MemoryStore) -> np.ndarray:
-    records = np.empty((GROUP.num_rows, GROUP.record_width), np.float32)
-    store.fetch(np.arange(GROUP.num_rows), records)
-    return records
-
-
-def train(
-    num_trainers: int,
-    batches: Sequence[Jagged],
-    work: Any = None,
-    **options: Any,
-) -> np.ndarray:
-    """All records after training `batches` with gradients of 1; `work(embeddings, step)` runs
-    before each backward.
-    """
-    store = MemoryStore(GROUP, 1)
-
-    def run(communicator: Communicator | None) -> None:
-        embeddings = make(communicator, store)
-        with bagpipe.lookahead(batches, embeddings, **options) as stream:
-            for step, batch in enumerate(stream):
-                if work is not None:
-                    work(embeddings, step)
-                (embeddings(batch).values().sum() * num_trainers).backward()
-
-    if num_trainers == 1:
-        run(None)
-    else:
-        run_ranks(num_trainers, run)
-    return records_of(store)
+from bagpipe.types import Jagged
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
@@ -273,28 +214,6 @@ def test_a_rank_that_stops_alone_does_not_wait_for_ever(monkeypatch: pytest.Monk
     assert run_ranks(2, stop) == [[False, True]] * 2
 
 
-def test_too_many_replicas_are_refused_on_all_ranks_at_once() -> None:
-    batches, messages = random_batches(20, 14), {}
-
-    def train_all(embeddings: EmbeddingBagCollection) -> None:
-        with bagpipe.lookahead(batches, embeddings, cache=[50], replicas=2, lookahead=3) as stream:
-            for batch in stream:
-                embeddings(batch).values().sum().backward()
-
-    def run(communicator: Communicator) -> None:
-        embeddings = make(communicator, MemoryStore(GROUP, 1))
-        with pytest.raises(
-            ConfigError,
-            match=r"step \d+: rank \d needs \d+ rows of group 0 .* has room for 2 replicas",
-        ) as raised:
-            train_all(embeddings)
-        messages[communicator.rank] = str(raised.value)
-
-    with ends_soon():
-        run_ranks(2, run)
-    assert messages[0] == messages[1]
-
-
 def test_rows_read_after_backward_are_as_of_that_step() -> None:
     batches = random_batches(8, 8)
     read: dict[int, list[np.ndarray]] = {}
@@ -323,109 +242,3 @@ def test_rows_read_after_backward_are_as_of_that_step() -> None:
     run_ranks(2, run)
     for one, two in zip(read[1], read[2], strict=True):
         np.testing.assert_array_equal(two, one)
-
-
-def test_an_automatic_cache_is_that_of_the_rank_with_least_memory_and_all_share_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    local = threading.local()
-    monkeypatch.setattr(capacity, "_free_bytes", lambda _: local.free)
-    batches, slots = random_batches(10, 4, num_ids=10), {}
-
-    def run(communicator: Communicator) -> None:
-        local.free = 1000 if communicator.rank == 0 else 4000
-        embeddings = make(communicator, MemoryStore(GROUP, 1))
-        with bagpipe.lookahead(batches, embeddings, replicas=50, lookahead=3) as stream:
-            assert embeddings.executor is not None
-            slots[communicator.rank] = embeddings.executor.caches[0].num_slots
-            for batch in stream:
-                embeddings(batch).values().sum().backward()
-
-    run_ranks(2, run)
-    assert slots[0] == slots[1] == 1000 // 2 // 2 // GROUP.record_bytes
-
-
-@pytest.mark.parametrize(
-    ("name", "values"), [("cache", ([20], [25])), ("lookahead", (3, 4)), ("prefetch_depth", (2, 3))]
-)
-def test_ranks_with_other_settings_are_refused(name: str, values: tuple[Any, Any]) -> None:
-    def run(communicator: Communicator) -> None:
-        options = {"cache": [20], "replicas": 50, "lookahead": 3} | {
-            name: values[communicator.rank]
-        }
-        with pytest.raises(ConfigError, match="ranks plan with other settings"):
-            bagpipe.lookahead(
-                random_batches(5, 4), make(communicator, MemoryStore(GROUP, 1)), **options
-            )
-
-    run_ranks(2, run)
-
-
-def test_ranks_that_read_other_batches_are_refused() -> None:
-    """As where each rank's loader yields its own share already."""
-
-    def run(communicator: Communicator) -> None:
-        batches = random_batches(5, 8, seed=communicator.rank)
-        with pytest.raises(DataError, match="ranks read other batches"):
-            for _ in bagpipe.lookahead(
-                batches,
-                make(communicator, MemoryStore(GROUP, 1)),
-                cache=[20],
-                replicas=50,
-                lookahead=3,
-            ):
-                pass
-
-    run_ranks(2, run)
-
-
-def test_a_share_of_other_samples_than_planned_is_refused() -> None:
-    def strided(batch: Jagged, rank: int, num_trainers: int) -> Jagged:
-        return batch_of(batch.values[rank::num_trainers])
-
-    def run(communicator: Communicator) -> None:
-        embeddings = make(communicator, MemoryStore(GROUP, 1))
-        with pytest.raises(
-            DataError,
-            match=r"step 0: share\(batch, \d, 2\) has other ids than samples \d to \d of the batch",
-        ):
-            for _ in bagpipe.lookahead(
-                random_batches(5, 8),
-                embeddings,
-                cache=[20],
-                replicas=50,
-                lookahead=3,
-                share=strided,
-            ):
-                pass
-
-    run_ranks(2, run)
-
-
-def test_one_stream_at_a_time() -> None:
-    def run(communicator: Communicator) -> None:
-        first, second = (make(communicator, MemoryStore(GROUP, 1)) for _ in range(2))
-        with bagpipe.lookahead(
-            random_batches(5, 8), first, cache=[50], replicas=50, lookahead=3
-        ) as stream:
-            with pytest.raises(UsageError, match="one stream at a time"):
-                bagpipe.lookahead(
-                    random_batches(5, 8), second, cache=[50], replicas=50, lookahead=3
-                )
-            for batch in stream:
-                first(batch).values().sum().backward()
-
-    run_ranks(2, run)
-
-
-def test_one_rank_with_a_communicator_trains_alone() -> None:
-    batches, store = random_batches(10, 8), MemoryStore(GROUP, 1)
-
-    def run(communicator: Communicator) -> None:
-        embeddings = make(communicator, store)
-        with bagpipe.lookahead(batches, embeddings, cache=[50]) as stream:
-            for batch in stream:
-                embeddings(batch).values().sum().backward()
-
-    run_ranks(1, run)
-    np.testing.assert_array_equal(records_of(store), train(1, batches, cache=[50]))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from tests.server.serving import Servers
+from tests.train.equality import OPTIMIZERS
 from tests.train.ranks import run_ranks
-from tests.train.test_equality import OPTIMIZERS
 from tests.train.test_trainers import (
     Loop,
     Trainer,

@@ -113,7 +113,7 @@ def claim_epoch(
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or epochs}: a start of the run can't be noted there: "
-            f"{error.strerror or error}. {remedy(error)}, or give another log.folder"
+            f"{error.strerror or error}. {remedy(error)}, or give the run another folder"
         ) from error
     return RunFolder(path=path, epoch=number)
 

@@ -119,19 +119,44 @@ def _removal(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         )
 
 
-class CheckpointFiles:
-    """Writes files of a checkpoint into its temporary folder.
+class CheckpointWriter:
+    """Writes one checkpoint into a temporary folder.
+
+    As a context manager it puts the checkpoint in place at the end, or removes it when the body
+    fails.
 
     Raises:
         CheckpointError: the disk is full, the folder can't be written, or another failure of the
-            operating system.
+            operating system. What was written is removed and older checkpoints are as they were.
     """
 
-    def __init__(self, folder: Path, path: Path) -> None:
-        """`folder` is the temporary one, `path` the checkpoint to be."""
-        self.folder, self.path = folder, path
+    def __init__(self, run: RunFolder, step: int, name: str | None = None) -> None:
+        """`name` is that of the temporary folder, by default the checkpoint's."""
+        final = checkpoint_name(step)
+        self.folder, self.path = run.cuts / (name or final), run.checkpoints / final
         self.files: list[dict[str, Any]] = []
         """Name, size and checksum of each, as the manifest has them."""
+        self._run = run
+        self._content: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        with self._failures_named():
+            make_folder(self.path.parent)
+            self.folder.mkdir()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                with self._failures_named():
+                    self._put_in_place()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Adds a file."""
@@ -170,12 +195,12 @@ class CheckpointFiles:
         except OSError as error:
             raise CheckpointError(
                 f"{path}: {server} has written it, but it can't be seen here ({error.strerror}): "
-                "give a log.folder on a file system that trainers and servers share"
+                "give the run a folder on a file system that trainers and servers share"
             ) from error
         if size_bytes != file.size_bytes:
             raise CheckpointError(
                 f"{path}: has {size_bytes:,} bytes here, {server} has written "
-                f"{file.size_bytes:,}: see to the file system of log.folder"
+                f"{file.size_bytes:,}: see to the file system of {self.path.parent.parent}"
             )
         self.files.append(
             {"name": file.name, "size_bytes": file.size_bytes, "xxh3_128": file.xxh3_128}
@@ -195,6 +220,25 @@ class CheckpointFiles:
                 with new.open("rb") as copy:
                     os.fsync(copy.fileno())
         self.add(file)
+
+    def write_manifest(self, content: Mapping[str, Any]) -> None:
+        """Says what the manifest holds beside the list of files.
+
+        It is written when the writer leaves its context.
+        """
+        self._content = dict(content)
+
+    def _put_in_place(self) -> None:
+        body = {"format": FORMAT, **self._content, "files": self.files}
+        text = json.dumps({**body, "xxh3_128": checksum_of(body)}, indent=1)
+        with self._open(MANIFEST) as file:
+            file.write(text.encode())
+        sync_folder(self.folder)
+        replaced = self._run.take_away(self.path) if self.path.exists() else None
+        self.folder.rename(self.path)
+        sync_folder(self.path.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)  # the next run tries again, and says so
 
     def _check_linked(self, old: Path, error: OSError) -> None:
         """Raises CheckpointError where a file to be linked is gone."""
@@ -227,62 +271,5 @@ class CheckpointFiles:
                 ) from error
             raise CheckpointError(
                 f"{self.path}: can't be written: {error.strerror or error}; earlier checkpoints "
-                f"are as they were. {remedy(error)}, or give another log.folder"
+                f"are as they were. {remedy(error)}, or give the run another folder"
             ) from error
-
-
-class CheckpointWriter(CheckpointFiles):
-    """Writes one checkpoint.
-
-    As a context manager it puts the checkpoint in place at the end, or removes it when the body
-    fails.
-
-    Raises:
-        CheckpointError: as `CheckpointFiles`. What was written is removed and older checkpoints are
-            as they were.
-    """
-
-    def __init__(self, run: RunFolder, step: int, name: str | None = None) -> None:
-        """`name` is that of the temporary folder, by default the checkpoint's."""
-        final = checkpoint_name(step)
-        super().__init__(run.cuts / (name or final), run.checkpoints / final)
-        self._run = run
-        self._content: dict[str, Any] = {}
-
-    def __enter__(self) -> Self:
-        with self._failures_named():
-            make_folder(self.path.parent)
-            self.folder.mkdir()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                with self._failures_named():
-                    self._put_in_place()
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def write_manifest(self, content: Mapping[str, Any]) -> None:
-        """Says what the manifest holds beside the list of files.
-
-        It is written when the writer leaves its context.
-        """
-        self._content = dict(content)
-
-    def _put_in_place(self) -> None:
-        body = {"format": FORMAT, **self._content, "files": self.files}
-        text = json.dumps({**body, "xxh3_128": checksum_of(body)}, indent=1)
-        with self._open(MANIFEST) as file:
-            file.write(text.encode())
-        sync_folder(self.folder)
-        replaced = self._run.take_away(self.path) if self.path.exists() else None
-        self.folder.rename(self.path)
-        sync_folder(self.path.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)  # the next run tries again, and says so

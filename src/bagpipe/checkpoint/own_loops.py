@@ -11,17 +11,13 @@ disturbs nobody.
 
 from __future__ import annotations
 
-import json
 import shutil
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from bagpipe.checkpoint.checkpoints import (
@@ -29,9 +25,7 @@ from bagpipe.checkpoint.checkpoints import (
     Embeddings,
     SavedRun,
     State,
-    find_checkpoint,
     load_records,
-    open_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
@@ -41,17 +35,16 @@ from bagpipe.checkpoint.dense import (
     is_readable,
     own_part,
     put_dense,
-    put_random,
     read_dense,
 )
-from bagpipe.checkpoint.epochs import RunFolder, claim_epoch
-from bagpipe.checkpoint.files import list_checkpoints, step_of
+from bagpipe.checkpoint.own_folder import claim_own, find_own, note_restored, note_saved, warn
 from bagpipe.checkpoint.own_tables import check_described, described, put_learning_rates
+from bagpipe.checkpoint.random_by_rank import put_random_of_rank, random_by_rank
 from bagpipe.data.base import Position
 from bagpipe.distributed.alone import Peers
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import CheckpointError, ConfigError, UsageError
-from bagpipe.store.manifest import MANIFEST, check_tables
+from bagpipe.store.manifest import check_tables
 
 _NO_MODEL = nn.Module()
 
@@ -159,11 +152,11 @@ def save(
         "extra": dict(extra or {}),
         "stateful": {name: each.state_dict() for name, each in (stateful or {}).items()},
         "loader": _loader_state(embeddings),
-        "random_by_rank": _random_by_rank(trainers),
+        "random_by_rank": random_by_rank(trainers),
     }
     trainers.all_do("what to save to be looked at", lambda: _check_readable(own), UsageError)
     place = Path(folder).resolve()
-    run, doomed = _claimed(place, embeddings, trainers, overwrite=overwrite)
+    run, doomed = claim_own(place, embeddings, trainers, overwrite=overwrite)
     path = save_checkpoint(
         run,
         state=State(
@@ -176,9 +169,9 @@ def save(
         config=described(embeddings.groups, embeddings.seed),
         keep=keep,
         trainers=trainers,
-        say=_warn,
+        say=warn,
     )
-    _runs_of(embeddings)[place] = _Known(newest_step=embeddings.step, run=run)
+    note_saved(run, embeddings, embeddings.step)
     if trainers.is_first:
         for other in doomed:
             if other != path and other.exists():
@@ -228,7 +221,7 @@ def restore(
     _check_embeddings(embeddings)
     place, trainers = Path(folder).resolve(), Trainers(embeddings.peers)
     path = trainers.all_do(
-        "a checkpoint to restore", lambda: str(_find(place) or "") if trainers.is_first else ""
+        "a checkpoint to restore", lambda: str(find_own(place) or "") if trainers.is_first else ""
     )[0]
     if not path:
         if missing_ok:
@@ -259,10 +252,8 @@ def restore(
     if loader is not None:
         loader.load_state_dict(own["loader"])
     if random:
-        _put_random(content, own, trainers)
-    run = saved.path.parent.parent
-    listed = list_checkpoints(run / "checkpoints") if place == run else [saved.path]
-    _runs_of(embeddings)[run] = _Known(newest_step=max(step_of(each) for each in listed))
+        put_random_of_rank(content, own.get("random_by_rank", []), trainers)
+    note_restored(saved.path, embeddings, of_run=place)
     return Restored(path=saved.path, step=saved.step, extra=own.get("extra", {}))
 
 
@@ -272,64 +263,6 @@ def _check_embeddings(embeddings: object) -> None:
             f"embeddings are a {type(embeddings).__name__}, must be a "
             "bagpipe.EmbeddingBagCollection: a model around it goes to `model`"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Known:
-    """What embeddings have to do with a run's folder."""
-
-    newest_step: int
-    """Of the checkpoints there that they go on from, or that they saved."""
-    run: RunFolder | None = None
-    """As this process has claimed it, if it has."""
-
-
-_runs: WeakKeyDictionary[Any, dict[Path, _Known]] = WeakKeyDictionary()
-
-
-def _runs_of(embeddings: OwnEmbeddings) -> dict[Path, _Known]:
-    return _runs.setdefault(embeddings, {})
-
-
-def _claimed(
-    place: Path, embeddings: OwnEmbeddings, trainers: Trainers, *, overwrite: bool
-) -> tuple[RunFolder, list[Path]]:
-    """The folder as rank 0 has claimed it, and the checkpoints of others that are to go."""
-    known = _runs_of(embeddings).get(place)
-
-    def claim() -> tuple[int, list[str]] | None:
-        if not trainers.is_first:
-            return None
-        # a folder that the user has removed is claimed again
-        if known is not None and known.run is not None and known.run.cuts.parent.exists():
-            return known.run.epoch, []
-        others = [
-            path
-            for path in list_checkpoints(place / "checkpoints")
-            if known is None or step_of(path) > known.newest_step
-        ]
-        if others and not overwrite:
-            raise ConfigError(
-                f"{place}: holds checkpoints of another run, up to step {step_of(others[-1]):,}, "
-                "which these embeddings were not restored from: restore them first, give another "
-                "folder, or overwrite=True"
-            )
-        return claim_epoch(place, _warn).epoch, [str(path) for path in others]
-
-    epoch, others = trainers.all_do("rank 0 to claim the folder", claim, ConfigError)[0]
-    return RunFolder(path=place, epoch=epoch), [Path(other) for other in others]
-
-
-def _find(place: Path) -> Path | None:
-    """The checkpoint to restore, all of whose files have been compared."""
-    if (place / MANIFEST).exists():
-        return open_checkpoint(place).path
-    if place.parent.name == "checkpoints" and place.is_dir():  # half of one, which says so
-        return open_checkpoint(place).path
-    found = find_checkpoint(
-        place / "checkpoints", on_damaged=lambda error: _warn(f"skipped a checkpoint: {error}")
-    )
-    return None if found is None else found.path
 
 
 def _checked(
@@ -377,29 +310,3 @@ def _check_readable(own: Mapping[str, Any]) -> None:
                 f"{what} can't be saved: torch.load(weights_only=True) must read it back, which "
                 "reads numbers, strings, tensors, arrays, and lists and dicts of them"
             )
-
-
-def _random_by_rank(trainers: Trainers) -> list[list[torch.Tensor]]:
-    """Each rank's random states, the CPU's first; none where one trainer has no others."""
-    if not trainers.peers.has_others:
-        return []
-    states = [torch.get_rng_state()]
-    states += torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    told = json.dumps([state.numpy().tobytes().hex() for state in states])
-    return [
-        [torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for text in json.loads(texts)]
-        for texts in trainers.peers.gather_texts("the random state", told)
-    ]
-
-
-def _put_random(content: Mapping[str, Any], own: Mapping[str, Any], trainers: Trainers) -> None:
-    by_rank: Sequence[Sequence[torch.Tensor]] = own.get("random_by_rank", [])
-    if not by_rank and not trainers.peers.has_others:
-        put_random(content["random"], content["random_cuda"])
-    elif len(by_rank) == trainers.peers.num_trainers:
-        state, *of_cuda = by_rank[trainers.peers.rank]
-        put_random(state, of_cuda)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -18,6 +18,7 @@ from torch import Tensor
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed.alone import Peers
+from bagpipe.embeddings.batch_in_hand import BatchInHand
 from bagpipe.embeddings.capacity import make_caches
 from bagpipe.embeddings.executor_part import ExecutorPart
 from bagpipe.embeddings.grad_scaling import GradScaling
@@ -27,7 +28,7 @@ from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.embeddings.stored_tables import StoredTables
 from bagpipe.embeddings.user_tensors import autocast_dtype, check_dtype, check_stays, check_tensors
 from bagpipe.errors import UsageError
-from bagpipe.jagged import as_jagged, same_ids
+from bagpipe.jagged import as_jagged
 from bagpipe.native.fork import check_same_process
 from bagpipe.native.spans import span
 from bagpipe.optimizers import Optimizer
@@ -94,8 +95,7 @@ class EmbeddingBagCollection(StoredTables):
         self.executor: Executor | ExecutorPart | None = None
         self._features = [group.features for group in self.groups]
         self._failure: BaseException | None = None
-        self._current_sparse: object = None
-        self._was_asked = self._was_served = False
+        self._in_hand = BatchInHand()
         self.stream: Callable[[], Stream | None] = lambda: None
         """The `bagpipe.lookahead` that serves these embeddings, or served them last."""
         self.loader_states: LoaderStates[Any] | None = None
@@ -145,8 +145,8 @@ class EmbeddingBagCollection(StoredTables):
         """
         if not self.training:
             return PooledEmbeddings(self._features, self._read(as_jagged(sparse)))
-        plans = self._plans_of(sparse)
-        self._was_served = torch.is_grad_enabled() and self._anchor.requires_grad
+        plans = self._in_hand.plans_of(sparse, self.executor, self.step)
+        self._in_hand.was_served = torch.is_grad_enabled() and self._anchor.requires_grad
         assert self.executor is not None
         return PooledEmbeddings(
             self._features,
@@ -181,11 +181,14 @@ class EmbeddingBagCollection(StoredTables):
             Pooled embeddings (B, F, D), by group.
         """
         with span("lookup"):
-            plans = self._plans_of(sparse)
+            plans = self._in_hand.plans_of(sparse, self.executor, self.step)
             check_dtype(self.step, dtype)
             if out is not None:
-                self._check_tensors("lookup's out", out, plans, contiguous=True)
-            self._was_served, self._to_update = True, plans
+                what = f"step {self.step}: lookup's out"
+                check_tensors(
+                    what, out, self.groups, plans, device=self._anchor.device, contiguous=True
+                )
+            self._in_hand.was_served, self._to_update = True, plans
             assert self.executor is not None
             outs = [None] * len(plans) if out is None else out
             return [
@@ -217,33 +220,14 @@ class EmbeddingBagCollection(StoredTables):
                 f"step {self.step}: update was called, but requires_grad_(False) has frozen the "
                 "embeddings"
             )
-        self._check_tensors("update's gradients", grads, self._to_update)
+        what = f"step {self.step}: update's gradients"
+        check_tensors(what, grads, self.groups, self._to_update, device=self._anchor.device)
         unscaled = [self._scaling.unscaled(grad) for grad in grads]
         with span("update"), self.executor.undivided():
             for index, (plan, grad) in enumerate(zip(self._to_update, unscaled, strict=True)):
                 if grad is not None:
                     self.executor.update(index, plan, grad)
             self._to_update = ()
-
-    def _check_tensors(
-        self,
-        what: str,
-        tensors: Sequence[Tensor],
-        plans: Sequence[DevicePlan],
-        *,
-        contiguous: bool = False,
-    ) -> None:
-        shapes = {
-            group.name: (plan.batch_size, plan.num_features, group.embedding_dim)
-            for group, plan in zip(self.groups, plans, strict=True)
-        }
-        check_tensors(
-            f"step {self.step}: {what}",
-            tensors,
-            shapes,
-            device=self._anchor.device,
-            contiguous=contiguous,
-        )
 
     def start(
         self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None
@@ -281,7 +265,7 @@ class EmbeddingBagCollection(StoredTables):
 
     def expect(self, sparse: object) -> None:
         """Takes `sparse` as that of the step whose rows are ready."""
-        self._current_sparse, self._was_asked, self._was_served = sparse, False, False
+        self._in_hand.expect(sparse)
 
     def end_step(self) -> None:
         """Closes the step that `begin_step` opened, if there is one."""
@@ -292,13 +276,14 @@ class EmbeddingBagCollection(StoredTables):
 
     def note_step(self, step: int) -> None:
         """Takes it that `step` steps are trained, and that no batch is being trained."""
-        self.step, self._current_sparse = step, None
+        self.step = step
+        self._in_hand.let_go()
 
     @property
     def is_batch_unused(self) -> bool:
         """Whether a batch has been handed out whose embeddings nobody has asked for yet."""
         executor = self.executor
-        return executor is not None and executor.current is not None and not self._was_asked
+        return executor is not None and executor.current is not None and not self._in_hand.was_asked
 
     def note_stream(self, stream: Callable[[], Stream | None], states: LoaderStates[Any]) -> None:
         """Takes it that a `bagpipe.lookahead` serves these embeddings."""
@@ -374,7 +359,8 @@ class EmbeddingBagCollection(StoredTables):
 
     def leave(self, failure: BaseException | None) -> None:
         """Leaves a stream that is over; with a failure the tables refuse all use from now on."""
-        self.executor, self._current_sparse, self._failure = None, None, failure
+        self.executor, self._failure = None, failure
+        self._in_hand.let_go()
 
     @property
     def failure(self) -> BaseException | None:
@@ -401,25 +387,3 @@ class EmbeddingBagCollection(StoredTables):
                 f"{what} while bagpipe.lookahead is running: load before the training loop, or "
                 "call stop()"
             )
-
-    def _plans_of(self, sparse: Any) -> tuple[DevicePlan, ...]:
-        """The current step's plans, after a look at whether they can be those of `sparse`."""
-        if self.executor is None or self.executor.current is None:
-            raise UsageError(
-                "no batch is being trained: iterate over bagpipe.lookahead(loader, embeddings) and "
-                "pass each batch's sparse part, or call eval() to read rows without training"
-            )
-        if self._was_served:
-            raise UsageError(
-                f"step {self.step}: forward was called twice for one batch; its rows can be "
-                "updated only once"
-            )
-        if sparse is not self._current_sparse and not same_ids(
-            as_jagged(sparse), as_jagged(self._current_sparse)
-        ):
-            raise UsageError(
-                f"step {self.step}: forward was given other ids than those of the batch that "
-                "bagpipe.lookahead handed out last; its plan is for that batch alone"
-            )
-        self._was_asked = True
-        return self.executor.current

@@ -5,12 +5,14 @@ Kernels are given addresses, so another device, shape or type would end the proc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.errors import UsageError
+from bagpipe.types import Group
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -18,17 +20,20 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def check_tensors(
     what: str,
     tensors: Sequence[Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
+    groups: Sequence[Group],
+    plans: Sequence[DevicePlan],
     *,
     device: torch.device,
-    contiguous: bool,
+    contiguous: bool = False,
 ) -> None:
-    """Raises UsageError where a tensor is not the one that its group, by name, needs."""
-    if len(tensors) != len(shapes):
+    """Raises UsageError where a tensor is not the one that its group needs for a step's plan."""
+    if len(tensors) != len(groups):
         raise UsageError(
-            f"{what} are {len(tensors)} tensors for {len(shapes)} groups: pass one for each group"
+            f"{what} are {len(tensors)} tensors for {len(groups)} groups: pass one for each group"
         )
-    for tensor, (group, shape) in zip(tensors, shapes.items(), strict=True):
+    for tensor, of_group, plan in zip(tensors, groups, plans, strict=True):
+        group = of_group.name
+        shape = (plan.batch_size, plan.num_features, of_group.embedding_dim)
         if not isinstance(tensor, Tensor):
             raise UsageError(f"{what} of {group} are a {type(tensor).__name__}, must be a tensor")
         if tensor.device != device:

@@ -38,7 +38,7 @@ import numpy as np
 
 from bagpipe.errors import CacheTooSmallError
 from bagpipe.oracle.cache_plan import CachePlan
-from bagpipe.oracle.eviction import loops, queues, shard_loops
+from bagpipe.oracle.eviction import loops, moved, queues, shard_loops
 from bagpipe.oracle.linker import BatchUses, LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.shards import num_slots_needed, slot_bounds
@@ -163,12 +163,12 @@ class Cacher:
             self._num_unsettled -= settled.num_uniques
             # From now on the linker may use the ring's places of its occurrences again.
             self.linker.settled = settled.step
-        evicted, fetched = shard_loops.Moved(*moved_out), shard_loops.Moved(*moved_in)
+        evicted, fetched = moved.Moved(*moved_out), moved.Moved(*moved_in)
         num_evicted_overlapped, num_overlapped = (
-            counts[shard_loops.EVICTED_OVERLAPPED],
-            counts[shard_loops.FETCHED_OVERLAPPED],
+            counts[moved.EVICTED_OVERLAPPED],
+            counts[moved.FETCHED_OVERLAPPED],
         )
-        self.evicted_blindly = bool(counts[shard_loops.EVICTED_BLINDLY])
+        self.evicted_blindly = bool(counts[moved.EVICTED_BLINDLY])
         self._unsettled.append(linked.uses)
         self._num_unsettled += len(slots)
         return CachePlan(
@@ -181,14 +181,14 @@ class Cacher:
                 evict_slots=evicted.slots[:num_evicted_overlapped],
                 fetch_rows=fetched.rows[:num_overlapped],
                 fetch_slots=fetched.slots[:num_overlapped],
-                fence_tick=int(counts[shard_loops.OVERLAPPED_FENCE]),
+                fence_tick=int(counts[moved.OVERLAPPED_FENCE]),
             ),
             urgent=Transfers(
                 evict_rows=evicted.rows[num_evicted_overlapped:],
                 evict_slots=evicted.slots[num_evicted_overlapped:],
                 fetch_rows=fetched.rows[num_overlapped:],
                 fetch_slots=fetched.slots[num_overlapped:],
-                fence_tick=int(counts[shard_loops.URGENT_FENCE]),
+                fence_tick=int(counts[moved.URGENT_FENCE]),
             ),
         )
 

@@ -19,22 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from bagpipe.native.jit import NUM_CRITICAL_THREADS, jit, parallel_jit, prange, threaded
+from bagpipe.oracle.eviction.moved import DONE, EVICTED, FETCHED, Moved, join, total_counts
 from bagpipe.oracle.eviction.queues import DueQueues, UnknownQueue
 from bagpipe.oracle.eviction.shard_loops import (
-    DONE,
-    EVICTED,
-    EVICTED_OVERLAPPED,
-    FETCHED,
-    FETCHED_OVERLAPPED,
     Batch,
-    Moved,
     Shard,
     Ticks,
     Uses,
     admit_shard,
-    join_shard,
     plan_shard,
-    total_counts,
 )
 from bagpipe.types import Int32Array, Int64Array
 
@@ -101,7 +94,7 @@ def plan(
 
     Returns:
         The slots of the batch's rows (U,); the rows evicted and their slots; the rows fetched and
-        their slots; and the counts that `shard_loops` names.
+        their slots; and the counts that `moved` names.
     """
     # numba hands no tuples to parallel loops, and loses what they write to an array that was
     # unpacked from a tuple inside the loop.
@@ -167,23 +160,7 @@ def plan(
             "a shard could not be planned: it has fewer slots than rows, which admit checks, or "
             "memory is full"
         )
-    num_evicted, num_fetched = totals[EVICTED], totals[FETCHED]
-    evicted_rows, evicted_slots = np.empty(num_evicted, np.int64), np.empty(num_evicted, np.int32)
-    fetched_rows, fetched_slots = np.empty(num_fetched, np.int64), np.empty(num_fetched, np.int32)
-    for shard in prange(len(num_used)):
-        begin = bounds[shard]
-        join_shard(
-            shard,
-            begin,
-            counts[:, EVICTED : EVICTED_OVERLAPPED + 1],
-            Moved(evict_rows, evict_slots),
-            Moved(evicted_rows, evicted_slots),
-        )
-        join_shard(
-            shard,
-            begin,
-            counts[:, FETCHED : FETCHED_OVERLAPPED + 1],
-            Moved(fetch_rows, fetch_slots),
-            Moved(fetched_rows, fetched_slots),
-        )
-    return slots, (evicted_rows, evicted_slots), (fetched_rows, fetched_slots), totals
+    moved_out, moved_in = join(
+        bounds, counts, Moved(evict_rows, evict_slots), Moved(fetch_rows, fetch_slots)
+    )
+    return slots, moved_out, moved_in, totals

@@ -10,6 +10,17 @@ from typing import NamedTuple
 import numpy as np
 
 from bagpipe.native.jit import jit
+from bagpipe.oracle.eviction.moved import (
+    DONE,
+    EVICTED,
+    EVICTED_BLINDLY,
+    EVICTED_OVERLAPPED,
+    FETCHED,
+    FETCHED_OVERLAPPED,
+    OVERLAPPED_FENCE,
+    URGENT_FENCE,
+    Moved,
+)
 from bagpipe.oracle.eviction.queues import (
     DueQueues,
     UnknownQueue,
@@ -33,23 +44,6 @@ from bagpipe.oracle.eviction.row_loops import (
 )
 from bagpipe.oracle.owners import choose_owners
 from bagpipe.types import Int32Array, Int64Array, UInt64Array
-
-(
-    EVICTED,
-    EVICTED_OVERLAPPED,
-    EVICTED_BLINDLY,
-    FETCHED,
-    FETCHED_OVERLAPPED,
-    OVERLAPPED_FENCE,
-    URGENT_FENCE,
-    DONE,
-) = range(8)
-"""What is counted of a step.
-
-These are the rows evicted and fetched, and how many of them are overlapped; the rows evicted
-although nobody knows their next use; the latest eviction among rows of overlapped and of urgent
-fetches, -1 for none; and the shards that are done.
-"""
 
 
 class Batch(NamedTuple):
@@ -75,13 +69,6 @@ class Uses(NamedTuple):
 
     next_uses: Int32Array
     slots_of_uses: Int32Array
-
-
-class Moved(NamedTuple):
-    """Rows that are evicted or fetched, and their slots; the overlapped ones come first."""
-
-    rows: Int64Array
-    slots: Int32Array
 
 
 class Shard(NamedTuple):
@@ -341,62 +328,3 @@ def _fetch(
         fetched.rows[begin:end],
         fetched.slots[begin:end],
     )
-
-
-@jit
-def join_shard(
-    shard: int,
-    begin: int,
-    counts: Int64Array,
-    parts: Moved,
-    joined: Moved,
-) -> None:
-    """Copies what one shard moves to its place among what all shards move.
-
-    The overlapped parts of all shards come first, then the urgent ones, each in the order of the
-    shards.
-
-    Args:
-        shard: The shard.
-        begin: Where in `parts` its rows begin.
-        counts: (S, 2) how many rows each shard moves, and how many of them, the first ones, are
-            overlapped.
-        parts: What the shards have written.
-        joined: Is filled.
-    """
-    first_overlapped = first_urgent = 0
-    for other in range(len(counts)):
-        num_moved, num_overlapped = counts[other, 0], counts[other, 1]
-        first_urgent += num_overlapped
-        if other < shard:
-            first_overlapped += num_overlapped
-            first_urgent += num_moved - num_overlapped
-    middle, end = begin + counts[shard, 1], begin + counts[shard, 0]
-    _copy_moved(parts, begin, middle, joined, first_overlapped)
-    _copy_moved(parts, middle, end, joined, first_urgent)
-
-
-@jit
-def _copy_moved(parts: Moved, begin: int, end: int, joined: Moved, first: int) -> None:
-    """Copies the rows and slots of `parts` from `begin` to `end` into `joined` from `first` on."""
-    # Loops, since numba's copies of slices bring a message for slices of unequal lengths, which
-    # takes longer to compile than all else here.
-    part_rows, rows, part_slots, slots = parts.rows, joined.rows, parts.slots, joined.slots
-    for index in range(end - begin):
-        rows[first + index] = part_rows[begin + index]
-    for index in range(end - begin):
-        slots[first + index] = part_slots[begin + index]
-
-
-@jit
-def total_counts(counts: Int64Array) -> Int64Array:
-    """What all shards have together (DONE + 1,) of what is counted of each (S, DONE + 1)."""
-    totals = np.zeros(DONE + 1, np.int64)
-    totals[OVERLAPPED_FENCE] = totals[URGENT_FENCE] = -1
-    for shard in range(len(counts)):
-        for kind in range(DONE + 1):
-            if kind == OVERLAPPED_FENCE or kind == URGENT_FENCE:
-                totals[kind] = max(totals[kind], counts[shard, kind])
-            else:
-                totals[kind] += counts[shard, kind]
-    return totals

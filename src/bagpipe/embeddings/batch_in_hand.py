@@ -1,0 +1,54 @@
+"""The batch that `bagpipe.lookahead` handed out last: its rows are in the cache, for one update."""
+
+from __future__ import annotations
+
+from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.cache.executor import Executor
+from bagpipe.embeddings.executor_part import ExecutorPart
+from bagpipe.errors import UsageError
+from bagpipe.jagged import as_jagged, same_ids
+
+
+class BatchInHand:
+    """What one collection remembers of the batch that is being trained."""
+
+    def __init__(self) -> None:
+        self._sparse: object = None
+        self.was_asked = False
+        """Whether anybody has asked for its embeddings."""
+        self.was_served = False
+        """Whether they were given out for an update, which may come once."""
+
+    def expect(self, sparse: object) -> None:
+        """Takes `sparse` as the ids of the batch that has just been handed out."""
+        self._sparse, self.was_asked, self.was_served = sparse, False, False
+
+    def let_go(self) -> None:
+        """Keeps no batch alive whose step is over."""
+        self._sparse = None
+
+    def plans_of(
+        self, sparse: object, executor: Executor | ExecutorPart | None, step: int
+    ) -> tuple[DevicePlan, ...]:
+        """The current step's plans, after a look at whether they can be those of `sparse`.
+
+        Raises:
+            UsageError: no batch is being trained, it was served already, or `sparse` has other ids.
+        """
+        if executor is None or executor.current is None:
+            raise UsageError(
+                "no batch is being trained: iterate over bagpipe.lookahead(loader, embeddings) and "
+                "pass each batch's sparse part, or call eval() to read rows without training"
+            )
+        if self.was_served:
+            raise UsageError(
+                f"step {step}: forward was called twice for one batch; its rows can be updated "
+                "only once"
+            )
+        if sparse is not self._sparse and not same_ids(as_jagged(sparse), as_jagged(self._sparse)):
+            raise UsageError(
+                f"step {step}: forward was given other ids than those of the batch that "
+                "bagpipe.lookahead handed out last; its plan is for that batch alone"
+            )
+        self.was_asked = True
+        return executor.current
