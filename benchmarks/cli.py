@@ -186,5 +186,23 @@ def trainers(
     measure(run, device, quick=quick, json_file=json_file)
 
 
+@app.command()
+def serving(
+    quick: Quick = False,
+    max_rows: MaxRows = None,
+    steps: Steps = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Ask an exported model, of one row and of 256 at a time, against plain torch."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.serving import QUICK, ServingBench, bench_serving
+
+        sizes = sizes_of(QUICK if quick else {}, max_rows=max_rows, num_requests=steps)
+        return bench_serving(ServingBench(**sizes), progress)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
+
+
 for command in (network, remote, cuts, cutting, recovery):
     app.command()(command)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from tests.train.runs import small_config
+from typer.testing import CliRunner
 
 import bagpipe.serving
 from bagpipe.data.base import Batch, BatchSource
@@ -27,6 +28,7 @@ from bagpipe.train.report import SilentReporter
 from bagpipe.train.saved import SavedModel, load_model, open_saved
 from bagpipe.train.scored import open_scored
 from bagpipe.train.trainer import train
+from benchmarks.cli import app as benchmarks
 
 MULTI_HOT = {"data": {"multi_hot": {"C2": [0, 3]}}}
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
@@ -233,3 +235,14 @@ def test_serving_loads_neither_the_trainer_nor_compiled_loops(
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
+    options = ["serving", "--quick", "--json", str(tmp_path / "serving.json")]
+    result = CliRunner().invoke(benchmarks, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "serving.json").read_text())["serving"]["requests"]
+    assert found.keys() == {"1", "256"}
+    for arms in found.values():
+        assert arms.keys() == {"dicts", "arrow", "torch"}
+        assert all(arm["count"] == 3 for arm in arms.values())
