@@ -246,3 +246,12 @@ def test_the_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
     for arms in found.values():
         assert arms.keys() == {"dicts", "arrow", "torch"}
         assert all(arm["count"] == 3 for arm in arms.values())
+
+
+def test_onnx_says_how_to_install_it(
+    exported: tuple[SavedModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match=r"pip install 'bagpipe-recsys\[onnx\]'"):
+        export(exported[0], tmp_path / "model", arrow=False, onnx=True)
+    assert list(tmp_path.iterdir()) == []
