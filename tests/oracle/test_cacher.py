@@ -121,10 +121,10 @@ def report_of(group: Group, batches: list[Jagged], **options: int) -> OracleRepo
 
 
 def test_a_longer_lookahead_and_a_bigger_cache_fetch_less() -> None:
-    group, batches = zipf_batches(300)
+    group, batches = zipf_batches(120)
     by_lookahead = [
         report_of(group, batches, num_slots=250, lookahead=ahead).num_fetched
-        for ahead in (1, 4, 16, 64, 256)
+        for ahead in (1, 4, 16, 64)
     ]
     by_cache = [
         report_of(group, batches, num_slots=slots, lookahead=32).num_fetched

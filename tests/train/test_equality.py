@@ -52,7 +52,7 @@ from bagpipe.types import Group, Jagged, TableConfig, group_tables
     prefetch_depth=st.integers(0, 4),
     dedup_threads=st.integers(1, 3),
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=strategies.examples(40), suppress_health_check=[HealthCheck.too_slow])
 def test_any_trace_cache_lookahead_depth_threads_and_restarts(
     data: st.DataObject,
     optimizer: Optimizer,
@@ -110,7 +110,7 @@ def test_a_late_plan_whose_late_fetch_fills_a_slot_that_its_early_eviction_empti
     extra_slots=st.integers(0, 5),
     lookahead=st.integers(1, 6),
 )
-@settings(max_examples=40)
+@settings(max_examples=strategies.examples(25))
 def test_plans_that_come_late(
     data: st.DataObject, prefetch_depth: int, extra_slots: int, lookahead: int
 ) -> None:

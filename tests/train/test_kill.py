@@ -16,9 +16,9 @@ import signal
 from pathlib import Path
 from typing import Literal
 
+import pytest
 from tests.train.runs import newest_files, small_config
 
-NUM_KILLS = 8
 Moment = tuple[Literal["calls"], int] | tuple[Literal["seconds"], float]
 
 
@@ -58,7 +58,10 @@ def die_at_call(number: int) -> None:
     os.fsync, Path.rename = fsync, rename  # type: ignore[method-assign]
 
 
-def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_kills", [4, pytest.param(24, marks=pytest.mark.soak)])
+def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(
+    tmp_path: Path, num_kills: int
+) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bagpipe.train.trainer", "tests.train.runs"])
 
@@ -77,9 +80,9 @@ def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(tmp_path: Path)
             if kill % 2
             else ("calls", moments.randint(1, 20)),
         )
-        for kill in range(NUM_KILLS)
+        for kill in range(num_kills)
     ]
-    assert exits.count(-signal.SIGKILL) == NUM_KILLS // 2
+    assert exits.count(-signal.SIGKILL) == num_kills // 2
     assert run_once("killed", None) == 0
     assert newest_files(tmp_path / "killed") == newest_files(tmp_path / "undisturbed")
     assert [

@@ -22,6 +22,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.soak
 def test_a_trainer_and_the_server_are_killed_at_once(tmp_path: Path, undisturbed: Path) -> None:
     fault = Fault(victims=("rank 1", "server"), at_step=40)
     for attempt in range(5):  # on a busy machine the run may be over before they are found

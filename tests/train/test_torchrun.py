@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from tests.processes import children_of, is_alive, of_process
 from tests.soon import SOON_S, TIMEOUT_S, ends_soon, wait_until
+from typer.testing import CliRunner
 
 from bagpipe.checkpoint.files import list_checkpoints
+from bagpipe.cli.app import app
 from bagpipe.store.manifest import read_manifest, record_files
 from bagpipe.store.record_files import read_records
 
@@ -135,11 +137,17 @@ def log_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def train_here(file: Path, *options: str) -> None:
+    """One trainer, in this process."""
+    result = CliRunner().invoke(app, ["train", str(file), *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
 def test_two_processes_train_as_one_does_and_one_goes_on_alone(tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
         folder.mkdir()
-    train(1, write_run(alone))
+    train_here(write_run(alone))
     train(2, write_run(together, steps=30))
     losses = [record["loss"] for record in log_of(alone, "train")]
     assert [record["loss"] for record in log_of(together, "train")] == pytest.approx(
@@ -153,7 +161,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_alone(tmp_path: Path) -
     assert log_of(together, "evaluation")[-1]["auc"] == pytest.approx(
         log_of(alone, "evaluation")[-1]["auc"], abs=1e-3
     )
-    train(1, write_run(together, steps=35), "--resume")
+    train_here(write_run(together, steps=35), "--resume")
     assert records_of(together)[0] == 35
 
 

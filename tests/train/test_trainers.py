@@ -258,7 +258,7 @@ def exact_trace(data: st.DataObject) -> tuple[list[TableConfig], list[Jagged]]:
     st.integers(0, 4),
 )
 @settings(
-    max_examples=25,
+    max_examples=strategies.examples(15),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 def test_any_trace_equals_one_trainer(

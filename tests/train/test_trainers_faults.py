@@ -105,7 +105,7 @@ def test_tight_caches_of_any_number_of_trainers(seed: int) -> None:
         int(rng.integers(0, 6)),
         int(rng.integers(1, 8)),
     )
-    batches = [batch_of(50 * rng.random(int(rng.integers(0, 9))) ** 2) for _ in range(60)]
+    batches = [batch_of(50 * rng.random(int(rng.integers(0, 9))) ** 2) for _ in range(30)]
     need = max(len(np.unique(batch.values)) for batch in batches)
     slots = -(-need // num_trainers) + int(rng.integers(0, 3))
     found = train(
