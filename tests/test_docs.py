@@ -71,6 +71,13 @@ def test_lines_have_at_most_100_columns(page: Path) -> None:
     assert wide_lines(page) == []
 
 
+def test_files_have_at_most_400_lines() -> None:
+    """A longer one has two subjects."""
+    files = [*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/*.py")]
+    lengths = {name_of(file): len(file.read_text().splitlines()) for file in files}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     assert dead_links(page) == []
