@@ -65,14 +65,18 @@ def run_ranks(
         groups[rank].clear()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(num_trainers)]
-    ends = [threading.Thread(target=hang_up, args=(rank,)) for rank in range(num_trainers)]
+    ends = [
+        threading.Thread(target=hang_up, args=(rank,), daemon=True) for rank in range(num_trainers)
+    ]
     with connections_end():
         for thread in threads + ends:
             thread.start()
         for thread in threads:
             thread.join()
     for thread in ends:
-        thread.join()
+        # A dropped group of gloo was once seen to wait for its own thread for minutes. What is
+        # tested has ended by now.
+        thread.join(timeout=10.0)
     if failures:
         raise failures[0]
     return results
