@@ -16,8 +16,8 @@ from bagpipe.checkpoint.files import list_checkpoints, step_of
 from bagpipe.config.run import BestConfig
 from bagpipe.errors import ConfigError
 from bagpipe.train.best import Best
-from bagpipe.train.evaluate import Scores
 from bagpipe.train.loop import Result
+from bagpipe.train.metrics import Scores
 from bagpipe.train.trainer import StopRequest, train
 
 BEST = {"metric": "auc", "patience": 2}
@@ -56,7 +56,7 @@ def aucs(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     def evaluate(model: Any, source: Any, **options: Any) -> Scores:
         step, is_test = model.embeddings.step, source.num_samples == 100
         auc = step / 100 if is_test else found[step]
-        return Scores(num_samples=9, log_loss=1.0, normalized_entropy=1.0, auc=auc)
+        return Scores(num_samples=9, values={"auc": auc, "log_loss": 1.0})
 
     monkeypatch.setattr(bagpipe.train.loop, "evaluate", evaluate)
     return found
@@ -75,7 +75,7 @@ def test_the_best_is_kept_and_tested_and_ends_the_run(
     assert steps_kept(tmp_path / "whole") == [6, 12]
     assert (tmp_path / "whole" / "best").resolve().name == "step-0000000006"
     assert result.scores is not None
-    assert result.scores.auc == 0.7
+    assert result.scores["auc"] == 0.7
     assert result.test_scores is not None
     assert result.test_scores["auc"] == 0.06
     assert "the best auc, 0.7000, at step 6" in said
@@ -114,6 +114,7 @@ def test_the_last_model_may_be_the_best(tmp_path: Path, aucs: dict[int, float]) 
     [
         ("log_loss", [3.0, 2.0, 1.95, 1.8], [True, True, False, True]),
         ("auc", [0.5, None, 0.55, 0.7], [True, False, False, True]),
+        ("calibration", [2.0, 0.7, 1.29, 0.9], [True, True, False, True]),
     ],
 )
 def test_what_counts_as_better(metric: Any, values: list[Any], is_best: list[bool]) -> None:

@@ -79,7 +79,7 @@ def test_compiling_works_or_says_that_it_does_not(tmp_path: Path, kind: str) -> 
             if not re.fullmatch(r"compiling the dense part failed .*as it is written", text)
         ]
         assert result.scores is not None
-        scores.append(result.scores.log_loss)
+        scores.append(result.scores["log_loss"])
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 
@@ -92,7 +92,7 @@ def test_tf32_is_close_to_float32_and_the_setting_is_put_back(tmp_path: Path) ->
         )
         result = train(config, reporter=SilentReporter())
         assert result.scores is not None
-        scores.append(result.scores.log_loss)
+        scores.append(result.scores["log_loss"])
     assert scores[1] == pytest.approx(scores[0], rel=1e-2)
     assert torch.get_float32_matmul_precision() == before
 

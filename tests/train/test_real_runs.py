@@ -71,6 +71,6 @@ def test_cached_and_whole_tables_train_the_same(
         )
         result = train(config, reporter=SilentReporter())
         assert result.scores is not None
-        assert result.scores.auc is not None
-        assert result.scores.auc > 0.55
+        assert result.scores["auc"] is not None
+        assert result.scores["auc"] > 0.55
     assert newest_files(tmp_path / str(small_cache)) == newest_files(tmp_path / "1000000")

@@ -48,8 +48,8 @@ def test_a_run_logs_scores_and_saves(tmp_path: Path) -> None:
     result = train(config, reporter=SilentReporter())
     assert (result.step, result.stopped_by) == (150, None)
     assert result.scores is not None
-    assert result.scores.auc is not None
-    assert result.scores.auc > 0.55
+    assert result.scores["auc"] is not None
+    assert result.scores["auc"] > 0.55
     assert steps_saved(tmp_path) == [120, 150]
     assert [record["step"] for record in log_of(tmp_path, "evaluation")] == [60, 120, 150]
     losses = [record["loss"] for record in log_of(tmp_path, "train")]

@@ -19,6 +19,8 @@ _FREE = (
     "train.eval_every_steps",
     "train.eval_batch_size",
     "train.best",
+    "train.metrics",
+    "train.group_by",
     "data.num_test_samples",
 )
 """Keys, or whole sections, that leave every trained number as it is, to the last bit."""

@@ -12,15 +12,9 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from bagpipe.config.base import Section, Steps
+from bagpipe.config.metrics import Metric
 
-Metric: TypeAlias = Literal["auc", "log_loss", "normalized_entropy"]
-"""What an evaluation tells, by which models are compared."""
 Factor: TypeAlias = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-def is_better_high(metric: Metric) -> bool:
-    """Whether the better model has the higher value of a metric."""
-    return metric == "auc"
 
 
 class ConstantRate(Section):

@@ -25,9 +25,10 @@ from bagpipe.config.base import (
     Weight,
     Width,
 )
-from bagpipe.config.data import DataConfig, PrepareConfig
+from bagpipe.config.data import DataConfig, Name, PrepareConfig
+from bagpipe.config.metrics import DEFAULT_METRICS, Metric, Metrics
 from bagpipe.config.model import DLRMConfig, ModelConfig
-from bagpipe.config.rates import Metric, PlateauRate, RateConfig
+from bagpipe.config.rates import PlateauRate, RateConfig
 from bagpipe.config.servers import ServersConfig
 from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
 from bagpipe.types import DataType, Initializer, Normal, Pooling, Uniform
@@ -214,6 +215,10 @@ class TrainConfig(Section):
     eval_every_steps: Steps | None = None
     """Steps between evaluations on the validation split. There is always one at the end."""
     eval_batch_size: BatchSize = 8192
+    metrics: Metrics = DEFAULT_METRICS
+    """What evaluations tell, in this order. What `best` or a plateau watches is told, too."""
+    group_by: Name | None = None
+    """The feature by which grouped_auc groups samples, such as a user's."""
     best: BestConfig | None = None
     """Keeps the best model. It needs `eval_every_steps`."""
     wait_timeout_s: Seconds = 1800.0
@@ -283,7 +288,23 @@ class RunConfig(Section):
                 "train.best goes by evaluations on the way, of which there are none: give "
                 "train.eval_every_steps"
             )
+        if (self.train.group_by is None) == ("grouped_auc" in self.metrics):
+            raise ValueError(
+                "grouped_auc groups samples by a feature: give it as train.group_by"
+                if self.train.group_by is None
+                else f"train.group_by = {self.train.group_by!r} is for grouped_auc, which nothing "
+                "asks for: add it to train.metrics, or leave group_by out"
+            )
         return self
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What evaluations tell: `train.metrics`, and what is watched beside them."""
+        schedules = self.train.lr_schedule, self.table_lr_schedule
+        watched = [each.metric for each in schedules if isinstance(each, PlateauRate)]
+        if self.train.best is not None:
+            watched.append(self.train.best.metric)
+        return tuple(dict.fromkeys([*self.train.metrics, *watched]))
 
     @property
     def table_lr_schedule(self) -> RateConfig | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bagpipe.config.rates import is_better_high
+from bagpipe.config.metrics import compared, is_better_high
 from bagpipe.config.run import BestConfig
 
 
@@ -54,7 +54,9 @@ class Best:
         assert config is not None
         if self.score is None:
             return True
-        gain = score - self.score if is_better_high(config.metric) else self.score - score
+        metric = config.metric
+        now, then = compared(metric, score), compared(metric, self.score)
+        gain = now - then if is_better_high(metric) else then - now
         return gain > config.min_gain
 
     def __str__(self) -> str:

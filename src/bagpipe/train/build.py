@@ -30,6 +30,7 @@ from bagpipe.store import FileStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.best import Best
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
+from bagpipe.train.evaluate import check_groups
 from bagpipe.train.own_model import make_own_model
 from bagpipe.train.rates import Rates
 from bagpipe.train.schedule import Schedule, make_schedule
@@ -117,6 +118,8 @@ def build_run(
     schedule = make_schedule(config.train, source.num_samples)
     if validation is None:
         _check_without_validation(config)
+    if config.train.group_by is not None:
+        check_groups(source, config.train.group_by)
     torch.manual_seed(config.train.seed)
     tables, optimizer = make_tables(source.features, config), config.embeddings.optimizer.build()
     with ExitStack() as stack:

@@ -25,8 +25,6 @@ from bagpipe.native.files import replaced
 LOG_NAME = "log.jsonl"
 CHARTED = ("train", "evaluation")
 """Kinds of records whose numbers make curves."""
-_SCORES = ("evaluation/auc", "evaluation/log_loss", "train/loss")
-"""What the table of hyper-parameters shows of a run beside its settings."""
 
 
 class RunLog:
@@ -132,7 +130,9 @@ def _write_settings(board: SummaryWriter, config: Mapping[str, Any], step: int) 
     """
     flat = dict(_flat(config))
     # of scores only the names count here: their values are in the charts of these names
-    summaries = hparams(flat, dict.fromkeys(_SCORES, 0.0))  # type: ignore[no-untyped-call]
+    metrics = config.get("train", {}).get("metrics", ())
+    charts = ["train/loss", *(f"evaluation/{metric}" for metric in metrics)]
+    summaries = hparams(flat, dict.fromkeys(charts, 0.0))  # type: ignore[no-untyped-call]
     for summary in summaries:
         board.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]
     board.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", step)

@@ -34,8 +34,9 @@ from bagpipe.errors import BagpipeError, CheckpointError, LossError, TakenOverEr
 from bagpipe.train.banner import banner
 from bagpipe.train.build import Run
 from bagpipe.train.dense_step import TorchBatch
-from bagpipe.train.evaluate import Scores, evaluate
+from bagpipe.train.evaluate import evaluate
 from bagpipe.train.logs import NoLog, RunLog
+from bagpipe.train.metrics import Scores
 from bagpipe.train.report import Meter, Reporter
 from bagpipe.train.saving import Saving
 from bagpipe.train.schedule import RemainingBatches
@@ -302,19 +303,19 @@ class Loop:
             self._test_scores, step = best.test, best.step
         if self._test_scores is not None:
             self.log.write("test", step, **self._test_scores)
-            self.reporter.say(f"step {step:,}: test {Scores(**self._test_scores)}")
+            self.reporter.say(f"step {step:,}: test {Scores.of(self._test_scores)}")
 
     def _told(self, scores: Scores | None) -> dict[str, Any] | None:
         """Rank 0's scores, on all ranks."""
         told: dict[str, Any] | None = self.trainers.all_do(
-            "an evaluation's scores", lambda: None if scores is None else asdict(scores)
+            "an evaluation's scores", lambda: None if scores is None else scores.as_dict()
         )[0]
         return told
 
     def _evaluate(self) -> Scores | None:
         scores = self._score(self.parts.validation)
         if scores is not None:  # rank 0 has them
-            self.log.write("evaluation", self._step, **asdict(scores))
+            self.log.write("evaluation", self._step, **scores.as_dict())
             self.reporter.say(f"step {self._step:,}: validation {scores}")
         return scores
 
@@ -329,6 +330,8 @@ class Loop:
             batch_size=parts.config.train.eval_batch_size,
             device=parts.device,
             precision=parts.config.train.precision,
+            metrics=parts.config.metrics,
+            group_by=parts.config.train.group_by,
             peers=self.trainers.peers,
             on_batch=self.reporter.evaluating,
         )

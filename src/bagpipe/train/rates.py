@@ -21,13 +21,13 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from bagpipe.config.metrics import compared, is_better_high
 from bagpipe.config.rates import (
     CosineRate,
     PlateauRate,
     PolynomialRate,
     RateConfig,
     StepRate,
-    is_better_high,
 )
 
 
@@ -101,7 +101,7 @@ class _Rate:
             return
         score = scores[config.metric]
         if score is not None and step > config.warmup_steps:
-            self._plateau.step(score)
+            self._plateau.step(compared(config.metric, score))
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -75,6 +75,8 @@ def _describe_schedule(schedule: RateConfig, config: RunConfig) -> dict[str, Any
     described = schedule.model_dump(mode="json")
     if isinstance(schedule, PlateauRate):
         described["eval_every_steps"] = config.train.eval_every_steps
+        if schedule.metric == "grouped_auc":
+            described["group_by"] = config.train.group_by
     if isinstance(schedule, PolynomialRate | CosineRate):
         num_samples = (
             PreparedManifest.load(config.data.folder).num_rows("train")
