@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
+from bagpipe.optimizers import SGD, Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.linker import BatchUses, LinkedGroup
 from bagpipe.oracle.merge import MergedGroup
@@ -263,6 +263,15 @@ class InMemoryTables:
     ) -> tuple[np.ndarray, np.ndarray]:
         optimizer, one = self.group.optimizer, np.float32
         lr = one(optimizer.lr)
+        if optimizer.max_grad_norm is not None:
+            norm = np.sqrt(_sum_of_squares(grad))
+            if norm > one(optimizer.max_grad_norm):
+                grad = grad * (one(optimizer.max_grad_norm) / norm)
+        if optimizer.decays_apart:
+            weights = weights - weights * one(optimizer.lr * optimizer.weight_decay)
+        elif optimizer.weight_decay:
+            grad = grad + weights * one(optimizer.weight_decay)
+        mean_of_squares = _sum_of_squares(grad) / one(len(grad))
         match optimizer:
             case SGD():
                 return weights - grad * lr, state
@@ -270,13 +279,15 @@ class InMemoryTables:
                 state = state + grad * grad
                 return weights - grad / (np.sqrt(state) + one(optimizer.eps)) * lr, state
             case RowWiseAdagrad():
-                state = state + _mean_of_squares(grad)
+                state = state + mean_of_squares
                 return weights - grad / (np.sqrt(state) + one(optimizer.eps)) * lr, state
             case Adam():
                 beta1, beta2 = optimizer.betas
-                first, second = np.split(state, 2)
+                first, second = np.split(state, [len(grad)])
                 first = first + (grad - first) * one(1 - beta1)
-                second = second + (grad * grad - second) * one(1 - beta2)
+                is_rowwise = isinstance(optimizer, PartialRowWiseAdam)
+                square = mean_of_squares if is_rowwise else grad * grad
+                second = second + (square - second) * one(1 - beta2)
                 count = self.step + 1
                 size = one(optimizer.lr * (1 - beta2**count) ** 0.5 / (1 - beta1**count))
                 return weights - first / (
@@ -291,11 +302,10 @@ def _in_order(parts: Sequence[np.ndarray]) -> np.ndarray:
     return total
 
 
-def _mean_of_squares(grad: np.ndarray) -> np.float32:
+def _sum_of_squares(grad: np.ndarray) -> np.float32:
     lanes = np.zeros(8, np.float32)
     for index, value in enumerate(grad):
         lanes[index % 8] += value * value
-    total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
         (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
     )
-    return total / np.float32(len(grad))

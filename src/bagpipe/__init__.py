@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from bagpipe.errors import BagpipeError
-from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
+from bagpipe.optimizers import SGD, Adagrad, Adam, AdamW, PartialRowWiseAdam, RowWiseAdagrad
 from bagpipe.types import Jagged, Normal, TableConfig, Uniform
 from bagpipe.version import __version__
 
@@ -26,11 +26,13 @@ __all__ = [
     "SGD",
     "Adagrad",
     "Adam",
+    "AdamW",
     "BagpipeError",
     "Communicator",
     "EmbeddingBagCollection",
     "Jagged",
     "Normal",
+    "PartialRowWiseAdam",
     "RowWiseAdagrad",
     "TableConfig",
     "Uniform",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple, TypeAlias
 
 from bagpipe.errors import ConfigError
@@ -27,24 +27,69 @@ class UpdateConstants(NamedTuple):
     """How far a first moment moves towards the gradient: 1 - beta1."""
     second_rate: float = 0.0
     """How far a second moment moves towards the squared gradient: 1 - beta2."""
+    max_grad_norm: float = 0.0
+    """The norm to which a row's longer gradient is scaled."""
+    l2: float = 0.0
+    """How much of the weights is added to the gradient."""
+    shrinkage: float = 0.0
+    """How much of the weights is taken from them before the update."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Update:
     """What every optimizer says about its update; each kernel computes the formula of its class.
 
     A formula works on one row: ``w`` its weights, ``g`` its gradient, summed over the batch, and
     the state, float32, in the layout that the class names. Every operation rounds to float32 as
-    written, and no multiply-add is fused.
+    written, and no multiply-add is fused. Before the formula of a class comes what is asked for of
+
+        n = sqrt(sum(g * g)); if n > max_grad_norm: g *= max_grad_norm / n
+        g += w * weight_decay                  (L2, as torch and FBGEMM's `WeightDecayMode.L2`)
+        w -= w * (lr * weight_decay)           (decoupled: AdamW and PartialRowWiseAdam instead)
+
+    Only rows that a batch touches decay. Each kernel adds ``n`` up in an order of its own.
     """
 
     kind: ClassVar[int]
     """The number by which compiled kernels know the optimizer."""
+    decays_apart: ClassVar[bool] = False
+    """Whether weight decay is decoupled from the gradient."""
 
     lr: float
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.name in _NUMBERS:
+                check_number(self, each.name)
+        if self.max_grad_norm is not None:
+            check_number(self, "max_grad_norm")
+            if self.max_grad_norm == 0.0:
+                raise ConfigError(
+                    f"{type(self).__name__}: max_grad_norm is 0, which no row would learn with: "
+                    "give a number above 0, or leave it out"
+                )
 
     def update_rate(self, number: int) -> float:
         """The rate of the ``number``th update, from 1."""
         return self.lr
+
+    def update_constants(self, rate: float) -> UpdateConstants:
+        """The numbers of an update at ``rate``."""
+        decay = self.weight_decay
+        return self._own_constants(rate)._replace(
+            max_grad_norm=self.max_grad_norm or 0.0,
+            l2=0.0 if self.decays_apart else decay,
+            shrinkage=self.lr * decay if self.decays_apart else 0.0,
+        )
+
+    def _own_constants(self, rate: float) -> UpdateConstants:
+        """Those of the class's own formula."""
+        return UpdateConstants(rate)
+
+
+_NUMBERS = ("lr", "weight_decay", "eps", "initial_accumulator_value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +101,10 @@ class SGD(_Update):
 
     kind: ClassVar[int] = 0
 
-    lr: float
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number(self, "lr")
+        super().__post_init__()
         check_number(self, "momentum", least=-MAX_RATE)
         if self.momentum != 0.0:
             raise ConfigError(
@@ -73,10 +117,6 @@ class SGD(_Update):
         """Floats of optimizer state a row: none."""
         return 0
 
-    def update_constants(self, rate: float) -> UpdateConstants:
-        """The numbers of an update at ``rate``."""
-        return UpdateConstants(rate)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Adagrad(_Update):
@@ -87,20 +127,14 @@ class Adagrad(_Update):
 
     kind: ClassVar[int] = 1
 
-    lr: float
     eps: float = 1e-10
     initial_accumulator_value: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "initial_accumulator_value"):
-            check_number(self, name)
 
     def state_width(self, embedding_dim: int) -> int:
         """Floats of optimizer state a row: ``s`` of each weight."""
         return embedding_dim
 
-    def update_constants(self, rate: float) -> UpdateConstants:
-        """The numbers of an update at ``rate``."""
+    def _own_constants(self, rate: float) -> UpdateConstants:
         return UpdateConstants(rate, self.eps)
 
 
@@ -113,20 +147,14 @@ class RowWiseAdagrad(_Update):
 
     kind: ClassVar[int] = 2
 
-    lr: float
     eps: float = 1e-8
     initial_accumulator_value: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "initial_accumulator_value"):
-            check_number(self, name)
 
     def state_width(self, embedding_dim: int) -> int:
         """Floats of optimizer state a row: its one ``s``."""
         return 1
 
-    def update_constants(self, rate: float) -> UpdateConstants:
-        """The numbers of an update at ``rate``."""
+    def _own_constants(self, rate: float) -> UpdateConstants:
         return UpdateConstants(rate, self.eps)
 
 
@@ -142,28 +170,27 @@ class Adam(_Update):
 
     kind: ClassVar[int] = 3
 
-    lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        check_number(self, "lr")
-        check_number(self, "eps")
+        super().__post_init__()
         betas = self.betas
         if (
             not isinstance(betas, Sequence)
             or len(betas) != 2
             or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas)
         ):
-            raise ConfigError(f"Adam: betas is {betas!r}, must be two numbers, each in [0, 1)")
+            raise ConfigError(
+                f"{type(self).__name__}: betas is {betas!r}, must be two numbers, each in [0, 1)"
+            )
         object.__setattr__(self, "betas", tuple(betas))
 
     def state_width(self, embedding_dim: int) -> int:
         """Floats of optimizer state a row: ``m`` of each weight, then ``v`` of each."""
         return 2 * embedding_dim
 
-    def update_constants(self, rate: float) -> UpdateConstants:
-        """The numbers of an update at ``rate``."""
+    def _own_constants(self, rate: float) -> UpdateConstants:
         beta1, beta2 = self.betas
         return UpdateConstants(rate, self.eps, 1.0 - beta1, 1.0 - beta2)
 
@@ -173,4 +200,34 @@ class Adam(_Update):
         return self.lr * math.sqrt(1.0 - beta2**number) / (1.0 - beta1**number)
 
 
-Optimizer: TypeAlias = SGD | Adagrad | RowWiseAdagrad | Adam
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Adam):
+    """`Adam` with decoupled weight decay.
+
+    On rows that each batch touches it equals ``torch.optim.AdamW``, but that ``eps`` is added
+    before the bias correction. FBGEMM calls it ``EmbOptimType.ADAM``.
+    """
+
+    decays_apart: ClassVar[bool] = True
+
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialRowWiseAdam(Adam):
+    """`Adam` with one ``v`` for the row: ``v += (mean(g * g) - v) * (1 - beta2)``.
+
+    Weight decay is decoupled. It is FBGEMM's ``EmbOptimType.PARTIAL_ROWWISE_ADAM``, but that
+    ``eps`` is added before the bias correction. Each kernel adds the mean up in an order of its
+    own.
+    """
+
+    kind: ClassVar[int] = 4
+    decays_apart: ClassVar[bool] = True
+
+    def state_width(self, embedding_dim: int) -> int:
+        """Floats of optimizer state a row: ``m`` of each weight, then the row's one ``v``."""
+        return embedding_dim + 1
+
+
+Optimizer: TypeAlias = SGD | Adagrad | RowWiseAdagrad | Adam | AdamW | PartialRowWiseAdam

@@ -263,7 +263,7 @@ def _optimizers_of(
         if not isinstance(given, Optimizer):
             raise ConfigError(
                 f"table {table!r}: its optimizer is {given!r}, must be a bagpipe.SGD, Adagrad, "
-                "RowWiseAdagrad or Adam"
+                "RowWiseAdagrad, Adam, AdamW or PartialRowWiseAdam"
             )
     return optimizers
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import words_of
-from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, PartialRowWiseAdam, RowWiseAdagrad
 
 
 def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
@@ -115,21 +115,30 @@ def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
     return torch.cat([words_of(weights)[index], state[index]], dim=1)
 
 
-def mean_of_squares(sums: Tensor) -> Tensor:
-    """Mean of squares of each row, (U, D) to (U, 1), added up in eight lanes as on CPUs."""
+def sum_of_squares(sums: Tensor) -> Tensor:
+    """Sum of squares of each row, (U, D) to (U, 1), added up in eight lanes as on CPUs."""
     squares = functional.pad(sums * sums, (0, -sums.shape[1] % 8)).view(len(sums), -1, 8)
     lanes = torch.zeros_like(squares[:, 0])
     for part in squares.unbind(1):
         lanes = lanes + part
     lanes = lanes[:, 0::2] + lanes[:, 1::2]
     lanes = lanes[:, 0::2] + lanes[:, 1::2]
-    return (lanes[:, 0:1] + lanes[:, 1:2]) / sums.shape[1]
+    return lanes[:, 0:1] + lanes[:, 1:2]
 
 
 def _apply(
     weights: Tensor, state: Tensor, grads: Tensor, optimizer: Optimizer, rate: float
 ) -> tuple[Tensor, Tensor]:
     """New weights and state of the unique rows; every operand is rounded to float32 as written."""
+    if optimizer.max_grad_norm is not None:
+        norms = sum_of_squares(grads).sqrt()
+        scales = optimizer.max_grad_norm / norms
+        grads = torch.where(norms > optimizer.max_grad_norm, grads * scales, grads)
+    if optimizer.decays_apart:
+        weights = weights - weights * (optimizer.lr * optimizer.weight_decay)
+    elif optimizer.weight_decay:
+        grads = grads + weights * optimizer.weight_decay
+    dim = grads.shape[1]
     match optimizer:
         case SGD():
             return weights - grads * rate, state
@@ -137,12 +146,17 @@ def _apply(
             state = state + grads * grads
             return weights - (grads / (state.sqrt() + optimizer.eps)) * rate, state
         case RowWiseAdagrad():
-            state = state + mean_of_squares(grads)
+            state = state + sum_of_squares(grads) / dim
             return weights - (grads / (state.sqrt() + optimizer.eps)) * rate, state
         case Adam():
             beta1, beta2 = optimizer.betas
-            first, second = state.chunk(2, dim=1)
+            first, second = state[:, :dim], state[:, dim:]
+            squares = (
+                sum_of_squares(grads) / dim
+                if isinstance(optimizer, PartialRowWiseAdam)
+                else grads * grads
+            )
             first = first + (grads - first) * (1.0 - beta1)
-            second = second + (grads * grads - second) * (1.0 - beta2)
+            second = second + (squares - second) * (1.0 - beta2)
             update = (first / (second.sqrt() + optimizer.eps)) * rate
             return weights - update, torch.cat([first, second], dim=1)

@@ -13,11 +13,27 @@ from torch import Tensor
 
 from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from bagpipe.optimizers import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Optimizer,
+    PartialRowWiseAdam,
+    RowWiseAdagrad,
+)
 from bagpipe.oracle import Oracle
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
-OPTIMIZERS = [SGD(lr=0.1), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.1)]
+OPTIMIZERS = [
+    SGD(lr=0.1),
+    Adagrad(lr=0.1),
+    RowWiseAdagrad(lr=0.1),
+    Adam(lr=0.1),
+    AdamW(lr=0.1, weight_decay=0.3, max_grad_norm=2.0),
+    PartialRowWiseAdam(lr=0.1),
+    RowWiseAdagrad(lr=0.1, weight_decay=0.3, max_grad_norm=2.0),
+]
 
 
 def make_case(

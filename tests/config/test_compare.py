@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bagpipe.config.compare import compare_configs
@@ -55,3 +57,13 @@ def test_another_device_is_free_but_says_what_it_does() -> None:
 
 def test_equal_configurations_have_no_difference() -> None:
     assert compare_configs({"a": {"b": [1]}}, {"a": {"b": [1]}}) == ()
+
+
+def test_what_one_version_does_not_know_and_the_other_has_off_is_no_difference() -> None:
+    old = {"optimizer": {"lr": 0.1}}
+    new: dict[str, Any] = {"optimizer": {"lr": 0.1, "weight_decay": 0.0, "max_grad_norm": None}}
+    assert compare_configs(old, new) == ()
+    new["optimizer"]["weight_decay"] = 0.5
+    assert [str(each) for each in compare_configs(old, new)] == [
+        "optimizer.weight_decay: None -> 0.5"
+    ]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import numpy as np
 import pytest
 
-from bagpipe import SGD, Adagrad, Adam, Normal, RowWiseAdagrad, TableConfig, Uniform
+from bagpipe import SGD, Adagrad, Adam, AdamW, Normal, RowWiseAdagrad, TableConfig, Uniform
 from bagpipe.config.base import Batches, Section
 from bagpipe.config.load import check_config, load_config
 from bagpipe.config.run import RunConfig
@@ -28,6 +28,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "adagrad": {"lr": 0.1},
     "rowwise_adagrad": {"lr": 0.1},
     "adam": {"lr": 0.1},
+    "adamw": {"lr": 0.1},
+    "partial_rowwise_adam": {"lr": 0.1},
     "uniform": {"low": 0.0, "high": 0.0},
     "file": {"folder": "x"},
     "prepared": {"folder": "x"},
@@ -235,6 +237,10 @@ def test_a_table_takes_integers_of_any_type() -> None:
         (lambda: Adam(lr=0.1, betas=(0.9,)), "Adam: betas is (0.9,), must be two numbers"),  # type: ignore[arg-type]
         (lambda: Adam(lr=0.1, betas=0.9), "Adam: betas is 0.9, must be two numbers"),  # type: ignore[arg-type]
         (lambda: Adam(lr=0.1, betas=(0.9, "x")), "must be two numbers, each in [0, 1)"),  # type: ignore[arg-type]
+        (lambda: AdamW(lr=0.1, betas=0.9), "AdamW: betas is 0.9, must be two numbers"),  # type: ignore[arg-type]
+        (lambda: SGD(lr=0.1, weight_decay=-1), "SGD: weight_decay is -1, must be a number from 0"),
+        (lambda: SGD(lr=0.1, max_grad_norm=0), "SGD: max_grad_norm is 0, which no row would"),
+        (lambda: Adam(lr=0.1, max_grad_norm="1"), "Adam: max_grad_norm is '1', must be a number"),  # type: ignore[arg-type]
         (lambda: Uniform(low=-1.0, high=float("inf")), "Uniform: high is inf"),
         (lambda: Normal(std=-1.0), "Normal: std is -1.0, must be a number from 0 to"),
     ],

@@ -8,9 +8,11 @@ from typing import get_args
 import pytest
 from pydantic_core import PydanticUndefined
 
-from bagpipe.config.run import (
+from bagpipe.config.optimizers import (
     EmbeddingAdagrad,
     EmbeddingAdam,
+    EmbeddingAdamW,
+    EmbeddingPartialRowWiseAdam,
     EmbeddingRowWiseAdagrad,
     EmbeddingSGD,
     NormalInit,
@@ -24,6 +26,8 @@ SECTIONS = (
     EmbeddingAdagrad,
     EmbeddingRowWiseAdagrad,
     EmbeddingAdam,
+    EmbeddingAdamW,
+    EmbeddingPartialRowWiseAdam,
     UniformInit,
     NormalInit,
 )

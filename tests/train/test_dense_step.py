@@ -84,7 +84,9 @@ def train_by_calls(**options: Any) -> tuple[list[float], list[torch.Tensor]]:
     ]
 
 
-def train_by_autograd(precision: Precision = "fp32") -> tuple[list[float], list[torch.Tensor]]:
+def train_by_autograd(
+    precision: Precision = "fp32", max_grad_norm: float | None = None
+) -> tuple[list[float], list[torch.Tensor]]:
     embeddings, model, optimizer = make()
     losses = []
     for dense, sparse, labels in bagpipe.lookahead(
@@ -95,6 +97,8 @@ def train_by_autograd(precision: Precision = "fp32") -> tuple[list[float], list[
         loss = binary_cross_entropy_with_logits(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses, [
@@ -114,6 +118,14 @@ def test_calls_give_what_autograd_gives(precision: Precision) -> None:
     expected_losses, expected = train_by_autograd(precision)
     assert losses == expected_losses
     assert_same(tensors, expected)
+
+
+def test_gradients_are_clipped_as_torch_does() -> None:
+    losses, tensors = train_by_calls(max_grad_norm=0.2)
+    expected_losses, expected = train_by_autograd(max_grad_norm=0.2)
+    assert losses == expected_losses
+    assert_same(tensors, expected)
+    assert losses != train_by_autograd()[0]
 
 
 def test_averaging_over_one_trainer_changes_nothing() -> None:

@@ -33,7 +33,7 @@ def test_a_graph_gives_what_eager_gives(tmp_path: Path, kind: str) -> None:
         config = small_config(
             tmp_path / dense,
             model=MODELS[kind],
-            train={"device": "cuda", "dense": dense, "precision": "bf16"},
+            train={"device": "cuda", "dense": dense, "precision": "bf16", "max_grad_norm": 0.1},
         )
         train(config, reporter=listener)
     assert not [text for text in listener.said if "failed" in text]
@@ -41,7 +41,10 @@ def test_a_graph_gives_what_eager_gives(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam"])
-def test_a_rate_that_changes_is_no_part_of_the_graph(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("is_clipped", [False, True], ids=["", "clipped"])
+def test_a_rate_that_changes_is_no_part_of_the_graph(
+    tmp_path: Path, kind: str, is_clipped: bool
+) -> None:
     listener = Listener()
     for dense in ("eager", "graph"):
         config = small_config(
@@ -51,6 +54,7 @@ def test_a_rate_that_changes_is_no_part_of_the_graph(tmp_path: Path, kind: str) 
                 "dense": dense,
                 "optimizer": {"kind": kind, "lr": 0.01},
                 "lr_schedule": {"kind": "cosine", "warmup_steps": 5},
+                "max_grad_norm": 0.1 if is_clipped else None,
             },
         )
         train(config, reporter=listener)

@@ -7,10 +7,11 @@ import numpy as np
 from bagpipe.native.jit import jit
 from bagpipe.native.prefetch import LINE_FLOATS, prefetch
 from bagpipe.native.search import first_at_least
-from bagpipe.optimizers import SGD, Adagrad, RowWiseAdagrad
+from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
 from bagpipe.types import Float32Array, Int32Array
 
 _SGD, _ADAGRAD, _ROW_WISE_ADAGRAD = SGD.kind, Adagrad.kind, RowWiseAdagrad.kind
+_ADAM = Adam.kind
 ROWS_AHEAD, _GRADS_AHEAD = 4, 6
 """How many rows ahead of their use memory is asked for: rows of the cache, and of the gradient."""
 
@@ -162,8 +163,8 @@ def sum_piece(
 
 
 @jit
-def _mean_of_squares(grad: Float32Array) -> np.float32:
-    """The mean of a row's squares, added up in eight lanes, which the compiler can vectorize."""
+def _sum_of_squares(grad: Float32Array) -> np.float32:
+    """The sum of a row's squares, added up in eight lanes, which the compiler can vectorize."""
     lanes = np.zeros(8, np.float32)
     whole = len(grad) // 8 * 8
     for begin in range(0, whole, 8):
@@ -171,10 +172,15 @@ def _mean_of_squares(grad: Float32Array) -> np.float32:
             lanes[lane] += grad[begin + lane] * grad[begin + lane]
     for index in range(whole, len(grad)):
         lanes[index - whole] += grad[index] * grad[index]
-    total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
-        (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
+    return np.float32(
+        ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]))
+        + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
     )
-    return np.float32(total / np.float32(len(grad)))
+
+
+@jit
+def _mean_of_squares(grad: Float32Array) -> np.float32:
+    return np.float32(_sum_of_squares(grad) / np.float32(len(grad)))
 
 
 @jit
@@ -187,10 +193,14 @@ def apply(
     kind: int,
     constants: Float32Array,
 ) -> None:
-    """One row's optimizer step in place: the formula of its class in `bagpipe.optimizers`."""
+    """One row's optimizer step in place: the formula of its class in `bagpipe.optimizers`.
+
+    `grad` (D,) is scratch space afterwards.
+    """
     row, slot = np.uint32(weight_row), np.uint32(state_row)
     dim = len(grad)
     rate, eps, first_rate, second_rate = constants[0], constants[1], constants[2], constants[3]
+    _prepare(weights, row, grad, constants[4], constants[5], constants[6])
     if kind == _SGD:
         for index in range(dim):
             weights[row, index] -= grad[index] * rate
@@ -204,7 +214,7 @@ def apply(
         divisor = np.sqrt(total) + eps
         for index in range(dim):
             weights[row, index] -= grad[index] / divisor * rate
-    else:
+    elif kind == _ADAM:
         for index in range(dim):
             first = state[slot, index] + (grad[index] - state[slot, index]) * first_rate
             second = (
@@ -214,6 +224,38 @@ def apply(
             state[slot, index] = first
             state[slot, dim + index] = second
             weights[row, index] -= first / (np.sqrt(second) + eps) * rate
+    else:
+        total = state[slot, dim] + (_mean_of_squares(grad) - state[slot, dim]) * second_rate
+        state[slot, dim] = total
+        divisor = np.sqrt(total) + eps
+        for index in range(dim):
+            first = state[slot, index] + (grad[index] - state[slot, index]) * first_rate
+            state[slot, index] = first
+            weights[row, index] -= first / divisor * rate
+
+
+@jit
+def _prepare(
+    weights: Float32Array,
+    row: int,
+    grad: Float32Array,
+    max_grad_norm: np.float32,
+    l2: np.float32,
+    shrinkage: np.float32,
+) -> None:
+    """Clips a row's gradient and decays its weights, where that is asked for."""
+    if max_grad_norm > 0:
+        norm = np.sqrt(_sum_of_squares(grad))
+        if norm > max_grad_norm:
+            scale = max_grad_norm / norm
+            for index in range(len(grad)):
+                grad[index] *= scale
+    if l2 > 0:
+        for index in range(len(grad)):
+            grad[index] += weights[row, index] * l2
+    if shrinkage > 0:
+        for index in range(len(grad)):
+            weights[row, index] -= weights[row, index] * shrinkage
 
 
 @jit

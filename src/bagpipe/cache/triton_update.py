@@ -54,7 +54,9 @@ def update(
     if num_uniques == 0:
         return
     dim, num_further = grads.shape[1], num_pieces - num_uniques
-    update_constants = optimizer.update_constants(rate)
+    numbers = optimizer.update_constants(rate)
+    # what is not asked for is not compiled in
+    update_constants = (*numbers[:4], *(number or None for number in numbers[4:]))
     rounding = _rounding(weights, plan.step, seed)
     width = dim if weights.dtype == torch.float32 else max(dim, COLUMNS_A_BLOCK)
     tile, long_tile = _PIECES.of(width), _LONG_ROWS.of(width)

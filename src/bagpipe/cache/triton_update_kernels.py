@@ -10,13 +10,14 @@ import triton.language as tl
 
 from bagpipe.cache.triton_launch import Kernel, device_function, sum_rows
 from bagpipe.cache.triton_round import round_by_chance
-from bagpipe.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
+from bagpipe.optimizers import SGD, Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from bagpipe.plan import MAX_PIECE_LENGTH
 
 _SGD = tl.constexpr(SGD.kind)
 _ADAGRAD = tl.constexpr(Adagrad.kind)
 _ROW_WISE_ADAGRAD = tl.constexpr(RowWiseAdagrad.kind)
 _ADAM = tl.constexpr(Adam.kind)
+_PARTIAL_ROW_WISE_ADAM = tl.constexpr(PartialRowWiseAdam.kind)
 _MAX_PIECE = tl.constexpr(MAX_PIECE_LENGTH)
 
 
@@ -40,6 +41,9 @@ def update_pieces(
     eps: tl.tensor,
     first_rate: tl.tensor,
     second_rate: tl.tensor,
+    max_grad_norm: tl.tensor,
+    l2: tl.tensor,
+    shrinkage: tl.tensor,
     step: tl.tensor,
     seed_low: tl.tensor,
     seed_high: tl.tensor,
@@ -93,6 +97,9 @@ def update_pieces(
         eps,
         first_rate,
         second_rate,
+        max_grad_norm,
+        l2,
+        shrinkage,
         DIM,
         KIND,
         COLUMNS,
@@ -140,6 +147,9 @@ def update_long_rows(
     eps: tl.tensor,
     first_rate: tl.tensor,
     second_rate: tl.tensor,
+    max_grad_norm: tl.tensor,
+    l2: tl.tensor,
+    shrinkage: tl.tensor,
     step: tl.tensor,
     seed_low: tl.tensor,
     seed_high: tl.tensor,
@@ -184,6 +194,9 @@ def update_long_rows(
         eps,
         first_rate,
         second_rate,
+        max_grad_norm,
+        l2,
+        shrinkage,
         DIM,
         KIND,
         COLUMNS,
@@ -226,6 +239,11 @@ def _load_record(
         second = tl.load(
             state + slot[:, None] * (2 * DIM) + DIM + columns[None, :], mask=inside, other=0.0
         )
+    elif KIND == _PARTIAL_ROW_WISE_ADAM:
+        first = tl.load(
+            state + slot[:, None] * (DIM + 1) + columns[None, :], mask=inside, other=0.0
+        )
+        second = tl.load(state + slot * (DIM + 1) + DIM, mask=is_row, other=0.0)
     return weight, first, second
 
 
@@ -243,15 +261,27 @@ def _apply(
     eps: tl.tensor,
     first_rate: tl.tensor,
     second_rate: tl.tensor,
+    max_grad_norm: tl.tensor,
+    l2: tl.tensor,
+    shrinkage: tl.tensor,
     DIM: tl.constexpr,
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
     """The optimizer's step on a tile of records: stores their state, returns their new weights.
 
-    The formulas are those of the optimizers' classes in `bagpipe.optimizers`.
+    The formulas are those of the optimizers' classes in `bagpipe.optimizers`. What is not asked for
+    of `max_grad_norm`, `l2` and `shrinkage` is None.
     """
     columns = tl.arange(0, COLUMNS)
+    if max_grad_norm is not None:
+        norm = tl.sqrt_rn(tl.sum(grad * grad, axis=1))
+        scale = tl.div_rn(tl.zeros_like(norm) + max_grad_norm, norm)
+        grad *= tl.where(norm > max_grad_norm, scale, 1.0)[:, None]
+    if l2 is not None:
+        grad += weight * l2
+    if shrinkage is not None:
+        weight -= weight * shrinkage
     if KIND == _SGD:
         weight -= grad * lr
     elif KIND == _ADAGRAD:
@@ -264,12 +294,22 @@ def _apply(
         tl.store(state + slot, first, mask=is_row)
         divisor = (tl.sqrt_rn(first) + eps)[:, None]
         weight -= tl.div_rn(grad, tl.broadcast_to(divisor, grad.shape)) * lr
-    else:
+    elif KIND == _ADAM:
         first += (grad - first) * first_rate
         second += (grad * grad - second) * second_rate
         tl.store(state + slot[:, None] * (2 * DIM) + columns[None, :], first, mask=inside)
         tl.store(state + slot[:, None] * (2 * DIM) + DIM + columns[None, :], second, mask=inside)
         weight -= tl.div_rn(first, tl.sqrt_rn(second) + eps) * lr
+    else:
+        squares = tl.sum(grad * grad, axis=1)
+        first += (grad - first) * first_rate
+        second += (
+            tl.div_rn(squares, tl.full(squares.shape, DIM, tl.float32)) - second
+        ) * second_rate
+        tl.store(state + slot[:, None] * (DIM + 1) + columns[None, :], first, mask=inside)
+        tl.store(state + slot * (DIM + 1) + DIM, second, mask=is_row)
+        divisor = (tl.sqrt_rn(second) + eps)[:, None]
+        weight -= tl.div_rn(first, tl.broadcast_to(divisor, first.shape)) * lr
     return weight
 
 

@@ -60,15 +60,22 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Dif
         new: The later one.
 
     Returns:
-        The differences, sorted by key.
+        The differences, sorted by key. A key that one of them lacks, as a version before the key
+        was there does, is as one that is off: none, false, zero or empty.
     """
     old_keys, new_keys = dict(_flatten(old)), dict(_flatten(new))
     keys = sorted(old_keys.keys() | new_keys.keys())
     return tuple(
         Difference(key=key, old=old_keys.get(key), new=new_keys.get(key))
         for key in keys
-        if old_keys.get(key) != new_keys.get(key)
+        if not _is_same(key, old_keys, new_keys)
     )
+
+
+def _is_same(key: str, old: Mapping[str, object], new: Mapping[str, object]) -> bool:
+    if key in old and key in new:
+        return old[key] == new[key]
+    return not (old.get(key) or new.get(key))
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

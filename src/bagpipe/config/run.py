@@ -1,14 +1,12 @@
 """The configuration of a run: one section for each part, checked one by one and then together.
 
-A section's `build` makes the value of `bagpipe.types` that it describes, so that nothing but this
-package knows how a file spells it. Defaults are stated there; a section adds limits, which tell a
-mistake by its key.
+Those of tables' optimizers and initial weights are in `bagpipe.config.optimizers`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -22,101 +20,26 @@ from bagpipe.config.base import (
     Seed,
     Steps,
     Threads,
-    Weight,
     Width,
 )
 from bagpipe.config.data import DataConfig, Name, PrepareConfig
 from bagpipe.config.metrics import DEFAULT_METRICS, Metric, Metrics
 from bagpipe.config.model import DLRMConfig, ModelConfig
+from bagpipe.config.optimizers import (
+    EmbeddingOptimizerConfig,
+    EmbeddingRowWiseAdagrad,
+    NormalInit,
+    UniformInit,
+)
 from bagpipe.config.rates import PlateauRate, RateConfig
 from bagpipe.config.servers import ServersConfig
-from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
-from bagpipe.types import DataType, Initializer, Normal, Pooling, Uniform
+from bagpipe.types import DataType, Pooling
 
-V = TypeVar("V")
 Rows: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 MemorySize: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,15}(\.[0-9]{1,15})?([KMGT]i?)?B$")]
 """For example "4GiB" or "4GB"."""
 RowShare: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,3}(\.[0-9]{1,15})?%$")]
 """For example "2%"."""
-Beta: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class _Description(Section, Generic[V]):
-    describes: ClassVar[type[Any]]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self.build()  # what only the value itself can tell: momentum, bounds that cross
-        return self
-
-    def build(self) -> V:
-        """Makes the value that this section describes."""
-        value: V = self.describes(**self.model_dump(exclude={"kind"}))
-        return value
-
-
-class EmbeddingSGD(_Description[Optimizer]):
-    """`bagpipe.SGD`. `momentum` is there to be refused with its reason."""
-
-    describes = SGD
-    kind: Literal["sgd"]
-    lr: Rate
-    momentum: Weight = SGD.momentum
-
-
-class EmbeddingAdagrad(_Description[Optimizer]):
-    """`bagpipe.Adagrad`."""
-
-    describes = Adagrad
-    kind: Literal["adagrad"]
-    lr: Rate
-    eps: Rate = Adagrad.eps
-    initial_accumulator_value: Rate = Adagrad.initial_accumulator_value
-
-
-class EmbeddingRowWiseAdagrad(_Description[Optimizer]):
-    """`bagpipe.RowWiseAdagrad`."""
-
-    describes = RowWiseAdagrad
-    kind: Literal["rowwise_adagrad"]
-    lr: Rate
-    eps: Rate = RowWiseAdagrad.eps
-    initial_accumulator_value: Rate = RowWiseAdagrad.initial_accumulator_value
-
-
-class EmbeddingAdam(_Description[Optimizer]):
-    """`bagpipe.Adam`, which is lazy."""
-
-    describes = Adam
-    kind: Literal["adam"]
-    lr: Rate
-    betas: tuple[Beta, Beta] = Adam.betas
-    eps: Rate = Adam.eps
-
-
-EmbeddingOptimizerConfig: TypeAlias = Annotated[
-    EmbeddingSGD | EmbeddingAdagrad | EmbeddingRowWiseAdagrad | EmbeddingAdam,
-    Field(discriminator="kind"),
-]
-
-
-class UniformInit(_Description[Initializer]):
-    """`bagpipe.Uniform`: initial weights drawn uniformly from [low, high)."""
-
-    describes = Uniform
-    kind: Literal["uniform"]
-    low: Weight
-    high: Weight
-
-
-class NormalInit(_Description[Initializer]):
-    """`bagpipe.Normal`: initial weights drawn from a normal distribution."""
-
-    describes = Normal
-    kind: Literal["normal"]
-    mean: Weight = Normal.mean
-    std: Rate = Normal.std
 
 
 class MemoryStoreConfig(Section):
@@ -203,6 +126,9 @@ class TrainConfig(Section):
     lr_schedule: RateConfig | None = None
     """How the dense part's learning rate goes over the run, and the tables' where
     `embeddings.lr_schedule` is left out. Left out: it stays."""
+    max_grad_norm: Annotated[Rate, Field(gt=0.0)] | None = None
+    """The norm to which longer gradients of the dense part are scaled, all parameters taken
+    together. Tables have one a row: `embeddings.optimizer.max_grad_norm`."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """The precision of the dense part. "tf32" rounds what its matrix products read (on a GPU).
     "bf16" is autocast, with pooled embeddings of that type. Records stay as they are."""

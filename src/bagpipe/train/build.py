@@ -228,6 +228,7 @@ def make_dense_step(
         compile_part=config.dense == "compile",
         average=peers.average if peers.has_others and graph else None,
         rate_changes=config.lr_schedule is not None,
+        max_grad_norm=config.max_grad_norm,
         say=say,
     )
 

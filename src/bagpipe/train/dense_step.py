@@ -27,7 +27,7 @@ message, so it does not matter when, or whether, the other trainers capture thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -35,9 +35,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.utils import clip_grad_norm_
 
 from bagpipe.data.base import Batch
 from bagpipe.native.spans import span
+from bagpipe.train.averaged import AveragedGradients
 from bagpipe.train.capture import captured_graph, parameters_of, unchanged
 from bagpipe.types import Float32Array, Jagged
 
@@ -104,49 +106,6 @@ class _Way:
     otherwise: str
 
 
-class AveragedGradients:
-    """The dense part's gradients of several trainers, averaged by one message.
-
-    DistributedDataParallel averages while backward runs, in messages of some layers each. A CUDA
-    graph that held its messages would hold the process group too. So where the dense part is
-    captured, its gradients end up in one tensor, which is averaged between the graph that computes
-    them and the graph of the optimizer.
-
-    The parameters are all of one dtype and on one device. `average` replaces
-    a tensor (n,) by its mean over the trainers, in place.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], average: Callable[[Tensor], None]) -> None:
-        self._parameters, self._average = list(parameters), average
-        self._all = torch.cat(
-            [
-                torch.zeros_like(parameter, requires_grad=False).flatten()
-                for parameter in self._parameters
-            ]
-        )
-        parts = torch.split(self._all, [parameter.numel() for parameter in self._parameters])
-        self._parts = [
-            part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)
-        ]
-
-    def collect(self) -> None:
-        """Copies what backward has left.
-
-        Until `zero_grad` the parameters' gradients are then parts of the one tensor.
-        """
-        for parameter, part in zip(self._parameters, self._parts, strict=True):
-            # a parameter that this trainer's share does not use, but perhaps another's
-            if parameter.grad is None:
-                part.zero_()
-            else:
-                part.copy_(parameter.grad)
-            parameter.grad = part
-
-    def average(self) -> None:
-        """Averages what is collected over the trainers."""
-        self._average(self._all)
-
-
 class DenseStep:
     """Forward, loss, backward and optimizer of the dense part; see the module.
 
@@ -166,6 +125,7 @@ class DenseStep:
         compile_part: bool = False,
         average: Callable[[Tensor], None] | None = None,
         rate_changes: bool = False,
+        max_grad_norm: float | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Makes a step that captures nothing yet.
@@ -183,12 +143,14 @@ class DenseStep:
                 the current stream.
             rate_changes: whether the optimizer's learning rate changes. A graph would keep that
                 of its capture, so the optimizer then steps outside of it.
+            max_grad_norm: the norm to which longer gradients of all parameters together, averaged
+                over the trainers, are scaled.
             say: told what does not work.
         """
         self._part, self._optimizer, self._device = dense_part, optimizer, device
         self._groups, self._batch_size = tuple(groups), batch_size
         self._precision, self._say = precision, say
-        self._rate_changes = rate_changes
+        self._rate_changes, self._max_grad_norm = rate_changes, max_grad_norm
         self._averaged = (
             None if average is None else AveragedGradients(parameters_of(optimizer), average)
         )
@@ -289,7 +251,7 @@ class DenseStep:
         loss = self._backward(part, dense, labels, pooled, weight)
         if self._averaged is not None:
             self._averaged.average()
-        self._optimizer.step()
+        self._update()
         return loss, [_grad(leaf) for leaf in pooled]
 
     def _backward(
@@ -322,6 +284,11 @@ class DenseStep:
             self._averaged.collect()
         return loss.detach()
 
+    def _update(self) -> None:
+        if self._max_grad_norm is not None:
+            clip_grad_norm_(parameters_of(self._optimizer), self._max_grad_norm)
+        self._optimizer.step()
+
     def _replay(
         self, captured: _Captured, dense: Tensor, labels: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
@@ -336,7 +303,7 @@ class DenseStep:
                 parameters_of(self._optimizer), captured.parameter_grads, strict=True
             ):
                 parameter.grad = grad
-            self._optimizer.step()
+            self._update()
         else:
             if captured.optimizer_graph is not None:
                 captured.optimizer_graph.replay()
@@ -369,18 +336,18 @@ class DenseStep:
                 for leaf in pooled:
                     leaf.grad = None
                 self._backward(part, dense, labels, pooled)
-                self._optimizer.step()
+                self._update()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         for leaf in pooled:
             leaf.grad = None
         with captured_graph(stream) as graph:
             loss = self._backward(part, dense, labels, pooled)
             if self._averaged is None and not self._rate_changes:
-                self._optimizer.step()
+                self._update()
         optimizer_graph = None
         if self._averaged is not None and not self._rate_changes:
             with captured_graph(stream) as optimizer_graph:
-                self._optimizer.step()
+                self._update()
         return _Captured(
             graph=graph,
             optimizer_graph=optimizer_graph,

@@ -1,0 +1,51 @@
+"""Gradients of the dense part, averaged over trainers between two CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class AveragedGradients:
+    """The dense part's gradients of several trainers, averaged by one message.
+
+    DistributedDataParallel averages while backward runs, in messages of some layers each. A CUDA
+    graph that held its messages would hold the process group too. So where the dense part is
+    captured, its gradients end up in one tensor, which is averaged between the graph that computes
+    them and the graph of the optimizer.
+
+    The parameters are all of one dtype and on one device. `average` replaces
+    a tensor (n,) by its mean over the trainers, in place.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], average: Callable[[Tensor], None]) -> None:
+        self._parameters, self._average = list(parameters), average
+        self._all = torch.cat(
+            [
+                torch.zeros_like(parameter, requires_grad=False).flatten()
+                for parameter in self._parameters
+            ]
+        )
+        parts = torch.split(self._all, [parameter.numel() for parameter in self._parameters])
+        self._parts = [
+            part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)
+        ]
+
+    def collect(self) -> None:
+        """Copies what backward has left.
+
+        Until `zero_grad` the parameters' gradients are then parts of the one tensor.
+        """
+        for parameter, part in zip(self._parameters, self._parts, strict=True):
+            # a parameter that this trainer's share does not use, but perhaps another's
+            if parameter.grad is None:
+                part.zero_()
+            else:
+                part.copy_(parameter.grad)
+            parameter.grad = part
+
+    def average(self) -> None:
+        """Averages what is collected over the trainers."""
+        self._average(self._all)
