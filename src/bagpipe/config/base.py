@@ -25,6 +25,7 @@ Width: TypeAlias = Annotated[int, Field(gt=0, le=MAX_EMBEDDING_DIM)]
 Depth: TypeAlias = Annotated[int, Field(gt=0, le=64)]
 """The number of layers, one upon the other."""
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Share: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate: TypeAlias = Annotated[float, Field(ge=0.0, le=MAX_RATE)]
 Seconds: TypeAlias = Annotated[float, Field(gt=0.0, le=86_400.0)]
 Weight: TypeAlias = Annotated[float, Field(ge=-MAX_RATE, le=MAX_RATE)]

@@ -12,11 +12,10 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from bagpipe.config.base import Count, Samples, Section, Seed
+from bagpipe.config.base import Count, Samples, Section, Seed, Share
 from bagpipe.limits import MAX_EMBEDDING_DIM
 
 NUM_CRITEO_TABLES = 26
-Share: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 BagLength: TypeAlias = Annotated[int, Field(ge=0, le=10_000)]
 NumEmbeddings: TypeAlias = Annotated[int, Field(ge=1, lt=2**31)]
 Cardinalities: TypeAlias = Annotated[tuple[NumEmbeddings, ...], Field(max_length=10_000)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
 
-from bagpipe.config.base import Depth, Section, Width
+from bagpipe.config.base import Depth, Section, Share, Width
 
 LayerSizes: TypeAlias = Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)]
 
@@ -43,6 +43,10 @@ class OwnModelConfig(_Model):
 class _LayeredModel(_Model):
     top: LayerSizes
     """Layers over the features that the model makes. The last layer is the logit, of size 1."""
+    dropout: Share = 0.0
+    """The share of values that each layer but the logit's sets to 0 in training."""
+    batch_norm: bool = False
+    """Whether each layer but the logit's is normalized over a batch. For one trainer only."""
 
     def check(self, embedding_dim: int) -> None:
         """Checks the sizes of layers, as `_Model.check` does."""

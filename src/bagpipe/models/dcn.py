@@ -36,6 +36,8 @@ class DLRM_DCN(RankingModel):
         num_cross_layers: layers of the cross network, each of which raises the degree of the
             crosses by one.
         cross_rank: rank of each cross layer's matrix.
+        dropout: of the layers but the logit's; see `bagpipe.models.layers.MLP`.
+        batch_norm: likewise.
 
     Raises:
         ConfigError: a table's dimension is not the last size of `bottom`; the last size of `top` is
@@ -52,14 +54,18 @@ class DLRM_DCN(RankingModel):
         top: Sequence[int] = (1024, 1024, 512, 256, 1),
         num_cross_layers: int = 3,
         cross_rank: int = 512,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ) -> None:
         check_bottom("DLRM_DCN", bottom, num_dense)
         check_top("DLRM_DCN", top)
         super().__init__(embeddings, num_features=num_features, embedding_dim=bottom[-1])
         width = (self.num_features + 1) * self.embedding_dim
-        self.dense_arch = MLP(num_dense, bottom)
+        self.dense_arch = MLP(num_dense, bottom, dropout=dropout, batch_norm=batch_norm)
         self.inter_arch = LowRankCrossNet(width, num_layers=num_cross_layers, rank=cross_rank)
-        self.over_arch = MLP(width, top, last_activation=False)
+        self.over_arch = MLP(
+            width, top, last_activation=False, dropout=dropout, batch_norm=batch_norm
+        )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:
         """See `RankingModel.dense_part`."""

@@ -37,9 +37,17 @@ class DeepFM(WideDeep):
         num_features: int | None = None,
         embedding_dim: int | None = None,
         top: Sequence[int] = (400, 400, 400, 1),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__(
-            embeddings, num_dense, num_features=num_features, embedding_dim=embedding_dim, top=top
+            embeddings,
+            num_dense,
+            num_features=num_features,
+            embedding_dim=embedding_dim,
+            top=top,
+            dropout=dropout,
+            batch_norm=batch_norm,
         )
         self.factorization_machine = FactorizationMachine()
         num_factors = self.embedding_dim - 1

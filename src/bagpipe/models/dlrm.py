@@ -31,6 +31,8 @@ class DLRM(RankingModel):
         num_features: sparse features a sample; by default those of `embeddings.groups`.
         bottom: layer sizes of the MLP over dense features; the last one is D.
         top: layer sizes of the MLP over the interactions; the last one must be 1.
+        dropout: of the layers but the logit's; see `bagpipe.models.layers.MLP`.
+        batch_norm: likewise.
 
     Raises:
         ConfigError: a table's dimension is not the last size of `bottom`; the last size of `top` is
@@ -45,14 +47,20 @@ class DLRM(RankingModel):
         num_features: int | None = None,
         bottom: Sequence[int] = (512, 256, 64),
         top: Sequence[int] = (512, 256, 1),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ) -> None:
         check_bottom("DLRM", bottom, num_dense)
         check_top("DLRM", top)
         super().__init__(embeddings, num_features=num_features, embedding_dim=bottom[-1])
-        self.dense_arch = MLP(num_dense, bottom)
+        self.dense_arch = MLP(num_dense, bottom, dropout=dropout, batch_norm=batch_norm)
         self.inter_arch = PairwiseDot(self.num_features + 1)
         self.over_arch = MLP(
-            self.embedding_dim + self.inter_arch.num_pairs, top, last_activation=False
+            self.embedding_dim + self.inter_arch.num_pairs,
+            top,
+            last_activation=False,
+            dropout=dropout,
+            batch_norm=batch_norm,
         )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:

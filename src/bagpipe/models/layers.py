@@ -43,6 +43,8 @@ class Pooled(Protocol):
 class MLP(nn.Sequential):
     """Linear layers with a ReLU after each, the last one too unless `last_activation` is False.
 
+    Before a ReLU comes batch norm, and after it dropout, where they are asked for.
+
     Weights start as the DLRM reference's do: normal with variance 2 / (fan in + fan out), biases
     with 1 / fan out.
 
@@ -50,13 +52,21 @@ class MLP(nn.Sequential):
         in_features: columns of the input, (B, in_features) float32.
         layer_sizes: columns of each layer's output; the output is (B, layer_sizes[-1]) float32.
         last_activation: whether a ReLU follows the last layer.
+        dropout: the share of values that become 0 in training, from 0 to below 1.
+        batch_norm: whether values are normalized over a batch, in training one of 2 or more.
 
     Raises:
-        ValueError: a size is below 1, or `layer_sizes` is empty.
+        ValueError: a size is below 1, `layer_sizes` is empty, or `dropout` is no such share.
     """
 
     def __init__(
-        self, in_features: int, layer_sizes: Sequence[int], *, last_activation: bool = True
+        self,
+        in_features: int,
+        layer_sizes: Sequence[int],
+        *,
+        last_activation: bool = True,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ) -> None:
         sizes = [in_features, *layer_sizes]
         if len(sizes) < 2 or min(sizes) < 1:
@@ -64,13 +74,18 @@ class MLP(nn.Sequential):
                 f"MLP({in_features}, {list(layer_sizes)}): needs at least one layer, and every "
                 "size at least 1"
             )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"MLP(dropout={dropout}): must be a share from 0 to below 1")
         layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(sizes):
+        for number, (fan_in, fan_out) in enumerate(pairwise(sizes), 1):
             linear = nn.Linear(fan_in, fan_out)
             nn.init.normal_(linear.weight, std=(2.0 / (fan_in + fan_out)) ** 0.5)
             nn.init.normal_(linear.bias, std=(1.0 / fan_out) ** 0.5)
-            layers += [linear, nn.ReLU()]
-        super().__init__(*(layers if last_activation else layers[:-1]))
+            layers.append(linear)
+            if number < len(sizes) - 1 or last_activation:
+                layers += [nn.BatchNorm1d(fan_out)] * batch_norm + [nn.ReLU()]
+                layers += [nn.Dropout(dropout)] * (dropout > 0.0)
+        super().__init__(*layers)
 
 
 class PairwiseDot(nn.Module):

@@ -40,6 +40,8 @@ class WideDeep(RankingModel):
         embedding_dim: D, at least 2, the column of linear weights included; by default that of
             `embeddings.groups`.
         top: layer sizes of the MLP over dense features and vectors; the last one must be 1.
+        dropout: of the layers but the logit's; see `bagpipe.models.layers.MLP`.
+        batch_norm: likewise.
 
     Raises:
         ConfigError: the last size of `top` is not 1, tables have several dimensions, or theirs is
@@ -54,6 +56,8 @@ class WideDeep(RankingModel):
         num_features: int | None = None,
         embedding_dim: int | None = None,
         top: Sequence[int] = (1024, 512, 256, 1),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ) -> None:
         name = type(self).__name__
         check_top(name, top)
@@ -65,7 +69,11 @@ class WideDeep(RankingModel):
             )
         self.wide = FirstOrder(num_dense)
         self.over_arch = MLP(
-            num_dense + self.num_features * (self.embedding_dim - 1), top, last_activation=False
+            num_dense + self.num_features * (self.embedding_dim - 1),
+            top,
+            last_activation=False,
+            dropout=dropout,
+            batch_norm=batch_norm,
         )
 
     def dense_part(self, dense: Tensor, pooled: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.best import Best
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
 from bagpipe.train.evaluate import check_groups
+from bagpipe.train.noise import Noise, check_batch_norm
 from bagpipe.train.own_model import make_own_model
 from bagpipe.train.rates import Rates
 from bagpipe.train.schedule import Schedule, make_schedule
@@ -70,6 +71,7 @@ class Run:
     dense_step: DenseStep
     rates: Rates
     best: Best
+    noise: Noise
     servers: Joined | None = None
     """The shard servers that have the records, if there are any."""
 
@@ -136,6 +138,7 @@ def build_run(
         )
         stack.callback(embeddings.close)
         model = make_model(config.model, embeddings, source.num_dense).to(device)
+        check_batch_norm(model, schedule, source.num_samples, peers.num_trainers)
         dense_optimizer = make_dense_optimizer(model, config.dense_optimizer, device)
         rates = Rates(
             [
@@ -159,6 +162,7 @@ def build_run(
                 servers=servers,
                 rates=rates,
                 best=Best(config.train.best),
+                noise=Noise(config, peers, device),
                 dense_step=make_dense_step(
                     config.train, model, dense_optimizer, embeddings, device, say
                 ),
@@ -229,6 +233,7 @@ def make_dense_step(
         average=peers.average if peers.has_others and graph else None,
         rate_changes=config.lr_schedule is not None,
         max_grad_norm=config.max_grad_norm,
+        buffers=list(model.buffers()),
         say=say,
     )
 

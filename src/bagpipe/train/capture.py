@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -55,16 +55,20 @@ def _leave_failed_capture(
 
 
 @contextmanager
-def unchanged(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[None]:
-    """Puts back what a capture changes: parameters, optimizer state, random numbers, the stream.
+def unchanged(
+    optimizer: torch.optim.Optimizer, device: torch.device, buffers: Sequence[Tensor] = ()
+) -> Iterator[None]:
+    """Puts back what a capture changes.
+
+    That is parameters, optimizer state, `buffers`, random numbers and the stream.
 
     It does so after an error, too. Values are put back in place, since a captured graph knows their
     addresses. What a capture counts on the host is among them.
     """
     is_cuda = device.type == "cuda"
     stream = torch.cuda.current_stream(device) if is_cuda else None
-    parameters = parameters_of(optimizer)
-    weights = [parameter.detach().clone() for parameter in parameters]
+    kept = [*parameters_of(optimizer), *buffers]
+    values_kept = [each.detach().clone() for each in kept]
     before = {
         parameter: {name: value.clone() for name, value in state.items()}
         for parameter, state in optimizer.state.items()
@@ -77,8 +81,8 @@ def unchanged(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterato
                 torch.cuda.set_stream(stream)  # a capture that fails leaves its own
                 torch.cuda.synchronize(device)  # a warm-up that fails leaves work there
             with torch.no_grad():
-                for parameter, weight in zip(parameters, weights, strict=True):
-                    parameter.copy_(weight)
+                for each, value_kept in zip(kept, values_kept, strict=True):
+                    each.copy_(value_kept)
                 for parameter, state in optimizer.state.items():
                     for name, value in state.items():
                         old = before.get(parameter, {}).get(name)

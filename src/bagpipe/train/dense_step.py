@@ -10,9 +10,9 @@ kernels then costs the host one launch. Its inputs and outputs have fixed places
 returned is good until the next call. Other batches, such as a smaller last one, run eagerly with
 the same arithmetic.
 
-The graph is captured at the first batch of its size, after a warm-up. Parameters, optimizer state
-and random numbers are then put back as they were. `bagpipe train` restores checkpoints before the
-first batch.
+The graph is captured at the first batch of its size, after a warm-up. Parameters, buffers,
+optimizer state and random numbers are then put back as they were. `bagpipe train` restores
+checkpoints before the first batch.
 
 With `compile_part` the captured dense part is torch.compile's. Batches of other sizes run as
 written, since each size would be compiled anew. Compiling can fail, for instance because the
@@ -126,6 +126,7 @@ class DenseStep:
         average: Callable[[Tensor], None] | None = None,
         rate_changes: bool = False,
         max_grad_norm: float | None = None,
+        buffers: Sequence[Tensor] = (),
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Makes a step that captures nothing yet.
@@ -145,11 +146,13 @@ class DenseStep:
                 of its capture, so the optimizer then steps outside of it.
             max_grad_norm: the norm to which longer gradients of all parameters together, averaged
                 over the trainers, are scaled.
+            buffers: what the dense part changes besides, such as batch norm's averages.
             say: told what does not work.
         """
         self._part, self._optimizer, self._device = dense_part, optimizer, device
         self._groups, self._batch_size = tuple(groups), batch_size
         self._precision, self._say = precision, say
+        self._kept = tuple(buffers)
         self._rate_changes, self._max_grad_norm = rate_changes, max_grad_norm
         self._averaged = (
             None if average is None else AveragedGradients(parameters_of(optimizer), average)
@@ -315,7 +318,7 @@ class DenseStep:
         while self._ways:
             way = self._ways[0]
             try:
-                with unchanged(self._optimizer, self._device):
+                with unchanged(self._optimizer, self._device, self._kept):
                     return self._capture(way.make(), dense, labels)
             except RuntimeError as error:  # as torch raises those of compilers, CUDA and memory
                 self._ways.pop(0)

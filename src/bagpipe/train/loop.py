@@ -237,6 +237,7 @@ class Loop:
         weight = self.trainers.weight(
             batch.batch_size, parts.schedule.batch_size_of(self._step, parts.source.num_samples)
         )
+        parts.noise.begin(self._step)
         with self.trainers.averaging(self._step):
             loss, grads = parts.dense_step(batch.dense, batch.labels, weight)
         parts.embeddings.update(grads)
