@@ -115,7 +115,7 @@ def test_train_another_model_and_trace_it(file: Path) -> None:
         (["--servers", "2"], "belong to --engine ray"),
         (
             ["--set", "model.kind=deepfm"],
-            "model.bottom: unknown key in [model]; there are top, kind",
+            "model.bottom: unknown key in [model]; there are top, dropout, batch_norm, kind",
         ),
     ],
 )

@@ -141,7 +141,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("model = {kind = 'wide_deep'}\nembeddings.embedding_dim = 1", "so it must be at least 2"),
         (
             "model = {kind = 'wide_deep', bottom = [64]}",
-            "model.bottom: unknown key in [model]; there are top, kind",
+            "model.bottom: unknown key in [model]; there are top, dropout, batch_norm, kind",
         ),
         (
             "model = {kind = 'dcn', crossrank = 8}",

@@ -16,12 +16,25 @@ from torch import Tensor
 
 import bagpipe
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from bagpipe.optimizers import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Optimizer,
+    PartialRowWiseAdam,
+    RowWiseAdagrad,
+)
 from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 OPTIMIZERS = [SGD(lr=0.5), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.05)]
+OTHERS = [
+    AdamW(lr=0.05, weight_decay=0.5),
+    PartialRowWiseAdam(lr=0.05, weight_decay=0.5),
+    RowWiseAdagrad(lr=0.1, weight_decay=0.3, max_grad_norm=0.01),
+]
 
 
 def dense_loss(pooled: Sequence[Tensor], dense: torch.nn.Linear) -> Tensor:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests import reference, strategies
 from tests.train.equality import (
     OPTIMIZERS,
+    OTHERS,
     TABLES,
     check_equal,
     dense_loss,
@@ -46,7 +47,7 @@ from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
 @given(
     data=st.data(),
-    optimizer=st.sampled_from(OPTIMIZERS),
+    optimizer=st.sampled_from(OPTIMIZERS + OTHERS),
     extra_slots=st.sampled_from([0, 1, 5, 1000]),
     lookahead=st.sampled_from([1, 2, 7, 200, "auto"]),
     prefetch_depth=st.integers(0, 4),
@@ -135,6 +136,11 @@ def test_plans_that_come_late(
             lookahead=lookahead,
             prefetch_depth=prefetch_depth,
         )
+
+
+@pytest.mark.parametrize("optimizer", OTHERS, ids=lambda optimizer: type(optimizer).__name__)
+def test_decay_clipping_and_other_adams(optimizer: Optimizer) -> None:
+    check_equal(TABLES, optimizer, skewed_batches(20), extra_slots=20, restarts=[9], lookahead=10)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)

@@ -36,7 +36,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     _, result = trained(
         folder,
         data={"multi_hot": {"C2": [0, 3]}, "num_test_samples": 90},
-        train={"eval_every_steps": 8, "best": {"metric": "log_loss"}},
+        train={
+            "eval_every_steps": 8,
+            "best": {"metric": "log_loss"},
+            "metrics": ["auc", "grouped_auc", "calibration"],
+            "group_by": "C1",
+        },
     )
     return folder, result
 
@@ -59,7 +64,8 @@ def test_the_last_and_the_best_model_score_as_within_the_run(run: tuple[Path, Re
             found = score(
                 loaded, scored.source, BATCH_SIZE, lambda *progress: told.append(progress)
             )
-        assert found == expected if which == "last" else vars(found) == expected
+        assert found == expected if which == "last" else found.as_dict() == expected
+        assert None not in found.values.values()
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)]
     assert files_of(folder) == before
 

@@ -237,7 +237,7 @@ def apply(
 @jit
 def _prepare(
     weights: Float32Array,
-    row: int,
+    row: np.uint32,
     grad: Float32Array,
     max_grad_norm: np.float32,
     l2: np.float32,

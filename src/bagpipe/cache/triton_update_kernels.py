@@ -276,8 +276,8 @@ def _apply(
     columns = tl.arange(0, COLUMNS)
     if max_grad_norm is not None:
         norm = tl.sqrt_rn(tl.sum(grad * grad, axis=1))
-        scale = tl.div_rn(tl.zeros_like(norm) + max_grad_norm, norm)
-        grad *= tl.where(norm > max_grad_norm, scale, 1.0)[:, None]
+        limit = tl.zeros_like(norm) + max_grad_norm
+        grad *= tl.div_rn(limit, tl.maximum(norm, limit))[:, None]  # 1 where it is within
     if l2 is not None:
         grad += weight * l2
     if shrinkage is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +83,7 @@ def evaluate(
             )
         step = loaded.of.saved.step
     if json_file is not None:
-        save_json({"step": step, **asdict(scores)}, json_file)
+        save_json({"step": step, **scores.as_dict()}, json_file)
     if str(json_file) != "-":
         tell(console, f"step {step:,}: {scored.name} {scores}")
 

@@ -181,7 +181,7 @@ def _locate(
 
 def _unknown_key(model: type[Section], location: tuple[int | str, ...], path: str) -> str:
     known = _known_keys(model, location[:-1])
-    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.65)
     section = path.rpartition(".")[0]
     remedy = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(known)}"
     return (

@@ -78,7 +78,7 @@ def evaluate(
             columns = [logits, batch.labels]
             if group_by is not None:
                 columns = [column.double() for column in columns]
-                columns.append(_ids(batch.sparse, group_by).double())
+                columns.append(ids_of(batch.sparse, group_by).double())
             yield torch.stack(columns, dim=1)
 
     was_training = model.training
@@ -120,7 +120,7 @@ def check_groups(source: BatchSource, group_by: str) -> None:
         )
 
 
-def _ids(sparse: Jagged, feature: str) -> Tensor:
+def ids_of(sparse: Jagged, feature: str) -> Tensor:
     """The one id of each sample of a feature, (B,)."""
     first, size = sparse.keys.index(feature) * sparse.batch_size, sparse.batch_size
     if sparse.offsets is None:

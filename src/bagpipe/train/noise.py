@@ -33,7 +33,7 @@ class Noise:
         """Begins the random numbers of a step, from 0."""
         if not self._draws:
             return
-        seed = xxhash.xxh3_64_intdigest(f"{self._seed} {step} {self._rank}") >> 1
+        seed = xxhash.xxh3_64_intdigest(f"{self._seed} {step} {self._rank}".encode()) >> 1
         if self._device.type == "cuda":
             torch.cuda.manual_seed(seed)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +24,8 @@ from bagpipe.errors import DataError
 from bagpipe.feed.stream import Deferred
 from bagpipe.native.files import replaced
 from bagpipe.train.dense_step import TorchBatch
-from bagpipe.train.evaluate import BinaryScores, Scores
+from bagpipe.train.evaluate import check_groups, ids_of
+from bagpipe.train.metrics import BinaryScores, Scores
 from bagpipe.train.saved import LoadedModel
 
 OnBatch = Callable[[int, int], None]
@@ -95,11 +97,30 @@ def _logits(loaded: LoadedModel, batch: TorchBatch) -> Tensor:
 
 
 def score(loaded: LoadedModel, source: BatchSource, batch_size: int, on_batch: OnBatch) -> Scores:
-    """How well the model predicts the labels of a source; see `predictions`."""
-    scores = BinaryScores()
-    for logits, labels in predictions(loaded, source, batch_size, on_batch):
-        scores.update(logits, labels)
+    """How well the model predicts the labels of a source, by the run's metrics; see `predictions`.
+
+    Raises:
+        ConfigError: the source has not the feature that grouped_auc groups by.
+    """
+    config = loaded.of.config
+    group_by = config.train.group_by if "grouped_auc" in config.metrics else None
+    scores = BinaryScores(config.metrics)
+    predicted = predictions(loaded, source, batch_size, on_batch)
+    for (logits, labels), groups in zip(
+        predicted, _groups(source, batch_size, group_by), strict=False
+    ):
+        scores.update(logits, labels, groups)
     return scores.compute()
+
+
+def _groups(source: BatchSource, batch_size: int, group_by: str | None) -> Iterator[Tensor | None]:
+    """Of each batch its samples' groups, read once more: a planned batch has no ids."""
+    if group_by is None:
+        yield from repeat(None)
+        return
+    check_groups(source, group_by)
+    for read in source.reads(batch_size=batch_size):
+        yield ids_of(read().sparse, group_by)
 
 
 def write_predictions(

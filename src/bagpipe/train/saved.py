@@ -154,6 +154,9 @@ def config_of(saved: SavedRun, overrides: Sequence[str] = ()) -> RunConfig:
     # they have what follows from the length of the run beside what a file may say
     for section in ("train", "embeddings"):
         settings[section].pop("lr_schedule", None)
+    watched = (settings["train"].get("best") or {}).get("metric")
+    if "grouped_auc" not in (*settings["train"].get("metrics", ()), watched):
+        settings["train"].pop("group_by", None)  # a schedule's
     apply_overrides(settings, overrides)
     return check_config(RunConfig, settings, source=str(saved.path))
 
