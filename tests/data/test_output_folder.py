@@ -115,14 +115,15 @@ def test_two_preparations_into_one_folder(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_preparation_left_is_removed(tmp_path: Path) -> None:
-    settings = config(tmp_path)
+    split = {"by": "share", "validation_share": 0.3, "test_share": 0.3}
+    settings = config(tmp_path, split=split)
     code = f"""
 import os, signal
 from bagpipe.config.data import PrepareConfig
 from bagpipe.data import criteo, prepare
 
 def kill(progress):
-    if progress.stage == prepare.WRITE_STAGE and progress.done > 2_000:
+    if progress.stage == prepare.WRITE_STAGE and progress.done > 9_000:
         os.kill(os.getpid(), signal.SIGKILL)
 
 criteo.BLOCK_BYTES = 1_000
@@ -130,7 +131,8 @@ prepare.prepare(PrepareConfig.model_validate_json({settings.model_dump_json()!r}
 """
     killed = subprocess.run([sys.executable, "-c", code], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert "dictionary-00000.arrow" in content(tmp_path / "out")
+    begun = {f"{split}-00000.arrow" for split in ("train", "validation", "test")}
+    assert begun <= content(tmp_path / "out").keys()
     before = put(tmp_path / "out", "train-00098.arrow")
     with pytest.raises(DataError, match=r"holds train-00098\.arrow, which no preparation"):
         prepare(settings)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.naive import frequency_ids, hash_id
 
 from bagpipe.data import vocabulary
-from bagpipe.data.files import checksum_file
 from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary, KeyCounter
 
 KEYS = st.lists(st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1), max_size=60)
@@ -58,11 +54,11 @@ def test_counter_merges_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counter.counts()[1].tolist() == counts.tolist()
 
 
-def test_a_saved_dictionary_holds_key_and_count_by_id(tmp_path: Path) -> None:
-    vocabulary = DictionaryVocabulary(
-        np.array([4, 7, 9]), np.array([2, 5, 1]), min_count=2, max_embeddings=None
-    )
-    file = vocabulary.save(tmp_path / "d.arrow")
-    table = pa.ipc.open_file(file.path).read_all()
-    assert table.to_pydict() == {"key": [7, 4], "count": [5, 2]}
-    assert (file.checksum, file.num_bytes) == (checksum_file(file.path), file.path.stat().st_size)
+def test_known_keys_keep_their_ids_and_new_ones_come_behind() -> None:
+    keys, counts = np.array([2, 4, 7, 9]), np.array([3, 1, 5, 5])
+    known = np.array([7, 1]), np.array([10, 20])
+    found = DictionaryVocabulary(keys, counts, min_count=2, max_embeddings=4, known=known)
+    assert found.keys.tolist() == [7, 1, 9]  # 4 is too rare, and there is no room for 2
+    assert found.counts.tolist() == [15, 20, 5]
+    assert (found.num_known, found.num_embeddings) == (3, 4)
+    assert found.ids(np.array([1, 2, 4, 7, 9])).tolist() == [2, 0, 0, 1, 3]

@@ -219,6 +219,9 @@ class PrepareConfig(Section):
     vocabulary: Annotated[HashConfig | DictionaryConfig, Field(discriminator="kind")] = HashConfig(
         kind="hash"
     )
+    vocabulary_from: Path | None = None
+    """Goes on with the ids of earlier prepared data, or of a run's: known values keep them, and new
+    ones get ids behind them."""
     dense_transform: Literal["log", "none"] | None = None
     """log: log(max(x, 0) + 1), as the DLRM reference does, the default for Criteo. Values below 0
     become 0. none: values as they are, the default for Parquet. Missing values are 0 either way."""

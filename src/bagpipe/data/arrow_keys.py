@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from bagpipe.data.raw import MISSING_KEY, Keys, ValueKind
+from bagpipe.data.raw import MISSING_KEY, Keys, Texts, ValueKind
 from bagpipe.errors import DataError
 from bagpipe.types import Int64Array
 
@@ -83,7 +83,8 @@ def single_keys(column: Any, where: str) -> Keys:
     Raises:
         DataError: The array is of another type.
     """
-    return Keys(values=_keys(_plain(column), where), offsets=None)
+    plain = _plain(column)
+    return Keys(values=_keys(plain, where), offsets=None, texts=_texts(plain))
 
 
 def list_keys(column: Any, where: str) -> Keys:
@@ -108,9 +109,10 @@ def list_keys(column: Any, where: str) -> Keys:
     if _is_text(items.type):
         kept = pc.and_(kept, pc.fill_null(pc.not_equal(pc.binary_length(items), 0), False))
     if pc.all(kept, min_count=0).as_py():
-        return Keys(values=_keys(items, where), offsets=offsets)
+        return Keys(values=_keys(items, where), offsets=offsets, texts=_texts(items))
     before = np.concatenate([[0], np.cumsum(kept.to_numpy(zero_copy_only=False))]).astype(np.int64)
-    return Keys(values=_keys(items.filter(kept), where), offsets=before[offsets])
+    items = items.filter(kept)
+    return Keys(values=_keys(items, where), offsets=before[offsets], texts=_texts(items))
 
 
 def split_keys(column: Any, separator: str, where: str) -> Keys:
@@ -146,6 +148,10 @@ def _plain(column: Any) -> Any:
     return column
 
 
+def _texts(plain: Any) -> Texts | None:
+    return Texts(items=plain) if _is_text(plain.type) else None
+
+
 def _keys(column: Any, where: str) -> Int64Array:
     """The keys of a plain array (n,)."""
     kind = column.type
@@ -164,12 +170,13 @@ def _keys(column: Any, where: str) -> Int64Array:
     # uint64 wraps, one to one
     values: Int64Array = pc.fill_null(column, 0).to_numpy(zero_copy_only=False).astype(np.int64)
     taken = _LEAST if pa.types.is_signed_integer(kind) else -_LEAST
-    values = np.where(values == MISSING_KEY, _text_key(str(taken).encode()), values)
+    values = np.where(values == MISSING_KEY, text_key(str(taken).encode()), values)
     keys: Int64Array = np.where(present, values, MISSING_KEY)
     return keys
 
 
-def _text_key(text: Any) -> np.int64:
+def text_key(text: Any) -> np.int64:
+    """The key of a string's bytes."""
     return np.uint64(xxhash.xxh3_64_intdigest(text)).astype(np.int64)
 
 

@@ -81,6 +81,13 @@ class UnseenEntry(_Entry):
         return min(counted / (1 - self.used_share), 1.0)
 
 
+class VocabularyEntry(_Entry):
+    """The prepared data whose ids these go on with."""
+
+    folder: str
+    num_known: dict[str, int]  # by table: ids that were there before, id 0 among them
+
+
 class SourceEntry(_Entry):
     """What the data were prepared from."""
 
@@ -108,7 +115,9 @@ class PreparedManifest(_Entry):
     features: tuple[FeatureEntry, ...]
     num_embeddings: dict[str, int]  # by table
     vocabulary: Literal["hash", "dictionary"]
-    dictionaries: dict[str, FileEntry]  # by table
+    dictionaries: dict[str, FileEntry]  # by table; see `bagpipe.data.dictionaries`
+    min_count: int | None = None  # of a dictionary; None in data prepared by older versions
+    vocabulary_from: VocabularyEntry | None = None
     rows_per_batch: int
     splits: dict[Split, tuple[FileEntry, ...]]
     source: SourceEntry
@@ -137,6 +146,12 @@ class PreparedManifest(_Entry):
             )
             for entry in self.features
         )
+
+    @property
+    def content(self) -> str:
+        """A hash of the training split, by which it is known wherever the folder lies."""
+        files = self.splits.get("train", ())
+        return xxhash.xxh3_128("".join(file.checksum for file in files).encode()).hexdigest()
 
     def num_rows(self, split: Split) -> int:
         """Number of rows of a split; 0 if there is no such split."""

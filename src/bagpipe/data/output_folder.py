@@ -24,7 +24,7 @@ from bagpipe.native.files import sync_folder
 
 LOCK_NAME: Final = "bagpipe-prepare.lock"
 _IS_OWN_NAME: Final = re.compile(
-    rf"(train|validation|dictionary)-\d{{5,}}\.arrow|{re.escape(MANIFEST_NAME)}\.tmp"
+    rf"(train|validation|test|dictionary)-\d{{5,}}\.arrow|{re.escape(MANIFEST_NAME)}\.tmp"
 )
 
 

@@ -4,8 +4,9 @@ It passes over the input up to four times, each time in bounded memory (a block,
 split, the dictionaries):
 1. Only for a split by time: the time column is read, or the rows are counted.
 2. Only for a dictionary: the keys of the training rows are counted.
-3. Rows are turned into ids and written, split by split. `manifest.json` comes last, so that an
-   interrupted preparation leaves nothing that a reader would take for whole data.
+3. Rows are turned into ids and written, split by split, and then the dictionaries, with the values
+   that were met. `manifest.json` comes last, so that an interrupted preparation leaves nothing that
+   a reader would take for whole data.
 4. The validation files are read again, to count the lookups of values that training does not have.
 
 One process at a time prepares into a folder, and it removes only what a preparation has made there
@@ -14,19 +15,23 @@ One process at a time prepares into a folder, and it removes only what a prepara
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from bagpipe.data.base import Split
 from bagpipe.data.criteo import CARDINALITIES, SPARSE_NAMES, CriteoSource
+from bagpipe.data.dictionaries import TableValues, write_dictionary
+from bagpipe.data.earlier import Earlier
 from bagpipe.data.manifest import FileEntry, PreparedManifest, SkippedEntry, SourceEntry
 from bagpipe.data.output_folder import OutputFolder
 from bagpipe.data.parquet import ParquetSource
-from bagpipe.data.raw import Problems, Progress, RawSource, find_files
+from bagpipe.data.raw import Problems, Progress, RawFeature, RawSource, find_files
 from bagpipe.data.splitting import SPLITS, Splitter, make_splitter
+from bagpipe.data.values import GatheredTexts, TableKind, has_texts, table_kind
 from bagpipe.data.vocabulary import DictionaryVocabulary, HashVocabulary, KeyCounter, Vocabulary
 from bagpipe.data.writer import Encoder, SplitWriter
 from bagpipe.errors import DataError
@@ -62,13 +67,20 @@ def prepare(config: PrepareConfig, progress: ProgressCallback = lambda _: None) 
 
 def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManifest:
     source = open_raw(config)
+    earlier = Earlier.open(config, source.features)
+    features = source.features if earlier is None else earlier.merged(source.features)
     with OutputFolder(config.output, overwrite=config.overwrite) as folder:
         splitter = make_splitter(config.split, source)
-        vocabularies = _make_vocabularies(config, source, splitter, progress)
-        dictionaries = _save_dictionaries(folder, vocabularies)
-        encoder = Encoder(source, vocabularies, config.transform)
-        splits, problems = _write_splits(config, folder, source, splitter, encoder, progress)
-        manifest = _describe(config, source, vocabularies, dictionaries, splits, problems, encoder)
+        vocabularies = _make_vocabularies(config, source, splitter, earlier, progress)
+        with _gathered_texts(config.output, features, vocabularies) as texts:
+            encoder = Encoder(
+                features, source.dense_names, vocabularies, config.transform, texts=texts
+            )
+            splits, problems = _write_splits(config, folder, source, splitter, encoder, progress)
+            dictionaries = _save_dictionaries(folder, features, vocabularies, texts, earlier)
+        manifest = _describe(
+            config, source, vocabularies, dictionaries, splits, problems, encoder, earlier
+        )
         if not manifest.num_rows("train"):
             raise DataError(
                 f"no training rows are left of {manifest.source.num_rows_read:,}: "
@@ -98,7 +110,11 @@ def _criteo_sizes(source: CriteoFiles) -> tuple[int | None, ...]:
 
 
 def _make_vocabularies(
-    config: PrepareConfig, source: RawSource, splitter: Splitter, progress: ProgressCallback
+    config: PrepareConfig,
+    source: RawSource,
+    splitter: Splitter,
+    earlier: Earlier | None,
+    progress: ProgressCallback,
 ) -> dict[str, Vocabulary]:
     """The vocabulary of each table."""
     sizes = {feature.table: feature.num_embeddings for feature in source.features}
@@ -110,9 +126,13 @@ def _make_vocabularies(
         for feature, keys in zip(source.features, training.keys, strict=True):
             counters[feature.table].add(keys.values)
     min_count = config.vocabulary.min_count
+    known = {} if earlier is None else {table: earlier.known(table) for table in sizes}
     return {
         table: DictionaryVocabulary(
-            *counters.pop(table).counts(), min_count=min_count, max_embeddings=size
+            *counters.pop(table).counts(),
+            min_count=min_count,
+            max_embeddings=size,
+            known=known.get(table),
         )
         for table, size in sizes.items()
     }
@@ -124,13 +144,50 @@ def _required(size: int | None, table: str) -> int:
     return size
 
 
+def _kinds(features: Sequence[RawFeature]) -> dict[str, TableKind]:
+    tables = dict.fromkeys(feature.table for feature in features)
+    return {
+        table: table_kind(feature.kind for feature in features if feature.table == table)
+        for table in tables
+    }
+
+
+def _gathered_texts(
+    folder: Path, features: Sequence[RawFeature], vocabularies: dict[str, Vocabulary]
+) -> GatheredTexts:
+    """Takes the texts of the new ids of all tables that have texts and a dictionary."""
+    kinds = _kinds(features)
+    dictionaries = {
+        table: vocabulary
+        for table, vocabulary in vocabularies.items()
+        if isinstance(vocabulary, DictionaryVocabulary) and has_texts(kinds[table])
+    }
+    return GatheredTexts(
+        folder,
+        {table: each.num_known for table, each in dictionaries.items()},
+        {table: each.num_embeddings for table, each in dictionaries.items()},
+    )
+
+
 def _save_dictionaries(
-    folder: OutputFolder, vocabularies: dict[str, Vocabulary]
+    folder: OutputFolder,
+    features: Sequence[RawFeature],
+    vocabularies: dict[str, Vocabulary],
+    texts: GatheredTexts,
+    earlier: Earlier | None,
 ) -> dict[str, FileEntry]:
-    entries = {}
+    entries, kinds = {}, _kinds(features)
     for number, (table, vocabulary) in enumerate(vocabularies.items()):
         if isinstance(vocabulary, DictionaryVocabulary):
-            file = vocabulary.save(folder.claim(f"dictionary-{number:05d}.arrow"))
+            values = TableValues(
+                table=table,
+                kind=kinds[table],
+                keys=vocabulary.keys,
+                texts=texts,
+                known=None if earlier is None else earlier.dictionary(table),
+            )
+            path = folder.claim(f"dictionary-{number:05d}.arrow")
+            file = write_dictionary(path, values, vocabulary.counts)
             entries[table] = FileEntry(
                 name=file.path.name,
                 num_bytes=file.num_bytes,
@@ -188,6 +245,7 @@ def _describe(
     splits: dict[Split, tuple[FileEntry, ...]],
     problems: Problems,
     encoder: Encoder,
+    earlier: Earlier | None,
 ) -> PreparedManifest:
     skipped = {
         reason: SkippedEntry(count=rows.count, first=rows.first)
@@ -205,6 +263,8 @@ def _describe(
         },
         vocabulary=config.vocabulary.kind,
         dictionaries=dictionaries,
+        min_count=getattr(config.vocabulary, "min_count", None),
+        vocabulary_from=None if earlier is None else earlier.entry,
         rows_per_batch=config.rows_per_batch,
         splits=splits,
         source=SourceEntry(

@@ -15,9 +15,10 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
 from bagpipe.errors import DataError
 from bagpipe.types import Float32Array, Int64Array
@@ -47,20 +48,40 @@ class RawFeature:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Texts:
+    """The texts behind keys, which keys do not tell."""
+
+    items: Any  # an Arrow array of strings or binaries
+    places: Int64Array | None = None  # (n,) in it, of each key's text; None: one after another
+
+    def take(self, chosen: Int64Array) -> Texts:
+        """Those of the keys numbered `chosen` (m,)."""
+        places = chosen if self.places is None else self.places[chosen]
+        return Texts(items=self.items, places=places)
+
+    def array(self) -> Any:
+        """The texts (n,) as an Arrow array; null where a value is missing."""
+        return self.items if self.places is None else self.items.take(pa.array(self.places))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Keys:
     """One feature of a block; without `offsets` there is one key per row."""
 
     values: Int64Array  # (num_keys,)
     offsets: Int64Array | None  # (n + 1,)
+    texts: Texts | None = None  # (num_keys,) where the values are texts
 
     def take(self, chosen: Int64Array) -> Keys:
         """The rows numbered `chosen` (m,), in that order."""
         if self.offsets is None:
-            return Keys(values=self.values[chosen], offsets=None)
+            texts = None if self.texts is None else self.texts.take(chosen)
+            return Keys(values=self.values[chosen], offsets=None, texts=texts)
         starts, lengths = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return Keys(values=self.values[places], offsets=offsets)
+        texts = None if self.texts is None else self.texts.take(places)
+        return Keys(values=self.values[places], offsets=offsets, texts=texts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,9 @@ from bagpipe.data.base import Split
 from bagpipe.data.files import HashingFile
 from bagpipe.data.manifest import FeatureEntry, FileEntry
 from bagpipe.data.observed import LabelClustering, UsedRows
-from bagpipe.data.raw import RawBlock, RawSource
+from bagpipe.data.raw import RawBlock, RawFeature
 from bagpipe.data.transforms import log_transform
+from bagpipe.data.values import GatheredTexts
 from bagpipe.data.vocabulary import Vocabulary
 from bagpipe.types import Float32Array, Int32Array
 
@@ -158,16 +159,20 @@ class Encoder:
     """Turns blocks of one source into record batches of `schema`.
 
     Args:
-        source: Where the blocks come from.
+        features: Of the blocks, in their order.
+        dense_names: The dense columns, in their order.
         vocabularies: The vocabulary of each table.
         transform: What is done to dense features.
+        texts: Takes the texts that have ids.
     """
 
     def __init__(
         self,
-        source: RawSource,
+        features: Sequence[RawFeature],
+        dense_names: Sequence[str],
         vocabularies: Mapping[str, Vocabulary],
         transform: Literal["log", "none"],
+        texts: GatheredTexts | None = None,
     ) -> None:
         self.features = tuple(
             FeatureEntry(
@@ -178,14 +183,14 @@ class Encoder:
                 column=feature.column,
                 separator=feature.separator,
             )
-            for feature in source.features
+            for feature in features
         )
-        self.schema = prepared_schema(self.features, len(source.dense_names))
+        self.schema = prepared_schema(self.features, len(dense_names))
         self.used = UsedRows(vocabularies)
         self.clustering = LabelClustering()
-        self._vocabularies, self._transform = vocabularies, transform
-        self._dense_names = source.dense_names
-        self._num_clipped = np.zeros(len(source.dense_names), np.int64)
+        self._vocabularies, self._transform, self._texts = vocabularies, transform, texts
+        self._dense_names = dense_names
+        self._num_clipped = np.zeros(len(dense_names), np.int64)
 
     def encode(self, block: RawBlock, split: Split) -> Any:
         """The record batch of a block whose rows all go to `split`."""
@@ -195,6 +200,8 @@ class Encoder:
             ids.append((values, None if keys.offsets is None else keys.offsets.astype(np.int32)))
             if split == "train":
                 self.used.add(feature.table, values)
+            if self._texts is not None and keys.texts is not None:
+                self._texts.add(feature.table, values, keys.texts)
         if split == "train":
             self.clustering.add(block.labels)
         dense = block.dense

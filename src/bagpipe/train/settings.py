@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from bagpipe.config.compare import compare_configs
 from bagpipe.config.rates import CosineRate, PlateauRate, PolynomialRate, RateConfig
 from bagpipe.config.run import RunConfig
@@ -60,9 +58,7 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
 
 def data_content(folder: Path) -> str:
     """A hash of the training split in a folder of prepared data."""
-    files = PreparedManifest.load(folder).splits.get("train", ())
-    checksums = "".join(file.checksum for file in files).encode()
-    return xxhash.xxh3_128(checksums).hexdigest()
+    return PreparedManifest.load(folder).content
 
 
 def describe_start(config: RunConfig) -> dict[str, Any]:
