@@ -129,7 +129,18 @@ def check_dense(
     path: Path, content: Mapping[str, Any], model: nn.Module, optimizers: Optimizers
 ) -> None:
     """Raises CheckpointError unless the model and its optimizers can take a content."""
-    saved, now = content["model"], dense_state_dict(model)
+    check_model(path, content["model"], dense_state_dict(model))
+    numbers = [_parameters(state["param_groups"]) for state in _states(content)]
+    own_numbers = [_parameters(optimizer.param_groups) for optimizer in _listed(optimizers)]
+    if numbers != own_numbers:
+        raise CheckpointError(
+            f"{path}: holds other dense optimizers: their groups have {numbers} parameters there "
+            f"and {own_numbers} here (a list for each optimizer)"
+        )
+
+
+def check_model(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless two states of models have the same shapes by name."""
     if saved.keys() != now.keys():
         raise CheckpointError(
             f"{path}: holds another model: {sorted(saved.keys() ^ now.keys())} are in only one of "
@@ -141,13 +152,6 @@ def check_dense(
             raise CheckpointError(
                 f"{path}: holds another model: {name} is {there} there and {here} here"
             )
-    numbers = [_parameters(state["param_groups"]) for state in _states(content)]
-    own_numbers = [_parameters(optimizer.param_groups) for optimizer in _listed(optimizers)]
-    if numbers != own_numbers:
-        raise CheckpointError(
-            f"{path}: holds other dense optimizers: their groups have {numbers} parameters there "
-            f"and {own_numbers} here (a list for each optimizer)"
-        )
 
 
 def put_dense(content: Mapping[str, Any], model: nn.Module, optimizers: Optimizers) -> None:
@@ -156,6 +160,65 @@ def put_dense(content: Mapping[str, Any], model: nn.Module, optimizers: Optimize
     unwrapped(model).load_state_dict(content["model"], strict=False)
     for optimizer, state in zip(_listed(optimizers), _states(content), strict=True):
         load_optimizer(optimizer, state)
+
+
+def put_fitting(
+    path: Path, content: Mapping[str, Any], model: nn.Module, *, is_other: bool
+) -> list[str]:
+    """Puts what fits of another run's content into a model, without its optimizer.
+
+    Args:
+        path: Where the content is from.
+        content: What `read_dense` has returned.
+        model: As it was made.
+        is_other: Whether the model may be another one; else all must fit.
+
+    Returns:
+        The names of what stays as it was made.
+
+    Raises:
+        CheckpointError: It is another model. Nothing was changed.
+    """
+    saved, now = content["model"], dense_state_dict(model)
+    fitting = _fitting(saved, now)
+    if not is_other:
+        check_model(path, saved, now)
+    unwrapped(model).load_state_dict(fitting, strict=False)
+    return sorted(now.keys() - fitting.keys())
+
+
+def put_fitting_optimizer(
+    content: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> bool:
+    """Puts another run's state of each parameter that fits into the optimizer of all of a model's.
+
+    Learning rates and other settings stay as they are. Nothing is put where the models do not have
+    the same parameters by name, since a state does not say whose it is.
+
+    Returns:
+        Whether any was.
+    """
+    saved, now = content["model"], dense_state_dict(model)
+    if saved.keys() != now.keys():
+        return False
+    fitting = _fitting(saved, now)
+    fresh, (there,) = optimizer.state_dict(), _states(content)
+    names = [name for name, _ in unwrapped(model).named_parameters()]
+    states = dict(fresh["state"]) | {
+        index: there["state"][index]
+        for index, name in enumerate(names)
+        if name in fitting and index in there["state"]
+    }
+    load_optimizer(optimizer, {"state": states, "param_groups": fresh["param_groups"]})
+    return True
+
+
+def _fitting(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: saved[name]
+        for name, value in now.items()
+        if name in saved and _kind(saved[name]) == _kind(value)
+    }
 
 
 def put_random(random: Tensor, random_cuda: Sequence[Tensor]) -> None:

@@ -46,6 +46,8 @@ from bagpipe.types import Float32Array, Int64Array
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 BEST = "best"
 """The name of the link to the checkpoint of the best model."""
+FROM = "from.json"
+"""The name of the file that says from which run a run has started."""
 _NAME = re.compile(r"step-(\d{10})")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from bagpipe.checkpoint.epochs import RunFolder, claim_epoch
-from bagpipe.checkpoint.files import BEST, list_checkpoints, step_of
+from bagpipe.checkpoint.files import BEST, FROM, list_checkpoints, step_of
 from bagpipe.distributed.trainers import Launcher, Trainers
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import make_folder
@@ -112,8 +113,9 @@ def start_afresh(run: RunFolder, *, overwrite: bool) -> None:
     """
     if not overwrite:
         check_no_earlier_run(run.path)
-    with suppress(OSError):
-        (run.path / BEST).unlink()
+    for name in (BEST, FROM):
+        with suppress(OSError):
+            (run.path / name).unlink()
     for path in list_checkpoints(run.checkpoints):
         try:
             shutil.rmtree(run.take_away(path))
@@ -122,3 +124,14 @@ def start_afresh(run: RunFolder, *, overwrite: bool) -> None:
                 f"{error.filename or path}: of an earlier run, can't be removed: "
                 f"{error.strerror or error}: remove {path}, or give another log.folder"
             ) from error
+
+
+def told_before(folder: Path) -> str | None:
+    """From where the run in a folder has started, as a sentence; None: from nothing."""
+    try:
+        told = json.loads((folder / FROM).read_text(encoding="utf-8"))
+        return f"this run started from step {told['from_step']:,} of {told['checkpoint']}"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"this run started from another one; {folder / FROM} can't be read"

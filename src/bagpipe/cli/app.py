@@ -79,6 +79,16 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the checkpoints that an earlier run left.")
     ] = False,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Start with the tables and the dense part of another run: its folder, or one of "
+            "its checkpoints.",
+            show_default=False,
+        ),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -140,6 +150,7 @@ def train(
                     address=address,
                     resume=resume,
                     overwrite=overwrite,
+                    start_from=start_from,
                 )
             return _tell_end(console, config, result)
         from bagpipe.launch.torchrun import joined_trainers
@@ -147,7 +158,13 @@ def train(
         with joined_trainers(config.train.wait_timeout_s) as peers:
             console.quiet = peers.rank > 0
             result = _train(
-                console, config, peers, resume=resume, overwrite=overwrite, traced=traced
+                console,
+                config,
+                peers,
+                resume=resume,
+                overwrite=overwrite,
+                start_from=start_from,
+                traced=traced,
             )
     _tell_end(console, config, result)
 
@@ -232,6 +249,7 @@ def _train(
     *,
     resume: bool,
     overwrite: bool,
+    start_from: Path | None,
     traced: Mapping[str, Any],
 ) -> Result:
     from bagpipe.launch.torchrun import torchrun_launcher
@@ -247,6 +265,7 @@ def _train(
             reporter=reporter,
             resume=resume,
             overwrite=overwrite,
+            start_from=start_from,
             trace=trace,
             peers=peers,
             launcher=torchrun_launcher(),

@@ -68,7 +68,12 @@ class TrainerActor:
         return Place(node=ray.get_runtime_context().get_node_id(), host=_own_host(), port=port)
 
     def run(
-        self, config: RunConfig, environment: dict[str, str], resume: bool, overwrite: bool
+        self,
+        config: RunConfig,
+        environment: dict[str, str],
+        resume: bool,
+        overwrite: bool,
+        start_from: Path | None,
     ) -> Result:
         """Trains as this rank, to the end."""
         os.environ.update(environment)
@@ -80,6 +85,7 @@ class TrainerActor:
                 reporter=_Teller(self._told),
                 resume=resume,
                 overwrite=overwrite,
+                start_from=start_from,
                 peers=peers,
                 stop=self._stop,
             )

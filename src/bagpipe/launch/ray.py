@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bagpipe.config.run import RunConfig
@@ -54,6 +55,7 @@ def train_on_ray(
     address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    start_from: Path | None = None,
 ) -> Result:
     """Trains on a Ray cluster, through the death of any actor.
 
@@ -64,6 +66,7 @@ def train_on_ray(
         address: The cluster's; None: the one of this environment, or a new one on this machine.
         resume: Whether to go on from the newest checkpoint; a restart always does.
         overwrite: Whether the first start may remove the checkpoints of an earlier run.
+        start_from: As for `train`.
 
     Raises:
         ConfigError: Ray is not installed, or has too few GPUs.
@@ -74,7 +77,7 @@ def train_on_ray(
         stack.callback(servers.end)
         stop, failures = stack.enter_context(StopRequest()), 0
         while True:
-            trainers = _Trainers(ray, servers.with_addresses(), roles, reporter)
+            trainers = _Trainers(ray, servers.with_addresses(), roles, reporter, start_from)
             try:
                 return trainers.run(servers, stop, resume=resume, overwrite=overwrite)
             except _DiedError as death:
@@ -164,9 +167,16 @@ class _Servers:
 class _Trainers:
     """One start of all trainers."""
 
-    def __init__(self, ray: Any, config: RunConfig, roles: Roles, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        ray: Any,
+        config: RunConfig,
+        roles: Roles,
+        reporter: Reporter,
+        start_from: Path | None,
+    ) -> None:
         self._ray, self._config, self._reporter = ray, config, reporter
-        self._timeout_s = roles.life_timeout_s
+        self._start_from, self._timeout_s = start_from, roles.life_timeout_s
         self.num_steps = 0
         """Told by rank 0 since this start."""
         wants_gpu = config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
@@ -233,6 +243,7 @@ class _Trainers:
                 },
                 resume,
                 overwrite,
+                self._start_from,
             )
             for rank, actor in enumerate(self._actors)
         ]

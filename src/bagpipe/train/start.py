@@ -17,13 +17,14 @@ from bagpipe.checkpoint.checkpoints import (
     read_checkpoint,
 )
 from bagpipe.checkpoint.epochs import RunFolder, check_launcher
-from bagpipe.checkpoint.files import list_checkpoints
+from bagpipe.checkpoint.files import FROM, list_checkpoints
 from bagpipe.checkpoint.run_folder import (
     check_no_earlier_run,
     check_seen_by_all,
     claim_run_folder,
     make_run_folder,
     start_afresh,
+    told_before,
 )
 from bagpipe.config.run import RunConfig
 from bagpipe.distributed.trainers import Launcher, Trainers
@@ -50,6 +51,8 @@ class Starting:
     reporter: Reporter
     resume: bool
     overwrite: bool
+    is_from_another: bool = False
+    """Whether it starts from another run where it has no checkpoint of its own."""
     takes_over: bool
     """Whether who trains in the folder now is no reason to refuse, since servers leave them."""
     launcher: Launcher | None = None
@@ -84,6 +87,15 @@ class Starting:
 
         self.trainers.all_do("a look at log.folder", look, ConfigError)
         check_seen_by_all(folder, self.trainers)
+
+    def has_checkpoints(self) -> bool:
+        """Whether the folder has checkpoints, from which a start may go on."""
+
+        def look() -> bool | None:
+            checkpoints = self.config.log.folder / "checkpoints"
+            return bool(list_checkpoints(checkpoints)) if self.trainers.is_first else None
+
+        return bool(self.trainers.all_do("a look at the run's checkpoints", look)[0])
 
     @contextmanager
     def claimed(self) -> Iterator[Start]:
@@ -148,11 +160,17 @@ class Starting:
             found = find_checkpoint(
                 checkpoints, on_damaged=lambda error: say(f"skipped a checkpoint: {error}")
             )
+            if found is None and not self.is_from_another and (folder.path / FROM).exists():
+                raise CheckpointError(
+                    f"{checkpoints}: holds no checkpoint yet, and {told_before(folder.path)}: give "
+                    "--from again, or --overwrite to start from nothing"
+                )
             return None if found is None else found.path.name
 
         name = self.trainers.all_do("a checkpoint to resume from", find)[0]
         if name is None:
-            say(f"{checkpoints} holds no checkpoint to resume from: starting afresh")
+            how = "as --from says" if self.is_from_another else "afresh"
+            say(f"{checkpoints} holds no checkpoint to resume from: starting {how}")
             return None
         saved = read_checkpoint(checkpoints / name)  # rank 0 has compared all files
         for difference in check_resumable(saved, describe_run(self.config)):

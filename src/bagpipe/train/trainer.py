@@ -7,6 +7,7 @@ import signal
 import threading
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from bagpipe.checkpoint.checkpoints import (
     load_moment,
 )
 from bagpipe.checkpoint.epochs import RunFolder
+from bagpipe.checkpoint.run_folder import told_before
 from bagpipe.config.run import RunConfig
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.trainers import Launcher, Trainers
@@ -30,6 +32,7 @@ from bagpipe.train.saving import Saving
 from bagpipe.train.servers import joined_servers
 from bagpipe.train.settings import check_same_run, describe_start
 from bagpipe.train.start import Start, Starting
+from bagpipe.train.start_from import StartFrom, find_source
 from bagpipe.train.trace import StepProfiler, TraceOptions
 
 
@@ -39,6 +42,7 @@ def train(
     reporter: Reporter,
     resume: bool = False,
     overwrite: bool = False,
+    start_from: Path | None = None,
     trace: TraceOptions | None = None,
     stop: StopRequest | None = None,
     peers: Peers = ALONE,
@@ -56,6 +60,8 @@ def train(
         resume: whether to go on from the newest valid checkpoint in the run's folder; where there
             is none, the run starts afresh and says so.
         overwrite: whether a fresh run may remove the checkpoints of an earlier one.
+        start_from: the folder of another run, or a checkpoint of it, with whose tables and dense
+            part a fresh run starts. A run that has a checkpoint to resume from needs it no more.
         stop: asks it to end; by default SIGINT and SIGTERM do.
         trace: which steps to profile, and where to write that.
         peers: the other trainers; by default none.
@@ -78,15 +84,24 @@ def train(
         reporter=reporter,
         resume=resume,
         overwrite=overwrite,
+        is_from_another=start_from is not None,
         takes_over=has_servers,
         launcher=launcher,
     )
     with ExitStack() as stack:
         trainers.wait("all ranks to start")  # no start takes the run over unless it is whole
         device = choose_device(config.train.device, peers)
-        own = {"resume": resume, "device": device.type, "torch": environment()["torch"]}
+        own = {
+            "resume": resume,
+            "from": None if start_from is None else str(start_from),
+            "device": device.type,
+            "torch": environment()["torch"],
+        }
         check_same_run(peers, {**describe_start(config), **own})
         stack.enter_context(starting.takeover_told())
+        source = None
+        if start_from is not None and not (resume and starting.has_checkpoints()):
+            source = find_source(start_from, config, trainers, reporter)
 
         def claim() -> Start:
             return stack.enter_context(starting.claimed())
@@ -103,12 +118,18 @@ def train(
             assert run.servers is not None
             start = run.servers.start
         folder, saved = start.folder, start.saved
+        other = None
         if saved is not None:
             _restore(saved, run, reporter, trainers)
-        elif overwrite:  # once nothing else can refuse the run
+        elif source is not None:
+            other = StartFrom(saved=source, run=run, trainers=trainers)
+        if saved is None and overwrite:  # once nothing else can refuse the run
             starting.start_afresh(folder)
+        taken = None if other is None else other.load(folder.path, reporter)
         log = _open_log(config, saved, reporter, trainers)
         stack.enter_context(log)
+        if taken is not None:
+            log.write("from", 0, **taken)
         stop = stack.enter_context(stop or StopRequest())
         profiler = StepProfiler(
             trace if trainers.is_first else None,
@@ -147,6 +168,8 @@ def _restore(saved: SavedRun, run: Run, reporter: Reporter, trainers: Trainers) 
     else:
         load_moment(saved, run.state)
     reporter.say(f"resumed from step {saved.step:,} ({saved.path})")
+    if (told := told_before(run.config.log.folder)) is not None:
+        reporter.say(told)
 
 
 def _cuts(
