@@ -6,14 +6,17 @@ hosts.
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -61,10 +64,28 @@ def joined_trainers(wait_timeout_s: float) -> Iterator[Peers]:
         # A thread may wait for messages that never come, and the interpreter for it. Once this
         # process is gone the others see it.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(_EXIT_SECONDS)
+            end_soon()
         raise
     dist.destroy_process_group()
+
+
+def end_soon() -> None:
+    """Lets this process end once its error is told, without taking its objects apart.
+
+    That would take seconds, and more on a busy machine, in which the others wait to start again.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_EXIT_SECONDS)
+    atexit.register(_end_at_once)
+
+
+def _end_at_once() -> None:
+    logging.shutdown()
+    for told in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            told.flush()
+    # as the interpreter would: an error was printed with its traceback, or else in one sentence
+    os._exit(1 if hasattr(sys, "last_value") else 2)
 
 
 def torchrun_launcher() -> Launcher | None:
