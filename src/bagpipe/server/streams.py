@@ -70,7 +70,7 @@ class Stream:
         Blocks until the system takes it, which a server of writes soon does.
 
         Raises:
-            StoreError: The stream has failed.
+            StoreError: The stream has failed, or the server has ended it.
         """
         with self._lock:
             self._note(part)
@@ -108,6 +108,8 @@ class Stream:
         self._channel.close()
 
     def _note(self, part: Part) -> None:
+        if self._error is _ENDED:
+            self._error = self._fail(_ENDED)
         if self._error is not None:
             raise StoreError(str(self._error)) from self._error
         if not self._owed:
@@ -131,8 +133,8 @@ class Stream:
             while True:
                 self._take(*self._channel.read())
         except StopIteration:
-            ended = StoreError("it has ended the stream")
-            error = self._error or (self._fail(ended) if self._owed else _ENDED)
+            # one that owes nothing may end: no fault, unless something is asked of it later
+            error = self._error or (self._fail(_ENDED) if self._owed else _ENDED)
         except Exception as failure:  # whatever it is, it must reach those who wait
             error = self._fail(failure)
         with self._lock:
@@ -152,4 +154,4 @@ class Stream:
             part.pending.end_part()
 
 
-_ENDED = StoreError("the stream has ended")
+_ENDED = StoreError("it has ended the stream")
