@@ -75,8 +75,8 @@ def rows_of(batch: Batch) -> list[dict[str, Any]]:
 
 def predicted(of: SavedModel, source: BatchSource, batch_size: int) -> Iterator[torch.Tensor]:
     with load_model(of) as loaded:
-        for logits, _ in predictions(loaded, source, batch_size, lambda *_: None):
-            yield probabilities(logits)
+        for batch in predictions(loaded, source, batch_size, lambda *_: None):
+            yield probabilities(batch.logits)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -137,11 +137,16 @@ def test_averaging_over_one_trainer_changes_nothing() -> None:
 
 @pytest.mark.parametrize("num_trainers", [2, 4])
 def test_trainers_that_average_take_the_steps_of_one_with_all_samples(num_trainers: int) -> None:
-    """Three steps, the last of a batch that only the first ranks have samples of."""
+    """Three steps with weights, the last of a batch that only the first ranks have samples of."""
     torch.manual_seed(0)
     sizes = (BATCH_SIZE, BATCH_SIZE, 2)
     inputs = [
-        (torch.randn(size, 3), (torch.rand(size) < 0.5).float(), torch.randn(size, 2, 4))
+        (
+            torch.randn(size, 3),
+            (torch.rand(size) < 0.5).float(),
+            torch.randn(size, 2, 4),
+            3 * torch.rand(size),
+        )
         for size in sizes
     ]
     # here, since threads share torch's random numbers
@@ -154,10 +159,11 @@ def test_trainers_that_average_take_the_steps_of_one_with_all_samples(num_traine
             model, optimizer, average=None if communicator is None else communicator.average
         )
         all_grads = []
-        for dense, labels, embedded in inputs:
+        for dense, labels, embedded, weights in inputs:
             own = slice(rank, None, count)
             step.pooled(len(labels[own]))[0].copy_(embedded[own])
-            _, grads = step(dense[own], labels[own], len(labels[own]) * count / len(labels))
+            factor = len(labels[own]) * count / len(labels)
+            _, grads = step(dense[own], labels[own], factor, weights[own])
             all_grads.append(grads[0] / count)  # of the mean over all trainers
         return [parameter.detach() for parameter in model.parameters()], all_grads
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train.clicks import click_columns, click_config, prepare_clicks
 from tests.train.runs import NUM_STEPS, Listener, newest_files, small_config
 
 from bagpipe.train.dense_step import DenseStep
@@ -37,6 +38,14 @@ def test_a_graph_gives_what_eager_gives(tmp_path: Path, kind: str) -> None:
         )
         train(config, reporter=listener)
     assert not [text for text in listener.said if "failed" in text]
+    assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
+
+
+def test_a_graph_takes_the_weights_of_each_batch(tmp_path: Path) -> None:
+    prepare_clicks(tmp_path, click_columns(), weight="weight")
+    for dense in ("eager", "graph"):
+        options = {"device": "cuda", "dense": dense}
+        train(click_config(tmp_path, tmp_path / dense, train=options), reporter=SilentReporter())
     assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
 
 

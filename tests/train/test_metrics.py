@@ -68,7 +68,7 @@ def test_grouped_auc_is_the_mean_of_groups_by_their_samples() -> None:
             aucs.append(float(auc))
             sizes.append(mine.sum())
     assert len(aucs) >= 7
-    assert grouped_auc(groups, predictions, positive) == pytest.approx(
+    assert grouped_auc(groups, predictions, positive, np.ones(200)) == pytest.approx(
         np.average(aucs, weights=sizes)
     )
 

@@ -57,9 +57,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     batches: list[list[int]] = []
     real = DenseStep.__call__
 
-    def call(self: DenseStep, dense: Any, labels: Any, weight: float = 1.0) -> Any:
+    def call(self: DenseStep, dense: Any, *others: Any) -> Any:
         batches.append(dense[:, 0].int().tolist())
-        return real(self, dense, labels, weight)
+        return real(self, dense, *others)
 
     monkeypatch.setattr(DenseStep, "__call__", call)
     return batches

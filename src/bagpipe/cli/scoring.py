@@ -76,6 +76,12 @@ def evaluate(
                 f"{data}: has no column {scored.label!r}, the label, to be compared with: give "
                 "data that have it, or predict them (bagpipe predict)"
             )
+        if scored.weight is not None and not scored.source.has_weights:
+            raise DataError(
+                f"{data}: has no column {scored.weight!r}, by whose weights the run's scores count "
+                "samples: give data that have it, or count all alike (--set "
+                "data.ignore_weights=true)"
+            )
         size = batch_size or loaded.of.config.train.eval_batch_size
         with console_progress(console) as show:
             scores = score(

@@ -59,6 +59,8 @@ class PreparedData(Section):
     folder: Path
     features: tuple[Name, ...] | None = None
     """The features to read, in this order; all of them when left out."""
+    ignore_weights: bool = False
+    """Whether all samples count alike, in training and in scores, though the data have weights."""
     shuffle: bool = False
     """Whether each epoch reads the training split in another order. The validation split keeps its
     order."""
@@ -142,6 +144,8 @@ class ParquetFiles(Section):
     label: LabelColumn
     dense: tuple[Name, ...] = ()
     sparse: tuple[SparseColumn, ...] = Field(min_length=1)
+    weight: Name | None = None
+    """The column with each sample's weight, 0 or more. Left out: all samples count alike."""
     time: Name | None = None
     """The column by which a split by time goes: integers, floats, dates or timestamps. Left out:
     the order of rows."""
@@ -162,6 +166,8 @@ class ParquetFiles(Section):
                 f"column {self.label.column!r} is the label, so it can't be a feature or the "
                 "time too"
             )
+        if self.weight == self.label.column:
+            raise ValueError(f"column {self.weight!r} is the label, so it can't be the weight too")
         sizes: dict[str, int | None] = {}
         for column in self.sparse:
             if sizes.setdefault(column.table_name, column.num_embeddings) != column.num_embeddings:

@@ -36,6 +36,7 @@ class Batch:
     dense: Float32Array  # (B, num_dense)
     sparse: Jagged
     labels: Float32Array  # (B,)
+    weights: Float32Array | None = None  # (B,) 0 or more; None: all samples count alike
 
     @property
     def batch_size(self) -> int:
@@ -52,7 +53,12 @@ class Batch:
         """The samples of one rank, when this is the global batch of several trainers."""
         begin, end = share_bounds(self.batch_size, rank, num_trainers)
         sparse = share_of(self.sparse, rank, num_trainers)
-        return Batch(dense=self.dense[begin:end], sparse=sparse, labels=self.labels[begin:end])
+        return Batch(
+            dense=self.dense[begin:end],
+            sparse=sparse,
+            labels=self.labels[begin:end],
+            weights=None if self.weights is None else self.weights[begin:end],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,10 @@ class BatchSource(Protocol):
     @property
     def num_dense(self) -> int:
         """Number of dense features per sample."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether every batch has weights; else none has."""
 
     @property
     def num_samples(self) -> int:

@@ -25,9 +25,9 @@ def check_batch(
 ) -> None:
     """Raises DataError for the first fault of a batch.
 
-    Labels and dense features must be finite. Every key must have a table, and ``0 <= id <
-    num_embeddings``. Offsets must start at 0, never fall and end at the number of ids. The check
-    costs one pass over the batch.
+    Labels, dense features and weights must be finite, and weights 0 or more. Every key must have a
+    table, and ``0 <= id < num_embeddings``. Offsets must start at 0, never fall and end at the
+    number of ids. The check costs one pass over the batch.
 
     Args:
         batch: The batch as it was read.
@@ -68,6 +68,13 @@ def _check_finite(batch: Batch, where: str, dense_names: Sequence[str]) -> None:
         sample = int(np.argmin(np.isfinite(batch.labels)))
         raise DataError(
             f"{where}: the label of sample {sample} is {batch.labels[sample]}, must be finite"
+        )
+    weights = batch.weights
+    if weights is not None and (not _are_finite(weights) or (weights < 0).any()):
+        sample = int(np.argmin(np.isfinite(weights) & (weights >= 0)))
+        raise DataError(
+            f"{where}: the weight of sample {sample} is {weights[sample]}, must be finite and 0 or "
+            "more"
         )
     if not _are_finite(batch.dense.reshape(-1)):
         sample, column = (int(part) for part in np.argwhere(~np.isfinite(batch.dense))[0])

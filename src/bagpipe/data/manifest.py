@@ -110,6 +110,7 @@ class PreparedManifest(_Entry):
     format_version: Literal[1] = 1
     label: str
     label_at_least: float | None = None  # labels are 1 where the column is at least this
+    weight: str | None = None  # the column with samples' weights
     dense_names: tuple[str, ...]
     dense_transform: Literal["log", "none"]
     features: tuple[FeatureEntry, ...]

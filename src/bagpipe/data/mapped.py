@@ -30,6 +30,7 @@ class View:
     words: Int32Array  # the whole file, in which ids and offsets lie
     first_ids: Int64Array  # (F,) where in it each feature's ids begin
     first_offsets: Int64Array  # (F,) and its offsets (n + 1,); -1 for a single-hot feature
+    weights: Float32Array | None = None  # (n,)
 
 
 class MappedFile:
@@ -39,8 +40,9 @@ class MappedFile:
         DataError: The file is not an Arrow file, or has another schema.
     """
 
-    def __init__(self, path: Path, schema: Any) -> None:
+    def __init__(self, path: Path, schema: Any, num_features: int) -> None:
         self._path = path
+        self._num_features = num_features
         try:
             file = pa.memory_map(str(path)).read_buffer()
             self._reader = pa.ipc.open_file(file)
@@ -79,7 +81,9 @@ class MappedFile:
             first_ids.append(self._place(ids))
             first_offsets.append(self._place(feature.offsets) if is_multi_hot else -1)
             ids_and_offsets += [feature, ids]
-        if any(array.null_count for array in (*batch.columns[:2], numbers, *ids_and_offsets)):
+        of_samples = batch.columns[_FIRST_FEATURE_COLUMN + self._num_features :]
+        read = (*batch.columns[:_FIRST_FEATURE_COLUMN], numbers, *ids_and_offsets, *of_samples)
+        if any(array.null_count for array in read):
             raise self._other("columns: some have missing values")
         return View(
             labels=batch.column(0).to_numpy(),
@@ -87,6 +91,7 @@ class MappedFile:
             words=self._words,
             first_ids=np.array(first_ids, np.int64),
             first_offsets=np.array(first_offsets, np.int64),
+            weights=of_samples[0].to_numpy() if of_samples else None,
         )
 
     def _place(self, column: Any) -> int:

@@ -33,9 +33,16 @@ def run_notes(config: DataConfig) -> list[str]:
         return []
     manifest = PreparedManifest.load(config.folder)
     return [
+        *_weighted(manifest, ignored=config.ignore_weights),
         *_unseen(manifest, config.features),
         *(() if config.shuffle else _clustered(manifest)),
     ]
+
+
+def _weighted(manifest: PreparedManifest, *, ignored: bool) -> Iterator[str]:
+    """On samples that count by weights."""
+    if manifest.weight is not None and not ignored:
+        yield f"samples count by the weights of column {manifest.weight!r}, in losses and scores"
 
 
 def _unseen(manifest: PreparedManifest, features: Sequence[str] | None = None) -> Iterator[str]:

@@ -65,7 +65,7 @@ class UsedRows:
             with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
                 for number in range(reader.num_record_batches):
                     batch = reader.get_batch(number)
-                    for column, feature in zip(batch.columns[2:], features, strict=True):
+                    for feature, column in zip(features, batch.columns[2:], strict=False):
                         ids = (column.flatten() if feature.multi_hot else column).to_numpy()
                         used = self._used[feature.table][ids]
                         num_lookups[feature.name] += len(ids)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,9 +27,10 @@ from bagpipe.data.arrow_keys import (
     split_keys,
     value_kind,
 )
-from bagpipe.data.raw import Keys, Problems, Progress, RawBlock, RawFeature
+from bagpipe.data.arrow_numbers import dense_values, is_number, label_values, weight_values
+from bagpipe.data.raw import Keys, Place, Problems, Progress, RawBlock, RawFeature
 from bagpipe.errors import DataError
-from bagpipe.types import BoolArray, Float32Array, Float64Array, Int64Array
+from bagpipe.types import BoolArray, Int64Array
 
 if TYPE_CHECKING:
     from bagpipe.config.data import ParquetFiles, SparseColumn
@@ -125,8 +125,8 @@ class ParquetSource:
         """What about a column's type must be the same in all files, for each of its uses."""
         config = self._config
         uses: list[object] = [str(kind)] if name == config.time else []
-        if name in (config.label.column, *config.dense):
-            uses.append(_is_number(kind) or str(kind))
+        if name in (config.label.column, config.weight, *config.dense):
+            uses.append(is_number(kind) or str(kind))
         for column in config.sparse:
             if column.column == name:
                 key = key_kind(kind)
@@ -139,10 +139,13 @@ class ParquetSource:
         labels = np.zeros(len(batch), np.float32)
         if self._has_label:
             values = batch.column(config.label.column)
-            labels = _labels(values, config.label.column, config.label.at_least, good, place)
+            labels = label_values(values, config.label.column, config.label.at_least, good, place)
         dense = np.empty((len(batch), len(config.dense)), np.float32)
         for index, name in enumerate(config.dense):
             dense[:, index] = dense_values(batch.column(name), name, good, place)
+        weights = None
+        if config.weight is not None:
+            weights = weight_values(batch.column(config.weight), config.weight, good, place)
         times = None
         if config.time is not None:
             times, timed = _time_keys(
@@ -162,6 +165,7 @@ class ParquetSource:
         block = RawBlock(
             rows=np.arange(row, row + len(batch)),
             labels=labels,
+            weights=weights,
             dense=dense,
             keys=keys,
             times=times,
@@ -181,35 +185,9 @@ class Column(Protocol):
         """What splits its strings into values, if they hold several."""
 
 
-class Place:
-    """Where a block lies, so that its bad rows can be named: in a file, or in what a text names."""
-
-    def __init__(self, file: Path | str, first_row: int, problems: Problems) -> None:
-        self.file, self._first_row, self._problems = file, first_row, problems
-
-    def refuse(
-        self,
-        bad: BoolArray,
-        good: BoolArray,
-        reason: str,
-        what: str,
-        values: npt.NDArray[Any] | None,
-    ) -> None:
-        """Reports the rows of `bad` that were good so far, and marks them."""
-        bad = bad & good
-        if not bad.any():
-            return
-        index = int(np.argmax(bad))
-        shown = "" if values is None else f" is {values[index]}"
-        where = f"{self.file}, row {self._first_row + index} (from 0)"
-        self._problems.add(
-            reason, int(np.count_nonzero(bad)), f"{where}: {what.replace('{}', shown)}"
-        )
-        good &= ~bad
-
-
 def _mapped_columns(config: ParquetFiles, *, has_label: bool) -> list[str]:
     names = [config.label.column] if has_label else []
+    names += [config.weight] if config.weight else []
     names += [*config.dense, *(column.column for column in config.sparse)]
     return list(dict.fromkeys(names + ([config.time] if config.time else [])))
 
@@ -239,67 +217,6 @@ def feature_keys(array: Any, column: Column, multi_hot: bool, file: Path | str) 
         return single_keys(array, where)
     return list_keys(
         array.cast(pa.list_(pa.null())) if pa.types.is_null(array.type) else array, where
-    )
-
-
-def _labels(
-    array: Any, name: str, at_least: float | None, good: BoolArray, place: Place
-) -> Float32Array:
-    values, present = _numbers(array, name, place.file)
-    place.refuse(~present, good, "label is missing", f"label column {name!r} is missing", None)
-    place.refuse(
-        ~np.isfinite(values),
-        good,
-        "label is not finite",
-        f"label column {name!r}{{}}, must be finite",
-        values,
-    )
-    if at_least is not None:
-        return (values >= at_least).astype(np.float32)
-    must = "must be in [0, 1]; set source.label.at_least to turn it into 0 and 1"
-    place.refuse(
-        (values < 0) | (values > 1),
-        good,
-        "label is outside [0, 1]",
-        f"label column {name!r}{{}}, {must}",
-        values,
-    )
-    return values.astype(np.float32)
-
-
-def dense_values(array: Any, name: str, good: BoolArray, place: Place) -> Float32Array:
-    """The numbers (n,) of a dense column, 0 where missing; rows without a good one are refused.
-
-    Raises:
-        DataError: The column is of a type that is no number.
-    """
-    values, _ = _numbers(array, name, place.file)
-    with np.errstate(over="ignore"):
-        narrow: Float32Array = values.astype(np.float32)
-    what = f"dense column {name!r}{{}}, must be finite in float32 (a missing value is a null)"
-    place.refuse(~np.isfinite(narrow), good, "dense value is not finite", what, values)
-    return narrow
-
-
-def _numbers(array: Any, name: str, file: Path | str) -> tuple[Float64Array, BoolArray]:
-    """Values as float64 (0 where missing), and where they are present."""
-    kind = array.type
-    if not _is_number(kind):
-        raise DataError(
-            f"{file}, column {name!r} is of type {kind}, must be a number: cast it first"
-        )
-    present: BoolArray = array.is_valid().to_numpy(zero_copy_only=False)
-    values = pc.fill_null(array.cast(pa.float64(), safe=False), 0.0).to_numpy(zero_copy_only=False)
-    return values, present
-
-
-def _is_number(kind: Any) -> bool:
-    return bool(
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_decimal(kind)
-        or pa.types.is_null(kind)
     )
 
 

@@ -74,7 +74,12 @@ def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManif
         vocabularies = _make_vocabularies(config, source, splitter, earlier, progress)
         with _gathered_texts(config.output, features, vocabularies) as texts:
             encoder = Encoder(
-                features, source.dense_names, vocabularies, config.transform, texts=texts
+                features,
+                source.dense_names,
+                vocabularies,
+                config.transform,
+                texts=texts,
+                has_weights=_weight_of(config) is not None,
             )
             splits, problems = _write_splits(config, folder, source, splitter, encoder, progress)
             dictionaries = _save_dictionaries(folder, features, vocabularies, texts, earlier)
@@ -85,6 +90,12 @@ def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManif
             raise DataError(
                 f"no training rows are left of {manifest.source.num_rows_read:,}: "
                 f"{_why_none(manifest)}"
+            )
+        if not encoder.has_weighty_rows:
+            raise DataError(
+                f"all {manifest.num_rows('train'):,} rows to train on have the weight 0 (column "
+                f"{manifest.weight!r}), so nothing would be learned: give some a weight above 0, "
+                "or leave source.weight out"
             )
         folder.save(manifest)
     return manifest
@@ -100,6 +111,10 @@ def open_raw(config: PrepareConfig) -> RawSource:
     if config.source.kind == "parquet":
         return ParquetSource(files, config.source)
     return CriteoSource(files, _criteo_sizes(config.source))
+
+
+def _weight_of(config: PrepareConfig) -> str | None:
+    return config.source.weight if config.source.kind == "parquet" else None
 
 
 def _criteo_sizes(source: CriteoFiles) -> tuple[int | None, ...]:
@@ -255,6 +270,7 @@ def _describe(
     return PreparedManifest(
         label=config.source.label.column if config.source.kind == "parquet" else "label",
         label_at_least=(config.source.label.at_least if config.source.kind == "parquet" else None),
+        weight=_weight_of(config),
         dense_names=source.dense_names,
         dense_transform=config.transform,
         features=encoder.features,

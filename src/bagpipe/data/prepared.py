@@ -38,6 +38,7 @@ class PreparedSource:
         folder: The folder of prepared data.
         split: Which split of them.
         features: The features to read, in this order; None reads all of them.
+        ignore_weights: Whether batches have no weights, though the data have.
         shuffle: Whether rows are read in another order in each epoch.
         seed: What that order depends on, besides the epoch.
         verify: Whether the checksums of the split's files are compared first. Sizes are always
@@ -54,6 +55,7 @@ class PreparedSource:
         split: Split,
         *,
         features: Sequence[str] | None = None,
+        ignore_weights: bool = False,
         shuffle: bool = False,
         seed: int = 0,
         verify: bool = True,
@@ -71,9 +73,12 @@ class PreparedSource:
                 f"{folder} has no {split} rows: prepare it with "
                 f"split.{'test' if split == 'test' else 'validation'}_share above 0"
             )
-        schema = prepared_schema(self.manifest.features, self.num_dense)
+        stored, has_weights = self.manifest.features, self.manifest.weight is not None
+        self.has_weights = has_weights and not ignore_weights
+        schema = prepared_schema(stored, self.num_dense, has_weights=has_weights)
         self._files = [
-            MappedFile(check_file(folder, entry, verify=verify), schema) for entry in entries
+            MappedFile(check_file(folder, entry, verify=verify), schema, len(stored))
+            for entry in entries
         ]
         self._where, self._starts = _record_batches(
             self._files, [entry.num_rows for entry in entries], self.manifest, folder
@@ -85,6 +90,7 @@ class PreparedSource:
             folder,
             split,
             features=features,
+            ignore_weights=ignore_weights,
             shuffle=shuffle,
             seed=seed,
             verify=False,
@@ -110,7 +116,8 @@ class PreparedSource:
         """Yields the batches of one epoch; see `BatchSource.batches`.
 
         Raises:
-            DataError: A number is not finite, or an id lies outside its table.
+            DataError: A number is not finite, a weight is negative, or an id lies outside its
+                table.
         """
         for read in self.reads(
             batch_size=batch_size, epoch=epoch, start=start, drop_last=drop_last
@@ -149,7 +156,17 @@ class PreparedSource:
         ]
         for (rows, positions, is_run), view in zip(places, views, strict=True):
             _gather_numbers(view.labels, view.dense, rows, positions, is_run, labels, dense)
-        return Batch(dense=dense, sparse=self._gather_ids(places, views, size), labels=labels)
+        weights = np.empty(size, np.float32) if self.has_weights else None
+        if weights is not None:
+            for (rows, positions, _), view in zip(places, views, strict=True):
+                assert view.weights is not None
+                weights[positions] = view.weights[rows]
+        return Batch(
+            dense=dense,
+            sparse=self._gather_ids(places, views, size),
+            labels=labels,
+            weights=weights,
+        )
 
     def _gather_ids(
         self, places: list[tuple[Int64Array, Int64Array, bool]], views: list[View], size: int

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from bagpipe.errors import DataError
-from bagpipe.types import Float32Array, Int64Array
+from bagpipe.types import BoolArray, Float32Array, Int64Array
 
 MISSING_KEY: Final = -(2**63)
 ValueKind: TypeAlias = Literal["integer", "unsigned", "hexadecimal", "text", "nothing"]
@@ -92,6 +93,7 @@ class RawBlock:
     labels: Float32Array  # (n,) in [0, 1]
     dense: Float32Array  # (n, D) as read, 0 where missing
     keys: tuple[Keys, ...]  # F of them
+    weights: Float32Array | None = None  # (n,) 0 or more; None: there is no such column
     times: Int64Array | None = None  # (n,) in the order of time; None: there is no time column
 
     def take(self, chosen: Int64Array) -> RawBlock:
@@ -101,6 +103,7 @@ class RawBlock:
             labels=self.labels[chosen],
             dense=self.dense[chosen],
             keys=tuple(keys.take(chosen) for keys in self.keys),
+            weights=None if self.weights is None else self.weights[chosen],
             times=None if self.times is None else self.times[chosen],
         )
 
@@ -147,6 +150,33 @@ class Problems:
                 "count them"
             )
         self.skipped.setdefault(reason, Skipped(count=0, first=first)).count += count
+
+
+class Place:
+    """Where a block lies, so that its bad rows can be named: in a file, or in what a text names."""
+
+    def __init__(self, file: Path | str, first_row: int, problems: Problems) -> None:
+        self.file, self._first_row, self._problems = file, first_row, problems
+
+    def refuse(
+        self,
+        bad: BoolArray,
+        good: BoolArray,
+        reason: str,
+        what: str,
+        values: npt.NDArray[Any] | None,
+    ) -> None:
+        """Reports the rows of `bad` that were good so far, and marks them."""
+        bad = bad & good
+        if not bad.any():
+            return
+        index = int(np.argmax(bad))
+        shown = "" if values is None else f" is {values[index]}"
+        where = f"{self.file}, row {self._first_row + index} (from 0)"
+        self._problems.add(
+            reason, int(np.count_nonzero(bad)), f"{where}: {what.replace('{}', shown)}"
+        )
+        good &= ~bad
 
 
 class RawSource(Protocol):

@@ -1,8 +1,9 @@
 """Turns raw blocks into record batches, and writes each split as Arrow IPC files.
 
-Column 0 is the label, column 1 the dense features, then come the categorical features. Every record
-batch has exactly `rows_per_batch` rows, except for a file's last one, so that a reader finds any
-row by a division. At most one record batch and one block are held in memory.
+Column 0 is the label, column 1 the dense features, then come the categorical features, and last the
+samples' weights where there are any. Every record batch has exactly `rows_per_batch` rows, except
+for a file's last one, so that a reader finds any row by a division. At most one record batch and
+one block are held in memory.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from bagpipe.data.vocabulary import Vocabulary
 from bagpipe.types import Float32Array, Int32Array
 
 
-def prepared_schema(features: Sequence[FeatureEntry], num_dense: int) -> Any:
+def prepared_schema(
+    features: Sequence[FeatureEntry], num_dense: int, *, has_weights: bool = False
+) -> Any:
     """The Arrow schema of the files of a split."""
     fields = [pa.field("label", pa.float32()), pa.field("dense", pa.list_(pa.float32(), num_dense))]
     kinds = {True: pa.list_(pa.int32()), False: pa.int32()}
-    return pa.schema(
-        fields + [pa.field(feature.name, kinds[feature.multi_hot]) for feature in features]
-    )
+    fields += [pa.field(feature.name, kinds[feature.multi_hot]) for feature in features]
+    return pa.schema(fields + ([pa.field("weight", pa.float32())] if has_weights else []))
 
 
 def record_batch(
@@ -40,6 +42,7 @@ def record_batch(
     labels: Float32Array,
     dense: Float32Array,
     ids: Sequence[tuple[Int32Array, Int32Array | None]],
+    weights: Float32Array | None = None,
 ) -> Any:
     """A record batch of n rows.
 
@@ -48,6 +51,7 @@ def record_batch(
         labels: (n,).
         dense: (n, D).
         ids: For each feature its ids and, if it is multi-hot, offsets (n + 1,).
+        weights: (n,), if the schema has them.
     """
     # from_buffers, because FixedSizeListArray.from_arrays divides by the list size, which is 0
     # without dense features.
@@ -61,6 +65,8 @@ def record_batch(
         columns.append(
             column if offsets is None else pa.ListArray.from_arrays(pa.array(offsets), column)
         )
+    if weights is not None:
+        columns.append(pa.array(weights))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -164,6 +170,7 @@ class Encoder:
         vocabularies: The vocabulary of each table.
         transform: What is done to dense features.
         texts: Takes the texts that have ids.
+        has_weights: Whether the blocks have samples' weights.
     """
 
     def __init__(
@@ -173,6 +180,7 @@ class Encoder:
         vocabularies: Mapping[str, Vocabulary],
         transform: Literal["log", "none"],
         texts: GatheredTexts | None = None,
+        has_weights: bool = False,
     ) -> None:
         self.features = tuple(
             FeatureEntry(
@@ -185,7 +193,9 @@ class Encoder:
             )
             for feature in features
         )
-        self.schema = prepared_schema(self.features, len(dense_names))
+        self.schema = prepared_schema(self.features, len(dense_names), has_weights=has_weights)
+        self.has_weighty_rows = not has_weights
+        """Whether a row to train on has a weight above 0."""
         self.used = UsedRows(vocabularies)
         self.clustering = LabelClustering()
         self._vocabularies, self._transform, self._texts = vocabularies, transform, texts
@@ -204,11 +214,12 @@ class Encoder:
                 self._texts.add(feature.table, values, keys.texts)
         if split == "train":
             self.clustering.add(block.labels)
+            self.has_weighty_rows |= block.weights is not None and bool(block.weights.any())
         dense = block.dense
         if self._transform == "log":
             self._num_clipped += np.count_nonzero(dense < 0, axis=0)
             dense = log_transform(dense)
-        return record_batch(self.schema, block.labels, dense, ids)
+        return record_batch(self.schema, block.labels, dense, ids, block.weights)
 
     @property
     def num_clipped(self) -> dict[str, int]:

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from bagpipe.data.arrow_keys import is_list, key_kind
-from bagpipe.data.parquet import Place, dense_values, feature_keys
-from bagpipe.data.raw import MISSING_KEY, Keys, Problems, ValueKind
+from bagpipe.data.arrow_numbers import dense_values
+from bagpipe.data.parquet import feature_keys
+from bagpipe.data.raw import MISSING_KEY, Keys, Place, Problems, ValueKind
 from bagpipe.data.transforms import log_transform
 from bagpipe.data.vocabulary import Vocabulary
 from bagpipe.errors import DataError

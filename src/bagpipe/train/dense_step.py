@@ -34,13 +34,13 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils import clip_grad_norm_
 
 from bagpipe.data.base import Batch
 from bagpipe.native.spans import span
 from bagpipe.train.averaged import AveragedGradients
 from bagpipe.train.capture import captured_graph, parameters_of, unchanged
+from bagpipe.train.objective import mean_loss
 from bagpipe.types import Float32Array, Jagged
 
 DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -62,20 +62,25 @@ class TorchBatch:
     dense: Tensor  # (B, num_dense) float32
     sparse: Jagged
     labels: Tensor  # (B,) float32
+    weights: Tensor | None = None  # (B,) float32, of the samples
 
     @classmethod
     def of(cls, batch: Batch) -> TorchBatch:
         """Shares the arrays' memory."""
-        dense, labels = torch.from_numpy(batch.dense), torch.from_numpy(batch.labels)
-        return cls(dense=dense, sparse=batch.sparse, labels=labels)
+        arrays, make = cls.moved(batch)
+        return make([torch.from_numpy(array) for array in arrays])
 
     @classmethod
     def moved(
         cls, batch: Batch
     ) -> tuple[Sequence[Float32Array], Callable[[Sequence[Tensor]], TorchBatch]]:
-        """For `bagpipe.lookahead(move=...)`: dense features and labels go to the device."""
-        return (batch.dense, batch.labels), lambda tensors: cls(
-            dense=tensors[0], sparse=batch.sparse, labels=tensors[1]
+        """For `bagpipe.lookahead(move=...)`: all but the sparse part goes to the device."""
+        weights = () if batch.weights is None else (batch.weights,)
+        return (batch.dense, batch.labels, *weights), lambda tensors: cls(
+            dense=tensors[0],
+            sparse=batch.sparse,
+            labels=tensors[1],
+            weights=tensors[2] if weights else None,
         )
 
     @property
@@ -90,8 +95,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     # where gradients are averaged between the two, else it is part of the first
     optimizer_graph: torch.cuda.CUDAGraph | None
-    dense: Tensor
-    labels: Tensor
+    inputs: list[Tensor]
     loss: Tensor
     grads: list[Tensor]
     parameter_grads: list[Tensor | None]
@@ -109,7 +113,7 @@ class _Way:
 class DenseStep:
     """Forward, loss, backward and optimizer of the dense part; see the module.
 
-    The loss is binary cross-entropy on logits.
+    `bagpipe.train.objective` says what the loss is.
     """
 
     def __init__(
@@ -205,7 +209,11 @@ class DenseStep:
         return self._buffers[batch_size]
 
     def __call__(
-        self, dense: Tensor, labels: Tensor, weight: float = 1.0
+        self,
+        dense: Tensor,
+        labels: Tensor,
+        weight: float = 1.0,
+        sample_weights: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Makes one step on the embeddings in `pooled`.
 
@@ -214,24 +222,24 @@ class DenseStep:
             labels: (B,) float32, likewise.
             weight: by what the loss is multiplied, for a trainer with more or fewer samples than
                 the others.
+            sample_weights: (B,) float32, likewise; all batches have some, or none has.
 
         Returns:
             The loss () and the gradients (B, F, D) of `pooled`, good until the next call.
         """
+        inputs = [dense, labels] if sample_weights is None else [dense, labels, sample_weights]
         with span("dense"):
             if (
                 len(labels) == self._batch_size
                 and weight == 1.0
                 and (self._captured is not None or self._ways)
             ):
-                captured = self._captured = self._captured or self._try_to_capture(dense, labels)
+                captured = self._captured = self._captured or self._try_to_capture(inputs)
                 if captured is not None:
-                    return self._replay(captured, dense, labels)
-            dense, labels = (
-                tensor.to(self._device, non_blocking=True) for tensor in (dense, labels)
-            )
+                    return self._replay(captured, inputs)
+            inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
             pooled = [leaf.detach().requires_grad_() for leaf in self.pooled(len(labels))]
-            return self._compute(self._part, dense, labels, pooled, weight)
+            return self._compute(self._part, inputs, pooled, weight)
 
     def settle(self) -> None:
         """Brings what the optimizer counts on the host up to date with the replays.
@@ -244,27 +252,18 @@ class DenseStep:
         self._num_replays = 0
 
     def _compute(
-        self,
-        part: DensePart,
-        dense: Tensor,
-        labels: Tensor,
-        pooled: list[Tensor],
-        weight: float = 1.0,
+        self, part: DensePart, inputs: list[Tensor], pooled: list[Tensor], weight: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
-        loss = self._backward(part, dense, labels, pooled, weight)
+        loss = self._backward(part, inputs, pooled, weight)
         if self._averaged is not None:
             self._averaged.average()
         self._update()
         return loss, [_grad(leaf) for leaf in pooled]
 
     def _backward(
-        self,
-        part: DensePart,
-        dense: Tensor,
-        labels: Tensor,
-        pooled: list[Tensor],
-        weight: float = 1.0,
+        self, part: DensePart, inputs: list[Tensor], pooled: list[Tensor], weight: float = 1.0
     ) -> Tensor:
+        dense, *targets = inputs
         self._optimizer.zero_grad(set_to_none=True)
         flat = [leaf.flatten(1) for leaf in pooled]
         with torch.autocast(
@@ -275,11 +274,7 @@ class DenseStep:
         ):
             logits = part(dense, flat[0] if len(flat) == 1 else torch.cat(flat, dim=1))
         # A trainer may have no sample of a small batch; the mean of nothing would be NaN.
-        loss = (
-            binary_cross_entropy_with_logits(logits.float(), labels)
-            if len(labels)
-            else logits.sum()
-        )
+        loss = mean_loss(logits, *targets) if len(dense) else logits.sum()
         if weight != 1.0:
             loss = loss * weight
         loss.backward()  # type: ignore[no-untyped-call]
@@ -292,11 +287,9 @@ class DenseStep:
             clip_grad_norm_(parameters_of(self._optimizer), self._max_grad_norm)
         self._optimizer.step()
 
-    def _replay(
-        self, captured: _Captured, dense: Tensor, labels: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _replay(self, captured: _Captured, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         # one launch from the device
-        torch._foreach_copy_([captured.dense, captured.labels], [dense, labels], non_blocking=True)
+        torch._foreach_copy_(captured.inputs, inputs, non_blocking=True)
         captured.graph.replay()
         if self._averaged is not None:
             self._averaged.average()
@@ -313,13 +306,13 @@ class DenseStep:
             self._num_replays += 1
         return captured.loss.clone(), captured.grads
 
-    def _try_to_capture(self, dense: Tensor, labels: Tensor) -> _Captured | None:
+    def _try_to_capture(self, inputs: list[Tensor]) -> _Captured | None:
         """Captures in the first way that works; None, and no other try, where none does."""
         while self._ways:
             way = self._ways[0]
             try:
                 with unchanged(self._optimizer, self._device, self._kept):
-                    return self._capture(way.make(), dense, labels)
+                    return self._capture(way.make(), inputs)
             except RuntimeError as error:  # as torch raises those of compilers, CUDA and memory
                 self._ways.pop(0)
                 # leaving a capture fails too
@@ -328,23 +321,23 @@ class DenseStep:
                 self._say(f"{way.name} failed ({type(first).__name__}: {reason}): {way.otherwise}")
         return None
 
-    def _capture(self, part: DensePart, dense: Tensor, labels: Tensor) -> _Captured:
+    def _capture(self, part: DensePart, inputs: list[Tensor]) -> _Captured:
         # replays write here
-        dense, labels = (tensor.to(self._device, copy=True) for tensor in (dense, labels))
-        pooled = [buffer.detach().requires_grad_() for buffer in self.pooled(len(labels))]
+        inputs = [tensor.to(self._device, copy=True) for tensor in inputs]
+        pooled = [buffer.detach().requires_grad_() for buffer in self.pooled(len(inputs[0]))]
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(_NUM_WARMUPS):
                 for leaf in pooled:
                     leaf.grad = None
-                self._backward(part, dense, labels, pooled)
+                self._backward(part, inputs, pooled)
                 self._update()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         for leaf in pooled:
             leaf.grad = None
         with captured_graph(stream) as graph:
-            loss = self._backward(part, dense, labels, pooled)
+            loss = self._backward(part, inputs, pooled)
             if self._averaged is None and not self._rate_changes:
                 self._update()
         optimizer_graph = None
@@ -354,8 +347,7 @@ class DenseStep:
         return _Captured(
             graph=graph,
             optimizer_graph=optimizer_graph,
-            dense=dense,
-            labels=labels,
+            inputs=inputs,
             loss=loss,
             grads=[_grad(leaf) for leaf in pooled],
             parameter_grads=[parameter.grad for parameter in parameters_of(self._optimizer)],

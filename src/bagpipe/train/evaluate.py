@@ -53,7 +53,7 @@ def evaluate(
 
     Returns:
         The scores on rank 0, None on other ranks. With several trainers rank 0 keeps 16 bytes a
-        sample more than a single trainer, and 48 with groups.
+        sample more than a single trainer, 24 with weights, and 48 or 64 with groups.
 
     Raises:
         ConfigError: there is no such feature to group by, or its bags have any number of ids.
@@ -63,11 +63,12 @@ def evaluate(
     rank, num_trainers = peers.rank, peers.num_trainers
     num_samples = source.num_samples
     num_batches = count_batches(num_samples, batch_size)
+    has_weights = source.has_weights
 
     def predictions() -> Iterator[Tensor]:
-        """Logits, labels and groups (B, 2 or 3) of each of this rank's batches, on the CPU.
+        """Of each of this rank's batches (B, columns): logits, labels, weights and groups.
 
-        They are float32, which has room for no number of a group, or with groups float64.
+        They are float32 on the CPU; with groups, whose numbers it has no room for, float64.
         """
         for number, read in enumerate(
             islice(source.reads(batch_size=batch_size), rank, None, num_trainers), 1
@@ -76,6 +77,8 @@ def evaluate(
             logits = model(batch.dense.to(device), batch.sparse).float().cpu()
             on_batch(min(number * num_trainers, num_batches - 1), num_batches)
             columns = [logits, batch.labels]
+            if batch.weights is not None:
+                columns.append(batch.weights)
             if group_by is not None:
                 columns = [column.double() for column in columns]
                 columns.append(ids_of(batch.sparse, group_by).double())
@@ -97,8 +100,13 @@ def evaluate(
             scores = BinaryScores(metrics)
             for predicted in chain.from_iterable(zip_longest(*by_rank)):
                 if predicted is not None:  # the last ranks may have a batch less
-                    logits, labels = predicted[:, :2].float().unbind(1)
-                    scores.update(logits, labels, None if group_by is None else predicted[:, 2])
+                    columns = predicted.unbind(1)
+                    scores.update(
+                        columns[0].float(),
+                        columns[1].float(),
+                        None if group_by is None else columns[-1],
+                        columns[2].float() if has_weights else None,
+                    )
         on_batch(num_batches, num_batches)
         return scores.compute() if rank == 0 else None
     finally:

@@ -239,7 +239,7 @@ class Loop:
         )
         parts.noise.begin(self._step)
         with self.trainers.averaging(self._step):
-            loss, grads = parts.dense_step(batch.dense, batch.labels, weight)
+            loss, grads = parts.dense_step(batch.dense, batch.labels, weight, batch.weights)
         parts.embeddings.update(grads)
         self._step += 1
         parts.rates.after_step(self._step)

@@ -16,6 +16,10 @@ average.
 
 Where labels are of one class, or sum up to nothing, a metric that they do not define is None. For
 auc, grouped_auc and accuracy a label from 0.5 up is a click.
+
+Where samples have weights, each counts by its weight in every metric, and a pair of samples of an
+AUC by the product of theirs; where all weights are 0, no metric is defined. torchmetrics' auc and
+accuracy take no weights, so they are computed here then, exactly, too.
 """
 
 from __future__ import annotations
@@ -74,7 +78,7 @@ class Scores:
 class BinaryScores:
     """Sums predictions up batch by batch.
 
-    Keeps 12 bytes a sample for the AUC, and 13 more for the grouped one.
+    Keeps 12 bytes a sample for the AUC, and up to 17 more with groups or weights.
     """
 
     def __init__(self, metrics: Sequence[Metric] = DEFAULT_METRICS) -> None:
@@ -86,98 +90,139 @@ class BinaryScores:
         # rank 0 alone scores
         self._auroc = BinaryAUROC(thresholds=None, sync_on_compute=False)
         self._accuracy = BinaryAccuracy(sync_on_compute=False)
-        self._by_group: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._kept: list[tuple[Tensor, ...]] = []
+        """Of each batch predictions, which are clicks, groups and weights."""
+        self._has_weights = False
         self._num_samples = 0
         self._num_positive = 0
+        self._weight_sum = 0.0
         self._loss_sum = 0.0
         self._label_sum = 0.0
         self._prediction_sum = 0.0
+        self._right_sum = 0.0
 
-    def update(self, logits: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
+    def update(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        groups: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         """Adds a batch.
 
         Args:
             logits: (B,) float32.
             labels: (B,) float32 in [0, 1].
             groups: Of each sample the number of its group (B,), for grouped_auc.
+            weights: Of each sample (B,) float32, 0 or more; all batches have some, or none has.
         """
         logits, labels = logits.detach().cpu(), labels.cpu()
         positive, predictions = labels >= 0.5, torch.sigmoid(logits)
-        if "auc" in self._metrics:
+        self._has_weights = weights is not None
+        if "auc" in self._metrics and weights is None:
             self._auroc.update(predictions, positive.long())
-        if "accuracy" in self._metrics:
+        if "accuracy" in self._metrics and weights is None:
             self._accuracy.update(predictions, positive.long())
-        if groups is not None:
-            self._by_group.append((groups.long().cpu(), predictions, positive))
+        if groups is not None or weights is not None:
+            each = torch.zeros_like(labels) if groups is None else groups
+            one = torch.ones_like(labels) if weights is None else weights
+            self._kept.append((each.long().cpu(), predictions, positive, one.cpu()))
+        factors = None if weights is None else weights.cpu().double()
         self._num_samples += len(labels)
         self._num_positive += int(positive.sum())
+        self._weight_sum += len(labels) if factors is None else float(factors.sum())
         self._loss_sum += float(
-            binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="sum")
+            binary_cross_entropy_with_logits(
+                logits.double(), labels.double(), weight=factors, reduction="sum"
+            )
         )
-        self._label_sum += float(labels.double().sum())
-        self._prediction_sum += float(torch.sigmoid(logits.double()).sum())
+        self._label_sum += _sum(labels.double(), factors)
+        self._prediction_sum += _sum(torch.sigmoid(logits.double()), factors)
+        if factors is not None:
+            self._right_sum += _sum((positive == (predictions > 0.5)).double(), factors)
 
     def compute(self) -> Scores:
         """The scores of all batches so far, at least one of which is needed."""
         return Scores(
             num_samples=self._num_samples,
-            values={metric: self._value(metric) for metric in self._metrics},
+            values={
+                metric: self._value(metric) if self._weight_sum > 0 else None
+                for metric in self._metrics
+            },
         )
 
     def _value(self, metric: Metric) -> float | None:
-        log_loss = self._loss_sum / self._num_samples
+        log_loss = self._loss_sum / self._weight_sum
         match metric:
             case "auc":
+                if self._has_weights:
+                    return self._grouped_auc(in_one_group=True)
                 one_class = self._num_positive in (0, self._num_samples)
                 return None if one_class else float(self._auroc.compute())
             case "grouped_auc":
-                groups, predictions, positive = (
-                    torch.cat(parts).numpy() for parts in zip(*self._by_group, strict=True)
-                )
-                return grouped_auc(groups, predictions, positive)
+                return self._grouped_auc()
             case "log_loss":
                 return log_loss
             case "normalized_entropy":
-                entropy = _entropy(self._label_sum / self._num_samples)
+                entropy = _entropy(self._label_sum / self._weight_sum)
                 return log_loss / entropy if entropy > 0 else None
             case "calibration":
                 return self._prediction_sum / self._label_sum if self._label_sum > 0 else None
             case "accuracy":
+                if self._has_weights:
+                    return self._right_sum / self._weight_sum
                 return float(self._accuracy.compute())
+
+    def _grouped_auc(self, *, in_one_group: bool = False) -> float | None:
+        groups, predictions, positive, weights = (
+            torch.cat(parts).numpy() for parts in zip(*self._kept, strict=True)
+        )
+        if in_one_group:
+            groups = np.zeros_like(groups)
+        return grouped_auc(groups, predictions, positive, weights)
 
 
 def grouped_auc(
-    groups: npt.NDArray[np.int64], predictions: npt.NDArray[Any], positive: npt.NDArray[np.bool_]
+    groups: npt.NDArray[np.int64],
+    predictions: npt.NDArray[Any],
+    positive: npt.NDArray[np.bool_],
+    weights: npt.NDArray[Any],
 ) -> float | None:
-    """The mean of groups' AUCs, each weighted by its number of samples.
+    """The mean of groups' AUCs, each weighted by its samples' weights.
 
     Args:
         groups: Of each sample the number of its group, (n,).
         predictions: (n,) float; of two equal ones, half a pair is in order.
         positive: Which samples are clicks, (n,).
+        weights: Of the samples, (n,) float.
 
     Returns:
         None where no group has labels of both classes.
     """
     order = np.lexsort((predictions, groups))
     groups, predictions, positive = groups[order], predictions[order], positive[order]
+    weights = weights[order].astype(np.float64)
     is_new_group = np.concatenate([[True], groups[1:] != groups[:-1]])
     is_new_run = is_new_group | np.concatenate([[True], predictions[1:] != predictions[:-1]])
     # runs of equal predictions within a group
     runs = np.flatnonzero(is_new_run)
-    hits = np.add.reduceat(positive.astype(np.int64), runs)  # (num_runs,)
-    misses = np.add.reduceat(1 - positive.astype(np.int64), runs)
+    hits = np.add.reduceat(weights * positive, runs)  # (num_runs,)
+    misses = np.add.reduceat(weights * ~positive, runs)
     firsts = np.flatnonzero(is_new_group[runs])  # the first run of each group
     before = np.cumsum(misses) - misses
     below = before - np.repeat(before[firsts], np.diff(np.append(firsts, len(runs))))
-    in_order = np.add.reduceat(hits * (2 * below + misses), firsts)  # half pairs, (num_groups,)
-    num_hits, num_misses = np.add.reduceat(hits, firsts), np.add.reduceat(misses, firsts)
-    num_pairs = num_hits * num_misses
-    counts = num_pairs > 0
+    in_order = np.add.reduceat(hits * (below + misses / 2), firsts)  # (num_groups,)
+    of_hits, of_misses = np.add.reduceat(hits, firsts), np.add.reduceat(misses, firsts)
+    pairs = of_hits * of_misses
+    counts = pairs > 0
     if not counts.any():
         return None
-    aucs = in_order[counts] / (2 * num_pairs[counts])
-    return float(np.average(aucs, weights=(num_hits + num_misses)[counts]))
+    aucs = in_order[counts] / pairs[counts]
+    return float(np.average(aucs, weights=(of_hits + of_misses)[counts]))
+
+
+def _sum(values: Tensor, factors: Tensor | None) -> float:
+    return float(values.sum() if factors is None else (values * factors).sum())
 
 
 def _entropy(probability: float) -> float:

@@ -47,10 +47,19 @@ class AllBatches:
         return count_batches(self.source.num_samples, self.batch_size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What is predicted of a batch, with what its data say; float32 on the CPU."""
+
+    logits: Tensor  # (B,)
+    labels: Tensor  # (B,)
+    weights: Tensor | None  # (B,)
+
+
 def predictions(
     loaded: LoadedModel, source: BatchSource, batch_size: int, on_batch: OnBatch
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields logits (B,) and labels (B,) of each batch, float32 on the CPU.
+) -> Iterator[Predicted]:
+    """Yields what is predicted of each batch.
 
     Args:
         loaded: what predicts.
@@ -83,7 +92,11 @@ def predictions(
     )
     with stream:
         for number, batch in enumerate(stream, 1):
-            yield _logits(loaded, batch), batch.labels.cpu()
+            yield Predicted(
+                logits=_logits(loaded, batch),
+                labels=batch.labels.cpu(),
+                weights=None if batch.weights is None else batch.weights.cpu(),
+            )
             on_batch(number, len(batches))
 
 
@@ -105,11 +118,12 @@ def score(loaded: LoadedModel, source: BatchSource, batch_size: int, on_batch: O
     config = loaded.of.config
     group_by = config.train.group_by if "grouped_auc" in config.metrics else None
     scores = BinaryScores(config.metrics)
-    predicted = predictions(loaded, source, batch_size, on_batch)
-    for (logits, labels), groups in zip(
-        predicted, _groups(source, batch_size, group_by), strict=False
+    for predicted, groups in zip(
+        predictions(loaded, source, batch_size, on_batch),
+        _groups(source, batch_size, group_by),
+        strict=False,
     ):
-        scores.update(logits, labels, groups)
+        scores.update(predicted.logits, predicted.labels, groups, predicted.weights)
     return scores.compute()
 
 
@@ -149,12 +163,12 @@ def write_predictions(
         replaced(path, DataError) as temporary,
         pq.ParquetWriter(temporary, schema) as writer,
     ):
-        for logits, labels in predictions(loaded, source, batch_size, on_batch):
-            columns = [probabilities(logits), labels][: len(names)]
+        for batch in predictions(loaded, source, batch_size, on_batch):
+            columns = [probabilities(batch.logits), batch.labels][: len(names)]
             writer.write_batch(
                 pa.record_batch([pa.array(column.numpy()) for column in columns], schema=schema)
             )
-            num_rows += len(logits)
+            num_rows += len(batch.logits)
     return num_rows
 
 

@@ -32,12 +32,19 @@ class RawRows:
     features: tuple[FeatureSpec, ...]
     label: LabelColumn
     has_label: bool
+    weight: str | None
+    """The column with samples' weights, if each file has it."""
     num_samples: int
 
     @property
     def num_dense(self) -> int:
         """Number of dense features per sample."""
         return len(self.inputs.columns.dense)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the files have weights."""
+        return self.weight is not None
 
     def batches(
         self, *, batch_size: int, epoch: int = 0, start: int = 0, drop_last: bool = False
@@ -68,7 +75,12 @@ class RawRows:
     def _encode(self, block: RawBlock, order: Sequence[int]) -> Batch:
         encoded = self.inputs.encode(block.dense, [block.keys[place] for place in order])
         names = tuple(each.feature for each in self.inputs.columns.features)
-        return Batch(dense=encoded.dense, sparse=_as_jagged(names, encoded), labels=block.labels)
+        return Batch(
+            dense=encoded.dense,
+            sparse=_as_jagged(names, encoded),
+            labels=block.labels,
+            weights=block.weights,
+        )
 
 
 def open_raw_rows(
@@ -76,6 +88,7 @@ def open_raw_rows(
     inputs: Inputs,
     features: Sequence[FeatureSpec],
     label: LabelColumn,
+    weight: str | None = None,
     *,
     is_criteo: bool,
 ) -> RawRows:
@@ -86,12 +99,13 @@ def open_raw_rows(
         inputs: what encodes their rows.
         features: of the model.
         label: the label's column, which Parquet files need not have.
+        weight: the column with samples' weights; nor this one.
         is_criteo: whether they are Criteo's text.
 
     Raises:
         DataError: a column is missing or of another type than in training, or a file can't be read.
     """
-    has_label = is_criteo or all(label.column in schema_of(file).names for file in files)
+    has_label = is_criteo or _all_have(files, label.column)
     if not is_criteo:
         _check_types(files, inputs.columns)
     rows = RawRows(
@@ -101,10 +115,15 @@ def open_raw_rows(
         features=tuple(features),
         label=label,
         has_label=has_label,
+        weight=weight if weight is not None and _all_have(files, weight) else None,
         num_samples=0,
     )
     num_samples = _open(rows, BLOCK_ROWS).num_rows()
     return RawRows(**{**vars(rows), "num_samples": num_samples})
+
+
+def _all_have(files: Sequence[Path], column: str) -> bool:
+    return all(column in schema_of(file).names for file in files)
 
 
 def _check_types(files: Sequence[Path], columns: Columns) -> None:
@@ -123,6 +142,7 @@ def _open(rows: RawRows, block_rows: int) -> RawSource:
         kind="parquet",
         files=tuple(map(str, rows.files)),
         label=rows.label,
+        weight=rows.weight,
         dense=columns.dense,
         sparse=tuple(
             SparseColumn(column=each.column, name=each.feature, separator=each.separator)

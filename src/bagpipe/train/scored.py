@@ -27,6 +27,8 @@ class ScoredData:
     """What a message calls it."""
     label: str
     has_labels: bool = True
+    weight: str | None = None
+    """The column with the weights by which the run's scores count samples, if they do."""
 
 
 def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredData:
@@ -48,11 +50,15 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
         own = config.data
         if isinstance(own, PreparedData):
             own = own.model_copy(update={"shuffle": False})
-        return _part_of(own, split)
+        return _part_of(own, split, weight_of(of))
     if (data / MANIFEST_NAME).is_file():
         check_same_ids(of, data)
         features = tuple(spec.name for spec in any_split(config).features)
-        return _part_of(PreparedData(kind="prepared", folder=data, features=features), split)
+        weight = weight_of(of)
+        other = PreparedData(
+            kind="prepared", folder=data, features=features, ignore_weights=weight is None
+        )
+        return _part_of(other, split, weight)
     if data.is_dir():
         raise DataError(
             f"{data}: is no folder of prepared data (it has no {MANIFEST_NAME}): give raw files, "
@@ -61,7 +67,7 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
     if split is not None:
         raise ConfigError(f"--split {split}: {data} are raw files, which have no parts")
     files = find_files([str(data)])
-    label, is_criteo = LabelColumn(column="label"), False
+    label, weight, is_criteo = LabelColumn(column="label"), weight_of(of), False
     if isinstance(config.data, PreparedData):
         manifest = PreparedManifest.load(config.data.folder)
         label = LabelColumn(column=manifest.label, at_least=manifest.label_at_least)
@@ -71,9 +77,24 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
         inputs_of(config, of.groups, of.num_dense),
         any_split(config).features,
         label,
+        weight,
         is_criteo=is_criteo,
     )
-    return ScoredData(source=rows, name=str(data), label=label.column, has_labels=rows.has_label)
+    return ScoredData(
+        source=rows,
+        name=str(data),
+        label=label.column,
+        has_labels=rows.has_label,
+        weight=weight,
+    )
+
+
+def weight_of(of: SavedModel) -> str | None:
+    """The column with the weights of a run's samples; None: they count alike."""
+    data = of.config.data
+    if not isinstance(data, PreparedData) or data.ignore_weights:
+        return None
+    return PreparedManifest.load(data.folder).weight
 
 
 def check_same_ids(of: SavedModel, folder: Path) -> None:
@@ -121,7 +142,7 @@ def _ids_of(manifest: PreparedManifest, table: str) -> tuple[object, ...]:
     )
 
 
-def _part_of(config: DataConfig, split: str | None) -> ScoredData:
+def _part_of(config: DataConfig, split: str | None, weight: str | None) -> ScoredData:
     if split is not None and split not in _SPLITS:
         raise ConfigError(f"--split {split}: must be {', '.join(_SPLITS)}")
     chosen: Split = next(
@@ -129,4 +150,5 @@ def _part_of(config: DataConfig, split: str | None) -> ScoredData:
     )
     for each in _SPLITS:
         chosen = each if each == split else chosen
-    return ScoredData(source=open_source(config, chosen), name=chosen, label="label")
+    source = open_source(config, chosen)
+    return ScoredData(source=source, name=chosen, label="label", weight=weight)
