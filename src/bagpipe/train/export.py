@@ -78,9 +78,9 @@ def export(
     temporary = folder.with_name(f".{folder.name[:40]}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        program = export_dense_part(of, temporary / DENSE_NAME)
+        export_dense_part(of, temporary / DENSE_NAME)
         if onnx:
-            export_onnx(program, temporary / ONNX_NAME)
+            export_onnx(of, temporary / ONNX_NAME)
         write_safetensors(of, temporary / TABLES_NAME, on_stage)
         if arrow:
             tables = _write_arrow(of, temporary, tables, on_stage)

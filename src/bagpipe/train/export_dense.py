@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,32 +43,21 @@ class _Sizes(nn.Module):
         self.groups = of.groups
 
 
-def export_dense_part(of: SavedModel, path: Path) -> torch.export.ExportedProgram:
+def export_dense_part(of: SavedModel, path: Path) -> None:
     """Writes the program, for batches of any size on a CPU.
 
     Raises:
         ConfigError: torch.export can't follow the model, or the program computes something else.
     """
-    model = make_model(of.config.model, _Sizes(of), of.num_dense)
-    put_model(of.saved, model)
-    part = DensePart(model, of.config.train.precision).eval()
-    width = sum(len(group.features) * group.embedding_dim for group in of.groups)
-    batch = torch.export.Dim("batch", min=1)
+    part = _dense_part(of, of.config.train.precision)
     try:
-        program = torch.export.export(
-            part,
-            _examples(8, of.num_dense, width),
-            dynamic_shapes=({0: batch}, {0: batch}),
-            strict=False,
-        )
+        program = _program(of, part)
         made = program.module()
         with torch.no_grad():
             differing = [
                 size
                 for size in _COMPARED
-                if not torch.equal(
-                    made(*(given := _examples(size, of.num_dense, width))), part(*given)
-                )
+                if not torch.equal(made(*(given := _examples(of, size))), part(*given))
             ]
     except Exception as error:  # torch raises what it likes
         raise ConfigError(
@@ -82,14 +72,13 @@ def export_dense_part(of: SavedModel, path: Path) -> torch.export.ExportedProgra
             "depend on its arguments alone"
         )
     torch.export.save(program, path)
-    return program
 
 
-def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Writes a program as ONNX.
+def export_onnx(of: SavedModel, path: Path) -> None:
+    """Writes the dense part as ONNX, in float32 whatever the run's precision.
 
     Raises:
-        ConfigError: ONNX is not installed, or has no operator that the program needs.
+        ConfigError: ONNX is not installed, or has no operator that the dense part needs.
     """
     try:
         import onnxscript  # noqa: F401
@@ -98,8 +87,17 @@ def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
             f"--onnx needs the packages onnx and onnxscript ({error}): install them by "
             f"pip install '{DISTRIBUTION}[onnx]'"
         ) from error
+    program = _program(of, _dense_part(of, "fp32"))  # onnxruntime multiplies no bfloat16 on a CPU
     try:
-        made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+        with warnings.catch_warnings():  # torch uses what torch has deprecated
+            warnings.simplefilter("ignore")
+            made: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                output_names=["logits"],
+                dynamic_shapes=({0: "batch"}, {0: "batch"}),
+            )
         made.save(str(path))
     except Exception as error:  # torch raises what it likes
         raise ConfigError(
@@ -108,10 +106,24 @@ def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         ) from error
 
 
-def _examples(size: int, num_dense: int, width: int) -> tuple[Tensor, Tensor]:
+def _dense_part(of: SavedModel, precision: Precision) -> DensePart:
+    model = make_model(of.config.model, _Sizes(of), of.num_dense)
+    put_model(of.saved, model)
+    return DensePart(model, precision).eval()
+
+
+def _program(of: SavedModel, part: DensePart) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(
+        part, _examples(of, 8), dynamic_shapes=({0: batch}, {0: batch}), strict=False
+    )
+
+
+def _examples(of: SavedModel, size: int) -> tuple[Tensor, Tensor]:
     """Dense features and pooled embeddings of a batch, the same each time."""
+    width = sum(len(group.features) * group.embedding_dim for group in of.groups)
     generator = torch.Generator().manual_seed(size)
     return (
-        torch.rand(size, num_dense, generator=generator),
+        torch.rand(size, of.num_dense, generator=generator),
         torch.randn(size, width, generator=generator),
     )
