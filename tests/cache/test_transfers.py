@@ -301,6 +301,18 @@ class SentStore(Store):
         return wait
 
 
+def test_a_flush_of_16_mb_sends_half_of_it_before_the_rest_is_read() -> None:
+    """So the cache is read while the network and the server are at work."""
+    cache, store = Cache(), SentStore()
+    cache.group = SimpleNamespace(record_width=1, record_bytes=4 << 20)
+    mover = RecordMover([cache], [store], None, None)  # type: ignore[list-item]
+    fetched, to_device = moves({}, {10: 0, 11: 1, 12: 2, 13: 3})
+    mover.fill(mover.issue(PLAN, [fetched], 0, to_device))
+    mover.write_all()
+    mover.close()
+    assert store.happened[:2] == ["sent [10, 11]", "sent [12, 13]"]
+
+
 def test_a_flush_sends_a_block_while_the_one_before_is_on_its_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -54,7 +54,7 @@ _MAX_PENDING_WRITES = 64
 """Write-backs that may be waiting, each of one group and step.
 
 More would let a slow store fill the memory."""
-_FLUSH_BLOCK_BYTES = 64 << 20
+_FLUSH_BLOCK_BYTES = 8 << 20
 _NUM_THREADS = max(1, min(2, (os.cpu_count() or 1) // 4))
 """That write back, and on CUDA as many that gather.
 
