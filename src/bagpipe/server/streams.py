@@ -133,11 +133,13 @@ class Stream:
             while True:
                 self._take(*self._channel.read())
         except StopIteration:
-            # one that owes nothing may end: no fault, unless something is asked of it later
-            error = self._error or (self._fail(_ENDED) if self._owed else _ENDED)
+            error = self._error or _ENDED
         except Exception as failure:  # whatever it is, it must reach those who wait
             error = self._fail(failure)
         with self._lock:
+            # one that owes nothing may end: no fault, unless something is asked of it later
+            if error is _ENDED and self._owed:
+                error = self._fail(error)
             self._error = error
             owed = list(self._owed)
             self._owed.clear()
