@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.flight as flight
 import pytest
 from tests.processes import is_alive
-from tests.soon import SOON_S, wait_until
+from tests.soon import SOON_S, TIMEOUT_S, wait_until
 
 from bagpipe.config.servers import ServersConfig, split_address
 from bagpipe.errors import ConfigError, StoreError
@@ -43,7 +43,7 @@ def served_by(*, num_shards: int = 2, **servers: Any) -> Served:
     return Served(groups=groups, seed=1, servers=ServersConfig(num_shards=num_shards, **servers))
 
 
-SERVED, KEY = served_by(), "the run"
+SERVED, KEY = served_by(start_timeout_s=TIMEOUT_S), "the run"
 
 
 def started_by(agent: subprocess.Popen[bytes], number: int = 0, **options: Any) -> LocalServer:
@@ -158,6 +158,24 @@ def test_one_that_was_killed_or_stopped_is_replaced(
             os.kill(pid, signal.SIGKILL)
     after = started_by(agent)
     assert identity(after)["instance"] != instance
+
+
+def test_one_that_does_not_answer_may_be_gone_by_then() -> None:
+    """As one that another trainer has killed; here somebody else has its socket."""
+    name = f"bagpipe-test-{secrets.token_hex(8)}"
+    code = (
+        "import socket, subprocess, sys;"
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        "s.bind('\\0' + sys.argv[1]); s.listen();"
+        "print(subprocess.Popen(['sleep', '900'], stdout=2, pass_fds=[s.fileno()]).pid)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, name], stdout=subprocess.PIPE, check=True, timeout=WITHIN_S
+    )
+    try:
+        assert local._ask(name, timeout_s=0.2) is None
+    finally:
+        os.kill(int(ended.stdout), signal.SIGKILL)
 
 
 def test_what_it_refuses_is_told(agent: subprocess.Popen[bytes]) -> None:

@@ -169,7 +169,8 @@ def _ask(name: str, timeout_s: float) -> tuple[dict[str, Any], socket.socket] | 
             answer = asking.recv(_MAX_ANSWER_BYTES)
         except TimeoutError:
             _log.warning("shard server %d has not answered for %g s: it is killed", pid, timeout_s)
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # another trainer has killed it
+                os.kill(pid, signal.SIGKILL)
             return None
         except ConnectionResetError:
             return None
