@@ -153,6 +153,7 @@ def test_begin_waits_for_a_running_write_and_puts_it_back(pool: ThreadPoolExecut
     written = pool.submit(shard.write, header_of(shard), rows, records_of(rows))
     assert held.is_reached.wait(SOON_S)
     begun = pool.submit(shard.begin, 2, 1, None)
+    wait_until(lambda: shard.serving._newest_epoch == 2)
     assert is_waiting(begun)
     late = raised(lambda: shard.write(header_of(shard), rows, records_of(rows)))
     assert "rank 0 of epoch 1 is not served, no epoch is" in late

@@ -51,7 +51,8 @@ def test_without_a_section_it_is_the_only_shard(tmp_path: Path) -> None:
 
 
 def test_it_listens_at_its_address_unless_told_otherwise(tmp_path: Path) -> None:
-    with running_shard(config_of(tmp_path), 0) as other:
+    # of a host at which no other test listens: nobody takes the port meanwhile
+    with running_shard(config_of(tmp_path), 0, listen=("127.0.0.2", 0)) as other:
         taken = other.address
     config = config_of(tmp_path, servers={"addresses": ["192.0.2.1:7", taken]})
     with running_shard(config, 1) as running:

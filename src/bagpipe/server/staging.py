@@ -117,7 +117,7 @@ class StagingServer:
                     connection.close()
                     continue
                 self._connections[connection] = thread
-            thread.start()
+                thread.start()  # who closes the server can wait for it only then
 
     def _is_stranger(self, connection: socket.socket) -> bool:
         process, user = peer_of(connection)
