@@ -165,7 +165,7 @@ def test_every_number_has_a_limit(path: tuple[str, ...], given: dict[str, Any]) 
 
 def build(config: RunConfig) -> None:
     """What a configuration is turned into before anything is read or made."""
-    config.embeddings.optimizer.build()
+    config.table_optimizer.build()
     feature = FeatureSpec(name="a", table="a", num_embeddings=9)
     make_tables([feature], config)
 

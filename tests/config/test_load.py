@@ -71,7 +71,7 @@ def test_overrides_are_toml_or_one_word(tmp_path: Path) -> None:
         (8, 16),
         True,
     )
-    assert config.embeddings.optimizer.build() == Adam(lr=0.5)
+    assert config.table_optimizer.build() == Adam(lr=0.5)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def started_for(config: RunConfig, servers: ServersConfig, trainers: Trainers) -
 
 def groups_of(config: RunConfig) -> tuple[Group, ...]:
     tables = make_tables(open_source(config.data, "train").features, config)
-    return group_tables(tables, config.embeddings.optimizer.build())
+    return group_tables(tables, config.table_optimizer.build())
 
 
 def found_by(num_trainers: int, config: RunConfig, servers: ServersConfig, **of: Any) -> list[Any]:

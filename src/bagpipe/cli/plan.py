@@ -147,7 +147,7 @@ def _dry_run(
     from bagpipe.types import group_tables
 
     source = open_source(config.data, "train")
-    groups = group_tables(make_tables(source.features, config), config.embeddings.optimizer.build())
+    groups = group_tables(make_tables(source.features, config), config.table_optimizer.build())
     grid = Grid(
         cache_rows=[parse_rows(cache, groups, "--cache") for cache in caches or DEFAULT_CACHES],
         lookaheads=lookaheads,

@@ -19,6 +19,8 @@ class _Model(Section):
     table_bound: ClassVar[float | None] = None
     """Tables start uniformly in [-bound, bound) where `embeddings.init` is left out. None: as
     `TableConfig` says."""
+    table_lr: ClassVar[float] = 0.02
+    """Row-wise Adagrad's learning rate where `embeddings.optimizer` is left out."""
     dense_lr: ClassVar[float] = 0.02
     """Adagrad's learning rate where `train.optimizer` is left out."""
 
@@ -90,6 +92,14 @@ class DCNConfig(DLRMConfig):
 class WideDeepConfig(_LayeredModel):
     """`bagpipe.models.WideDeep`; the last column of each table holds the linear weights."""
 
+    # A linear weight has nearly all of its row's gradient. Row-wise Adagrad takes the mean over the
+    # row, so it moves that weight by up to sqrt(D) times the rate: too fast at the usual one. Small
+    # tables, which would start widest, put more noise into the sum than they learn. The bound has
+    # the standard deviation 0.01; a uniform distribution, unlike a normal one, is the same on every
+    # machine.
+    table_bound: ClassVar[float | None] = 0.0173
+    table_lr: ClassVar[float] = 0.005
+
     kind: Literal["wide_deep"] = "wide_deep"
     top: LayerSizes = (1024, 512, 256, 1)
 
@@ -106,10 +116,9 @@ class WideDeepConfig(_LayeredModel):
 class DeepFMConfig(WideDeepConfig):
     """`bagpipe.models.DeepFM`; the last column of each table holds the first-order weights."""
 
-    # The products of all pairs of vectors are added up, so those of small tables, which would start
-    # widest, drown the rest. The standard deviation is 0.01; a uniform distribution, unlike a
-    # normal one, is the same on every machine.
-    table_bound: ClassVar[float | None] = 0.0173
+    # It starts as narrow: the products of all pairs of vectors are added up, so those of small
+    # tables would drown the rest. With those products the usual rate does as well as a lower one.
+    table_lr: ClassVar[float] = _Model.table_lr
 
     kind: Literal["deepfm"] = "deepfm"  # type: ignore[assignment]
     top: LayerSizes = (400, 400, 400, 1)

@@ -65,10 +65,11 @@ class EmbeddingsConfig(Section):
     data_type: DataType = "fp32"
     """The data type of weights; see `bagpipe.TableConfig`."""
     pooling: Pooling = "sum"
-    optimizer: EmbeddingOptimizerConfig = EmbeddingRowWiseAdagrad(kind="rowwise_adagrad", lr=0.02)
+    optimizer: EmbeddingOptimizerConfig | None = None
+    """Left out: row-wise Adagrad at 0.02, for Wide & Deep at 0.005."""
     init: Annotated[UniformInit | NormalInit, Field(discriminator="kind")] | None = None
     """How rows start. Left out: uniform in +-1/sqrt(rows of the table), as with TorchRec and the
-    DLRM reference; with DeepFM in +-0.0173."""
+    DLRM reference; with Wide & Deep and DeepFM in +-0.0173."""
     lr_schedule: RateConfig | None = None
     """How the tables' learning rate goes over the run. Left out: as `train.lr_schedule`."""
     store: StoreConfig = MemoryStoreConfig()
@@ -244,6 +245,13 @@ class RunConfig(Section):
         if self.embeddings.init is not None or bound is None:
             return self.embeddings.init
         return UniformInit(kind="uniform", low=-bound, high=bound)
+
+    @property
+    def table_optimizer(self) -> EmbeddingOptimizerConfig:
+        """The tables' optimizer: as the file says, else as suits the model."""
+        return self.embeddings.optimizer or EmbeddingRowWiseAdagrad(
+            kind="rowwise_adagrad", lr=self.model.table_lr
+        )
 
     @property
     def dense_optimizer(self) -> DenseOptimizerConfig:

@@ -166,7 +166,7 @@ def _groups(config: RunConfig) -> tuple[Group, ...]:
     if data.kind == "prepared":  # only how large tables are is asked for: no file is read for it
         data = data.model_copy(update={"verify": False})
     tables = make_tables(open_source(data, "train").features, config)
-    return group_tables(tables, config.embeddings.optimizer.build())
+    return group_tables(tables, config.table_optimizer.build())
 
 
 @contextmanager

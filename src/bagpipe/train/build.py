@@ -123,7 +123,7 @@ def build_run(
     if config.train.group_by is not None:
         check_groups(source, config.train.group_by)
     torch.manual_seed(config.train.seed)
-    tables, optimizer = make_tables(source.features, config), config.embeddings.optimizer.build()
+    tables, optimizer = make_tables(source.features, config), config.table_optimizer.build()
     with ExitStack() as stack:
         servers = (
             None if join is None else stack.enter_context(join(group_tables(tables, optimizer)))

@@ -100,7 +100,7 @@ def open_saved(
             )
     source = any_split(config)
     tables = tuple(make_tables(source.features, config))
-    groups = group_tables(tables, config.embeddings.optimizer.build())
+    groups = group_tables(tables, config.table_optimizer.build())
     check_tables(saved.path, saved.groups, groups)
     return SavedModel(
         saved=saved, config=config, tables=tables, groups=groups, num_dense=source.num_dense
@@ -183,7 +183,7 @@ def load_model(of: SavedModel) -> Iterator[LoadedModel]:
     with ExitStack() as stack:
         embeddings = EmbeddingBagCollection(
             of.tables,
-            optimizer=config.embeddings.optimizer.build(),
+            optimizer=config.table_optimizer.build(),
             device=device,
             seed=config.train.seed,
             store=stack.enter_context(_own_stores(config)),

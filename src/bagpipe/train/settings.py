@@ -44,6 +44,7 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"servers"})
     if (init := config.table_init) is not None:
         settings["embeddings"]["init"] = init.model_dump(mode="json")
+    settings["embeddings"]["optimizer"] = config.table_optimizer.model_dump(mode="json")
     settings["train"]["optimizer"] = config.dense_optimizer.model_dump(mode="json")
     for section, schedule in (
         ("train", config.train.lr_schedule),

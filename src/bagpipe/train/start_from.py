@@ -240,7 +240,7 @@ def _groups_of(saved: SavedRun, config: RunConfig) -> tuple[Group, ...]:
                 )
                 for name, num_embeddings in described["tables"].items()
             ),
-            optimizer=config.embeddings.optimizer.build(),
+            optimizer=config.table_optimizer.build(),
         )
         for index, described in enumerate(saved.groups)
     )
