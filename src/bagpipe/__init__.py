@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bagpipe.embeddings.collate import collate
     from bagpipe.embeddings.collection import EmbeddingBagCollection
     from bagpipe.embeddings.lookahead import lookahead
+    from bagpipe.exporting.own_loops import export
 
 __all__ = [
     "SGD",
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "collate",
     "dense_state_dict",
+    "export",
     "lookahead",
     "models",
     "restore",
@@ -52,6 +54,7 @@ _LAZY = {
     "EmbeddingBagCollection": "bagpipe.embeddings.collection",
     "collate": "bagpipe.embeddings.collate",
     "dense_state_dict": "bagpipe.checkpoint.dense",
+    "export": "bagpipe.exporting.own_loops",
     "lookahead": "bagpipe.embeddings.lookahead",
     "restore": "bagpipe.checkpoint.own_loops",
     "save": "bagpipe.checkpoint.own_loops",

@@ -238,7 +238,7 @@ def test_the_page_on_own_loops_runs_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = Path(__file__).parents[2] / "docs" / "own-loops.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {})
     saved = sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir())

@@ -45,7 +45,7 @@ def test_onnx_tells_the_scores_of_served_rows(name: str, tmp_path: Path) -> None
     assert [given.shape[0] for given in session.get_inputs()] == ["batch", "batch"]
     batch = next(open_scored(of, None, None).source.batches(batch_size=64))
     for rows in (rows_of(batch), rows_of(batch)[:1]):
-        encoded = model._inputs.encode_arrow(as_record_batch(rows, model.columns), "rows")
+        encoded = model._inputs.encode_arrow(as_record_batch(rows, model.columns.names), "rows")
         given = {"dense": encoded.dense, "pooled": pool(model._tables, encoded)}
         (logits,) = session.run(["logits"], given)
         assert logits.shape == (len(rows),)

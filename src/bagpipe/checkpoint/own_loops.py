@@ -140,14 +140,11 @@ def save(
         StoreError: rows can't be read.
         UsageError: rows were lost, or a value can't be saved; it is named.
     """
-    _check_embeddings(embeddings)
+    check_embeddings(embeddings)
     if keep < 1:
         raise ConfigError(f"keep is {keep}, must be at least 1")
-    trainers, stream = Trainers(embeddings.peers), embeddings.stream()
-    if stream is None:
-        embeddings.flush()
-    else:
-        stream.settle()
+    trainers = Trainers(embeddings.peers)
+    settle(embeddings)
     own = {
         "extra": dict(extra or {}),
         "stateful": {name: each.state_dict() for name, each in (stateful or {}).items()},
@@ -218,7 +215,7 @@ def restore(
         UsageError: a stream is running.
         StoreError: rows can't be written. The tables then refuse all use until a restore succeeds.
     """
-    _check_embeddings(embeddings)
+    check_embeddings(embeddings)
     place, trainers = Path(folder).resolve(), Trainers(embeddings.peers)
     path = trainers.all_do(
         "a checkpoint to restore", lambda: str(find_own(place) or "") if trainers.is_first else ""
@@ -257,7 +254,17 @@ def restore(
     return Restored(path=saved.path, step=saved.step, extra=own.get("extra", {}))
 
 
-def _check_embeddings(embeddings: object) -> None:
+def settle(embeddings: OwnEmbeddings) -> None:
+    """Writes the cached rows to the stores; a running iteration goes on."""
+    stream = embeddings.stream()
+    if stream is None:
+        embeddings.flush()
+    else:
+        stream.settle()
+
+
+def check_embeddings(embeddings: object) -> None:
+    """Raises UsageError unless these are embeddings that `lookahead` trains."""
     if not hasattr(embeddings, "loader_states"):
         raise UsageError(
             f"embeddings are a {type(embeddings).__name__}, must be a "

@@ -27,7 +27,7 @@ MANIFEST_NAME: Final = "manifest.json"
 DENSE_NAME: Final = "dense.pt2"
 ONNX_NAME: Final = "dense.onnx"
 TABLES_NAME: Final = "tables.safetensors"
-VocabularyKind = Literal["ids", "hash", "dictionary"]
+VocabularyKind = Literal["ids", "hash", "dictionary", "given"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ class TableEntry:
     data_type: DataType
     pooling: Pooling
     vocabulary: VocabularyKind
-    """"ids": values are ids already; "hash"; "dictionary", in the file of this entry."""
+    """"ids": values are ids already; "hash"; "dictionary", or "given" by an own loop, in
+    the file of this entry."""
     dictionary: str | None = None
     arrow: str | None = None
     """The file of its weights for other programs, if there is one."""

@@ -55,7 +55,7 @@ class ServedModel:
         Raises:
             DataError: a row lacks a column, or has a value of another type than in training.
         """
-        rows = as_record_batch(requests, self.columns)
+        rows = as_record_batch(requests, self.columns.names)
         if len(rows) == 0:
             return np.empty(0, np.float32)
         encoded = self._inputs.encode_arrow(rows, WHERE)

@@ -10,15 +10,16 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from bagpipe.errors import DataError
-from bagpipe.serving.inputs import Columns
 
 Requests: TypeAlias = Any
 """A list of dicts from column to value, or a pyarrow Table or RecordBatch."""
 WHERE = "the request"
 
 
-def as_record_batch(requests: Requests, columns: Columns) -> Any:
-    """The record batch of some requests, which has at least `columns`, if dicts they were.
+def as_record_batch(requests: Requests, names: Sequence[str], where: str = WHERE) -> Any:
+    """The record batch of some requests; of dicts it has the columns `names`.
+
+    `where` is what messages call them.
 
     Raises:
         DataError: they are something else, or a dict lacks a column or has a value in it that no
@@ -30,25 +31,24 @@ def as_record_batch(requests: Requests, columns: Columns) -> Any:
         batches = requests.combine_chunks().to_batches()
         return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=requests.schema)
     if isinstance(requests, Mapping):
-        raise DataError(f"{WHERE} is one dict, must be a list of dicts, one for each row")
+        raise DataError(f"{where} is one dict, must be a list of dicts, one for each row")
     if not isinstance(requests, Sequence) or not all(isinstance(row, Mapping) for row in requests):
         raise DataError(
-            f"{WHERE} is a {type(requests).__name__}, must be a list of dicts, or a pyarrow Table "
+            f"{where} is a {type(requests).__name__}, must be a list of dicts, or a pyarrow Table "
             "or RecordBatch"
         )
-    names = columns.names
     return pa.RecordBatch.from_arrays(
-        [_column(requests, name) for name in names], names=list(names)
+        [_column(requests, name, where) for name in names], names=list(names)
     )
 
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+def _column(rows: Sequence[Mapping[str, Any]], name: str, where: str) -> Any:
     try:
         values = [row[name] for row in rows]
     except KeyError:
         place = next(place for place, row in enumerate(rows) if name not in row)
         raise DataError(
-            f"{WHERE}, row {place} (from 0) has no {name!r}; it has "
+            f"{where}, row {place} (from 0) has no {name!r}; it has "
             f"{', '.join(map(repr, rows[place])) or 'nothing'}: give each row every column, None "
             "where a value is missing"
         ) from None
@@ -58,7 +58,7 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
         if _are_numbers(values):
             return pa.array([None if value is None else float(value) for value in values])
         raise DataError(
-            f"{WHERE}, column {name!r}: its values are of no common type ({_types(values)}): "
+            f"{where}, column {name!r}: its values are of no common type ({_types(values)}): "
             f"{error}"
         ) from error
 

@@ -65,24 +65,24 @@ def pool(tables: Sequence[MappedTable], encoded: Encoded) -> Float32Array:
     """The pooled embeddings of encoded rows.
 
     Args:
-        tables: that of each feature, all of one dimension.
+        tables: that of each feature.
         encoded: the rows (n,).
 
     Returns:
-        (n, F * D), feature after feature.
+        (n, sum of D), feature after feature.
     """
-    dim = tables[0].entry.embedding_dim
-    pooled = np.zeros((encoded.num_rows, len(tables), dim), np.float32)
+    ends = np.cumsum([table.entry.embedding_dim for table in tables]).tolist()
+    pooled = np.zeros((encoded.num_rows, ends[-1]), np.float32)
     is_jagged = any(offsets is not None for _, offsets in encoded.ids)
-    for feature, (table, (ids, offsets)) in enumerate(zip(tables, encoded.ids, strict=True)):
-        out, rows = pooled[:, feature], table.rows(ids)
+    for table, end, (ids, offsets) in zip(tables, ends, encoded.ids, strict=True):
+        out, rows = pooled[:, end - table.entry.embedding_dim : end], table.rows(ids)
         if offsets is not None:
             _sum_bags(rows, offsets, out, is_mean=table.entry.pooling == "mean")
         elif is_jagged:
             out += rows  # to a zero, as a bag of one id is, which makes 0 of -0
         else:
             out[:] = rows
-    return pooled.reshape(encoded.num_rows, -1)
+    return pooled
 
 
 def _sum_bags(rows: Float32Array, offsets: Int32Array, out: Float32Array, *, is_mean: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,12 +42,14 @@ class KnownValues:
     """The ids of a dictionary that has been made; 0 is every other value.
 
     Args:
-        keys: (n,) of ids 1 to n.
+        keys: (n,) of ids 1 to n, or of `ids`.
+        ids: (n,)
     """
 
-    def __init__(self, keys: Int64Array) -> None:
+    def __init__(self, keys: Int64Array, ids: Int32Array | None = None) -> None:
         order = np.argsort(keys, kind="stable")
-        self._keys, self._ids = keys[order], (order + 1).astype(np.int32)
+        self._keys = keys[order]
+        self._ids = (order + 1).astype(np.int32) if ids is None else ids[order]
         self.num_embeddings = 1 + len(keys)
 
     def ids(self, keys: Int64Array) -> Int32Array:
@@ -55,6 +58,34 @@ class KnownValues:
             return np.zeros(len(keys), np.int32)
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return np.where(self._keys[places] == keys, self._ids[places], np.int32(0))
+
+
+class GivenIds(KnownValues):
+    """Ids that an own loop has given to values, one by one.
+
+    Id 0 is every other value, unless a value has it: then others are refused.
+
+    Args:
+        table: what messages call the table.
+        keys: (n,)
+        ids: (n,) of these keys.
+        num_embeddings: ids are below it.
+    """
+
+    def __init__(self, table: str, keys: Int64Array, ids: Int32Array, num_embeddings: int) -> None:
+        super().__init__(keys, ids)
+        self._table, self._is_closed = table, bool((ids == 0).any())
+        self.num_embeddings = num_embeddings
+
+    def ids(self, keys: Int64Array) -> Int32Array:
+        """The ids (n,) of keys (n,). DataError: one is unknown, and id 0 is of another value."""
+        if self._is_closed and not (known := np.isin(keys, self._keys)).all():
+            raise DataError(
+                f"table {self._table!r}: of {len(keys)} values {np.count_nonzero(~known)} are "
+                "missing or not in the vocabulary that the model was exported with, which gives "
+                "id 0 to a value of its own: give known values"
+            )
+        return super().ids(keys)
 
 
 def open_vocabulary(folder: Path, table: TableEntry) -> Vocabulary:
@@ -67,7 +98,11 @@ def open_vocabulary(folder: Path, table: TableEntry) -> Vocabulary:
         return HashVocabulary(table.num_embeddings)
     if table.vocabulary == "ids":
         return IdVocabulary(table.name, table.num_embeddings)
-    known = KnownValues(read_keys(folder / str(table.dictionary)))
+    if table.vocabulary == "given":
+        keys, ids = _read(folder / str(table.dictionary), "key", "id")
+        return GivenIds(table.name, keys, ids, table.num_embeddings)
+    (keys,) = _read(folder / str(table.dictionary), "key")
+    known = KnownValues(keys)
     if known.num_embeddings != table.num_embeddings:
         raise DataError(
             f"{folder / str(table.dictionary)}: has {known.num_embeddings:,} ids, table "
@@ -76,15 +111,15 @@ def open_vocabulary(folder: Path, table: TableEntry) -> Vocabulary:
     return known
 
 
-def read_keys(path: Path) -> Int64Array:
-    """The keys of a dictionary, of ids 1 and up, in their order.
+def _read(path: Path, *columns: str) -> tuple[Any, ...]:
+    """Columns of a dictionary.
 
     Raises:
         DataError: the file can't be read.
     """
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-            keys: Int64Array = reader.read_all().column("key").to_numpy()
-            return keys.copy()
+            table = reader.read_all()
+            return tuple(table.column(name).to_numpy().copy() for name in columns)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{path}: can't be read as a dictionary: {error}") from error

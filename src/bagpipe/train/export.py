@@ -1,48 +1,26 @@
-"""`bagpipe export`: a saved model as a folder that needs no trainer.
-
-    manifest.json         features and columns, tables, versions, checksums; written last
-    dense.pt2             the dense part, a program of torch.export
-    dense.onnx            the same for other programs, where asked for
-    tables.safetensors    every table's weights, which `bagpipe.serving` maps
-    table-00000.arrow     the same of each table, to be mapped by other programs
-    dictionary-00000.arrow    of a table with a dictionary: its values in the order of ids
-
-The folder is made beside its place and renamed, so that it is whole or not there.
-"""
+"""`bagpipe export`: a run's saved model as a folder that needs no trainer."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from bagpipe.config.data import PreparedData
-from bagpipe.config.run import RunConfig
-from bagpipe.data.files import checksum_file
 from bagpipe.data.manifest import PreparedManifest, check_file
-from bagpipe.errors import ConfigError
-from bagpipe.native.files import remedy, sync_folder
-from bagpipe.serving.manifest import (
-    DENSE_NAME,
-    MANIFEST_NAME,
-    ONNX_NAME,
-    TABLES_NAME,
-    ExportManifest,
-    FileEntry,
-    TableEntry,
-)
-from bagpipe.train.export_dense import export_dense_part, export_onnx
-from bagpipe.train.export_tables import num_weight_bytes, write_arrow, write_safetensors
+from bagpipe.exporting.folder import write_folder
+from bagpipe.exporting.parts import Exported, OnStage
+from bagpipe.models import RankingModel
+from bagpipe.serving.manifest import ExportManifest, TableEntry
+from bagpipe.store.record_files import check_num_records, read_records
+from bagpipe.train.build import make_model
+from bagpipe.train.dense_step import Precision
 from bagpipe.train.raw_inputs import columns_of, tables_of
-from bagpipe.train.saved import SavedModel
-from bagpipe.version import __version__
-
-OnStage = Callable[[str, int, int], None]
-"""Told of a stage, how much of it is done, and how much there is."""
+from bagpipe.train.saved import SavedModel, put_model
+from bagpipe.types import Float32Array, Group, Int64Array
 
 
 def export(
@@ -71,88 +49,61 @@ def export(
         CheckpointError: a file of the checkpoint is damaged.
         DataError: the run's data, whose dictionaries are exported, are gone.
     """
-    _check_new(folder)
-    _check_room(of, folder, num_copies=2 if arrow else 1)
-    columns = columns_of(of.config, of.groups, of.num_dense)
-    tables = tables_of(of.config, of.groups)
-    temporary = folder.with_name(f".{folder.name[:40]}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        export_dense_part(of, temporary / DENSE_NAME)
-        if onnx:
-            export_onnx(of, temporary / ONNX_NAME)
-        write_safetensors(of, temporary / TABLES_NAME, on_stage)
-        if arrow:
-            tables = _write_arrow(of, temporary, tables, on_stage)
-        _copy_dictionaries(of.config, tables, temporary)
-        manifest = ExportManifest(
-            versions={"bagpipe": __version__, "torch": str(torch.__version__)},
-            step=of.saved.step,
-            precision=of.config.train.precision,
-            columns=columns,
-            tables=tables,
-            files=_describe(temporary, on_stage),
-        )
-        manifest.save(temporary / MANIFEST_NAME)
-        sync_folder(temporary)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: can't be written: {error.strerror or error}; nothing is left of it. "
-            f"{remedy(error)}, or give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
-
-
-def _check_new(folder: Path) -> None:
-    if folder.exists() or folder.is_symlink():
-        raise ConfigError(
-            f"{folder}: is there already: give a folder that is not, or remove this one first"
-        )
-
-
-def _check_room(of: SavedModel, folder: Path, num_copies: int) -> None:
-    needed = num_copies * num_weight_bytes(of.groups)
-    parent = next(path for path in folder.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ConfigError(
-            f"{folder}: its tables take {needed:,} bytes and {free:,} are free: make room, give a "
-            "folder on another disk, or leave the Arrow files out (--no-arrow)"
-        )
-
-
-def _write_arrow(
-    of: SavedModel, folder: Path, tables: Sequence[TableEntry], on_stage: OnStage
-) -> tuple[TableEntry, ...]:
-    named = tuple(
-        replace(table, arrow=f"table-{number:05d}.arrow") for number, table in enumerate(tables)
+    model = make_model(of.config.model, _Sizes(of), of.num_dense)
+    put_model(of.saved, model)
+    precision = of.config.train.precision
+    exported = Exported(
+        name=f"model.kind = {of.config.model.kind!r}",
+        groups=of.groups,
+        seed=of.config.train.seed,
+        step=of.saved.step,
+        precision=precision,
+        columns=columns_of(of.config, of.groups, of.num_dense),
+        tables=tables_of(of.config, of.groups),
+        part=_Part(model, precision).eval(),
+        onnx_part=_Part(model, "fp32").eval(),
+        records=lambda group: _records(of, group),
+        write_dictionary=lambda table, path: _copy_dictionary(of, table, path),
     )
-    write_arrow(folder, named, on_stage)
-    return named
+    return write_folder(exported, folder, arrow=arrow, onnx=onnx, on_stage=on_stage)
 
 
-def _copy_dictionaries(config: RunConfig, tables: Sequence[TableEntry], folder: Path) -> None:
-    if not isinstance(config.data, PreparedData):
-        return
-    entries = PreparedManifest.load(config.data.folder).dictionaries
-    for table in tables:
-        if table.dictionary is not None:
-            path = check_file(config.data.folder, entries[table.name], verify=True)
-            shutil.copyfile(path, folder / table.dictionary)
+class _Sizes(nn.Module):
+    """Stands where the model has its embeddings; tells their groups, and holds no tables."""
+
+    def __init__(self, of: SavedModel) -> None:
+        super().__init__()
+        self.groups = of.groups
 
 
-def _describe(folder: Path, on_stage: OnStage) -> tuple[FileEntry, ...]:
-    paths = sorted(folder.iterdir())
-    entries = []
-    for number, path in enumerate(paths, 1):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entries.append(
-            FileEntry(name=path.name, size_bytes=path.stat().st_size, xxh3_128=checksum_file(path))
-        )
-        on_stage("checksums", number, len(paths))
-    return tuple(entries)
+class _Part(nn.Module):
+    """From dense features (B, num_dense) and pooled embeddings (B, F * D) to logits, float32."""
+
+    def __init__(self, model: RankingModel, precision: Precision) -> None:
+        super().__init__()
+        self.model, self._is_bf16 = model, precision == "bf16"
+
+    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        """Computes the logits as an evaluation does."""
+        if not self._is_bf16:
+            return self.model.dense_part(dense, pooled).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model.dense_part(dense, pooled).float()
+
+
+def _records(of: SavedModel, group: Group) -> Iterator[tuple[Int64Array, Float32Array]]:
+    """The records of a group in a checkpoint, file by file."""
+    path = of.saved.path
+    for file in of.saved.record_files[group.index]:
+        num_read = 0
+        for rows, records in read_records(path / file.name, group.record_width):
+            yield rows, records
+            num_read += len(rows)
+        check_num_records(path, file, num_read)
+
+
+def _copy_dictionary(of: SavedModel, table: TableEntry, to: Path) -> None:
+    assert isinstance(of.config.data, PreparedData)
+    folder = of.config.data.folder
+    entry = PreparedManifest.load(folder).dictionaries[table.name]
+    shutil.copyfile(check_file(folder, entry, verify=True), to)

@@ -147,8 +147,9 @@ def config_of(saved: SavedRun, overrides: Sequence[str] = ()) -> RunConfig:
     settings: dict[str, Any] = copy.deepcopy(dict(saved.config))
     if "data" not in settings:
         raise CheckpointError(
-            f"{saved.path}: is of an own loop, whose model only its own code can make: use "
-            "bagpipe.restore there; this command takes runs of `bagpipe train`"
+            f"{saved.path}: is of an own loop, whose model only its own code can make: this "
+            "command takes runs of `bagpipe train`. In the loop's code bagpipe.restore loads it, "
+            "and bagpipe.export writes a folder that bagpipe.serving predicts from"
         )
     settings["data"].pop("content", None)
     # they have what follows from the length of the run beside what a file may say

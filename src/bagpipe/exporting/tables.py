@@ -1,7 +1,7 @@
-"""A checkpoint's tables as files, in memory that does not grow with them.
+"""Tables as files, in memory that does not grow with them.
 
 The file of all tables is made at its full size and mapped. Every row gets its initial weights, and
-then those of the checkpoint's records, file by file in their order, as a store would take them.
+then those of the records that were written, in their order, as a store would take them.
 Nothing is kept: the operating system writes the mapped pages out, and they are let go of block by
 block.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,13 +20,11 @@ import pyarrow as pa
 
 from bagpipe.cache.weights import TORCH_DTYPES
 from bagpipe.embeddings.table_file import header_of, open_table_file, weight_key
+from bagpipe.exporting.parts import Exported, OnStage
 from bagpipe.serving.manifest import TABLES_NAME, TableEntry
 from bagpipe.store import RowInitializer
-from bagpipe.store.record_files import check_num_records, read_records
-from bagpipe.train.saved import SavedModel
 from bagpipe.types import Float32Array, Group, Int64Array
 
-OnStage: TypeAlias = Callable[[str, int, int], None]
 Weights: TypeAlias = npt.NDArray[Any]
 BLOCK_ROWS = 65_536
 _DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
@@ -42,7 +40,7 @@ def num_weight_bytes(groups: Sequence[Group]) -> int:
     )
 
 
-def write_safetensors(of: SavedModel, path: Path, on_stage: OnStage) -> None:
+def write_safetensors(of: Exported, path: Path, on_stage: OnStage) -> None:
     """Writes the weights of all tables to one file, under the keys of `save_tables`.
 
     Raises:
@@ -64,18 +62,14 @@ def write_safetensors(of: SavedModel, path: Path, on_stage: OnStage) -> None:
         os.posix_fallocate(file.fileno(), 0, size_bytes)  # else a full disk ends the process
         mapped = mmap.mmap(file.fileno(), 0)
     begins = {key: table.begin for key, table in open_table_file(path, shapes).items()}
-    for group, files in zip(of.groups, of.saved.record_files, strict=True):
+    for number, group in enumerate(of.groups, 1):
         keys = [weight_key(table.name) for table in group.tables]
         views = [_view(mapped, group, begins[key], shapes[key]) for key in keys]
-        _fill(group, of.config.train.seed, views, mapped, on_stage)
-        for number, record_file in enumerate(files, 1):
-            num_read = 0
-            for rows, records in read_records(of.saved.path / record_file.name, group.record_width):
-                _put(group, views, rows, records)
-                num_read += len(rows)
-                mapped.madvise(mmap.MADV_DONTNEED)
-            check_num_records(of.saved.path, record_file, num_read)
-            on_stage("records", number, len(files))
+        _fill(group, of.seed, views, mapped, on_stage)
+        for rows, records in of.records(group):
+            _put(group, views, rows, records)
+            mapped.madvise(mmap.MADV_DONTNEED)
+        on_stage("records", number, len(of.groups))
 
 
 def write_arrow(folder: Path, tables: Sequence[TableEntry], on_stage: OnStage) -> None:

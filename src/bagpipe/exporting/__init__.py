@@ -1,0 +1,1 @@
+"""Models as folders that need no trainer: those of runs, and of own loops."""
