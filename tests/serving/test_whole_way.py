@@ -22,6 +22,7 @@ import pytest
 from tests.cli.test_cli import invoke
 
 import bagpipe.serving
+from bagpipe.data.manifest import PreparedManifest
 from bagpipe.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -59,15 +60,50 @@ def predicted(folder: Path, data: str, *options: object) -> Any:
         return pq.read_table("out.parquet")
 
 
-def test_a_file_of_raw_rows_gets_the_bits_of_prepared_ones(folder: Path) -> None:
-    held_out = pa.ipc.open_file(folder / "prepared" / "validation-00000.arrow").read_all()
-    clicks = pq.read_table(folder / "clicks.parquet")
-    validation = predicted(folder, "prepared", "--batch-size", 64)
-    price = np.log(np.float32(1) + clicks.column("price").to_numpy().astype(np.float32))
+def write_held_out(folder: Path, prepared: str, raw: str) -> None:
+    """Writes the raw rows of a validation split to held_out.parquet, in their order."""
+    held_out = pa.ipc.open_file(folder / prepared / "validation-00000.arrow").read_all()
+    rows = pq.read_table(folder / raw)
+    price = np.log(np.float32(1) + rows.column("price").to_numpy().astype(np.float32))
     chosen = np.flatnonzero(np.isin(price, held_out.column("dense").combine_chunks().flatten()))
-    pq.write_table(clicks.take(chosen).drop_columns("clicked"), folder / "held_out.parquet")
+    pq.write_table(rows.take(chosen).drop_columns("clicked"), folder / "held_out.parquet")
+
+
+def test_a_file_of_raw_rows_gets_the_bits_of_prepared_ones(folder: Path) -> None:
+    validation = predicted(folder, "prepared", "--batch-size", 64)
+    write_held_out(folder, "prepared", "clicks.parquet")
     raw = predicted(folder, "held_out.parquet", "--batch-size", 64)
     assert raw.schema.names == ["score"]  # there are no labels
+    assert raw.column("score").equals(validation.column("score"))
+
+
+def test_new_values_of_later_prepared_data_are_unknown_ones(folder: Path) -> None:
+    random = np.random.default_rng(1)
+    later = pq.read_table(folder / "clicks.parquet").slice(0, 400)
+    columns = {
+        "user": later.column("user").to_numpy() + 250,  # half of them are new
+        "city": later.column("city"),
+        "genres": [["Opera", *genres] for genres in later.column("genres").to_pylist()],
+        "price": random.gamma(2.0, 10.0, len(later)),
+        "clicked": later.column("clicked"),
+    }
+    pq.write_table(pa.table(columns), folder / "later.parquet")
+    settings = {
+        "output": "later",
+        "vocabulary_from": "prepared",
+        "source.files": '["later.parquet"]',
+    }
+    words = [word for each in settings.items() for word in ("--set", "prepare.{}={}".format(*each))]
+    with contextlib.chdir(folder):
+        assert invoke("data", "prepare", "run.toml", *words).exit_code == 0
+        sizes = [PreparedManifest.load(Path(each)).num_embeddings for each in ("prepared", "later")]
+        assert sizes[0]["user"] < sizes[1]["user"]
+        assert sizes[0]["genres"] + 1 == sizes[1]["genres"]
+        assert invoke("eval", "runs/clicks", "later").exit_code == 0
+    validation = predicted(folder, "later", "--batch-size", 64)
+    write_held_out(folder, "later", "later.parquet")
+    raw = predicted(folder, "held_out.parquet", "--batch-size", 64)
+    assert raw.num_rows == validation.num_rows > 0
     assert raw.column("score").equals(validation.column("score"))
 
 
@@ -123,6 +159,7 @@ def test_other_prepared_data_are_refused(folder: Path) -> None:
         result = invoke("eval", "runs/clicks", "other")
         assert result.exit_code == 2
         assert "other: has other ids for the values of table 'user'" in result.stderr
+        assert "prepare.vocabulary_from, which keeps the run's ids" in result.stderr
         moved = invoke("eval", "runs/clicks", "--set", "data.folder=other")
         assert moved.exit_code == 2
         assert "other: holds other data than" in moved.stderr

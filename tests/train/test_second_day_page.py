@@ -27,7 +27,7 @@ def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
     (settings,) = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
     lines = PAGE.replace("\\\n", " ").splitlines()
     told = [shlex.split(line) for line in lines if line.startswith("    bagpipe ")]
-    assert [words[1] for words in told] == ["data", "train", "data", "train", "eval"]
+    assert [words[1] for words in told] == ["data", "train", "data", "eval", "train", "eval"]
     outputs = []
     with contextlib.chdir(tmp_path):
         exec(make, {})
@@ -40,8 +40,8 @@ def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
     day1, day2 = values(tmp_path / "data/day1", "user"), values(tmp_path / "data/day2", "user")
     assert day2[: len(day1)] == day1
     assert len(day2) > len(day1) > 100
-    assert "starts from step" in outputs[3]
-    assert f"new rows: user {len(day2) - len(day1)}, item " in outputs[3]
+    assert "starts from step" in outputs[4]
+    assert f"new rows: user {len(day2) - len(day1)}, item " in outputs[4]
     told_from = json.loads((tmp_path / "runs/day2/from.json").read_text())
     assert Path(told_from["checkpoint"]).parent == (tmp_path / "runs/day1/checkpoints").resolve()
     (raw,) = (tmp_path / "data/day2").glob("train-*.arrow")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from bagpipe.config.data import DataConfig, LabelColumn, PreparedData
 from bagpipe.data import has_split, open_source
 from bagpipe.data.base import BatchSource, Split
+from bagpipe.data.dictionaries import Dictionary
+from bagpipe.data.known_ids import KnownIds
 from bagpipe.data.manifest import MANIFEST_NAME, PreparedManifest
 from bagpipe.data.raw import find_files
 from bagpipe.errors import ConfigError, DataError
@@ -52,13 +56,19 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
             own = own.model_copy(update={"shuffle": False})
         return _part_of(own, split, weight_of(of))
     if (data / MANIFEST_NAME).is_file():
-        check_same_ids(of, data)
-        features = tuple(spec.name for spec in any_split(config).features)
+        check_ids(of, data)
+        features = any_split(config).features
         weight = weight_of(of)
         other = PreparedData(
-            kind="prepared", folder=data, features=features, ignore_weights=weight is None
+            kind="prepared",
+            folder=data,
+            features=tuple(spec.name for spec in features),
+            ignore_weights=weight is None,
         )
-        return _part_of(other, split, weight)
+        scored = _part_of(other, split, weight)
+        if scored.source.features == features:
+            return scored
+        return replace(scored, source=KnownIds(source=scored.source, features=features))
     if data.is_dir():
         raise DataError(
             f"{data}: is no folder of prepared data (it has no {MANIFEST_NAME}): give raw files, "
@@ -97,28 +107,31 @@ def weight_of(of: SavedModel) -> str | None:
     return PreparedManifest.load(data.folder).weight
 
 
-def check_same_ids(of: SavedModel, folder: Path) -> None:
-    """Raises DataError where prepared data have other columns, or their ids mean other values."""
+def check_ids(of: SavedModel, folder: Path) -> None:
+    """Raises DataError where prepared data have other columns, or a run's ids mean other values.
+
+    They may have more ids than the run, as dictionaries have that extend the run's.
+    """
     if not isinstance(of.config.data, PreparedData):
         raise DataError(
             f"{folder}: is prepared data, and {of.saved.path} was trained on ids that were made on "
             "the fly: give a Parquet file of ids"
         )
-    own, other = PreparedManifest.load(of.config.data.folder), PreparedManifest.load(folder)
+    own_folder = of.config.data.folder
+    own, other = PreparedManifest.load(own_folder), PreparedManifest.load(folder)
     features = {spec.name: spec.table for spec in any_split(of.config).features}
     entries = {entry.name: entry for entry in other.features}
     missing = sorted(features.keys() - entries.keys())
     differing = [
         table
-        for table in dict.fromkeys(features.values())
-        if _ids_of(own, table) != _ids_of(other, table)
+        for name, table in features.items()
+        if not missing
+        and (entries[name].table != table or not _keeps_ids(own_folder, own, folder, other, table))
     ]
-    if missing or differing:
-        what = (
-            f"has no feature {missing[0]!r}"
-            if missing
-            else f"has other ids for the values of table {differing[0]!r}"
-        )
+    if missing:
+        what = f"has no feature {missing[0]!r}"
+    elif differing:
+        what = f"has other ids for the values of table {differing[0]!r}"
     elif (own.dense_names, own.dense_transform) != (other.dense_names, other.dense_transform):
         what = (
             f"has the dense features {', '.join(other.dense_names)} (transform "
@@ -127,19 +140,25 @@ def check_same_ids(of: SavedModel, folder: Path) -> None:
     else:
         return
     raise DataError(
-        f"{folder}: {what}, so it does not fit the model that was trained on "
-        f"{of.config.data.folder}: give the raw files, which are encoded as those were"
+        f"{folder}: {what}, so it does not fit the model that was trained on {own_folder}: give "
+        "the raw files, which are encoded as those were, or prepare them with "
+        "prepare.vocabulary_from, which keeps the run's ids"
     )
 
 
-def _ids_of(manifest: PreparedManifest, table: str) -> tuple[object, ...]:
-    """What says which values the ids of a table stand for."""
-    dictionary = manifest.dictionaries.get(table)
-    return (
-        manifest.vocabulary,
-        manifest.num_embeddings.get(table),
-        None if dictionary is None else dictionary.checksum,
-    )
+def _keeps_ids(
+    own_folder: Path, own: PreparedManifest, folder: Path, other: PreparedManifest, table: str
+) -> bool:
+    """Whether each id of a table stands for the same values in other prepared data."""
+    if own.vocabulary != other.vocabulary or table not in other.num_embeddings:
+        return False
+    if table not in own.dictionaries:
+        return own.num_embeddings[table] == other.num_embeddings[table]
+    if own.dictionaries[table].checksum == other.dictionaries[table].checksum:
+        return True
+    known = Dictionary.open(own_folder, table).keys
+    found = Dictionary.open(folder, table).keys
+    return np.array_equal(known, found[: len(known)])
 
 
 def _part_of(config: DataConfig, split: str | None, weight: str | None) -> ScoredData:
