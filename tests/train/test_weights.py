@@ -179,6 +179,10 @@ def test_scores_of_a_saved_run_are_weighted(weighted: Path, tmp_path: Path) -> N
     assert f"validation {result.scores}" in told.output
     alike = invoke("eval", tmp_path / "run", "--set", "data.ignore_weights=true")
     assert str(result.scores) not in alike.output
+    # scores keep weights for longer than a stream does
+    small = ["eval", tmp_path / "run", "--batch-size", 4]
+    in_process = invoke(*small, "--set", "cache.oracle=process")
+    assert in_process.output == invoke(*small).output
 
     # raw files: with the weights, and without
     columns = click_columns()

@@ -92,10 +92,12 @@ def predictions(
     )
     with stream:
         for number, batch in enumerate(stream, 1):
+            # copies: scores keep them, and a stream uses a batch's memory for later ones
+            weights = batch.weights
             yield Predicted(
                 logits=_logits(loaded, batch),
-                labels=batch.labels.cpu(),
-                weights=None if batch.weights is None else batch.weights.cpu(),
+                labels=batch.labels.to("cpu", copy=True),
+                weights=None if weights is None else weights.to("cpu", copy=True),
             )
             on_batch(number, len(batches))
 
