@@ -150,10 +150,20 @@ def test_an_epoch_may_be_saved_at_its_ends(tmp_path: Path) -> None:
         Loop().restore(tmp_path, loader=again)
 
 
-def test_where_another_process_reads_the_loader_is_said(tmp_path: Path) -> None:
-    loop = Loop()
-    with pytest.warns(RuntimeWarning, match="an oracle process reads it.*use oracle='thread'"):
-        loop.train(StatefulLoader(), save_at(loop, tmp_path, 2), oracle="process")
+def test_a_loader_that_another_process_reads_goes_on_as_one_read_here(tmp_path: Path) -> None:
+    loader, loop = StatefulLoader(), Loop()
+    steps = (2, NUM_STEPS)
+    loop.train(
+        loader, lambda step: loop.save(tmp_path) if step in steps else None, oracle="process"
+    )
+    assert (loader.epoch, loader.next) == (1, 0)  # so that the next epoch is another one
+    begun, ended, resumed = StatefulLoader(), StatefulLoader(), Loop()
+    resumed.restore(tmp_path / "checkpoints" / "step-0000000002", loader=begun)
+    assert (begun.epoch, begun.next) == (0, 2)
+    resumed.train(begun)
+    assert_equal(resumed, loop)
+    Loop().restore(tmp_path, loader=ended)
+    assert list(ended) == []  # of this epoch
 
 
 def test_random_state_is_put_back_where_asked(tmp_path: Path) -> None:

@@ -295,9 +295,8 @@ def _checked(
         )
     if loader is not None and own.get("loader") is None:
         raise CheckpointError(
-            f"{path}: holds no state of a loader, since the one that was saved had no state_dict, "
-            "or an oracle process read it: leave `loader` out, and skip as many batches as `step` "
-            "says"
+            f"{path}: holds no state of a loader, since the one that was saved had no "
+            "state_dict: leave `loader` out, and skip as many batches as `step` says"
         )
     return saved, content
 

@@ -22,10 +22,10 @@ from bagpipe.cache.executor import Waits
 from bagpipe.distributed.lockstep import plan_act
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.joint import JointCollections
-from bagpipe.embeddings.loader_states import LoaderStates
 from bagpipe.embeddings.move import MakeBatch, Move, take_apart
 from bagpipe.embeddings.oracle_process import start_oracle
 from bagpipe.errors import BackgroundError, ConfigError, DataError, LostError, UsageError
+from bagpipe.feed.loader_states import LoaderStates
 from bagpipe.feed.source import PLANS_AHEAD, PlanSource, ProcessSource, ThreadSource
 from bagpipe.feed.stream import BatchAdapter, Planned, StreamOptions
 from bagpipe.native.fork import check_same_process
@@ -67,7 +67,8 @@ class Lookahead(Generic[BatchT]):
         self._peers = embeddings.peers
         self._has_others = self._peers.has_others
         self._pid = os.getpid()
-        states = LoaderStates(batches, options.first_step, is_elsewhere=in_process)
+        self._states = LoaderStates(batches, options.first_step)
+        read = self._states if self._states.has_state else batches
         # Held while a batch is asked for, and for ever by a call that was interrupted.
         self._turn = threading.Lock()
         self._is_closed = False
@@ -77,9 +78,9 @@ class Lookahead(Generic[BatchT]):
         )
         try:
             self._source: PlanSource[Any] = (
-                self._process_source(batches, options, adapter)
+                self._process_source(read, options, adapter)
                 if in_process
-                else ThreadSource(states if states.has_state else batches, options, adapter)
+                else ThreadSource(read, options, adapter)
             )
         except BaseException:
             embeddings.stop()
@@ -91,7 +92,7 @@ class Lookahead(Generic[BatchT]):
             options.prefetch_depth,
             " + ".join(f"{slots:,}" for slots in options.num_slots),
         )
-        embeddings.note_stream(weakref.ref(self), states)
+        embeddings.note_stream(weakref.ref(self), self._states)
 
     @property
     def waits(self) -> Waits:
@@ -159,6 +160,7 @@ class Lookahead(Generic[BatchT]):
         self._source.end_step(self._embeddings.step - 1)
         if not self._submit_ahead():
             self.close()
+            self._states.take_end(self._source.loader_end)
             raise StopIteration
         planned, make_batch = self._submitted.popleft()
         try:
@@ -330,6 +332,7 @@ class Lookahead(Generic[BatchT]):
 
     def _submit(self, planned: Planned[BatchT]) -> None:
         plan = planned.plan
+        self._states.take(planned.loader_states)
         if planned.ids_hash and plan.joint_hash:
             act = plan_act(plan.step, plan.lookahead, planned.ids_hash, plan.joint_hash)
             # the step before sends gradients that this one needs, and replicas for it

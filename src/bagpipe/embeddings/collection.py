@@ -22,12 +22,12 @@ from bagpipe.embeddings.batch_in_hand import BatchInHand
 from bagpipe.embeddings.capacity import make_caches
 from bagpipe.embeddings.executor_part import ExecutorPart
 from bagpipe.embeddings.grad_scaling import GradScaling
-from bagpipe.embeddings.loader_states import LoaderStates
 from bagpipe.embeddings.lookup_function import Lookup
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.embeddings.stored_tables import StoredTables
 from bagpipe.embeddings.user_tensors import autocast_dtype, check_dtype, check_stays, check_tensors
 from bagpipe.errors import UsageError
+from bagpipe.feed.loader_states import LoaderStates
 from bagpipe.jagged import as_jagged
 from bagpipe.native.fork import check_same_process
 from bagpipe.native.spans import span

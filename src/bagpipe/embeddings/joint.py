@@ -16,8 +16,8 @@ from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.embeddings.capacity import make_caches
 from bagpipe.embeddings.collection import EmbeddingBagCollection, Stream
 from bagpipe.embeddings.executor_part import ExecutorPart
-from bagpipe.embeddings.loader_states import LoaderStates
 from bagpipe.errors import ConfigError, UsageError
+from bagpipe.feed.loader_states import LoaderStates
 
 
 class JointCollections:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bagpipe.errors import BackgroundError, BagpipeError, LostError
+from bagpipe.feed.loader_states import LoaderStates
 from bagpipe.feed.meeting import Door, Porch
 from bagpipe.feed.seals import OpenBatches
 from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
@@ -79,21 +80,30 @@ def run_child(
     open_batches = OpenBatches()
     planned = plan_stream(batches, options, adapter, open_batches)
     plans = BackgroundIterator(planned, ahead=_PLANS_AHEAD, name="planner", on_item=lines.wake)
+    states = batches if isinstance(batches, LoaderStates) else None
     try:
-        lines.end(_send_all(plans, lines, open_batches))
+        lines.end(_send_all(plans, lines, open_batches, states))
         lines.wait_for_departure()
     finally:
         if not plans.close(timeout_s=_END_TIMEOUT_S):  # it waits for a reader that never returns
             os._exit(1)
 
 
-def _send_all(plans: BackgroundIterator[Any], lines: _Lines, open_batches: OpenBatches) -> Failure:
+def _send_all(
+    plans: BackgroundIterator[Any],
+    lines: _Lines,
+    open_batches: OpenBatches,
+    states: LoaderStates[Any] | None,
+) -> Failure:
     """Sends all steps; returns why no more come."""
     try:
         while (departure := lines.wait_for(plans)) is None:
             step = next(plans, None)
             if step is None:
-                return Failure()
+                return Failure(loader_end=b"" if states is None else states.packed_end())
+            if states is not None:
+                packed = states.packed(step[0].plan.step)
+                step = tuple(replace(planned, loader_states=packed) for planned in step)
             departure = lines.send(step, open_batches)
             if departure is not None:
                 break

@@ -86,6 +86,8 @@ class SharedOracle(Generic[BatchT]):
         self._file: int | None = file
         self._mapped: tuple[Region, UInt8Array] | None = None
         self._is_stopped = False
+        self.loader_end = b""
+        """Where the loader is in the process, once `items` has ended; empty if it has no state."""
         self._stop_at_end = weakref.finalize(self, _stop, connection, process)
         # When the program ends, multiprocessing waits for its processes before finalizers run. What
         # is registered later than multiprocessing itself runs before that.
@@ -127,6 +129,7 @@ class SharedOracle(Generic[BatchT]):
                 )
                 yield replace(planned, batch=batch, sparse=sparse, release=self._release)
             elif message.error is None:
+                self.loader_end = message.loader_end
                 return
             else:
                 if message.cause is not None:

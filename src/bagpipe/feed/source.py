@@ -23,6 +23,10 @@ class PlanSource(Protocol[BatchT]):
     A trainer asks for them in one thread.
     """
 
+    @property
+    def loader_end(self) -> bytes:
+        """At the end: where a loader with a state is that another process has read."""
+
     def __next__(self) -> Planned[BatchT]:
         """Waits for the next batch; raises what ended the batches, or StopIteration."""
 
@@ -63,6 +67,10 @@ class ThreadSource(BackgroundIterator[Planned[BatchT]]):
         steps = plan_stream(batches, options, adapter, self._open_batches)
         super().__init__(_of_first_rank(steps), ahead=PLANS_AHEAD, name="oracle")
 
+    @property
+    def loader_end(self) -> bytes:
+        return b""  # it was read here
+
     def check(self, planned: Planned[BatchT]) -> None:
         if planned.seal is not None:
             planned.seal.check()
@@ -85,6 +93,10 @@ class ProcessSource(BackgroundIterator[Planned[BatchT]]):
         """Stops `process` at the end; who made it closes it, once no plan is in use."""
         self.process = process
         super().__init__(process.items(copy_batches=copy_batches), ahead=PLANS_AHEAD, name="oracle")
+
+    @property
+    def loader_end(self) -> bytes:
+        return self.process.loader_end
 
     def check(self, planned: Planned[BatchT]) -> None:
         pass

@@ -163,6 +163,8 @@ class Planned(Generic[BatchT]):
 
     None where nobody could change it, since it was read for this stream or copied out.
     """
+    loader_states: bytes = b""
+    """The loader's states up to behind this batch, of an oracle process."""
     release: Callable[[], None] | None = None
     """To be called once nothing reads the plan's arrays any more, in the order of steps.
 

@@ -39,6 +39,8 @@ class Failure:
     error: BaseException | None = None
     cause: BaseException | None = None
     trace: str = ""
+    loader_end: bytes = b""
+    """Where the loader is once all is read, of one that has a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
