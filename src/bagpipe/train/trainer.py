@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -17,7 +18,6 @@ from bagpipe.checkpoint.checkpoints import (
     load_checkpoint,
     load_moment,
 )
-from bagpipe.checkpoint.epochs import RunFolder
 from bagpipe.checkpoint.run_folder import told_before
 from bagpipe.config.run import RunConfig
 from bagpipe.distributed.alone import ALONE, Peers
@@ -77,7 +77,6 @@ def train(
         TakenOverError: a newer start goes on with the run over its shard servers.
     """
     trainers, reporter = Trainers(peers), LoggedReporter(reporter)
-    has_servers = config.servers is not None or peers.has_others
     starting = Starting(
         config=config,
         trainers=trainers,
@@ -85,48 +84,19 @@ def train(
         resume=resume,
         overwrite=overwrite,
         is_from_another=start_from is not None,
-        takes_over=has_servers,
+        takes_over=config.servers is not None or peers.has_others,
         launcher=launcher,
     )
     with ExitStack() as stack:
         trainers.wait("all ranks to start")  # no start takes the run over unless it is whole
-        device = choose_device(config.train.device, peers)
-        own = {
-            "resume": resume,
-            "from": None if start_from is None else str(start_from),
-            "device": device.type,
-            "torch": environment()["torch"],
-        }
-        check_same_run(peers, {**describe_start(config), **own})
+        _check_same_start(starting, start_from)
         stack.enter_context(starting.takeover_told())
         source = None
         if start_from is not None and not (resume and starting.has_checkpoints()):
             source = find_source(start_from, config, trainers, reporter)
-
-        def claim() -> Start:
-            return stack.enter_context(starting.claimed())
-
-        start, join = None, None
-        if not has_servers:
-            start = claim()
-        else:
-            starting.check()
-            join = partial(joined_servers, config, claim=claim, trainers=trainers)
-        ready = (lambda: None) if peers.has_others else stack.enter_context(compiled_ahead())
-        run = stack.enter_context(build_run(config, peers=peers, join=join, say=reporter.say))
-        if start is None:
-            assert run.servers is not None
-            start = run.servers.start
-        folder, saved = start.folder, start.saved
-        other = None
-        if saved is not None:
-            _restore(saved, run, reporter, trainers)
-        elif source is not None:
-            other = StartFrom(saved=source, run=run, trainers=trainers)
-        if saved is None and overwrite:  # once nothing else can refuse the run
-            starting.start_afresh(folder)
-        taken = None if other is None else other.load(folder.path, reporter)
-        log = _open_log(config, saved, reporter, trainers)
+        run, start, ready = _begin(starting, stack)
+        taken = _fill(run, start, source, starting)
+        log = _open_log(config, start.saved, reporter, trainers)
         stack.enter_context(log)
         if taken is not None:
             log.write("from", 0, **taken)
@@ -137,20 +107,9 @@ def train(
             run.schedule.num_steps - run.embeddings.step,
             on_failure=reporter.say,
         )
-        saving = Saving(
-            parts=run,
-            folder=folder,
-            trainers=trainers,
-            log=log,
-            reporter=reporter,
-            cuts=_cuts(run, folder, saved, reporter, trainers),
-        )
-        stack.callback(saving.close)
-        if saved is not None:
-            saving.resumed_from(saved)
         loop = Loop(
             parts=run,
-            saving=saving,
+            saving=stack.enter_context(closing(_saving(run, start, log, starting))),
             trainers=trainers,
             log=log,
             reporter=reporter,
@@ -158,6 +117,60 @@ def train(
             stop_signal=lambda: stop.signal,
         )
         return loop.run(ready)
+
+
+def _check_same_start(starting: Starting, start_from: Path | None) -> None:
+    """Refuses ranks that were started with different settings or options."""
+    config, peers = starting.config, starting.trainers.peers
+    own = {
+        "resume": starting.resume,
+        "from": None if start_from is None else str(start_from),
+        "device": choose_device(config.train.device, peers).type,
+        "torch": environment()["torch"],
+    }
+    check_same_run(peers, {**describe_start(config), **own})
+
+
+def _begin(starting: Starting, stack: ExitStack) -> tuple[Run, Start, Callable[[], None]]:
+    """Claims the run's folder and builds the run; `stack` closes both.
+
+    With shard servers the claim comes once they are known to be this run's.
+
+    Returns:
+        The run, its start, and what waits until all loops are compiled.
+    """
+    config, trainers = starting.config, starting.trainers
+
+    def claim() -> Start:
+        return stack.enter_context(starting.claimed())
+
+    join = start = None
+    if starting.takes_over:
+        starting.check()
+        join = partial(joined_servers, config, claim=claim, trainers=trainers)
+    else:
+        start = claim()
+    peers, say = trainers.peers, starting.reporter.say
+    ready = (lambda: None) if peers.has_others else stack.enter_context(compiled_ahead())
+    run = stack.enter_context(build_run(config, peers=peers, join=join, say=say))
+    if start is None:
+        assert run.servers is not None
+        start = run.servers.start
+    return run, start, ready
+
+
+def _fill(
+    run: Run, start: Start, source: SavedRun | None, starting: Starting
+) -> dict[str, Any] | None:
+    """Puts what the run starts from into its parts; returns what it took from another run."""
+    trainers, reporter = starting.trainers, starting.reporter
+    if start.saved is not None:
+        _restore(start.saved, run, reporter, trainers)
+        return None
+    other = None if source is None else StartFrom(saved=source, run=run, trainers=trainers)
+    if starting.overwrite:  # once nothing else can refuse the run
+        starting.start_afresh(start.folder)
+    return None if other is None else other.load(start.folder.path, reporter)
 
 
 def _restore(saved: SavedRun, run: Run, reporter: Reporter, trainers: Trainers) -> None:
@@ -172,19 +185,25 @@ def _restore(saved: SavedRun, run: Run, reporter: Reporter, trainers: Trainers) 
         reporter.say(told)
 
 
-def _cuts(
-    run: Run, folder: RunFolder, saved: SavedRun | None, reporter: Reporter, trainers: Trainers
-) -> Cuts | None:
-    if run.servers is None:
-        return None
-    return Cuts(
-        folder,
-        run.servers.control,
-        saved,
-        keep=run.config.checkpoint.keep,
-        trainers=trainers,
-        say=reporter.say,
+def _saving(run: Run, start: Start, log: RunLog | NoLog, starting: Starting) -> Saving:
+    """What saves the run: with shard servers by cuts, else while training waits."""
+    trainers, reporter = starting.trainers, starting.reporter
+    cuts = None
+    if run.servers is not None:
+        cuts = Cuts(
+            start.folder,
+            run.servers.control,
+            start.saved,
+            keep=run.config.checkpoint.keep,
+            trainers=trainers,
+            say=reporter.say,
+        )
+    saving = Saving(
+        parts=run, folder=start.folder, trainers=trainers, log=log, reporter=reporter, cuts=cuts
     )
+    if start.saved is not None:
+        saving.resumed_from(start.saved)
+    return saving
 
 
 def _open_log(
