@@ -3,9 +3,10 @@
     python serve_http.py exported --port 8000
     curl localhost:8000/predict -d '[{"user": 17, "genres": ["Drama"], "price": 9.5}]'
 
-GET / tells which columns a row has. POST /predict takes a list of rows and answers with a score for
-each; a wrong row gets status 400 and a sentence. It is for a network that you trust: it knows no
-users, and one request at a time uses the processor.
+GET / tells which columns a row has, and the labels. POST /predict takes a list of rows and answers
+with a score for each, or a list of scores where there are several labels; a wrong row gets status
+400 and a sentence. It is for a network that you trust: it knows no users, and one request at a time
+uses the processor.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Handler(BaseHTTPRequestHandler):
     turn = threading.Lock()  # torch shares each call's work among its threads already
 
     def do_GET(self) -> None:
-        """Tells which columns a row has."""
-        columns = self.model.columns.as_dict() if self.path == "/" else None
-        self._answer(
-            404 if columns is None else 200, columns or {"error": "GET / or POST /predict"}
-        )
+        """Tells which columns a row has, and what is predicted."""
+        if self.path == "/":
+            self._answer(200, {**self.model.columns.as_dict(), "labels": self.model.labels})
+        else:
+            self._answer(404, {"error": "GET / or POST /predict"})
 
     def do_POST(self) -> None:
         """Predicts a list of rows."""

@@ -153,12 +153,33 @@ def no_logits(model: Any, dense: Tensor, pooled: Any) -> Any:
     return pooled["user"]
 
 
+def two_logits(model: Any, dense: Tensor, pooled: Any) -> Tensor:
+    logits: Tensor = model(dense, pooled)
+    return torch.stack([logits, -logits], dim=1)
+
+
 def of_another(model: Any, dense: Tensor, pooled: Any) -> Any:
     return pooled["item"]
 
 
 def by_value(model: Any, dense: Tensor, pooled: Any) -> Any:
     return model(dense, pooled) if dense.sum() > 4 else dense[:, 0]
+
+
+def test_several_labels_have_a_score_each(model: Model, tmp_path: Path) -> None:
+    scores = {}
+    for name, options in (
+        ("one", {}),
+        ("two", {"forward": two_logits, "labels": ["kept", "left"]}),
+    ):
+        bagpipe.export(
+            tmp_path / name, model.embeddings, model=model, arrow=False, **OPTIONS | options
+        )
+        scores[name] = bagpipe.serving.load(tmp_path / name)
+    assert (scores["one"].labels, scores["two"].labels) == (("label",), ("kept", "left"))
+    both = scores["two"].predict([EXAMPLE])
+    assert both.shape == (1, 2)
+    assert both[:, 0] == scores["one"].predict([EXAMPLE])
 
 
 @pytest.mark.parametrize(
@@ -179,6 +200,10 @@ def by_value(model: Any, dense: Tensor, pooled: Any) -> Any:
         ({"example": [EXAMPLE | {"user": 20}]}, ["table 'user'", "an id is 20", "from 0 to 19"]),
         ({"example": [EXAMPLE | {"price": "1"}]}, ["the example", "'price'", "must be a number"]),
         ({"forward": no_logits}, ["Model", "makes (3, 4) of 3 rows, must be (3,)"]),
+        ({"forward": two_logits}, ["makes (3, 2) of 3 rows, must be (3,), a logit each for label"]),
+        ({"labels": ["a", "b"]}, ["makes (3,) of 3 rows, must be (3, 2), a logit each for a, b"]),
+        ({"labels": ["a", "a"]}, ["labels is ['a', 'a'], must be a list of names, each once"]),
+        ({"labels": "ab"}, ["labels is 'ab', must be a list"]),
         ({"forward": of_another}, ["Model", "can't be computed", "KeyError: 'item'"]),
         ({"forward": by_value}, ["Model", "torch.export can't follow it"]),
     ],

@@ -184,7 +184,8 @@ def test_a_served_model_answers_over_http(folder: Path) -> None:
             with urllib.request.urlopen(f"{url}/predict", json.dumps([row]).encode()) as answer:
                 assert json.load(answer) == {"scores": model.predict([row]).tolist()}
             with urllib.request.urlopen(url) as answer:
-                assert json.load(answer)["dense"] == ["price"]
+                told = json.load(answer)
+                assert (told["dense"], told["labels"]) == (["price"], ["clicked"])
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(f"{url}/predict", b'[{"user": 1}]')
             with caught.value as refused:

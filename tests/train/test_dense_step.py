@@ -26,6 +26,7 @@ from bagpipe.models import DLRM
 from bagpipe.optimizers import RowWiseAdagrad
 from bagpipe.train.build import has_graph, make_dense_step
 from bagpipe.train.dense_step import DenseStep, Precision
+from bagpipe.train.objective import Objective
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 from bagpipe.types import Jagged, TableConfig
@@ -212,7 +213,7 @@ def test_a_graph_wants_shares_of_one_size() -> None:
     with pytest.raises(
         ConfigError, match=r"batch_size = 1,001 is no multiple of 2 trainers: use 1,000, or 'eager'"
     ):
-        make_dense_step(config, parts, parts, embeddings, torch.device("cuda"), print)
+        make_dense_step(config, parts, parts, embeddings, torch.device("cuda"), Objective(), print)
 
 
 @pytest.mark.parametrize(

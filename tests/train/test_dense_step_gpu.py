@@ -41,11 +41,14 @@ def test_a_graph_gives_what_eager_gives(tmp_path: Path, kind: str) -> None:
     assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
 
 
-def test_a_graph_takes_the_weights_of_each_batch(tmp_path: Path) -> None:
-    prepare_clicks(tmp_path, click_columns(), weight="weight")
+def test_a_graph_takes_the_weights_and_labels_of_each_batch(tmp_path: Path) -> None:
+    labels = [{"column": "clicked"}, {"column": "bought"}]
+    prepare_clicks(tmp_path, click_columns(), labels=labels, weight="weight")
     for dense in ("eager", "graph"):
-        options = {"device": "cuda", "dense": dense}
-        train(click_config(tmp_path, tmp_path / dense, train=options), reporter=SilentReporter())
+        options = {"device": "cuda", "dense": dense, "label_weights": {"bought": 0.5}}
+        model = {"bottom": [8, 4], "top": [8, 2]}
+        config = click_config(tmp_path, tmp_path / dense, model=model, train=options)
+        train(config, reporter=SilentReporter())
     assert newest_files(tmp_path / "graph") == newest_files(tmp_path / "eager")
 
 

@@ -25,7 +25,7 @@ from bagpipe.errors import BagpipeError, CheckpointError, DataError
 from bagpipe.train.evaluate import evaluate
 from bagpipe.train.loop import Result
 from bagpipe.train.metrics import BinaryScores
-from bagpipe.train.objective import mean_loss
+from bagpipe.train.objective import Objective
 from bagpipe.train.saved import load_model, open_saved
 from bagpipe.train.trainer import train
 from bagpipe.types import Jagged
@@ -74,10 +74,10 @@ def test_a_sample_counts_by_its_weight_alone() -> None:
     )
     weights = torch.tensor([2.0, 0, 1, 3, 0, 1]).double()
     often = torch.repeat_interleave(torch.arange(6), weights.long())
-    found = mean_loss(logits.float(), labels.float(), weights.float())
+    found = Objective().loss(logits.float(), labels.float(), weights.float())
     expected = binary_cross_entropy_with_logits(logits[often], labels[often], reduction="sum") / 6
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
-    assert float(mean_loss(logits.float(), labels.float(), torch.zeros(6))) == 0.0
+    assert float(Objective().loss(logits.float(), labels.float(), torch.zeros(6))) == 0.0
 
 
 def test_weights_of_one_train_as_none_and_others_do_not(weighted: Path, tmp_path: Path) -> None:

@@ -73,8 +73,9 @@ def evaluate(
 
         if not scored.has_labels:
             raise DataError(
-                f"{data}: has no column {scored.label!r}, the label, to be compared with: give "
-                "data that have it, or predict them (bagpipe predict)"
+                f"{data}: lacks the labels to be compared with, which are columns like those of "
+                f"training ({', '.join(loaded.of.label_names)}): give data that have them, or "
+                "predict them (bagpipe predict)"
             )
         if scored.weight is not None and not scored.source.has_weights:
             raise DataError(
@@ -110,7 +111,8 @@ def predict(
 ) -> None:
     """Write the probability of each row to a Parquet file, in the order of the rows.
 
-    Its columns are `score`, and `label` where the data have labels.
+    Its columns are `score`, and `label` where the data have labels; of several labels `score_NAME`
+    and `label_NAME` of each.
     """
     console = Console()
     with mistakes_told():

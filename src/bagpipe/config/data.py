@@ -59,6 +59,8 @@ class PreparedData(Section):
     folder: Path
     features: tuple[Name, ...] | None = None
     """The features to read, in this order; all of them when left out."""
+    labels: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """The labels to learn, in this order; all of them when left out."""
     ignore_weights: bool = False
     """Whether all samples count alike, in training and in scores, though the data have weights."""
     shuffle: bool = False
@@ -109,8 +111,15 @@ class LabelColumn(Section):
     """The column with the label: a number in [0, 1], or any number with a threshold."""
 
     column: Name
+    name: Name | None = None
+    """The label's name; the column's name when left out."""
     at_least: float | None = None
     """The label is 1 where the column's value is at least this, else 0."""
+
+    @property
+    def label(self) -> str:
+        """The label's name."""
+        return self.name or self.column
 
 
 class SparseColumn(Section):
@@ -141,7 +150,9 @@ class ParquetFiles(Section):
 
     kind: Literal["parquet"]
     files: tuple[Name, ...] = Field(min_length=1)
-    label: LabelColumn
+    label: LabelColumn | None = None
+    labels: tuple[LabelColumn, ...] = ()
+    """Several labels in place of `label`, for a model that learns them all."""
     dense: tuple[Name, ...] = ()
     sparse: tuple[SparseColumn, ...] = Field(min_length=1)
     weight: Name | None = None
@@ -161,13 +172,7 @@ class ParquetFiles(Section):
         for name in self.dense:
             if self.dense.count(name) > 1:
                 raise ValueError(f"dense column {name!r} is given more than once")
-        if self.label.column in (*self.dense, *(c.column for c in self.sparse), self.time):
-            raise ValueError(
-                f"column {self.label.column!r} is the label, so it can't be a feature or the "
-                "time too"
-            )
-        if self.weight == self.label.column:
-            raise ValueError(f"column {self.weight!r} is the label, so it can't be the weight too")
+        self._check_labels()
         sizes: dict[str, int | None] = {}
         for column in self.sparse:
             if sizes.setdefault(column.table_name, column.num_embeddings) != column.num_embeddings:
@@ -177,6 +182,31 @@ class ParquetFiles(Section):
                     "same number to both"
                 )
         return self
+
+    def _check_labels(self) -> None:
+        if (self.label is None) == (not self.labels):
+            what = "neither is" if self.label is None else "both are"
+            raise ValueError(f"give label, or labels where there are several: {what} given")
+        labels = [label.label for label in self.all_labels]
+        for label in self.all_labels:
+            if labels.count(label.label) > 1:
+                raise ValueError(
+                    f"label {label.label!r} is given more than once: set `name` to tell them apart"
+                )
+            if label.column in (*self.dense, *(c.column for c in self.sparse), self.time):
+                raise ValueError(
+                    f"column {label.column!r} is the label, so it can't be a feature or the "
+                    "time too"
+                )
+            if self.weight == label.column:
+                raise ValueError(
+                    f"column {self.weight!r} is the label, so it can't be the weight too"
+                )
+
+    @property
+    def all_labels(self) -> tuple[LabelColumn, ...]:
+        """The labels' columns, of which there is at least one."""
+        return self.labels if self.label is None else (self.label,)
 
 
 class HashConfig(Section):

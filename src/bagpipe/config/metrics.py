@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
@@ -24,6 +25,11 @@ Metrics: TypeAlias = Annotated[
 ]
 DEFAULT_METRICS: tuple[Metric, ...] = ("auc", "log_loss", "normalized_entropy")
 _BETTER_HIGH = ("auc", "grouped_auc", "accuracy")
+
+
+def score_name(metric: Metric, label: str | None, labels: Sequence[str]) -> str:
+    """What evaluations call a metric of a label, of all `labels`; None: of the first."""
+    return metric if len(labels) == 1 else f"{metric}/{label or labels[0]}"
 
 
 def is_better_high(metric: Metric) -> bool:

@@ -31,6 +31,13 @@ class _Model(Section):
             ValueError: The sizes do not fit together, or do not fit the embedding dimension.
         """
 
+    def check_labels(self, num_labels: int) -> None:
+        """Checks that the model makes a logit for each label, where that is known.
+
+        Raises:
+            ValueError: It makes another number.
+        """
+
 
 class OwnModelConfig(_Model):
     """A subclass of `bagpipe.models.RankingModel` that can be imported: "package.module:Class".
@@ -44,17 +51,20 @@ class OwnModelConfig(_Model):
 
 class _LayeredModel(_Model):
     top: LayerSizes
-    """Layers over the features that the model makes. The last layer is the logit, of size 1."""
+    """Layers over the features that the model makes. The last layer is the logit, of size 1, or
+    has one for each of several labels."""
     dropout: Share = 0.0
     """The share of values that each layer but the logit's sets to 0 in training."""
     batch_norm: bool = False
     """Whether each layer but the logit's is normalized over a batch. For one trainer only."""
 
-    def check(self, embedding_dim: int) -> None:
-        """Checks the sizes of layers, as `_Model.check` does."""
-        if self.top[-1] != 1:
+    def check_labels(self, num_labels: int) -> None:
+        """Checks the last size of `top`, as `_Model.check_labels` does."""
+        if self.top[-1] != num_labels:
+            what = "is the logit" if num_labels == 1 else f"makes the logits of {num_labels} labels"
             raise ValueError(
-                f"model.top ends with {self.top[-1]}: its last layer is the logit, so it must be 1"
+                f"model.top ends with {self.top[-1]}: its last layer {what}, so it must be "
+                f"{num_labels}"
             )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from bagpipe.config.base import Section, Steps
+from bagpipe.config.data import Name
 from bagpipe.config.metrics import Metric
 
 Factor: TypeAlias = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -82,6 +83,8 @@ class PlateauRate(ConstantRate):
 
     kind: Literal["plateau"]  # type: ignore[assignment]
     metric: Metric = "log_loss"
+    label: Name | None = None
+    """Of several labels that whose metric counts; the first when left out."""
     factor: Factor = 0.1
     patience: Annotated[int, Field(ge=0, le=10**6)] = 1
     """How many evaluations may be no better than the best one before the rate falls."""

@@ -106,6 +106,8 @@ class BestConfig(Section):
     """The best model by evaluations, whose checkpoint is kept beside the last ones."""
 
     metric: Metric = "log_loss"
+    label: Name | None = None
+    """Of several labels that whose metric counts; the first when left out."""
     patience: Count | None = None
     """After how many evaluations in a row that are no better the run ends. Left out: it goes on."""
     min_gain: Rate = 0.0
@@ -142,6 +144,9 @@ class TrainConfig(Section):
     eval_every_steps: Steps | None = None
     """Steps between evaluations on the validation split. There is always one at the end."""
     eval_batch_size: BatchSize = 8192
+    label_weights: dict[Name, Annotated[Rate, Field(gt=0.0)]] = Field(default_factory=dict)
+    """By label, what its loss is multiplied by before the losses of all labels are added up; 1 for
+    those left out."""
     metrics: Metrics = DEFAULT_METRICS
     """What evaluations tell, in this order. What `best` or a plateau watches is told, too."""
     group_by: Name | None = None
@@ -201,6 +206,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.model.check(self.embeddings.embedding_dim)
+        labels = ("label",) if self.data.kind == "synthetic" else self.data.labels
+        if labels is not None:  # else the data say how many there are
+            self.model.check_labels(len(labels))
         for key, schedule in (
             ("train.lr_schedule", self.train.lr_schedule),
             ("embeddings.lr_schedule", self.embeddings.lr_schedule),

@@ -34,6 +34,7 @@ def open_source(config: DataConfig, split: Split) -> BatchSource:
         config.folder,
         split,
         features=config.features,
+        labels=config.labels,
         ignore_weights=config.ignore_weights,
         shuffle=config.shuffle and split == "train",
         seed=config.seed,

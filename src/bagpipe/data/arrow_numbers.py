@@ -40,7 +40,7 @@ def label_values(
     )
     if at_least is not None:
         return (values >= at_least).astype(np.float32)
-    must = "must be in [0, 1]; set source.label.at_least to turn it into 0 and 1"
+    must = "must be in [0, 1]; set at_least of source.label to turn it into 0 and 1"
     place.refuse(
         (values < 0) | (values > 1),
         good,

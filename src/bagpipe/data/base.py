@@ -35,7 +35,7 @@ class Batch:
 
     dense: Float32Array  # (B, num_dense)
     sparse: Jagged
-    labels: Float32Array  # (B,)
+    labels: Float32Array  # (B,), or (B, L) of L labels
     weights: Float32Array | None = None  # (B,) 0 or more; None: all samples count alike
 
     @property
@@ -79,6 +79,10 @@ class BatchSource(Protocol):
     @property
     def num_dense(self) -> int:
         """Number of dense features per sample."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels of every batch."""
 
     @property
     def has_weights(self) -> bool:

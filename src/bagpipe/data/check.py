@@ -21,7 +21,12 @@ _EXPONENT = np.int32(0x7F800000)
 
 
 def check_batch(
-    batch: Batch, features: Sequence[FeatureSpec], *, where: str, dense_names: Sequence[str] = ()
+    batch: Batch,
+    features: Sequence[FeatureSpec],
+    *,
+    where: str,
+    dense_names: Sequence[str] = (),
+    label_names: Sequence[str] = (),
 ) -> None:
     """Raises DataError for the first fault of a batch.
 
@@ -34,11 +39,12 @@ def check_batch(
         features: The features that the tables know.
         where: Which batch it is, for the message, e.g. ``"batch 7 of train"``.
         dense_names: Names of the dense features, as far as they are known.
+        label_names: Names of the labels, where there are several.
 
     Raises:
         DataError: The batch has a fault; the message says where.
     """
-    _check_finite(batch, where, dense_names)
+    _check_finite(batch, where, dense_names, label_names)
     check_jagged(batch.sparse, features, where=where)
 
 
@@ -63,11 +69,16 @@ def check_jagged(sparse: Jagged, features: Sequence[FeatureSpec], *, where: str)
         _refuse_id(sparse, bad, by_name[sparse.keys[bad]], ids, where)
 
 
-def _check_finite(batch: Batch, where: str, dense_names: Sequence[str]) -> None:
-    if not _are_finite(batch.labels):
-        sample = int(np.argmin(np.isfinite(batch.labels)))
+def _check_finite(
+    batch: Batch, where: str, dense_names: Sequence[str], label_names: Sequence[str]
+) -> None:
+    if not _are_finite(batch.labels.reshape(-1)):
+        labels = batch.labels.reshape(batch.batch_size, -1)
+        sample, column = (int(part) for part in np.argwhere(~np.isfinite(labels))[0])
+        name = f" {label_names[column]!r}" if batch.labels.ndim > 1 else ""
         raise DataError(
-            f"{where}: the label of sample {sample} is {batch.labels[sample]}, must be finite"
+            f"{where}: the label{name} of sample {sample} is {labels[sample, column]}, must be "
+            "finite"
         )
     weights = batch.weights
     if weights is not None and (not _are_finite(weights) or (weights < 0).any()):

@@ -28,6 +28,11 @@ class KnownIds:
         return self.source.num_dense
 
     @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels."""
+        return self.source.label_names
+
+    @property
     def has_weights(self) -> bool:
         """Whether every batch has weights."""
         return self.source.has_weights

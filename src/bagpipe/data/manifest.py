@@ -44,6 +44,14 @@ class FileEntry(_Entry):
         return name
 
 
+class LabelEntry(_Entry):
+    """One of several labels, or one with a name of its own."""
+
+    name: str
+    column: str
+    at_least: float | None = None  # the label is 1 where the column is at least this
+
+
 class FeatureEntry(_Entry):
     """One categorical feature, in column order."""
 
@@ -110,6 +118,7 @@ class PreparedManifest(_Entry):
     format_version: Literal[1] = 1
     label: str
     label_at_least: float | None = None  # labels are 1 where the column is at least this
+    labels: tuple[LabelEntry, ...] = ()  # empty: the one that `label` tells
     weight: str | None = None  # the column with samples' weights
     dense_names: tuple[str, ...]
     dense_transform: Literal["log", "none"]
@@ -149,6 +158,12 @@ class PreparedManifest(_Entry):
         )
 
     @property
+    def all_labels(self) -> tuple[LabelEntry, ...]:
+        """The labels, of which there is at least one."""
+        only = LabelEntry(name=self.label, column=self.label, at_least=self.label_at_least)
+        return self.labels or (only,)
+
+    @property
     def content(self) -> str:
         """A hash of the training split, by which it is known wherever the folder lies."""
         files = self.splits.get("train", ())
@@ -161,6 +176,9 @@ class PreparedManifest(_Entry):
     def save(self, folder: Path) -> None:
         """Writes it into `folder`, all or nothing."""
         content = self.model_dump(mode="json")
+        for key in ("labels", "weight"):  # only where there are any, for versions before them
+            if not content[key]:
+                del content[key]
         write_atomically(
             folder / MANIFEST_NAME, _encode({**content, "manifest_checksum": _checksum(content)})
         )

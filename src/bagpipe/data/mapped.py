@@ -30,7 +30,7 @@ class View:
     words: Int32Array  # the whole file, in which ids and offsets lie
     first_ids: Int64Array  # (F,) where in it each feature's ids begin
     first_offsets: Int64Array  # (F,) and its offsets (n + 1,); -1 for a single-hot feature
-    weights: Float32Array | None = None  # (n,)
+    of_samples: tuple[Float32Array, ...]  # (n,) each, of the columns behind the features
 
 
 class MappedFile:
@@ -91,7 +91,7 @@ class MappedFile:
             words=self._words,
             first_ids=np.array(first_ids, np.int64),
             first_offsets=np.array(first_offsets, np.int64),
-            weights=of_samples[0].to_numpy() if of_samples else None,
+            of_samples=tuple(column.to_numpy() for column in of_samples),
         )
 
     def _place(self, column: Any) -> int:

@@ -33,10 +33,18 @@ def run_notes(config: DataConfig) -> list[str]:
         return []
     manifest = PreparedManifest.load(config.folder)
     return [
+        *_several_labels(manifest, config.labels),
         *_weighted(manifest, ignored=config.ignore_weights),
         *_unseen(manifest, config.features),
         *(() if config.shuffle else _clustered(manifest)),
     ]
+
+
+def _several_labels(manifest: PreparedManifest, chosen: Sequence[str] | None) -> Iterator[str]:
+    """on what is learned of data with several labels."""
+    names = [label.name for label in manifest.all_labels]
+    if len(names) > 1:
+        yield f"labels: {', '.join(chosen or names)}"
 
 
 def _weighted(manifest: PreparedManifest, *, ignored: bool) -> Iterator[str]:

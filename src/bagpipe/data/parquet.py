@@ -45,7 +45,7 @@ class ParquetSource:
     Args:
         files: The files to read.
         config: Which columns they are read by, and as what.
-        has_label: Whether the files have the label's column; else all labels are 0.
+        has_label: Whether the files have the labels' columns; else all labels are 0.
         block_rows: The most rows of a block.
 
     Raises:
@@ -125,7 +125,7 @@ class ParquetSource:
         """What about a column's type must be the same in all files, for each of its uses."""
         config = self._config
         uses: list[object] = [str(kind)] if name == config.time else []
-        if name in (config.label.column, config.weight, *config.dense):
+        if name in (*_label_columns(config), config.weight, *config.dense):
             uses.append(is_number(kind) or str(kind))
         for column in config.sparse:
             if column.column == name:
@@ -136,10 +136,10 @@ class ParquetSource:
     def _block(self, batch: Any, row: int, place: Place) -> RawBlock:
         config = self._config
         good = np.ones(len(batch), np.bool_)
-        labels = np.zeros(len(batch), np.float32)
-        if self._has_label:
-            values = batch.column(config.label.column)
-            labels = label_values(values, config.label.column, config.label.at_least, good, place)
+        labels = np.zeros((len(batch), len(config.all_labels)), np.float32)
+        for index, label in enumerate(config.all_labels if self._has_label else ()):
+            values = batch.column(label.column)
+            labels[:, index] = label_values(values, label.column, label.at_least, good, place)
         dense = np.empty((len(batch), len(config.dense)), np.float32)
         for index, name in enumerate(config.dense):
             dense[:, index] = dense_values(batch.column(name), name, good, place)
@@ -164,7 +164,7 @@ class ParquetSource:
         )
         block = RawBlock(
             rows=np.arange(row, row + len(batch)),
-            labels=labels,
+            labels=labels[:, 0] if len(config.all_labels) == 1 else labels,
             weights=weights,
             dense=dense,
             keys=keys,
@@ -185,8 +185,12 @@ class Column(Protocol):
         """What splits its strings into values, if they hold several."""
 
 
+def _label_columns(config: ParquetFiles) -> list[str]:
+    return [label.column for label in config.all_labels]
+
+
 def _mapped_columns(config: ParquetFiles, *, has_label: bool) -> list[str]:
-    names = [config.label.column] if has_label else []
+    names = _label_columns(config) if has_label else []
     names += [config.weight] if config.weight else []
     names += [*config.dense, *(column.column for column in config.sparse)]
     return list(dict.fromkeys(names + ([config.time] if config.time else [])))

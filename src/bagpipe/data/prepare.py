@@ -26,7 +26,7 @@ from bagpipe.data.base import Split
 from bagpipe.data.criteo import CARDINALITIES, SPARSE_NAMES, CriteoSource
 from bagpipe.data.dictionaries import TableValues, write_dictionary
 from bagpipe.data.earlier import Earlier
-from bagpipe.data.manifest import FileEntry, PreparedManifest, SkippedEntry, SourceEntry
+from bagpipe.data.manifest import FileEntry, LabelEntry, PreparedManifest, SkippedEntry, SourceEntry
 from bagpipe.data.output_folder import OutputFolder
 from bagpipe.data.parquet import ParquetSource
 from bagpipe.data.raw import Problems, Progress, RawFeature, RawSource, find_files
@@ -79,6 +79,7 @@ def _prepare(config: PrepareConfig, progress: ProgressCallback) -> PreparedManif
                 vocabularies,
                 config.transform,
                 texts=texts,
+                further_labels=[label.name for label in _labels_of(config)[1:]],
                 has_weights=_weight_of(config) is not None,
             )
             splits, problems = _write_splits(config, folder, source, splitter, encoder, progress)
@@ -111,6 +112,15 @@ def open_raw(config: PrepareConfig) -> RawSource:
     if config.source.kind == "parquet":
         return ParquetSource(files, config.source)
     return CriteoSource(files, _criteo_sizes(config.source))
+
+
+def _labels_of(config: PrepareConfig) -> tuple[LabelEntry, ...]:
+    if config.source.kind != "parquet":
+        return (LabelEntry(name="label", column="label"),)
+    return tuple(
+        LabelEntry(name=label.label, column=label.column, at_least=label.at_least)
+        for label in config.source.all_labels
+    )
 
 
 def _weight_of(config: PrepareConfig) -> str | None:
@@ -267,9 +277,11 @@ def _describe(
         for reason, rows in problems.skipped.items()
     }
     num_kept = sum(file.num_rows for files in splits.values() for file in files)
+    labels = _labels_of(config)
     return PreparedManifest(
-        label=config.source.label.column if config.source.kind == "parquet" else "label",
-        label_at_least=(config.source.label.at_least if config.source.kind == "parquet" else None),
+        label=labels[0].column,
+        label_at_least=labels[0].at_least,
+        labels=labels if len(labels) > 1 or labels[0].name != labels[0].column else (),
         weight=_weight_of(config),
         dense_names=source.dense_names,
         dense_transform=config.transform,

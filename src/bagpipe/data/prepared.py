@@ -38,6 +38,7 @@ class PreparedSource:
         folder: The folder of prepared data.
         split: Which split of them.
         features: The features to read, in this order; None reads all of them.
+        labels: The labels to read, likewise.
         ignore_weights: Whether batches have no weights, though the data have.
         shuffle: Whether rows are read in another order in each epoch.
         seed: What that order depends on, besides the epoch.
@@ -46,7 +47,7 @@ class PreparedSource:
 
     Raises:
         DataError: A file is missing, truncated or altered, or the split is empty.
-        ConfigError: A chosen feature does not exist, or is chosen twice.
+        ConfigError: A chosen feature or label does not exist, or is chosen twice.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class PreparedSource:
         split: Split,
         *,
         features: Sequence[str] | None = None,
+        labels: Sequence[str] | None = None,
         ignore_weights: bool = False,
         shuffle: bool = False,
         seed: int = 0,
@@ -62,7 +64,11 @@ class PreparedSource:
     ) -> None:
         self.manifest = PreparedManifest.load(folder)
         self._split, self._shuffle, self._seed = split, shuffle, seed
-        self._columns = _chosen_columns(self.manifest, features)
+        feature_names = [feature.name for feature in self.manifest.features]
+        label_names = [label.name for label in self.manifest.all_labels]
+        self._columns = _chosen("feature", features, feature_names)
+        self._labels = _chosen("label", labels, label_names)
+        self.label_names = tuple(label_names[label] for label in self._labels)
         self.features: tuple[FeatureSpec, ...] = tuple(
             self.manifest.feature_specs[column] for column in self._columns
         )
@@ -75,7 +81,9 @@ class PreparedSource:
             )
         stored, has_weights = self.manifest.features, self.manifest.weight is not None
         self.has_weights = has_weights and not ignore_weights
-        schema = prepared_schema(stored, self.num_dense, has_weights=has_weights)
+        schema = prepared_schema(
+            stored, self.num_dense, further_labels=label_names[1:], has_weights=has_weights
+        )
         self._files = [
             MappedFile(check_file(folder, entry, verify=verify), schema, len(stored))
             for entry in entries
@@ -90,6 +98,7 @@ class PreparedSource:
             folder,
             split,
             features=features,
+            labels=labels,
             ignore_weights=ignore_weights,
             shuffle=shuffle,
             seed=seed,
@@ -143,7 +152,13 @@ class PreparedSource:
 
     def _read(self, pieces: list[Piece], size: int, where: str) -> Batch:
         batch = self._gather(pieces, size)
-        check_batch(batch, self.features, where=where, dense_names=self.manifest.dense_names)
+        check_batch(
+            batch,
+            self.features,
+            where=where,
+            dense_names=self.manifest.dense_names,
+            label_names=self.label_names,
+        )
         return batch
 
     def _gather(self, pieces: list[Piece], size: int) -> Batch:
@@ -156,16 +171,20 @@ class PreparedSource:
         ]
         for (rows, positions, is_run), view in zip(places, views, strict=True):
             _gather_numbers(view.labels, view.dense, rows, positions, is_run, labels, dense)
-        weights = np.empty(size, np.float32) if self.has_weights else None
-        if weights is not None:
+
+        def gathered(column: int) -> Float32Array:
+            """One of the columns behind the features."""
+            values = np.empty(size, np.float32)
             for (rows, positions, _), view in zip(places, views, strict=True):
-                assert view.weights is not None
-                weights[positions] = view.weights[rows]
+                values[positions] = view.of_samples[column][rows]
+            return values
+
+        chosen = [labels if label == 0 else gathered(label - 1) for label in self._labels]
         return Batch(
             dense=dense,
             sparse=self._gather_ids(places, views, size),
-            labels=labels,
-            weights=weights,
+            labels=chosen[0] if len(chosen) == 1 else np.stack(chosen, axis=1),
+            weights=gathered(-1) if self.has_weights else None,
         )
 
     def _gather_ids(
@@ -319,18 +338,16 @@ def _numbers(chosen: Int64Array | slice) -> Int64Array:
     return np.arange(chosen.start, chosen.stop) if isinstance(chosen, slice) else chosen
 
 
-def _chosen_columns(manifest: PreparedManifest, features: Sequence[str] | None) -> tuple[int, ...]:
-    names = [feature.name for feature in manifest.features]
-    for name in features or ():
+def _chosen(what: str, chosen: Sequence[str] | None, names: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of the chosen ones of `names`; all where None is given."""
+    for name in chosen or ():
         if name not in names:
             raise ConfigError(
-                f"feature {name!r} is not in the prepared data, which has {', '.join(names)}"
+                f"{what} {name!r} is not in the prepared data, which has {', '.join(names)}"
             )
-        if (features or ()).count(name) > 1:
-            raise ConfigError(f"feature {name!r} is chosen more than once")
-    return tuple(
-        range(len(names)) if features is None else (names.index(name) for name in features)
-    )
+        if (chosen or ()).count(name) > 1:
+            raise ConfigError(f"{what} {name!r} is chosen more than once")
+    return tuple(range(len(names)) if chosen is None else (names.index(name) for name in chosen))
 
 
 def _record_batches(

@@ -90,7 +90,7 @@ class RawBlock:
     """Rows that could be read, with F features and D dense columns."""
 
     rows: Int64Array  # (n,) row numbers, ascending
-    labels: Float32Array  # (n,) in [0, 1]
+    labels: Float32Array  # (n,) in [0, 1], or (n, L) for several
     dense: Float32Array  # (n, D) as read, 0 where missing
     keys: tuple[Keys, ...]  # F of them
     weights: Float32Array | None = None  # (n,) 0 or more; None: there is no such column

@@ -118,7 +118,7 @@ class SyntheticSource:
             for name, size in zip(names, num_embeddings, strict=True)
         )
         self.num_dense, self.num_samples = num_dense, num_samples
-        self.has_weights = False
+        self.label_names, self.has_weights = ("label",), False
         self._keys, self._skew, self._first = names, float(skew), _FIRST_SAMPLE[split]
         self._random = _feature_parameters(self.features, self._skew, bag_lengths, seed)
         self._dense_base, self._label_base = np.uint64(_key(seed, 1)), np.uint64(_key(seed, 2))

@@ -1,9 +1,9 @@
 """Turns raw blocks into record batches, and writes each split as Arrow IPC files.
 
-Column 0 is the label, column 1 the dense features, then come the categorical features, and last the
-samples' weights where there are any. Every record batch has exactly `rows_per_batch` rows, except
-for a file's last one, so that a reader finds any row by a division. At most one record batch and
-one block are held in memory.
+Column 0 is the label, column 1 the dense features, then come the categorical features. Last come
+labels beyond the first, and samples' weights, where there are any. Every record batch has exactly
+`rows_per_batch` rows, except for a file's last one, so that a reader finds any row by a division.
+At most one record batch and one block are held in memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ from bagpipe.types import Float32Array, Int32Array
 
 
 def prepared_schema(
-    features: Sequence[FeatureEntry], num_dense: int, *, has_weights: bool = False
+    features: Sequence[FeatureEntry],
+    num_dense: int,
+    *,
+    further_labels: Sequence[str] = (),
+    has_weights: bool = False,
 ) -> Any:
-    """The Arrow schema of the files of a split."""
+    """The Arrow schema of the files of a split; `further_labels` are those beyond the first."""
     fields = [pa.field("label", pa.float32()), pa.field("dense", pa.list_(pa.float32(), num_dense))]
     kinds = {True: pa.list_(pa.int32()), False: pa.int32()}
     fields += [pa.field(feature.name, kinds[feature.multi_hot]) for feature in features]
-    return pa.schema(fields + ([pa.field("weight", pa.float32())] if has_weights else []))
+    further = [f"label {name}" for name in further_labels] + ["weight"] * has_weights
+    return pa.schema(fields + [pa.field(name, pa.float32()) for name in further])
 
 
 def record_batch(
@@ -48,7 +53,7 @@ def record_batch(
 
     Args:
         schema: What `prepared_schema` returns.
-        labels: (n,).
+        labels: (n,), or (n, L) of L labels.
         dense: (n, D).
         ids: For each feature its ids and, if it is multi-hot, offsets (n + 1,).
         weights: (n,), if the schema has them.
@@ -56,8 +61,9 @@ def record_batch(
     # from_buffers, because FixedSizeListArray.from_arrays divides by the list size, which is 0
     # without dense features.
     numbers = pa.array(dense.reshape(-1))
+    first, *further = np.atleast_2d(labels.T)
     columns = [
-        pa.array(labels),
+        pa.array(first),
         pa.Array.from_buffers(schema.field(1).type, len(labels), [None], children=[numbers]),
     ]
     for values, offsets in ids:
@@ -65,8 +71,7 @@ def record_batch(
         columns.append(
             column if offsets is None else pa.ListArray.from_arrays(pa.array(offsets), column)
         )
-    if weights is not None:
-        columns.append(pa.array(weights))
+    columns += map(pa.array, further if weights is None else [*further, weights])
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -170,6 +175,7 @@ class Encoder:
         vocabularies: The vocabulary of each table.
         transform: What is done to dense features.
         texts: Takes the texts that have ids.
+        further_labels: The names of the labels beyond the first.
         has_weights: Whether the blocks have samples' weights.
     """
 
@@ -180,6 +186,7 @@ class Encoder:
         vocabularies: Mapping[str, Vocabulary],
         transform: Literal["log", "none"],
         texts: GatheredTexts | None = None,
+        further_labels: Sequence[str] = (),
         has_weights: bool = False,
     ) -> None:
         self.features = tuple(
@@ -193,7 +200,12 @@ class Encoder:
             )
             for feature in features
         )
-        self.schema = prepared_schema(self.features, len(dense_names), has_weights=has_weights)
+        self.schema = prepared_schema(
+            self.features,
+            len(dense_names),
+            further_labels=further_labels,
+            has_weights=has_weights,
+        )
         self.has_weighty_rows = not has_weights
         """Whether a row to train on has a weight above 0."""
         self.used = UsedRows(vocabularies)
@@ -213,7 +225,7 @@ class Encoder:
             if self._texts is not None and keys.texts is not None:
                 self._texts.add(feature.table, values, keys.texts)
         if split == "train":
-            self.clustering.add(block.labels)
+            self.clustering.add(np.atleast_2d(block.labels.T)[0])
             self.has_weighty_rows |= block.weights is not None and bool(block.weights.any())
         dense = block.dense
         if self._transform == "log":

@@ -47,7 +47,7 @@ def export_dense_part(of: Exported, path: Path) -> None:
 
 
 def _check_logits(of: Exported) -> None:
-    """Raises ConfigError unless the dense part makes a logit of each row."""
+    """Raises ConfigError unless the dense part makes a logit of each row and label."""
     size = 3
     try:
         with torch.no_grad():
@@ -58,10 +58,12 @@ def _check_logits(of: Exported) -> None:
             f"{len(of.columns.dense)} dense features: {type(error).__name__}: {error}"
         ) from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (size,):
+    labels = of.label_names
+    expected = (size,) if len(labels) == 1 else (size, len(labels))
+    if shape != expected:
         raise ConfigError(
-            f"{of.name}: its dense part makes {shape} of {size} rows, must be ({size},), a logit "
-            "each"
+            f"{of.name}: its dense part makes {shape} of {size} rows, must be {expected}, a logit "
+            f"each for {', '.join(labels)}"
         )
 
 

@@ -83,6 +83,7 @@ def write_folder(
             versions={"bagpipe": __version__, "torch": str(torch.__version__)},
             step=of.step,
             precision=of.precision,
+            labels=of.label_names,
             columns=of.columns,
             tables=tables,
             files=_describe(temporary, on_stage),

@@ -26,7 +26,7 @@ from bagpipe.types import Group
 
 Forward: TypeAlias = Callable[[Any, Tensor, PooledEmbeddings], Tensor]
 """From the model, dense features (B, num_dense) float32, and what the embeddings have pooled, to
-logits (B,)."""
+logits (B,), or (B, L) of L labels."""
 
 
 def export(
@@ -39,6 +39,7 @@ def export(
     vocabulary: Mapping[str, OwnVocabulary] | None = None,
     columns: Mapping[str, str] | None = None,
     dense_transform: Literal["log", "none"] = "none",
+    labels: Sequence[str] = ("label",),
     arrow: bool = True,
     onnx: bool = False,
 ) -> Path:
@@ -55,7 +56,7 @@ def export(
         example: a few rows as requests will be: a list of dicts, or a pyarrow Table or RecordBatch.
             They tell which columns hold lists. Columns that no feature is read from are the dense
             features, in this order.
-        forward: called as ``forward(model, dense, pooled)`` for the logits (B,). `dense` is (B,
+        forward: called as ``forward(model, dense, pooled)`` for the logits. `dense` is (B,
             num_dense) float32, and `pooled` what ``embeddings(batch)`` gives. By default
             ``model(dense, pooled)``, and `dense_part` of one of `bagpipe.models`.
         vocabulary: by table, how values become ids: "ids", the default, takes values as ids; "hash"
@@ -64,6 +65,8 @@ def export(
             None is the missing value.
         columns: by feature, the column that it is read from; by default that of its name.
         dense_transform: "log" takes ``log(max(x, 0) + 1)`` of dense numbers.
+        labels: the names of what is predicted. Logits are (B,) of one, and (B, L) of L, in this
+            order.
         arrow: whether tables are written as Arrow files, too.
         onnx: whether the dense part is written as ONNX, too.
 
@@ -78,6 +81,8 @@ def export(
         UsageError: these are no embeddings, or rows were lost.
     """
     check_embeddings(embeddings)
+    if not labels or isinstance(labels, str) or len(set(labels)) < len(labels):
+        raise ConfigError(f"labels is {labels!r}, must be a list of names, each once")
     groups, trainers = embeddings.groups, Trainers(embeddings.peers)
     settle(embeddings)
 
@@ -92,6 +97,7 @@ def export(
             seed=embeddings.seed,
             step=embeddings.step,
             precision="fp32",
+            label_names=tuple(labels),
             columns=inputs.columns,
             tables=inputs.tables,
             part=part,
@@ -114,7 +120,7 @@ class _Sizes(nn.Module):
 
 
 class _Part(nn.Module):
-    """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,)."""
+    """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits."""
 
     def __init__(self, model: nn.Module, forward: Forward | None, groups: Sequence[Group]) -> None:
         super().__init__()

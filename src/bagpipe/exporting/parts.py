@@ -29,12 +29,13 @@ class Exported:
     """Of the rows that no record tells."""
     step: int
     precision: str
+    label_names: tuple[str, ...]
     columns: Columns
     """Features in the order of the groups'."""
     tables: tuple[TableEntry, ...]
     part: nn.Module
-    """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,), on the
-    CPU, in evaluation mode."""
+    """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,), or
+    (B, L) of L labels, on the CPU, in evaluation mode."""
     onnx_part: nn.Module
     """The same in float32."""
     records: Callable[[Group], Iterator[tuple[Int64Array, Float32Array]]]

@@ -18,7 +18,7 @@ from bagpipe.models.layers import Pooled
 
 
 class RankingModel(nn.Module, ABC):
-    """A model that gives each sample one logit.
+    """A model that gives each sample one logit, or one for each of several labels.
 
     Args:
         embeddings: maps the sparse features of a batch to pooled embeddings:
@@ -68,7 +68,7 @@ class RankingModel(nn.Module, ABC):
             sparse: the batch's sparse features, as `embeddings` takes them.
 
         Returns:
-            Logits, (B,).
+            Logits, (B,), or (B, L) of a model of L labels.
         """
         pooled: Pooled = self.embeddings(sparse)
         return self.dense_part(dense, pooled.values())
@@ -82,18 +82,20 @@ class RankingModel(nn.Module, ABC):
             pooled: pooled embeddings, feature after feature, (B, F * D) float.
 
         Returns:
-            Logits, (B,).
+            Logits, (B,), or (B, L) of a model of L labels.
         """
 
     def _vectors(self, pooled: Tensor) -> Tensor:
         return pooled.view(-1, self.num_features, self.embedding_dim)  # (B, F, D)
 
 
-def check_top(model: str, top: Sequence[int]) -> None:
-    """Raises ConfigError unless the last layer makes one logit."""
-    if not top or top[-1] != 1:
+def check_top(model: str, top: Sequence[int], num_labels: int) -> None:
+    """Raises ConfigError unless the last layer makes one logit for each label."""
+    if not top or top[-1] != num_labels:
+        what = "the logit" if num_labels == 1 else f"the logits of {num_labels} labels"
         raise ConfigError(
-            f"{model}(top={list(top)}): the last layer makes the logit, so its size must be 1"
+            f"{model}(top={list(top)}): the last layer makes {what}, so its size must be "
+            f"{num_labels}"
         )
 
 

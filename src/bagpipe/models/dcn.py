@@ -32,16 +32,18 @@ class DLRM_DCN(RankingModel):
         num_dense: dense features a sample.
         num_features: sparse features a sample; by default those of `embeddings.groups`.
         bottom: layer sizes of the MLP over dense features; the last one is D.
-        top: layer sizes of the MLP over the crossed features; the last one must be 1.
+        top: layer sizes of the MLP over the crossed features; the last one makes the
+            logits.
         num_cross_layers: layers of the cross network, each of which raises the degree of the
             crosses by one.
         cross_rank: rank of each cross layer's matrix.
         dropout: of the layers but the logit's; see `bagpipe.models.layers.MLP`.
         batch_norm: likewise.
+        num_labels: how many logits a sample gets: one for each label.
 
     Raises:
         ConfigError: a table's dimension is not the last size of `bottom`; the last size of `top` is
-            not 1; `bottom` is empty; or there are no dense features.
+            not `num_labels`; `bottom` is empty; or there are no dense features.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class DLRM_DCN(RankingModel):
         cross_rank: int = 512,
         dropout: float = 0.0,
         batch_norm: bool = False,
+        num_labels: int = 1,
     ) -> None:
         check_bottom("DLRM_DCN", bottom, num_dense)
-        check_top("DLRM_DCN", top)
+        check_top("DLRM_DCN", top, num_labels)
         super().__init__(embeddings, num_features=num_features, embedding_dim=bottom[-1])
         width = (self.num_features + 1) * self.embedding_dim
         self.dense_arch = MLP(num_dense, bottom, dropout=dropout, batch_norm=batch_norm)

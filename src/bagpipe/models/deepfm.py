@@ -39,6 +39,7 @@ class DeepFM(WideDeep):
         top: Sequence[int] = (400, 400, 400, 1),
         dropout: float = 0.0,
         batch_norm: bool = False,
+        num_labels: int = 1,
     ) -> None:
         super().__init__(
             embeddings,
@@ -48,6 +49,7 @@ class DeepFM(WideDeep):
             top=top,
             dropout=dropout,
             batch_norm=batch_norm,
+            num_labels=num_labels,
         )
         self.factorization_machine = FactorizationMachine()
         num_factors = self.embedding_dim - 1
@@ -63,4 +65,4 @@ class DeepFM(WideDeep):
             torch.cat([of_dense, vectors.to(of_dense.dtype)], dim=1)
         )
         wide: Tensor = self.wide(dense, first_order)
-        return wide + second_order + self._deep(dense, vectors)
+        return self._with_deep(wide + second_order, dense, vectors)

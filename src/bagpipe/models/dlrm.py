@@ -30,13 +30,15 @@ class DLRM(RankingModel):
         num_dense: dense features a sample.
         num_features: sparse features a sample; by default those of `embeddings.groups`.
         bottom: layer sizes of the MLP over dense features; the last one is D.
-        top: layer sizes of the MLP over the interactions; the last one must be 1.
+        top: layer sizes of the MLP over the interactions; the last one makes the
+            logits.
         dropout: of the layers but the logit's; see `bagpipe.models.layers.MLP`.
         batch_norm: likewise.
+        num_labels: how many logits a sample gets: one for each label.
 
     Raises:
         ConfigError: a table's dimension is not the last size of `bottom`; the last size of `top` is
-            not 1; `bottom` is empty; or there are no dense features.
+            not `num_labels`; `bottom` is empty; or there are no dense features.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class DLRM(RankingModel):
         top: Sequence[int] = (512, 256, 1),
         dropout: float = 0.0,
         batch_norm: bool = False,
+        num_labels: int = 1,
     ) -> None:
         check_bottom("DLRM", bottom, num_dense)
-        check_top("DLRM", top)
+        check_top("DLRM", top, num_labels)
         super().__init__(embeddings, num_features=num_features, embedding_dim=bottom[-1])
         self.dense_arch = MLP(num_dense, bottom, dropout=dropout, batch_norm=batch_norm)
         self.inter_arch = PairwiseDot(self.num_features + 1)

@@ -39,13 +39,15 @@ class WideDeep(RankingModel):
         num_features: sparse features a sample; by default those of `embeddings.groups`.
         embedding_dim: D, at least 2, the column of linear weights included; by default that of
             `embeddings.groups`.
-        top: layer sizes of the MLP over dense features and vectors; the last one must be 1.
+        top: layer sizes of the MLP over dense features and vectors; the last one makes the
+            logits.
         dropout: of the layers but the logit's; see `bagpipe.models.layers.MLP`.
         batch_norm: likewise.
+        num_labels: how many logits a sample gets: one for each label.
 
     Raises:
-        ConfigError: the last size of `top` is not 1, tables have several dimensions, or theirs is
-            below 2.
+        ConfigError: the last size of `top` is not `num_labels`, tables have several dimensions, or
+            theirs is below 2.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class WideDeep(RankingModel):
         top: Sequence[int] = (1024, 512, 256, 1),
         dropout: float = 0.0,
         batch_norm: bool = False,
+        num_labels: int = 1,
     ) -> None:
         name = type(self).__name__
-        check_top(name, top)
+        check_top(name, top, num_labels)
         super().__init__(embeddings, num_features=num_features, embedding_dim=embedding_dim)
         if self.embedding_dim < 2:
             raise ConfigError(
@@ -80,15 +83,16 @@ class WideDeep(RankingModel):
         """See `RankingModel.dense_part`."""
         vectors, first_order = self._split(pooled)
         wide: Tensor = self.wide(dense, first_order)
-        return wide + self._deep(dense, vectors)
+        return self._with_deep(wide, dense, vectors)
 
     def _split(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors (B, F, D - 1) and first-order weights (B, F)."""
         columns = self._vectors(pooled)
         return columns[:, :, :-1], columns[:, :, -1]
 
-    def _deep(self, dense: Tensor, vectors: Tensor) -> Tensor:
-        logits: Tensor = self.over_arch(
+    def _with_deep(self, wide: Tensor, dense: Tensor, vectors: Tensor) -> Tensor:
+        """The sum of a term (B,), which all labels share, and the MLP's logits."""
+        deep: Tensor = self.over_arch(
             torch.cat([dense, vectors.flatten(1).to(dense.dtype)], dim=1)
-        )
-        return logits.squeeze(1)
+        ).squeeze(1)
+        return wide + deep if deep.dim() == 1 else wide.unsqueeze(1) + deep

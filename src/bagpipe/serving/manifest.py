@@ -70,6 +70,8 @@ class ExportManifest:
     step: int
     """After how many steps of training the model was saved."""
     precision: str
+    labels: tuple[str, ...]
+    """What is predicted, in the order of the logits."""
     columns: Columns
     """What is read of raw rows; features in the order of the pooled embeddings."""
     tables: tuple[TableEntry, ...]
@@ -120,6 +122,7 @@ class ExportManifest:
             versions=body["versions"],
             step=body["step"],
             precision=body["precision"],
+            labels=tuple(body.get("labels", ("label",))),
             columns=Columns.from_dict(body["columns"]),
             tables=tuple(TableEntry(**table) for table in body["tables"]),
             files=tuple(FileEntry(**file) for file in body["files"]),

@@ -39,6 +39,11 @@ class ServedModel:
         """What each row of a request has."""
         return self.manifest.columns
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of what is predicted."""
+        return self.manifest.labels
+
     def predict(self, requests: Requests) -> Float32Array:
         """The probability of each row.
 
@@ -50,14 +55,14 @@ class ServedModel:
                 or null, is a missing value. Further columns are passed over.
 
         Returns:
-            (n,) float32.
+            (n,) float32, or (n, L) of L labels, in the order of `labels`.
 
         Raises:
             DataError: a row lacks a column, or has a value of another type than in training.
         """
         rows = as_record_batch(requests, self.columns.names)
         if len(rows) == 0:
-            return np.empty(0, np.float32)
+            return np.empty((0,) if len(self.labels) == 1 else (0, len(self.labels)), np.float32)
         encoded = self._inputs.encode_arrow(rows, WHERE)
         pooled = torch.from_numpy(pool(self._tables, encoded))
         with torch.inference_mode():

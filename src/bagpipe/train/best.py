@@ -5,18 +5,22 @@ All trainers keep it alike. Its state is part of a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bagpipe.config.metrics import compared, is_better_high
+from bagpipe.config.metrics import compared, is_better_high, score_name
 from bagpipe.config.run import BestConfig
 
 
 class Best:
     """Which evaluation was the best so far; nothing where a configuration does not ask."""
 
-    def __init__(self, config: BestConfig | None) -> None:
+    def __init__(self, config: BestConfig | None, label_names: Sequence[str] = ("label",)) -> None:
+        """Nothing yet, of a run that learns these labels."""
         self._config = config
+        self._name = (
+            None if config is None else score_name(config.metric, config.label, label_names)
+        )
         self.score: float | None = None
         self.step: int | None = None
         """Of the checkpoint that holds the best model, once one does."""
@@ -40,9 +44,9 @@ class Best:
 
     def note(self, scores: Mapping[str, Any] | None) -> bool:
         """Takes the scores of an evaluation; returns whether it is the best so far."""
-        if self._config is None or scores is None:
+        if self._name is None or scores is None:
             return False
-        score = scores[self._config.metric]
+        score = scores[self._name]
         if score is not None and self._is_better(score):
             self.score, self.num_worse = score, 0
             return True
@@ -60,9 +64,8 @@ class Best:
         return gain > config.min_gain
 
     def __str__(self) -> str:
-        assert self._config is not None
         score = "none" if self.score is None else f"{self.score:.4f}"
-        return f"the best {self._config.metric}, {score}, at step {self.step or 0:,}"
+        return f"the best {self._name}, {score}, at step {self.step or 0:,}"
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""

@@ -5,7 +5,7 @@ Everything that the loop only uses is made here, or refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from bagpipe.train.best import Best
 from bagpipe.train.dense_step import DensePart, DenseStep, Precision
 from bagpipe.train.evaluate import check_groups
 from bagpipe.train.noise import Noise, check_batch_norm
+from bagpipe.train.objective import Objective
 from bagpipe.train.own_model import make_own_model
 from bagpipe.train.rates import Rates
 from bagpipe.train.schedule import Schedule, make_schedule
@@ -117,6 +118,8 @@ def build_run(
     )
     for note in run_notes(config.data):
         say(note)
+    labels = source.label_names
+    check_labels(config, labels)
     schedule = make_schedule(config.train, source.num_samples)
     if validation is None:
         _check_without_validation(config)
@@ -137,7 +140,7 @@ def build_run(
             communicator=peers,
         )
         stack.callback(embeddings.close)
-        model = make_model(config.model, embeddings, source.num_dense).to(device)
+        model = make_model(config.model, embeddings, source.num_dense, len(labels)).to(device)
         check_batch_norm(model, schedule, source.num_samples, peers.num_trainers)
         dense_optimizer = make_dense_optimizer(model, config.dense_optimizer, device)
         rates = Rates(
@@ -146,6 +149,7 @@ def build_run(
                 (embeddings.fused_optimizer, config.table_lr_schedule),
             ],
             schedule.num_steps,
+            labels,
         )
         with matrix_products(config.train.precision, device):
             yield Run(
@@ -161,23 +165,34 @@ def build_run(
                 embeddings=embeddings,
                 servers=servers,
                 rates=rates,
-                best=Best(config.train.best),
+                best=Best(config.train.best, labels),
                 noise=Noise(config, peers, device),
                 dense_step=make_dense_step(
-                    config.train, model, dense_optimizer, embeddings, device, say
+                    config.train,
+                    model,
+                    dense_optimizer,
+                    embeddings,
+                    device,
+                    Objective(labels, config.train.label_weights, device),
+                    say,
                 ),
             )
 
 
-def make_model(config: ModelConfig, embeddings: torch.nn.Module, num_dense: int) -> RankingModel:
+def make_model(
+    config: ModelConfig, embeddings: torch.nn.Module, num_dense: int, num_labels: int
+) -> RankingModel:
     """The model that a section describes: its keys are the model's arguments.
+
+    A model of the user's own says itself for how many labels it makes logits.
 
     Raises:
         ConfigError: the data do not fit it.
     """
     if isinstance(config, OwnModelConfig):
         return make_own_model(config, embeddings, num_dense)
-    return _MODELS[config.kind](embeddings, num_dense, **config.model_dump(exclude={"kind"}))
+    arguments = config.model_dump(exclude={"kind"})
+    return _MODELS[config.kind](embeddings, num_dense, num_labels=num_labels, **arguments)
 
 
 def make_dense_optimizer(
@@ -200,6 +215,7 @@ def make_dense_step(
     optimizer: torch.optim.Optimizer,
     embeddings: EmbeddingBagCollection,
     device: torch.device,
+    objective: Objective,
     say: Callable[[str], None],
 ) -> DenseStep:
     """The dense part in the form that a configuration asks for.
@@ -234,6 +250,7 @@ def make_dense_step(
         rate_changes=config.lr_schedule is not None,
         max_grad_norm=config.max_grad_norm,
         buffers=list(model.buffers()),
+        objective=objective,
         say=say,
     )
 
@@ -264,6 +281,34 @@ def matrix_products(precision: Precision, device: torch.device) -> Iterator[None
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def check_labels(config: RunConfig, labels: Sequence[str]) -> None:
+    """Refuses a configuration that does not fit the labels of its data.
+
+    Raises:
+        ConfigError: the model makes another number of logits, or a key names another label.
+    """
+    try:
+        config.model.check_labels(len(labels))
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}: the data have {', '.join(labels)}, and data.labels chooses among them"
+        ) from error
+    named = {f"train.label_weights.{label}": label for label in config.train.label_weights}
+    for key, watching in (
+        ("train.best", config.train.best),
+        ("train.lr_schedule", config.train.lr_schedule),
+        ("embeddings.lr_schedule", config.embeddings.lr_schedule),
+    ):
+        label = getattr(watching, "label", None)
+        if label is not None:
+            named[f"{key}.label"] = label
+    for key, label in named.items():
+        if label not in labels:
+            raise ConfigError(
+                f"{key}: the run learns no label {label!r}; there are {', '.join(labels)}"
+            )
 
 
 def _check_without_validation(config: RunConfig) -> None:

@@ -40,11 +40,12 @@ from bagpipe.data.base import Batch
 from bagpipe.native.spans import span
 from bagpipe.train.averaged import AveragedGradients
 from bagpipe.train.capture import captured_graph, parameters_of, unchanged
-from bagpipe.train.objective import mean_loss
+from bagpipe.train.objective import Objective
 from bagpipe.types import Float32Array, Jagged
 
 DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,)."""
+"""From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,), or (B, L)
+of L labels."""
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 """tf32 is a setting of the process, which `build_run` makes; here it is fp32."""
 
@@ -61,7 +62,7 @@ class TorchBatch:
 
     dense: Tensor  # (B, num_dense) float32
     sparse: Jagged
-    labels: Tensor  # (B,) float32
+    labels: Tensor  # (B,) or (B, L) float32
     weights: Tensor | None = None  # (B,) float32, of the samples
 
     @classmethod
@@ -131,6 +132,7 @@ class DenseStep:
         rate_changes: bool = False,
         max_grad_norm: float | None = None,
         buffers: Sequence[Tensor] = (),
+        objective: Objective | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Makes a step that captures nothing yet.
@@ -151,12 +153,13 @@ class DenseStep:
             max_grad_norm: the norm to which longer gradients of all parameters together, averaged
                 over the trainers, are scaled.
             buffers: what the dense part changes besides, such as batch norm's averages.
+            objective: the loss; by default that of one label.
             say: told what does not work.
         """
         self._part, self._optimizer, self._device = dense_part, optimizer, device
         self._groups, self._batch_size = tuple(groups), batch_size
         self._precision, self._say = precision, say
-        self._kept = tuple(buffers)
+        self._kept, self._objective = tuple(buffers), objective or Objective()
         self._rate_changes, self._max_grad_norm = rate_changes, max_grad_norm
         self._averaged = (
             None if average is None else AveragedGradients(parameters_of(optimizer), average)
@@ -219,7 +222,7 @@ class DenseStep:
 
         Args:
             dense: (B, num_dense) float32, on the device or in host memory.
-            labels: (B,) float32, likewise.
+            labels: (B,), or (B, L) of L labels, float32, likewise.
             weight: by what the loss is multiplied, for a trainer with more or fewer samples than
                 the others.
             sample_weights: (B,) float32, likewise; all batches have some, or none has.
@@ -274,7 +277,7 @@ class DenseStep:
         ):
             logits = part(dense, flat[0] if len(flat) == 1 else torch.cat(flat, dim=1))
         # A trainer may have no sample of a small batch; the mean of nothing would be NaN.
-        loss = mean_loss(logits, *targets) if len(dense) else logits.sum()
+        loss = self._objective.loss(logits, *targets) if len(dense) else logits.sum()
         if weight != 1.0:
             loss = loss * weight
         loss.backward()  # type: ignore[no-untyped-call]

@@ -20,7 +20,8 @@ from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import ConfigError
 from bagpipe.train.dense_step import Precision, TorchBatch
-from bagpipe.train.metrics import BinaryScores, Scores
+from bagpipe.train.metrics import LabelScores, Scores
+from bagpipe.train.objective import check_logits
 from bagpipe.types import Jagged
 
 
@@ -41,7 +42,7 @@ def evaluate(
     The model is put into evaluation mode, and afterwards back into the mode that it was in.
 
     Args:
-        model: from dense features and ids to logits (B,).
+        model: from dense features and ids to logits (B,), or (B, L) of L labels.
         source: every sample of it is scored once.
         batch_size: samples that are predicted together.
         device: where the model computes.
@@ -53,17 +54,19 @@ def evaluate(
 
     Returns:
         The scores on rank 0, None on other ranks. With several trainers rank 0 keeps 16 bytes a
-        sample more than a single trainer, 24 with weights, and 48 or 64 with groups.
+        sample and label more than a single trainer, and 8 a sample with weights; with groups twice
+        that and 16.
 
     Raises:
-        ConfigError: there is no such feature to group by, or its bags have any number of ids.
+        ConfigError: there is no such feature to group by, or its bags have any number of ids; or
+            the model makes no logit for each label.
     """
     if group_by is not None:
         check_groups(source, group_by)
     rank, num_trainers = peers.rank, peers.num_trainers
     num_samples = source.num_samples
     num_batches = count_batches(num_samples, batch_size)
-    has_weights = source.has_weights
+    num_labels, has_weights = len(source.label_names), source.has_weights
 
     def predictions() -> Iterator[Tensor]:
         """Of each of this rank's batches (B, columns): logits, labels, weights and groups.
@@ -75,14 +78,16 @@ def evaluate(
         ):
             batch = TorchBatch.of(read())
             logits = model(batch.dense.to(device), batch.sparse).float().cpu()
+            check_logits(logits, batch.labels, source.label_names)
             on_batch(min(number * num_trainers, num_batches - 1), num_batches)
-            columns = [logits, batch.labels]
+            shape = (batch.batch_size, num_labels)
+            columns = [logits.view(shape), batch.labels.view(shape)]
             if batch.weights is not None:
-                columns.append(batch.weights)
+                columns.append(batch.weights.unsqueeze(1))
             if group_by is not None:
                 columns = [column.double() for column in columns]
-                columns.append(ids_of(batch.sparse, group_by).double())
-            yield torch.stack(columns, dim=1)
+                columns.append(ids_of(batch.sparse, group_by).double().unsqueeze(1))
+            yield torch.cat(columns, dim=1)
 
     was_training = model.training
     model.eval()
@@ -97,15 +102,15 @@ def evaluate(
                 predictions(),
                 [sizes[each::num_trainers] for each in range(num_trainers)],
             )
-            scores = BinaryScores(metrics)
+            scores = LabelScores(source.label_names, metrics)
             for predicted in chain.from_iterable(zip_longest(*by_rank)):
                 if predicted is not None:  # the last ranks may have a batch less
-                    columns = predicted.unbind(1)
+                    values = predicted[:, : 2 * num_labels + has_weights].float()
                     scores.update(
-                        columns[0].float(),
-                        columns[1].float(),
-                        None if group_by is None else columns[-1],
-                        columns[2].float() if has_weights else None,
+                        values[:, :num_labels].contiguous(),
+                        values[:, num_labels : 2 * num_labels].contiguous(),
+                        None if group_by is None else predicted[:, -1],
+                        values[:, -1] if has_weights else None,
                     )
         on_batch(num_batches, num_batches)
         return scores.compute() if rank == 0 else None

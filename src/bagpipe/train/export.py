@@ -49,7 +49,7 @@ def export(
         CheckpointError: a file of the checkpoint is damaged.
         DataError: the run's data, whose dictionaries are exported, are gone.
     """
-    model = make_model(of.config.model, _Sizes(of), of.num_dense)
+    model = make_model(of.config.model, _Sizes(of), of.num_dense, len(of.label_names))
     put_model(of.saved, model)
     precision = of.config.train.precision
     exported = Exported(
@@ -58,6 +58,7 @@ def export(
         seed=of.config.train.seed,
         step=of.saved.step,
         precision=precision,
+        label_names=of.label_names,
         columns=columns_of(of.config, of.groups, of.num_dense),
         tables=tables_of(of.config, of.groups),
         part=_Part(model, precision).eval(),

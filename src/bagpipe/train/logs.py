@@ -10,7 +10,7 @@ of an undisturbed run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from bagpipe.config.metrics import score_name
 from bagpipe.errors import ConfigError
 from bagpipe.native.files import replaced
 
@@ -90,7 +91,8 @@ class RunLog:
                     if isinstance(value, int | float):
                         self._board.add_scalar(f"{kind}/{name}", value, step)
             elif kind == "start" and "config" in values:
-                _write_settings(self._board, values["config"], step)
+                labels = values.get("labels", ("label",))
+                _write_settings(self._board, values["config"], labels, step)
 
     @contextmanager
     def _failures_told(self) -> Iterator[None]:
@@ -123,7 +125,9 @@ class NoLog:
         """Does nothing."""
 
 
-def _write_settings(board: SummaryWriter, config: Mapping[str, Any], step: int) -> None:
+def _write_settings(
+    board: SummaryWriter, config: Mapping[str, Any], labels: Sequence[str], step: int
+) -> None:
     """Writes a configuration as TensorBoard's hyper-parameters and as text.
 
     `SummaryWriter.add_hparams` would make a run of its own for them, with charts of one point.
@@ -131,7 +135,8 @@ def _write_settings(board: SummaryWriter, config: Mapping[str, Any], step: int) 
     flat = dict(_flat(config))
     # of scores only the names count here: their values are in the charts of these names
     metrics = config.get("train", {}).get("metrics", ())
-    charts = ["train/loss", *(f"evaluation/{metric}" for metric in metrics)]
+    scores = [score_name(metric, label, labels) for label in labels for metric in metrics]
+    charts = ["train/loss", *(f"evaluation/{score}" for score in scores)]
     summaries = hparams(flat, dict.fromkeys(charts, 0.0))  # type: ignore[no-untyped-call]
     for summary in summaries:
         board.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]

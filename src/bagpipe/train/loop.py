@@ -92,13 +92,14 @@ class Loop:
 
     def run(self, ready: Callable[[], None]) -> Result:
         """Trains what is left, once `ready` returns."""
-        parts = self.parts
+        parts, labels = self.parts, self.parts.source.label_names
         self.log.write(
             "start",
             self._step,
             config=parts.settings,
             environment=environment(),
             device=str(parts.device),
+            **({} if len(labels) == 1 else {"labels": labels}),
         )
         self.reporter.start(self._step, parts.schedule.num_steps)
         ready()

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from bagpipe.config.metrics import DEFAULT_METRICS, Metric
+from bagpipe.config.metrics import DEFAULT_METRICS, Metric, score_name
 
 _SHOWN = {
     "auc": "AUC",
@@ -52,7 +52,8 @@ class Scores:
 
     num_samples: int
     values: Mapping[str, float | None]
-    """By metric; None where the labels do not define it."""
+    """By metric; None where the labels do not define it. Of several labels there are those of each,
+    as "metric/label" (`bagpipe.config.metrics.score_name`)."""
 
     def __getitem__(self, metric: str) -> float | None:
         return self.values[metric]
@@ -68,9 +69,14 @@ class Scores:
         return {"num_samples": self.num_samples, **self.values}
 
     def __str__(self) -> str:
-        told = ", ".join(
-            f"{_SHOWN.get(name, name)} {'none' if value is None else f'{value:.4f}'}"
-            for name, value in self.values.items()
+        of_labels: dict[str, list[str]] = {}
+        for name, value in self.values.items():
+            metric, _, label = name.partition("/")
+            shown = "none" if value is None else f"{value:.4f}"
+            of_labels.setdefault(label, []).append(f"{_SHOWN.get(metric, metric)} {shown}")
+        told = "; ".join(
+            (f"{label}: " if label else "") + ", ".join(scores)
+            for label, scores in of_labels.items()
         )
         return f"{told} on {self.num_samples:,} samples"
 
@@ -180,6 +186,40 @@ class BinaryScores:
         if in_one_group:
             groups = np.zeros_like(groups)
         return grouped_auc(groups, predictions, positive, weights)
+
+
+class LabelScores:
+    """Sums up predictions of one label or several, batch by batch."""
+
+    def __init__(
+        self, label_names: Sequence[str], metrics: Sequence[Metric] = DEFAULT_METRICS
+    ) -> None:
+        """Nothing yet; see `BinaryScores`, of which there is one for each label."""
+        self._names, self._metrics = tuple(label_names), tuple(metrics)
+        self._scores = [BinaryScores(metrics) for _ in self._names]
+
+    def update(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        groups: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Adds a batch, as `BinaryScores.update` does; of L labels the first two are (B, L)."""
+        shape = (len(labels), len(self._names))
+        of_labels = zip(self._scores, logits.reshape(shape).T, labels.reshape(shape).T, strict=True)
+        for scores, own_logits, own_labels in of_labels:
+            scores.update(own_logits, own_labels, groups, weights)
+
+    def compute(self) -> Scores:
+        """The scores of all batches so far, at least one of which is needed."""
+        computed = [scores.compute() for scores in self._scores]
+        values = {
+            score_name(metric, name, self._names): scores[metric]
+            for name, scores in zip(self._names, computed, strict=True)
+            for metric in self._metrics
+        }
+        return Scores(num_samples=computed[0].num_samples, values=values)
 
 
 def grouped_auc(

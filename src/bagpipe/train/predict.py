@@ -7,7 +7,7 @@ same order, and the dense part sees batches of the same size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -25,7 +25,7 @@ from bagpipe.feed.stream import Deferred
 from bagpipe.native.files import replaced
 from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.evaluate import check_groups, ids_of
-from bagpipe.train.metrics import BinaryScores, Scores
+from bagpipe.train.metrics import LabelScores, Scores
 from bagpipe.train.saved import LoadedModel
 
 OnBatch = Callable[[int, int], None]
@@ -51,8 +51,8 @@ class AllBatches:
 class Predicted:
     """What is predicted of a batch, with what its data say; float32 on the CPU."""
 
-    logits: Tensor  # (B,)
-    labels: Tensor  # (B,)
+    logits: Tensor  # (B,), or (B, L) of L labels
+    labels: Tensor  # likewise
     weights: Tensor | None  # (B,)
 
 
@@ -119,7 +119,7 @@ def score(loaded: LoadedModel, source: BatchSource, batch_size: int, on_batch: O
     """
     config = loaded.of.config
     group_by = config.train.group_by if "grouped_auc" in config.metrics else None
-    scores = BinaryScores(config.metrics)
+    scores = LabelScores(source.label_names, config.metrics)
     for predicted, groups in zip(
         predictions(loaded, source, batch_size, on_batch),
         _groups(source, batch_size, group_by),
@@ -150,7 +150,8 @@ def write_predictions(
 ) -> int:
     """Writes a Parquet file with a row for each sample, in the source's order.
 
-    Its columns are `score` float32, the probability, and `label` float32 where there are labels.
+    Its columns are `score` float32, the probability, and `label` float32 where there are labels. Of
+    several labels they are `score_NAME` of each, and then `label_NAME`.
 
     Returns:
         How many rows there are.
@@ -158,7 +159,7 @@ def write_predictions(
     Raises:
         DataError: the file can't be written, and is as it was before, or a sample can't be read.
     """
-    names = ["score", "label"] if has_labels else ["score"]
+    names = score_columns(loaded.of.label_names, has_labels=has_labels)
     schema = pa.schema([(name, pa.float32()) for name in names])
     num_rows = 0
     with (
@@ -166,12 +167,19 @@ def write_predictions(
         pq.ParquetWriter(temporary, schema) as writer,
     ):
         for batch in predictions(loaded, source, batch_size, on_batch):
-            columns = [probabilities(batch.logits), batch.labels][: len(names)]
-            writer.write_batch(
-                pa.record_batch([pa.array(column.numpy()) for column in columns], schema=schema)
-            )
+            table = torch.column_stack([probabilities(batch.logits), batch.labels])
+            columns = [pa.array(column.numpy()) for column in table.T[: len(names)]]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
             num_rows += len(batch.logits)
     return num_rows
+
+
+def score_columns(label_names: Sequence[str], *, has_labels: bool) -> list[str]:
+    """The columns of a file of predictions."""
+    kinds = ["score", "label"] if has_labels else ["score"]
+    if len(label_names) == 1:
+        return kinds
+    return [f"{kind}_{name}" for kind in kinds for name in label_names]
 
 
 def probabilities(logits: Tensor) -> Tensor:

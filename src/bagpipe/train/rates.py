@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from bagpipe.config.metrics import compared, is_better_high
+from bagpipe.config.metrics import compared, is_better_high, score_name
 from bagpipe.config.rates import (
     CosineRate,
     PlateauRate,
@@ -35,16 +35,20 @@ class Rates:
     """The learning rates of a run."""
 
     def __init__(
-        self, schedules: Sequence[tuple[Optimizer, RateConfig | None]], num_steps: int
+        self,
+        schedules: Sequence[tuple[Optimizer, RateConfig | None]],
+        num_steps: int,
+        label_names: Sequence[str] = ("label",),
     ) -> None:
         """Sets the rates of the first step.
 
         Args:
             schedules: each optimizer with its schedule; None: its rate stays.
             num_steps: of the whole run.
+            label_names: the labels that it learns.
         """
         self._rates = [
-            _Rate(optimizer, config, num_steps)
+            _Rate(optimizer, config, num_steps, label_names)
             for optimizer, config in schedules
             if config is not None
         ]
@@ -77,8 +81,14 @@ class Rates:
 class _Rate:
     """The schedule of one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, config: RateConfig, num_steps: int) -> None:
-        self._optimizer, self._config = optimizer, config
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        config: RateConfig,
+        num_steps: int,
+        label_names: Sequence[str],
+    ) -> None:
+        self._optimizer, self._config, self._label_names = optimizer, config, label_names
         self._scheduler, self._end = _by_step(optimizer, config, num_steps)
         self._plateau: ReduceLROnPlateau | None = None
         if isinstance(config, PlateauRate):
@@ -99,7 +109,7 @@ class _Rate:
         config = self._config
         if self._plateau is None or not isinstance(config, PlateauRate):
             return
-        score = scores[config.metric]
+        score = scores[score_name(config.metric, config.label, self._label_names)]
         if score is not None and step > config.warmup_steps:
             self._plateau.step(compared(config.metric, score))
 

@@ -30,8 +30,8 @@ class RawRows:
     is_criteo: bool
     inputs: Inputs
     features: tuple[FeatureSpec, ...]
-    label: LabelColumn
-    has_label: bool
+    labels: tuple[LabelColumn, ...]
+    has_labels: bool
     weight: str | None
     """The column with samples' weights, if each file has it."""
     num_samples: int
@@ -40,6 +40,11 @@ class RawRows:
     def num_dense(self) -> int:
         """Number of dense features per sample."""
         return len(self.inputs.columns.dense)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels."""
+        return tuple(label.label for label in self.labels)
 
     @property
     def has_weights(self) -> bool:
@@ -87,7 +92,7 @@ def open_raw_rows(
     files: Sequence[Path],
     inputs: Inputs,
     features: Sequence[FeatureSpec],
-    label: LabelColumn,
+    labels: Sequence[LabelColumn],
     weight: str | None = None,
     *,
     is_criteo: bool,
@@ -98,14 +103,14 @@ def open_raw_rows(
         files: Parquet files, or Criteo's text.
         inputs: what encodes their rows.
         features: of the model.
-        label: the label's column, which Parquet files need not have.
+        labels: the columns of the labels, which Parquet files need not have.
         weight: the column with samples' weights; nor this one.
         is_criteo: whether they are Criteo's text.
 
     Raises:
         DataError: a column is missing or of another type than in training, or a file can't be read.
     """
-    has_label = is_criteo or _all_have(files, label.column)
+    has_labels = is_criteo or all(_all_have(files, label.column) for label in labels)
     if not is_criteo:
         _check_types(files, inputs.columns)
     rows = RawRows(
@@ -113,8 +118,8 @@ def open_raw_rows(
         is_criteo=is_criteo,
         inputs=inputs,
         features=tuple(features),
-        label=label,
-        has_label=has_label,
+        labels=tuple(labels),
+        has_labels=has_labels,
         weight=weight if weight is not None and _all_have(files, weight) else None,
         num_samples=0,
     )
@@ -141,7 +146,7 @@ def _open(rows: RawRows, block_rows: int) -> RawSource:
     config = ParquetFiles(
         kind="parquet",
         files=tuple(map(str, rows.files)),
-        label=rows.label,
+        labels=rows.labels,
         weight=rows.weight,
         dense=columns.dense,
         sparse=tuple(
@@ -149,7 +154,7 @@ def _open(rows: RawRows, block_rows: int) -> RawSource:
             for each in columns.features
         ),
     )
-    return ParquetSource(rows.files, config, has_label=rows.has_label, block_rows=block_rows)
+    return ParquetSource(rows.files, config, has_label=rows.has_labels, block_rows=block_rows)
 
 
 def _as_jagged(names: tuple[str, ...], encoded: Encoded) -> Jagged:

@@ -54,6 +54,7 @@ class SavedModel:
     tables: tuple[TableConfig, ...]
     groups: tuple[Group, ...]
     num_dense: int
+    label_names: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,12 @@ def open_saved(
     groups = group_tables(tables, config.table_optimizer.build())
     check_tables(saved.path, saved.groups, groups)
     return SavedModel(
-        saved=saved, config=config, tables=tables, groups=groups, num_dense=source.num_dense
+        saved=saved,
+        config=config,
+        tables=tables,
+        groups=groups,
+        num_dense=source.num_dense,
+        label_names=source.label_names,
     )
 
 
@@ -190,7 +196,7 @@ def load_model(of: SavedModel) -> Iterator[LoadedModel]:
             store=stack.enter_context(_own_stores(config)),
         )
         stack.callback(embeddings.close)
-        model = make_model(config.model, embeddings, of.num_dense)
+        model = make_model(config.model, embeddings, of.num_dense, len(of.label_names))
         put_model(saved, model)
         load_records(saved, embeddings)
         stack.enter_context(matrix_products(config.train.precision, device))

@@ -29,8 +29,8 @@ class ScoredData:
     source: BatchSource
     name: str
     """What a message calls it."""
-    label: str
     has_labels: bool = True
+    """Whether the data have all labels of the model."""
     weight: str | None = None
     """The column with the weights by which the run's scores count samples, if they do."""
 
@@ -59,13 +59,16 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
         check_ids(of, data)
         features = any_split(config).features
         weight = weight_of(of)
+        there = [label.name for label in PreparedManifest.load(data).all_labels]
+        has_labels = len(of.label_names) == 1 == len(there) or set(of.label_names) <= set(there)
         other = PreparedData(
             kind="prepared",
             folder=data,
             features=tuple(spec.name for spec in features),
+            labels=of.label_names if has_labels and len(there) > 1 else None,
             ignore_weights=weight is None,
         )
-        scored = _part_of(other, split, weight)
+        scored = replace(_part_of(other, split, weight), has_labels=has_labels)
         if scored.source.features == features:
             return scored
         return replace(scored, source=KnownIds(source=scored.source, features=features))
@@ -77,26 +80,21 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
     if split is not None:
         raise ConfigError(f"--split {split}: {data} are raw files, which have no parts")
     files = find_files([str(data)])
-    label, weight, is_criteo = LabelColumn(column="label"), weight_of(of), False
+    labels, weight, is_criteo = [LabelColumn(column="label")], weight_of(of), False
     if isinstance(config.data, PreparedData):
         manifest = PreparedManifest.load(config.data.folder)
-        label = LabelColumn(column=manifest.label, at_least=manifest.label_at_least)
+        entries = {label.name: label.model_dump() for label in manifest.all_labels}
+        labels = [LabelColumn(**entries[name]) for name in of.label_names]
         is_criteo = manifest.source.kind == "criteo"
     rows = open_raw_rows(
         files,
         inputs_of(config, of.groups, of.num_dense),
         any_split(config).features,
-        label,
+        labels,
         weight,
         is_criteo=is_criteo,
     )
-    return ScoredData(
-        source=rows,
-        name=str(data),
-        label=label.column,
-        has_labels=rows.has_label,
-        weight=weight,
-    )
+    return ScoredData(source=rows, name=str(data), has_labels=rows.has_labels, weight=weight)
 
 
 def weight_of(of: SavedModel) -> str | None:
@@ -170,4 +168,4 @@ def _part_of(config: DataConfig, split: str | None, weight: str | None) -> Score
     for each in _SPLITS:
         chosen = each if each == split else chosen
     source = open_source(config, chosen)
-    return ScoredData(source=source, name=chosen, label="label", weight=weight)
+    return ScoredData(source=source, name=chosen, weight=weight)
