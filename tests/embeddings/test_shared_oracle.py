@@ -142,7 +142,7 @@ def test_an_error_on_one_rank_is_raised_while_the_reader_hangs(
     failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When all that is planned is sent, so that the process waits for the reader alone."""
-    monkeypatch.setattr("bagpipe.feed.process._STOP_TIMEOUT_S", 0.2)  # then it is killed
+    monkeypatch.setattr("bagpipe.feed.process._STOP_TIMEOUT_S", 0.0)  # then it is killed
     last, raised = 4, [0.0]
 
     def fail(communicator: Communicator, stream: Lookahead[Any], number: int) -> None:

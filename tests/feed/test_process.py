@@ -177,7 +177,7 @@ def test_stopping_ends_the_process_at_once_or_by_force(monkeypatch: pytest.Monke
         process.stop()
     assert len(list(items)) < NUM_PLACES
     process.close()
-    monkeypatch.setattr("bagpipe.feed.process._STOP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("bagpipe.feed.process._STOP_TIMEOUT_S", 0.0)
     process = start(Batches(10, "hang"))
     next(process.items())
     process.close()

@@ -52,7 +52,7 @@ from bagpipe.types import UInt8Array
 
 BatchT = TypeVar("BatchT")
 
-_STOP_TIMEOUT_S, _JOIN_TIMEOUT_S = 5.0, 300.0
+_STOP_TIMEOUT_S, _KILL_TIMEOUT_S, _JOIN_TIMEOUT_S = 5.0, 5.0, 300.0
 _LOOK_EVERY_S = 1.0
 _CONTEXT: Any = multiprocessing.get_context("spawn")
 """How the child starts: as a program of its own, since a fork would copy locks that are held."""
@@ -206,7 +206,7 @@ class SharedOracle(Generic[BatchT]):
         """How the process has ended, as far as this trainer can tell."""
         if self._process is None:
             return ", which the host's first rank started, ended by itself"
-        self._process.join(_STOP_TIMEOUT_S)
+        self._process.join(_KILL_TIMEOUT_S)
         return (
             f" ended by itself (exit code {self._process.exitcode}; -9: killed, perhaps for memory)"
         )
@@ -332,12 +332,12 @@ def _stop(connection: Connection, process: BaseProcess | None) -> None:
         process.join(_STOP_TIMEOUT_S)
         if process.is_alive():  # in the user's reader, which nothing else can interrupt
             process.kill()
-            process.join(_STOP_TIMEOUT_S)
+            process.join(_KILL_TIMEOUT_S)
             if process.is_alive():
                 _leave(process)
                 warnings.warn(
                     f"the oracle process (pid {process.pid}) was killed, but does not end within "
-                    f"{_STOP_TIMEOUT_S:.0f} s: its reader waits for the system, as for a mount "
+                    f"{_KILL_TIMEOUT_S:.0f} s: its reader waits for the system, as for a mount "
                     "that is dead; it ends when that answers",
                     RuntimeWarning,
                     stacklevel=2,
