@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from tests.feed.test_shared_process import (
@@ -23,13 +24,21 @@ from tests.feed.test_shared_process import (
 from tests.soon import ends_soon
 
 from bagpipe.errors import BackgroundError, LostError
+from bagpipe.feed.meeting import Door
 from bagpipe.feed.process import OracleProcess, SharedOracle
 from bagpipe.feed.stream import BatchAdapter
 
 
+MANY = 200
+"""Strangers; when there are 56 more, the oldest who has said nothing is sent away."""
+
+
 @contextmanager
-def strangers(address: str) -> Iterator[None]:
-    """Who keep connecting and say nothing."""
+def strangers(address: str, *, then_every_s: float = 0.001) -> Iterator[None]:
+    """Who keep connecting and say nothing: many at once, and then one after another.
+
+    A trainer that is slower to greet than 56 of them come is sent away as one of them.
+    """
     name, _ = address.split()
     ended, connections = threading.Event(), list[socket.socket]()
 
@@ -44,7 +53,7 @@ def strangers(address: str) -> Iterator[None]:
                 time.sleep(0.005)
             else:
                 connections.append(connection)
-                time.sleep(0.001)  # or a trainer that is slow to greet is the oldest of too many
+                ended.wait(0.001 if len(connections) < MANY else then_every_s)
                 if len(connections) > 500:
                     connections.pop(0).close()
 
@@ -61,7 +70,7 @@ def strangers(address: str) -> Iterator[None]:
 
 def test_strangers_who_say_nothing_hold_up_nobody() -> None:
     first = OracleProcess(Batches(9), options(2), BatchAdapter(share=share), num_places=NUM_PLACES)
-    with strangers(first.address):
+    with strangers(first.address, then_every_s=1.0):
         time.sleep(0.3)  # the queue before the door is full
         second = SharedOracle.join(first.address, 1)
         assert outcomes([lambda: drain(first), lambda: drain(second)]) == [9, 9]
@@ -80,11 +89,22 @@ def test_strangers_do_not_put_off_the_end_of_the_meeting() -> None:
     first.close()
 
 
-def test_a_rank_that_never_comes_is_named_after_the_timeout() -> None:
+def test_a_rank_that_never_comes_is_named_after_the_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened, come = Door.open, list[SharedOracle[Any]]()
+
+    def open_to_rank_1(timeout_s: float) -> Door:
+        """It is there before the time runs, however slow this process is."""
+        door = opened(timeout_s)
+        come.append(SharedOracle.join(door.address, 1))
+        return door
+
+    monkeypatch.setattr(Door, "open", open_to_rank_1)
     first = OracleProcess(
         Batches(9), options(3), BatchAdapter(share=share), num_places=NUM_PLACES, join_timeout_s=1.0
     )
-    second = SharedOracle.join(first.address, 1)
+    (second,) = come
     errors = outcomes([lambda: drain(first), lambda: drain(second)])
     for error in errors:
         assert isinstance(error, LostError)

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from tests.soon import SOON_S
+from tests.soon import SOON_S, wait_until
 
 from bagpipe.native.workers import Workers
 
@@ -80,7 +80,7 @@ def test_close_waits_for_the_call_in_hand_and_drops_the_others() -> None:
 
     def slow() -> str:
         started.set()
-        time.sleep(0.05)
+        wait_until(lambda: workers._closed.is_set)
         return "done"
 
     first, *others = (

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 from tests.server.serving import Servers
-from tests.soon import SOON_S, TIMEOUT_S
+from tests.soon import SOON_S, TIMEOUT_S, ends_soon
 from tests.store_contract import SEED, make_group
 from tests.train.runs import Listener, small_config
 from tests.train.test_servers import assert_same, over, servers_of, undisturbed
@@ -131,9 +131,10 @@ def test_a_server_that_stands_still_is_not_waited_for_when_a_cut_is_abandoned(
         goes_on.wait(TIMEOUT_S)
 
     monkeypatch.setattr(Shard, "abandon", stand_still)
-    with closing(Servers([make_group()], SEED, 2, timeout_s=0.2)) as servers:
+    with closing(Servers([make_group()], SEED, 2)) as servers:
         servers.start()
-        servers.control.abandon(1)
+        with ends_soon():
+            servers.control.abandon(1)
         assert is_reached.wait(SOON_S)
         goes_on.set()
 
