@@ -28,7 +28,6 @@ from bagpipe.feed.meeting import Door
 from bagpipe.feed.process import OracleProcess, SharedOracle
 from bagpipe.feed.stream import BatchAdapter
 
-
 MANY = 200
 """Strangers; when there are 56 more, the oldest who has said nothing is sent away."""
 
