@@ -12,7 +12,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
 
-train: $(INSTALLED)  ## train the default run (about two minutes on two cores)
+train: $(INSTALLED)  ## train the default run (about a minute on two cores)
 	$(BIN)/bagpipe train examples/quickstart.toml --overwrite
 
 test: $(INSTALLED)

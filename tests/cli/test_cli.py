@@ -80,6 +80,19 @@ def test_help_does_not_load_torch() -> None:
     assert "train" in ended.stdout
 
 
+def test_what_trains_is_imported_without_looking_for_garbage() -> None:
+    code = (
+        "import gc; from bagpipe.cli.common import load_training; "
+        "before = gc.get_stats()[2]; load_training(); "
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000; "
+        "assert gc.get_stats()[2] == before"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=SOON_S, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_train_then_resume_for_longer(file: Path) -> None:
     result = invoke("train", file, "--set", "train.steps=4")
     assert result.exit_code == 0

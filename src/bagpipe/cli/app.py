@@ -21,6 +21,7 @@ from bagpipe.cli.common import (
     File,
     Overrides,
     console_progress,
+    load_training,
     mistakes_told,
     prepare_environment,
     tell,
@@ -153,6 +154,7 @@ def train(
                     start_from=start_from,
                 )
             return _tell_end(console, config, result)
+        load_training()
         from bagpipe.launch.torchrun import joined_trainers
 
         with joined_trainers(config.train.wait_timeout_s) as peers:
