@@ -125,11 +125,11 @@ def test_losses_of_labels_are_added_up_by_their_weights(has_weights: bool) -> No
     logits, labels = torch.randn(7, 3), (torch.rand(7, 3) < 0.5).float()
     weights = 2 * torch.rand(7) if has_weights else None
     objective = Objective(["a", "b", "c"], {"b": 0.25, "c": 3.0})
-    expected = sum(
-        factor
-        * binary_cross_entropy_with_logits(logits[:, label], labels[:, label], weight=weights)
-        for label, factor in enumerate([1.0, 0.25, 3.0])
-    )
+    each = [
+        binary_cross_entropy_with_logits(logits[:, label], labels[:, label], weight=weights)
+        for label in range(3)
+    ]
+    expected = torch.stack([each[0] + 0.25 * each[1] + 3.0 * each[2], *each])
     torch.testing.assert_close(objective.loss(logits, labels, weights), expected)
     # of several trainers, each with a share of the samples
     parts = [
@@ -137,7 +137,8 @@ def test_losses_of_labels_are_added_up_by_their_weights(has_weights: bool) -> No
         * (len(logits[own]) * 2 / 7)
         for own in (slice(0, 4), slice(4, 7))
     ]
-    torch.testing.assert_close((parts[0] + parts[1]) / 2, torch.as_tensor(expected))
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, expected)
+    assert objective.loss(logits[:0], labels[:0]).tolist() == [0.0] * 4
     only = Objective(["a"], {"a": 0.5}).loss(logits[:, 0], labels[:, 0], weights)
     half = binary_cross_entropy_with_logits(logits[:, 0], labels[:, 0], weight=weights) / 2
     torch.testing.assert_close(only, half)
@@ -189,6 +190,8 @@ def test_the_best_model_is_that_of_a_labels_metric(
     losses = {each["step"]: each[f"log_loss/{label}"] for each in records(tmp_path, "evaluation")}
     assert result.best_step == min(losses, key=lambda step: losses[step])
     assert records(tmp_path, "start")[0]["labels"] == ["clicked", "bought"]
+    for record in records(tmp_path, "train"):
+        assert record["loss"] == pytest.approx(record["loss/clicked"] + record["loss/bought"])
 
 
 def test_a_plateau_watches_a_label() -> None:

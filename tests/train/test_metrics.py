@@ -140,8 +140,11 @@ def test_the_window_gives_the_mean_and_empties() -> None:
     assert window.take() is None
     window.add(1, torch.tensor(1.0))
     window.add(2, torch.tensor(2.0))
-    assert window.take() == 1.5
+    assert window.take() == (1.5,)
     assert window.take() is None
+    window.add(3, torch.tensor([3.0, 1.0, 2.0]))
+    window.add(4, torch.tensor([5.0, 1.0, 4.0]))
+    assert window.take() == (4.0, 1.0, 3.0)  # of two labels, too
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -228,7 +228,8 @@ class DenseStep:
             sample_weights: (B,) float32, likewise; all batches have some, or none has.
 
         Returns:
-            The loss () and the gradients (B, F, D) of `pooled`, good until the next call.
+            The loss, as `Objective.loss` gives it, and the gradients (B, F, D) of `pooled`, good
+            until the next call.
         """
         inputs = [dense, labels] if sample_weights is None else [dense, labels, sample_weights]
         with span("dense"):
@@ -276,11 +277,12 @@ class DenseStep:
             cache_enabled=False,
         ):
             logits = part(dense, flat[0] if len(flat) == 1 else torch.cat(flat, dim=1))
-        # A trainer may have no sample of a small batch; the mean of nothing would be NaN.
-        loss = self._objective.loss(logits, *targets) if len(dense) else logits.sum()
+        # a trainer may have no sample of a small batch
+        loss = self._objective.loss(logits, *targets)
         if weight != 1.0:
             loss = loss * weight
-        loss.backward()  # type: ignore[no-untyped-call]
+        trained = loss if loss.dim() == 0 else loss[0]
+        trained.backward()  # type: ignore[no-untyped-call]
         if self._averaged is not None:
             self._averaged.collect()
         return loss.detach()

@@ -254,13 +254,17 @@ class Loop:
         averages = replace(
             averages,
             loss=trainers.mean(averages.loss),
+            label_losses=tuple(map(trainers.mean, averages.label_losses)),
             examples_per_s=trainers.peers.num_trainers * trainers.mean(averages.examples_per_s),
         )
         rates = {
             "lr": self.parts.optimizer.param_groups[0]["lr"],
             "embeddings_lr": self.parts.embeddings.lr,
         }
-        self.log.write("train", self._step, **asdict(averages), **rates)
+        numbers = asdict(averages)
+        names = [f"loss/{label}" for label in self.parts.source.label_names]
+        of_labels = dict(zip(names, numbers.pop("label_losses"), strict=False))
+        self.log.write("train", self._step, **numbers, **of_labels, **rates)
         self.reporter.show(averages)
 
     def _pause(self, stream: Lookahead[TorchBatch], work: Callable[[], object]) -> None:

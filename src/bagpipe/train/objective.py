@@ -30,31 +30,39 @@ class Objective:
         """Of these labels, with the weights of some; the others' are 1."""
         self._names = label_names
         weights = [(label_weights or {}).get(name, 1.0) for name in label_names]
-        is_plain = len(weights) == 1 and weights[0] == 1.0
+        is_plain = all(weight == 1.0 for weight in weights)
         self._weights = None if is_plain else torch.tensor(weights, device=device)  # (L,)
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The loss () of a batch of one sample or more.
+        """The loss of a batch.
 
         Args:
             logits: (B,), or (B, L) of L labels, float.
             labels: float32 of the same shape, from 0 to 1.
             weights: of the samples (B,) float32, 0 or more; by default 1.
 
+        Returns:
+            The loss () of one label. Of several (1 + L,): what is trained, and then each label's,
+            before its weight. That of no sample is 0.
+
         Raises:
             ConfigError: There are other logits than labels.
         """
+        num_labels = len(self._names)
+        if len(labels) == 0:  # the mean of nothing would be NaN
+            nothing = logits.sum()
+            return nothing if num_labels == 1 else nothing.expand(1 + num_labels)
         check_logits(logits, labels, self._names)
-        if self._weights is None:
-            return binary_cross_entropy_with_logits(logits.float(), labels, weight=weights)
-        shape = (len(labels), len(self._names))
-        factors = self._weights.expand(shape)
+        if num_labels == 1:
+            loss = binary_cross_entropy_with_logits(logits.float(), labels, weight=weights)
+            return loss if self._weights is None else loss * self._weights[0]
         if weights is not None:
-            factors = factors * weights.unsqueeze(1)
-        summed = binary_cross_entropy_with_logits(
-            logits.float().view(shape), labels.view(shape), weight=factors, reduction="sum"
-        )
-        return summed / len(labels)
+            weights = weights.unsqueeze(1).expand_as(labels)
+        each = binary_cross_entropy_with_logits(
+            logits.float(), labels, weight=weights, reduction="none"
+        ).mean(dim=0)
+        total = each.sum() if self._weights is None else (each * self._weights).sum()
+        return torch.cat([total.unsqueeze(0), each])
 
 
 def check_logits(logits: Tensor, labels: Tensor, label_names: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ class StepAverages:
     wait_rows_ms: float
     wait_slots_ms: float
     wait_replicas_ms: float  # for rows that other trainers own
+    label_losses: tuple[float, ...] = ()  # of several labels each one's, before its weight
 
 
 class Reporter(Protocol):
@@ -167,24 +168,25 @@ class Meter:
         self._started = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, num_examples: int) -> None:
-        """Adds a step and its loss, a scalar, which stays on its device."""
+        """Adds a step and its loss, as `Objective.loss` gives it, which stays on its device."""
         self._losses.add(step, loss)
         self._num_steps += 1
         self._num_examples += num_examples
 
     def take(self, stream: Lookahead[Any]) -> StepAverages | None:
         """The window's numbers, None when it has no step. LossError: a loss in it is not finite."""
-        loss = self._losses.take()  # waits for the device, so the time is taken after it
+        losses = self._losses.take()  # waits for the device, so the time is taken after it
         elapsed_s = time.perf_counter() - self._started
         before, num_steps, num_examples = self._before, self._num_steps, self._num_examples
         self.restart(stream)
         now = self._before
-        if loss is None or before is None or now is None:
+        if losses is None or before is None or now is None:
             return None
         num_uniques = now.num_uniques - before.num_uniques
         num_fetched = now.num_fetched - before.num_fetched
         return StepAverages(
-            loss=loss,
+            loss=losses[0],
+            label_losses=losses[1:],
             examples_per_s=num_examples / elapsed_s,
             hit_rate=1.0 - num_fetched / num_uniques if num_uniques else 1.0,
             wait_plan_ms=1e3 * (now.plan_s - before.plan_s) / num_steps,
@@ -205,21 +207,24 @@ class LossWindow:
         self._losses: list[Tensor] = []
 
     def add(self, step: int, loss: Tensor) -> None:
-        """Adds the loss of `step`, a scalar; steps come one after the other."""
+        """Adds the loss of `step`; steps come one after the other."""
         if not self._losses:
             self._first_step = step
         self._losses.append(loss.detach())
 
-    def take(self) -> float | None:
+    def take(self) -> tuple[float, ...] | None:
         """The mean of the losses since the last call, None when there are none.
+
+        Where several labels have losses, theirs follow.
 
         Raises:
             LossError: one of them is not finite.
         """
         if not self._losses:
             return None
-        losses = torch.stack(self._losses).double().cpu()
+        parts = torch.stack(self._losses).double().cpu().view(len(self._losses), -1).T
         self._losses = []
+        losses = parts[0]
         finite = torch.isfinite(losses)
         if not bool(finite.all()):
             first = int(torch.nonzero(~finite)[0])
@@ -228,4 +233,4 @@ class LossWindow:
                 "has diverged, and nothing was saved since. Start again with smaller learning "
                 "rates (train.optimizer.lr, embeddings.optimizer.lr)"
             )
-        return float(losses.mean())
+        return tuple(float(part.contiguous().mean()) for part in parts)
