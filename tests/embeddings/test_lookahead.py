@@ -4,6 +4,7 @@ threads, ending early.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import traceback
@@ -30,6 +31,7 @@ from bagpipe.errors import (
     StoreError,
     UsageError,
 )
+from bagpipe.native.workers import Call
 from bagpipe.optimizers import SGD
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.store import MemoryStore
@@ -265,15 +267,19 @@ def test_an_error_in_the_loop_ends_the_stream_and_is_not_hidden() -> None:
 
 
 def test_waits_are_counted_where_they_happen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = MemoryStore.fetch
+    original, trainer = MemoryStore.fetch, threading.get_ident()
+
+    def is_waited_for() -> bool:
+        return sys._current_frames()[trainer].f_code is Call.result.__code__
 
     def slow(store: MemoryStore, rows: Int64Array, out: Float32Array) -> None:
+        wait_until(is_waited_for)
         threading.Event().wait(0.02)
         original(store, rows, out)
 
     monkeypatch.setattr(MemoryStore, "fetch", slow)
     embeddings = make_embeddings()
-    stream = bagpipe.lookahead(batches(20), embeddings, cache=1000, prefetch_depth=1)
+    stream = bagpipe.lookahead(batches(6), embeddings, cache=1000, prefetch_depth=1)
     train(embeddings, stream)
     assert stream.waits.rows_s > 0.02
     assert stream.waits.slots_s == 0.0  # nothing is urgent where all rows have room
