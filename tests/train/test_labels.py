@@ -270,6 +270,15 @@ def test_data_without_all_labels_are_predicted_and_not_scored(
         assert pq.read_table(output).column_names == ["score_clicked", "score_bought"]
 
 
+def test_a_saved_models_logits_keep_their_labels(prepared: Path, tmp_path: Path) -> None:
+    """Another order would score each by the other's label."""
+    trained(prepared, tmp_path, train=EVALUATED | {"steps": 5})
+    result = invoke("eval", tmp_path, "--set", 'data.labels=["bought", "clicked"]')
+    assert result.exit_code == 2
+    assert "--set data.labels: the logits of" in result.stderr
+    assert "in their order (all of the data): leave the option out" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "fact"),
     [

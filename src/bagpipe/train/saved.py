@@ -99,6 +99,14 @@ def open_saved(
                 "training files have other checksums), so ids may mean other values: name the "
                 "folder by --set data.folder=FOLDER"
             )
+    if config.data.kind == "prepared":
+        trained = saved.config["data"].get("labels")
+        if config.data.model_dump(mode="json")["labels"] != trained:
+            raise ConfigError(
+                f"--set data.labels: the logits of {saved.path} are those of the labels that it "
+                f"was trained on, in their order ({', '.join(trained or ()) or 'all of the data'}):"
+                " leave the option out"
+            )
     source = any_split(config)
     tables = tuple(make_tables(source.features, config))
     groups = group_tables(tables, config.table_optimizer.build())
