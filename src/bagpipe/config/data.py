@@ -151,6 +151,7 @@ class ParquetFiles(Section):
     kind: Literal["parquet"]
     files: tuple[Name, ...] = Field(min_length=1)
     label: LabelColumn | None = None
+    """What is learned. Required, unless `labels` are given."""
     labels: tuple[LabelColumn, ...] = ()
     """Several labels in place of `label`, for a model that learns them all."""
     dense: tuple[Name, ...] = ()
