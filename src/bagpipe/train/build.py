@@ -111,20 +111,9 @@ def build_run(
         StoreError: a store can't be made.
     """
     device = choose_device(config.train.device, peers)
-    source = open_source(config.data, "train")
-    validation, test = (
-        open_source(config.data, split) if has_split(config.data, split) else None
-        for split in ("validation", "test")
-    )
-    for note in run_notes(config.data):
-        say(note)
+    source, validation, test = _open_data(config, say)
     labels = source.label_names
-    check_labels(config, labels)
     schedule = make_schedule(config.train, source.num_samples)
-    if validation is None:
-        _check_without_validation(config)
-    if config.train.group_by is not None:
-        check_groups(source, config.train.group_by)
     torch.manual_seed(config.train.seed)
     tables, optimizer = make_tables(source.features, config), config.table_optimizer.build()
     with ExitStack() as stack:
@@ -177,6 +166,25 @@ def build_run(
                     say,
                 ),
             )
+
+
+def _open_data(
+    config: RunConfig, say: Callable[[str], None]
+) -> tuple[BatchSource, BatchSource | None, BatchSource | None]:
+    """Opens what to train, validate and test on; refuses what the run can't do with it."""
+    source = open_source(config.data, "train")
+    validation, test = (
+        open_source(config.data, split) if has_split(config.data, split) else None
+        for split in ("validation", "test")
+    )
+    for note in run_notes(config.data):
+        say(note)
+    check_labels(config, source.label_names)
+    if validation is None:
+        _check_without_validation(config)
+    if config.train.group_by is not None:
+        check_groups(source, config.train.group_by)
+    return source, validation, test
 
 
 def make_model(

@@ -63,31 +63,19 @@ def evaluate(
     """
     if group_by is not None:
         check_groups(source, group_by)
-    rank, num_trainers = peers.rank, peers.num_trainers
     num_samples = source.num_samples
     num_batches = count_batches(num_samples, batch_size)
+    sizes = [min(batch_size, num_samples - at) for at in range(0, num_samples, batch_size)]
     num_labels, has_weights = len(source.label_names), source.has_weights
 
-    def predictions() -> Iterator[Tensor]:
-        """Of each of this rank's batches (B, columns): logits, labels, weights and groups.
-
-        They are float32 on the CPU; with groups, whose numbers it has no room for, float64.
-        """
-        for number, read in enumerate(
-            islice(source.reads(batch_size=batch_size), rank, None, num_trainers), 1
-        ):
+    def own_predictions() -> Iterator[Tensor]:
+        reads = source.reads(batch_size=batch_size)
+        for number, read in enumerate(islice(reads, peers.rank, None, peers.num_trainers), 1):
             batch = TorchBatch.of(read())
             logits = model(batch.dense.to(device), batch.sparse).float().cpu()
             check_logits(logits, batch.labels, source.label_names)
-            on_batch(min(number * num_trainers, num_batches - 1), num_batches)
-            shape = (batch.batch_size, num_labels)
-            columns = [logits.view(shape), batch.labels.view(shape)]
-            if batch.weights is not None:
-                columns.append(batch.weights.unsqueeze(1))
-            if group_by is not None:
-                columns = [column.double() for column in columns]
-                columns.append(ids_of(batch.sparse, group_by).double().unsqueeze(1))
-            yield torch.cat(columns, dim=1)
+            on_batch(min(number * peers.num_trainers, num_batches - 1), num_batches)
+            yield _as_columns(logits, batch, num_labels, group_by)
 
     was_training = model.training
     model.eval()
@@ -96,11 +84,10 @@ def evaluate(
             torch.no_grad(),
             torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
         ):
-            sizes = [min(batch_size, num_samples - at) for at in range(0, num_samples, batch_size)]
             by_rank = peers.gather(
                 "predictions",
-                predictions(),
-                [sizes[each::num_trainers] for each in range(num_trainers)],
+                own_predictions(),
+                [sizes[each :: peers.num_trainers] for each in range(peers.num_trainers)],
             )
             scores = LabelScores(source.label_names, metrics)
             for predicted in chain.from_iterable(zip_longest(*by_rank)):
@@ -113,9 +100,24 @@ def evaluate(
                         values[:, -1] if has_weights else None,
                     )
         on_batch(num_batches, num_batches)
-        return scores.compute() if rank == 0 else None
+        return scores.compute() if peers.rank == 0 else None
     finally:
         model.train(was_training)
+
+
+def _as_columns(logits: Tensor, batch: TorchBatch, num_labels: int, group_by: str | None) -> Tensor:
+    """Logits, labels, and where there are any weights and groups, as (B, columns) on the CPU.
+
+    They are float32, and with groups float64, since float32 has no room for their ids.
+    """
+    shape = (batch.batch_size, num_labels)
+    columns = [logits.view(shape), batch.labels.view(shape)]
+    if batch.weights is not None:
+        columns.append(batch.weights.unsqueeze(1))
+    if group_by is not None:
+        columns = [column.double() for column in columns]
+        columns.append(ids_of(batch.sparse, group_by).double().unsqueeze(1))
+    return torch.cat(columns, dim=1)
 
 
 def check_groups(source: BatchSource, group_by: str) -> None:

@@ -42,7 +42,6 @@ from bagpipe.oracle.eviction import loops, moved, queues, shard_loops
 from bagpipe.oracle.linker import BatchUses, LinkedGroup, Linker, roomy_ring
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.shards import num_slots_needed, slot_bounds
-from bagpipe.plan import Transfers
 from bagpipe.types import Group
 
 _NO_ROWS, _NO_USES, _NO_USERS = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint64)
@@ -163,33 +162,19 @@ class Cacher:
             self._num_unsettled -= settled.num_uniques
             # From now on the linker may use the ring's places of its occurrences again.
             self.linker.settled = settled.step
-        evicted, fetched = moved.Moved(*moved_out), moved.Moved(*moved_in)
-        num_evicted_overlapped, num_overlapped = (
-            counts[moved.EVICTED_OVERLAPPED],
-            counts[moved.FETCHED_OVERLAPPED],
-        )
         self.evicted_blindly = bool(counts[moved.EVICTED_BLINDLY])
         self._unsettled.append(linked.uses)
         self._num_unsettled += len(slots)
+        overlapped, urgent = moved.as_transfers(
+            moved.Moved(*moved_out), moved.Moved(*moved_in), counts
+        )
         return CachePlan(
             linked=linked,
             unique_slots=slots,
             before=before,
             after=self._admitted[0] if self._admitted else None,
-            overlapped=Transfers(
-                evict_rows=evicted.rows[:num_evicted_overlapped],
-                evict_slots=evicted.slots[:num_evicted_overlapped],
-                fetch_rows=fetched.rows[:num_overlapped],
-                fetch_slots=fetched.slots[:num_overlapped],
-                fence_tick=int(counts[moved.OVERLAPPED_FENCE]),
-            ),
-            urgent=Transfers(
-                evict_rows=evicted.rows[num_evicted_overlapped:],
-                evict_slots=evicted.slots[num_evicted_overlapped:],
-                fetch_rows=fetched.rows[num_overlapped:],
-                fetch_slots=fetched.slots[num_overlapped:],
-                fence_tick=int(counts[moved.URGENT_FENCE]),
-            ),
+            overlapped=overlapped,
+            urgent=urgent,
         )
 
     def _take_new(self) -> shard_loops.Batch:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bagpipe.native.jit import jit, parallel_jit, prange
+from bagpipe.plan import Transfers
 from bagpipe.types import Int32Array, Int64Array
 
 (
@@ -50,6 +51,25 @@ def total_counts(counts: Int64Array) -> Int64Array:
             else:
                 totals[kind] += counts[shard, kind]
     return totals
+
+
+def as_transfers(evicted: Moved, fetched: Moved, counts: Int64Array) -> tuple[Transfers, Transfers]:
+    """A step's overlapped and urgent transfers, from what it moves and its `counts` (DONE + 1,)."""
+    num_out, num_in = counts[EVICTED_OVERLAPPED], counts[FETCHED_OVERLAPPED]
+    overlapped, urgent = (
+        Transfers(
+            evict_rows=evicted.rows[out],
+            evict_slots=evicted.slots[out],
+            fetch_rows=fetched.rows[into],
+            fetch_slots=fetched.slots[into],
+            fence_tick=int(counts[fence]),
+        )
+        for out, into, fence in (
+            (slice(num_out), slice(num_in), OVERLAPPED_FENCE),
+            (slice(num_out, None), slice(num_in, None), URGENT_FENCE),
+        )
+    )
+    return overlapped, urgent
 
 
 @parallel_jit
