@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from bagpipe.cache.overlap import Staging
+from bagpipe.server.memory import StagingMemory
+
+CPU = torch.device("cpu")
 
 
 def test_a_buffer_is_one_memory_for_torch_and_numpy() -> None:
-    buffer = Staging(pinned=False).take(3, 5)
+    buffer = Staging(CPU).take(3, 5)
     buffer.array[:] = np.arange(15).reshape(3, 5)
     assert buffer.tensor.is_contiguous()
     assert buffer.tensor.tolist() == buffer.array.tolist()
 
 
 def test_what_is_given_back_is_taken_again_and_nothing_else() -> None:
-    staging = Staging(pinned=False)
+    staging = Staging(CPU)
     first, second = staging.take(300, 65), staging.take(300, 65)
     assert first.whole.data_ptr() != second.whole.data_ptr()
-    staging.give_back(first)
+    first.give_back()
     third = staging.take(270, 65)  # of the same size, rounded up
     assert third.whole.data_ptr() == first.whole.data_ptr()
     assert third.array.shape == (270, 65)
@@ -31,6 +35,22 @@ def test_what_is_given_back_is_taken_again_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("num_records", [0, 1, 16_384, 16_385, 100_000])
 def test_buffers_hold_what_is_asked_for(num_records: int) -> None:
-    buffer = Staging(pinned=False).take(num_records, 1)
+    buffer = Staging(CPU).take(num_records, 1)
     assert buffer.array.shape == (num_records, 1)
     assert len(buffer.whole) < 2 * max(num_records, 1 << 14)
+
+
+def test_buffers_of_memory_that_is_shared_lie_in_it_and_go_back_to_it() -> None:
+    memory = StagingMemory(1 << 20)
+    staging = Staging(CPU, memory)
+    places = set()
+    for _ in range(3):
+        first, second = staging.take(300, 65), staging.take(300, 65)
+        first.tensor.fill_(1)
+        second.array[:] = 2
+        assert (first.array == 1).all()
+        places |= {memory.offset_of(first.array), memory.offset_of(second.array)}
+        first.give_back()  # the second one's user has gone
+        staging.close()
+    assert None not in places
+    assert len(places) == 2

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bagpipe.cache import transfers
 from bagpipe.cache.marks import Marks
-from bagpipe.cache.overlap import Staging
 from bagpipe.cache.transfers import RecordMover
 from bagpipe.store.base import NO_STEPS, Steps
 from bagpipe.types import Float32Array, Int64Array
@@ -35,8 +34,9 @@ class Cache:
     def __init__(self) -> None:
         self.memory = torch.zeros(4, 1)
 
-    def read(self, slots: Tensor) -> Tensor:
-        return self.memory[slots.long()]
+    def read(self, slots: Tensor, out: Tensor | None = None) -> Tensor:
+        records = self.memory[slots.long()]
+        return records if out is None else out.copy_(records)
 
     def fill(self, slots: Tensor, records: Tensor) -> None:
         self.memory[slots.long()] = records
@@ -107,8 +107,10 @@ def made_up_streams(monkeypatch: pytest.MonkeyPatch) -> Any:
     event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
-    monkeypatch.setattr(transfers, "Staging", lambda *, pinned: Staging(pinned=pinned and False))
-    stream = SimpleNamespace(wait_event=lambda _: None, record_event=lambda: event)
+    stream = SimpleNamespace(
+        wait_event=lambda _: None, record_event=lambda: event, synchronize=lambda: None
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     return SimpleNamespace(out=stream, into=stream, computed=event)
 
 
@@ -304,7 +306,7 @@ class SentStore(Store):
 def test_a_flush_of_16_mb_sends_half_of_it_before_the_rest_is_read() -> None:
     """So the cache is read while the network and the server are at work."""
     cache, store = Cache(), SentStore()
-    cache.group = SimpleNamespace(record_width=1, record_bytes=4 << 20)
+    cache.group = SimpleNamespace(record_width=1, record_bytes=4 << 20)  # as if
     mover = RecordMover([cache], [store], None, None)  # type: ignore[list-item]
     fetched, to_device = moves({}, {10: 0, 11: 1, 12: 2, 13: 3})
     mover.fill(mover.issue(PLAN, [fetched], 0, to_device))

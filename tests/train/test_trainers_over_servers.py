@@ -25,7 +25,11 @@ from tests.train.test_trainers import (
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import SGD, Adam, Optimizer
+from bagpipe.server import wire
+from bagpipe.server.channels import StagingChannel
 from bagpipe.server.client import ShardServers
+from bagpipe.server.parts import Part
+from bagpipe.server.wire import Header, What
 from bagpipe.types import Jagged, TableConfig, group_tables
 
 SEED, NUM_BATCHES = 11, 14
@@ -134,6 +138,66 @@ def test_each_rank_reads_for_itself_in_an_evaluation(num_trainers: int, num_host
         )
     for one, other in zip(read[1], read[num_trainers], strict=True):
         torch.testing.assert_close(other, one, rtol=0, atol=0)
+
+
+def test_records_come_and_go_without_a_copy_on_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From one server of the own host, over any number of streams of batches."""
+    in_memory: dict[What, list[bool]] = {What.FETCH: [], What.WRITE: []}
+    write = StagingChannel.write
+
+    def noted(channel: StagingChannel, part: Part, header: Header) -> None:
+        if part.run is not None:  # else it is a mark
+            in_memory[header.what].append(channel._memory.offset_of(part.run) is not None)
+        write(channel, part, header)
+
+    monkeypatch.setattr(StagingChannel, "write", noted)
+    tables, optimizer = make_tables(), SGD(lr=0.5)
+    with serving(tables, optimizer, 1) as servers:
+        (own,) = servers.start()
+        assert own.memory is not None
+        embeddings = EmbeddingBagCollection(
+            tables, optimizer=optimizer, store=lambda group, _: own.stores[group.index]
+        )
+        for _ in range(2):
+            options = {"cache": [90, 60], "lookahead": 3}
+            plain(
+                Trainer(embeddings=embeddings, loss=linear_loss, num_trainers=1, options=options),
+                make_batches(4),
+            )
+        free = sum(size * len(begins) for size, begins in own.memory._free.items())
+        assert free == own.memory._end > 0
+    assert all(in_memory.values())
+    assert all(all(each) for each in in_memory.values())
+
+
+def test_records_in_shared_memory_are_sent_in_messages_of_any_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those elsewhere go by blocks of that memory, so their messages are small."""
+    sent = list[int]()
+    write = StagingChannel.write
+
+    def noted(channel: StagingChannel, part: Part, header: Header) -> None:
+        sent.append(part.num_rows)
+        write(channel, part, header)
+
+    monkeypatch.setattr(StagingChannel, "write", noted)
+    monkeypatch.setattr(wire, "piece_rows", lambda _: 4)
+    tables, optimizer = make_tables(), SGD(lr=0.5)
+    with serving(tables, optimizer, 1) as servers:
+        (own,) = servers.start()
+        assert own.memory is not None
+        store, rows = own.stores[0], np.arange(10)
+        shared = own.memory.take(10, store.group.record_width)
+        shared[:] = 1.5
+        store.write(rows, shared)
+        assert sent == [10]
+        store.write(rows[::-1].copy(), 2 * shared)
+        assert sent == [10, 4, 4, 2]
+        store.fetch(rows, shared)
+        assert (shared == 3).all()
 
 
 def test_an_ended_epoch_ends_its_trainers() -> None:

@@ -122,9 +122,9 @@ class DeviceCache:
         """Puts `records` (n, record_width) into `slots` (n,)."""
         self._kernels.fill(self.weights, self.state, slots, records)
 
-    def read(self, slots: Tensor) -> Tensor:
-        """The records in `slots` (n,): (n, record_width)."""
-        records: Tensor = self._kernels.read(self.weights, self.state, slots)
+    def read(self, slots: Tensor, out: Tensor | None = None) -> Tensor:
+        """The records in `slots` (n,): (n, record_width), in `out` on this device, if given."""
+        records: Tensor = self._kernels.read(self.weights, self.state, slots, out)
         return records
 
     def _by_bag(self, plan: DevicePlan, grads: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Executor:
         self._num_kept = int(self._exchange.has_others)  # ended, their gradients on their way
         self._is_clean = True  # the stores hold everything
         self._torn_step: int | None = None
-        self.at_close: list[Callable[[], None]] = []
+        self.at_close: list[Callable[[], None]] = [self._mover.give_memory_back]
         """Called at the end of `close`, when neither threads nor device read a plan any more."""
 
     def submit(

@@ -157,10 +157,10 @@ def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None
     cpu_loops.fill(words_of(weights).numpy(), state.numpy(), slots.numpy(), records.numpy())
 
 
-def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
-    """The records in `slots` (n,): (n, record_width)."""
+def read(weights: Tensor, state: Tensor, slots: Tensor, out: Tensor | None = None) -> Tensor:
+    """The records in `slots` (n,): (n, record_width), `out`, if that is given."""
     words = words_of(weights)
-    records = torch.empty(len(slots), words.shape[1] + state.shape[1])
+    records = torch.empty(len(slots), words.shape[1] + state.shape[1]) if out is None else out
     cpu_loops.read(words.numpy(), state.numpy(), slots.numpy(), records.numpy())
     return records
 

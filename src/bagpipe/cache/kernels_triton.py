@@ -98,10 +98,12 @@ def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None
     _move_records(words_of(weights), state, slots, aligned(records), is_fill=True)
 
 
-def read(weights: Tensor, state: Tensor, slots: Tensor) -> Tensor:
-    """The records in `slots` (n,): (n, record_width)."""
+def read(weights: Tensor, state: Tensor, slots: Tensor, out: Tensor | None = None) -> Tensor:
+    """The records in `slots` (n,): (n, record_width), `out`, if that is given."""
     words = words_of(weights)
-    records = torch.empty(len(slots), words.shape[1] + state.shape[1], device=weights.device)
+    if out is None:
+        out = torch.empty(len(slots), words.shape[1] + state.shape[1], device=weights.device)
+    records = out
     _move_records(words, state, slots, records, is_fill=False)
     return records
 

@@ -4,7 +4,8 @@ A GPU copies behind compute only from and to pinned memory. Torch's allocator of
 the driver about events each time it is asked for memory, and calls of the driver take turns: beside
 a busy trainer's thread that cost a tenth of a millisecond for each transfer (docs/results.md).
 Buffers here are used again and again without asking the driver: whoever takes a buffer gives it
-back once the device is done with it, too.
+back once the device is done with it, too. On a CPU, where a store shares memory with its trainer,
+buffers are blocks of that memory: the store's process fills and reads them right there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bagpipe.store.base import RecordMemory
 from bagpipe.types import Float32Array
 
 _MIN_FLOATS = 1 << 14
@@ -50,6 +52,8 @@ class Buffer:
     whole: Tensor
     """(a power of two,); the records are its beginning."""
     shape: tuple[int, int]
+    free: deque[Tensor]
+    """Where it goes when it is given back."""
 
     @property
     def tensor(self) -> Tensor:
@@ -62,6 +66,13 @@ class Buffer:
         array: Float32Array = self.whole.numpy()[: math.prod(self.shape)].reshape(self.shape)
         return array
 
+    def give_back(self) -> None:
+        """Neither a thread nor the device uses it any more.
+
+        A buffer that never comes back is freed as any tensor is.
+        """
+        self.free.append(self.whole)
+
 
 class Staging:
     """Owns buffers by size; any thread may call it.
@@ -69,24 +80,41 @@ class Staging:
     It grows to as many buffers as are in use at one time.
     """
 
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
+    def __init__(self, device: torch.device, memory: RecordMemory | None = None) -> None:
+        """Takes buffers for a CPU from `memory`, which is borrowed until `close`, if there is any.
+
+        For a GPU they are pinned memory of torch's.
+        """
+        self._is_pinned = device.type == "cuda"
+        self._memory = None if self._is_pinned else memory
+        self._blocks: list[Float32Array] = []  # of that memory
         # No lock: a deque's operations are atomic.
         self._free: dict[int, deque[Tensor]] = defaultdict(deque)
 
     def take(self, num_records: int, record_width: int) -> Buffer:
-        """A buffer with undefined content; it is the taker's until `give_back`."""
+        """A buffer with undefined content; it is the taker's until it gives it back.
+
+        Raises:
+            StoreError: The memory that is shared has no room for it.
+        """
         num_floats = num_records * record_width
         size = max(_MIN_FLOATS, 1 << (num_floats - 1).bit_length())
+        free = self._free[size]
         try:
-            whole = self._free[size].pop()
+            whole = free.pop()
         except IndexError:
-            whole = torch.empty(size, pin_memory=self._pinned)
-        return Buffer(whole=whole, shape=(num_records, record_width))
+            whole = self._new(size)
+        return Buffer(whole=whole, shape=(num_records, record_width), free=free)
 
-    def give_back(self, buffer: Buffer) -> None:
-        """Takes a buffer back that neither a thread nor the device uses any more.
+    def close(self) -> None:
+        """Gives blocks back to the memory that they are of; no buffer may be in use any more."""
+        self._free.clear()
+        while self._memory is not None and self._blocks:
+            self._memory.give_back(self._blocks.pop())
 
-        A buffer that never comes back is freed as any tensor is.
-        """
-        self._free[len(buffer.whole)].append(buffer.whole)
+    def _new(self, size: int) -> Tensor:
+        if self._memory is None:
+            return torch.empty(size, pin_memory=self._is_pinned)
+        block = self._memory.take(1, size)
+        self._blocks.append(block)
+        return torch.from_numpy(block[0])

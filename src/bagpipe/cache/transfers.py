@@ -19,7 +19,7 @@ fills follow the evictions before them, and compute follows the fills of its own
 events, so that the host waits for neither. Device work is asked for by one thread, since threads
 that do so take turns for Python's lock: a thread of its own for the transfers took 1.5 ms a step,
 most of it waiting (docs/results.md). Device buffers come from torch's caching allocator, which
-reuses one on its own stream; pinned ones from `bagpipe.cache.overlap`.
+reuses one on its own stream; those of the host from `bagpipe.cache.overlap`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from bagpipe.native.jit import jit
 from bagpipe.native.spans import span
 from bagpipe.native.workers import Call, Workers
 from bagpipe.plan import StepPlan, Transfers
-from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps, sender_to
+from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps, memory_of, sender_to
 from bagpipe.types import Int32Array, Int64Array
 
 _MAX_PENDING_WRITES = 64
@@ -98,11 +98,9 @@ class RecordMover:
         """`streams` are those of a CUDA device; `marks` those of stores that go by them."""
         self._caches, self._stores = tuple(caches), tuple(stores)
         self._sends = tuple(map(sender_to, stores))
-        self._streams, self._marks = streams, marks
-        self._device = caches[0].device
+        self._streams, self._marks, self._device = streams, marks, caches[0].device
         self._rows_of_slots = [np.full(cache.num_slots, -1, np.int64) for cache in caches]
-        # issued and not yet there, in order of issue
-        self._to_note: deque[Sequence[Transfers]] = deque()
+        self._to_note: deque[Sequence[Transfers]] = deque()  # in order of issue, not yet there
         self._noting = threading.Lock()
         # On a CPU one thread each takes steps in order, as the device's streams do elsewhere. On
         # CUDA one sends in order, where marks must come behind what has been sent.
@@ -111,7 +109,7 @@ class RecordMover:
         self._gather_threads = Workers("bagpipe-gather", 1 if streams is None else _NUM_THREADS)
         self._write_threads = Workers("bagpipe-write-back", _NUM_THREADS)
         self._writes: deque[tuple[int, Call[None]]] = deque()  # (tick, write-back)
-        self._staging = Staging(pinned=streams is not None)
+        self._stagings = [Staging(self._device, memory_of(store)) for store in stores]
 
     def issue(
         self,
@@ -157,7 +155,7 @@ class RecordMover:
     def give_back(self, issued: IssuedTransfers) -> None:
         """Says that the device has filled a step's slots, by an event that it has reached."""
         for buffer in issued.gathered.result():
-            self._staging.give_back(buffer)
+            buffer.give_back()
 
     def mark(self, kind: Moment, step: int) -> None:
         """Tells stores that go by marks that what has been issued is sent."""
@@ -181,19 +179,26 @@ class RecordMover:
     def write_all(self) -> None:
         """Writes every resident record to its store; no transfer may be under way."""
         under_way = deque[Callable[[], None]]()
-        for cache, send, rows_of_slots in zip(
-            self._caches, self._sends, self._rows_of_slots, strict=True
-        ):
+        for index, cache in enumerate(self._caches):
+            rows_of_slots = self._rows_of_slots[index]
             slots = np.flatnonzero(rows_of_slots >= 0).astype(np.int32)
-            block_rows = -(-_FLUSH_BLOCK_BYTES // cache.group.record_bytes)
+            block_rows = max(1, _FLUSH_BLOCK_BYTES // cache.group.record_bytes)
             for begin in range(0, len(slots), block_rows):
                 block = slots[begin : begin + block_rows]
-                records = cache.read(torch.from_numpy(block).to(self._device)).cpu()
-                under_way.append(send(rows_of_slots[block], records.numpy()))
+                buffer = self._read(index, torch.from_numpy(block).to(self._device))
+                if self._streams is not None:
+                    torch.cuda.current_stream(self._device).synchronize()
+                sent = self._sends[index](rows_of_slots[block], buffer.array)
+                under_way.append(partial(self._write_back, sent, buffer))
                 if len(under_way) > 1:  # the next block is read while one is on its way
                     under_way.popleft()()
         for sent in under_way:
             sent()
+
+    def give_memory_back(self) -> None:
+        """To the stores; nobody uses it any more."""
+        for staging in self._stagings:
+            staging.close()
 
     def close(self, *, wait: bool = True) -> None:
         """Ends the threads.
@@ -202,8 +207,8 @@ class RecordMover:
         """
         if self._order_thread is not None:
             self._order_thread.close(wait=wait)
-        self._gather_threads.close(wait=wait)
-        self._write_threads.close(wait=wait)
+        for threads in (self._gather_threads, self._write_threads):
+            threads.close(wait=wait)
         self._to_note.clear()
 
     def _evict_and_ask(
@@ -230,7 +235,7 @@ class RecordMover:
         stagings = self._receive(asked)
         self._fill_slots(on_device, stagings)
         for buffer in stagings:
-            self._staging.give_back(buffer)
+            buffer.give_back()
         return []
 
     def _evict_all(
@@ -248,14 +253,12 @@ class RecordMover:
         self, index: int, transfers: Transfers, slots: Tensor, tick: int
     ) -> torch.cuda.Event | None:
         """Reads the evicted slots into a packed buffer and hands it to the write-back thread."""
-        records = self._caches[index].read(slots)
+        buffer = self._read(index, slots)
         rows = transfers.evict_rows.copy()  # may be written later than the plan is released
         if self._streams is None:
-            sent = self._sends[index](rows, records.numpy())
-            self._hand_out(self._write_threads, tick, self._write_back, sent)
+            sent = self._sends[index](rows, buffer.array)
+            self._hand_out(self._write_threads, tick, self._write_back, sent, buffer)
             return None
-        buffer = self._staging.take(*records.shape)
-        buffer.tensor.copy_(records, non_blocking=True)
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record(self._streams.out)
         if self._order_thread is None:
@@ -266,6 +269,15 @@ class RecordMover:
             send = self._order_thread.submit(self._send_copied, index, rows, buffer, copied).result
         self._hand_out(self._write_threads, tick, self._write_back_copied, send, buffer)
         return copied
+
+    def _read(self, index: int, slots: Tensor) -> Buffer:
+        """Reads slots; on CUDA the buffer holds them once the current stream has come so far."""
+        cache, staging = self._caches[index], self._stagings[index]
+        buffer = staging.take(len(slots), cache.group.record_width)
+        records = cache.read(slots, None if self._streams else buffer.tensor)
+        if self._streams is not None:
+            buffer.tensor.copy_(records, non_blocking=True)
+        return buffer
 
     def _hand_out(
         self, threads: Workers, tick: int, work: Callable[..., None], *arguments: Any
@@ -280,15 +292,15 @@ class RecordMover:
             self._writes.popleft()
         self._writes.append((tick, threads.submit(work, *arguments)))
 
-    def _write_back(self, sent: Callable[[], None]) -> None:
-        """Runs on a write-back thread."""
+    def _write_back(self, sent: Callable[[], None], buffer: Buffer) -> None:
+        """Runs on a write-back thread; in a flush on the trainer's."""
         with span("write_back"):
             sent()
+        buffer.give_back()
 
     def _write_back_copied(self, send: Callable[[], Callable[[], None]], buffer: Buffer) -> None:
         """Runs on a write-back thread; `send` sends, or waits for what does."""
-        self._write_back(send())
-        self._staging.give_back(buffer)
+        self._write_back(send(), buffer)
 
     def _send_copied(
         self, index: int, rows: Int64Array, buffer: Buffer, copied: torch.cuda.Event
@@ -306,10 +318,11 @@ class RecordMover:
         fence, stagings = _fence_of(plan, transfers), []
         counted = fence if self._marks is None else self._marks.fence(fence)
         with ExitStack() as waits:  # what was asked for is borrowed until it has been waited for
-            for cache, store, moved in zip(self._caches, self._stores, transfers, strict=True):
-                staging = self._staging.take(len(moved.fetch_rows), cache.group.record_width)
-                if len(moved.fetch_rows):
-                    waits.callback(_wait, store.ask(moved.fetch_rows, staging.array, counted))
+            for index, (store, moved) in enumerate(zip(self._stores, transfers, strict=True)):
+                rows, width = moved.fetch_rows, self._caches[index].group.record_width
+                staging = self._stagings[index].take(len(rows), width)
+                if len(rows):
+                    waits.callback(_wait, store.ask(rows, staging.array, counted))
                 stagings.append(staging)
             return _Asked(stagings=stagings, waits=waits.pop_all(), fence=fence)
 

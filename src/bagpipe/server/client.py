@@ -129,7 +129,9 @@ class ShardServers:
     def send(self, group: int, rows: Int64Array, records: Float32Array) -> Callable[[], None]:
         """See `RemoteStore.send`; arguments are checked."""
         self._raise_failure()
-        most_rows = min(self._most_rows, wire.piece_rows(self.groups[group]))
+        most_rows = self._most_rows  # of records that the server reads right there
+        if self.num_shards > 1 or self.memory is None or self.memory.offset_of(records) is None:
+            most_rows = min(most_rows, wire.piece_rows(self.groups[group]))
         pieces = list(pieces_of(rows, self.num_shards, most_rows))
         pieces.sort(key=lambda piece: piece[1])  # shards in turn, so that all have work
         pending = Pending(len(pieces))
@@ -305,6 +307,11 @@ class RemoteStore:
         self.group = group
         self._servers, self._index = servers, index
         self._is_closed = False
+
+    @property
+    def memory(self) -> StagingMemory | None:
+        """See `ShardServers.memory`; None where records of several shards are put together."""
+        return self._servers.memory if self._servers.num_shards == 1 else None
 
     def fetch(self, rows: Int64Array, out: Float32Array) -> None:
         """See `EmbeddingStore.fetch`."""

@@ -138,6 +138,29 @@ class OrderedStore(EmbeddingStore, Protocol):
         """
 
 
+class RecordMemory(Protocol):
+    """Memory of the trainer's that a store's process has, too. Any thread may call it."""
+
+    def take(self, num_records: int, record_width: int) -> Float32Array:
+        """An array for records, the taker's until it is given back.
+
+        Returns:
+            (num_records, record_width) float32, C-contiguous, with undefined content.
+
+        Raises:
+            StoreError: there is no room for it.
+        """
+
+    def give_back(self, array: Float32Array) -> None:
+        """Takes an array back that nobody uses any more."""
+
+
+def memory_of(store: EmbeddingStore) -> RecordMemory | None:
+    """What a trainer shares with a store, whose records are copied once less there; or nothing."""
+    memory: RecordMemory | None = getattr(store, "memory", None)
+    return memory
+
+
 def sender_to(
     store: EmbeddingStore,
 ) -> Callable[[Int64Array, Float32Array], Callable[[], None]]:
