@@ -1,6 +1,4 @@
-"""The iterator around the loader: any iterable, order, back-pressure, failures of background
-threads, ending early.
-"""
+"""The iterator around the loader: any iterable, order, back-pressure, failures, ending early."""
 
 from __future__ import annotations
 
