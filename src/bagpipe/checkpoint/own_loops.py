@@ -60,7 +60,7 @@ class Stateful(Protocol):
 
 
 class _Stream(Protocol):
-    def settle(self) -> None: ...
+    def flush_between_steps(self) -> None: ...
 
 
 class _LoaderStates(Protocol):
@@ -144,7 +144,7 @@ def save(
     if keep < 1:
         raise ConfigError(f"keep is {keep}, must be at least 1")
     trainers = Trainers(embeddings.peers)
-    settle(embeddings)
+    flush_between_steps(embeddings)
     own = {
         "extra": dict(extra or {}),
         "stateful": {name: each.state_dict() for name, each in (stateful or {}).items()},
@@ -254,13 +254,13 @@ def restore(
     return Restored(path=saved.path, step=saved.step, extra=own.get("extra", {}))
 
 
-def settle(embeddings: OwnEmbeddings) -> None:
+def flush_between_steps(embeddings: OwnEmbeddings) -> None:
     """Writes the cached rows to the stores; a running iteration goes on."""
     stream = embeddings.stream()
     if stream is None:
         embeddings.flush()
     else:
-        stream.settle()
+        stream.flush_between_steps()
 
 
 def check_embeddings(embeddings: object) -> None:

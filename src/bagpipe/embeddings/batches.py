@@ -217,7 +217,7 @@ class Lookahead(Generic[BatchT]):
         self._source.end_step(self._embeddings.step - 1)
         self._embeddings.flush()
 
-    def settle(self) -> None:
+    def flush_between_steps(self) -> None:
         """As `flush`, but a batch of which nothing was looked up yet stays to be trained."""
         if self._owns_embeddings and not self._embeddings.is_batch_unused:
             self.flush()

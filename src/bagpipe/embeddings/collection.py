@@ -39,8 +39,8 @@ from bagpipe.types import Group
 class Stream(Protocol):
     """What embeddings know of the `bagpipe.lookahead` that serves them."""
 
-    def settle(self) -> None:
-        """See `Lookahead.settle`."""
+    def flush_between_steps(self) -> None:
+        """See `Lookahead.flush_between_steps`."""
 
 
 class EmbeddingBagCollection(StoredTables):

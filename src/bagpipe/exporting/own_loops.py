@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from bagpipe.checkpoint.dense import unwrapped
-from bagpipe.checkpoint.own_loops import OwnEmbeddings, check_embeddings, settle
+from bagpipe.checkpoint.own_loops import OwnEmbeddings, check_embeddings, flush_between_steps
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.errors import ConfigError
@@ -84,7 +84,7 @@ def export(
     if not labels or isinstance(labels, str) or len(set(labels)) < len(labels):
         raise ConfigError(f"labels is {labels!r}, must be a list of names, each once")
     groups, trainers = embeddings.groups, Trainers(embeddings.peers)
-    settle(embeddings)
+    flush_between_steps(embeddings)
 
     def write() -> None:
         if not trainers.is_first:

@@ -245,8 +245,8 @@ class DenseStep:
             pooled = [leaf.detach().requires_grad_() for leaf in self.pooled(len(labels))]
             return self._compute(self._part, inputs, pooled, weight)
 
-    def settle(self) -> None:
-        """Brings what the optimizer counts on the host up to date with the replays.
+    def count_replays(self) -> None:
+        """Adds the replays to the steps that the optimizer counts on the host.
 
         It must be called before the optimizer's state is saved.
         """

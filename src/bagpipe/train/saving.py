@@ -113,7 +113,7 @@ class Saving:
         if step == self._begun_step:
             return
         self._due_from_s = time.monotonic()
-        parts.dense_step.settle()
+        parts.dense_step.count_replays()
         position = parts.schedule.position_after(step)
         if self.cuts is not None:
             self.cuts.begin(parts.state, position, parts.settings, spared=parts.best.step)
