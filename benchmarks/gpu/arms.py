@@ -8,7 +8,7 @@
                 written with torch operations
 
 An arm writes pooled embeddings into the buffer that the dense part reads, and takes their gradients
-from there. The FBGEMM arms are in `fbgemm`.
+from there. The arm of a shard server is in `served`, those of FBGEMM in `fbgemm`.
 """
 
 from __future__ import annotations

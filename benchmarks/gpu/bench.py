@@ -20,7 +20,7 @@ from benchmarks.measure import Progress, Result, disagreements
 from benchmarks.workloads import Workload
 
 ALWAYS = ("bagpipe", "dense")
-ARMS = (*ALWAYS, *FBGEMM_ARMS, "torch_cpu")
+ARMS = (*ALWAYS, "served", *FBGEMM_ARMS, "torch_cpu")
 
 
 def bench_gpu(
@@ -62,7 +62,7 @@ def _available(names: Sequence[str], on_cuda: bool) -> tuple[list[str], list[str
         notes.append(
             "no CUDA device: arms run on the CPU, to see that they work; the numbers mean nothing"
         )
-        left = [name for name in left if name in ("fbgemm_hbm", "torch_cpu")]
+        left = [name for name in left if name in ("served", "fbgemm_hbm", "torch_cpu")]
     of_fbgemm = [name for name in left if name in FBGEMM_ARMS]
     try:
         import fbgemm_gpu  # noqa: F401

@@ -12,7 +12,7 @@ ran. The host waits for the device after a turn, never within.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from benchmarks.dense import SharedDense
 from benchmarks.gpu.arms import BagpipeArm, DenseArm, GpuArm, TorchCpuArm
 from benchmarks.gpu.fbgemm import FbgemmArm
 from benchmarks.gpu.floor import embedding_floor, measure_bandwidths
+from benchmarks.gpu.served import ServedArm
 from benchmarks.measure import Progress, Timing, relative_differences
 from benchmarks.prepared_stream import Stream, all_batches, make_stream
 from benchmarks.streams import initial_records
@@ -141,13 +142,14 @@ class Turns:
 
     def _make(self, name: str) -> GpuArm:
         match name:
+            case "served":
+                return ServedArm(self._workload, self._group, self._batches(), device=self._device)
             case "bagpipe":
-                source = PreparedSource(self._stream.folder, "train", verify=False)
                 in_file = self._workload.store == "file"
                 return BagpipeArm(
                     self._workload,
                     self._group,
-                    all_batches(source, self._workload.batch_size, self._stream.num_batches),
+                    self._batches(),
                     device=self._device,
                     store=(
                         lambda group, seed: FileStore(
@@ -169,12 +171,17 @@ class Turns:
             device=self._device,
         )
 
+    def _batches(self) -> Iterable[Any]:
+        source = PreparedSource(self._stream.folder, "train", verify=False)
+        return all_batches(source, self._workload.batch_size, self._stream.num_batches)
+
     def _start(self, name: str, stack: ExitStack) -> _Run:
         """Makes an arm, gives it the initial rows and trains its first steps; `stack` closes it."""
         before = self._allocated()
         arm = self._make(name)
         stack.callback(arm.close)
-        touched = self._stream.touched_rows if name == "bagpipe" else self._stream.resident_rows
+        is_live = isinstance(arm, BagpipeArm)
+        touched = self._stream.touched_rows if is_live else self._stream.resident_rows
         for rows, records in initial_records(self._group, touched):
             arm.load(rows, records)
         arm.start()

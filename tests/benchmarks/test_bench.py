@@ -123,7 +123,7 @@ def test_an_option_that_a_benchmark_does_not_use_is_refused(
 def test_arms_are_named_alike_and_an_unknown_one_is_refused() -> None:
     for benchmark, known in (
         ("step", "bagpipe, fused, fbgemm, torch_bags, of which bagpipe always runs"),
-        ("gpu", "bagpipe, dense, fbgemm_hbm"),
+        ("gpu", "bagpipe, dense, served, fbgemm_hbm"),
         ("trainers", "bagpipe, no_overlap, replicated, hashed, torchrec"),
     ):
         result = run(benchmark, "--quick", "--arm", "nosuch")
@@ -139,13 +139,20 @@ def test_arms_are_named_alike_and_an_unknown_one_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("workload", ["W1", "W3", "W4-file"])
-def test_the_gpu_benchmark_at_tiny_sizes(workload: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workload", "arms"),
+    [("W1", ("torch_cpu", "served")), ("W3", ("torch_cpu",)), ("W4-file", ("torch_cpu",))],
+)
+def test_the_gpu_benchmark_at_tiny_sizes(
+    workload: str, arms: tuple[str, ...], tmp_path: Path
+) -> None:
     plot = tmp_path / "gpu.svg"
+    chosen = [word for arm in arms for word in ("--arm", arm)]
     values = run_to_json(
-        tmp_path / "gpu.json", "gpu", "--workload", workload, "--plot", plot, *("--threads", 1)
+        *(tmp_path / "gpu.json", "gpu", "--workload", workload, *chosen),
+        *("--plot", plot, "--threads", 1),
     )["gpu"]
-    assert {"dense", "bagpipe", "torch_cpu"} <= set(values["arms"])
+    assert {"dense", "bagpipe", *arms} == set(values["arms"])
     for name, arm in values["arms"].items():
         assert arm["step"]["median_ms"] > 0
         assert max(arm["loss_differences"], default=0.0) < 1e-3
