@@ -13,7 +13,6 @@ from tests.train.runs import small_config
 
 import bagpipe.serving
 from bagpipe.serving.requests import as_record_batch
-from bagpipe.serving.tables import pool
 from bagpipe.train.export import export
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.saved import open_saved
@@ -46,7 +45,7 @@ def test_onnx_tells_the_scores_of_served_rows(name: str, tmp_path: Path) -> None
     batch = next(open_scored(of, None, None).source.batches(batch_size=64))
     for rows in (rows_of(batch), rows_of(batch)[:1]):
         encoded = model._inputs.encode_arrow(as_record_batch(rows, model.columns.names), "rows")
-        given = {"dense": encoded.dense, "pooled": pool(model._tables, encoded)}
+        given = {"dense": encoded.dense, "pooled": model._tables.pool(encoded)}
         (logits,) = session.run(["logits"], given)
         assert logits.shape == (len(rows),)
         scores = torch.sigmoid(torch.from_numpy(logits)).numpy()

@@ -90,12 +90,19 @@ def _numbers(array: Any, name: str, file: Path | str) -> tuple[Float64Array, Boo
         raise DataError(
             f"{file}, column {name!r} is of type {kind}, must be a number: cast it first"
         )
-    present: BoolArray = array.is_valid().to_numpy(zero_copy_only=False)
-    values = pc.fill_null(array.cast(pa.float64(), safe=False), 0.0).to_numpy(zero_copy_only=False)
-    return values, present
+    return numbers(array), array.is_valid().to_numpy(zero_copy_only=False)
+
+
+def numbers(array: Any) -> Float64Array:
+    """The values (n,) of an array of numbers as float64, 0 where missing."""
+    values: Float64Array = pc.fill_null(array.cast(pa.float64(), safe=False), 0.0).to_numpy(
+        zero_copy_only=False
+    )
+    return values
 
 
 def is_number(kind: Any) -> bool:
+    """Whether the values of an Arrow type are numbers."""
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)

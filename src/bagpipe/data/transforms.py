@@ -16,13 +16,16 @@ _SECOND: Final = np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
-def hash_ids(keys: Int64Array, num_embeddings: int) -> Int32Array:
-    """The ids (n,) ``mix64(key) % num_embeddings`` of keys (n,); see `bagpipe.data.hashing`."""
+def hash_ids(keys: Int64Array, num_embeddings: int | Int64Array) -> Int32Array:
+    """The ids ``mix64(key) % num_embeddings`` of keys, of their shape; see `bagpipe.data.hashing`.
+
+    `num_embeddings` is that of all keys, or of each in an array that fits theirs.
+    """
     mixed = keys.astype(np.uint64)
     mixed = (mixed ^ (mixed >> _S30)) * _FIRST
     mixed = (mixed ^ (mixed >> _S27)) * _SECOND
     mixed ^= mixed >> _S31
-    ids: Int32Array = (mixed % np.uint64(num_embeddings)).astype(np.int32)
+    ids: Int32Array = (mixed % np.asarray(num_embeddings, np.uint64)).astype(np.int32)
     return ids
 
 

@@ -17,7 +17,7 @@ from bagpipe.data.vocabulary import HashVocabulary, Vocabulary
 from bagpipe.errors import ConfigError, DataError
 from bagpipe.serving.inputs import Columns, FeatureColumn, Inputs
 from bagpipe.serving.manifest import TableEntry
-from bagpipe.serving.requests import as_record_batch
+from bagpipe.serving.requests import arrow_values, as_record_batch
 from bagpipe.serving.vocabularies import GivenIds, IdVocabulary
 from bagpipe.types import Group, TableConfig
 
@@ -55,7 +55,7 @@ class _Given:
     def of(cls, table: TableConfig, ids: Mapping[Any, int]) -> _Given:
         where = f"vocabulary[{table.name!r}]"
         try:
-            values = pa.array(list(ids))
+            values = arrow_values(list(ids))
             found = np.array([operator.index(each) for each in ids.values()], np.int64)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             raise ConfigError(

@@ -8,7 +8,7 @@ training has not seen, means what it meant there.
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, Self
 
@@ -22,7 +22,9 @@ from bagpipe.data.raw import MISSING_KEY, Keys, Place, Problems, ValueKind
 from bagpipe.data.transforms import log_transform
 from bagpipe.data.vocabulary import Vocabulary
 from bagpipe.errors import DataError
-from bagpipe.types import Float32Array, Int32Array
+from bagpipe.serving.together import Apart, Rows, dense_numbers
+from bagpipe.serving.vocabularies import Vocabularies
+from bagpipe.types import Float32Array, Int32Array, Int64Array
 
 _HEX_DIGITS: Final = 8
 _HOLDS: Final = {
@@ -32,6 +34,8 @@ _HOLDS: Final = {
     "text": "strings",
     "nothing": "nothing but missing values",
 }
+_ALIKE: Final = {"unsigned": "integer"}
+"""Kinds whose columns are of the types of another kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +62,19 @@ class Encoded:
     """Rows as a model reads them."""
 
     dense: Float32Array  # (n, D)
-    ids: tuple[tuple[Int32Array, Int32Array | None], ...]
-    """Of each feature its ids, and offsets (n + 1,); without these one id a row."""
+    single: Int32Array  # (S, n) the ids of each feature with one id a row
+    bags: tuple[tuple[Int32Array, Int32Array], ...]
+    """Of each other feature its ids, and offsets (n + 1,)."""
 
     @property
     def num_rows(self) -> int:
         return len(self.dense)
+
+    def ids(self, features: Sequence[FeatureColumn]) -> Iterator[tuple[Any, Any]]:
+        """Yields of each feature its ids, and offsets (n + 1,); None where it has one id a row."""
+        single, bags = iter(self.single), iter(self.bags)
+        for feature in features:
+            yield next(bags) if feature.multi_hot else (next(single), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +111,42 @@ class Inputs:
     """
 
     def __init__(self, columns: Columns, vocabularies: Mapping[str, Vocabulary]) -> None:
-        self.columns, self._vocabularies = columns, vocabularies
+        self.columns = columns
+        self._single = tuple(each for each in columns.features if not each.multi_hot)
+        self._bags = tuple(each for each in columns.features if each.multi_hot)
+        self._of_single = Vocabularies([vocabularies[each.table] for each in self._single])
+        self._of_bags = tuple(vocabularies[each.table] for each in self._bags)
+        alike: dict[str, list[int]] = {}
+        for place, feature in enumerate(self._single):
+            alike.setdefault(_ALIKE.get(feature.kind, feature.kind), []).append(place)
+        self._alike = tuple(alike.values())
+        """Places of features in `_single` whose columns may be of one type."""
+
+    def encode_together(self, rows: Rows, where: str) -> Encoded:
+        """Encodes rows, whose columns of one type are read in one call.
+
+        Raises:
+            Apart: columns must be read one by one, or be told what is wrong with them.
+            DataError: something is wrong with them.
+        """
+        dense = dense_numbers(rows, self.columns.dense)
+        keys = np.empty((len(self._single), rows.num_rows), np.int64)
+        for places in self._alike:
+            names = [self._single[place].column for place in places]
+            for columns, array in rows.pieces(names):
+                feature = self._single[places[columns[0]]]
+                try:
+                    found = self._keys(feature, array, where)
+                except DataError:  # which would name the first column
+                    raise Apart from None
+                chosen = [places[column] for column in columns]
+                keys[chosen] = found.values.reshape(len(chosen), rows.num_rows)
+        bags = [
+            self._keys(feature, array, where)
+            for feature in self._bags
+            for _, array in rows.pieces([feature.column])
+        ]
+        return self._encode(dense, keys, bags)
 
     def encode_arrow(self, rows: Any, where: str) -> Encoded:
         """Encodes an Arrow record batch that has the columns.
@@ -141,16 +187,20 @@ class Inputs:
             dense: numbers as read, 0 where missing: (n, D).
             keys: of each feature.
         """
+        keys_of = list(zip(self.columns.features, keys, strict=True))
+        single = [each.values for feature, each in keys_of if not feature.multi_hot]
+        bags = [each for feature, each in keys_of if feature.multi_hot]
+        found = np.array(single, np.int64).reshape(len(single), len(dense))
+        return self._encode(dense, found, bags)
+
+    def _encode(self, dense: Float32Array, single: Int64Array, bags: Sequence[Keys]) -> Encoded:
         if self.columns.transform == "log":
             dense = log_transform(dense)
-        ids = tuple(
-            (
-                self._vocabularies[feature.table].ids(of_feature.values),
-                None if of_feature.offsets is None else of_feature.offsets.astype(np.int32),
-            )
-            for feature, of_feature in zip(self.columns.features, keys, strict=True)
-        )
-        return Encoded(dense=dense, ids=ids)
+        of_bags = []
+        for each, vocabulary in zip(bags, self._of_bags, strict=True):
+            assert each.offsets is not None
+            of_bags.append((vocabulary.ids(each.values), each.offsets.astype(np.int32)))
+        return Encoded(dense=dense, single=self._of_single.ids(single), bags=tuple(of_bags))
 
     def _keys(self, feature: FeatureColumn, values: Any, where: str) -> Keys:
         if feature.kind == "hexadecimal":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from bagpipe.embeddings.table_file import open_table_file
 from bagpipe.errors import DataError, StoreError
-from bagpipe.serving.inputs import Columns, Inputs
+from bagpipe.serving.inputs import Columns, Encoded, Inputs
 from bagpipe.serving.manifest import DENSE_NAME, TABLES_NAME, ExportManifest
 from bagpipe.serving.requests import WHERE, Requests, as_record_batch
-from bagpipe.serving.tables import MappedTable, pool
+from bagpipe.serving.tables import FeatureTable, MappedTables
+from bagpipe.serving.together import Apart, ArrowRows, DictRows
 from bagpipe.serving.vocabularies import open_vocabulary
 from bagpipe.types import Float32Array
 
@@ -27,10 +29,10 @@ class ServedModel:
         self,
         manifest: ExportManifest,
         inputs: Inputs,
-        tables: tuple[MappedTable, ...],
+        tables: MappedTables,
         dense_part: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        """Takes the parts; `tables` are those of the features, one each."""
+        """Takes the parts."""
         self.manifest = manifest
         self._inputs, self._tables, self._dense_part = inputs, tables, dense_part
 
@@ -60,15 +62,27 @@ class ServedModel:
         Raises:
             DataError: a row lacks a column, or has a value of another type than in training.
         """
-        rows = as_record_batch(requests, self.columns.names)
-        if len(rows) == 0:
+        encoded = self._encode(requests)
+        if encoded.num_rows == 0:
             return np.empty((0,) if len(self.labels) == 1 else (0, len(self.labels)), np.float32)
-        encoded = self._inputs.encode_arrow(rows, WHERE)
-        pooled = torch.from_numpy(pool(self._tables, encoded))
+        pooled = torch.from_numpy(self._tables.pool(encoded))
         with torch.inference_mode():
             logits = self._dense_part(torch.from_numpy(encoded.dense), pooled)
             scores: Float32Array = probabilities(logits).numpy()
         return scores
+
+    def _encode(self, requests: Requests) -> Encoded:
+        """Encodes requests, with columns read together where that can be."""
+        inputs = self._inputs
+        are_dicts = isinstance(requests, list) and all(isinstance(row, dict) for row in requests)
+        if are_dicts and requests:
+            with suppress(Apart):
+                return inputs.encode_together(DictRows(requests), WHERE)
+        rows = as_record_batch(requests, self.columns.names)
+        if len(rows):
+            with suppress(Apart):
+                return inputs.encode_together(ArrowRows(rows), WHERE)
+        return inputs.encode_arrow(rows, WHERE)
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -95,10 +109,13 @@ def load(folder: str | Path, *, verify: bool = False) -> ServedModel:
         found = open_table_file(folder / TABLES_NAME, shapes)
     except StoreError as error:
         raise DataError(f"{error}: export the run again") from error
-    tables = {
-        table.name: MappedTable(table, folder / TABLES_NAME, found[table.key].begin)
-        for table in manifest.tables
-    }
+    entries = {table.name: table for table in manifest.tables}
+    of_features = [entries[feature.table] for feature in manifest.columns.features]
+    tables = MappedTables(
+        folder / TABLES_NAME,
+        [FeatureTable(entry=entry, begin=found[entry.key].begin) for entry in of_features],
+        [feature.multi_hot for feature in manifest.columns.features],
+    )
     inputs = Inputs(
         manifest.columns,
         {table.name: open_vocabulary(folder, table) for table in manifest.tables},
@@ -106,7 +123,7 @@ def load(folder: str | Path, *, verify: bool = False) -> ServedModel:
     return ServedModel(
         manifest,
         inputs,
-        tuple(tables[feature.table] for feature in manifest.columns.features),
+        tables,
         _load_dense_part(folder / DENSE_NAME, manifest),
     )
 

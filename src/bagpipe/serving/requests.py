@@ -53,7 +53,7 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str, where: str) -> Any:
             "where a value is missing"
         ) from None
     try:
-        return pa.array(values)
+        return arrow_values(values)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         if _are_numbers(values):
             return pa.array([None if value is None else float(value) for value in values])
@@ -61,6 +61,14 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str, where: str) -> Any:
             f"{where}, column {name!r}: its values are of no common type ({_types(values)}): "
             f"{error}"
         ) from error
+
+
+def arrow_values(values: Sequence[Any]) -> Any:
+    """An Arrow array of some values; as `pyarrow.array`, but for integers of 64 bits."""
+    try:
+        return pa.array(values)
+    except OverflowError:  # from 2**63 on
+        return pa.array(values, pa.uint64())
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from bagpipe.data.raw import MISSING_KEY
+from bagpipe.data.transforms import hash_ids
 from bagpipe.data.vocabulary import HashVocabulary, Vocabulary
 from bagpipe.errors import DataError
-from bagpipe.serving.manifest import TableEntry
 from bagpipe.types import Int32Array, Int64Array
+
+if TYPE_CHECKING:
+    from bagpipe.serving.manifest import TableEntry
 
 
 class IdVocabulary:
@@ -48,15 +52,15 @@ class KnownValues:
 
     def __init__(self, keys: Int64Array, ids: Int32Array | None = None) -> None:
         order = np.argsort(keys, kind="stable")
-        self._keys = keys[order]
-        self._ids = (order + 1).astype(np.int32) if ids is None else ids[order]
+        of_order = (order + 1).astype(np.int32) if ids is None else ids[order]
+        # keys beyond the last one find one more, whose id is that of every other value
+        self._keys = np.append(keys[order], MISSING_KEY)
+        self._ids = np.append(of_order, np.int32(0))
         self.num_embeddings = 1 + len(keys)
 
     def ids(self, keys: Int64Array) -> Int32Array:
         """The ids (n,) of keys (n,)."""
-        if len(self._keys) == 0:
-            return np.zeros(len(keys), np.int32)
-        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        places = self._keys[:-1].searchsorted(keys)
         return np.where(self._keys[places] == keys, self._ids[places], np.int32(0))
 
 
@@ -79,13 +83,41 @@ class GivenIds(KnownValues):
 
     def ids(self, keys: Int64Array) -> Int32Array:
         """The ids (n,) of keys (n,). DataError: one is unknown, and id 0 is of another value."""
-        if self._is_closed and not (known := np.isin(keys, self._keys)).all():
+        if self._is_closed and not (known := np.isin(keys, self._keys[:-1])).all():
             raise DataError(
                 f"table {self._table!r}: of {len(keys)} values {np.count_nonzero(~known)} are "
                 "missing or not in the vocabulary that the model was exported with, which gives "
                 "id 0 to a value of its own: give known values"
             )
         return super().ids(keys)
+
+
+class Vocabularies:
+    """The vocabularies of several features, asked together where they are of one kind."""
+
+    def __init__(self, of_features: Sequence[Vocabulary]) -> None:
+        places = range(len(of_features))
+        hashed = [place for place in places if isinstance(of_features[place], HashVocabulary)]
+        of_ids = [place for place in places if isinstance(of_features[place], IdVocabulary)]
+        sizes = np.array([each.num_embeddings for each in of_features], np.int64)[:, None]
+        self._of_features, self._sizes = tuple(of_features), sizes
+        self._hashed, self._of_ids = np.array(hashed, np.intp), np.array(of_ids, np.intp)
+        self._others = [place for place in places if place not in {*hashed, *of_ids}]
+
+    def ids(self, keys: Int64Array) -> Int32Array:
+        """The ids (F, n) of keys (F, n). DataError: a vocabulary refuses one of them."""
+        ids = np.empty(keys.shape, np.int32)
+        if len(self._hashed):
+            ids[self._hashed] = hash_ids(keys[self._hashed], self._sizes[self._hashed])
+        if len(self._of_ids):
+            of_ids, sizes = keys[self._of_ids], self._sizes[self._of_ids]
+            if ((of_ids < 0) | (of_ids >= sizes)).any():
+                for place in self._of_ids:  # the first that has a bad one says so
+                    self._of_features[place].ids(keys[place])
+            ids[self._of_ids] = of_ids
+        for place in self._others:
+            ids[place] = self._of_features[place].ids(keys[place])
+        return ids
 
 
 def open_vocabulary(folder: Path, table: TableEntry) -> Vocabulary:
@@ -100,6 +132,11 @@ def open_vocabulary(folder: Path, table: TableEntry) -> Vocabulary:
         return IdVocabulary(table.name, table.num_embeddings)
     if table.vocabulary == "given":
         keys, ids = _read(folder / str(table.dictionary), "key", "id")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < table.num_embeddings:
+            raise DataError(
+                f"{folder / str(table.dictionary)}: has ids outside of table {table.name!r}, which "
+                f"has {table.num_embeddings:,} rows: export the model again"
+            )
         return GivenIds(table.name, keys, ids, table.num_embeddings)
     (keys,) = _read(folder / str(table.dictionary), "key")
     known = KnownValues(keys)

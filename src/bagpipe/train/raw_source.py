@@ -15,7 +15,7 @@ from bagpipe.data.criteo import SPARSE_NAMES, CriteoSource
 from bagpipe.data.parquet import BLOCK_ROWS, ParquetSource, schema_of
 from bagpipe.data.raw import Problems, RawBlock, RawSource
 from bagpipe.errors import DataError
-from bagpipe.serving.inputs import Columns, Encoded, Inputs, check_column
+from bagpipe.serving.inputs import Columns, Encoded, FeatureColumn, Inputs, check_column
 from bagpipe.types import Jagged
 
 
@@ -79,10 +79,9 @@ class RawRows:
 
     def _encode(self, block: RawBlock, order: Sequence[int]) -> Batch:
         encoded = self.inputs.encode(block.dense, [block.keys[place] for place in order])
-        names = tuple(each.feature for each in self.inputs.columns.features)
         return Batch(
             dense=encoded.dense,
-            sparse=_as_jagged(names, encoded),
+            sparse=_as_jagged(self.inputs.columns.features, encoded),
             labels=block.labels,
             weights=block.weights,
         )
@@ -157,14 +156,16 @@ def _open(rows: RawRows, block_rows: int) -> RawSource:
     return ParquetSource(rows.files, config, has_label=rows.has_labels, block_rows=block_rows)
 
 
-def _as_jagged(names: tuple[str, ...], encoded: Encoded) -> Jagged:
+def _as_jagged(features: Sequence[FeatureColumn], encoded: Encoded) -> Jagged:
     """The ids of encoded rows; there are offsets for all features where one has them."""
-    values = np.concatenate([ids for ids, _ in encoded.ids])
+    of_features = list(encoded.ids(features))
+    values = np.concatenate([ids for ids, _ in of_features])
     offsets = None
-    if any(of_feature is not None for _, of_feature in encoded.ids):
+    if encoded.bags:
         lengths = [
             np.ones(encoded.num_rows, np.int32) if of_feature is None else np.diff(of_feature)
-            for _, of_feature in encoded.ids
+            for _, of_feature in of_features
         ]
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int32)
+    names = tuple(feature.feature for feature in features)
     return Jagged(keys=names, values=values, batch_size=encoded.num_rows, offsets=offsets)
