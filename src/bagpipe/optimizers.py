@@ -204,7 +204,7 @@ class Adam(_Update):
 class AdamW(Adam):
     """`Adam` with decoupled weight decay.
 
-    On rows that each batch touches it equals ``torch.optim.AdamW``, but that ``eps`` is added
+    On rows that each batch touches it equals ``torch.optim.AdamW``, except that ``eps`` is added
     before the bias correction. FBGEMM calls it ``EmbOptimType.ADAM``.
     """
 

@@ -116,7 +116,7 @@ class SavedRun:
     environment: Mapping[str, Any]
     groups: Sequence[Mapping[str, Any]]
     record_files: Sequence[Sequence[RecordFile]]
-    """By group, in order: of a row that is in several, the last one's record counts."""
+    """By group, in order: if several files have a row, the last one counts."""
     files: Sequence[Mapping[str, Any]]
     """Name, size and checksum of each."""
     cut: str
@@ -130,7 +130,7 @@ class Moment:
     step: int
     dense: memoryview
     content: Mapping[str, Any]
-    """Of the manifest."""
+    """What the manifest says."""
 
 
 def take_moment(state: State, position: Position, config: Mapping[str, Any]) -> Moment:

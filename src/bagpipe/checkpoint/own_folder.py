@@ -25,7 +25,7 @@ class _Known:
     """What embeddings have to do with a run's folder."""
 
     newest_step: int
-    """Of the checkpoints there that they go on from, or that they saved."""
+    """The step of the newest checkpoint there that they go on from, or that they saved."""
     run: RunFolder | None = None
     """As this process has claimed it, if it has."""
 

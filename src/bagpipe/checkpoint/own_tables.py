@@ -58,7 +58,7 @@ def check_described(saved: SavedRun, groups: Sequence[Group], seed: int) -> None
 
 
 def _check_same(saved: SavedRun, what: str, there: Mapping[str, Any], here: Any) -> None:
-    """Compares but for the learning rate; fields that were added since have their default."""
+    """Compares all but the learning rate; fields that were added since have their default."""
     values = {key: value for key, value in there.items() if key not in ("kind", "lr")}
     if hasattr(here, "lr"):
         values["lr"] = here.lr

@@ -34,6 +34,6 @@ def example(
 
 
 def _first_sentence(text: str) -> str:
-    """Of the comment with which the file begins."""
+    """The first sentence of the comment with which the file begins."""
     lines = [line for line in text.splitlines() if line.startswith("#")]
     return " ".join(line.lstrip("# ") for line in lines).partition(". ")[0]

@@ -28,7 +28,7 @@ _BETTER_HIGH = ("auc", "grouped_auc", "accuracy")
 
 
 def score_name(metric: Metric, label: str | None, labels: Sequence[str]) -> str:
-    """What evaluations call a metric of a label, of all `labels`; None: of the first."""
+    """What evaluations call a metric of one of `labels`; None stands for the first label."""
     return metric if len(labels) == 1 else f"{metric}/{label or labels[0]}"
 
 

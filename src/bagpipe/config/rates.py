@@ -23,7 +23,7 @@ class ConstantRate(Section):
 
     kind: Literal["constant"]
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Steps below the full rate: of n steps the first has 1 / (n + 1) of it, the last
+    """Steps below the full rate. With n such steps the first has 1 / (n + 1) of it, the last
     n / (n + 1)."""
 
 
@@ -84,7 +84,7 @@ class PlateauRate(ConstantRate):
     kind: Literal["plateau"]  # type: ignore[assignment]
     metric: Metric = "log_loss"
     label: Name | None = None
-    """Of several labels that whose metric counts; the first when left out."""
+    """The label whose metric counts, where there are several; the first when left out."""
     factor: Factor = 0.1
     patience: Annotated[int, Field(ge=0, le=10**6)] = 1
     """How many evaluations may be no better than the best one before the rate falls."""

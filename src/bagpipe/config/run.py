@@ -107,7 +107,7 @@ class BestConfig(Section):
 
     metric: Metric = "log_loss"
     label: Name | None = None
-    """Of several labels that whose metric counts; the first when left out."""
+    """The label whose metric counts, where there are several; the first when left out."""
     patience: Count | None = None
     """After how many evaluations in a row that are no better the run ends. Left out: it goes on."""
     min_gain: Rate = 0.0

@@ -96,7 +96,7 @@ class ParquetSource:
                 progress(Progress(stage=stage, done=row, total=total, unit="rows"))
 
     def _check_schemas(self) -> dict[str, list[Any]]:
-        """The types that each mapped column has, but for that of nulls only."""
+        """The types that each mapped column has, without the type of columns that are all null."""
         first: dict[str, tuple[Any, Path]] = {}
         kinds: dict[str, list[Any]] = {}
         for file in self._files:

@@ -1,8 +1,8 @@
 """The values behind keys: told by the key, or gathered while the data are written.
 
-Integers and Criteo's categories are told by their keys. Of texts the first that has an id is kept,
-in a file without a name that goes with the process. In memory are texts of BUFFER_BYTES, those of
-one run of RUN_IDS ids while they are written, and a byte an id.
+Integers and Criteo's categories are told by their keys. For texts, the first one that gets an id is
+kept, in a file without a name that goes with the process. Memory holds texts of BUFFER_BYTES, those
+of one run of RUN_IDS ids while they are written, and a byte for each id.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Lockstep:
     def __init__(
         self, group: Any, kv_store: Any, *, rank: int, num_trainers: int, key: str
     ) -> None:
-        """Of a gloo process group that is used for nothing else.
+        """Takes a gloo process group that is used for nothing else.
 
         A rank that failed leaves word under `key` in the key-value store.
         """

@@ -22,8 +22,8 @@ class KeyWaiter:
     """One rank's waiting for entries of the key-value store.
 
     It has a connection of its own, since one that waits can do nothing else. Where an entry does
-    not come, it looks whether the processes that it was told to watch still run. Of ranks that are
-    threads of this process, or on another host, only messages tell.
+    not come, it looks whether the processes that it was told to watch still run. It can't see ranks
+    that are threads of this process, or on another host; for these only failed messages tell.
     """
 
     def __init__(self, kv_store: Any, timeout: timedelta) -> None:

@@ -90,26 +90,23 @@ def lookahead(
     """Iterates `batches` with `embeddings` prepared for each.
 
     Batches pass through unchanged and in order. The loop must leave a batch as it came until its
-    step is over, and a loader that fills the same buffers again must yield copies of them. What a
-    batch's arrays, tensors and lists of numbers hold, in containers, KeyedJaggedTensors and
-    objects' public attributes, is hashed when it is read and compared when it is handed out (0.1 ms
-    a MB each; for tensors on a GPU torch's count of writes is compared). The same batches may come
-    again and again.
+    step is over, and a loader that fills the same buffers again must yield copies of them. A hash
+    of each batch's contents is compared between reading and handing out (0.1 ms a MB each). It
+    covers arrays, tensors and lists of numbers in containers, KeyedJaggedTensors and objects'
+    public attributes; of tensors on a GPU, torch's count of writes is compared.
 
     With several trainers, where the embeddings have a communicator, `batches` are the global
     batches, the same on every rank, and each rank is handed its share. All ranks must do the same
     with every batch, in the same order: run backward or not, set the same learning rate, flush,
-    evaluate and leave the loop. Before each step they compare what they did, and where each reads
-    for itself also the batches and plans. Where one parts, all raise an error that says which rank,
-    at which step, and what.
+    evaluate and leave the loop. They compare what they did before each step. Where each rank reads
+    for itself they also compare batches and plans. If one differs, all raise an error that names
+    the rank, the step and the difference.
 
-    `embeddings` may be a list of collections, each with its device cache's part, for a single
-    trainer. Each is called with the whole sparse part of the batch and looks up its own features;
-    a step is one of all. From then on each also takes such batches in evaluation.
+    A single trainer may give a list of collections, each with its device cache's part. Call each
+    with the whole sparse part of the batch; it looks up its own features. One step trains all.
 
-    Only `backward` reaches the tables. Tell them of a `torch.amp.GradScaler` by
-    `embeddings.set_grad_scaler`, or backward refuses a scaled loss. What clips gradients after
-    backward does not reach them.
+    Only `backward` reaches the tables. What clips gradients after it does not, and a
+    `torch.amp.GradScaler` only if `embeddings.set_grad_scaler` tells of it.
 
     Args:
         batches: any iterable, a torch DataLoader too. A thread of its own reads it, `lookahead`
@@ -123,37 +120,33 @@ def lookahead(
         check: replays every plan against the invariants before it is used.
         sparse: finds a batch's jagged ids; by default the batch itself or its `sparse` or
             `sparse_features` attribute or key.
-        oracle: where batches are read and planned: in threads of this process, or in a process of
-            its own (Linux), which keeps steps of a few milliseconds free of it. `batches` and
-            `sparse` must be picklable then, and as with a DataLoader's workers a script needs
-            ``if __name__ == "__main__":``. The trainers of a host share such a process: their first
-            one starts it, and it reads `batches` once for all. In threads each rank reads and plans
-            the global batches for itself.
+        oracle: "thread" reads and plans batches in threads of this process; each rank does so for
+            itself. "process" does it in a process of its own (Linux), which keeps it away from
+            steps of a few milliseconds. A host's first trainer starts it, and it reads `batches`
+            once for all of that host. `batches` and `sparse` must be picklable then, and as with a
+            DataLoader's workers a script needs ``if __name__ == "__main__":``.
         hand_out: makes of each batch, where it is read and planned, what goes on from there. Leave
-            out here what training does not need, above all the ids, which would be copied to this
-            process (`bagpipe.data.base.Batch.without_ids`). The embeddings are then called with
-            what `sparse` finds in the result.
-        move: says what of a batch goes to the device of `embeddings` ahead, along with the plan;
-            see below.
+            out here what training does not need, above all the ids
+            (`bagpipe.data.base.Batch.without_ids`): an oracle process would copy them. The
+            embeddings are then called with what `sparse` finds in the result.
+        move: takes a batch, or what `hand_out` made of it, up to `prefetch_depth` steps ahead in
+            the training loop's thread. It returns C-contiguous float32 or int32 arrays, which go to
+            the device of `embeddings` along with the plan, and a function that makes of their
+            tensors what the iteration yields::
+
+                def move(batch):
+                    return [batch.dense, batch.labels], lambda tensors: (
+                        tensors[0], batch.sparse, tensors[1])
+
+            All arrays of a step share one piece of the device's memory: keep a `clone()` of what
+            must outlive the step. Other arrays of an oracle process's batch are good until the step
+            after the batch's; so are the tensors without a GPU, since they share the arrays'
+            memory.
         replicas: how many rows of other ranks one step may need, or so many for each group; by
             default half the cache's rows, and at least 4,096.
         share: makes a rank's batch of (global batch, rank, number of trainers).
         overlap: False puts all that travels between trainers on the critical path, with the same
             result. The benchmark `trainers` measures what overlapping saves.
-
-    `move` is called with the batch, or with what `hand_out` made of it. It returns numpy arrays,
-    C-contiguous and of float32 or int32, and a function that makes of their tensors what the
-    iteration yields::
-
-        def move(batch):
-            return [batch.dense, batch.labels], lambda tensors: (
-                tensors[0], batch.sparse, tensors[1])
-
-    It runs in the training loop's thread, up to `prefetch_depth` steps ahead, so conversions belong
-    in `hand_out`; an error in it ends the iteration at once. All arrays of a step share one piece
-    of the device's memory: keep a `clone()` of what must outlive the step. With an oracle process a
-    batch's other arrays are good until the step after the batch's. Without a GPU so are the
-    tensors, which share the arrays' memory.
 
     Returns:
         An iterator and context manager; see `Lookahead` for what else it tells.

@@ -102,7 +102,7 @@ class StoredTables(nn.Module, ABC):
     def _open(
         self, store: Callable[[Group, int], EmbeddingStore] | None, seed: int
     ) -> tuple[tuple[EmbeddingStore, ...], Callable[[], object]]:
-        """The stores, by group, and what lets go of them; so does the end of this object."""
+        """The stores, by group, and what lets go of them, as the end of this object does too."""
         if store is None and isinstance(self.peers, Communicator):
             from bagpipe.distributed.served_tables import open_tables  # loads Flight
 

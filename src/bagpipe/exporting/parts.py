@@ -26,7 +26,7 @@ class Exported:
     """What a message calls the model."""
     groups: Sequence[Group]
     seed: int
-    """Of the rows that no record tells."""
+    """What rows without a record are drawn from."""
     step: int
     precision: str
     label_names: tuple[str, ...]

@@ -185,8 +185,8 @@ class SharedOracle(Generic[BatchT]):
     def _wait_unless_stopped(self) -> None:
         """Waits for a message, if this trainer has started the process.
 
-        Of a process that is stopped no other sign is seen. What is counted is what was seen: where
-        this process was stopped, too, none of the time.
+        A process that is stopped gives no other sign. Only time in which this process ran is
+        counted: if it was stopped too, that time does not count.
 
         Raises:
             LostError: it has been stopped for too long.

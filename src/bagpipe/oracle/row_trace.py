@@ -52,7 +52,7 @@ class Trace:
     batches: tuple[DedupedBatch[None], ...]
     num_trainers: int = 1
     num_hosts: int = 1
-    """How many hosts the trainers are on, equally many on each but for one."""
+    """How many hosts the trainers are on, equally many on each, up to one."""
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +89,7 @@ class Trace:
     def slots(self, cache_rows: int) -> list[int]:
         """Returns the slots of each trainer by group, for a cache of so many rows each.
 
-        All trainers together get no more slots than a group has rows, but for rounding.
+        All trainers together get no more slots than a group has rows, up to rounding.
         """
         pairs = zip(slots_of(cache_rows, self.groups), self.groups, strict=True)
         return [min(count, -(-group.num_rows // self.num_trainers)) for count, group in pairs]

@@ -2,8 +2,8 @@
 
 A call is divided by shard and goes to all of them at once, in pieces, so that several requests are
 under way. Writes go on one stream a shard, in order, with this rank's marks between them. Fetches
-go on others, so that one that waits for its fence holds up no write, nor another fetch: each takes
-a stream of its own while there are few.
+go on others, so that a fetch that waits for its fence holds up neither writes nor other fetches.
+While there are few fetches, each takes a stream of its own.
 
 Nothing is repeated. Once anything has failed (a server that is gone or was restarted, an epoch that
 has ended, a rank that stands still), all streams end, and every call raises the same error: the

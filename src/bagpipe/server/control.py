@@ -70,7 +70,7 @@ class ServerControl:
             groups: All groups of the run.
             seed: What initial records are drawn from.
             credentials: This trainer's; those of each shard, where they differ.
-            timeout_s: How long a call may take, but for those below.
+            timeout_s: How long a call may take, except for those below.
             start_timeout_s: How long a server may take to say who it is.
             begin_timeout_s: How long it may take to begin an epoch, to write a cut, or to send all
                 of its rows.

@@ -94,7 +94,7 @@ class StagingMemory:
         return array.reshape(num_records, record_width)
 
     def give_back(self, array: Float32Array) -> None:
-        """Takes an array back that nobody uses any more, neither a server."""
+        """Takes an array back that nobody uses any more, and no server either."""
         if not array.size:
             return
         begin = self.offset_of(array)

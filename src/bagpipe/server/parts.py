@@ -64,7 +64,7 @@ class Part:
     first: int = 0
     num_received: int = 0
     number: int = 0
-    """Of the message in its stream."""
+    """The message's number in its stream."""
 
     @property
     def num_rows(self) -> int:

@@ -16,7 +16,7 @@ _BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Counts:
-    """Of one kind of requests."""
+    """What is counted of one kind of requests."""
 
     rows: Counter
     bytes: Counter

@@ -28,7 +28,7 @@ class Checkpoint:
     """A checkpoint from which an epoch starts, as its manifest tells of it."""
 
     name: str
-    """Of its cut, such as "3.1"."""
+    """The name of its cut, such as "3.1"."""
     folder: Path
     files: tuple[tuple[RecordFile, ...], ...]
     """The record files of each group, in order."""
@@ -69,7 +69,7 @@ class Shard:
             apply_timeout_s=apply_timeout_s,
         )
         self.base: str | None = None
-        """The cut whose records the stores hold but for rows written since; None: not known."""
+        """The cut whose records the stores hold, except for rows written since; None: not known."""
         self.staging = ""
         """Where it is reached by shared memory, if it is."""
         self.requests = Requests()

@@ -36,8 +36,9 @@ Place = tuple[str, int]
 """A host and a port, 0: any that is free."""
 _LOOPBACK = "127.0.0.1"
 _WAIT_SHARE = 0.8
-"""Of the time that a request may take: a server that waits in vain for a rank's writes says for
-whose, which a client that gives up first can't."""
+"""How long a server waits for a rank's writes, as a share of the time that a request may take.
+
+The server then says whose writes did not come. A client that gave up first could not say it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ PIECE_BYTES = 1 << 20
 MAX_FETCH_ROWS = PIECE_BYTES // 8
 """Rows that one fetch asks for at most; its answer takes several messages."""
 SCHEMA = pa.schema([pa.field("rows", pa.list_(pa.int64())), pa.field("records", pa.binary())])
-"""Of every stream, in both directions."""
+"""The schema of every stream, in both directions."""
 
 WRITE, FETCH, SNAPSHOT = b"write", b"fetch", b"snapshot"
 """What a stream's descriptor says that it is for."""
@@ -73,7 +73,7 @@ class Header:
     rank: int = 0
     group: int = 0
     number: int = 0
-    """Of the request in its stream; the answer has the same."""
+    """The request's number in its stream; the answer has the same."""
     steps: Steps = NO_STEPS
     """The mark of a write, or the fence of a fetch."""
     place: Place = Place.INLINE

@@ -64,7 +64,7 @@ class Encoded:
     dense: Float32Array  # (n, D)
     single: Int32Array  # (S, n) the ids of each feature with one id a row
     bags: tuple[tuple[Int32Array, Int32Array], ...]
-    """Of each other feature its ids, and offsets (n + 1,)."""
+    """The ids and offsets (n + 1,) of each other feature."""
 
     @property
     def num_rows(self) -> int:
@@ -91,7 +91,7 @@ class Columns:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Of what `as_dict` has made."""
+        """Makes them from what `as_dict` has made."""
         features = tuple(FeatureColumn(**feature) for feature in values["features"])
         return cls(features=features, dense=tuple(values["dense"]), transform=values["transform"])
 

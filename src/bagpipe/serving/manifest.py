@@ -66,7 +66,7 @@ class ExportManifest:
     """What an exported model says of itself."""
 
     versions: Mapping[str, str]
-    """Of Bagpipe and torch, that have written it."""
+    """The versions of Bagpipe and torch that have written it."""
     step: int
     """After how many steps of training the model was saved."""
     precision: str

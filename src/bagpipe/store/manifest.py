@@ -5,8 +5,8 @@ A manifest of format 2 has for each group
     "files": [{"name": "group-0.arrow", "shard": 0, "num_shards": 1, "num_records": 9,
                "is_whole": true}, ..]
 
-in order: of a row that is in several, the last one's record counts. A file's size and checksum are
-in the list of all files. Format 1 had one file for each group and host, with the host's rows.
+in order: if several files have a row, the last one counts. A file's size and checksum are in the
+list of all files. Format 1 had one file for each group and host, with the host's rows.
 """
 
 from __future__ import annotations

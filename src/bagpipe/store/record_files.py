@@ -55,7 +55,7 @@ def files_of_shard(
 
 
 def next_files(base: Iterable[RecordFile], written: Sequence[RecordFile]) -> tuple[RecordFile, ...]:
-    """The files of a group's next checkpoint, in order: of a row, the last one's record counts.
+    """The files of a group's next checkpoint, in order: the last one that has a row counts for it.
 
     Args:
         base: the files of the checkpoint before.

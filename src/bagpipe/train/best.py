@@ -23,7 +23,7 @@ class Best:
         )
         self.score: float | None = None
         self.step: int | None = None
-        """Of the checkpoint that holds the best model, once one does."""
+        """The step of the checkpoint that holds the best model, once one does."""
         self.test: dict[str, Any] | None = None
         """The scores of that model on the test split."""
         self.num_worse = 0

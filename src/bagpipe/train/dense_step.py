@@ -189,7 +189,7 @@ class DenseStep:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of pooled embeddings and their gradients."""
+        """The data type of pooled embeddings and their gradients."""
         return torch.bfloat16 if self._precision == "bf16" else torch.float32
 
     def pooled(self, batch_size: int) -> list[Tensor]:

@@ -1,10 +1,9 @@
 """A run's records as files: JSON lines in log.jsonl, and what TensorBoard charts of them.
 
-Every record has a `kind` ("start", "train", "evaluation", "checkpoint", "end") and a `step`. Of
-"train" and "evaluation", which come again and again, the numbers are TensorBoard's charts. Of
-"start" it gets the configuration, as hyper-parameters and as text. A
-resumed run first drops the records of steps that it will train again, so that the log reads as that
-of an undisturbed run.
+Every record has a `kind` ("start", "train", "evaluation", "checkpoint", "end") and a `step`.
+TensorBoard charts the numbers of "train" and "evaluation", which come again and again. From "start"
+it gets the configuration, as hyper-parameters and as text. A resumed run first drops the records of
+steps that it will train again, so that the log reads as that of an undisturbed run.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ class Result:
     checkpoint: Path | None
     """The newest one."""
     best_step: int | None = None
-    """Of the checkpoint with the best model, where one is kept."""
+    """The step of the checkpoint with the best model, where one is kept."""
     test_scores: Mapping[str, Any] | None = None
-    """Of the best model, or of the last where none is kept, on the test split if there is one."""
+    """On the test split, if there is one: the best model's, or the last's if none is kept."""
     stopped_by: signal.Signals | None
 
 

@@ -52,8 +52,8 @@ class Scores:
 
     num_samples: int
     values: Mapping[str, float | None]
-    """By metric; None where the labels do not define it. Of several labels there are those of each,
-    as "metric/label" (`bagpipe.config.metrics.score_name`)."""
+    """By metric; None where the labels do not define it. With several labels each has its own, as
+    "metric/label" (`bagpipe.config.metrics.score_name`)."""
 
     def __getitem__(self, metric: str) -> float | None:
         return self.values[metric]
@@ -97,7 +97,7 @@ class BinaryScores:
         self._auroc = BinaryAUROC(thresholds=None, sync_on_compute=False)
         self._accuracy = BinaryAccuracy(sync_on_compute=False)
         self._kept: list[tuple[Tensor, ...]] = []
-        """Of each batch predictions, which are clicks, groups and weights."""
+        """For each batch its predictions, which samples are clicks, groups and weights."""
         self._has_weights = False
         self._num_samples = 0
         self._num_positive = 0
@@ -119,8 +119,8 @@ class BinaryScores:
         Args:
             logits: (B,) float32.
             labels: (B,) float32 in [0, 1].
-            groups: Of each sample the number of its group (B,), for grouped_auc.
-            weights: Of each sample (B,) float32, 0 or more; all batches have some, or none has.
+            groups: The number of each sample's group (B,), for grouped_auc.
+            weights: Of samples (B,) float32, 0 or more; all batches have weights, or none has.
         """
         logits, labels = logits.detach().cpu(), labels.cpu()
         positive, predictions = labels >= 0.5, torch.sigmoid(logits)
@@ -231,10 +231,10 @@ def grouped_auc(
     """The mean of groups' AUCs, each weighted by its samples' weights.
 
     Args:
-        groups: Of each sample the number of its group, (n,).
-        predictions: (n,) float; of two equal ones, half a pair is in order.
+        groups: The number of each sample's group, (n,).
+        predictions: (n,) float; two equal ones count as half a pair in order.
         positive: Which samples are clicks, (n,).
-        weights: Of the samples, (n,) float.
+        weights: The samples' weights, (n,) float.
 
     Returns:
         None where no group has labels of both classes.

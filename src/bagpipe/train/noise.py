@@ -24,7 +24,7 @@ class Noise:
     """
 
     def __init__(self, config: RunConfig, peers: Peers, device: torch.device) -> None:
-        """Of a run's model on this rank and device."""
+        """Makes the noise of a run's model on this rank and device."""
         model = config.model
         self._draws = isinstance(model, OwnModelConfig) or model.dropout > 0.0
         self._seed, self._rank, self._device = config.train.seed, peers.rank, device

@@ -27,7 +27,7 @@ class Objective:
         label_weights: Mapping[str, float] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Of these labels, with the weights of some; the others' are 1."""
+        """Makes the objective of these labels, whose weight is 1 unless `label_weights` has it."""
         self._names = label_names
         weights = [(label_weights or {}).get(name, 1.0) for name in label_names]
         is_plain = all(weight == 1.0 for weight in weights)

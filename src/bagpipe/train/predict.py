@@ -130,7 +130,7 @@ def score(loaded: LoadedModel, source: BatchSource, batch_size: int, on_batch: O
 
 
 def _groups(source: BatchSource, batch_size: int, group_by: str | None) -> Iterator[Tensor | None]:
-    """Of each batch its samples' groups, read once more: a planned batch has no ids."""
+    """The groups of each batch's samples, read once more, since a planned batch has no ids."""
     if group_by is None:
         yield from repeat(None)
         return

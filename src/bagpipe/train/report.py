@@ -106,7 +106,7 @@ class LoggedReporter:
 def line_of(averages: StepAverages) -> str:
     """A step's averages in 57 columns at most, so that a terminal of 80 has room for the steps.
 
-    Of the waits it has the sum, and says which is the longest.
+    It has the sum of the waits, and says which is the longest.
     """
     waits = {
         "plan": averages.wait_plan_ms,

@@ -152,7 +152,7 @@ def find_saved(run: Path, which: str, say: Callable[[str], None] = lambda _: Non
 
 
 def config_of(saved: SavedRun, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that a checkpoint remembers, but for schedules and shard servers.
+    """The configuration that a checkpoint remembers, without schedules and shard servers.
 
     Raises:
         CheckpointError: the checkpoint is an own loop's.

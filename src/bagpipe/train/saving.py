@@ -30,7 +30,7 @@ class Saving:
     log: RunLog | NoLog
     reporter: Reporter
     cuts: Cuts | None = None
-    """Of the shard servers, if the run has any."""
+    """The cuts of the shard servers, if the run has any."""
     newest: Path | None = None
     newest_step: int = -1
     _begun_step: int = field(init=False, default=-1)

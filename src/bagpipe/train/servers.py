@@ -34,7 +34,7 @@ class Joined:
     start: Start
     control: ServerControl
     stores: Sequence[EmbeddingStore]
-    """Of each group."""
+    """Each group's store."""
 
 
 Join: TypeAlias = Callable[[Sequence[Group]], AbstractContextManager[Joined]]

@@ -87,7 +87,7 @@ class StartFrom:
     run: Run
     trainers: Trainers
     _config: RunConfig = field(init=False)
-    """Of the run to start from."""
+    """The configuration of the run to start from."""
     _moves: Sequence[Move] = field(init=False)
     _dense: dict[str, Any] = field(init=False)
     _has_more: bool = field(init=False)

@@ -1,8 +1,8 @@
 """An optional run-time check that plans keep the invariants of docs/design.md.
 
 It replays what the executors of all trainers do with each group, and knows nothing of how the
-oracle decides. Of each row it knows where the row is, and whether gradients of a computed step are
-still on their way to it (`rows`). Of each step it knows who uses which row, and looks whether each
+oracle decides. For each row it knows where the row is, and whether gradients of a computed step are
+still on their way to it (`rows`). For each step it knows who uses which row, and checks that each
 gradient reaches its row's owner once (`gradients`). `replay` has the order of moments.
 
 What may happen at any of several moments happens at the worst one: overlapped gradients are applied

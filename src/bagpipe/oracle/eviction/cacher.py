@@ -2,20 +2,23 @@
 
 It is sequential and pure.
 
-A batch, linked by `bagpipe.oracle.linker`, is first *admitted* to the window, so that its rows'
-next use is known; later it is *planned*, which gives each of its rows a slot. Between the two lie
-`lookahead` batches. A row is *settled* once `prefetch_depth` steps have passed since its last use,
-so that its slot can be filled ahead; only then it may leave. A cache is *tight* for a step that it
-could not hold together with the `prefetch_depth` before it, were no row used twice: then all rows
-are settled at once, and those used of late leave as late as the step itself, which has to wait for
-their slots. (Were the others to go first, hardly any choice would be left.)
+`bagpipe.oracle.linker` links a batch. Then the batch is *admitted* to the window, so that the next
+use of its rows is known. Later it is *planned*, which gives each of its rows a slot. `lookahead`
+batches lie between the two. A row is *settled* once `prefetch_depth` steps have passed since its
+last use, so that its slot can be filled ahead. Only then may it leave. A cache is *tight* for a
+step if it could not hold the rows of that step and of the `prefetch_depth` before it, were no row
+used twice. Then all rows settle at once. Rows that were used a moment ago leave as late as the step
+itself, which has to wait for their slots. (If the others had to go first, hardly any choice would
+be left.)
 
-Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). Of settled rows go in
-this order, and no further than needed,
+Eviction is Belady's MIN over the window (IBM Systems Journal 5(2), 1966). Settled rows go in this
+order, and no more of them than needed:
 
-1. those with no known next use, the longest unused first (in one batch: in its order),
-2. those with the farthest next use (of one next use: the one of which that has been known longest,
-   and what became known at once in the order of the batch that made it known).
+1. Rows with no known next use go first, the longest unused before others. Rows of one batch go in
+   its order.
+2. Then go those with the farthest next use. Among rows with the same next use the one goes first
+   whose next use has been known longest; those that became known at once go in the order of the
+   batch that made them known.
 
 In a large cache, and where several hosts share one, that is the order within each of its shards
 (see `bagpipe.oracle.shards`).

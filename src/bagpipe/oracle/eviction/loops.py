@@ -53,7 +53,7 @@ def admit(state: State, batch: Batch, step: int) -> None:
     chunks, chains, queues = state.due.chunks, state.due.chains, state.due.queues
     rows, previous, bounds = batch.rows, batch.previous, batch.bounds
     oldest_unsettled = state.oldest_unsettled
-    # Threads would not pay: but for a window that grows, `plan` admits all batches.
+    # Threads would not pay: `plan` admits all batches, unless the window grows.
     for shard in range(len(bounds) - 1):
         due = DueQueues(chunks[shard], chains[shard], queues[shard])
         admit_shard(
