@@ -42,15 +42,28 @@ def test_buffers_hold_what_is_asked_for(num_records: int) -> None:
 
 def test_buffers_of_memory_that_is_shared_lie_in_it_and_go_back_to_it() -> None:
     memory = StagingMemory(1 << 20)
-    staging = Staging(CPU, memory)
     places = set()
     for _ in range(3):
+        staging = Staging(CPU, memory)
         first, second = staging.take(300, 65), staging.take(300, 65)
         first.tensor.fill_(1)
         second.array[:] = 2
         assert (first.array == 1).all()
         places |= {memory.offset_of(first.array), memory.offset_of(second.array)}
-        first.give_back()  # the second one's user has gone
+        first.give_back()
+        second.give_back()
         staging.close()
     assert None not in places
     assert len(places) == 2
+
+
+def test_a_buffer_that_has_not_come_back_is_nobody_elses_after_the_end() -> None:
+    """After a failure the store's process may still read it, or write to it."""
+    memory = StagingMemory(1 << 20)
+    staging = Staging(CPU, memory)
+    back, gone = staging.take(300, 65), staging.take(300, 65)
+    back.give_back()
+    staging.close()
+    places = {memory.offset_of(Staging(CPU, memory).take(300, 65).array) for _ in range(3)}
+    assert memory.offset_of(back.array) in places
+    assert memory.offset_of(gone.array) not in places

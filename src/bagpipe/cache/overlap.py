@@ -87,7 +87,6 @@ class Staging:
         """
         self._is_pinned = device.type == "cuda"
         self._memory = None if self._is_pinned else memory
-        self._blocks: list[Float32Array] = []  # of that memory
         # No lock: a deque's operations are atomic.
         self._free: dict[int, deque[Tensor]] = defaultdict(deque)
 
@@ -107,14 +106,17 @@ class Staging:
         return Buffer(whole=whole, shape=(num_records, record_width), free=free)
 
     def close(self) -> None:
-        """Gives blocks back to the memory that they are of; no buffer may be in use any more."""
+        """Gives blocks back to the memory that they are of.
+
+        A buffer that has not come back keeps its block: after a failure nobody has waited for what
+        was under way, and the store's process may still read it, or write to it.
+        """
+        for free in self._free.values():
+            while self._memory is not None and free:
+                self._memory.give_back(free.pop().numpy())
         self._free.clear()
-        while self._memory is not None and self._blocks:
-            self._memory.give_back(self._blocks.pop())
 
     def _new(self, size: int) -> Tensor:
         if self._memory is None:
             return torch.empty(size, pin_memory=self._is_pinned)
-        block = self._memory.take(1, size)
-        self._blocks.append(block)
-        return torch.from_numpy(block[0])
+        return torch.from_numpy(self._memory.take(1, size)[0])
