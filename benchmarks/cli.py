@@ -20,6 +20,7 @@ from benchmarks.options import (
     Lookaheads,
     MaxRows,
     NumTrainers,
+    OracleOf,
     Plot,
     Quick,
     Rounds,
@@ -135,6 +136,7 @@ def gpu(
     workload: WorkloadName = "W1",
     quick: Quick = False,
     arms: Arms = None,
+    oracle: OracleOf = None,
     plot: Plot = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -145,7 +147,8 @@ def gpu(
         from benchmarks.workloads import make_workload
 
         chosen = chosen_arms(arms, ARMS, ALWAYS)
-        return bench_gpu(make_workload(workload, sizes, quick=quick), chosen, progress, plot)
+        trained = make_workload(workload, sizes | sizes_of({}, oracle=oracle), quick=quick)
+        return bench_gpu(trained, chosen, progress, plot)
 
     measure(run, "auto", quick=quick, json_file=json_file, plot=plot)
 

@@ -68,6 +68,13 @@ WorkloadName = Annotated[
         help="Tables, stream, model and cache: W1, W2, W3, W4, W4-file or small.",
     ),
 ]
+OracleOf = Annotated[
+    str | None,
+    typer.Option(
+        "--oracle",
+        help="Where Bagpipe plans: process, thread or device; by default as in training.",
+    ),
+]
 NumTrainers = Annotated[int | None, typer.Option("--trainers", help="How many trainers.")]
 StepRows = Annotated[int | None, typer.Option("--rows", min=1, help="Rows that a step fetches.")]
 Gbits = Annotated[

@@ -31,6 +31,9 @@ EMBEDDING_LR: Final = 0.01
 _MULTI_HOT = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 
 
+OraclePlace = Literal["thread", "process", "device"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What is trained, and how long it is measured."""
@@ -50,6 +53,8 @@ class Workload:
     store: Literal["memory", "file"] = "memory"
     dedup_threads: int | None = None
     prefetch_depth: int = 4
+    oracle: OraclePlace | None = None
+    """Where Bagpipe plans; None: in a process of its own on CUDA, else in threads."""
     warmup_steps: int = 350
     """Steps that every arm trains before it is measured, the compared ones included: enough to fill
     the caches, or nearly so."""

@@ -45,11 +45,12 @@ ALLOWED = {
     "config": BASE,
     "oracle": BASE | {"plots"},
     "feed": BASE | {"oracle"},
+    "device_oracle": BASE | {"oracle", "feed", "cache"},
     "store": BASE,
     "data": BASE | {"config", "plots"},
     "distributed": BASE | {"store", "server", "config"},
     "cache": BASE | {"store", "distributed"},
-    "embeddings": BASE | {"oracle", "feed", "store", "distributed", "cache"},
+    "embeddings": BASE | {"oracle", "feed", "store", "distributed", "cache", "device_oracle"},
     "models": {"errors"},
     "checkpoint": BASE | {"config", "data", "store", "distributed"},
     "train": BASE
@@ -63,7 +64,7 @@ ALLOWED = {
     "launch": BASE | {"distributed", "config", "server", "train"},
 }
 MAY_IMPORT_TORCH = {"distributed", "cache", "embeddings", "models", "checkpoint", "train", "launch"}
-MAY_IMPORT_TORCH |= {"exporting", "serving"}
+MAY_IMPORT_TORCH |= {"device_oracle", "exporting", "serving"}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

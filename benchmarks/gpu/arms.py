@@ -124,7 +124,7 @@ class DenseArm:
 class BagpipeArm:
     """Bagpipe as `bagpipe train` runs it: reader, oracle and transfers are live.
 
-    On CUDA the oracle is in a process of its own.
+    On CUDA the oracle is in a process of its own, unless the workload says where.
     """
 
     def __init__(
@@ -188,7 +188,8 @@ class BagpipeArm:
             lookahead=self._workload.lookahead,
             dedup_threads=self._workload.dedup_threads,
             prefetch_depth=self._workload.prefetch_depth,
-            oracle="process" if self._device.type == "cuda" else "thread",
+            oracle=self._workload.oracle
+            or ("process" if self._device.type == "cuda" else "thread"),
             hand_out=Batch.without_ids,
             move=TorchBatch.moved,
             overlap=self._overlap,

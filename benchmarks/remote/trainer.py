@@ -228,7 +228,7 @@ def stream_of(
         policy=planned.policy,
     )
     reads = (Deferred(partial(_as_it_is, each)) for each in cycle(batches[: planned.num_batches]))
-    return Lookahead(reads, embeddings, options, BatchAdapter(), None, in_process=False)
+    return Lookahead(reads, embeddings, options, BatchAdapter(), None, oracle="thread")
 
 
 def _measured(

@@ -7,6 +7,9 @@ one group; see `bagpipe.types`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeAlias
+
+from typing_extensions import TypeVar
 
 from bagpipe.types import Float32Array, Int32Array, Int64Array
 
@@ -126,16 +129,42 @@ class GroupPlan:
         """The slot of each lookup: (L,). The device makes its own from the same two arrays."""
         return self.schedule.unique_slots[self.inverse]
 
+    @property
+    def num_lookups(self) -> int:
+        return len(self.inverse)
+
+    @property
+    def num_uniques(self) -> int:
+        return self.schedule.num_uniques
+
+
+class HostGroupPlan(Protocol):
+    """What the host must know of one group's plan, wherever the plan was made."""
+
+    @property
+    def overlapped(self) -> Transfers: ...
+    @property
+    def urgent(self) -> Transfers: ...
+    @property
+    def exchange(self) -> GroupExchange | None: ...
+    @property
+    def num_lookups(self) -> int: ...
+    @property
+    def num_uniques(self) -> int: ...
+
+
+GroupPlanT = TypeVar("GroupPlanT", bound=HostGroupPlan, default=GroupPlan, covariant=True)
+
 
 @dataclass(frozen=True, kw_only=True)
-class StepPlan:
+class StepPlan(Generic[GroupPlanT]):
     """All that a trainer must do with embeddings in one step."""
 
     step: int
     issue_tick: int
     """When overlapped transfers are issued: `prefetch_depth` steps ahead, within the stream."""
     batch_size: int
-    groups: tuple[GroupPlan, ...]
+    groups: tuple[GroupPlanT, ...]
     lookahead: int  # batches that the oracle had seen beyond this one when it planned it
     has_urgent: bool = False
     """Whether any trainer has urgent transfers.
@@ -146,3 +175,7 @@ class StepPlan:
     """A hash of the plans of all trainers; None where all of them are planned in one place."""
     failure: str = ""
     """Why the last batch seen is the last one; empty where the batches just end there."""
+
+
+HostStepPlan: TypeAlias = StepPlan[HostGroupPlan]
+"""What the host must know of a step's plan."""

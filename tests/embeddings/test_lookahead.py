@@ -337,10 +337,10 @@ def without_ids(batch: Batch) -> Batch:
     )
 
 
-@pytest.mark.parametrize("where", ["thread", "process"])
+@pytest.mark.parametrize("where", ["thread", "process", "device"])
 @pytest.mark.parametrize("hand_out", [None, without_ids])
 def test_where_the_oracle_is_and_what_it_hands_out_change_no_table(
-    where: Literal["thread", "process"], hand_out: Callable[[Batch], Batch] | None
+    where: Literal["thread", "process", "device"], hand_out: Callable[[Batch], Batch] | None
 ) -> None:
     expected, embeddings = make_embeddings(), make_embeddings()
     assert train(

@@ -36,9 +36,11 @@ def make_batches(num_batches: int) -> list[Batch]:
     ]
 
 
-@pytest.mark.parametrize("oracle", ["thread", "process"])
+@pytest.mark.parametrize("oracle", ["thread", "process", "device"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_moves_along_arrives(device: str, oracle: Literal["thread", "process"]) -> None:
+def test_what_moves_along_arrives(
+    device: str, oracle: Literal["thread", "process", "device"]
+) -> None:
     """On a GPU each batch is read by work that comes late in its step or in the next one, and let
     go before that is done.
     """

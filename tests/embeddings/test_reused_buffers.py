@@ -243,7 +243,7 @@ def test_a_batch_that_changes_while_it_is_trained_is_found(
         next(stream)
 
 
-@pytest.mark.parametrize("oracle", ["thread", "process"])
+@pytest.mark.parametrize("oracle", ["thread", "process", "device"])
 def test_the_same_batches_may_come_again(oracle: Literal["thread", "process"]) -> None:
     once = list(Copies())[:3]
     assert train(once * 4, oracle=oracle) == list(range(NUM_BATCHES))

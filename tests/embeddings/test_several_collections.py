@@ -56,7 +56,7 @@ def state(embeddings: EmbeddingBagCollection) -> list[Float32Array]:
     return records
 
 
-@pytest.mark.parametrize("oracle", ["thread", "process"])
+@pytest.mark.parametrize("oracle", ["thread", "process", "device"])
 def test_each_is_trained_as_if_it_were_alone(oracle: Any) -> None:
     together, alone = both(), both()
     # every third step has no backward through the users, whose Adam counts its own updates

@@ -52,8 +52,9 @@ from bagpipe.types import Group, Jagged, TableConfig, group_tables
     lookahead=st.sampled_from([1, 2, 7, 200, "auto"]),
     prefetch_depth=st.integers(0, 4),
     dedup_threads=st.integers(1, 3),
+    oracle=st.sampled_from(["thread", "thread", "device"]),
 )
-@settings(max_examples=strategies.examples(40), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=strategies.examples(60), suppress_health_check=[HealthCheck.too_slow])
 def test_any_trace_cache_lookahead_depth_threads_and_restarts(
     data: st.DataObject,
     optimizer: Optimizer,
@@ -61,6 +62,7 @@ def test_any_trace_cache_lookahead_depth_threads_and_restarts(
     lookahead: int,
     prefetch_depth: int,
     dedup_threads: int,
+    oracle: str,
 ) -> None:
     tables = data.draw(strategies.table_lists(max_dims=2))
     batches = data.draw(strategies.traces(tables, max_steps=12))
@@ -74,6 +76,7 @@ def test_any_trace_cache_lookahead_depth_threads_and_restarts(
         lookahead=lookahead,
         prefetch_depth=prefetch_depth,
         dedup_threads=dedup_threads,
+        oracle=oracle,
     )
 
 

@@ -51,6 +51,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"extra_slots": 30, "file": True},
     {"extra_slots": 0, "store": UnevenStore},
     {"extra_slots": 30, "store": UnevenStore, "prefetch_depth": 6},
+    {"extra_slots": 0, "oracle": "device"},
+    {"extra_slots": 30, "oracle": "device", "lookahead": "auto", "restarts": [11, 30]},
+    {"extra_slots": 30, "oracle": "device", "lookahead": 9, "store": UnevenStore},
 ]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bagpipe.lookups import GroupLookups
-from bagpipe.plan import GroupPlan, Transfers
+from bagpipe.plan import GroupPlan, HostGroupPlan, Transfers
 from bagpipe.types import Int32Array, UInt8Array
 
 MovedArray: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
@@ -42,7 +42,7 @@ def all_to_device(arrays: Sequence[MovedArray], device: torch.device) -> list[Te
     lie close together in shared memory, as in a plan of the oracle process, are copied from where
     they are. On a GPU all tensors share one piece of memory.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" or not arrays:
         return [torch.from_numpy(array) for array in arrays]
     places = [pa.py_buffer(array).address for array in arrays]  # numpy takes six times as long
     begin = min(places)
@@ -228,6 +228,51 @@ class DeviceExchange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOnDevice:
+    """One group's plan of a step that was made on the device. The host has only what moves.
+
+    The tensors are places of rings: they hold the plan until the step is released.
+    """
+
+    overlapped: Transfers
+    urgent: Transfers
+    num_lookups: int
+    inverse: Tensor  # (L,) int32, as that of `GroupPlan`
+    bag_offsets: Tensor | None  # (F * B + 1,) int32
+    bag_scales: Tensor | None  # (B * F,) float32
+    lookup_weights: Tensor | None  # (L,) float32
+    schedule: Mapping[str, Tensor | None]
+    """The arrays of `GradientSchedule` by name."""
+    overlapped_slots: DeviceTransfers
+    exchange: None = None
+
+    @property
+    def num_uniques(self) -> int:
+        """How many unique rows the step uses."""
+        return len(self._unique_slots)
+
+    @property
+    def _unique_slots(self) -> Tensor:
+        slots = self.schedule["unique_slots"]
+        assert slots is not None
+        return slots
+
+    def for_step(self, *, step: int, batch_size: int, num_features: int) -> DevicePlan:
+        """What the kernels need, with lookups that are found on the current stream."""
+        schedule: dict[str, Any] = dict(self.schedule)
+        return DevicePlan(
+            step=step,
+            batch_size=batch_size,
+            num_features=num_features,
+            lookup_slots=self._unique_slots.index_select(0, self.inverse),
+            bag_offsets=self.bag_offsets,
+            bag_scales=self.bag_scales,
+            lookup_weights=self.lookup_weights,
+            **schedule,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceGroup:
     """All of one group's plan of a step that moves to the device by one copy."""
 
@@ -243,7 +288,7 @@ _APPLIED: Final = ("apply_urgent", "apply_overlapped")
 
 
 def plan_to_device(
-    plan: GroupPlan,
+    plan: HostGroupPlan,
     *,
     step: int,
     batch_size: int,
@@ -254,13 +299,22 @@ def plan_to_device(
     """Moves one group's plan to a device on the current stream, by one copy.
 
     Args:
-        plan: With its overlapped transfers and its exchanges, if it has any.
+        plan: A `GroupPlan` with its overlapped transfers and its exchanges, if it has any; or a
+            `PlanOnDevice`, of which nothing has to move.
         step: The number of the step.
         batch_size: The number of samples.
         num_features: The number of the group's features.
         device: Where the plan goes.
         along: Further arrays for the same copy.
     """
+    if isinstance(plan, PlanOnDevice):
+        return DeviceGroup(
+            plan=plan.for_step(step=step, batch_size=batch_size, num_features=num_features),
+            overlapped=plan.overlapped_slots,
+            exchange=None,
+            along=tuple(all_to_device(along, device)),
+        )
+    assert isinstance(plan, GroupPlan)
     schedule, exchange = plan.schedule, plan.exchange
     arrays = {
         "inverse": plan.inverse,

@@ -45,14 +45,14 @@ from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.native.spans import span
 from bagpipe.native.workers import Workers
-from bagpipe.plan import GroupExchange, RowExchange, StepPlan
+from bagpipe.plan import GroupExchange, HostStepPlan, RowExchange
 
 
 @dataclass(kw_only=True)
 class _Step:
     """A step, from asking for its replicas to applying its last gradient."""
 
-    plan: StepPlan
+    plan: HostStepPlan
     # by group, once its overlapped rows are in their slots
     on_device: Sequence[DeviceExchange] = ()
     finish_replicas: Callable[[], object] | None = None
@@ -84,15 +84,17 @@ class NoExchange:
     def begin_step(self, number: int) -> None:
         """Nothing to compare."""
 
-    def start_behind(self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]) -> None:
+    def start_behind(
+        self, plan: HostStepPlan, filled: Callable[[], Sequence[DeviceExchange]]
+    ) -> None:
         """Nothing travels."""
 
     def ask_for_replicas(
-        self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]
+        self, plan: HostStepPlan, filled: Callable[[], Sequence[DeviceExchange]]
     ) -> None:
         """There are none."""
 
-    def finish_replicas(self, plan: StepPlan) -> None:
+    def finish_replicas(self, plan: HostStepPlan) -> None:
         """There are none."""
 
     def update(self, index: int, plan: DevicePlan, grads: Tensor, *, number: int) -> None:
@@ -146,7 +148,9 @@ class Exchange:
         self._communicator.compare_acts(number)
         self.finish_deferred(number - 2)
 
-    def start_behind(self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]) -> None:
+    def start_behind(
+        self, plan: HostStepPlan, filled: Callable[[], Sequence[DeviceExchange]]
+    ) -> None:
         """Hands out what travels behind the compute of `plan`'s step, which comes now.
 
         Its own overlapped replicas come first, unless they could be asked for a step ago.
@@ -187,7 +191,7 @@ class Exchange:
         self._untold = ""
 
     def ask_for_replicas(
-        self, plan: StepPlan, filled: Callable[[], Sequence[DeviceExchange]]
+        self, plan: HostStepPlan, filled: Callable[[], Sequence[DeviceExchange]]
     ) -> None:
         """Hands out a step's overlapped replicas, unless that is done.
 
@@ -199,7 +203,7 @@ class Exchange:
                 self._send_replicas_overlapped, step, filled
             )
 
-    def finish_replicas(self, plan: StepPlan) -> None:
+    def finish_replicas(self, plan: HostStepPlan) -> None:
         """Waits for a step's overlapped replicas and exchanges the urgent ones."""
         step = self._steps[plan.step]
         assert step.finish_replicas is not None
@@ -303,7 +307,7 @@ class Exchange:
         """
         cache, group = self._caches[index], step.plan.groups[index]
         on_device, sums = step.on_device[index], step.sums[index]
-        exchange, num_uniques = _of(group.exchange), group.schedule.num_uniques
+        exchange, num_uniques = _of(group.exchange), group.num_uniques
         if moment == "overlapped":
             rows, send, apply = (
                 exchange.sync_overlapped,

@@ -40,7 +40,7 @@ from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import UsageError
 from bagpipe.native.spans import span
-from bagpipe.plan import StepPlan, Transfers
+from bagpipe.plan import HostStepPlan, Transfers
 from bagpipe.store.base import EmbeddingStore
 
 
@@ -58,7 +58,7 @@ class Waits:
 class _Pending:
     """A submitted step, up to the time that nothing reads its plan any more."""
 
-    plan: StepPlan
+    plan: HostStepPlan
     release: Callable[[], None] | None
     along: Sequence[MovedArray]
     on_device: tuple[DeviceGroup, ...] = ()  # by group
@@ -113,7 +113,7 @@ class Executor:
 
     def submit(
         self,
-        plan: StepPlan,
+        plan: HostStepPlan,
         release: Callable[[], None] | None = None,
         along: Sequence[MovedArray] = (),
     ) -> None:

@@ -46,7 +46,7 @@ from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
 from bagpipe.native.spans import span
 from bagpipe.native.workers import Call, Workers
-from bagpipe.plan import StepPlan, Transfers
+from bagpipe.plan import HostStepPlan, Transfers
 from bagpipe.store.base import NO_STEPS, EmbeddingStore, Steps, memory_of, sender_to
 from bagpipe.types import Int32Array, Int64Array
 
@@ -113,7 +113,7 @@ class RecordMover:
 
     def issue(
         self,
-        plan: StepPlan,
+        plan: HostStepPlan,
         transfers: Sequence[Transfers],
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
@@ -213,7 +213,7 @@ class RecordMover:
 
     def _evict_and_ask(
         self,
-        plan: StepPlan,
+        plan: HostStepPlan,
         transfers: Sequence[Transfers],
         tick: int,
         to_device: Callable[[], tuple[DeviceTransfers, ...]],
@@ -309,11 +309,11 @@ class RecordMover:
         copied.synchronize()
         return self._sends[index](rows, buffer.array)
 
-    def _gather(self, plan: StepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:
+    def _gather(self, plan: HostStepPlan, transfers: Sequence[Transfers]) -> list[Buffer]:
         """Runs on a gather thread, on CUDA."""
         return self._receive(self._ask(plan, transfers))
 
-    def _ask(self, plan: StepPlan, transfers: Sequence[Transfers]) -> _Asked:
+    def _ask(self, plan: HostStepPlan, transfers: Sequence[Transfers]) -> _Asked:
         """Asks for each group's rows, all before any is waited for."""
         fence, stagings = _fence_of(plan, transfers), []
         counted = fence if self._marks is None else self._marks.fence(fence)
@@ -359,7 +359,7 @@ class RecordMover:
                     )
 
 
-def _fence_of(plan: StepPlan, transfers: Sequence[Transfers]) -> Steps:
+def _fence_of(plan: HostStepPlan, transfers: Sequence[Transfers]) -> Steps:
     """What must be written before these transfers read, of this rank and of others."""
     tick = max(moved.fence_tick for moved in transfers)
     if tick < 0:

@@ -16,9 +16,10 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from bagpipe.cache.executor import Waits
+from bagpipe.device_oracle.source import DeviceSource
 from bagpipe.distributed.lockstep import plan_act
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.joint import JointCollections
@@ -52,7 +53,7 @@ class Lookahead(Generic[BatchT]):
         adapter: BatchAdapter,
         move: Move | None,
         *,
-        in_process: bool,
+        oracle: Literal["thread", "process", "device"],
     ) -> None:
         self.report = OracleReport.for_groups(embeddings.groups)
         self.oracle_bytes = 0
@@ -77,11 +78,13 @@ class Lookahead(Generic[BatchT]):
             options.num_slots, options.topology.num_replica_slots or None
         )
         try:
-            self._source: PlanSource[Any] = (
-                self._process_source(read, options, adapter)
-                if in_process
-                else ThreadSource(read, options, adapter)
-            )
+            self._source: PlanSource[Any]
+            if oracle == "process":
+                self._source = self._process_source(read, options, adapter)
+            elif oracle == "device":
+                self._source = DeviceSource(read, options, adapter, embeddings.device)
+            else:
+                self._source = ThreadSource(read, options, adapter)
         except BaseException:
             embeddings.stop()
             raise

@@ -41,7 +41,7 @@ class _Options(TypedDict, total=False):
     dedup_threads: int | None
     check: bool
     sparse: Callable[[Any], Any] | None
-    oracle: Literal["thread", "process"]
+    oracle: Literal["thread", "process", "device"]
     replicas: int | Sequence[int] | None
     share: Callable[[Any, int, int], Any]
     overlap: bool
@@ -80,7 +80,7 @@ def lookahead(
     dedup_threads: int | None = None,
     check: bool = False,
     sparse: Callable[[BatchT], Any] | None = None,
-    oracle: Literal["thread", "process"] = "thread",
+    oracle: Literal["thread", "process", "device"] = "thread",
     hand_out: Callable[[BatchT], Any] | None = None,
     move: Move | None = None,
     replicas: int | Sequence[int] | None = None,
@@ -120,11 +120,23 @@ def lookahead(
         check: replays every plan against the invariants before it is used.
         sparse: finds a batch's jagged ids; by default the batch itself or its `sparse` or
             `sparse_features` attribute or key.
+<<<<<<< HEAD
         oracle: "thread" reads and plans batches in threads of this process; each rank does so for
             itself. "process" does it in a process of its own (Linux), which keeps it away from
             steps of a few milliseconds. A host's first trainer starts it, and it reads `batches`
             once for all of that host. `batches` and `sparse` must be picklable then, and as with a
             DataLoader's workers a script needs ``if __name__ == "__main__":``.
+=======
+        oracle: where batches are read and planned: in threads of this process, or in a process of
+            its own (Linux), which keeps steps of a few milliseconds free of it. `batches` and
+            `sparse` must be picklable then, and as with a DataLoader's workers a script needs
+            ``if __name__ == "__main__":``. The trainers of a host share such a process: their first
+            one starts it, and it reads `batches` once for all. In threads each rank reads and plans
+            the global batches for itself. "device" reads in threads and plans on the device of
+            `embeddings`, for a single trainer: the host only reads and moves rows.
+            lookahead="auto" is then what fits `lookahead_memory`, at most 256 batches, and the
+            window grows to it by one batch a step.
+>>>>>>> 9fa20a3 (A trainer's device may make its plans: lookahead(oracle="device") leaves the host to read and to move rows)
         hand_out: makes of each batch, where it is read and planned, what goes on from there. Leave
             out here what training does not need, above all the ids
             (`bagpipe.data.base.Batch.without_ids`): an oracle process would copy them. The
@@ -160,8 +172,8 @@ def lookahead(
     """
     if dedup_threads is not None and not 1 <= dedup_threads <= _MAX_THREADS:
         raise ConfigError(f"dedup_threads is {dedup_threads}, must be from 1 to {_MAX_THREADS}")
-    if oracle not in ("thread", "process"):
-        raise ConfigError(f"oracle is {oracle!r}, must be 'thread' or 'process'")
+    if oracle not in ("thread", "process", "device"):
+        raise ConfigError(f"oracle is {oracle!r}, must be 'thread', 'process' or 'device'")
     whole = (
         embeddings
         if isinstance(embeddings, EmbeddingBagCollection)
@@ -170,6 +182,11 @@ def lookahead(
     # An earlier stream's cache must be free before this one is sized, and its last step closed.
     whole.stop()
     peers = whole.peers
+    if oracle == "device" and peers.has_others:
+        raise ConfigError(
+            f"oracle is 'device' with {peers.num_trainers} trainers: the device plans for one "
+            "trainer alone, so take 'process' or 'thread'"
+        )
     num_slots = slots_for(cache, whole.groups, whole.device, peers)
     options = StreamOptions(
         groups=whole.groups,
@@ -184,7 +201,7 @@ def lookahead(
     )
     check_same_settings(peers, options, seed=whole.seed)
     adapter = BatchAdapter(sparse=sparse or find_sparse, share=share, hand_out=hand_out)
-    return Lookahead(batches, whole, options, adapter, move, in_process=oracle == "process")
+    return Lookahead(batches, whole, options, adapter, move, oracle=oracle)
 
 
 def _topology(

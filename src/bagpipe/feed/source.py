@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
@@ -62,9 +62,11 @@ class ThreadSource(BackgroundIterator[Planned[BatchT]]):
         batches: Iterable[BatchT | Deferred[BatchT]],
         options: StreamOptions,
         adapter: BatchAdapter,
+        plan: Callable[..., Generator[tuple[Planned[BatchT], ...]]] = plan_stream,
     ) -> None:
+        """Starts the threads; `plan` is called as `plan_stream` is."""
         self._open_batches = OpenBatches()
-        steps = plan_stream(batches, options, adapter, self._open_batches)
+        steps = plan(batches, options, adapter, self._open_batches)
         super().__init__(_of_first_rank(steps), ahead=PLANS_AHEAD, name="oracle")
 
     @property

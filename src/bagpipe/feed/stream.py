@@ -12,7 +12,7 @@ and all that it takes can be pickled, so that it also runs in a process of its o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -35,13 +35,14 @@ from bagpipe.native.spans import span
 from bagpipe.native.workers import Workers
 from bagpipe.oracle.checks import checked
 from bagpipe.oracle.dedup import dedup
-from bagpipe.oracle.merge import merge
+from bagpipe.oracle.merge import MergedGroup, merge
 from bagpipe.oracle.oracle import DEFAULT_LOOKAHEAD_BYTES, DedupedBatch, Oracle, check_window
-from bagpipe.plan import StepPlan
+from bagpipe.plan import HostStepPlan
 from bagpipe.topology import ONE_TRAINER, Topology
 from bagpipe.types import Group, Jagged
 
 BatchT = TypeVar("BatchT")
+IdsT = TypeVar("IdsT")
 
 _LINKED_AHEAD = 2
 """Batches read, de-duplicated and linked beyond the oracle's window."""
@@ -140,14 +141,29 @@ class Deferred(Generic[BatchT]):
     read: Callable[[], BatchT]
 
 
-_Read: TypeAlias = tuple[int, BatchT | Deferred[BatchT], Seal | None]
+NumberedBatch: TypeAlias = tuple[int, BatchT | Deferred[BatchT], Seal | None]
+"""A step's batch as the loader gave it, and its seal."""
+
+Part: TypeAlias = tuple[BatchT, Any, Seal | None]
+"""What a trainer is handed out of a batch, the ids in that, and its seal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadBatch(Generic[BatchT, IdsT]):
+    """A batch that has been read, and what planning needs of its ids."""
+
+    parts: list[Part[BatchT]]  # for each of the topology's `ranks`
+    ids: IdsT
+    ids_hash: str | None
+    payload_bytes: int
+    share_sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Generic[BatchT]):
     """A batch and its plan."""
 
-    plan: StepPlan
+    plan: HostStepPlan
     batch: BatchT
     sparse: Any
     """The ids of what is handed out, the very object that it holds."""
@@ -196,7 +212,7 @@ def plan_stream(
     oracle = options.make_oracle()
     num_threads = options.num_dedup_threads
     with Workers("bagpipe-dedup", num_threads) as workers:
-        numbered = _sealed(batches, options.first_step, open_batches)
+        numbered = sealed(batches, options.first_step, open_batches)
         deduped = ordered_map(
             partial(_dedup, options, adapter), numbered, workers, ahead=2 * num_threads
         )
@@ -228,9 +244,9 @@ def plan_stream(
             linked.close()
 
 
-def _sealed(
+def sealed(
     batches: Iterable[BatchT | Deferred[BatchT]], first_step: int, open_batches: OpenBatches | None
-) -> Iterator[_Read[BatchT]]:
+) -> Iterator[NumberedBatch[BatchT]]:
     """Seals what is read before the loader, which may use its buffers again, is asked for more.
 
     A `Deferred` gets no seal: what it reads is nobody else's.
@@ -245,10 +261,43 @@ def _sealed(
 
 
 def _dedup(
-    options: StreamOptions, adapter: BatchAdapter, read: _Read[BatchT]
-) -> DedupedBatch[tuple[list[tuple[BatchT, Any, Seal | None]], str | None]]:
-    """Finds and de-duplicates a batch's ids, and makes what each of `ranks` is handed out."""
-    step, item, seal = read
+    options: StreamOptions, adapter: BatchAdapter, numbered: NumberedBatch[BatchT]
+) -> DedupedBatch[tuple[list[Part[BatchT]], str | None]]:
+    """Reads and de-duplicates a batch."""
+
+    def dedup_all(shares: Sequence[Jagged]) -> tuple[MergedGroup, ...]:
+        with span("oracle.dedup"):
+            return tuple(
+                merge(group, [dedup(group, each) for each in shares]) for group in options.groups
+            )
+
+    read = read_batch(options, adapter, dedup_all, numbered)
+    return DedupedBatch(
+        payload=(read.parts, read.ids_hash),
+        payload_bytes=read.payload_bytes,
+        groups=read.ids,
+        share_sizes=read.share_sizes,
+    )
+
+
+def read_batch(
+    options: StreamOptions,
+    adapter: BatchAdapter,
+    take: Callable[[Sequence[Jagged]], IdsT],
+    numbered: NumberedBatch[BatchT],
+) -> ReadBatch[BatchT, IdsT]:
+    """Reads a batch and finds its ids, and makes what each of `ranks` is handed out.
+
+    Args:
+        options: How the stream is planned.
+        adapter: How batches are read.
+        take: Takes of the ids of all ranks' shares what planning needs. They may change afterwards.
+        numbered: The batch.
+
+    Raises:
+        DataError: It can't be used, or has changed.
+    """
+    step, item, seal = numbered
     with span("oracle.read"):
         batch = item.read() if isinstance(item, Deferred) else item
     num_trainers = options.topology.num_trainers
@@ -271,10 +320,7 @@ def _dedup(
                 for rank in range(num_trainers)
             ]
             own_parts = [own[rank][:2] for rank in ranks]
-        with span("oracle.dedup"):
-            deduped = tuple(
-                merge(group, [dedup(group, each) for each in shares]) for group in options.groups
-            )
+        ids = take(shares)
         parts = _handed_out(own_parts, adapter, batch, seal)
     except DataError as error:
         change = None if seal is None else seal.change()  # a change may be the error's cause
@@ -286,17 +332,18 @@ def _dedup(
         if adapter.hand_out is None or num_trainers > 1
         else [as_jagged(sparse) for _, sparse, _ in parts]
     )
-    return DedupedBatch(
-        payload=(parts, hash_ids(jagged) if options.is_planned_elsewhere else None),
-        payload_bytes=sum(_num_bytes(ids) for ids in handed_out),
-        groups=deduped,
+    return ReadBatch(
+        parts=parts,
+        ids=ids,
+        ids_hash=hash_ids(jagged) if options.is_planned_elsewhere else None,
+        payload_bytes=sum(_num_bytes(each) for each in handed_out),
         share_sizes=tuple(each.batch_size for each in shares),
     )
 
 
 def _handed_out(
     own_parts: list[tuple[BatchT, Any]], adapter: BatchAdapter, batch: BatchT, seal: Seal | None
-) -> list[tuple[BatchT, Any, Seal | None]]:
+) -> list[Part[BatchT]]:
     """What each trainer is given of its samples, the ids in that, and its seal.
 
     Raises DataError if the batch has changed before all of that was made.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from bagpipe.plan import StepPlan
+from bagpipe.plan import HostStepPlan
 from bagpipe.types import Group
 
 
@@ -55,14 +55,12 @@ class OracleReport:
         """How many batches beyond the one that it planned the oracle had seen, on average."""
         return self.total_lookahead / max(1, self.num_steps)
 
-    def add(self, plan: StepPlan, peak_slots: Sequence[int]) -> None:
+    def add(self, plan: HostStepPlan, peak_slots: Sequence[int]) -> None:
         """Counts the plan of a step with one trainer; `peak_slots` is by group."""
-        self.add_ranks(
-            (plan,), sum(group.schedule.num_uniques for group in plan.groups), peak_slots
-        )
+        self.add_ranks((plan,), sum(group.num_uniques for group in plan.groups), peak_slots)
 
     def add_ranks(
-        self, plans: Sequence[StepPlan], num_uniques: int, peak_slots: Sequence[int]
+        self, plans: Sequence[HostStepPlan], num_uniques: int, peak_slots: Sequence[int]
     ) -> None:
         """Counts the plans of all ranks for one step.
 
@@ -80,14 +78,14 @@ class OracleReport:
         num_urgent = sum(self._add_transfers(plan) for plan in plans)
         self.num_waiting_steps += num_urgent > 0 or first.has_urgent
 
-    def _add_transfers(self, plan: StepPlan) -> int:
+    def _add_transfers(self, plan: HostStepPlan) -> int:
         """Counts what one trainer looks up and moves; returns how many rows it fetches urgently."""
         num_all_urgent = 0
         for group, record_bytes in zip(plan.groups, self._record_bytes, strict=True):
             num_urgent = len(group.urgent.fetch_rows)
             num_fetched = len(group.overlapped.fetch_rows) + num_urgent
             num_written_back = len(group.overlapped.evict_rows) + len(group.urgent.evict_rows)
-            self.num_lookups += len(group.inverse)
+            self.num_lookups += group.num_lookups
             self.num_fetched += num_fetched
             self.num_fetched_urgent += num_urgent
             self.num_written_back += num_written_back

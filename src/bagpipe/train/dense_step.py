@@ -36,10 +36,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from bagpipe.cache.captured import captured_graph
 from bagpipe.data.base import Batch
 from bagpipe.native.spans import span
 from bagpipe.train.averaged import AveragedGradients
-from bagpipe.train.capture import captured_graph, parameters_of, unchanged
+from bagpipe.train.capture import parameters_of, unchanged
 from bagpipe.train.objective import Objective
 from bagpipe.types import Float32Array, Jagged
 

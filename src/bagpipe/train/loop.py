@@ -216,7 +216,6 @@ class Loop:
         parts, cache = self.parts, self.parts.config.cache
         start = parts.schedule.position_after(self._step)
         is_better_apart = parts.device.type == "cuda" or self.trainers.peers.has_others
-        in_process = cache.oracle == "process" or (cache.oracle == "auto" and is_better_apart)
         return lookahead(
             RemainingBatches(source=parts.source, schedule=parts.schedule, start=start),
             parts.embeddings,
@@ -226,7 +225,7 @@ class Loop:
             prefetch_depth=cache.prefetch_depth,
             dedup_threads=cache.threads,
             check=cache.check,
-            oracle="process" if in_process else "thread",
+            oracle=cache.oracle_of(is_better_apart=is_better_apart),
             hand_out=Batch.without_ids,
             move=TorchBatch.moved,
         )

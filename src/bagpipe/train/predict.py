@@ -75,9 +75,6 @@ def predictions(
     batches = AllBatches(source=source, batch_size=batch_size)
     # the run's cache is for its batches; a larger one gets what is free
     cache = config.cache.size if batch_size <= config.train.batch_size else "auto"
-    in_process = config.cache.oracle == "process" or (
-        config.cache.oracle == "auto" and device.type == "cuda"
-    )
     stream = lookahead(
         batches,
         embeddings,
@@ -86,7 +83,7 @@ def predictions(
         lookahead_memory=config.cache.lookahead_memory,
         prefetch_depth=config.cache.prefetch_depth,
         dedup_threads=config.cache.threads,
-        oracle="process" if in_process else "thread",
+        oracle=config.cache.oracle_of(is_better_apart=device.type == "cuda"),
         hand_out=Batch.without_ids,
         move=TorchBatch.moved,
     )

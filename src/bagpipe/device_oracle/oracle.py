@@ -1,0 +1,193 @@
+"""One group's oracle on one device: its state, and the two functions that run on it.
+
+`enter` and `plan` are called once for each batch and step, in order, with `lookahead` batches
+between them. They only issue work on the current stream, on CUDA as graphs once these are captured.
+What the host learns of it, it asks for (`ask`, `ask_for_moves`), and reads once the device is
+there.
+
+One thread issues. Another one, the trainer's, captures graphs: a capture forbids others to wait for
+the whole device, as the trainer's thread may.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+
+from bagpipe.cache.captured import captured_graph
+from bagpipe.device_oracle import alerts
+from bagpipe.device_oracle.alerts import Alert, grown
+from bagpipe.device_oracle.entering import enter
+from bagpipe.device_oracle.planning import plan
+from bagpipe.device_oracle.staged import StagedIds, write
+from bagpipe.device_oracle.state import HEADER_LENGTH, Capacity, State, Window, make_state
+from bagpipe.errors import ConfigError, UsageError
+from bagpipe.types import Group
+
+MAX_SHARE_OF_ROWS = 0.125
+"""Share of the device's memory that what is kept of each row may take."""
+_BYTES_A_ROW = 8
+_PLANS_BEFORE_CAPTURE = 8
+"""Plans with one capacity before graphs are captured for it: the first batches make it grow."""
+_ALERT_LENGTH = 4
+_logger = logging.getLogger("bagpipe.lookahead")
+
+
+class DeviceOracle:
+    """The oracle of one group on one device."""
+
+    def __init__(
+        self, group: Group, window: Window, device: torch.device, capacity: Capacity | None = None
+    ) -> None:
+        """Makes an empty cache and an empty window.
+
+        Args:
+            group: The tables.
+            window: The cache, and how far the oracle sees.
+            device: Where it runs.
+            capacity: The largest batch to expect; by default it grows with the batches.
+
+        Raises:
+            ConfigError: What is kept of each row takes too much of the device's memory.
+        """
+        _check_rows(group, device)
+        self.group, self.window, self._device = group, window, device
+        small = Capacity(
+            max_lookups=1,
+            max_bags=1,
+            max_uniques=1,
+            is_jagged=False,
+            is_weighted=False,
+            is_wide=False,
+        )
+        self.state = make_state(group, window, capacity or small, device)
+        self._answer = torch.zeros(
+            _ALERT_LENGTH + HEADER_LENGTH, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
+        self.num_capacities = 1
+        """How many capacities it has had."""
+        self._graphs: dict[Callable[[State], None], torch.cuda.CUDAGraph] = {}
+        self._can_capture = device.type == "cuda"
+        self._num_plans = 0  # with this capacity
+        self._issuing = threading.Lock()
+
+    @property
+    def capacity(self) -> Capacity:
+        """The largest batch that there is room for."""
+        return self.state.capacity
+
+    def enter(self, staged: StagedIds) -> None:
+        """Lets the next batch enter the window, growing first if the host knows it must.
+
+        Whether it could, `alert` says. `staged` must stay until the device has copied it.
+        """
+        capacity = self._with_room_for(staged)
+        with self._issuing:
+            if capacity != self.capacity:
+                self._replace(capacity)
+            write(self.state, staged)
+            self._run(enter)
+
+    def plan(self) -> None:
+        """Plans the next step, whose batch must have entered."""
+        with self._issuing:
+            self._run(plan)
+            self._num_plans += 1
+
+    def ask(self, step: int) -> None:
+        """Asks for what `alert` and `header` tell; `step` is the last one that was planned."""
+        header = self.state.plan_headers[step % self.window.num_plans]
+        self._answer[:_ALERT_LENGTH].copy_(self.state.alert, non_blocking=True)
+        self._answer[_ALERT_LENGTH:].copy_(header, non_blocking=True)
+
+    def alert(self) -> Alert | None:
+        """Why the device has stopped, if it had when it was asked."""
+        return Alert.read(self._answer[:_ALERT_LENGTH])
+
+    def header(self) -> list[int]:
+        """The header of the step that was asked for."""
+        header: list[int] = self._answer[_ALERT_LENGTH:].tolist()
+        return header
+
+    def grow(self, alert: Alert) -> None:
+        """Makes room for the batch that stopped the device, and lets it go on.
+
+        Batches from that one on must then enter again.
+
+        Raises:
+            UsageError: It stopped for another reason.
+        """
+        if alert.reason != alerts.NO_ROOM:
+            raise UsageError(f"{self.group.name}: more room does not help with {alert}")
+        with self._issuing:
+            self._replace(grown(self.capacity, num_uniques=alert.detail))
+            self.state.alert.zero_()
+
+    def capture_if_due(self) -> None:
+        """Captures graphs if the capacity has held for some steps.
+
+        No other thread may wait for the whole device meanwhile, so the trainer's thread calls it.
+        """
+        if self._num_plans < _PLANS_BEFORE_CAPTURE or not self._can_capture or self._graphs:
+            return
+        with self._issuing:
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            try:
+                for function in (enter, plan):
+                    with captured_graph(stream) as graph:
+                        function(self.state)
+                    self._graphs[function] = graph
+            except RuntimeError as error:
+                self._graphs.clear()
+                self._can_capture = False
+                _logger.warning(
+                    "%s: the oracle's graphs could not be captured, so its work is issued call by "
+                    "call, which takes the host longer: %s",
+                    self.group.name,
+                    error,
+                )
+
+    def _with_room_for(self, staged: StagedIds) -> Capacity:
+        lookups = staged.lookups
+        capacity = grown(
+            self.capacity,
+            num_lookups=lookups.num_lookups,
+            num_bags=staged.num_bags,
+            is_jagged=lookups.bag_offsets is not None,
+            is_weighted=lookups.weights is not None,
+            is_wide=staged.is_wide,
+        )
+        if capacity.max_uniques == 1:  # the first batch: a guess, which may grow
+            guess = min(capacity.max_lookups // 2 + 1, self.group.num_rows)
+            capacity = grown(capacity, num_uniques=guess)
+        return capacity
+
+    def _replace(self, capacity: Capacity) -> None:
+        """Goes on with a state of another capacity."""
+        self._graphs.clear()
+        self._num_plans = 0
+        self.num_capacities += 1
+        self.state = make_state(self.group, self.window, capacity, self._device, self.state)
+
+    def _run(self, function: Callable[[State], None]) -> None:
+        graph = self._graphs.get(function)
+        if graph is None:
+            function(self.state)
+        else:
+            graph.replay()
+
+
+def _check_rows(group: Group, device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    needed = _BYTES_A_ROW * group.num_rows
+    if needed > MAX_SHARE_OF_ROWS * total:
+        raise ConfigError(
+            f"{group.name}: the oracle on the device keeps {_BYTES_A_ROW} bytes of each of "
+            f"{group.num_rows:,} rows, {needed / 2**30:.1f} GiB, which is more than "
+            f"{MAX_SHARE_OF_ROWS:.1%} of the device's {total / 2**30:.1f} GiB: plan on the host"
+        )

@@ -1,0 +1,264 @@
+"""Plans the steps of a stream on a device: keeps the window full, and tells the host what moves.
+
+One thread does it, beside the trainer's. It issues the next batch and the next step on a stream of
+its own, waits for the device, looks whether the batch could enter, and reads what the step moves.
+So it waits for the device, and the trainer for neither.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from bagpipe.cache.device_plan import PlanOnDevice
+from bagpipe.cache.overlap import Staging
+from bagpipe.device_oracle import alerts
+from bagpipe.device_oracle.made import Kind, Moves, plan_on_device
+from bagpipe.device_oracle.oracle import DeviceOracle
+from bagpipe.device_oracle.staged import StagedIds, stage
+from bagpipe.device_oracle.state import BATCH_SIZE, NUM_USED_SLOTS, PLANS_BEYOND, STEP, Window
+from bagpipe.errors import BagpipeError, ConfigError, DataError
+from bagpipe.feed.stream import StreamOptions
+from bagpipe.native.spans import span
+from bagpipe.plan import StepPlan
+from bagpipe.types import Jagged
+
+PayloadT = TypeVar("PayloadT")
+
+_MAX_AUTO_LOOKAHEAD = 256
+"""Batches that `lookahead="auto"` looks ahead at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadePlan(Generic[PayloadT]):
+    """A step that has been planned, and its batch."""
+
+    plan: StepPlan[PlanOnDevice]
+    payload: PayloadT
+    peak_slots: tuple[int, ...]  # by group
+
+
+class Planner:
+    """The oracle of all groups on one device. `plan` runs in one thread."""
+
+    def __init__(self, options: StreamOptions, device: torch.device) -> None:
+        """Makes nothing yet on the device: how far it looks, the first batch decides."""
+        self.options, self._device = options, device
+        is_cuda = device.type == "cuda"
+        self.num_plans = options.prefetch_depth + PLANS_BEYOND
+        """Plans that may be in use at a time."""
+        self._staging = Staging(device)
+        # The priority is the lowest unless another one is asked for.
+        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self.oracles: tuple[DeviceOracle, ...] = ()
+        """By group; empty before the first batch."""
+        self._unconfirmed: tuple[StagedIds, ...] = ()
+        """The batch that was let in last, while nobody knows whether it could enter."""
+
+    def stage(self, shares: Sequence[Jagged]) -> tuple[StagedIds, ...]:
+        """Packs a batch's ids for each group. Any thread may call it."""
+        (batch,) = shares
+        return tuple(stage(group, batch, self._staging) for group in self.options.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device's memory that hold rows, slots, batches and plans."""
+        return sum(oracle.state.nbytes for oracle in self.oracles)
+
+    def capture_if_due(self) -> None:
+        """Captures graphs where it is time; see `DeviceOracle.capture_if_due`."""
+        for oracle in self.oracles:
+            oracle.capture_if_due()
+
+    def plan(
+        self,
+        batches: Iterable[tuple[tuple[StagedIds, ...], PayloadT]],
+        wait_for_place: Callable[[], bool],
+    ) -> Iterator[MadePlan[PayloadT]]:
+        """Yields each batch with its plan, in order.
+
+        Args:
+            batches: Ids as `stage` packs them, and what goes with them.
+            wait_for_place: Waits until another plan may be made, where those of too many steps are
+                still in use. False ends the plans.
+
+        Raises:
+            DataError: A batch has an id outside its table. What `batches` raises, and this, is
+                raised after the plans of all batches before.
+            CacheTooSmallError: A batch needs more slots than the cache has.
+        """
+        source = iter(batches)
+        step = self.options.first_step
+        waiting: deque[tuple[tuple[Kind, ...], PayloadT]] = deque()  # entered, and not yet planned
+        failure: BaseException | None = None
+        try:
+            while wait_for_place():
+                while failure is None and len(waiting) <= self._lookahead_at(step):
+                    try:
+                        staged, payload = next(source)
+                        self._let_in(staged)
+                    except BaseException as error:  # the end of the batches, too
+                        failure = self._told(error)
+                        break
+                    waiting.append((tuple(map(Kind.of, staged)), payload))
+                if not waiting:
+                    break
+                headers = self._plan(step, self.oracles)
+                try:
+                    self._confirm()
+                except BaseException as error:
+                    failure = error  # of a batch before that of any other failure
+                    waiting.pop()
+                    if not waiting:
+                        break
+                # What was the batch that lacked room could not be planned.
+                for index, oracle in enumerate(self.oracles):
+                    if headers[index][STEP] != step:
+                        (headers[index],) = self._plan(step, [oracle])
+                kinds, payload = waiting.popleft()
+                yield self._made(step, headers, kinds, payload, num_ahead=len(waiting))
+                step += 1
+        finally:
+            self._wait()
+        if failure is not None and not isinstance(failure, StopIteration):
+            raise failure
+
+    def _lookahead_at(self, step: int) -> int:
+        """How many batches beyond a step are seen when it is planned."""
+        if not self.oracles:  # the first batch tells
+            return 0
+        longest = self.oracles[0].window.lookahead
+        if self.options.lookahead == "auto":  # one batch more with each step
+            return min(longest, self.options.prefetch_depth + step - self.options.first_step)
+        return longest
+
+    def _let_in(self, staged: tuple[StagedIds, ...]) -> None:
+        if not self.oracles:
+            self.oracles = self._make_oracles(staged)
+        if self._unconfirmed:
+            with self._on_stream():
+                for oracle in self.oracles:
+                    oracle.ask(0)
+                self._wait()
+            self._confirm()
+        with span("oracle.enter"), self._on_stream():
+            for oracle, each in zip(self.oracles, staged, strict=True):
+                oracle.enter(each)
+        self._unconfirmed = staged
+
+    def _plan(self, step: int, oracles: Sequence[DeviceOracle]) -> list[list[int]]:
+        """Plans a step for some groups; returns their headers."""
+        with span("oracle.plan"), self._on_stream():
+            for oracle in oracles:
+                oracle.plan()
+                oracle.ask(step)
+            self._wait()
+        return [oracle.header() for oracle in oracles]
+
+    def _confirm(self) -> None:
+        """Looks whether the last batch could enter, and lets it in again where it lacked room.
+
+        Raises:
+            BagpipeError: It can't be used.
+        """
+        staged, self._unconfirmed = self._unconfirmed, ()
+        for oracle, each in zip(self.oracles, staged, strict=bool(staged)):
+            alert = oracle.alert()
+            while alert is not None and alert.reason == alerts.NO_ROOM:
+                with self._on_stream():
+                    oracle.grow(alert)
+                    oracle.enter(each)
+                    oracle.ask(0)
+                    self._wait()
+                alert = oracle.alert()
+            if alert is not None:
+                error = alert.as_error(oracle.group, oracle.window, each.batch, each.lookups)
+                raise _naming_step(alert.batch, error)
+        for each in staged:
+            each.buffer.give_back()
+
+    def _made(
+        self,
+        step: int,
+        headers: Sequence[list[int]],
+        kinds: tuple[Kind, ...],
+        payload: PayloadT,
+        *,
+        num_ahead: int,
+    ) -> MadePlan[PayloadT]:
+        """Reads what the step moves, and puts the plan together."""
+        options = self.options
+        with span("oracle.moves"), self._on_stream():
+            moves = [
+                Moves(oracle.state, step, header, self._staging)
+                for oracle, header in zip(self.oracles, headers, strict=True)
+            ]
+            self._wait()
+        groups = tuple(
+            plan_on_device(oracle.state, step, header, kind, moved)
+            for oracle, header, kind, moved in zip(self.oracles, headers, kinds, moves, strict=True)
+        )
+        plan = StepPlan(
+            step=step,
+            issue_tick=max(options.first_step, step - options.prefetch_depth),
+            batch_size=headers[0][BATCH_SIZE],
+            groups=groups,
+            lookahead=num_ahead,
+        )
+        peak_slots = tuple(header[NUM_USED_SLOTS] for header in headers)
+        return MadePlan(plan=plan, payload=payload, peak_slots=peak_slots)
+
+    def _make_oracles(self, staged: tuple[StagedIds, ...]) -> tuple[DeviceOracle, ...]:
+        options = self.options
+        if options.lookahead != "auto":
+            lookahead = options.lookahead
+        else:
+            # Of each lookup the ring keeps 8 bytes, and 12 of each unique row, of which there is
+            # room for half as many. Slots and rows count for nothing here.
+            bytes_a_batch = sum(14 * each.lookups.num_lookups for each in staged)
+            fitting = options.lookahead_bytes // max(bytes_a_batch, 1)
+            lookahead = max(options.prefetch_depth, min(fitting, _MAX_AUTO_LOOKAHEAD))
+        with self._on_stream():
+            return tuple(
+                DeviceOracle(
+                    group,
+                    Window(
+                        num_slots=num_slots,
+                        lookahead=lookahead,
+                        prefetch_depth=options.prefetch_depth,
+                        first_step=options.first_step,
+                    ),
+                    self._device,
+                )
+                for group, num_slots in zip(options.groups, options.num_slots, strict=True)
+            )
+
+    def _told(self, error: BaseException) -> BaseException:
+        """The error to raise for one of the device's."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            return error
+        return ConfigError(
+            f"{self._device} has no memory left for the oracle, which keeps "
+            f"{self.nbytes / 2**30:.1f} GiB of rows, slots and batches there: take a shorter "
+            "lookahead, a smaller cache or smaller batches, or plan on the host (oracle = "
+            f"'process'): {error}"
+        )
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _wait(self) -> None:
+        """Waits for what was issued on the stream, without a core of its own."""
+        if self._stream is not None:
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+            event.synchronize()
+
+
+def _naming_step(step: int, error: BagpipeError) -> BagpipeError:
+    return DataError(f"step {step}: {error}") if isinstance(error, DataError) else error
