@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bagpipe.cache.pinned import CudaRegistrar, PinnedMemory
 from bagpipe.distributed.alone import Peers
 from bagpipe.errors import ConfigError
 from bagpipe.feed.process import OracleProcess, SharedOracle
@@ -42,7 +43,7 @@ def start_oracle(
         ConfigError: the first rank can't start the process; on all ranks of the host.
         BackgroundError: the first rank is gone.
     """
-    pinned = _PinnedMemory()
+    pinned = PinnedMemory(CudaRegistrar(device))
     process = _start_or_join(
         batches,
         options,
@@ -62,7 +63,7 @@ def _start_or_join(
     peers: Peers,
     *,
     num_places: int,
-    on_region: Callable[[UInt8Array], None],
+    on_region: Callable[[UInt8Array], object],
 ) -> SharedOracle[Any]:
     if not peers.is_first_of_host:
         outcome = peers.share_text(_NAME, None)
@@ -91,25 +92,3 @@ def _start_or_join(
         raise
     peers.share_text(_NAME, f"{_STARTED}{process.address}")
     return process
-
-
-class _PinnedMemory:
-    """Shared memory that the device may copy from directly."""
-
-    def __init__(self) -> None:
-        self._regions: list[UInt8Array] = []
-
-    def pin(self, memory: UInt8Array) -> None:
-        """Pins a region.
-
-        Where the system refuses, plans go through pinned memory of torch's, at one copy more.
-        """
-        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
-        if int(error) == 0:
-            self._regions.append(memory)
-
-    def unpin(self) -> None:
-        """Gives all regions back."""
-        for memory in self._regions:
-            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
-        self._regions.clear()

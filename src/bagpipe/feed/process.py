@@ -69,7 +69,7 @@ class SharedOracle(Generic[BatchT]):
         connection: Connection,
         file: int,
         process: BaseProcess | None,
-        on_region: Callable[[UInt8Array], None],
+        on_region: Callable[[UInt8Array], object],
         stopped_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> None:
         """Takes all that it is given.
@@ -100,7 +100,7 @@ class SharedOracle(Generic[BatchT]):
         address: str,
         rank: int,
         *,
-        on_region: Callable[[UInt8Array], None] = lambda _: None,
+        on_region: Callable[[UInt8Array], object] = lambda _: None,
         join_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> SharedOracle[Any]:
         """Makes the end of a trainer other than its host's first; see `OracleProcess`.
@@ -234,7 +234,7 @@ class OracleProcess(SharedOracle[BatchT]):
         adapter: BatchAdapter = DEFAULT_ADAPTER,
         *,
         num_places: int,
-        on_region: Callable[[UInt8Array], None] = lambda _: None,
+        on_region: Callable[[UInt8Array], object] = lambda _: None,
         join_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> None:
         """Starts the child.
