@@ -37,8 +37,8 @@ def test_hosts_are_found_by_where_ranks_are_however_many_are_on_each() -> None:
     """And however their ranks are mixed."""
 
     def work(communicator: Communicator) -> list[object]:
-        found = replace(communicator, host_name="abacb"[communicator.rank], number=7)
-        return [found.host, found.num_hosts, found.ranks_of_host, found.is_first_of_host]
+        found = replace(communicator, host_name="abacb"[communicator.rank], number=7).hosts
+        return [found.own, found.num_hosts, found.own_ranks, found.is_first]
 
     assert run_ranks(5, work) == [
         [0, 3, (0, 2), True],

@@ -299,7 +299,7 @@ def test_a_folder_that_a_host_does_not_see_is_refused_on_all(tmp_path: Path) -> 
     def work(communicator: Communicator) -> None:
         trainers = Trainers(communicator)
         check_seen_by_all(tmp_path, trainers)
-        elsewhere = tmp_path / str(communicator.host)
+        elsewhere = tmp_path / str(communicator.hosts.own)
         elsewhere.mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match="this host does not see what rank 0 writes there"):
             check_seen_by_all(elsewhere, trainers)

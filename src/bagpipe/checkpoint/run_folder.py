@@ -69,7 +69,7 @@ def claim_run_folder(
 
 def check_seen_by_all(folder: Path, trainers: Trainers) -> None:
     """Raises ConfigError on all ranks unless each host sees what rank 0 puts into `folder`."""
-    if trainers.peers.num_hosts == 1:
+    if trainers.peers.hosts.num_hosts == 1:
         return
     with ExitStack() as stack:
 

@@ -9,14 +9,14 @@ from typing import TypeAlias
 from torch import Tensor
 
 from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.machines import Hosts
 
 
 class Alone:
     """What a `Communicator` would be among one: nothing is sent, and nobody is waited for."""
 
     rank, num_trainers, has_others = 0, 1, False
-    host, num_hosts = 0, 1
-    ranks_of_host, is_first_of_host = (0,), True
+    hosts = Hosts(rank=0, of_ranks=(0,))
     timeout = timedelta(minutes=5)
 
     def tell(self, act: str, *, needed_at: int, note: str = "") -> None:

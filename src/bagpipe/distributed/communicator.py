@@ -8,8 +8,6 @@ from the plan, so a message is the rows and nothing else.
 A rank that is gone shows as a failed message. Where one waits for its entry in the key-value store,
 it shows by its process, which the others of its host watch (`waiting`). Every call ends after
 `timeout`, and says what it waited for.
-
-Which host a rank is on it tells itself; there may be any number of hosts and of ranks on each.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.distributed.lockstep import Lockstep
-from bagpipe.distributed.machines import describe_process, processes_and_hosts
+from bagpipe.distributed.machines import Hosts, describe_process, processes_and_hosts
 from bagpipe.distributed.waiting import KeyWaiter, naming_failures
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.plan import RowExchange
@@ -80,8 +78,8 @@ class Communicator:
     lockstep: Lockstep = field(init=False)
     waiter: KeyWaiter = field(init=False)
     """Waits for entries of the key-value store."""
-    hosts: tuple[int, ...] = field(init=False)
-    """The host of each rank, from 0 on in the order of their first ranks."""
+    hosts: Hosts = field(init=False)
+    """On which host each rank is."""
     _stream: int = field(init=False, default=0)
     _is_streaming: bool = field(init=False, default=False)
     _has_failed: bool = field(init=False, default=False)
@@ -97,8 +95,9 @@ class Communicator:
             key=self._key,
         )
         told = self.gather_texts("the process", describe_process(self.host_name))
-        pids, self.hosts = processes_and_hosts(told)
-        self.waiter.watch({rank: pids[rank] for rank in self.ranks_of_host})
+        pids, of_ranks = processes_and_hosts(told)
+        self.hosts = Hosts(rank=self.rank, of_ranks=of_ranks)
+        self.waiter.watch({rank: pids[rank] for rank in self.hosts.own_ranks})
 
     @property
     def _key(self) -> str:
@@ -153,26 +152,6 @@ class Communicator:
     def has_others(self) -> bool:
         """Whether there is another rank."""
         return self.num_trainers > 1
-
-    @property
-    def host(self) -> int:
-        """Which host this rank is on."""
-        return self.hosts[self.rank]
-
-    @property
-    def num_hosts(self) -> int:
-        """How many hosts there are."""
-        return max(self.hosts) + 1
-
-    @property
-    def ranks_of_host(self) -> tuple[int, ...]:
-        """The ranks of this one's host."""
-        return tuple(rank for rank, host in enumerate(self.hosts) if host == self.host)
-
-    @property
-    def is_first_of_host(self) -> bool:
-        """Whether this rank makes what those of its host share."""
-        return self.rank == self.ranks_of_host[0]
 
     def exchange(
         self,
@@ -288,7 +267,7 @@ class Communicator:
 
         All must call it, in the same order.
         """
-        first = self.ranks_of_host[0]
+        first = self.hosts.own_ranks[0]
         self._num_texts += 1
         key = f"{self._key}/text/{self._num_texts}/{first}"
         with self.naming(f"waiting for {what} of rank {first}"):

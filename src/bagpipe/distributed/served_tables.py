@@ -47,13 +47,13 @@ def servers_of_hosts(
     peers, found = trainers.peers, list[LocalServer]()
 
     def find(*, is_first: bool) -> dict[str, Any] | None:
-        if peers.is_first_of_host != is_first:
+        if peers.hosts.is_first != is_first:
             return None
-        listen = ("127.0.0.1" if peers.num_hosts == 1 else "0.0.0.0", 0)
+        listen = ("127.0.0.1" if peers.hosts.num_hosts == 1 else "0.0.0.0", 0)
         found.append(
-            local_server(served, peers.host, key=key, lives_with=lives_with, listen=listen)
+            local_server(served, peers.hosts.own, key=key, lives_with=lives_with, listen=listen)
         )
-        return _told(found[0]) if peers.num_hosts > 1 else {}
+        return _told(found[0]) if peers.hosts.num_hosts > 1 else {}
 
     # first who may have to start one: a process for each rank would be too much for its host
     what = "the shard servers of all hosts"
@@ -61,7 +61,7 @@ def servers_of_hosts(
     trainers.all_do(what, partial(find, is_first=False), StoreError)
     (own,) = found
     return tuple(
-        own if host == peers.host else _as_told(served, each)
+        own if host == peers.hosts.own else _as_told(served, each)
         for host, each in enumerate(each for each in told if each is not None)
     )
 
@@ -97,10 +97,10 @@ class ServedTables:
         """
         trainers = Trainers(peers)
         timeout_s = min(peers.timeout.total_seconds(), _MOST_SECONDS)
-        name = secrets.token_hex(16) if peers.is_first_of_host else None
+        name = secrets.token_hex(16) if peers.hosts.is_first else None
         key = peers.share_text("the name of the tables' server", name)
         settings = ServersConfig(
-            num_shards=peers.num_hosts, timeout_s=timeout_s, start_timeout_s=timeout_s
+            num_shards=peers.hosts.num_hosts, timeout_s=timeout_s, start_timeout_s=timeout_s
         )
         served = Served(groups=tuple(groups), seed=seed, servers=settings)
         with ExitStack() as stack:

@@ -77,7 +77,7 @@ def make_caches(
 def _automatic_bytes(device: torch.device, peers: Peers) -> int:
     free = -int(peers.largest(-_free_bytes(device)))
     if device.type == "cpu":
-        free //= len(peers.ranks_of_host)
+        free //= len(peers.hosts.own_ranks)
     return int(AUTO_SHARE * free)
 
 

@@ -220,7 +220,7 @@ def _topology(
     return Topology(
         num_trainers=peers.num_trainers,
         ranks=(peers.rank,),
-        ranks_of_host=tuple(peers.ranks_of_host),
+        ranks_of_host=peers.hosts.own_ranks,
         num_replica_slots=tuple(replicas),
         overlap=overlap,
     )

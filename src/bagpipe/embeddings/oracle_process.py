@@ -65,10 +65,10 @@ def _start_or_join(
     num_places: int,
     on_region: Callable[[UInt8Array], object],
 ) -> SharedOracle[Any]:
-    if not peers.is_first_of_host:
+    if not peers.hosts.is_first:
         outcome = peers.share_text(_NAME, None)
         if not outcome.startswith(_STARTED):
-            first = peers.ranks_of_host[0]
+            first = peers.hosts.own_ranks[0]
             raise ConfigError(
                 f"rank {first} could not start the oracle process: {outcome.removeprefix(_FAILED)}"
             )

@@ -340,7 +340,7 @@ def choose_device(name: str, peers: Peers) -> torch.device:
     Raises:
         ConfigError: there is no such device.
     """
-    num_devices, num_needed = torch.cuda.device_count(), len(peers.ranks_of_host)
+    num_devices, num_needed = torch.cuda.device_count(), len(peers.hosts.own_ranks)
     has_cuda = num_devices >= num_needed
     if name == "cuda" and not has_cuda:
         raise ConfigError(

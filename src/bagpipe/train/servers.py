@@ -115,17 +115,17 @@ def _started(
     A trainer alone, which nothing starts again, has one for itself, as long as it holds it.
     """
     peers = trainers.peers
-    if servers.num_shards not in (None, peers.num_hosts):
+    if servers.num_shards not in (None, peers.hosts.num_hosts):
         raise ConfigError(
             f"servers.num_shards = {servers.num_shards} without addresses: trainers start one "
-            f"server on each of {peers.num_hosts} hosts: leave it out, or start servers with "
+            f"server on each of {peers.hosts.num_hosts} hosts: leave it out, or start servers with "
             "`bagpipe serve` and give their addresses"
         )
     served = Served(
         groups=tuple(groups),
         seed=config.train.seed,
         store=config.embeddings.store,
-        servers=servers.model_copy(update={"num_shards": peers.num_hosts}),
+        servers=servers.model_copy(update={"num_shards": peers.hosts.num_hosts}),
         folder=config.log.folder,
     )
     if not peers.has_others:
