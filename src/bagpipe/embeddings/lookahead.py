@@ -120,23 +120,14 @@ def lookahead(
         check: replays every plan against the invariants before it is used.
         sparse: finds a batch's jagged ids; by default the batch itself or its `sparse` or
             `sparse_features` attribute or key.
-<<<<<<< HEAD
         oracle: "thread" reads and plans batches in threads of this process; each rank does so for
             itself. "process" does it in a process of its own (Linux), which keeps it away from
             steps of a few milliseconds. A host's first trainer starts it, and it reads `batches`
             once for all of that host. `batches` and `sparse` must be picklable then, and as with a
-            DataLoader's workers a script needs ``if __name__ == "__main__":``.
-=======
-        oracle: where batches are read and planned: in threads of this process, or in a process of
-            its own (Linux), which keeps steps of a few milliseconds free of it. `batches` and
-            `sparse` must be picklable then, and as with a DataLoader's workers a script needs
-            ``if __name__ == "__main__":``. The trainers of a host share such a process: their first
-            one starts it, and it reads `batches` once for all. In threads each rank reads and plans
-            the global batches for itself. "device" reads in threads and plans on the device of
-            `embeddings`, for a single trainer: the host only reads and moves rows.
-            lookahead="auto" is then what fits `lookahead_memory`, at most 256 batches, and the
-            window grows to it by one batch a step.
->>>>>>> 9fa20a3 (A trainer's device may make its plans: lookahead(oracle="device") leaves the host to read and to move rows)
+            DataLoader's workers a script needs ``if __name__ == "__main__":``. "device" reads in
+            threads and plans on the device of `embeddings`, for a single trainer; the host then
+            only reads and moves rows. With it lookahead="auto" is what fits `lookahead_memory`, at
+            most 256 batches, and the window grows to that by one batch a step.
         hand_out: makes of each batch, where it is read and planned, what goes on from there. Leave
             out here what training does not need, above all the ids
             (`bagpipe.data.base.Batch.without_ids`): an oracle process would copy them. The
