@@ -134,7 +134,7 @@ class BackgroundError(BagpipeError, RuntimeError):
 
 
 class LostError(BackgroundError):
-    """The oracle process is gone, or one of the trainers that share it.
+    """The oracle process is gone, or one of several trainers, as far as can be told from here.
 
     The trainers may have come to different steps.
     """

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from tests.soon import SOON_S
 from typer.testing import CliRunner, Result
 
 from bagpipe.cli.app import app
+from bagpipe.cli.common import mistakes_told
 from bagpipe.data.inspect import TableStats, render_table
+from bagpipe.distributed.trainers import Trainers
+from bagpipe.distributed.waiting import naming_failures
 
 RUN = """
 [data]
@@ -311,3 +315,23 @@ def test_a_file_that_cannot_be_written_is_told_before_reading(
     assert path in result.stderr
     assert fact in result.stderr
     assert not (file.parent / path).exists()
+
+
+@pytest.mark.parametrize(
+    ("doing", "told"),
+    [
+        (Trainers().averaging(7), "averaging the dense part's gradients of step 7 failed"),
+        (naming_failures(1, 2, "the barrier"), "rank 1: the barrier failed; another of the 2"),
+    ],
+    ids=["averaging", "barrier"],
+)
+def test_who_has_lost_another_trainer_is_told_so_in_a_sentence(
+    doing: AbstractContextManager[None], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended, mistakes_told(), doing:
+        raise RuntimeError("gloo: Connection reset by peer")
+    assert ended.value.exit_code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert told in stderr
+    assert stderr.endswith("gloo: Connection reset by peer\n")

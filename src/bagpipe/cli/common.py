@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bagpipe.errors import BackgroundError, BagpipeError, PlanError
+from bagpipe.errors import BackgroundError, BagpipeError, LostError, PlanError
 from bagpipe.native.files import replaced
 
 File = Annotated[Path, typer.Argument(metavar="RUN.toml", show_default=False)]
@@ -40,7 +40,8 @@ def mistakes_told() -> Iterator[None]:
     try:
         yield
     except BagpipeError as error:
-        cause = error.__cause__ if isinstance(error, BackgroundError) else error
+        is_told_by_cause = isinstance(error, BackgroundError) and not isinstance(error, LostError)
+        cause = error.__cause__ if is_told_by_cause else error
         # a wrong plan, or an error of a thread that is none of ours, is a defect: show where it is
         if (
             isinstance(error, PlanError)
@@ -69,6 +70,9 @@ def prepare_environment(device: str) -> None:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if device != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # where a process is gone torch warns with its own stack, and of waits that go on, too
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def load_training() -> None:

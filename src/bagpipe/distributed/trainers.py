@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bagpipe.distributed.alone import ALONE, Peers
-from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError
+from bagpipe.errors import BackgroundError, BagpipeError, CheckpointError, LostError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,14 @@ class Trainers:
         """Around a backward that averages over trainers: explains gloo's error.
 
         Raises:
-            BackgroundError: averaging failed; says that a trainer may be gone, as gloo does not.
+            LostError: averaging failed; says that a trainer may be gone, as gloo does not.
         """
         try:
             yield
         except RuntimeError as error:
             if isinstance(error, BackgroundError) or "gloo" not in str(error):
                 raise
-            raise BackgroundError(
+            raise LostError(
                 f"rank {self.peers.rank}: averaging the dense part's gradients of step {step} "
                 f"failed; another of the {self.peers.num_trainers} trainers may be gone: {error}"
             ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bagpipe.errors import BackgroundError, BagpipeError
+from bagpipe.errors import BagpipeError, LostError
 
 _LOOK_AFTER = timedelta(seconds=1)
 """How long to wait for another rank before looking whether it lives."""
@@ -73,7 +73,7 @@ class KeyWaiter:
 
 @contextmanager
 def naming_failures(rank: int, num_trainers: int, what: str) -> Iterator[None]:
-    """Raises a failure inside as a BackgroundError that says `what` was being done, on which rank.
+    """Raises a failure inside as a LostError that says `what` was being done, on which rank.
 
     A function, not a method: what holds a communicator in a circle keeps its connections open after
     its last use, and other ranks do not see that it is gone.
@@ -83,7 +83,7 @@ def naming_failures(rank: int, num_trainers: int, what: str) -> Iterator[None]:
     except BagpipeError:
         raise
     except (RuntimeError, torch.distributed.DistError) as error:
-        raise BackgroundError(
+        raise LostError(
             f"rank {rank}: {what} failed; another of the {num_trainers} trainers may be gone, or "
             "stand still: "
             f"{error}"
