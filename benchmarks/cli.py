@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bagpipe.cli.common import JsonFile
-from benchmarks.cli_servers import cuts, cutting, network, recovery, remote
+from benchmarks.cli_servers import cuts, cutting, network, recovery, remote, saving
 from benchmarks.options import (
     Arms,
     BatchSize,
@@ -207,5 +207,5 @@ def serving(
     measure(run, "cpu", quick=quick, json_file=json_file)
 
 
-for command in (network, remote, cuts, cutting, recovery):
+for command in (network, remote, cuts, cutting, recovery, saving):
     app.command()(command)

@@ -1,4 +1,4 @@
-"""The subcommands about shard servers."""
+"""The subcommands about shard servers, and about checkpoints."""
 
 from __future__ import annotations
 
@@ -153,5 +153,25 @@ def recovery(
             batch_size=batch_size,
         )
         return bench_recovery(RecoveryBench(**sizes), progress, folder)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
+
+
+def saving(
+    quick: Quick = False,
+    table_gb: Annotated[
+        float | None, typer.Option("--gb", min=0.001, help="GB of records, all of them written.")
+    ] = None,
+    rounds: Rounds = None,
+    folder: RunsFolder = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Save and restore an own loop, beside plain writes and reads of the same bytes."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.saving import QUICK, SavingBench, bench_saving
+
+        sizes = sizes_of(QUICK if quick else {}, table_gb=table_gb, num_rounds=rounds)
+        return bench_saving(SavingBench(**sizes), progress, folder)
 
     measure(run, "cpu", quick=quick, json_file=json_file)

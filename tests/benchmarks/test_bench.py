@@ -65,6 +65,13 @@ def test_the_oracle_at_a_tiny_size(tmp_path: Path) -> None:
     assert all(live["batches_per_s"] > 0 for live in values["live"])
 
 
+def test_saving_at_a_tiny_size(tmp_path: Path) -> None:
+    values = run_to_json(tmp_path / "saving.json", "saving")["saving"]
+    assert 1_000_000 <= values["num_bytes"] <= 1_100_000
+    assert len(values["seconds_and_cpu"]) == 2
+    assert set(values["median_shares"]) == {"save", "restore"}
+
+
 def test_a_step_at_a_tiny_size(tmp_path: Path) -> None:
     values = run_to_json(tmp_path / "step.json", "step")["step"]["by_batch_size"]["32"]
     assert values["arms"]["bagpipe"]["embedding"]["count"] == 10

@@ -14,7 +14,8 @@ With several trainers rank 0 writes the checkpoint. Any number of them can resum
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from bagpipe.config.compare import Difference, compare_configs
 from bagpipe.data.base import Position
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import CheckpointError
+from bagpipe.native.pipeline import BackgroundIterator
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.store.manifest import (
     check_tables,
@@ -39,7 +41,7 @@ from bagpipe.store.manifest import (
     verify_files,
 )
 from bagpipe.store.record_files import RecordFile, check_num_records, read_records
-from bagpipe.types import Group
+from bagpipe.types import Float32Array, Group, Int64Array
 
 DENSE = "dense.pt"
 _OTHERS = "train"
@@ -190,7 +192,7 @@ def save_checkpoint(
                     [
                         writer.write_records(
                             f"group-{store.group.index}.arrow",
-                            store.snapshot(),
+                            _blocks_ahead(store),
                             store.group.record_width,
                         )
                     ],
@@ -202,6 +204,12 @@ def save_checkpoint(
 
     trainers.all_do("a checkpoint", write)
     return writer.path
+
+
+def _blocks_ahead(store: EmbeddingStore) -> Iterator[tuple[Int64Array, Float32Array]]:
+    """A store's touched records; the next block is gathered while one is hashed and written."""
+    with closing(BackgroundIterator(store.snapshot(), ahead=1, name="snapshot")) as blocks:
+        yield from blocks
 
 
 def find_checkpoint(

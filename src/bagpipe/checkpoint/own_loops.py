@@ -73,7 +73,10 @@ class OwnEmbeddings(Embeddings, Protocol):
     seed: int
     peers: Peers
     stream: Callable[[], _Stream | None]
-    loader_states: _LoaderStates | None
+
+    @property
+    def loader_states(self) -> _LoaderStates | None:
+        """Of the newest stream."""
 
     def being_restored(self) -> AbstractContextManager[None]:
         """While all records are replaced."""
