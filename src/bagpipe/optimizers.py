@@ -164,8 +164,8 @@ class Adam(_Update):
 
     ``m`` and ``v`` are a row's moments, and ``r`` is ``update_rate``: the learning rate with both
     bias corrections in it, by the number of updates. Each group of tables counts its own updates; a
-    batch without backward is none. This Adam is lazy: a row's moments move only when a batch
-    touches the row. Equals ``torch.optim.SparseAdam``.
+    batch without a backward does not count. This Adam is lazy: a row's moments move only when a
+    batch touches the row. Equals ``torch.optim.SparseAdam``.
     """
 
     kind: ClassVar[int] = 3
@@ -217,9 +217,9 @@ class AdamW(Adam):
 class PartialRowWiseAdam(Adam):
     """`Adam` with one ``v`` for the row: ``v += (mean(g * g) - v) * (1 - beta2)``.
 
-    Weight decay is decoupled. It is FBGEMM's ``EmbOptimType.PARTIAL_ROWWISE_ADAM``, but that
-    ``eps`` is added before the bias correction. Each kernel adds the mean up in an order of its
-    own.
+    Weight decay is decoupled. It is FBGEMM's ``EmbOptimType.PARTIAL_ROWWISE_ADAM``, except
+    that ``eps`` is added before the bias correction. Each kernel adds the mean up in an order of
+    its own.
     """
 
     kind: ClassVar[int] = 4

@@ -37,8 +37,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         Tensors, and what modules' `get_extra_state` gives, by name. Load it by
-        ``load_state_dict(state, strict=False)``, as the tables' keys are missing; the tables are
-        `save_tables`' and `load_tables`'.
+        ``load_state_dict(state, strict=False)``, as the tables' keys are missing. Use
+        `save_tables` and `load_tables` for the tables.
     """
     return {
         name: value

@@ -113,9 +113,9 @@ def save(
     last batch that was trained. Tables pass in blocks, so memory does not grow with them.
 
     Within ``for batch in bagpipe.lookahead(..)`` call it at the end of a step, after
-    ``optimizer.step()``, or at its beginning, before the batch is used: that batch is then still to
-    come. The rows in the cache are written to the stores, and the iteration goes on. With several
-    trainers all must call it.
+    ``optimizer.step()``, or at its beginning, before the batch is used. That batch then counts as
+    still to come. The rows in the cache are written to the stores, and the iteration goes on. With
+    several trainers all must call it.
 
     The checkpoint is in place whole or not at all, whatever happens.
 
@@ -190,7 +190,7 @@ def restore(
     random: bool = True,
     missing_ok: bool = False,
 ) -> Restored | None:
-    """Puts what `save` saved into parts that were made as those were.
+    """Puts what `save` saved into parts that were made in the same way.
 
     The cache, the device, the store and the number of trainers may be others. The tables' learning
     rates and those of the optimizers are the saved ones; set others afterwards. With several
@@ -205,8 +205,8 @@ def restore(
         optimizer: as in `save`.
         stateful: takes back what was saved under the same names.
         loader: the loader that goes on where the saved one was, to be given to `bagpipe.lookahead`.
-        random: whether torch's random state is put back. A rank has its own where there are as many
-            as there were; otherwise it stays as it is.
+        random: whether each rank gets its random state of torch back. With another number of ranks
+            it stays as it is.
         missing_ok: returns None where there is no checkpoint, so that a loop can start.
 
     Returns:

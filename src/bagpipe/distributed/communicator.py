@@ -105,7 +105,7 @@ class Communicator:
 
     @property
     def stream_key(self) -> str:
-        """Begins all keys that belong to the stream of plans that was begun last."""
+        """How all keys begin that belong to the stream of plans that was begun last."""
         return f"{self._key}/{self._stream}"
 
     @classmethod
@@ -218,7 +218,8 @@ class Communicator:
     ) -> Sequence[Iterable[Tensor]]:
         """Gathers on rank 0 the parts of each rank, (sizes[rank][i], D) float32 on the CPU.
 
-        All must call it. Rank 0, which has at least one, gets them by rank, the others nothing.
+        All must call it. Rank 0 gets the parts by rank, and must have at least one itself. The
+        others get nothing.
         """
         rows = torch.cat(list(parts) or [torch.empty(0)])
         counts = [sum(each) if self.rank == 0 else 0 for each in sizes]
@@ -244,7 +245,7 @@ class Communicator:
     def average(self, values: Tensor) -> None:
         """Replaces `values`, float32 and of one shape on all ranks, by their mean over ranks.
 
-        On CUDA the current stream does.
+        On CUDA it is queued on the current stream, and the caller does not wait.
         """
         with self.naming("averaging the dense part's gradients"):
             values.div_(self.num_trainers)
@@ -259,7 +260,7 @@ class Communicator:
         return self._reduce(value, dist.ReduceOp.MAX)
 
     def ask_for_largest(self, value: float) -> Callable[[], float]:
-        """As `largest`, without waiting: what is returned does."""
+        """As `largest`, but returns at once a function that waits for the result."""
         return self._ask_to_reduce(value, dist.ReduceOp.MAX)
 
     def share_text(self, what: str, text: str | None) -> str:
@@ -316,7 +317,7 @@ class Communicator:
             self.lockstep.do_together(f"is {what}")
 
     def all_stop_before(self, step: int) -> bool:
-        """Whether all ranks say soon that they can't begin `step`, so that nobody sends anything.
+        """Whether all ranks soon say that they can't begin `step`, so that nobody sends anything.
 
         They say so in the key-value store, since a rank that has begun the step would take messages
         for others.

@@ -68,13 +68,14 @@ class EmbeddingBagCollection(StoredTables):
             optimizer: fused into backward; of all tables, or of each by its name.
             device: where rows are cached, looked up and updated.
             seed: from it rows are initialised on first use.
-            store: makes a group's store of the group and `seed`; by default memory. With several
-                trainers each makes its way to one store (`bagpipe.store.OrderedStore`); by default
-                the first trainer of each host starts a shard server there, which ends when all
-                trainers of its host have closed these tables or ended.
-            communicator: with the other trainers, if there are any. Each trainer has its share of
-                every batch, and gradients are averaged over them. On each batch all must call
-                `backward`, those without samples too, or none.
+            store: called with a group and `seed`, returns the group's store; by default memory.
+                With several trainers it returns this trainer's way to a store that all share
+                (`bagpipe.store.OrderedStore`). By default the first trainer of each host starts a
+                shard server there. The server ends when all trainers of its host have closed these
+                tables or ended.
+            communicator: connects the other trainers, if there are any. Each trainer has its share
+                of every batch, and gradients are averaged over trainers. For each batch all must
+                call `backward`, also those without samples, or none.
 
         Raises:
             ConfigError: tables do not fit together, or the store is one for a single trainer.
@@ -232,7 +233,7 @@ class EmbeddingBagCollection(StoredTables):
     def start(
         self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None
     ) -> Executor:
-        """Gives the tables a cache and an executor of plans; `stop` ends the one before first.
+        """Gives the tables a cache and an executor of plans; an earlier one must be stopped first.
 
         Args:
             num_slots: of the cache, by group.
@@ -275,7 +276,7 @@ class EmbeddingBagCollection(StoredTables):
         self.executor.end_step()
 
     def note_step(self, step: int) -> None:
-        """Takes it that `step` steps are trained, and that no batch is being trained."""
+        """Notes that `step` steps are trained, and that no batch is being trained."""
         self.step = step
         self._in_hand.let_go()
 
@@ -286,12 +287,12 @@ class EmbeddingBagCollection(StoredTables):
         return executor is not None and executor.current is not None and not self._in_hand.was_asked
 
     def note_stream(self, stream: Callable[[], Stream | None], states: LoaderStates[Any]) -> None:
-        """Takes it that a `bagpipe.lookahead` serves these embeddings."""
+        """Notes the `bagpipe.lookahead` that serves these embeddings."""
         self.stream, self.loader_states = stream, states
 
     @contextmanager
     def being_restored(self) -> Iterator[None]:
-        """While all records are replaced; after a failure the tables refuse all use.
+        """A context in which all records are replaced; after a failure the tables refuse all use.
 
         Raises:
             UsageError: a stream is running.
@@ -370,7 +371,7 @@ class EmbeddingBagCollection(StoredTables):
     def close(self) -> None:
         """Stops and closes the stores; nothing can be read afterwards.
 
-        After a failure, which has been raised, and in a forked child it only closes.
+        After a failure, which was raised then, and in a forked child it only closes the stores.
         """
         try:
             if self._failure is None and (self.executor is None or self._pid == os.getpid()):

@@ -114,11 +114,11 @@ class JointCollections:
 
     @property
     def is_batch_unused(self) -> bool:
-        """Whether a batch has been handed out of which no collection was asked for anything."""
+        """Whether a batch has been handed out and no collection has looked it up yet."""
         return all(member.is_batch_unused for member in self._members)
 
     def note_stream(self, stream: Callable[[], Stream | None], states: LoaderStates[Any]) -> None:
-        """Takes it that a `bagpipe.lookahead` serves all collections."""
+        """Notes the `bagpipe.lookahead` that serves all collections."""
         for member in self._members:
             member.note_stream(stream, states)
 

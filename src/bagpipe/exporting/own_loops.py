@@ -45,8 +45,8 @@ def export(
 ) -> Path:
     """Writes what a loop has trained to a folder that `bagpipe.serving.load` answers requests from.
 
-    The scores are those of the loop in evaluation mode on a CPU, to the bit, for batches of the
-    same rows. Tables pass in blocks, so memory does not grow with them. It may be called where
+    The scores have the same bits as those of the loop in evaluation mode on a CPU, for batches of
+    the same rows. Tables pass in blocks, so memory does not grow with them. It may be called where
     `save` may. With several trainers all must call it, and rank 0 writes. The model stays as it is.
 
     Args:
@@ -57,12 +57,12 @@ def export(
             They tell which columns hold lists. Columns that no feature is read from are the dense
             features, in this order.
         forward: called as ``forward(model, dense, pooled)`` for the logits. `dense` is (B,
-            num_dense) float32, and `pooled` what ``embeddings(batch)`` gives. By default
-            ``model(dense, pooled)``, and `dense_part` of one of `bagpipe.models`.
-        vocabulary: by table, how values become ids: "ids", the default, takes values as ids; "hash"
-            is that of `bagpipe data prepare`; a mapping has the id of each value. Values that it
-            lacks get id 0 if it gives that to none of its own, and are refused otherwise. The key
-            None is the missing value.
+            num_dense) float32, and `pooled` what ``embeddings(batch)`` returns. The default is
+            ``model(dense, pooled)``, and `dense_part` for a model of `bagpipe.models`.
+        vocabulary: by table, how values become ids. "ids", the default, takes values as ids. "hash"
+            hashes as `bagpipe data prepare` does. A mapping has the id of each value; its key None
+            stands for the missing value. A value that the mapping lacks gets id 0, or is refused if
+            the mapping gives id 0 to a value of its own.
         columns: by feature, the column that it is read from; by default that of its name.
         dense_transform: "log" takes ``log(max(x, 0) + 1)`` of dense numbers.
         labels: the names of what is predicted. Logits are (B,) of one, and (B, L) of L, in this

@@ -27,8 +27,8 @@ from bagpipe.types import Float32Array, Group, Int64Array
 class Steps:
     """A step of each kind of transfers, -1 for none.
 
-    As a *mark* it says of one trainer that all which its transfers up to these steps evict is
-    written. As a *fence* it says how far every trainer's marks must have come before rows are read.
+    As a *mark* it says that one trainer has written all that its transfers up to these steps evict.
+    As a *fence* it says how far every trainer's marks must have come before rows are read.
     """
 
     overlapped: int = -1
@@ -66,14 +66,14 @@ class EmbeddingStore(Protocol):
     def ask(
         self, rows: Int64Array, out: Float32Array, fence: Steps = NO_STEPS
     ) -> Callable[[], None]:
-        """As `fetch`, but returns what waits for it, so that several can be under way.
+        """As `fetch`, but returns a function that waits for it, so that several can be under way.
 
-        The arrays are borrowed until what waits returns, and it must be called once. A store that
-        serves several trainers reads once the marks of all of them have reached `fence`. One that
-        serves a trainer alone leaves that to its caller, and reads when waited for.
+        Call that function once; the arrays are borrowed until it returns. A store of several
+        trainers reads once the marks of all of them have reached `fence`. A store of a single
+        trainer reads in that function, and leaves fences to its caller.
 
         Raises:
-            StoreError: as for `fetch`, at once or from what waits.
+            StoreError: as for `fetch`, at once or from that function.
         """
 
     def write(self, rows: Int64Array, records: Float32Array) -> None:
@@ -118,20 +118,22 @@ class OrderedStore(EmbeddingStore, Protocol):
     """A store of several trainers that orders what they write and read, by marks and fences.
 
     It has the records of all hosts, so any trainer may own any row. Once a call has failed, all
-    later ones do.
+    further calls fail.
     """
 
     def send(self, rows: Int64Array, records: Float32Array) -> Callable[[], None]:
-        """As `write`, but returns what waits for it; the arrays are borrowed until that returns.
+        """As `write`, but returns a function that waits for it.
+
+        The arrays are borrowed until that function returns.
 
         Raises:
-            StoreError: as for `write`, at once or from what waits.
+            StoreError: as for `write`, at once or from that function.
         """
 
     def mark(self, steps: Steps) -> None:
         """Says how far this trainer has sent what it evicts, of all groups; steps only grow.
 
-        It comes behind what has been sent to the stores of any group before, and is not waited for.
+        It goes behind all that was sent before to the stores of any group, and nobody waits for it.
 
         Raises:
             StoreError: the medium failed.
