@@ -21,6 +21,7 @@ PACKAGE = Path(bagpipe.__file__).parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BY_IMPORT = {
     "prometheus_client": "prometheus-client",
+    "typing_extensions": "typing-extensions",
     "llvmlite": "numba",  # which needs the one that fits
     "pydantic_core": "pydantic",
 }
