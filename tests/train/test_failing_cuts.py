@@ -24,7 +24,7 @@ from bagpipe.errors import ConfigError, StoreError
 from bagpipe.server.shard import Shard
 from bagpipe.store.cuts import CutStore
 from bagpipe.store.record_files import RecordFile
-from bagpipe.train.cuts import Cuts, CutServers, Written
+from bagpipe.train.cuts import Cuts, CutServers, EndedCut
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 
@@ -166,11 +166,11 @@ def test_a_cut_that_ends_while_it_is_asked_which_have_is_not_lost(
     run = RunFolder(path=Path("run"), epoch=1)
     cuts = Cuts(run, cast(CutServers, None), None, keep=1, trainers=Trainers())
 
-    def written(**values: Any) -> Written:
+    def written(**values: Any) -> EndedCut:
         assert cuts.ended() == []
-        return Written(**values)
+        return EndedCut(**values)
 
-    monkeypatch.setattr("bagpipe.train.cuts.Written", written)
+    monkeypatch.setattr("bagpipe.train.cuts.EndedCut", written)
     taken = SimpleNamespace(
         started=0.0, moment=SimpleNamespace(step=3), writer=SimpleNamespace(path=run.path)
     )

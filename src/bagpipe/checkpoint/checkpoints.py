@@ -67,12 +67,12 @@ class Embeddings(Protocol):
 
 
 class Stateful(Protocol):
-    """What has a state of JSON values, as torch's schedulers do."""
+    """What has a state and takes it back: a learning-rate schedule, a GradScaler, a loader."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state."""
 
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+    def load_state_dict(self, state: Any, /) -> Any:
         """Goes on from a state."""
 
 

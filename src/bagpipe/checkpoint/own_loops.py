@@ -25,6 +25,7 @@ from bagpipe.checkpoint.checkpoints import (
     Embeddings,
     SavedRun,
     State,
+    Stateful,
     load_records,
     read_checkpoint,
     save_checkpoint,
@@ -47,16 +48,6 @@ from bagpipe.errors import CheckpointError, ConfigError, UsageError
 from bagpipe.store.manifest import check_tables
 
 _NO_MODEL = nn.Module()
-
-
-class Stateful(Protocol):
-    """A learning-rate schedule, a GradScaler, a loader: what has a state and takes it back."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its state."""
-
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Takes it back."""
 
 
 class _Stream(Protocol):

@@ -1,7 +1,7 @@
 """Labels, weights and dense numbers of Arrow columns.
 
-Rows without a good one are refused: `Place.refuse` takes them out of `good` (n,), which says which
-rows of a block are whole so far.
+Rows without a good one are refused: `BlockPlace.refuse` takes them out of `good` (n,), which says
+which rows of a block are whole so far.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from bagpipe.types import BoolArray, Float32Array, Float64Array
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bagpipe.data.raw import Place
+    from bagpipe.data.raw import BlockPlace
 
 
 def label_values(
-    array: Any, name: str, at_least: float | None, good: BoolArray, place: Place
+    array: Any, name: str, at_least: float | None, good: BoolArray, place: BlockPlace
 ) -> Float32Array:
     """The labels (n,) of a column, from 0 to 1.
 
@@ -51,7 +51,7 @@ def label_values(
     return values.astype(np.float32)
 
 
-def weight_values(array: Any, name: str, good: BoolArray, place: Place) -> Float32Array:
+def weight_values(array: Any, name: str, good: BoolArray, place: BlockPlace) -> Float32Array:
     """The samples' weights (n,) of a column, 0 or more.
 
     Raises:
@@ -69,7 +69,7 @@ def weight_values(array: Any, name: str, good: BoolArray, place: Place) -> Float
     return narrow
 
 
-def dense_values(array: Any, name: str, good: BoolArray, place: Place) -> Float32Array:
+def dense_values(array: Any, name: str, good: BoolArray, place: BlockPlace) -> Float32Array:
     """The numbers (n,) of a dense column, 0 where missing; rows without a good one are refused.
 
     Raises:

@@ -28,7 +28,7 @@ from bagpipe.data.arrow_keys import (
     value_kind,
 )
 from bagpipe.data.arrow_numbers import dense_values, is_number, label_values, weight_values
-from bagpipe.data.raw import Keys, Place, Problems, Progress, RawBlock, RawFeature
+from bagpipe.data.raw import BlockPlace, Keys, Problems, Progress, RawBlock, RawFeature
 from bagpipe.errors import DataError
 from bagpipe.types import BoolArray, Int64Array
 
@@ -91,7 +91,7 @@ class ParquetSource:
         for file in self._files:
             first_row = row
             for batch in _batches(file, self._columns, self._block_rows):
-                yield self._block(batch, row, Place(file, row - first_row, problems))
+                yield self._block(batch, row, BlockPlace(file, row - first_row, problems))
                 row += len(batch)
                 progress(Progress(stage=stage, done=row, total=total, unit="rows"))
 
@@ -133,7 +133,7 @@ class ParquetSource:
                 uses.append((is_list(kind), str(kind) if key == "other" else key))
         return uses
 
-    def _block(self, batch: Any, row: int, place: Place) -> RawBlock:
+    def _block(self, batch: Any, row: int, place: BlockPlace) -> RawBlock:
         config = self._config
         good = np.ones(len(batch), np.bool_)
         labels = np.zeros((len(batch), len(config.all_labels)), np.float32)

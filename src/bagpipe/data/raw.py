@@ -152,7 +152,7 @@ class Problems:
         self.skipped.setdefault(reason, Skipped(count=0, first=first)).count += count
 
 
-class Place:
+class BlockPlace:
     """Where a block lies, so that its bad rows can be named: in a file, or in what a text names."""
 
     def __init__(self, file: Path | str, first_row: int, problems: Problems) -> None:

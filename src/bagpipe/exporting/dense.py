@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,18 @@ from torch import nn
 from bagpipe.errors import ConfigError
 from bagpipe.exporting.parts import Exported
 from bagpipe.plots import DISTRIBUTION
+from bagpipe.types import Group
 
 _COMPARED = (1, 2, 7, 64)
 """Batch sizes at which a program is compared with the model that it was made of."""
+
+
+class TableSizes(nn.Module):
+    """Stands where the model has its embeddings; tells their groups, and holds no tables."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        super().__init__()
+        self.groups = groups
 
 
 def export_dense_part(of: Exported, path: Path) -> None:

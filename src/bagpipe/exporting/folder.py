@@ -31,8 +31,8 @@ from bagpipe.serving.manifest import (
     MANIFEST_NAME,
     ONNX_NAME,
     TABLES_NAME,
+    ExportedFile,
     ExportManifest,
-    FileEntry,
     TableEntry,
 )
 from bagpipe.version import __version__
@@ -130,14 +130,16 @@ def _write_arrow(
     return named
 
 
-def _describe(folder: Path, on_stage: OnStage) -> tuple[FileEntry, ...]:
+def _describe(folder: Path, on_stage: OnStage) -> tuple[ExportedFile, ...]:
     paths = sorted(folder.iterdir())
     entries = []
     for number, path in enumerate(paths, 1):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         entries.append(
-            FileEntry(name=path.name, size_bytes=path.stat().st_size, xxh3_128=checksum_file(path))
+            ExportedFile(
+                name=path.name, size_bytes=path.stat().st_size, xxh3_128=checksum_file(path)
+            )
         )
         on_stage("checksums", number, len(paths))
     return tuple(entries)

@@ -18,6 +18,7 @@ from bagpipe.checkpoint.own_loops import OwnEmbeddings, check_embeddings, flush_
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.errors import ConfigError
+from bagpipe.exporting.dense import TableSizes
 from bagpipe.exporting.folder import write_folder
 from bagpipe.exporting.own_inputs import OwnVocabulary, own_inputs
 from bagpipe.exporting.parts import Exported
@@ -111,14 +112,6 @@ def export(
     return Path(folder)
 
 
-class _Sizes(nn.Module):
-    """Stands where the model has its embeddings; tells their groups, and holds no tables."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        super().__init__()
-        self.groups = groups
-
-
 class _Part(nn.Module):
     """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits."""
 
@@ -148,7 +141,7 @@ def _on_cpu(model: nn.Module, embeddings: OwnEmbeddings) -> nn.Module:
     """A copy of a model without its tables, which stay where they are."""
     model = unwrapped(model)
     try:
-        return copy.deepcopy(model, {id(embeddings): _Sizes(embeddings.groups)}).cpu()
+        return copy.deepcopy(model, {id(embeddings): TableSizes(embeddings.groups)}).cpu()
     except Exception as error:  # modules raise what they like
         raise ConfigError(
             f"{type(model).__name__}: can't be copied, which an export does to leave it as it is: "

@@ -21,7 +21,7 @@ LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ActorPlace:
     """Where an actor runs."""
 
     node: str
@@ -58,14 +58,14 @@ class TrainerActor:
         self._told: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
         self._stop = StopRequest()
 
-    def place(self) -> Place:
+    def place(self) -> ActorPlace:
         """Where it is."""
         import ray
 
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        return Place(node=ray.get_runtime_context().get_node_id(), host=_own_host(), port=port)
+        return ActorPlace(node=ray.get_runtime_context().get_node_id(), host=_own_host(), port=port)
 
     def run(
         self,

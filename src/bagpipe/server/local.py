@@ -44,10 +44,10 @@ from bagpipe.server.credentials import Credentials, client_credentials, is_loopb
 from bagpipe.server.ending import Ending
 from bagpipe.server.made import own_address, with_secrets
 from bagpipe.server.staging import peer_of
-from bagpipe.server.start import Place, RunningShard, Served, serving
+from bagpipe.server.start import Address, RunningShard, Served, serving
 
 _MAX_ANSWER_BYTES = 1 << 16
-_LOOPBACK: Place = ("127.0.0.1", 0)
+_LOOPBACK: Address = ("127.0.0.1", 0)
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class _Request:
     served: Served
     number: int
     lives_with: int | None
-    listen: Place
+    listen: Address
 
 
 def local_server(
@@ -79,7 +79,7 @@ def local_server(
     *,
     key: str,
     lives_with: int | None,
-    listen: Place = _LOOPBACK,
+    listen: Address = _LOOPBACK,
 ) -> LocalServer:
     """Finds the server of this host, or starts it. Several processes may call it at a time.
 

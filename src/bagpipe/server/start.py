@@ -32,7 +32,7 @@ from bagpipe.store.array import ArrayStore
 from bagpipe.store.cuts import CutStore
 from bagpipe.types import Group, group_tables
 
-Place = tuple[str, int]
+Address = tuple[str, int]
 """A host and a port, 0: any that is free."""
 _LOOPBACK = "127.0.0.1"
 _WAIT_SHARE = 0.8
@@ -68,7 +68,7 @@ class Served:
 
 @contextmanager
 def running_shard(
-    config: RunConfig, number: int, *, listen: Place | None = None, metrics: Place | None = None
+    config: RunConfig, number: int, *, listen: Address | None = None, metrics: Address | None = None
 ) -> Iterator[RunningShard]:
     """As `serving`, from a run's configuration.
 
@@ -91,9 +91,9 @@ def serving(
     served: Served,
     number: int,
     *,
-    listen: Place | None = None,
+    listen: Address | None = None,
     name: str | None = None,
-    metrics: Place | None = None,
+    metrics: Address | None = None,
     own_token: SecretStr | None = None,
 ) -> Iterator[RunningShard]:
     """Starts the server of one shard of every group; closes it at the end.

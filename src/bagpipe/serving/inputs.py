@@ -18,7 +18,7 @@ import pyarrow as pa
 from bagpipe.data.arrow_keys import is_list, key_kind
 from bagpipe.data.arrow_numbers import dense_values
 from bagpipe.data.parquet import feature_keys
-from bagpipe.data.raw import MISSING_KEY, Keys, Place, Problems, ValueKind
+from bagpipe.data.raw import MISSING_KEY, BlockPlace, Keys, Problems, ValueKind
 from bagpipe.data.transforms import log_transform
 from bagpipe.data.vocabulary import Vocabulary
 from bagpipe.errors import DataError
@@ -169,7 +169,7 @@ class Inputs:
                 )
         problems, good = Problems(on_error="skip"), np.ones(len(rows), np.bool_)
         dense = np.empty((len(rows), len(self.columns.dense)), np.float32)
-        place = Place(where, 0, problems)
+        place = BlockPlace(where, 0, problems)
         for index, name in enumerate(self.columns.dense):
             dense[:, index] = dense_values(rows.column(name), name, good, place)
         for skipped in problems.skipped.values():

@@ -31,7 +31,7 @@ VocabularyKind = Literal["ids", "hash", "dictionary", "given"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileEntry:
+class ExportedFile:
     """A file of the folder."""
 
     name: str
@@ -75,7 +75,7 @@ class ExportManifest:
     columns: Columns
     """What is read of raw rows; features in the order of the pooled embeddings."""
     tables: tuple[TableEntry, ...]
-    files: tuple[FileEntry, ...]
+    files: tuple[ExportedFile, ...]
 
     def save(self, path: Path) -> None:
         """Writes it."""
@@ -125,7 +125,7 @@ class ExportManifest:
             labels=tuple(body.get("labels", ("label",))),
             columns=Columns.from_dict(body["columns"]),
             tables=tuple(TableEntry(**table) for table in body["tables"]),
-            files=tuple(FileEntry(**file) for file in body["files"]),
+            files=tuple(ExportedFile(**file) for file in body["files"]),
         )
 
     def check_files(self, folder: Path, *, verify: bool) -> None:
@@ -146,7 +146,7 @@ class ExportManifest:
             check_file(folder / file.name, file, verify=verify or file.name not in weights)
 
 
-def check_file(path: Path, file: FileEntry, *, verify: bool) -> None:
+def check_file(path: Path, file: ExportedFile, *, verify: bool) -> None:
     """Raises DataError unless a file is there, and as it was written."""
     try:
         size_bytes = path.stat().st_size

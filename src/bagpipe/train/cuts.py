@@ -59,7 +59,7 @@ class CutServers(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class EndedCut:
     """How a cut ended."""
 
     step: int
@@ -102,7 +102,7 @@ class Cuts:
         self._number = 0
         self._base = base
         self._thread: threading.Thread | None = None
-        self._written: deque[Written] = deque()  # the thread adds to it at any moment
+        self._written: deque[EndedCut] = deque()  # the thread adds to it at any moment
 
     def is_busy(self) -> bool:
         """Whether a cut is in hand. All ranks must ask; rank 0 knows."""
@@ -143,7 +143,7 @@ class Cuts:
             self._thread.join()
             self._thread = None
 
-    def ended(self) -> list[Written]:
+    def ended(self) -> list[EndedCut]:
         """The cuts that ended since the last call, in order; rank 0 alone has any."""
         return [self._written.popleft() for _ in range(len(self._written))]
 
@@ -215,7 +215,7 @@ class Cuts:
     def _note(self, taken: _Taken, error: Exception | None = None) -> None:
         elapsed_s = time.perf_counter() - taken.started
         self._written.append(
-            Written(
+            EndedCut(
                 step=taken.moment.step, path=taken.writer.path, elapsed_s=elapsed_s, error=error
             )
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bagpipe.config.data import PreparedData
 from bagpipe.data.manifest import PreparedManifest, check_file
+from bagpipe.exporting.dense import TableSizes
 from bagpipe.exporting.folder import write_folder
 from bagpipe.exporting.parts import Exported, OnStage
 from bagpipe.models import RankingModel
@@ -49,7 +50,7 @@ def export(
         CheckpointError: a file of the checkpoint is damaged.
         DataError: the run's data, whose dictionaries are exported, are gone.
     """
-    model = make_model(of.config.model, _Sizes(of), of.num_dense, len(of.label_names))
+    model = make_model(of.config.model, TableSizes(of.groups), of.num_dense, len(of.label_names))
     put_model(of.saved, model)
     precision = of.config.train.precision
     exported = Exported(
@@ -67,14 +68,6 @@ def export(
         write_dictionary=lambda table, path: _copy_dictionary(of, table, path),
     )
     return write_folder(exported, folder, arrow=arrow, onnx=onnx, on_stage=on_stage)
-
-
-class _Sizes(nn.Module):
-    """Stands where the model has its embeddings; tells their groups, and holds no tables."""
-
-    def __init__(self, of: SavedModel) -> None:
-        super().__init__()
-        self.groups = of.groups
 
 
 class _Part(nn.Module):
