@@ -66,10 +66,13 @@ class ArrowRows:
             columns, arrays = of_types.setdefault(array.type.id, ([], []))
             columns.append(number)
             arrays.append(array)
-        together = [
-            (columns, arrays[0] if len(arrays) == 1 else pa.concat_arrays(arrays))
-            for columns, arrays in of_types.values()
-        ]
+        try:
+            together = [
+                (columns, arrays[0] if len(arrays) == 1 else pa.concat_arrays(arrays))
+                for columns, arrays in of_types.values()
+            ]
+        except pa.ArrowException:  # texts of more than 2 GB
+            raise Apart from None
         return [*together, *alone]
 
 
