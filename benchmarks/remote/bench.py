@@ -5,8 +5,9 @@ own. Tables have Criteo-Kaggle's cardinalities. `benchmarks.remote.settings` say
 all run on the same executor, client, server and wire. `benchmarks.remote.trainer` says what stands
 for a GPU.
 
-The floor of a step is the larger of two: the device's time, and what the plan moves in one
-direction over the bandwidth. A link carries as much both ways at a time.
+The floor of a step is the larger of two: the device's time, and what the plan moves in the busier
+direction over the bandwidth. A link carries as much both ways at a time. To the server go records
+that are written, and the numbers of all rows, written or fetched.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.measure import Progress, Result, Timing
 from benchmarks.remote.settings import End, RemoteBench, Turn
 
 _TIMEOUT_S = 3600.0
+_ROW_NUMBER_BYTES = 8
 
 
 def bench_remote(bench: RemoteBench, progress: Progress, plot: Path | None = None) -> Result:
@@ -125,7 +127,9 @@ def _summary(bench: RemoteBench, link: Link, turns: Sequence[Turn]) -> dict[str,
     def mean(name: str) -> float:
         return float(np.mean([getattr(turn, name) for turn in turns]))
 
-    bytes_in, bytes_out = mean("fetched") * record_bytes, mean("written_back") * record_bytes
+    fetched, written = mean("fetched"), mean("written_back")
+    bytes_in = fetched * record_bytes
+    bytes_out = written * record_bytes + (fetched + written) * _ROW_NUMBER_BYTES
     wire_ms = 1e3 * max(bytes_in, bytes_out) / link.bytes_per_s
     flushes = [turn for turn in turns if turn.flushed]
     return {
