@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.processes import of_process
@@ -102,3 +103,29 @@ def test_without_ray_one_sentence_says_how_to_install_it(tmp_path: Path) -> None
     )
     assert "pip install 'bagpipe-recsys[ray]'" in ended.stdout
     assert ConfigError.__name__ not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [("", "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"), ("token", "may have another token")],
+)
+def test_a_cluster_that_lets_nobody_in_may_want_a_token(
+    mode: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    for name, value in (
+        ("RAY_AUTH_MODE", mode),
+        ("RAY_worker_niceness", "0"),  # which are set for actors, and would stay
+        ("RAY_IGNORE_UNHANDLED_ERRORS", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"Ray at head:1: Failed to connect.*{told}"):
+        train_on_ray(
+            config_of(tmp_path),
+            Roles(num_trainers=2, num_servers=1),
+            reporter=Listener(),
+            address="head:1",
+        )

@@ -309,11 +309,21 @@ def _cluster(address: str | None) -> Iterator[Any]:
     try:
         ray.init(address=address, log_to_driver=True, ignore_reinit_error=True)
     except (ConnectionError, ValueError, OSError) as error:
-        raise ConfigError(f"Ray at {address or 'this machine'}: {error}") from error
+        raise ConfigError(f"Ray at {address or 'this machine'}: {error}{_token_hint()}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _token_hint() -> str:
+    """What Ray does not say: a cluster that wants a token answers nobody who has none."""
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return ". It may have another token than this process (docs/security.md)"
+    return (
+        ". If it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, to a file that "
+        "has it (docs/security.md)"
+    )
 
 
 def _first_line(error: BaseException) -> str:
