@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests import reference, strategies
 from tests.planning import plan_for_one
 
-from bagpipe.device_oracle import Planner
+from bagpipe.device_oracle import Planner, entering, planning
+from bagpipe.device_oracle import oracle as oracle_module
 from bagpipe.device_oracle.read_back import read_back
 from bagpipe.errors import CacheTooSmallError, DataError
 from bagpipe.feed.stream import StreamOptions
@@ -90,15 +91,27 @@ def num_fetched(planned: Iterable[tuple[tuple[StepPlan, ...], DedupedBatch[Any]]
     )
 
 
-@given(
+def use(way: str, patch: pytest.MonkeyPatch) -> None:
+    """Torch operations or Triton, whatever the device has by default."""
+    functions = entering.enter, planning.plan
+    if way == "triton":
+        enters = pytest.importorskip("bagpipe.device_oracle.entering_triton")
+        plans = pytest.importorskip("bagpipe.device_oracle.planning_triton")
+        functions = enters.enter, plans.plan
+    patch.setattr(oracle_module, "functions_for", lambda device: functions)
+
+
+_TRACES = (
     strategies.group_traces(),
     st.integers(0, 70),
     st.integers(1, 30),
     st.integers(0, 4),
     st.integers(0, 5),
 )
-@settings(max_examples=strategies.examples(60), deadline=None)
-def test_plans_keep_the_invariants_and_unique_rows_are_the_hosts_to_the_bit(
+
+
+def check_plans(
+    way: str,
     trace: tuple[Group, list[Jagged]],
     extra_slots: int,
     lookahead: int,
@@ -115,13 +128,29 @@ def test_plans_keep_the_invariants_and_unique_rows_are_the_hosts_to_the_bit(
         first_step=first_step,
     )
     planned = checked([group], [num_slots], plan_on_device(planner, batches))
-    for (_, deduped), batch in zip(planned, batches, strict=True):
-        assert_equal(deduped.groups[0].shares[0], dedup(group, batch))
+    with pytest.MonkeyPatch.context() as patch:
+        use(way, patch)
+        for (_, deduped), batch in zip(planned, batches, strict=True):
+            assert_equal(deduped.groups[0].shares[0], dedup(group, batch))
 
 
-@pytest.mark.parametrize(
-    ("size", "prefetch_depth"), [(1.0, 2), (1.3, 2), (2.0, 0), (2.5, 2), (4.0, 4), (9.0, 2)]
-)
+@given(*_TRACES)
+@settings(max_examples=strategies.examples(40), deadline=None)
+def test_plans_keep_the_invariants_and_unique_rows_are_the_hosts_to_the_bit(
+    trace: Any, extra_slots: int, lookahead: int, prefetch_depth: int, first_step: int
+) -> None:
+    check_plans("torch", trace, extra_slots, lookahead, prefetch_depth, first_step)
+
+
+@given(*_TRACES)
+@settings(max_examples=strategies.examples(5), deadline=None)  # the interpreter takes 1 s each
+def test_so_they_do_in_triton(
+    trace: Any, extra_slots: int, lookahead: int, prefetch_depth: int, first_step: int
+) -> None:
+    check_plans("triton", trace, extra_slots, lookahead, prefetch_depth, first_step)
+
+
+@pytest.mark.parametrize(("size", "prefetch_depth"), [(1.0, 2), (1.3, 2), (2.0, 0), (4.0, 4)])
 @pytest.mark.parametrize("lookahead", [2, 20])
 def test_at_most_one_percent_more_rows_are_fetched_than_the_host_fetches(
     size: float, prefetch_depth: int, lookahead: int
@@ -135,7 +164,11 @@ def test_at_most_one_percent_more_rows_are_fetched_than_the_host_fetches(
     assert num_fetched(plan_on_device(planner, batches)) <= 1.01 * expected
 
 
-def test_rows_of_many_lookups_are_cut_into_pieces_as_on_the_host() -> None:
+@pytest.mark.parametrize("way", ["torch", "triton"])
+def test_rows_of_many_lookups_are_cut_into_pieces_as_on_the_host(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(way, monkeypatch)
     group, rng = one_table(3, "f", "g"), np.random.default_rng(5)
     batches = [
         Jagged(keys=("g", "f"), values=rng.integers(0, 3, 2 * size), batch_size=size)
@@ -146,8 +179,10 @@ def test_rows_of_many_lookups_are_cut_into_pieces_as_on_the_host() -> None:
         assert_equal(deduped.groups[0].shares[0], dedup(group, batch))
 
 
-def test_capacities_grow_and_cut_nothing() -> None:
+@pytest.mark.parametrize("way", ["torch", "triton"])
+def test_capacities_grow_and_cut_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches get larger, and one has more unique rows than was guessed."""
+    use(way, monkeypatch)
     group = one_table(2000)
     batches = [*skewed(3, 8), *skewed(3, 50)]
     batches += [Jagged(keys=("f",), values=np.arange(100), batch_size=100)] * 2 + skewed(9, 8)

@@ -14,14 +14,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
 from bagpipe.cache.captured import captured_graph
-from bagpipe.device_oracle import alerts
+from bagpipe.device_oracle import alerts, entering, planning
 from bagpipe.device_oracle.alerts import Alert, grown
-from bagpipe.device_oracle.entering import enter
-from bagpipe.device_oracle.planning import plan
 from bagpipe.device_oracle.staged import StagedIds, write
 from bagpipe.device_oracle.state import HEADER_LENGTH, Capacity, State, Window, make_state
 from bagpipe.errors import ConfigError, UsageError
@@ -33,6 +32,7 @@ _BYTES_A_ROW = 8
 _PLANS_BEFORE_CAPTURE = 8
 """Plans with one capacity before graphs are captured for it: the first batches make it grow."""
 _ALERT_LENGTH = 4
+Function: TypeAlias = Callable[[State], None]
 _logger = logging.getLogger("bagpipe.lookahead")
 
 
@@ -64,12 +64,13 @@ class DeviceOracle:
             is_wide=False,
         )
         self.state = make_state(group, window, capacity or small, device)
+        self._enter, self._plan = functions_for(device)
         self._answer = torch.zeros(
             _ALERT_LENGTH + HEADER_LENGTH, dtype=torch.int64, pin_memory=device.type == "cuda"
         )
         self.num_capacities = 1
         """How many capacities it has had."""
-        self._graphs: dict[Callable[[State], None], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Function, torch.cuda.CUDAGraph] = {}
         self._can_capture = device.type == "cuda"
         self._num_plans = 0  # with this capacity
         self._issuing = threading.Lock()
@@ -89,12 +90,12 @@ class DeviceOracle:
             if capacity != self.capacity:
                 self._replace(capacity)
             write(self.state, staged)
-            self._run(enter)
+            self._run(self._enter)
 
     def plan(self) -> None:
         """Plans the next step, whose batch must have entered."""
         with self._issuing:
-            self._run(plan)
+            self._run(self._plan)
             self._num_plans += 1
 
     def ask(self, step: int) -> None:
@@ -136,7 +137,7 @@ class DeviceOracle:
         with self._issuing:
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             try:
-                for function in (enter, plan):
+                for function in (self._enter, self._plan):
                     with captured_graph(stream) as graph:
                         function(self.state)
                     self._graphs[function] = graph
@@ -172,12 +173,21 @@ class DeviceOracle:
         self.num_capacities += 1
         self.state = make_state(self.group, self.window, capacity, self._device, self.state)
 
-    def _run(self, function: Callable[[State], None]) -> None:
+    def _run(self, function: Function) -> None:
         graph = self._graphs.get(function)
         if graph is None:
             function(self.state)
         else:
             graph.replay()
+
+
+def functions_for(device: torch.device) -> tuple[Function, Function]:
+    """`enter` and `plan` for a device: in Triton for CUDA, else of torch operations."""
+    if device.type == "cuda":
+        from bagpipe.device_oracle import entering_triton, planning_triton
+
+        return entering_triton.enter, planning_triton.plan
+    return entering.enter, planning.plan
 
 
 def _check_rows(group: Group, device: torch.device) -> None:

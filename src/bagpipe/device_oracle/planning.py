@@ -6,12 +6,9 @@ The oldest batch of the window that is not planned is. It keeps the invariants o
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from bagpipe.device_oracle import victims
 from bagpipe.device_oracle.masked import pick, scattered, spread
 from bagpipe.device_oracle.state import (
     BATCH_HEADER_LENGTH,
@@ -20,6 +17,7 @@ from bagpipe.device_oracle.state import (
     NUM_UNIQUES,
     State,
 )
+from bagpipe.device_oracle.victims import choose_victims
 
 
 def plan(state: State) -> None:
@@ -36,9 +34,9 @@ def plan(state: State) -> None:
     rows, slots, next_uses, is_unique = _find_rows(state, position, number)
     is_missing = is_unique & (slots < 0)
     number = is_missing.sum()
-    chosen = victims_of(position.device).choose_victims(state, number)
+    victims = choose_victims(state, number)
     rank = torch.cumsum(is_missing, 0) - 1
-    slots = torch.where(is_missing, chosen[rank.clamp(min=0)], slots)
+    slots = torch.where(is_missing, victims[rank.clamp(min=0)], slots)
     moved = _assign(state, rows, slots, next_uses, is_missing, target)
     state.unique_slots.index_copy_(0, target, slots.int().unsqueeze(0))
     spare = torch.zeros(HEADER_LENGTH - BATCH_HEADER_LENGTH - len(moved) - 1, device=rows.device)
@@ -46,15 +44,6 @@ def plan(state: State) -> None:
     header = torch.where(is_running, header, state.plan_headers[target][0])
     state.plan_headers.index_copy_(0, target, header.unsqueeze(0))
     state.planned.add_(is_running)
-
-
-def victims_of(device: torch.device) -> ModuleType:
-    """The module that chooses victims on a device."""
-    if device.type == "cpu":
-        return victims
-    from bagpipe.device_oracle import victims_triton
-
-    return victims_triton
 
 
 def _settle(state: State, is_running: Tensor) -> None:
