@@ -280,19 +280,21 @@ def test_a_name_with_brackets_is_printed_whole(tmp_path: Path) -> None:
     assert "none[1].toml: can't be read" in invoke("train", "none[1].toml").stderr
     stats = TableStats(
         table="[genre]",
-        num_embeddings=1,
-        num_seen=0,
-        num_lookups=0,
-        num_bags=0,
-        num_seen_once=0,
-        top_seen_share=0.0,
-        top_rows_share=0.0,
+        num_embeddings=133_762_577,
+        num_seen=10_119_621,
+        num_lookups=100_040_000,
+        num_bags=100_040_000,
+        num_seen_once=10_086_213,
+        top_seen_share=1.0,
+        top_rows_share=1.0,
         curve=(np.empty(0), np.empty(0)),
     )
-    console = Console(width=200)
+    console = Console(width=80)  # also that of a pipe
     with console.capture() as captured:
         console.print(render_table([stats]))
     assert "[genre]" in captured.get()
+    assert "133,762,577" in captured.get()
+    assert "…" not in captured.get()
 
 
 @pytest.mark.parametrize(

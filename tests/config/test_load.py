@@ -42,7 +42,7 @@ def test_a_minimal_file_is_enough(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("size", ["2%", "0.3%", "4GiB", "4GB", "1.5KB"])
+@pytest.mark.parametrize("size", ["2%", "0.3%", "4GiB", "4GB", "4 GB", "1.5KB"])
 def test_a_value_that_is_not_toml_is_a_string(tmp_path: Path, size: str) -> None:
     folder = "log.folder=/tmp/a run, and (another)"
     config = load_config(RunConfig, write(tmp_path, MINIMAL), [f"cache.size={size}", folder])
@@ -129,7 +129,11 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             "embeddings.init = {kind = 'uniform', low = 1.0, high = 0.0}",
             "low must not be above high",
         ),
-        ("cache.size = '4 gigs'", 'cache.size = "4 gigs": '),
+        (
+            "cache.size = '4 gigs'",
+            "or input should be a valid integer, or memory such as '4GiB' or '4GB', or a share "
+            "such as '2%'",
+        ),
         ("train = {epochs = 1, steps = 2}", "epochs = 1 and steps = 2 are both given"),
         ("model.bottom = [8]", "model.bottom ends with 8 but embeddings.embedding_dim is 64"),
         ("model.top = [8]", "model.top ends with 8"),

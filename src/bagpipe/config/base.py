@@ -30,6 +30,13 @@ Rate: TypeAlias = Annotated[float, Field(ge=0.0, le=MAX_RATE)]
 Seconds: TypeAlias = Annotated[float, Field(gt=0.0, le=86_400.0)]
 Weight: TypeAlias = Annotated[float, Field(ge=-MAX_RATE, le=MAX_RATE)]
 
+MEMORY_PATTERN = r"^[0-9]{1,15}(\.[0-9]{1,15})? ?([KMGT]i?)?B$"
+SHARE_PATTERN = r"^[0-9]{1,3}(\.[0-9]{1,15})?%$"
+MemorySize: TypeAlias = Annotated[str, Field(pattern=MEMORY_PATTERN)]
+"""For example "4GiB", "4GB" or "4 GB"."""
+RowShare: TypeAlias = Annotated[str, Field(pattern=SHARE_PATTERN)]
+"""For example "2%"."""
+
 
 class Section(BaseModel):
     """One table of a TOML file.

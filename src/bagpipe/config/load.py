@@ -18,11 +18,15 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from bagpipe.config.base import Section
+from bagpipe.config.base import MEMORY_PATTERN, SHARE_PATTERN, Section
 from bagpipe.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 _MAX_SHOWN = 100
+_PATTERNS = {
+    MEMORY_PATTERN: "memory such as '4GiB' or '4GB'",
+    SHARE_PATTERN: "a share such as '2%'",
+}
 _OPENS_TOML = ("[", "{", '"', "'")
 
 
@@ -148,9 +152,15 @@ def _mistakes(
         elif "error" in error.get("ctx", {}):
             yield f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
         else:
-            by_path.setdefault(_shown(path, value), []).append(_lower_first(error["msg"]))
+            by_path.setdefault(_shown(path, value), []).append(_reason(error))
     for where, reasons in by_path.items():
         yield f"{where}: {', or '.join(dict.fromkeys(reasons))}"
+
+
+def _reason(error: ErrorDetails) -> str:
+    """What the value must be; of a size, in words rather than as a pattern."""
+    pattern = str(error.get("ctx", {}).get("pattern"))
+    return _PATTERNS.get(pattern, _lower_first(error["msg"]))
 
 
 def _shown(path: str, value: object) -> str:

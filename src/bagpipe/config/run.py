@@ -14,7 +14,9 @@ from bagpipe.config.base import (
     Batches,
     BatchSize,
     Count,
+    MemorySize,
     Rate,
+    RowShare,
     Seconds,
     Section,
     Seed,
@@ -36,10 +38,6 @@ from bagpipe.config.servers import ServersConfig
 from bagpipe.types import DataType, Pooling
 
 Rows: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
-MemorySize: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,15}(\.[0-9]{1,15})?([KMGT]i?)?B$")]
-"""For example "4GiB" or "4GB"."""
-RowShare: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,3}(\.[0-9]{1,15})?%$")]
-"""For example "2%"."""
 
 
 class MemoryStoreConfig(Section):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -86,12 +87,12 @@ def inspect_source(
 
 
 def render_table(stats: Sequence[TableStats]) -> Table:
-    """The statistics as a rich table."""
-    table = Table(title="Embedding tables")
+    """The statistics as a rich table, which fits 80 columns."""
+    table = Table(title="Embedding tables", box=SIMPLE_HEAD, padding=0)
     table.add_column("table", no_wrap=True)
-    headings = "rows", "ids seen", "seen once", "lookups", "ids a bag"
-    for heading in (*headings, "top 1 % of seen", "top 1 % of rows"):
-        table.add_column(heading, justify="right")
+    headings = "rows", "ids\nseen", "seen\nonce", "lookups", "ids\na bag"
+    for heading in (*headings, "top 1 %\nof seen", "top 1 %\nof rows"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for entry in stats:
         table.add_row(
             Text(entry.table),  # brackets in a string would be markup
