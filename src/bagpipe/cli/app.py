@@ -113,7 +113,10 @@ def train(
     servers: Annotated[int, typer.Option(min=1, help="Shard servers on Ray.")] = 1,
     address: Annotated[
         str | None,
-        typer.Option(help="Of the Ray cluster; by default one is started on this machine."),
+        typer.Option(
+            help="Of the Ray cluster; by default one that runs here or that RAY_ADDRESS names, else "
+            "one is started on this machine."
+        ),
     ] = None,
 ) -> None:
     """Train a model."""
