@@ -114,8 +114,8 @@ def train(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Of the Ray cluster; by default one that runs here or that RAY_ADDRESS names, else "
-            "one is started on this machine."
+            help="Of the Ray cluster; by default one that runs here or that RAY_ADDRESS names, "
+            "else one is started on this machine."
         ),
     ] = None,
 ) -> None:
