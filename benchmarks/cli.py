@@ -154,6 +154,30 @@ def gpu(
 
 
 @app.command()
+def planner(
+    workload: WorkloadName = "W1",
+    quick: Quick = False,
+    batch_size: BatchSize = None,
+    max_rows: MaxRows = None,
+    lookahead: Lookahead = None,
+    steps: Steps = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Plan on one GPU, alone and beside the dense part of a step."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.planner import bench_planner
+        from benchmarks.workloads import make_workload
+
+        sizes = sizes_of(
+            {}, batch_size=batch_size, max_rows=max_rows, lookahead=lookahead, turn_steps=steps
+        )
+        return bench_planner(make_workload(workload, sizes, quick=quick), progress)
+
+    measure(run, "auto", quick=quick, json_file=json_file)
+
+
+@app.command()
 @takes(of_workload)
 def trainers(
     sizes: dict[str, Any],

@@ -78,7 +78,7 @@ def make_stream(
         progress: is told how far it is.
     """
     group, size = workload.group, workload.batch_size
-    source = _source(workload, num_batches)
+    source = synthetic_source(workload, num_batches)
     features = [
         FeatureEntry(name=spec.name, table=spec.table, multi_hot=spec.multi_hot)
         for spec in source.features
@@ -133,7 +133,8 @@ def all_batches(source: PreparedSource, batch_size: int, num_batches: int) -> Re
     return RemainingBatches(source=source, schedule=schedule, start=Position(epoch=0, batch=0))
 
 
-def _source(workload: Workload, num_batches: int) -> SyntheticSource:
+def synthetic_source(workload: Workload, num_batches: int) -> SyntheticSource:
+    """So many batches of a workload's samples, drawn as they are asked for."""
     sizes = [table.num_embeddings for table in workload.group.tables]
     return SyntheticSource(
         sizes,

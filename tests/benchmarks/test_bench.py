@@ -48,6 +48,12 @@ def test_a_file_that_can_not_be_written_is_refused_before_anything_runs(
     assert f"{path}:can'tbewritten:Nosuchfileordirectory" in told
 
 
+def test_the_oracle_on_the_device_at_a_tiny_size(tmp_path: Path) -> None:
+    values = run_to_json(tmp_path / "planner.json", "planner", "--workload", "W3")["planner"]
+    assert min(values[name] for name in ("enter_ms", "plan_ms", "way_ms", "beside_ms")) > 0
+    assert values["num_capacities"] >= 2
+
+
 # first of all tests on a new machine, these compile nearly every loop: two minutes on two cores
 def test_the_oracle_at_a_tiny_size(tmp_path: Path) -> None:
     saved = run_to_json(tmp_path / "oracle.json", "oracle")
