@@ -112,18 +112,34 @@ def test_what_is_wrong_with_a_batch_is_told_after_all_before_it(
     expected.close()
 
 
-def test_a_device_without_memory_left_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
-    enter = DeviceOracle.enter
+@pytest.mark.parametrize("lookahead", [3, "auto"])
+@pytest.mark.parametrize("num_before", [0, 1, 2])
+def test_so_it_is_of_a_batch_in_the_first_window(num_before: int, lookahead: Any) -> None:
+    """Several batches enter between two steps there."""
+    bad = Jagged(keys=("f",), values=np.array([1, 100, 3]), batch_size=3)
+    embeddings = make_embeddings()
+    with pytest.raises(DataError, match=rf"^step {num_before}: feature 'f': id 100"):
+        train(embeddings, [*batches(num_before), bad, *batches(3)], lookahead=lookahead)
+    assert embeddings.step == num_before
+    embeddings.close()
 
-    def fail_late(oracle: DeviceOracle, staged: Any) -> None:
-        if staged.batch.batch_size > 8:
+
+@pytest.mark.parametrize("where", ["enter", "grow", "plan"])
+def test_a_device_without_memory_left_says_what_to_lower(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = getattr(DeviceOracle, where)
+    position = "planned" if where == "plan" else "entered"
+
+    def fail_late(oracle: DeviceOracle, *arguments: Any) -> None:
+        if int(getattr(oracle.state, position)) == 4:
             raise torch.OutOfMemoryError("no memory (of a test)")
-        enter(oracle, staged)
+        function(oracle, *arguments)
 
-    monkeypatch.setattr(DeviceOracle, "enter", fail_late)
+    monkeypatch.setattr(DeviceOracle, where, fail_late)
     embeddings = make_embeddings()
     with pytest.raises(ConfigError, match="shorter lookahead, a smaller cache or smaller batches"):
-        train(embeddings, [*batches(4), *batches(1, batch_size=9)])
+        train(embeddings, [*batches(4), *batches(1, batch_size=20)])
     assert embeddings.step == 4
     embeddings.close()
 

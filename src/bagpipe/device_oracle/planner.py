@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from bagpipe.plan import StepPlan
 from bagpipe.types import Jagged
 
 PayloadT = TypeVar("PayloadT")
+_Waiting: TypeAlias = tuple[tuple[Kind, ...], PayloadT]
+"""A batch that has entered and is not yet planned, and what goes with it."""
 
 _MAX_AUTO_LOOKAHEAD = 256
 """Batches that `lookahead="auto"` looks ahead at most."""
@@ -94,28 +96,19 @@ class Planner:
         """
         source = iter(batches)
         step = self.options.first_step
-        waiting: deque[tuple[tuple[Kind, ...], PayloadT]] = deque()  # entered, and not yet planned
+        waiting: deque[_Waiting[PayloadT]] = deque()
         failure: BaseException | None = None
         try:
             while wait_for_place():
                 while failure is None and len(waiting) <= self._lookahead_at(step):
-                    try:
-                        staged, payload = next(source)
-                        self._let_in(staged)
-                    except BaseException as error:  # the end of the batches, too
-                        failure = self._told(error)
-                        break
-                    waiting.append((tuple(map(Kind.of, staged)), payload))
+                    failure = self._confirm_alone(waiting) or self._let_in_next(source, waiting)
                 if not waiting:
                     break
                 headers = self._plan(step, self.oracles)
-                try:
-                    self._confirm()
-                except BaseException as error:
-                    failure = error  # of a batch before that of any other failure
-                    waiting.pop()
-                    if not waiting:
-                        break
+                # That of a batch before is told instead of any other failure.
+                failure = self._confirm(waiting) or failure
+                if not waiting:
+                    break
                 # What was the batch that lacked room could not be planned.
                 for index, oracle in enumerate(self.oracles):
                     if headers[index][STEP] != step:
@@ -123,6 +116,8 @@ class Planner:
                 kinds, payload = waiting.popleft()
                 yield self._made(step, headers, kinds, payload, num_ahead=len(waiting))
                 step += 1
+        except torch.OutOfMemoryError as error:
+            raise self._told(error) from error
         finally:
             self._wait()
         if failure is not None and not isinstance(failure, StopIteration):
@@ -137,19 +132,33 @@ class Planner:
             return min(longest, self.options.prefetch_depth + step - self.options.first_step)
         return longest
 
-    def _let_in(self, staged: tuple[StagedIds, ...]) -> None:
-        if not self.oracles:
-            self.oracles = self._make_oracles(staged)
+    def _let_in_next(
+        self,
+        source: Iterator[tuple[tuple[StagedIds, ...], PayloadT]],
+        waiting: deque[_Waiting[PayloadT]],
+    ) -> BaseException | None:
+        """Lets the next batch in, or returns why there is none: the end of the batches, too."""
+        try:
+            staged, payload = next(source)
+            if not self.oracles:
+                self.oracles = self._make_oracles(staged)
+            with span("oracle.enter"), self._on_stream():
+                for oracle, each in zip(self.oracles, staged, strict=True):
+                    oracle.enter(each)
+        except BaseException as error:
+            return self._told(error)
+        self._unconfirmed = staged
+        waiting.append((tuple(map(Kind.of, staged)), payload))
+        return None
+
+    def _confirm_alone(self, waiting: deque[_Waiting[PayloadT]]) -> BaseException | None:
+        """As `_confirm`, where no plan has been asked for since."""
         if self._unconfirmed:
             with self._on_stream():
                 for oracle in self.oracles:
                     oracle.ask(0)
                 self._wait()
-            self._confirm()
-        with span("oracle.enter"), self._on_stream():
-            for oracle, each in zip(self.oracles, staged, strict=True):
-                oracle.enter(each)
-        self._unconfirmed = staged
+        return self._confirm(waiting)
 
     def _plan(self, step: int, oracles: Sequence[DeviceOracle]) -> list[list[int]]:
         """Plans a step for some groups; returns their headers."""
@@ -160,12 +169,20 @@ class Planner:
             self._wait()
         return [oracle.header() for oracle in oracles]
 
-    def _confirm(self) -> None:
+    def _confirm(self, waiting: deque[_Waiting[PayloadT]]) -> BaseException | None:
         """Looks whether the last batch could enter, and lets it in again where it lacked room.
 
-        Raises:
-            BagpipeError: It can't be used.
+        Returns:
+            Why it can't be used. It no longer waits then.
         """
+        try:
+            self._check_entered()
+        except BaseException as error:
+            waiting.pop()
+            return self._told(error)
+        return None
+
+    def _check_entered(self) -> None:
         staged, self._unconfirmed = self._unconfirmed, ()
         for oracle, each in zip(self.oracles, staged, strict=bool(staged)):
             alert = oracle.alert()
