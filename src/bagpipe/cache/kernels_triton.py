@@ -103,9 +103,8 @@ def read(weights: Tensor, state: Tensor, slots: Tensor, out: Tensor | None = Non
     words = words_of(weights)
     if out is None:
         out = torch.empty(len(slots), words.shape[1] + state.shape[1], device=weights.device)
-    records = out
-    _move_records(words, state, slots, records, is_fill=False)
-    return records
+    _move_records(words, state, slots, out, is_fill=False)
+    return out
 
 
 def _move_records(

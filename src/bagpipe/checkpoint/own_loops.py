@@ -67,7 +67,7 @@ class OwnEmbeddings(Embeddings, Protocol):
 
     @property
     def loader_states(self) -> _LoaderStates | None:
-        """Of the newest stream."""
+        """What the newest stream keeps of its loader."""
 
     def being_restored(self) -> AbstractContextManager[None]:
         """While all records are replaced."""

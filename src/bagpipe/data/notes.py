@@ -41,7 +41,7 @@ def run_notes(config: DataConfig) -> list[str]:
 
 
 def _several_labels(manifest: PreparedManifest, chosen: Sequence[str] | None) -> Iterator[str]:
-    """on what is learned of data with several labels."""
+    """On what is learned of data with several labels."""
     names = [label.name for label in manifest.all_labels]
     if len(names) > 1:
         yield f"labels: {', '.join(chosen or names)}"

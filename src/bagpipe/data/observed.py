@@ -65,6 +65,7 @@ class UsedRows:
             with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
                 for number in range(reader.num_record_batches):
                     batch = reader.get_batch(number)
+                    # behind the features may be further labels and weights
                     for feature, column in zip(features, batch.columns[2:], strict=False):
                         ids = (column.flatten() if feature.multi_hot else column).to_numpy()
                         used = self._used[feature.table][ids]

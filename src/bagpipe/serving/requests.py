@@ -64,7 +64,7 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str, where: str) -> Any:
 
 
 def arrow_values(values: Sequence[Any]) -> Any:
-    """An Arrow array of some values; as `pyarrow.array`, but for integers of 64 bits."""
+    """An Arrow array of some values, as of `pyarrow.array`, and of integers up to 2**64, too."""
     try:
         return pa.array(values)
     except OverflowError:  # from 2**63 on
