@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -84,3 +85,25 @@ def test_triton_chooses_the_slots_that_torch_operations_do(num_slots: int, numbe
     found = triton.choose_victims(state, wanted)
     expected = victims.choose_victims(state, wanted)
     torch.testing.assert_close(found[:number], expected[:number], rtol=0, atol=0)
+
+
+def test_no_size_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant is found by types, so one that was made for a size of 1 would serve all sizes."""
+    enters = pytest.importorskip("bagpipe.device_oracle.entering_triton")
+    plans = pytest.importorskip("bagpipe.device_oracle.planning_triton")
+    launching = pytest.importorskip("bagpipe.cache.triton_launch")
+    launch, sizes = launching.Kernel.launch, set[str]()
+
+    def note(kernel: Any, programs: int, arguments: Any, *others: Any) -> None:
+        names = signature(kernel.function).parameters
+        sizes.update(
+            name for name, value in zip(names, arguments, strict=False) if isinstance(value, int)
+        )
+        launch(kernel, programs, arguments, *others)
+
+    monkeypatch.setattr(launching.Kernel, "launch", note)
+    state = make_one(1_000, is_jagged=True, is_weighted=True)
+    enters.enter(state)
+    plans.plan(state)
+    assert {"size", "room", "num_rows", "max_further", "num_tiles"} <= sizes
+    assert sizes <= set(launching.VARYING)

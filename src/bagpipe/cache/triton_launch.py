@@ -22,9 +22,10 @@ from triton.runtime.jit import JITFunction
 
 Argument: TypeAlias = Tensor | int | float | None
 
-_VARYING = (
+VARYING = (
     "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records step "
     "seed_low seed_high "
+    "size room num_rows num_slots num_tiles num_offsets max_pieces max_further "
     "slots bag_offsets bag_scales lookup_weights unique_slots bags bag_weights piece_offsets "
     "long_uniques long_offsets"
 ).split()
@@ -72,14 +73,14 @@ def _tile(elements: int, per_thread: int, width: int) -> Tile:
 
 def device_function(function: Callable[..., Any]) -> Any:
     """A decorator for functions that kernels call."""
-    return triton.jit(do_not_specialize=_VARYING)(function)
+    return triton.jit(do_not_specialize=VARYING)(function)
 
 
 class Kernel:
     """A decorator for kernels: their parameters are arguments, then constants (`tl.constexpr`)."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._jit = device_function(function)
+        self.function, self._jit = function, device_function(function)
         self._is_compiled = isinstance(self._jit, JITFunction)  # else Triton's interpreter runs it
         self._variants: dict[tuple[Any, ...], Any] = {}
 
@@ -101,10 +102,7 @@ class Kernel:
         if not self._is_compiled:
             self._jit[(num_programs,)](*arguments, **constants)
             return
-        kinds = [
-            argument.dtype if isinstance(argument, Tensor) else type(argument)
-            for argument in arguments
-        ]
+        kinds = [_kind(argument) for argument in arguments]
         key = (torch.cuda.current_device(), num_warps, *constants.values(), *kinds)
         variant = self._variants.get(key)
         if variant is None:
@@ -117,6 +115,14 @@ class Kernel:
             for argument in arguments
         ]
         variant[(num_programs, 1, 1)](*passed, *constants.values())
+
+
+def _kind(argument: Argument) -> object:
+    """What the compiled code depends on."""
+    if isinstance(argument, Tensor):
+        return argument.dtype
+    is_long = isinstance(argument, int) and argument >= 1 << 31  # then it is passed in 64 bits
+    return type(argument), is_long
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
