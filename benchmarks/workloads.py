@@ -24,14 +24,11 @@ from typing import Any, Final, Literal
 from bagpipe.data.criteo import CARDINALITIES, DatasetName
 from bagpipe.errors import ConfigError
 from bagpipe.optimizers import RowWiseAdagrad
-from bagpipe.types import Group, TableConfig, group_tables
+from bagpipe.types import Group, OraclePlace, TableConfig, group_tables
 
 NUM_DENSE: Final = 13
 EMBEDDING_LR: Final = 0.01
 _MULTI_HOT = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
-
-
-OraclePlace = Literal["thread", "process", "device"]
 
 
 @dataclass(frozen=True, kw_only=True)

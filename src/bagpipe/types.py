@@ -41,6 +41,8 @@ UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 Pooling: TypeAlias = Literal["sum", "mean"]
 DataType: TypeAlias = Literal["fp32", "bf16", "fp16"]
 """How weights are kept; optimizer state is float32 whatever it is."""
+OraclePlace: TypeAlias = Literal["thread", "process", "device"]
+"""Where plans are made: in threads of the trainer, in another process, or on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)

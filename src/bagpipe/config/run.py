@@ -35,7 +35,7 @@ from bagpipe.config.optimizers import (
 )
 from bagpipe.config.rates import PlateauRate, RateConfig
 from bagpipe.config.servers import ServersConfig
-from bagpipe.types import DataType, Pooling
+from bagpipe.types import DataType, OraclePlace, Pooling
 
 Rows: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -85,14 +85,14 @@ class CacheConfig(Section):
     """How many steps before its use a row may be fetched."""
     threads: Threads | None = None
     """Threads that read and de-duplicate. Left out: as many as suit the machine."""
-    oracle: Literal["auto", "thread", "process", "device"] = "auto"
+    oracle: Literal["auto", OraclePlace] = "auto"
     """Where batches are read and planned: in threads of the trainer, or in a process of its own,
     which serves all trainers of a host. "auto": the process on a GPU and with several trainers.
     "device": read in threads, planned on the trainer's GPU; for one trainer."""
     check: bool = False
     """Whether every plan is checked against its invariants before it is used (slow)."""
 
-    def oracle_of(self, *, is_better_apart: bool) -> Literal["thread", "process", "device"]:
+    def oracle_of(self, *, is_better_apart: bool) -> OraclePlace:
         """Where it is planned, with "auto" decided."""
         if self.oracle == "auto":
             return "process" if is_better_apart else "thread"

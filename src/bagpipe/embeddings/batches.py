@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from bagpipe.cache.executor import Waits
 from bagpipe.device_oracle.source import DeviceSource
@@ -32,6 +32,7 @@ from bagpipe.feed.stream import BatchAdapter, Planned, StreamOptions
 from bagpipe.native.fork import check_same_process
 from bagpipe.native.jit import is_compiling
 from bagpipe.oracle.report import OracleReport
+from bagpipe.types import OraclePlace
 
 BatchT = TypeVar("BatchT")
 _STOP_TIMEOUT_S = 5.0
@@ -53,7 +54,7 @@ class Lookahead(Generic[BatchT]):
         adapter: BatchAdapter,
         move: Move | None,
         *,
-        oracle: Literal["thread", "process", "device"],
+        oracle: OraclePlace,
     ) -> None:
         self.report = OracleReport.for_groups(embeddings.groups)
         self.oracle_bytes = 0

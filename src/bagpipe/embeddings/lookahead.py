@@ -12,7 +12,7 @@ What it returns is `bagpipe.embeddings.batches.Lookahead`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args, overload
 
 from bagpipe.embeddings.agreement import check_same_settings
 from bagpipe.embeddings.batches import Lookahead
@@ -25,6 +25,7 @@ from bagpipe.feed.stream import BatchAdapter, Deferred, StreamOptions
 from bagpipe.jagged import find_sparse, share_batch
 from bagpipe.oracle.sizes import parse_bytes
 from bagpipe.topology import ONE_TRAINER, Topology
+from bagpipe.types import OraclePlace
 
 BatchT = TypeVar("BatchT")
 _MAX_THREADS = 256
@@ -41,7 +42,7 @@ class _Options(TypedDict, total=False):
     dedup_threads: int | None
     check: bool
     sparse: Callable[[Any], Any] | None
-    oracle: Literal["thread", "process", "device"]
+    oracle: OraclePlace
     replicas: int | Sequence[int] | None
     share: Callable[[Any, int, int], Any]
     overlap: bool
@@ -80,7 +81,7 @@ def lookahead(
     dedup_threads: int | None = None,
     check: bool = False,
     sparse: Callable[[BatchT], Any] | None = None,
-    oracle: Literal["thread", "process", "device"] = "thread",
+    oracle: OraclePlace = "thread",
     hand_out: Callable[[BatchT], Any] | None = None,
     move: Move | None = None,
     replicas: int | Sequence[int] | None = None,
@@ -163,7 +164,7 @@ def lookahead(
     """
     if dedup_threads is not None and not 1 <= dedup_threads <= _MAX_THREADS:
         raise ConfigError(f"dedup_threads is {dedup_threads}, must be from 1 to {_MAX_THREADS}")
-    if oracle not in ("thread", "process", "device"):
+    if oracle not in get_args(OraclePlace):
         raise ConfigError(f"oracle is {oracle!r}, must be 'thread', 'process' or 'device'")
     whole = (
         embeddings
