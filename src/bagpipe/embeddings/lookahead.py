@@ -94,7 +94,8 @@ def lookahead(
     step is over, and a loader that fills the same buffers again must yield copies of them. A hash
     of each batch's contents is compared between reading and handing out (0.1 ms a MB each). It
     covers arrays, tensors and lists of numbers in containers, KeyedJaggedTensors and objects'
-    public attributes; of tensors on a GPU, torch's count of writes is compared.
+    public attributes; of tensors on a GPU, torch's count of writes is compared. The same batches
+    may come again.
 
     With several trainers, where the embeddings have a communicator, `batches` are the global
     batches, the same on every rank, and each rank is handed its share. All ranks must do the same
@@ -104,10 +105,11 @@ def lookahead(
     the rank, the step and the difference.
 
     A single trainer may give a list of collections, each with its device cache's part. Call each
-    with the whole sparse part of the batch; it looks up its own features. One step trains all.
+    with the whole sparse part of the batch, from then on in evaluation too; it looks up its own
+    features. One step trains all.
 
-    Only `backward` reaches the tables. What clips gradients after it does not, and a
-    `torch.amp.GradScaler` only if `embeddings.set_grad_scaler` tells of it.
+    Only `backward` reaches the tables. What clips gradients after it does not. Backward refuses the
+    loss of a `torch.amp.GradScaler` of which `embeddings.set_grad_scaler` was not told.
 
     Args:
         batches: any iterable, a torch DataLoader too. A thread of its own reads it, `lookahead`
@@ -134,9 +136,10 @@ def lookahead(
             (`bagpipe.data.base.Batch.without_ids`): an oracle process would copy them. The
             embeddings are then called with what `sparse` finds in the result.
         move: takes a batch, or what `hand_out` made of it, up to `prefetch_depth` steps ahead in
-            the training loop's thread. It returns C-contiguous float32 or int32 arrays, which go to
-            the device of `embeddings` along with the plan, and a function that makes of their
-            tensors what the iteration yields::
+            the training loop's thread, so conversions belong in `hand_out`. An error in it ends the
+            iteration at once. It returns C-contiguous float32 or int32 arrays, which go to the
+            device of `embeddings` along with the plan, and a function that makes of their tensors
+            what the iteration yields::
 
                 def move(batch):
                     return [batch.dense, batch.labels], lambda tensors: (

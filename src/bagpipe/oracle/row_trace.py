@@ -52,7 +52,7 @@ class Trace:
     batches: tuple[DedupedBatch[None], ...]
     num_trainers: int = 1
     num_hosts: int = 1
-    """How many hosts the trainers are on, equally many on each, up to one."""
+    """How many hosts the trainers are on. Hosts differ by at most one trainer."""
 
     @property
     def nbytes(self) -> int:
