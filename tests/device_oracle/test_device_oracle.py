@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from tests.planning import plan_for_one
 
 from bagpipe.device_oracle import Planner, entering, planning
 from bagpipe.device_oracle import oracle as oracle_module
+from bagpipe.device_oracle.oracle import DeviceOracle, check_rows
 from bagpipe.device_oracle.read_back import read_back
-from bagpipe.errors import CacheTooSmallError, DataError
+from bagpipe.device_oracle.state import Capacity, Window
+from bagpipe.errors import CacheTooSmallError, ConfigError, DataError
 from bagpipe.feed.stream import StreamOptions
 from bagpipe.optimizers import SGD
 from bagpipe.oracle import DedupedBatch, Oracle, checked, dedup
@@ -25,6 +29,7 @@ from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.plan import StepPlan
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
 
+META = torch.device("meta")  # has no memory
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -212,3 +217,45 @@ def test_a_batch_of_more_rows_than_slots_is_refused_with_step_need_and_limit() -
     batches = [*few, Jagged(keys=("f",), values=np.arange(20), batch_size=20)]
     with pytest.raises(CacheTooSmallError, match=r"step 43 uses 20 unique .* has 15 slots"):
         list(plan_on_device(make_planner(group, num_slots=15, first_step=40), batches))
+
+
+def test_more_places_than_have_numbers_are_refused() -> None:
+    capacity = Capacity(
+        max_lookups=2**29,
+        max_bags=1,
+        max_uniques=2**28,
+        is_jagged=False,
+        is_weighted=False,
+        is_wide=False,
+    )
+    with pytest.raises(ConfigError, match="take a shorter lookahead"):
+        DeviceOracle(
+            one_table(2**29), Window(num_slots=9, lookahead=0, prefetch_depth=1), META, capacity
+        )
+
+
+def test_rows_of_all_groups_may_take_an_eighth_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    properties = SimpleNamespace(total_memory=8 * 8 * 1_500)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    group = one_table(1_000)
+    check_rows([group], torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"8 bytes of each of 2,000 rows .* more than 12.5%"):
+        check_rows([group, group], torch.device("cuda"))
+
+
+def test_no_graph_is_captured_for_a_capacity_that_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may grow while the trainer's thread waits for its turn."""
+    oracle = DeviceOracle(
+        one_table(100), Window(num_slots=9, lookahead=1, prefetch_depth=1), torch.device("cpu")
+    )
+    oracle._can_capture, oracle._num_plans = True, 99
+
+    class Grows(nullcontext[None]):
+        def __enter__(self) -> None:
+            oracle._num_plans = 0
+
+    monkeypatch.setattr(oracle, "_issuing", Grows())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: pytest.fail("captures"))
+    oracle.capture_if_due()

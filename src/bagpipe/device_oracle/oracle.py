@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -49,11 +49,7 @@ class DeviceOracle:
             window: The cache, and how far the oracle sees.
             device: Where it runs.
             capacity: The largest batch to expect; by default it grows with the batches.
-
-        Raises:
-            ConfigError: What is kept of each row takes too much of the device's memory.
         """
-        _check_rows(group, device)
         self.group, self.window, self._device = group, window, device
         small = Capacity(
             max_lookups=1,
@@ -132,9 +128,11 @@ class DeviceOracle:
 
         No other thread may wait for the whole device meanwhile, so the trainer's thread calls it.
         """
-        if self._num_plans < _PLANS_BEFORE_CAPTURE or not self._can_capture or self._graphs:
+        if not self._is_capture_due:
             return
         with self._issuing:
+            if not self._is_capture_due:  # it has grown since
+                return
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             try:
                 for function in (self._enter, self._plan):
@@ -150,6 +148,11 @@ class DeviceOracle:
                     self.group.name,
                     error,
                 )
+
+    @property
+    def _is_capture_due(self) -> bool:
+        is_settled = self._num_plans >= _PLANS_BEFORE_CAPTURE
+        return is_settled and self._can_capture and not self._graphs
 
     def _with_room_for(self, staged: StagedIds) -> Capacity:
         lookups = staged.lookups
@@ -190,14 +193,16 @@ def functions_for(device: torch.device) -> tuple[Function, Function]:
     return entering.enter, planning.plan
 
 
-def _check_rows(group: Group, device: torch.device) -> None:
+def check_rows(groups: Sequence[Group], device: torch.device) -> None:
+    """Raises ConfigError if what is kept of each row takes too much of the device's memory."""
     if device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    needed = _BYTES_A_ROW * group.num_rows
+    num_rows = sum(group.num_rows for group in groups)
+    needed = _BYTES_A_ROW * num_rows
     if needed > MAX_SHARE_OF_ROWS * total:
         raise ConfigError(
-            f"{group.name}: the oracle on the device keeps {_BYTES_A_ROW} bytes of each of "
-            f"{group.num_rows:,} rows, {needed / 2**30:.1f} GiB, which is more than "
-            f"{MAX_SHARE_OF_ROWS:.1%} of the device's {total / 2**30:.1f} GiB: plan on the host"
+            f"the oracle on the device keeps {_BYTES_A_ROW} bytes of each of {num_rows:,} rows of "
+            f"all tables, {needed / 2**30:.1f} GiB, which is more than {MAX_SHARE_OF_ROWS:.1%} of "
+            f"the device's {total / 2**30:.1f} GiB: plan on the host (oracle = 'process')"
         )

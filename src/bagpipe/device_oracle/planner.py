@@ -19,7 +19,7 @@ from bagpipe.cache.device_plan import PlanOnDevice
 from bagpipe.cache.overlap import Staging
 from bagpipe.device_oracle import alerts
 from bagpipe.device_oracle.made import Kind, Moves, plan_on_device
-from bagpipe.device_oracle.oracle import DeviceOracle
+from bagpipe.device_oracle.oracle import DeviceOracle, check_rows
 from bagpipe.device_oracle.staged import StagedIds, stage
 from bagpipe.device_oracle.state import BATCH_SIZE, NUM_USED_SLOTS, PLANS_BEYOND, STEP, Window
 from bagpipe.errors import BagpipeError, ConfigError, DataError
@@ -49,7 +49,12 @@ class Planner:
     """The oracle of all groups on one device. `plan` runs in one thread."""
 
     def __init__(self, options: StreamOptions, device: torch.device) -> None:
-        """Makes nothing yet on the device: how far it looks, the first batch decides."""
+        """Makes nothing yet on the device: how far it looks, the first batch decides.
+
+        Raises:
+            ConfigError: What is kept of each row takes too much of the device's memory.
+        """
+        check_rows(options.groups, device)
         self.options, self._device = options, device
         is_cuda = device.type == "cuda"
         self.num_plans = options.prefetch_depth + PLANS_BEYOND

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from bagpipe.errors import ConfigError
 from bagpipe.plan import MAX_PIECE_LENGTH
 from bagpipe.types import Group
 
@@ -25,6 +26,7 @@ SPARE = 1024
 but writes of thousands of threads to one address take turns."""
 NEVER = 2**30
 """A next use that nobody knows."""
+_MAX_PLACES = 2**31 - 1 - SPARE
 PLANS_BEYOND = 6
 """Plans that are kept besides those of the prefetch depth: of steps that the device computes, and
 of those that wait for the trainer."""
@@ -182,7 +184,17 @@ def make_state(
         capacity: The largest batch; no less than that of `old`.
         device: Where the tensors are.
         old: What to go on from. It must not be used any more.
+
+    Raises:
+        ConfigError: So many batches of so many rows have more places than there are numbers.
     """
+    num_places = window.ring_length * capacity.max_uniques
+    if num_places > _MAX_PLACES:
+        raise ConfigError(
+            f"{group.name}: a lookahead of {window.lookahead:,} batches, of up to "
+            f"{capacity.max_uniques:,} unique rows each, takes {num_places:,} places, and the "
+            f"oracle on the device has {_MAX_PLACES:,}: take a shorter lookahead"
+        )
     made = _Maker(group, window, capacity, device)
     tensors = made.fixed() if old is None else {n: getattr(old, n) for n in _OF_GROUP_AND_CACHE}
     tensors |= made.of_capacity()
