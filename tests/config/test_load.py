@@ -131,8 +131,12 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ),
         (
             "cache.size = '4 gigs'",
-            "or input should be a valid integer, or memory such as '4GiB' or '4GB', or a share "
-            "such as '2%'",
+            "or input should be a valid integer, or input should be memory such as '4GiB' or "
+            "'4GB', or input should be a share such as '2%'",
+        ),
+        (
+            "cache.lookahead_memory = '4 gigs'",
+            "cache.lookahead_memory = \"4 gigs\": input should be memory such as '4GiB' or '4GB'",
         ),
         ("train = {epochs = 1, steps = 2}", "epochs = 1 and steps = 2 are both given"),
         ("model.bottom = [8]", "model.bottom ends with 8 but embeddings.embedding_dim is 64"),

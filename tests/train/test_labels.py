@@ -254,20 +254,22 @@ def test_labels_of_one_column_have_names_and_limits(tmp_path: Path) -> None:
     assert {tuple(row) for row in found.tolist()} == {(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)}
 
 
-def test_data_without_all_labels_are_predicted_and_not_scored(
-    prepared: Path, tmp_path: Path
-) -> None:
-    trained(prepared, tmp_path / "run", train=EVALUATED | {"steps": 5})
+def test_data_without_all_labels_are_predicted_and_not_scored(tmp_path: Path) -> None:
+    labels = [LABELS[0], LABELS[1] | {"name": "kept"}]
+    prepare_clicks(tmp_path / "two", click_columns(), labels=labels, weight="weight")
+    trained(tmp_path / "two", tmp_path / "run", train=EVALUATED | {"steps": 5})
     file = write_clicks(tmp_path / "some.parquet", click_columns(bought=None))
     prepare_clicks(tmp_path, click_columns(), weight="weight")  # the same ids, one label
-    for data in (file, tmp_path / "prepared"):
+    for data, fact in (
+        (file, "some.parquet: lacks a label to be compared with (clicked, bought)"),
+        (tmp_path / "prepared", "prepared: lacks a label to be compared with (clicked, kept)"),
+    ):
         result = invoke("eval", tmp_path / "run", data)
         assert result.exit_code == 2
-        assert "lacks the labels" in result.stderr
-        assert "(clicked, bought)" in result.stderr
+        assert fact in result.stderr
         output = tmp_path / "scores.parquet"
         assert invoke("predict", tmp_path / "run", data, "-o", output).exit_code == 0
-        assert pq.read_table(output).column_names == ["score_clicked", "score_bought"]
+        assert pq.read_table(output).column_names == ["score_clicked", "score_kept"]
 
 
 def test_a_saved_models_logits_keep_their_labels(prepared: Path, tmp_path: Path) -> None:

@@ -73,9 +73,8 @@ def evaluate(
 
         if not scored.has_labels:
             raise DataError(
-                f"{data}: lacks the labels to be compared with, which are columns like those of "
-                f"training ({', '.join(loaded.of.label_names)}): give data that have them, or "
-                "predict them (bagpipe predict)"
+                f"{data}: lacks a label to be compared with ({', '.join(scored.labels)}): give "
+                "data that have all, or predict them (bagpipe predict)"
             )
         if scored.weight is not None and not scored.source.has_weights:
             raise DataError(

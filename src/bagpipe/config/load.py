@@ -24,8 +24,8 @@ from bagpipe.errors import ConfigError
 S = TypeVar("S", bound=Section)
 _MAX_SHOWN = 100
 _PATTERNS = {
-    MEMORY_PATTERN: "memory such as '4GiB' or '4GB'",
-    SHARE_PATTERN: "a share such as '2%'",
+    MEMORY_PATTERN: "input should be memory such as '4GiB' or '4GB'",
+    SHARE_PATTERN: "input should be a share such as '2%'",
 }
 _OPENS_TOML = ("[", "{", '"', "'")
 

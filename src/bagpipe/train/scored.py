@@ -29,8 +29,10 @@ class ScoredData:
     source: BatchSource
     name: str
     """What a message calls it."""
+    labels: tuple[str, ...]
+    """What the data call the model's labels: their columns in raw files, else their names."""
     has_labels: bool = True
-    """Whether the data have all labels of the model."""
+    """Whether the data have all of these."""
     weight: str | None = None
     """The column with the weights by which the run's scores count samples, if they do."""
 
@@ -54,11 +56,10 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
         own = config.data
         if isinstance(own, PreparedData):
             own = own.model_copy(update={"shuffle": False})
-        return _part_of(own, split, weight_of(of))
+        return _part_of(own, split, of)
     if (data / MANIFEST_NAME).is_file():
         check_ids(of, data)
         features = any_split(config).features
-        weight = weight_of(of)
         there = [label.name for label in PreparedManifest.load(data).all_labels]
         has_labels = len(of.label_names) == 1 == len(there) or set(of.label_names) <= set(there)
         other = PreparedData(
@@ -66,9 +67,9 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
             folder=data,
             features=tuple(spec.name for spec in features),
             labels=of.label_names if has_labels and len(there) > 1 else None,
-            ignore_weights=weight is None,
+            ignore_weights=weight_of(of) is None,
         )
-        scored = replace(_part_of(other, split, weight), has_labels=has_labels)
+        scored = replace(_part_of(other, split, of), has_labels=has_labels)
         if scored.source.features == features:
             return scored
         return replace(scored, source=KnownIds(source=scored.source, features=features))
@@ -94,7 +95,13 @@ def open_scored(of: SavedModel, data: Path | None, split: str | None) -> ScoredD
         weight,
         is_criteo=is_criteo,
     )
-    return ScoredData(source=rows, name=str(data), has_labels=rows.has_labels, weight=weight)
+    return ScoredData(
+        source=rows,
+        name=str(data),
+        labels=tuple(label.column for label in labels),
+        has_labels=rows.has_labels,
+        weight=weight,
+    )
 
 
 def weight_of(of: SavedModel) -> str | None:
@@ -159,7 +166,7 @@ def _keeps_ids(
     return np.array_equal(known, found[: len(known)])
 
 
-def _part_of(config: DataConfig, split: str | None, weight: str | None) -> ScoredData:
+def _part_of(config: DataConfig, split: str | None, of: SavedModel) -> ScoredData:
     if split is not None and split not in _SPLITS:
         raise ConfigError(f"--split {split}: must be {', '.join(_SPLITS)}")
     chosen: Split = next(
@@ -167,5 +174,9 @@ def _part_of(config: DataConfig, split: str | None, weight: str | None) -> Score
     )
     for each in _SPLITS:
         chosen = each if each == split else chosen
-    source = open_source(config, chosen)
-    return ScoredData(source=source, name=chosen, weight=weight)
+    return ScoredData(
+        source=open_source(config, chosen),
+        name=chosen,
+        labels=of.label_names,
+        weight=weight_of(of),
+    )
