@@ -23,7 +23,7 @@ from bagpipe.config.rates import PlateauRate
 from bagpipe.data import open_source
 from bagpipe.data.base import Batch
 from bagpipe.data.check import check_batch
-from bagpipe.errors import ConfigError, DataError
+from bagpipe.errors import CheckpointError, ConfigError, DataError
 from bagpipe.models import RankingModel
 from bagpipe.train.evaluate import evaluate
 from bagpipe.train.loop import Result
@@ -273,12 +273,20 @@ def test_data_without_all_labels_are_predicted_and_not_scored(tmp_path: Path) ->
 
 
 def test_a_saved_models_logits_keep_their_labels(prepared: Path, tmp_path: Path) -> None:
-    """Another order would score each by the other's label."""
-    trained(prepared, tmp_path, train=EVALUATED | {"steps": 5})
-    result = invoke("eval", tmp_path, "--set", 'data.labels=["bought", "clicked"]')
+    """Another order would score each, or go on with it, by the other's label."""
+    run = tmp_path / "run"
+    trained(prepared, run, train=EVALUATED | {"steps": 5})
+    result = invoke("eval", run, "--set", 'data.labels=["bought", "clicked"]')
     assert result.exit_code == 2
     assert "--set data.labels: the logits of" in result.stderr
     assert "in their order (all of the data): leave the option out" in result.stderr
+    data = {"labels": ["bought", "clicked"]}
+    config = click_config(prepared, tmp_path / "next", model=TWO, data=data)
+    fact = (
+        r"labels come in the order \['clicked', 'bought'\] there and \['bought', 'clicked'\] here"
+    )
+    with pytest.raises(CheckpointError, match=fact):
+        train(config, reporter=Listener(), start_from=run)
 
 
 @pytest.mark.parametrize(

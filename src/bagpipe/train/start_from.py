@@ -7,7 +7,7 @@ of its folder, and in its log.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from bagpipe.checkpoint.other_tables import (
     moves_between,
 )
 from bagpipe.config.run import RunConfig
+from bagpipe.data.base import BatchSource, FeatureSpec
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import BagpipeError, CheckpointError, ConfigError
 from bagpipe.native.files import replaced
@@ -144,14 +145,15 @@ class StartFrom:
         self._config = config_of(saved)
         there, here = _groups_of(saved, self._config), run.embeddings.groups
         different = list(differences(there, here))
-        features = _features_of(saved, self._config)
+        data = _data_of(saved, self._config)
         known = [table.name for group in there for table in group.tables]
-        if features is not None:
-            different += _feature_differences(features, here)
+        if data is not None:
+            different += _feature_differences(_by_table(data.features), here)
+            different += _label_differences(data.label_names, run.source.label_names)
         model = self._config.model.kind
         if model != run.config.model.kind:
             different.append(f"model.kind is {model!r} there and {run.config.model.kind!r} here")
-        num_known = len(known) if features is None else sum(map(len, features.values()))
+        num_known = len(known if data is None else data.features)
         now = sum(len(group.features) for group in here)
         self._has_more = now > num_known
         self._moves = moves_between(there, here)
@@ -254,16 +256,20 @@ def _groups_of(saved: SavedRun, config: RunConfig) -> tuple[Group, ...]:
     return groups
 
 
-def _features_of(saved: SavedRun, config: RunConfig) -> dict[str, list[str]] | None:
-    """The features of each table of a run; None where its data are not there to tell."""
+def _data_of(saved: SavedRun, config: RunConfig) -> BatchSource | None:
+    """Data of a run, for what they tell of it; None where they are not there."""
     data = config.data
     try:
         content = saved.config["data"].get("content")
         if data.kind == "prepared" and data_content(data.folder) != content:
             return None
-        features = any_split(config).features
+        return any_split(config)
     except BagpipeError:
         return None
+
+
+def _by_table(features: Iterable[FeatureSpec]) -> dict[str, list[str]]:
+    """The names of each table's features."""
     found: dict[str, list[str]] = {}
     for spec in features:
         found.setdefault(spec.table, []).append(spec.name)
@@ -284,3 +290,9 @@ def _feature_differences(
     now = [name for group in groups for name in group.features if name in known]
     if sorted(now) == sorted(known) and now != known:
         yield f"features come in the order {known} there and {now} here"
+
+
+def _label_differences(there: Sequence[str], here: Sequence[str]) -> Iterator[str]:
+    """Tells where each logit would go on with another one's label."""
+    if sorted(here) == sorted(there) and here != there:
+        yield f"labels come in the order {list(there)} there and {list(here)} here"
