@@ -30,6 +30,8 @@ VARYING = (
     "long_uniques long_offsets"
 ).split()
 """Arguments whose value, or for a plan's arrays whose alignment, must not start a compilation."""
+_LONG = 1 << 31
+"""Integers from here on are passed in 64 bits."""
 _ALIGNMENT = 16
 """Bytes: Triton compiles in whether an address is a multiple of it."""
 
@@ -102,7 +104,15 @@ class Kernel:
         if not self._is_compiled:
             self._jit[(num_programs,)](*arguments, **constants)
             return
-        kinds = [_kind(argument) for argument in arguments]
+        # What the code depends on; in line, since calls would take the trainer's thread 5 us more.
+        kinds = [
+            argument.dtype
+            if isinstance(argument, Tensor)
+            else _LONG
+            if isinstance(argument, int) and argument >= _LONG
+            else type(argument)
+            for argument in arguments
+        ]
         key = (torch.cuda.current_device(), num_warps, *constants.values(), *kinds)
         variant = self._variants.get(key)
         if variant is None:
@@ -115,14 +125,6 @@ class Kernel:
             for argument in arguments
         ]
         variant[(num_programs, 1, 1)](*passed, *constants.values())
-
-
-def _kind(argument: Argument) -> object:
-    """What the compiled code depends on."""
-    if isinstance(argument, Tensor):
-        return argument.dtype
-    is_long = isinstance(argument, int) and argument >= 1 << 31  # then it is passed in 64 bits
-    return type(argument), is_long
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
