@@ -129,8 +129,9 @@ def lookahead(
             once for all of that host. `batches` and `sparse` must be picklable then, and as with a
             DataLoader's workers a script needs ``if __name__ == "__main__":``. "device" reads in
             threads and plans on the device of `embeddings`, for a single trainer; the host then
-            only reads and moves rows. With it lookahead="auto" is what fits `lookahead_memory`, at
-            most 256 batches, and the window grows to that by one batch a step.
+            only reads and moves rows. With it lookahead="auto" is how many batches of the first
+            one's size fit `lookahead_memory`, at most 256, and the window grows to that by one
+            batch a step. Where later batches are larger, the memory grows with them.
         hand_out: makes of each batch, where it is read and planned, what goes on from there. Leave
             out here what training does not need, above all the ids
             (`bagpipe.data.base.Batch.without_ids`): an oracle process would copy them. The
