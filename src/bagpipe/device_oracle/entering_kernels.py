@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from bagpipe.cache.triton_launch import Kernel
+from bagpipe.cache.triton_launch import Kernel, device_function
 
 
 @Kernel
@@ -56,6 +56,14 @@ def rows(
     tl.atomic_min(first_bad, bad.to(tl.int64), mask=bad < size)
 
 
+@device_function
+def shard_of(
+    row: tl.tensor, LINE_BITS: tl.constexpr, SHARD_BITS: tl.constexpr, MULTIPLIER: tl.constexpr
+) -> tl.tensor:
+    """That of `bagpipe.topology.shard_of`, of int64 rows."""
+    return (((row >> LINE_BITS) * MULTIPLIER) >> (64 - SHARD_BITS)) & ((1 << SHARD_BITS) - 1)
+
+
 @Kernel
 def firsts(
     sorted_rows: tl.tensor,
@@ -75,7 +83,7 @@ def firsts(
     before = tl.load(sorted_rows + place - 1, mask=inside & (place > 0), other=-1).to(tl.int64)
     first = inside & (row < num_rows) & (row != before)
     tl.store(is_first + place, first.to(tl.int32), mask=inside)
-    shard = (((row >> LINE_BITS) * MULTIPLIER) >> (64 - SHARD_BITS)) & ((1 << SHARD_BITS) - 1)
+    shard = shard_of(row, LINE_BITS, SHARD_BITS, MULTIPLIER)
     mark = shard * size + tl.load(order + place, mask=inside, other=0)
     tl.store(marks + mark, tl.full((TILE,), 1, tl.int32), mask=first)
 
@@ -103,7 +111,7 @@ def runs(
     row = tl.load(sorted_rows + place, mask=inside, other=num_rows).to(tl.int64)
     run = tl.load(runs + place, mask=inside, other=0) - 1
     first = inside & (tl.load(is_first + place, mask=inside, other=0) != 0)
-    shard = (((row >> LINE_BITS) * MULTIPLIER) >> (64 - SHARD_BITS)) & ((1 << SHARD_BITS) - 1)
+    shard = shard_of(row, LINE_BITS, SHARD_BITS, MULTIPLIER)
     mark = shard * size + tl.load(order + place, mask=inside, other=0)
     number = tl.load(numbers + mark, mask=first, other=1) - 1
     tl.store(starts + run, place, mask=first & (run < room))
