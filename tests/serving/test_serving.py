@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,23 @@ def test_altered_tables_are_found_when_asked_to(
     assert isinstance(bagpipe.serving.load(folder), ServedModel)
     with pytest.raises(DataError, match=r"tables\.safetensors: is damaged"):
         bagpipe.serving.load(folder, verify=True)
+
+
+def test_a_warning_of_torch_on_its_own_bytes_is_not_passed_on(
+    exported: tuple[SavedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, told = torch.export.load, ["The given buffer is not writable, and PyTorch does not .."]
+
+    def warn_and_load(path: Path) -> Any:
+        for message in told:
+            warnings.warn(message, UserWarning, stacklevel=2)
+        return load(path)
+
+    monkeypatch.setattr(torch.export, "load", warn_and_load)  # as torch 2.11 does
+    assert isinstance(bagpipe.serving.load(exported[1]), ServedModel)
+    told.append("The program is of an older torch")
+    with pytest.warns(UserWarning, match="of an older torch"):
+        bagpipe.serving.load(exported[1])
 
 
 def test_nothing_is_exported_over_something(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -132,7 +133,10 @@ def _load_dense_part(path: Path, manifest: ExportManifest) -> Callable[[Tensor, 
     from torch.export import load as load_program  # a second, and not needed to look at a request
 
     try:
-        program: Any = load_program(path)
+        with warnings.catch_warnings():
+            # torch 2.11 reads constants from bytes, to which nothing writes
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            program: Any = load_program(path)
     except Exception as error:  # torch raises what it likes
         raise DataError(
             f"{path}: torch {torch.__version__} can't read it, which torch "
