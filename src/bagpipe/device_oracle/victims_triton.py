@@ -1,11 +1,13 @@
-"""`victims.choose_victims` in Triton: three passes over the slots, and two tiny programs between.
+"""`victims.choose_victims` in Triton: four passes over the slots.
 
-    keys     each slot's key, and the histogram of the keys' upper halves
-    bin      (one program) the upper half of the key down to which slots go
-    lower    the histogram of the lower halves of the keys in that bin
-    bin      (one program) its lower half
+    keys     each slot's key, and the histogram of the keys' first digits
+    narrow   (twice) the histogram of the next digit, of the keys that begin as the last one does
     count    how many slots of each tile go, for sure or if there is room
-    write    the slots, once running sums over tiles say where
+    write    the slots, once sums over the tiles before say where
+
+The *last key* is that down to which slots go. Each pass finds one digit more of it, from the
+histogram of the pass before. `tl.histogram` takes work for each pair of an element and 32 bins,
+whatever the keys are. So digits are short: 2,048 bins took eight times as long as 256.
 
 Slots are a few megabytes, so each pass takes microseconds. Sums are of integers: their order
 decides nothing.
@@ -13,16 +15,22 @@ decides nothing.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from bagpipe.cache.triton_launch import Kernel, Tiling, device_function, on_device_of
 from bagpipe.device_oracle.state import NEVER, State
-from bagpipe.device_oracle.victims import EMPTY, HALF_BITS, MAX_AGE, NUM_BINS, UNUSED
+from bagpipe.device_oracle.victims import EMPTY, HALF_BITS, MAX_AGE, UNUSED
 
-_TILING = Tiling(elements=4096, per_thread=16)
-_WARPS_OF_BINS = 4
+_TILING = Tiling(elements=2048, per_thread=16)
+_DIGITS = (8, 7, 7)
+"""Bits of the digits of a key, the first one first."""
+assert sum(_DIGITS) == 2 * HALF_BITS
+_GROUP = 128
+"""Tiles whose counts are summed, so that nobody reads all counts before its own."""
 
 
 def choose_victims(state: State, number: Tensor) -> Tensor:
@@ -30,12 +38,18 @@ def choose_victims(state: State, number: Tensor) -> Tensor:
     num_slots, device = state.window.num_slots, state.planned.device
     tile = _TILING.of(1)
     num_tiles = tile.count(num_slots)
-    keys = torch.empty(num_slots, dtype=torch.int32, device=device)
-    histograms = torch.zeros((2, NUM_BINS), dtype=torch.int32, device=device)
-    bins = torch.zeros((2, 2), dtype=torch.int64, device=device)
-    counts = torch.empty((2, num_tiles), dtype=torch.int32, device=device)
-    victims = torch.zeros(state.capacity.max_uniques, dtype=torch.int64, device=device)
-    sizes = {"TILE": tile.rows, "BITS": HALF_BITS}
+    num_groups = -(-num_tiles // _GROUP)
+
+    def ints(length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.int32, device=device)
+
+    keys, counts = ints(num_tiles * tile.rows), ints(2 * num_tiles)
+    found = [ints(2) for _ in _DIGITS]
+    lengths = [1 << bits for bits in _DIGITS]
+    zeros = torch.zeros(sum(lengths) + 2 * num_groups, dtype=torch.int32, device=device)
+    *histograms, groups = zeros.split_with_sizes([*lengths, 2 * num_groups])
+    victims = torch.empty(state.capacity.max_uniques, dtype=torch.int64, device=device)
+    sizes, warps, rest = {"TILE": tile.rows}, tile.num_warps, sum(_DIGITS) - _DIGITS[0]
     with on_device_of(keys):
         _keys.launch(
             num_tiles,
@@ -50,21 +64,32 @@ def choose_victims(state: State, number: Tensor) -> Tensor:
                 num_slots,
                 state.num_rows,
             ),
-            sizes | {"NEVER": NEVER, "UNUSED": UNUSED, "EMPTY": EMPTY, "MAX_AGE": MAX_AGE},
-            tile.num_warps,
+            sizes
+            | {"BITS": _DIGITS[0], "REST": rest}
+            | {"NEVER": NEVER, "UNUSED": UNUSED, "EMPTY": EMPTY, "MAX_AGE": MAX_AGE},
+            warps,
         )
-        _bin.launch(1, (histograms[0], number, None, bins[0]), {"BITS": HALF_BITS}, _WARPS_OF_BINS)
-        _lower.launch(num_tiles, (keys, bins[0], histograms[1], num_slots), sizes, tile.num_warps)
-        _bin.launch(
-            1, (histograms[1], number, bins[0], bins[1]), {"BITS": HALF_BITS}, _WARPS_OF_BINS
+        last: Tensor | None = None
+        for digit, (before, bits) in enumerate(pairwise(_DIGITS)):
+            rest -= bits
+            _narrow.launch(
+                num_tiles,
+                (keys, number, last, histograms[digit], histograms[digit + 1], found[digit]),
+                sizes | {"BEFORE": before, "BITS": bits, "REST": rest},
+                warps,
+            )
+            last = found[digit]
+        _count.launch(
+            num_tiles,
+            (keys, number, last, histograms[-1], found[-1], counts, groups, num_tiles),
+            sizes | {"BEFORE": _DIGITS[-1], "GROUP": _GROUP},
+            warps,
         )
-        _count.launch(num_tiles, (keys, bins, counts, num_slots, num_tiles), sizes, tile.num_warps)
-        ends = running_sums(counts)
         _write.launch(
             num_tiles,
-            (keys, bins, number, counts, ends, victims, num_slots, num_tiles),
-            sizes,
-            tile.num_warps,
+            (keys, found[-1], counts, groups, victims, num_tiles),
+            sizes | {"GROUP": _GROUP},
+            warps,
         )
     return victims
 
@@ -88,6 +113,35 @@ def _add_histogram(
     tl.atomic_add(histogram + tl.arange(0, 1 << BITS), counts, mask=counts > 0)
 
 
+@device_function
+def _next_digit(
+    histogram: tl.tensor,
+    number: tl.tensor,
+    last: tl.tensor,
+    found: tl.tensor,
+    BITS: tl.constexpr,
+) -> tl.tensor:
+    """The last key's digits up to that of the histogram: the greatest with enough keys from it on.
+
+    If all above bin 0 are too few, the digit is 0. One program writes the digits to `found`, and
+    how many slots of the keys that begin with them go; `last` is what it wrote a digit before.
+    """
+    bins = tl.arange(0, 1 << BITS)
+    counts = tl.load(histogram + bins)
+    from_bin = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
+    if last is not None:
+        digits, needed = tl.load(last), tl.load(last + 1)
+    else:
+        digits, needed = 0, tl.load(number).to(tl.int32)
+    digit = tl.max(tl.where(from_bin >= needed, bins, 0), axis=0)
+    above = tl.sum(tl.where(bins > digit, counts, 0), axis=0)
+    digits = (digits << BITS) + digit
+    is_writer = tl.program_id(0) == 0
+    tl.store(found, digits, mask=is_writer)
+    tl.store(found + 1, needed - above, mask=is_writer)
+    return digits
+
+
 @Kernel
 def _keys(
     next_uses: tl.tensor,
@@ -101,6 +155,7 @@ def _keys(
     num_rows: tl.tensor,
     TILE: tl.constexpr,
     BITS: tl.constexpr,
+    REST: tl.constexpr,
     NEVER: tl.constexpr,
     UNUSED: tl.constexpr,
     EMPTY: tl.constexpr,
@@ -108,105 +163,103 @@ def _keys(
 ) -> None:
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = slot < num_slots
+    # Four slots at a time, of 16 bytes. There are spare ones behind the last.
+    near = (slot // 4) <= ((num_slots - 1) // 4)
     step = tl.load(planned).to(tl.int32)
-    next_use = tl.load(next_uses + slot, mask=inside, other=0)
-    last_use = tl.load(last_uses + slot, mask=inside, other=0)
-    row = tl.load(rows_of_slots + slot, mask=inside, other=0)
+    next_use = tl.load(next_uses + slot, mask=near, other=0)
+    last_use = tl.load(last_uses + slot, mask=near, other=0)
+    row = tl.load(rows_of_slots + slot, mask=near, other=0)
     age = tl.minimum(tl.maximum(step - last_use, 1), MAX_AGE)
     ahead = tl.minimum(tl.maximum(next_use - step, 1), UNUSED - 1)
     key = tl.where(next_use == NEVER, UNUSED + age, ahead)
     key = tl.where(last_use < tl.load(settled).to(tl.int32), key, 0)
     key = tl.where(row == num_rows, EMPTY, key)
-    tl.store(keys + slot, key, mask=inside)
-    # Threads that count in one bin take turns. Most keys are in two: those with a known next use,
-    # in bin 0, which `_bin` finds without its count; and those used not long ago.
-    upper = key >> BITS
-    is_unused = inside & (upper == (UNUSED >> BITS))
-    num_unused = tl.sum(is_unused.to(tl.int32), axis=0)
-    tl.atomic_add(histogram + (UNUSED >> BITS), num_unused, mask=num_unused > 0)
-    _add_histogram(histogram, upper, inside & (upper != 0) & (is_unused == 0), BITS)
+    # Keys go on to the end of the last tile: behind the last slot they are like no other.
+    tl.store(keys + slot, tl.where(inside, key, -1))
+    _add_histogram(histogram, key >> REST, inside, BITS)
 
 
 @Kernel
-def _lower(
+def _narrow(
     keys: tl.tensor,
-    upper: tl.tensor,
-    histogram: tl.tensor,
-    num_slots: tl.tensor,
-    TILE: tl.constexpr,
-    BITS: tl.constexpr,
-) -> None:
-    slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    key = tl.load(keys + slot, mask=slot < num_slots, other=0)
-    is_in_bin = (slot < num_slots) & ((key >> BITS) == tl.load(upper))
-    _add_histogram(histogram, key & ((1 << BITS) - 1), is_in_bin, BITS)
-
-
-@Kernel
-def _bin(
-    histogram: tl.tensor,
     number: tl.tensor,
-    upper: tl.tensor,
+    last: tl.tensor,
+    before: tl.tensor,
+    histogram: tl.tensor,
     found: tl.tensor,
+    TILE: tl.constexpr,
+    BEFORE: tl.constexpr,
     BITS: tl.constexpr,
+    REST: tl.constexpr,
 ) -> None:
-    """Writes the greatest bin down to which there are enough values, and how many lie above it.
-
-    If all above bin 0 are too few, it is bin 0, however many it has.
-    """
-    bins = tl.arange(0, 1 << BITS)
-    counts = tl.load(histogram + bins)
-    from_bin = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
-    needed = tl.load(number).to(tl.int64)
-    if upper is not None:
-        needed -= tl.load(upper + 1)
-    bin = tl.max(tl.where(from_bin >= needed, bins, 0), axis=0)
-    tl.store(found, bin.to(tl.int64))
-    tl.store(found + 1, tl.sum(tl.where(bins > bin, counts, 0), axis=0).to(tl.int64))
+    key = tl.load(keys + tl.program_id(0) * TILE + tl.arange(0, TILE))
+    digits = _next_digit(before, number, last, found, BEFORE)
+    value = (key >> REST) & ((1 << BITS) - 1)
+    _add_histogram(histogram, value, (key >> (REST + BITS)) == digits, BITS)
 
 
 @Kernel
 def _count(
     keys: tl.tensor,
-    bins: tl.tensor,
+    number: tl.tensor,
+    last: tl.tensor,
+    before: tl.tensor,
+    found: tl.tensor,
     counts: tl.tensor,
-    num_slots: tl.tensor,
+    groups: tl.tensor,
     num_tiles: tl.tensor,
     TILE: tl.constexpr,
-    BITS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
-    slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    key = tl.load(keys + slot, mask=slot < num_slots, other=-1)
-    last = (tl.load(bins) << BITS) + tl.load(bins + 2)
-    tl.store(counts + tl.program_id(0), tl.sum((key > last).to(tl.int32), axis=0))
-    tl.store(counts + num_tiles + tl.program_id(0), tl.sum((key == last).to(tl.int32), axis=0))
+    tile = tl.program_id(0)
+    key = tl.load(keys + tile * TILE + tl.arange(0, TILE))
+    last_key = _next_digit(before, number, last, found, BEFORE)
+    num_greater = tl.sum((key > last_key).to(tl.int32), axis=0)
+    num_equal = tl.sum((key == last_key).to(tl.int32), axis=0)
+    num_groups = (num_tiles + GROUP - 1) // GROUP
+    tl.store(counts + tile, num_greater)
+    tl.store(counts + num_tiles + tile, num_equal)
+    tl.atomic_add(groups + tile // GROUP, num_greater, mask=num_greater > 0)
+    tl.atomic_add(groups + num_groups + tile // GROUP, num_equal, mask=num_equal > 0)
+
+
+@device_function
+def _sum_before(
+    counts: tl.tensor, groups: tl.tensor, tile: tl.tensor, GROUP: tl.constexpr
+) -> tl.tensor:
+    """The sum of the counts of the tiles before, of which groups are summed already."""
+    index, group = tl.arange(0, GROUP), tile // GROUP
+    found = tl.load(counts + group * GROUP + index, mask=index < tile % GROUP, other=0)
+    for start in range(0, group, GROUP):
+        is_before = start + index < group
+        found += tl.load(groups + start + index, mask=is_before, other=0)
+    return tl.sum(found, axis=0)
 
 
 @Kernel
 def _write(
     keys: tl.tensor,
-    bins: tl.tensor,
-    number: tl.tensor,
+    found: tl.tensor,
     counts: tl.tensor,
-    ends: tl.tensor,
+    groups: tl.tensor,
     victims: tl.tensor,
-    num_slots: tl.tensor,
     num_tiles: tl.tensor,
     TILE: tl.constexpr,
-    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
     tile = tl.program_id(0)
     slot = tile * TILE + tl.arange(0, TILE)
-    key = tl.load(keys + slot, mask=slot < num_slots, other=-1)
-    last = (tl.load(bins) << BITS) + tl.load(bins + 2)
-    greater_before = tl.load(ends + tile) - tl.load(counts + tile)
-    equal_before = tl.load(ends + num_tiles + tile) - tl.load(counts + num_tiles + tile)
-    # Of the slots with the last key the lower ones go, as many as are still wanted.
-    num_equal = (tl.load(number) - tl.load(bins + 1) - tl.load(bins + 3)).to(tl.int32)
-    is_equal = key == last
-    is_taken = (key > last) | (
-        is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=0) + equal_before <= num_equal)
-    )
-    before = greater_before + tl.minimum(equal_before, num_equal)
-    place = before + tl.cumsum(is_taken.to(tl.int32), axis=0) - 1
+    key = tl.load(keys + slot)
+    last_key, num_equal = tl.load(found), tl.load(found + 1)
+    num_groups = (num_tiles + GROUP - 1) // GROUP
+    greater_before = _sum_before(counts, groups, tile, GROUP)
+    equal_before = _sum_before(counts + num_tiles, groups + num_groups, tile, GROUP)
+    # Of the slots with the last key the lower ones go, as many as are still wanted. Both running
+    # sums in one: a tile has fewer than 2**16 slots.
+    is_greater, is_equal = key > last_key, key == last_key
+    sums = tl.cumsum(is_greater.to(tl.int32) + (is_equal.to(tl.int32) << 16), axis=0)
+    equal_up_to = equal_before + (sums >> 16)
+    is_taken = is_greater | (is_equal & (equal_up_to <= num_equal))
+    place = greater_before + (sums & 0xFFFF) + tl.minimum(equal_up_to, num_equal) - 1
     tl.store(victims + place, slot.to(tl.int64), mask=is_taken)
