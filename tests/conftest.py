@@ -1,14 +1,19 @@
-"""Test-wide rules: GPU tests are skipped where there is no GPU, no example has a deadline, and
-oracle processes start quickly.
+"""Test-wide rules: GPU tests are skipped where there is no GPU, no example has a deadline, threads
+that wait leave the cores to others, and oracle processes start quickly.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# OpenMP reads this when it is loaded. Its threads would spin for milliseconds after each loop
+# otherwise, on cores that other tests need, and the very threads that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # An example that compiles a loop, or runs beside other work, takes long once and is right.
 settings.register_profile("bagpipe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
