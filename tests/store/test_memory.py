@@ -88,3 +88,18 @@ def test_threads_share_a_call_and_change_nothing(monkeypatch: pytest.MonkeyPatch
         found.append((whole, touched_rows(store)))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+def test_materialized_rows_are_written_and_keep_what_was_written() -> None:
+    store, untouched = MemoryStore(make_group(), 0), MemoryStore(make_group(), 0)
+    written, rows = np.array([3, 8]), np.array([8, 1, 3, 1_299])
+    store.write(written, records_of(written))
+    store.materialize(rows)
+    store.materialize(rows)
+    assert list(touched_rows(store)) == [1, 3, 8, 1_299]
+    np.testing.assert_array_equal(fetch(store, written), records_of(written))
+    np.testing.assert_array_equal(
+        fetch(store, np.array([1, 1_299])), fetch(untouched, np.array([1, 1_299]))
+    )
+    with pytest.raises(StoreError, match="row 1,300 lies outside"):
+        store.materialize(np.array([0, 1_300]))

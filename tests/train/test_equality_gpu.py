@@ -49,6 +49,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"extra_slots": 30, "restarts": [11, 30]},
     {"extra_slots": 10_000},
     {"extra_slots": 30, "file": True},
+    {"extra_slots": 30, "store": MemoryStore, "restarts": [11, 30]},
     {"extra_slots": 0, "store": UnevenStore},
     {"extra_slots": 30, "store": UnevenStore, "prefetch_depth": 6},
     {"extra_slots": 0, "oracle": "device"},
@@ -62,7 +63,7 @@ def run(
 ) -> tuple[list[float], list[np.ndarray]]:
     """Losses and final records of one way to train the same batches."""
     batches = equality.skewed_batches(50)
-    store = variant.pop("store", MemoryStore)
+    store = variant.pop("store", None)
     if variant.pop("file", False):
         store = lambda group, seed: FileStore(  # noqa: E731
             group, seed, folder / str(group.index), existing="overwrite"

@@ -16,11 +16,11 @@ from bagpipe.lookups import GroupLookups
 from bagpipe.plan import GroupPlan, HostGroupPlan, Transfers
 from bagpipe.types import Int32Array, UInt8Array
 
-MovedArray: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+MovedArray: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64] | npt.NDArray[np.float32]
 """What moves to the device: 1-D arrays of a plan, arrays of any shape of a batch; C-contiguous."""
 
 _ALIGNMENT = 256
-_WORD = 4
+_WORD, _LONGEST_WORD = 4, 8
 _MAX_SPREAD = 1.5
 """How many times their own bytes arrays may spread over and still be copied from where they are."""
 
@@ -45,7 +45,7 @@ def all_to_device(arrays: Sequence[MovedArray], device: torch.device) -> list[Te
     if device.type == "cpu" or not arrays:
         return [torch.from_numpy(array) for array in arrays]
     places = [pa.py_buffer(array).address for array in arrays]  # numpy takes six times as long
-    begin = min(places)
+    begin = min(places) // _LONGEST_WORD * _LONGEST_WORD
     end = max(place + array.nbytes for place, array in zip(places, arrays, strict=True))
     shared = _shared_memory(arrays)
     if (
@@ -81,8 +81,11 @@ def _cut(words: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int
 
 
 def _as_array(words: Tensor, array: MovedArray) -> Tensor:
-    tensor = words if array.dtype == np.int32 else words.view(torch.float32)
+    tensor = words if array.dtype == np.int32 else words.view(_TORCH_DTYPES[array.dtype])
     return tensor if array.ndim == 1 else tensor.view(array.shape)
+
+
+_TORCH_DTYPES: Final = {np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32}
 
 
 def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
@@ -198,18 +201,28 @@ class DevicePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTransfers:
-    """The slots of one group's transfers on the device."""
+    """One group's transfers on the device: their slots, and rows where the device moves them."""
 
     evict_slots: Tensor  # (num_evicted,) int32
     fetch_slots: Tensor  # (num_fetched,) int32
+    evict_rows: Tensor | None = None  # (num_evicted,)
+    fetch_rows: Tensor | None = None  # (num_fetched,)
 
     @classmethod
-    def of(cls, transfers: Transfers, device: torch.device) -> DeviceTransfers:
-        """Moves the slots of `transfers` to `device` on the current stream."""
-        evict_slots, fetch_slots = all_to_device(
-            [transfers.evict_slots, transfers.fetch_slots], device
-        )
-        return cls(evict_slots=evict_slots, fetch_slots=fetch_slots)
+    def of(
+        cls, transfers: Transfers, device: torch.device, *, with_rows: bool = False
+    ) -> DeviceTransfers:
+        """Moves the slots of `transfers`, and their rows if asked for, on the current stream."""
+        names = _MOVES if with_rows else _MOVES[:2]
+        tensors = all_to_device([getattr(transfers, name) for name in names], device)
+        return cls(**dict(zip(names, tensors, strict=True)))
+
+
+def all_of(
+    transfers: Sequence[Transfers], device: torch.device, *, with_rows: bool
+) -> tuple[DeviceTransfers, ...]:
+    """`DeviceTransfers.of` each group's."""
+    return tuple(DeviceTransfers.of(group, device, with_rows=with_rows) for group in transfers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +296,7 @@ class DeviceGroup:
 
 
 _SCHEDULE: Final = ("unique_slots", "bags", "piece_offsets", "long_uniques", "long_offsets")
+_MOVES: Final = ("evict_slots", "fetch_slots", "evict_rows", "fetch_rows")
 _SENT: Final = ("replicas_overlapped", "replicas_urgent", "sync_urgent", "sync_overlapped")
 _APPLIED: Final = ("apply_urgent", "apply_overlapped")
 
@@ -295,6 +309,7 @@ def plan_to_device(
     num_features: int,
     device: torch.device,
     along: Sequence[MovedArray] = (),
+    with_rows: bool = False,
 ) -> DeviceGroup:
     """Moves one group's plan to a device on the current stream, by one copy.
 
@@ -306,6 +321,7 @@ def plan_to_device(
         num_features: The number of the group's features.
         device: Where the plan goes.
         along: Further arrays for the same copy.
+        with_rows: Whether the rows to move go there, too, with their slots.
     """
     if isinstance(plan, PlanOnDevice):
         return DeviceGroup(
@@ -316,7 +332,7 @@ def plan_to_device(
         )
     assert isinstance(plan, GroupPlan)
     schedule, exchange = plan.schedule, plan.exchange
-    arrays = {
+    arrays: dict[str, MovedArray | None] = {
         "inverse": plan.inverse,
         "bag_offsets": plan.bag_offsets,
         "bag_scales": plan.bag_scales,
@@ -327,9 +343,9 @@ def plan_to_device(
         "piece_offsets": schedule.piece_offsets,
         "long_uniques": schedule.long_uniques,
         "long_offsets": schedule.long_offsets,
-        "evict_slots": plan.overlapped.evict_slots,
-        "fetch_slots": plan.overlapped.fetch_slots,
     }
+    moves = _MOVES if with_rows else _MOVES[:2]
+    arrays |= {name: getattr(plan.overlapped, name) for name in moves}
     if exchange is not None:
         arrays |= {name: getattr(exchange, name).send for name in _SENT}
         for apply in _APPLIED:
@@ -341,9 +357,7 @@ def plan_to_device(
     moved_along = tuple(tensors.pop(f"along.{index}") for index in range(len(along)))
     # This takes 5 us here, and 0.35 ms in the oracle.
     tensors["lookup_slots"] = tensors["unique_slots"].index_select(0, tensors.pop("inverse"))
-    overlapped = DeviceTransfers(
-        evict_slots=tensors.pop("evict_slots"), fetch_slots=tensors.pop("fetch_slots")
-    )
+    overlapped = DeviceTransfers(**{name: tensors.pop(name) for name in moves})
     on_device = None
     if exchange is not None:
         num_bags = schedule.num_uniques + exchange.num_room

@@ -31,16 +31,18 @@ from bagpipe.cache.device_plan import (
     DevicePlan,
     DeviceTransfers,
     MovedArray,
+    all_of,
     plan_to_device,
 )
 from bagpipe.cache.exchange import exchange_with
+from bagpipe.cache.issued import IssuedTransfers, naming_step
 from bagpipe.cache.marks import marks_on
+from bagpipe.cache.movers import mover_for
 from bagpipe.cache.overlap import Streams
-from bagpipe.cache.transfers import IssuedTransfers, RecordMover, naming_step
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import UsageError
 from bagpipe.native.spans import span
-from bagpipe.plan import HostStepPlan, Transfers
+from bagpipe.plan import HostStepPlan
 from bagpipe.store.base import EmbeddingStore
 
 
@@ -102,7 +104,7 @@ class Executor:
         self._device = caches[0].device
         self._streams = Streams(self._device) if self._device.type == "cuda" else None
         self._exchange = exchange_with(peers, caches, self._streams)
-        self._mover = RecordMover(caches, stores, self._streams, marks_on(stores, stream))
+        self._mover = mover_for(caches, stores, self._streams, marks_on(stores, stream))
         self._pending: list[_Pending] = []
         self._ended: list[_Pending] = []  # steps whose plans may still be read
         self._num_kept = int(self._exchange.has_others)  # ended, their gradients on their way
@@ -294,7 +296,7 @@ class Executor:
     def _issue_urgent(self, pending: _Pending) -> None:
         """Hands out the urgent transfers of the step that comes now."""
         transfers = tuple(group.urgent for group in pending.plan.groups)
-        to_device = partial(_slots_to_device, transfers, self._device)
+        to_device = partial(all_of, transfers, self._device, with_rows=self._mover.with_rows)
         with self.undivided():
             pending.urgent = self._mover.issue(
                 pending.plan, transfers, pending.plan.step, to_device
@@ -311,6 +313,7 @@ class Executor:
                     num_features=len(cache.group.features),
                     device=self._device,
                     along=pending.along if index == last else (),  # as they lie in shared memory
+                    with_rows=self._mover.with_rows,
                 )
                 for index, (group_plan, cache) in enumerate(
                     zip(plan.groups, self.caches, strict=True)
@@ -392,9 +395,3 @@ class Executor:
                     self._mover.give_back(transfers)
             if ended.release is not None:
                 ended.release()
-
-
-def _slots_to_device(
-    transfers: Sequence[Transfers], device: torch.device
-) -> tuple[DeviceTransfers, ...]:
-    return tuple(DeviceTransfers.of(group, device) for group in transfers)

@@ -27,8 +27,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,10 +39,10 @@ from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceTransfers
+from bagpipe.cache.issued import IssuedTransfers, naming_step
 from bagpipe.cache.marks import Marks
 from bagpipe.cache.overlap import Buffer, Staging, Streams
 from bagpipe.distributed.communicator import Moment
-from bagpipe.errors import BackgroundError, DataError, UsageError
 from bagpipe.native.jit import jit
 from bagpipe.native.spans import span
 from bagpipe.native.workers import Call, Workers
@@ -62,17 +62,6 @@ Random rows take a core milliseconds a step, most of it waiting for memory. But 
 the trainer's waits longer for Python's lock than it waits for rows with fewer (docs/results.md)."""
 
 
-@dataclass(kw_only=True)
-class IssuedTransfers:
-    """A step's overlapped or urgent transfers, handed out."""
-
-    on_device: tuple[DeviceTransfers, ...]  # by group, as what is gathered
-    gathered: Call[list[Buffer]]
-    evicted: torch.cuda.Event | None  # what fills must wait for
-    filled: torch.cuda.Event | None = None  # what compute must wait for
-    is_filled: bool = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
     """A step's records, asked for."""
@@ -87,6 +76,9 @@ class RecordMover:
 
     Its methods are called by the trainer's thread.
     """
+
+    with_rows = False
+    """Whether the device needs the rows that move, beside their slots."""
 
     def __init__(
         self,
@@ -387,14 +379,3 @@ def _move_rows(
         rows_of_slots[slot] = -1
     for index in range(len(fetch_slots)):
         rows_of_slots[fetch_slots[index]] = fetch_rows[index]
-
-
-@contextmanager
-def naming_step(step: int) -> Iterator[None]:
-    """Raises any failure inside as the cause of a BackgroundError."""
-    try:
-        yield
-    except (BackgroundError, DataError, UsageError):  # the last two: trainers part
-        raise
-    except Exception as error:
-        raise BackgroundError(f"moving embedding rows for step {step} failed: {error}") from error

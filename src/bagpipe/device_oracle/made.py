@@ -112,6 +112,8 @@ def plan_on_device(
         overlapped_slots=DeviceTransfers(
             evict_slots=state.evict_slots[at, :num_evicted],
             fetch_slots=state.fetch_slots[at, :num_fetched],
+            evict_rows=state.evict_rows[at, :num_evicted],
+            fetch_rows=state.fetch_rows[at, :num_fetched],
         ),
     )
 

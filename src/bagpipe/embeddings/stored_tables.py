@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from bagpipe.cache.managed import memory_store_on
 from bagpipe.distributed.alone import Peers, peers_of
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.trainers import Trainers
@@ -29,7 +30,6 @@ from bagpipe.embeddings.torchrec_configs import as_table
 from bagpipe.errors import ConfigError, StoreError, UsageError
 from bagpipe.lookups import check_features
 from bagpipe.optimizers import Optimizer
-from bagpipe.store import MemoryStore
 from bagpipe.store.base import EmbeddingStore, OrderedStore
 from bagpipe.types import Group, Jagged, group_tables
 
@@ -53,8 +53,8 @@ class StoredTables(nn.Module, ABC):
         """The other trainers, of whom there may be none."""
         self._configs = list(tables)
         self.groups = group_tables([as_table(config) for config in self._configs], optimizer)
-        self.stores, self._let_go = self._open(store, seed)
         self.device = torch.device(device)
+        self.stores, self._let_go = self._open(store, seed)
         self.seed = seed
         self.other_features: set[str] = set()
         """Features of batches that other collections look up; an evaluation passes over them.
@@ -115,7 +115,8 @@ class StoredTables(nn.Module, ABC):
                 shared.close()
 
             return tuple(shared.stores), let_go
-        stores = tuple((store or MemoryStore)(group, seed) for group in self.groups)
+        make = store or memory_store_on(self.device)
+        stores = tuple(make(group, seed) for group in self.groups)
         if self.peers.has_others and not all(isinstance(each, OrderedStore) for each in stores):
             raise ConfigError(
                 f"store makes a {type(stores[0]).__name__}, which one trainer alone can use, not "

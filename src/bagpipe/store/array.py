@@ -139,6 +139,20 @@ class ArrayStore(ABC):
         scatter = _scatter_shared if records.nbytes >= _SHARED_BYTES else _scatter
         scatter(own, touched, rows, places, records, self.mark)
 
+    def materialize(self, rows: Int64Array) -> None:
+        """Writes the initial records of rows (n,) int64 that were never written, each given once.
+
+        Raises:
+            StoreError: as for `fetch`; nothing was written.
+        """
+        check_type(self.group, rows)
+        check_range(self.group, rows)
+        fresh = _never_written(rows, self._open_arrays()[1])
+        if len(fresh):
+            records = np.empty((len(fresh), self.group.record_width), np.float32)
+            self.fetch(fresh, records)
+            self.write(fresh, records)
+
     @property
     def flags(self) -> UInt8Array:
         """Each row's flag (num_rows,), not a copy; another array after `clear`."""
@@ -248,6 +262,15 @@ def _find_places(rows: Int64Array, lines: Int32Array) -> tuple[Int64Array, int]:
         places[index] = (line << LINE_BITS) + (row & ((1 << LINE_BITS) - 1))
         bad = index if line < 0 else bad
     return places, bad
+
+
+@jit
+def _never_written(rows: Int64Array, touched: UInt8Array) -> Int64Array:
+    fresh, num_fresh = np.empty(len(rows), np.int64), 0
+    for index in range(len(rows)):
+        fresh[num_fresh] = rows[index]
+        num_fresh += touched[np.uint64(rows[index])] == 0
+    return fresh[:num_fresh]
 
 
 @_shared

@@ -16,14 +16,16 @@ memory of the whole table. Larger tables keep 4 KB pages: their memory follows t
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
+from collections.abc import Callable
 
 import numpy as np
 
 from bagpipe.errors import StoreError
 from bagpipe.store.array import ArrayStore, Places
-from bagpipe.types import Float32Array, Group, Int64Array
+from bagpipe.types import Float32Array, Group, Int64Array, UInt8Array
 
 _MAP_NORESERVE = 0x4000
 """Linux's value on x86-64 and arm64; Python's `mmap` does not name it."""
@@ -39,37 +41,48 @@ class MemoryStore(ArrayStore):
         group: the group whose records these are.
         seed: what initial records are drawn from.
         shard: the shard whose rows it has, of `num_shards`.
+        allocate: returns so many bytes of memory, zeros, or raises OSError; by default a map as
+            said above.
 
     Raises:
         StoreError: the memory can't be mapped.
     """
 
-    def __init__(self, group: Group, seed: int, *, shard: int = 0, num_shards: int = 1) -> None:
+    def __init__(
+        self,
+        group: Group,
+        seed: int,
+        *,
+        shard: int = 0,
+        num_shards: int = 1,
+        allocate: Callable[[int], UInt8Array] | None = None,
+    ) -> None:
         places = Places(group, shard, num_shards)
-        self._num_places = places.num_places
-        super().__init__(group, seed, _allocate(group, self._num_places), places=places)
+        self.group = group
+        self._shape = (places.num_places, group.record_width)
+        self._allocate = allocate or _map_pages
+        super().__init__(group, seed, self._erased_records(), places=places)
 
     def _make_room(self, places: Int64Array) -> None:
         """Nothing to reserve: the system gives pages as they are touched."""
 
     def _erased_records(self) -> Float32Array:
-        return _allocate(self.group, self._num_places)
+        num_bytes = math.prod(self._shape) * np.dtype(np.float32).itemsize
+        try:
+            memory = self._allocate(num_bytes)
+        except (OSError, OverflowError) as error:
+            raise StoreError(
+                f"can't map {num_bytes:,} bytes of memory for the {self._shape[0]:,} rows of "
+                f"{self.group.name} ({error}): use the file store"
+            ) from error
+        return memory.view(np.float32).reshape(self._shape)
 
 
-def _allocate(group: Group, num_places: int) -> Float32Array:
-    """Records (num_places, record_width), zero and not yet backed by memory."""
-    size_bytes = num_places * group.record_bytes
-    try:
-        records = mmap.mmap(
-            -1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        )
-    except (OSError, OverflowError) as error:
-        raise StoreError(
-            f"can't map {size_bytes:,} bytes of memory for the {num_places:,} rows of "
-            f"{group.name} ({error}): use the file store"
-        ) from error
-    if size_bytes <= _HUGE_PAGES_MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
+def _map_pages(num_bytes: int) -> UInt8Array:
+    """Memory (num_bytes,), zero and not yet backed by pages."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    if num_bytes <= _HUGE_PAGES_MAX_SHARE * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
         # A kernel without transparent huge pages refuses; small ones give the same results.
         with contextlib.suppress(OSError):
-            records.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(records, np.float32).reshape(num_places, group.record_width)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)

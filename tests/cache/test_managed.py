@@ -1,0 +1,75 @@
+"""Tables in memory that a GPU reads itself: where they are used, and where not."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tests.store_contract import make_group
+
+from bagpipe.cache import managed
+from bagpipe.cache.device_cache import DeviceCache
+from bagpipe.cache.managed import ManagedStore, memory_store_on
+from bagpipe.cache.movers import mover_for
+from bagpipe.cache.transfers import RecordMover
+from bagpipe.errors import UsageError
+from bagpipe.store import MemoryStore
+
+CUDA = torch.device("cuda", 0)
+plain_memory = partial(np.zeros, dtype=np.uint8)
+
+
+def test_on_a_cpu_a_store_has_memory_of_its_own_kind() -> None:
+    assert memory_store_on(torch.device("cpu")) is MemoryStore
+
+
+def test_tables_too_large_to_take_at_once_are_moved_by_the_host(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = make_group()
+    needed = group.num_rows * group.record_bytes
+    monkeypatch.setattr(managed, "_available_bytes", lambda: 2 * needed - 1)
+    with caplog.at_level("INFO", "bagpipe.lookahead"):
+        store = memory_store_on(CUDA)(group, 0)
+    assert type(store) is MemoryStore
+    assert "more than 50% of the" in caplog.text
+
+
+def test_a_machine_without_the_driver_moves_rows_by_the_host(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(managed, "_DRIVER", "libno-such-driver.so.1")
+    with caplog.at_level("INFO", "bagpipe.lookahead"):
+        assert type(memory_store_on(CUDA)(make_group(), 0)) is MemoryStore
+    assert "the CUDA driver can't be loaded" in caplog.text
+
+
+def test_free_memory_is_known() -> None:
+    assert 0 < managed._available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+
+
+def test_touching_leaves_zeros_and_no_page_out() -> None:
+    memory = np.ones(3 * 4096 + 5, np.uint8)
+    managed._touch(memory)
+    assert np.flatnonzero(memory == 0).tolist() == [0, 4096, 2 * 4096, 3 * 4096]
+
+
+def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ManagedStore(make_group(), 0, plain_memory)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(UsageError, match="memory that a GPU reads"):
+        store.fetch(np.arange(1), np.empty((1, store.group.record_width), np.float32))
+
+
+def test_one_store_that_a_device_does_not_reach_leaves_all_moves_to_the_host() -> None:
+    stores = [ManagedStore(make_group(), 0, plain_memory), MemoryStore(make_group(), 0)]
+    cpu = torch.device("cpu")
+    caches = [DeviceCache(group=store.group, num_slots=2, device=cpu) for store in stores]
+    mover = mover_for(caches, stores, None, None)
+    try:
+        assert isinstance(mover, RecordMover)
+    finally:
+        mover.close()
