@@ -103,10 +103,12 @@ def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
 def _shared_memory(arrays: Sequence[MovedArray]) -> UInt8Array | None:
     """The memory map that all arrays are views of, if there is one.
 
-    Such a map is pinned (`bagpipe.embeddings.lookahead`).
+    Such a map is pinned (`bagpipe.embeddings.lookahead`). Arrays may also be views of a tensor.
     """
     owners = [_owner(array) for array in arrays]
-    if isinstance(owners[0], np.ndarray) or any(owner is not owners[0] for owner in owners):
+    if isinstance(owners[0], np.ndarray | Tensor) or any(
+        owner is not owners[0] for owner in owners
+    ):
         return None
     return np.frombuffer(owners[0], np.uint8)  # type: ignore[call-overload,no-any-return]
 

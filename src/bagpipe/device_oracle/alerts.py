@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from bagpipe.device_oracle.state import Capacity, Window
 from bagpipe.errors import BagpipeError, CacheTooSmallError, UsageError
@@ -29,9 +28,9 @@ class Alert:
     """The lookup of the first bad id, or the number of unique rows."""
 
     @classmethod
-    def read(cls, alert: Tensor) -> Alert | None:
-        """What `State.alert` says; waits for the device. None: it runs."""
-        reason, batch, detail, _ = alert.tolist()
+    def of(cls, alert: Sequence[int]) -> Alert | None:
+        """What `State.alert` says. None: it runs."""
+        reason, batch, detail, _ = alert
         return None if reason == RUNNING else cls(reason=reason, batch=batch, detail=detail)
 
     def as_error(

@@ -2,8 +2,7 @@
 
 `enter` and `plan` are called once for each batch and step, in order, with `lookahead` batches
 between them. They only issue work on the current stream, on CUDA as graphs once these are captured.
-What the host learns of it, it asks for (`ask`, `ask_for_moves`), and reads once the device is
-there.
+`bagpipe.device_oracle.answers` brings to the host what it must know.
 
 One thread issues. Another one, the trainer's, captures graphs: a capture forbids others to wait for
 the whole device, as the trainer's thread may.
@@ -21,8 +20,9 @@ import torch
 from bagpipe.cache.captured import captured_graph
 from bagpipe.device_oracle import alerts, entering, planning
 from bagpipe.device_oracle.alerts import Alert, grown
+from bagpipe.device_oracle.cuts import Cuts
 from bagpipe.device_oracle.staged import StagedIds, write
-from bagpipe.device_oracle.state import HEADER_LENGTH, Capacity, State, Window, make_state
+from bagpipe.device_oracle.state import Capacity, State, Window, make_state
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.types import Group
 
@@ -31,7 +31,6 @@ MAX_SHARE_OF_ROWS = 0.125
 _BYTES_A_ROW = 8
 _PLANS_BEFORE_CAPTURE = 8
 """Plans with one capacity before graphs are captured for it: the first batches make it grow."""
-_ALERT_LENGTH = 4
 Function: TypeAlias = Callable[[State], None]
 _logger = logging.getLogger("bagpipe.lookahead")
 
@@ -60,10 +59,9 @@ class DeviceOracle:
             is_wide=False,
         )
         self.state = make_state(group, window, capacity or small, device)
+        self.cuts = Cuts(self.state)
+        """For the thread that issues."""
         self._enter, self._plan = functions_for(device)
-        self._answer = torch.zeros(
-            _ALERT_LENGTH + HEADER_LENGTH, dtype=torch.int64, pin_memory=device.type == "cuda"
-        )
         self.num_capacities = 1
         """How many capacities it has had."""
         self._graphs: dict[Function, torch.cuda.CUDAGraph] = {}
@@ -85,7 +83,7 @@ class DeviceOracle:
         with self._issuing:
             if capacity != self.capacity:
                 self._replace(capacity)
-            write(self.state, staged)
+            write(self.state, self.cuts, staged)
             self._run(self._enter)
 
     def plan(self) -> None:
@@ -94,20 +92,9 @@ class DeviceOracle:
             self._run(self._plan)
             self._num_plans += 1
 
-    def ask(self, step: int) -> None:
-        """Asks for what `alert` and `header` tell; `step` is the last one that was planned."""
-        header = self.state.plan_headers[step % self.window.num_plans]
-        self._answer[:_ALERT_LENGTH].copy_(self.state.alert, non_blocking=True)
-        self._answer[_ALERT_LENGTH:].copy_(header, non_blocking=True)
-
     def alert(self) -> Alert | None:
-        """Why the device has stopped, if it had when it was asked."""
-        return Alert.read(self._answer[:_ALERT_LENGTH])
-
-    def header(self) -> list[int]:
-        """The header of the step that was asked for."""
-        header: list[int] = self._answer[_ALERT_LENGTH:].tolist()
-        return header
+        """Why the device has stopped, if it has; waits for what the current stream has to do."""
+        return Alert.of(self.state.alert.tolist())
 
     def grow(self, alert: Alert) -> None:
         """Makes room for the batch that stopped the device, and lets it go on.
@@ -155,13 +142,12 @@ class DeviceOracle:
         return is_settled and self._can_capture and not self._graphs
 
     def _with_room_for(self, staged: StagedIds) -> Capacity:
-        lookups = staged.lookups
         capacity = grown(
             self.capacity,
-            num_lookups=lookups.num_lookups,
+            num_lookups=staged.num_lookups,
             num_bags=staged.num_bags,
-            is_jagged=lookups.bag_offsets is not None,
-            is_weighted=lookups.weights is not None,
+            is_jagged=staged.bag_offsets is not None,
+            is_weighted=staged.weights is not None,
             is_wide=staged.is_wide,
         )
         if capacity.max_uniques == 1:  # the first batch: a guess, which may grow
@@ -175,6 +161,7 @@ class DeviceOracle:
         self._num_plans = 0
         self.num_capacities += 1
         self.state = make_state(self.group, self.window, capacity, self._device, self.state)
+        self.cuts = Cuts(self.state)
 
     def _run(self, function: Function) -> None:
         graph = self._graphs.get(function)

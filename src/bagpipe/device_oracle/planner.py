@@ -2,7 +2,8 @@
 
 One thread does it, beside the trainer's. It issues the next batch and the next step on a stream of
 its own, waits for the device, looks whether the batch could enter, and reads what the step moves.
-So it waits for the device, and the trainer for neither.
+So it waits for the device, and the trainer for neither. It shares Python's lock with the trainer's
+thread: each call of torch costs both of them, so a step takes it few, and one wait.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 from bagpipe.cache.device_plan import PlanOnDevice
 from bagpipe.cache.overlap import Staging
 from bagpipe.device_oracle import alerts
-from bagpipe.device_oracle.made import Kind, Moves, plan_on_device
+from bagpipe.device_oracle.alerts import Alert
+from bagpipe.device_oracle.answers import Answers, GroupAnswer
+from bagpipe.device_oracle.made import Kind, plan_on_device
 from bagpipe.device_oracle.oracle import DeviceOracle, check_rows
 from bagpipe.device_oracle.staged import StagedIds, stage
 from bagpipe.device_oracle.state import BATCH_SIZE, NUM_USED_SLOTS, PLANS_BEYOND, STEP, Window
@@ -38,7 +41,10 @@ _MAX_AUTO_LOOKAHEAD = 256
 
 @dataclass(frozen=True, kw_only=True)
 class MadePlan(Generic[PayloadT]):
-    """A step that has been planned, and its batch."""
+    """A step that has been planned, and its batch.
+
+    Its tensors and arrays lie in rings: they hold the plan until another one is made in its place.
+    """
 
     plan: StepPlan[PlanOnDevice]
     payload: PayloadT
@@ -62,6 +68,9 @@ class Planner:
         self._staging = Staging(device)
         # The priority is the lowest unless another one is asked for.
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        # Recorded anew each time: its thread waits for it before.
+        self._event = torch.cuda.Event(blocking=True) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._answers = Answers(device)
         self.oracles: tuple[DeviceOracle, ...] = ()
         """By group; empty before the first batch."""
         self._unconfirmed: tuple[StagedIds, ...] = ()
@@ -91,8 +100,8 @@ class Planner:
 
         Args:
             batches: Ids as `stage` packs them, and what goes with them.
-            wait_for_place: Waits until another plan may be made, where those of too many steps are
-                still in use. False ends the plans.
+            wait_for_place: Waits until another plan may be made, where those of `num_plans` steps
+                are still in use. False ends the plans.
 
         Raises:
             DataError: A batch has an id outside its table. What `batches` raises, and this, is
@@ -105,21 +114,21 @@ class Planner:
         failure: BaseException | None = None
         try:
             while wait_for_place():
-                while failure is None and len(waiting) <= self._lookahead_at(step):
-                    failure = self._confirm_alone(waiting) or self._let_in_next(source, waiting)
-                if not waiting:
-                    break
-                headers = self._plan(step, self.oracles)
-                # That of a batch before is told instead of any other failure.
-                failure = self._confirm(waiting) or failure
-                if not waiting:
-                    break
-                # What was the batch that lacked room could not be planned.
-                for index, oracle in enumerate(self.oracles):
-                    if headers[index][STEP] != step:
-                        (headers[index],) = self._plan(step, [oracle])
-                kinds, payload = waiting.popleft()
-                yield self._made(step, headers, kinds, payload, num_ahead=len(waiting))
+                with self._on_stream():  # once a step, and not while the plan is handed out
+                    while failure is None and len(waiting) <= self._lookahead_at(step):
+                        failure = self._confirm_alone(waiting)
+                        failure = failure or self._let_in_next(source, waiting)
+                    if not waiting:
+                        break
+                    answers = self._plan(step, self.oracles)
+                    # That of a batch before is told instead of any other failure.
+                    failure = self._confirm(waiting, [each.alert for each in answers]) or failure
+                    if not waiting:
+                        break
+                    answers = self._complete(step, answers)
+                    kinds, payload = waiting.popleft()
+                    made = self._made(step, answers, kinds, payload, num_ahead=len(waiting))
+                yield made
                 step += 1
         except torch.OutOfMemoryError as error:
             raise self._told(error) from error
@@ -147,7 +156,7 @@ class Planner:
             staged, payload = next(source)
             if not self.oracles:
                 self.oracles = self._make_oracles(staged)
-            with span("oracle.enter"), self._on_stream():
+            with span("oracle.enter"):
                 for oracle, each in zip(self.oracles, staged, strict=True):
                     oracle.enter(each)
         except BaseException as error:
@@ -158,45 +167,59 @@ class Planner:
 
     def _confirm_alone(self, waiting: deque[_Waiting[PayloadT]]) -> BaseException | None:
         """As `_confirm`, where no plan has been asked for since."""
-        if self._unconfirmed:
-            with self._on_stream():
-                for oracle in self.oracles:
-                    oracle.ask(0)
-                self._wait()
-        return self._confirm(waiting)
+        if not self._unconfirmed:
+            return None
+        self._wait()
+        return self._confirm(waiting, [oracle.alert() for oracle in self.oracles])
 
-    def _plan(self, step: int, oracles: Sequence[DeviceOracle]) -> list[list[int]]:
-        """Plans a step for some groups; returns their headers."""
-        with span("oracle.plan"), self._on_stream():
+    def _plan(self, step: int, oracles: Sequence[DeviceOracle]) -> list[GroupAnswer]:
+        """Plans a step for some groups; returns what the device says of it for all."""
+        with span("oracle.plan"):
             for oracle in oracles:
                 oracle.plan()
-                oracle.ask(step)
+            self._answers.ask([oracle.state for oracle in self.oracles], step)
             self._wait()
-        return [oracle.header() for oracle in oracles]
+        return self._answers.read(step)
 
-    def _confirm(self, waiting: deque[_Waiting[PayloadT]]) -> BaseException | None:
+    def _complete(self, step: int, answers: list[GroupAnswer]) -> list[GroupAnswer]:
+        """Answers that are all of this step, and whole."""
+        # What was the batch that lacked room could not be planned.
+        late = [
+            oracle
+            for oracle, answer in zip(self.oracles, answers, strict=True)
+            if answer.header[STEP] != step
+        ]
+        if late:
+            answers = self._plan(step, late)
+        if any(answer.is_cut for answer in answers):
+            answers = self._plan(step, ())
+        return answers
+
+    def _confirm(
+        self, waiting: deque[_Waiting[PayloadT]], found: Sequence[Alert | None]
+    ) -> BaseException | None:
         """Looks whether the last batch could enter, and lets it in again where it lacked room.
+
+        Args:
+            waiting: The batches that have entered.
+            found: What has stopped the device since it was asked to let the batch in, by group.
 
         Returns:
             Why it can't be used. It no longer waits then.
         """
         try:
-            self._check_entered()
+            self._check_entered(found)
         except BaseException as error:
             waiting.pop()
             return self._told(error)
         return None
 
-    def _check_entered(self) -> None:
+    def _check_entered(self, found: Sequence[Alert | None]) -> None:
         staged, self._unconfirmed = self._unconfirmed, ()
-        for oracle, each in zip(self.oracles, staged, strict=bool(staged)):
-            alert = oracle.alert()
+        for oracle, each, alert in zip(self.oracles, staged, found, strict=bool(staged)):
             while alert is not None and alert.reason == alerts.NO_ROOM:
-                with self._on_stream():
-                    oracle.grow(alert)
-                    oracle.enter(each)
-                    oracle.ask(0)
-                    self._wait()
+                oracle.grow(alert)
+                oracle.enter(each)
                 alert = oracle.alert()
             if alert is not None:
                 error = alert.as_error(oracle.group, oracle.window, each.batch, each.lookups)
@@ -207,32 +230,26 @@ class Planner:
     def _made(
         self,
         step: int,
-        headers: Sequence[list[int]],
+        answers: Sequence[GroupAnswer],
         kinds: tuple[Kind, ...],
         payload: PayloadT,
         *,
         num_ahead: int,
     ) -> MadePlan[PayloadT]:
-        """Reads what the step moves, and puts the plan together."""
+        """Puts the plan together."""
         options = self.options
-        with span("oracle.moves"), self._on_stream():
-            moves = [
-                Moves(oracle.state, step, header, self._staging)
-                for oracle, header in zip(self.oracles, headers, strict=True)
-            ]
-            self._wait()
         groups = tuple(
-            plan_on_device(oracle.state, step, header, kind, moved)
-            for oracle, header, kind, moved in zip(self.oracles, headers, kinds, moves, strict=True)
+            plan_on_device(oracle.state, oracle.cuts, step, kind, answer)
+            for oracle, kind, answer in zip(self.oracles, kinds, answers, strict=True)
         )
         plan = StepPlan(
             step=step,
             issue_tick=max(options.first_step, step - options.prefetch_depth),
-            batch_size=headers[0][BATCH_SIZE],
+            batch_size=answers[0].header[BATCH_SIZE],
             groups=groups,
             lookahead=num_ahead,
         )
-        peak_slots = tuple(header[NUM_USED_SLOTS] for header in headers)
+        peak_slots = tuple(answer.header[NUM_USED_SLOTS] for answer in answers)
         return MadePlan(plan=plan, payload=payload, peak_slots=peak_slots)
 
     def _make_oracles(self, staged: tuple[StagedIds, ...]) -> tuple[DeviceOracle, ...]:
@@ -242,23 +259,22 @@ class Planner:
         else:
             # Of each lookup the ring keeps 8 bytes, and 12 of each unique row, of which there is
             # room for half as many. Slots and rows count for nothing here.
-            bytes_a_batch = sum(14 * each.lookups.num_lookups for each in staged)
+            bytes_a_batch = sum(14 * each.num_lookups for each in staged)
             fitting = options.lookahead_bytes // max(bytes_a_batch, 1)
             lookahead = max(options.prefetch_depth, min(fitting, _MAX_AUTO_LOOKAHEAD))
-        with self._on_stream():
-            return tuple(
-                DeviceOracle(
-                    group,
-                    Window(
-                        num_slots=num_slots,
-                        lookahead=lookahead,
-                        prefetch_depth=options.prefetch_depth,
-                        first_step=options.first_step,
-                    ),
-                    self._device,
-                )
-                for group, num_slots in zip(options.groups, options.num_slots, strict=True)
+        return tuple(
+            DeviceOracle(
+                group,
+                Window(
+                    num_slots=num_slots,
+                    lookahead=lookahead,
+                    prefetch_depth=options.prefetch_depth,
+                    first_step=options.first_step,
+                ),
+                self._device,
             )
+            for group, num_slots in zip(options.groups, options.num_slots, strict=True)
+        )
 
     def _told(self, error: BaseException) -> BaseException:
         """The error to raise for one of the device's."""
@@ -276,10 +292,9 @@ class Planner:
 
     def _wait(self) -> None:
         """Waits for what was issued on the stream, without a core of its own."""
-        if self._stream is not None:
-            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-            event.synchronize()
+        if self._event is not None:
+            self._event.record(self._stream)
+            self._event.synchronize()
 
 
 def _naming_step(step: int, error: BagpipeError) -> BagpipeError:

@@ -14,7 +14,7 @@ from bagpipe.device_oracle.planner import MadePlan, Planner
 from bagpipe.oracle import DedupedBatch, checked
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import merge
-from bagpipe.plan import GradientSchedule, GroupPlan, StepPlan
+from bagpipe.plan import GradientSchedule, GroupPlan, StepPlan, Transfers
 
 PayloadT = TypeVar("PayloadT")
 
@@ -60,8 +60,8 @@ def _group_plan(plan: PlanOnDevice) -> GroupPlan:
         schedule=GradientSchedule(
             **{name: _read_if(tensor) for name, tensor in plan.schedule.items()}  # type: ignore[arg-type]
         ),
-        overlapped=plan.overlapped,
-        urgent=plan.urgent,
+        overlapped=_copied(plan.overlapped),
+        urgent=_copied(plan.urgent),
         lookup_weights=_read_if(plan.lookup_weights),
     )
 
@@ -81,6 +81,16 @@ def _deduped(oracle: DeviceOracle, step: int, plan: GroupPlan) -> DedupedGroup:
         long_offsets=schedule.long_offsets,
         lookup_weights=plan.lookup_weights,
         bag_weights=schedule.bag_weights,
+    )
+
+
+def _copied(transfers: Transfers) -> Transfers:
+    return Transfers(
+        evict_rows=transfers.evict_rows.copy(),
+        evict_slots=transfers.evict_slots.copy(),
+        fetch_rows=transfers.fetch_rows.copy(),
+        fetch_slots=transfers.fetch_slots.copy(),
+        fence_tick=transfers.fence_tick,
     )
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from bagpipe.cache.overlap import Buffer, Staging
-from bagpipe.device_oracle.state import State
+from bagpipe.device_oracle.cuts import Cuts
+from bagpipe.device_oracle.state import SIZES_WORDS, State
 from bagpipe.lookups import GroupLookups, group_lookups
 from bagpipe.types import Group, Jagged
-
-_SIZES_WORDS = 4  # two int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,42 +23,14 @@ class StagedIds:
     batch: Jagged
     lookups: GroupLookups
     buffer: Buffer
+    num_lookups: int
+    num_bags: int  # of all features
     is_wide: bool
     """Whether ids have 64 bits, else 32."""
-
-    @property
-    def num_bags(self) -> int:
-        """Bags of all features."""
-        return self.batch.batch_size * len(self.lookups.feature_starts)
-
-    @property
-    def sizes(self) -> Tensor:
-        """The numbers of lookups and of samples: (2,) int64."""
-        return self._words(0, _SIZES_WORDS).view(torch.int64)
-
-    @property
-    def ids(self) -> Tensor:
-        """(L,) int64 or int32, feature-major."""
-        words = self._words(_SIZES_WORDS, self._ids_end)
-        return words.view(torch.int64) if self.is_wide else words
-
-    @property
-    def bag_offsets(self) -> Tensor:
-        """(F * B + 1,) int32; only of jagged bags."""
-        return self._words(self._ids_end, self._ids_end + self.num_bags + 1)
-
-    @property
-    def weights(self) -> Tensor:
-        """(L,) float32; only of a batch with per-sample weights."""
-        begin = self._ids_end + (0 if self.lookups.bag_offsets is None else self.num_bags + 1)
-        return self._words(begin, begin + self.lookups.num_lookups).view(torch.float32)
-
-    @property
-    def _ids_end(self) -> int:
-        return _SIZES_WORDS + (1 + self.is_wide) * self.lookups.num_lookups
-
-    def _words(self, begin: int, end: int) -> Tensor:
-        return self.buffer.whole[begin:end].view(torch.int32)
+    given: Tensor
+    """Sizes and ids (feature-major) as the first words of `State.given`, in one piece."""
+    bag_offsets: Tensor | None  # (num_bags + 1,) int32; only of jagged bags
+    weights: Tensor | None  # (L,) float32; only of a batch with per-sample weights
 
 
 def stage(group: Group, batch: Jagged, staging: Staging) -> StagedIds:
@@ -77,23 +48,36 @@ def stage(group: Group, batch: Jagged, staging: Staging) -> StagedIds:
     length = lookups.num_lookups
     is_wide = not np.can_cast(batch.values.dtype, np.int32)
     num_bags = batch.batch_size * len(group.features)
-    has_offsets, has_weights = lookups.bag_offsets is not None, lookups.weights is not None
-    num_words = _SIZES_WORDS + (1 + is_wide) * length
-    num_words += has_offsets * (num_bags + 1) + has_weights * length
-    staged = StagedIds(
-        batch=batch, lookups=lookups, buffer=staging.take(num_words, 1), is_wide=is_wide
-    )
-    # By numpy: torch would wake its threads for it.
-    staged.sizes.numpy()[:] = length, batch.batch_size
-    ids, end = staged.ids.numpy(), 0
+    ids_end = SIZES_WORDS + (1 + is_wide) * length
+    offsets_end = ids_end + (0 if lookups.bag_offsets is None else num_bags + 1)
+    num_words = offsets_end + (0 if lookups.weights is None else length)
+    buffer = staging.take(num_words, 1)
+    # By numpy, which lets other threads go on while it copies: torch would wake its threads for it.
+    words = buffer.whole.numpy().view(np.int32)
+    words[:SIZES_WORDS].view(np.int64)[:] = length, batch.batch_size
+    ids = words[SIZES_WORDS:ids_end].view(np.int64 if is_wide else np.int32)
+    end = 0
     for start, stop in _runs(lookups):
         begin, end = end, end + stop - start
         ids[begin:end] = batch.values[start:stop]
+    bag_offsets, weights = None, None
     if lookups.bag_offsets is not None:
-        staged.bag_offsets.numpy()[:] = lookups.bag_offsets
+        words[ids_end:offsets_end] = lookups.bag_offsets
+        bag_offsets = buffer.whole[ids_end:offsets_end].view(torch.int32)
     if lookups.weights is not None:
-        staged.weights.numpy()[:] = lookups.weights
-    return staged
+        words[offsets_end:num_words].view(np.float32)[:] = lookups.weights
+        weights = buffer.whole[offsets_end:num_words]
+    return StagedIds(
+        batch=batch,
+        lookups=lookups,
+        buffer=buffer,
+        num_lookups=length,
+        num_bags=num_bags,
+        is_wide=is_wide,
+        given=buffer.whole[:ids_end].view(torch.int32),
+        bag_offsets=bag_offsets,
+        weights=weights,
+    )
 
 
 def _runs(lookups: GroupLookups) -> Iterator[tuple[int, int]]:
@@ -110,21 +94,25 @@ def _runs(lookups: GroupLookups) -> Iterator[tuple[int, int]]:
     yield run
 
 
-def write(state: State, staged: StagedIds) -> None:
+def write(state: State, cuts: Cuts, staged: StagedIds) -> None:
     """Copies a batch to where `enter` reads it, on the current stream, without waiting."""
-    lookups, capacity, ids = staged.lookups, state.capacity, staged.ids
-    if capacity.is_wide and not staged.is_wide:
-        ids = ids.long()
-    state.ids[: len(ids)].copy_(ids, non_blocking=True)
-    state.sizes.copy_(staged.sizes, non_blocking=True)
+    capacity, length = state.capacity, staged.num_lookups
+    if capacity.is_wide == staged.is_wide:
+        num_words = SIZES_WORDS + (1 + staged.is_wide) * length
+        cuts.of_input("given", num_words).copy_(staged.given, non_blocking=True)
+    else:
+        sizes, ids = staged.given[:SIZES_WORDS], staged.given[SIZES_WORDS:]
+        state.sizes.copy_(sizes.view(torch.int64), non_blocking=True)
+        state.ids[:length].copy_(ids.long(), non_blocking=True)
     if capacity.is_jagged:
-        offsets = state.bag_offsets[: staged.num_bags + 1]
-        if lookups.bag_offsets is None:
-            torch.arange(len(offsets), out=offsets)
+        offsets = cuts.of_input("bag_offsets", staged.num_bags + 1)
+        if staged.bag_offsets is None:
+            torch.arange(staged.num_bags + 1, out=offsets)
         else:
             offsets.copy_(staged.bag_offsets, non_blocking=True)
     if capacity.is_weighted:
-        if lookups.weights is None:
+        if staged.weights is None:
             state.lookup_weights.fill_(1.0)
         else:
-            state.lookup_weights[: len(ids)].copy_(staged.weights, non_blocking=True)
+            weights = cuts.of_input("lookup_weights", length)
+            weights.copy_(staged.weights, non_blocking=True)

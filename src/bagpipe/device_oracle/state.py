@@ -50,6 +50,9 @@ of those that wait for the trainer."""
 """What the header of a plan holds; that of a batch has those up to NUM_LONG."""
 HEADER_LENGTH = 16
 BATCH_HEADER_LENGTH = NUM_LONG + 1
+ALERT_LENGTH = 4
+SIZES_WORDS = 4
+"""Words of 4 bytes in front of a batch's ids: two int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +111,9 @@ class State:
     table_sizes: Tensor  # (F,) int64
     is_mean: Tensor  # (F,) bool
     # what the host writes before a batch enters
-    ids: Tensor  # (max_lookups,) int32, or int64 where they are wide, feature-major
-    sizes: Tensor  # (2,) int64, the numbers of lookups and of samples
+    given: Tensor  # int32 words: sizes, and ids behind them
+    sizes: Tensor  # (2,) int64, of `given`: the numbers of lookups and of samples
+    ids: Tensor  # (max_lookups,) int32, or int64 where wide, feature-major; of `given`
     bag_offsets: Tensor  # (max_bags + 1,) int32; one element where bags hold one id each
     lookup_weights: Tensor  # (max_lookups,) float32; empty without weights
     # the clock
@@ -141,15 +145,16 @@ class State:
     # the ring of plans
     plan_headers: Tensor  # (K, HEADER_LENGTH) int64
     unique_slots: Tensor  # (K, max_uniques) int32
-    evict_rows: Tensor  # (K, max_uniques) rows, the overlapped ones first; and so on
+    evict_rows: Tensor  # (K, max_uniques) int64, the overlapped ones first; and so on
     evict_slots: Tensor  # (K, max_uniques) int32
-    fetch_rows: Tensor  # (K, max_uniques) rows
+    fetch_rows: Tensor  # (K, max_uniques) int64
     fetch_slots: Tensor  # (K, max_uniques) int32
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors; what a running graph uses besides is not included."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+        tensors = self.tensors()
+        return sum(tensors[name].nbytes for name in tensors.keys() - {"ids", "sizes"})
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -230,7 +235,7 @@ class _Maker:
             "first_rows": self._of([int(group.row_offsets[table]) for table in tables]),
             "table_sizes": self._of([group.tables[table].num_embeddings for table in tables]),
             "is_mean": self._of([group.tables[table].pooling == "mean" for table in tables]),
-            "alert": self._of([0] * 4),
+            "alert": self._of([0] * ALERT_LENGTH),
             "entered": self._of([first]),
             "planned": self._of([first]),
             "settled": self._of([first - window.prefetch_depth]),
@@ -254,9 +259,12 @@ class _Maker:
         has_scales = any(table.pooling == "mean" for table in self._group.tables)
         num_scales = bags if capacity.is_jagged and has_scales else 0
         real = torch.float32
+        given = self._full(SIZES_WORDS + lookups * (1 + capacity.is_wide), 0)
+        ids = given[SIZES_WORDS:]
         return {
-            "ids": self._full(lookups, 0, torch.int64 if capacity.is_wide else torch.int32),
-            "sizes": self._full(2, 0, torch.int64),
+            "given": given,
+            "sizes": given[:SIZES_WORDS].view(torch.int64),
+            "ids": ids.view(torch.int64) if capacity.is_wide else ids,
             "bag_offsets": self._full(num_offsets, 0),
             "lookup_weights": self._full(num_weights, 0, real),
             "unique_rows": self._full((ring, uniques), self._group.num_rows, self._row),
@@ -271,9 +279,9 @@ class _Maker:
             "kept_weights": self._full((ring, num_weights), 0, real),
             "bag_weights": self._full((ring, num_weights), 0, real),
             "unique_slots": self._full((plans, uniques), 0),
-            "evict_rows": self._full((plans, uniques), 0, self._row),
+            "evict_rows": self._full((plans, uniques), 0, torch.int64),
             "evict_slots": self._full((plans, uniques), 0),
-            "fetch_rows": self._full((plans, uniques), 0, self._row),
+            "fetch_rows": self._full((plans, uniques), 0, torch.int64),
             "fetch_slots": self._full((plans, uniques), 0),
         }
 
