@@ -15,7 +15,6 @@ import torch
 from tests.checkpoint.own_loop import BATCHES, NUM_STEPS, Loop, assert_equal, save_at
 from tests.train.ranks import run_ranks
 from tests.train.test_trainers import linear_loss, make_batches, make_tables
-from torch.utils.data import RandomSampler
 
 import bagpipe
 from bagpipe.checkpoint.checkpoints import State, save_checkpoint
@@ -256,21 +255,23 @@ def test_the_page_on_own_loops_runs_as_written(
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
-def test_torchdata_s_loader_goes_on_behind_what_was_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("oracle", ["thread", "process"])
+def test_torchdata_s_loader_goes_on_behind_what_was_trained(tmp_path: Path, oracle: str) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
 
-    def loader() -> Any:
+    def loader() -> Any:  # as the page has it
         generator = torch.Generator().manual_seed(3)
-        return stateful.StatefulDataLoader(
-            BATCHES, batch_size=None, sampler=RandomSampler(BATCHES, generator=generator)
-        )
+        sampler = stateful.sampler.RandomSampler(BATCHES, generator=generator)
+        return stateful.StatefulDataLoader(BATCHES, batch_size=None, sampler=sampler)
 
     expected, loop, whole, stopped = Loop(), Loop(), loader(), loader()
-    for _ in range(2):
+    for epoch in range(3):
         expected.train(whole)
-        loop.train(stopped, save_at(loop, tmp_path, 27))
+        if epoch < 2:
+            loop.train(stopped, save_at(loop, tmp_path, 27), oracle=oracle)
     resumed, again = Loop(), loader()
     assert resumed.restore(tmp_path, loader=again).step == 27
-    resumed.train(again)
+    for _ in range(2):  # the rest of an epoch, and the next one
+        resumed.train(again, oracle=oracle)
     assert_equal(resumed, expected)
-    assert resumed.embeddings.step == 40
+    assert resumed.embeddings.step == 60

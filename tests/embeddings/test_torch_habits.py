@@ -329,6 +329,22 @@ def test_a_data_loader_collates_samples_for_lookahead() -> None:
     assert last["sparse"].batch_size == 1
 
 
+def test_a_data_loader_that_shuffles_by_a_generator_is_read_in_a_process() -> None:
+    tables = [TableConfig(name="f", num_embeddings=8, embedding_dim=2, feature_names=["f"])]
+    embeddings = EmbeddingBagCollection(tables, optimizer=bagpipe.SGD(lr=0.5))
+    samples: Any = [{"f": index} for index in range(8)]
+    loader = DataLoader(
+        samples,
+        batch_size=2,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(3),
+        collate_fn=bagpipe.collate(["f"]),
+    )
+    with bagpipe.lookahead(loader, embeddings, oracle="process") as batches:
+        read = [batch["sparse"].values.tolist() for batch in batches]
+    assert read == [batch["sparse"].values.tolist() for batch in loader]
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [

@@ -6,6 +6,7 @@ The first rank of the host starts it for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ from bagpipe.types import UInt8Array
 
 _NAME = "the oracle process"
 _STARTED, _FAILED = "started ", "failed "
+
+
+def _as_values(generator: torch.Generator) -> tuple[Any, ...]:
+    """What a generator is sent as, by value.
+
+    torch would send its state in shared memory, which is gone before the process has opened it.
+    """
+    return _from_values, (str(generator.device), generator.get_state().numpy().tobytes())
+
+
+def _from_values(device: str, state: bytes) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator
+
+
+ForkingPickler.register(torch.Generator, _as_values)  # a DataLoader that shuffles has one
 
 
 def start_oracle(
