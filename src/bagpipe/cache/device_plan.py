@@ -88,12 +88,18 @@ def _as_array(words: Tensor, array: MovedArray) -> Tensor:
 _TORCH_DTYPES: Final = {np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32}
 
 
-def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
-    """One pinned uint8 tensor that holds all arrays, and where each begins in it."""
-    begins, end = [], 0
+def aligned_begins(arrays: Sequence[MovedArray]) -> tuple[list[int], int]:
+    """Where each array begins in memory that holds them all, and its size, in bytes."""
+    begins, end = list[int](), 0
     for array in arrays:
         begins.append(end)
         end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return begins, end
+
+
+def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
+    """One pinned uint8 tensor that holds all arrays, and where each begins in it."""
+    begins, end = aligned_begins(arrays)
     pinned = torch.empty(end, dtype=torch.uint8, pin_memory=True)
     for begin, array in zip(begins, arrays, strict=True):
         pinned.numpy()[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
@@ -101,15 +107,15 @@ def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
 
 
 def _shared_memory(arrays: Sequence[MovedArray]) -> UInt8Array | None:
-    """The memory map that all arrays are views of, if there is one.
+    """The memory map, or pinned tensor, that all arrays are views of, if there is one.
 
-    Such a map is pinned (`bagpipe.embeddings.lookahead`). Arrays may also be views of a tensor.
+    Such a map is pinned (`bagpipe.embeddings.lookahead`).
     """
     owners = [_owner(array) for array in arrays]
-    if isinstance(owners[0], np.ndarray | Tensor) or any(
-        owner is not owners[0] for owner in owners
-    ):
+    if isinstance(owners[0], np.ndarray) or any(owner is not owners[0] for owner in owners):
         return None
+    if isinstance(owners[0], Tensor):
+        return owners[0].numpy().view(np.uint8) if owners[0].is_pinned() else None
     return np.frombuffer(owners[0], np.uint8)  # type: ignore[call-overload,no-any-return]
 
 

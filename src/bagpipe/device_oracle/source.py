@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from bagpipe.device_oracle.planner import Planner
 from bagpipe.device_oracle.read_back import checked_on_device
+from bagpipe.device_oracle.staged import StagedIds
 from bagpipe.feed.seals import OpenBatches
 from bagpipe.feed.source import ThreadSource
 from bagpipe.feed.stream import (
     BatchAdapter,
     Deferred,
+    NumberedBatch,
     Planned,
+    ReadBatch,
     StreamOptions,
     read_batch,
     sealed,
@@ -28,6 +32,13 @@ BatchT = TypeVar("BatchT")
 
 _READ_AHEAD = 2
 """Batches that are read beyond the window."""
+
+
+class PackedPart(Protocol):
+    """What a trainer is given of a batch, some of it copied to where the device copies it from."""
+
+    def give_back(self) -> None:
+        """Nothing reads that memory any more."""
 
 
 class Places:
@@ -63,11 +74,22 @@ class DeviceSource(ThreadSource[BatchT]):
         options: StreamOptions,
         adapter: BatchAdapter,
         device: torch.device,
+        pack: Callable[[BatchT, int], PackedPart] | None = None,
     ) -> None:
+        """Starts the threads.
+
+        Args:
+            batches: What to read.
+            options: How to plan.
+            adapter: How batches are read.
+            device: Where plans are made.
+            pack: Copies what goes to the device of a batch to be handed out, given its step, where
+                the device copies it from. Threads that read call it.
+        """
         self._planner = Planner(options, device)
         self._places = Places(self._planner.num_plans)
         super().__init__(
-            batches, options, adapter, partial(plan_stream, self._planner, self._places)
+            batches, options, adapter, partial(plan_stream, self._planner, self._places, pack)
         )
 
     def next_if_ready(self) -> Planned[BatchT] | None:
@@ -82,6 +104,7 @@ class DeviceSource(ThreadSource[BatchT]):
 def plan_stream(
     planner: Planner,
     places: Places,
+    pack: Callable[[BatchT, int], PackedPart] | None,
     batches: Iterable[BatchT | Deferred[BatchT]],
     options: StreamOptions,
     adapter: BatchAdapter,
@@ -92,7 +115,7 @@ def plan_stream(
     with Workers("bagpipe-read", num_threads) as workers:
         numbered = sealed(batches, options.first_step, open_batches)
         read = ordered_map(
-            partial(read_batch, options, adapter, planner.stage),
+            partial(_read, planner, options, adapter, pack),
             numbered,
             workers,
             ahead=2 * num_threads,
@@ -113,8 +136,30 @@ def plan_stream(
                         peak_slots=made.peak_slots,
                         oracle_bytes=planner.nbytes,
                         seal=seal,
-                        release=places.release,
+                        release=partial(_release, places, None if pack is None else part),
                     ),
                 )
         finally:
             ahead.close()
+
+
+def _read(
+    planner: Planner,
+    options: StreamOptions,
+    adapter: BatchAdapter,
+    pack: Callable[[BatchT, int], PackedPart] | None,
+    numbered: NumberedBatch[BatchT],
+) -> ReadBatch[Any, tuple[StagedIds, ...]]:
+    """Reads a batch, and copies what goes to the device of it to pinned memory."""
+    read = read_batch(options, adapter, planner.stage, numbered)
+    if pack is None:
+        return read
+    ((part, sparse, seal),) = read.parts
+    packed: Any = pack(part, numbered[0])
+    return replace(read, parts=[(packed, sparse, seal)])
+
+
+def _release(places: Places, part: PackedPart | None) -> None:
+    if part is not None:
+        part.give_back()
+    places.release()

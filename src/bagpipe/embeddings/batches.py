@@ -19,11 +19,12 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from bagpipe.cache.executor import Waits
+from bagpipe.cache.overlap import Staging
 from bagpipe.device_oracle.source import DeviceSource
 from bagpipe.distributed.lockstep import plan_act
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.joint import JointCollections
-from bagpipe.embeddings.move import MakeBatch, Move, take_apart
+from bagpipe.embeddings.move import MakeBatch, Move, packed_apart, take_apart
 from bagpipe.embeddings.oracle_process import start_oracle
 from bagpipe.errors import BackgroundError, ConfigError, DataError, LostError, UsageError
 from bagpipe.feed.loader_states import LoaderStates
@@ -83,7 +84,12 @@ class Lookahead(Generic[BatchT]):
             if oracle == "process":
                 self._source = self._process_source(read, options, adapter)
             elif oracle == "device":
-                self._source = DeviceSource(read, options, adapter, embeddings.device)
+                pack = (
+                    None
+                    if move is None
+                    else partial(packed_apart, move, Staging(embeddings.device))
+                )
+                self._source = DeviceSource(read, options, adapter, embeddings.device, pack)
             else:
                 self._source = ThreadSource(read, options, adapter)
         except BaseException:

@@ -137,8 +137,9 @@ def lookahead(
             (`bagpipe.data.base.Batch.without_ids`): an oracle process would copy them. The
             embeddings are then called with what `sparse` finds in the result.
         move: takes a batch, or what `hand_out` made of it, up to `prefetch_depth` steps ahead in
-            the training loop's thread, so conversions belong in `hand_out`. An error in it ends the
-            iteration at once. It returns C-contiguous float32 or int32 arrays, which go to the
+            the training loop's thread, so conversions belong in `hand_out`; with oracle="device" as
+            soon as it is read, in a thread that reads. An error in it ends the iteration at once,
+            or before that batch. It returns C-contiguous float32 or int32 arrays, which go to the
             device of `embeddings` along with the plan, and a function that makes of their tensors
             what the iteration yields::
 

@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from bagpipe.cache.device_plan import MovedArray
+from bagpipe.cache.device_plan import MovedArray, aligned_begins
+from bagpipe.cache.overlap import Buffer, Staging
 from bagpipe.errors import UsageError
 
 MakeBatch: TypeAlias = Callable[[Sequence[Tensor]], Any]
 """Makes the batch to hand out of the tensors that its arrays have become."""
 Move: TypeAlias = Callable[[Any], tuple[Sequence[MovedArray], MakeBatch]]
 """Takes a batch apart: the arrays that go to the device, and what makes the batch of them again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenApart:
+    """A batch whose arrays have been copied to one piece of memory."""
+
+    arrays: Sequence[MovedArray]
+    make_batch: MakeBatch
+    buffer: Buffer
+
+    def give_back(self) -> None:
+        """Nothing reads the arrays any more."""
+        self.buffer.give_back()
+
+
+def packed_apart(move: Move, staging: Staging, batch: Any, step: int) -> TakenApart:
+    """Takes a batch apart and copies its arrays to a buffer of `staging`. Any thread may call it.
+
+    Raises:
+        UsageError: As `take_apart`.
+    """
+    arrays, make_batch = take_apart(batch, move, step)
+    begins, num_bytes = aligned_begins(arrays)
+    buffer = staging.take(-(-num_bytes // 4), 1)
+    memory = buffer.whole.numpy()
+    packed = [
+        memory[begin // 4 : (begin + array.nbytes) // 4].view(array.dtype).reshape(array.shape)
+        for begin, array in zip(begins, arrays, strict=True)
+    ]
+    for copy, array in zip(packed, arrays, strict=True):
+        copy[...] = array
+    return TakenApart(arrays=packed, make_batch=make_batch, buffer=buffer)
 
 
 def take_apart(batch: Any, move: Move | None, step: int) -> tuple[Sequence[MovedArray], MakeBatch]:
@@ -26,6 +60,8 @@ def take_apart(batch: Any, move: Move | None, step: int) -> tuple[Sequence[Moved
         UsageError: `move` returned something else than arrays, C-contiguous and of float32 or
             int32, and a function.
     """
+    if isinstance(batch, TakenApart):
+        return batch.arrays, batch.make_batch
     if move is None:
         return (), lambda tensors: batch
     moved: object = move(batch)
