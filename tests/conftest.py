@@ -23,7 +23,23 @@ settings.register_profile(
 settings.load_profile("bagpipe")
 
 
+# On a new machine the first file compiles most loops: a minute. Another process that begins with
+# what needs none finds them compiled then, where it would compile them a second time.
+_COMPILES_MOST = "tests/benchmarks/test_bench.py"
+_NEEDS_NONE = (
+    *("tests/cli/test_serve.py", "tests/config/", "tests/launch/", "tests/native/test_jit.py"),
+    *("tests/server/test_local.py", "tests/test_architecture.py", "tests/test_docs.py"),
+    "tests/test_packaging.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: (
+            not item.nodeid.startswith(_COMPILES_MOST),
+            not item.nodeid.startswith(_NEEDS_NONE),
+        )
+    )
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

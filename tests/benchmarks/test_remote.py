@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from bagpipe.data.base import Batch
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.feed.stream import StreamOptions, plan_stream
 from bagpipe.types import Float32Array
@@ -27,19 +29,23 @@ pytestmark = pytest.mark.timeout(400)
 BENCH = RemoteBench(**QUICK | {"devices_ms": (0.01,)})
 TRAINING = [arm for arm in ARMS if arm not in ("device", "resident")]
 GROUP = BENCH.group
-BATCHES = make_batches(
-    GROUP,
-    num_batches=BENCH.num_batches,
-    batch_size=BENCH.batch_size,
-    skew=BENCH.skew,
-    progress=silent,
-)
+
+
+@cache
+def batches() -> list[Batch]:
+    return make_batches(
+        GROUP,
+        num_batches=BENCH.num_batches,
+        batch_size=BENCH.batch_size,
+        skew=BENCH.skew,
+        progress=silent,
+    )
 
 
 def trained_by(*arms: str) -> Float32Array:
     """All records after the turns of these arms, which have as many steps each."""
     embeddings = EmbeddingBagCollection(GROUP.tables, optimizer=GROUP.optimizer)
-    turns = list(run_turns(replace(BENCH, arms=arms), embeddings, BATCHES, lambda: 0.0))
+    turns = list(run_turns(replace(BENCH, arms=arms), embeddings, batches(), lambda: 0.0))
     assert [turn.arm for turn in turns] == [*arms]
     assert all(turn.fetched > 0 and turn.flushed > 0 for turn in turns)
     records = np.empty((GROUP.num_rows, GROUP.record_width), np.float32)
@@ -65,7 +71,7 @@ def test_without_a_cache_each_step_moves_all_of_its_rows() -> None:
             policy=NO_CACHE,
             check=True,
         )
-        plans = [planned.plan.groups[0] for (planned,) in plan_stream(BATCHES, options)]
+        plans = [planned.plan.groups[0] for (planned,) in plan_stream(batches(), options)]
     before = np.empty(0, np.int64)
     for plan in plans:
         np.testing.assert_array_equal(plan.urgent.evict_rows, before)

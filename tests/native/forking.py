@@ -1,5 +1,5 @@
 """Programs that fork while they train, run by `test_fork` in a process of their own:
-`python -m tests.native.forking NAME FOLDER`.
+`python -m tests.native.forking FOLDER NAME...`.
 """
 
 from __future__ import annotations
@@ -131,4 +131,5 @@ def check(is_right: bool) -> None:
 
 if __name__ == "__main__":
     programs = {"go_on": go_on, "die": die, "use": use, "compile": compile_meanwhile}
-    programs[sys.argv[1]](Path(sys.argv[2]))
+    for name in sys.argv[2:]:
+        programs[name](Path(sys.argv[1]))
