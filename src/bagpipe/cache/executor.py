@@ -160,8 +160,10 @@ class Executor:
             self._mover.raise_failed_writes()
             self._wait_for_rows(pending)
             # Before replicas go out: urgent rows are among them.
-            self._wait_on_device(pending.overlapped)
-            self._wait_on_device(pending.urgent)
+            for transfers in (pending.overlapped, pending.urgent):
+                if transfers is not None and transfers.filled is not None:
+                    assert self._streams is not None
+                    self._streams.compute.wait_event(transfers.filled)
             self._wait_for_replicas(pending)
             for due in self._pending:
                 if (
@@ -347,7 +349,8 @@ class Executor:
         """
         assert pending.overlapped is not None
         self._mover.fill(pending.overlapped)
-        self._wait_on_device(pending.overlapped)
+        if pending.overlapped.filled is not None:
+            torch.cuda.current_stream(self._device).wait_event(pending.overlapped.filled)
         return [group.exchange for group in pending.on_device if group.exchange is not None]
 
     def _wait_for_rows(self, pending: _Pending) -> None:
@@ -363,11 +366,6 @@ class Executor:
             pending.urgent.gathered.result()
             self.waits.slots_s += time.perf_counter() - started
             self._mover.fill(pending.urgent)
-
-    def _wait_on_device(self, transfer: IssuedTransfers | None) -> None:
-        """Lets the current stream follow a transfer's fills."""
-        if transfer is not None and transfer.filled is not None:
-            torch.cuda.current_stream(self._device).wait_event(transfer.filled)
 
     def _note_computed(self) -> None:
         """Lets what is issued from now on follow all compute so far.

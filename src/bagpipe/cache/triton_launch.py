@@ -113,7 +113,8 @@ class Kernel:
             else type(argument)
             for argument in arguments
         ]
-        key = (torch.cuda.current_device(), num_warps, *constants.values(), *kinds)
+        device = torch.cuda.current_device()
+        key = (device, num_warps, *constants.values(), *kinds)
         variant = self._variants.get(key)
         if variant is None:
             options = {"num_warps": num_warps, "enable_fp_fusion": False}
@@ -124,7 +125,12 @@ class Kernel:
             argument.data_ptr() if isinstance(argument, Tensor) else argument
             for argument in arguments
         ]
-        variant[(num_programs, 1, 1)](*passed, *constants.values())
+        # What `variant[grid](...)` does, without what it makes anew for hooks: those of profilers.
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        variant.run(
+            *(num_programs, 1, 1, stream, variant.function, variant.packed_metadata),
+            *(None, None, None, *passed, *constants.values()),
+        )
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -15,7 +15,6 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed.alone import Peers
 from bagpipe.embeddings.batch_in_hand import BatchInHand
@@ -89,8 +88,6 @@ class EmbeddingBagCollection(StoredTables):
             store=store,
             communicator=communicator,
         )
-        self.step = 0
-        """Steps trained so far; the number that the next one gets."""
         self.num_skipped = [0] * len(self.groups)
         """How many of these steps did not update each group's tables, for want of a backward."""
         self.executor: Executor | ExecutorPart | None = None
@@ -102,11 +99,19 @@ class EmbeddingBagCollection(StoredTables):
         self.loader_states: LoaderStates[Any] | None = None
         """Where its loader was, behind each batch."""
         self._num_streams = 0
-        self._to_update: tuple[DevicePlan, ...] = ()
         # Autograd calls a function's backward only if one of its inputs wants a gradient; the
         # tables are no tensors here.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._scaling = GradScaling()
+
+    @property
+    def step(self) -> int:
+        """Steps trained so far; the number that the next one gets."""
+        return self._in_hand.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._in_hand.step = step
 
     def set_grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Says which `torch.amp.GradScaler` scales the loss, or None: none does.
@@ -146,7 +151,7 @@ class EmbeddingBagCollection(StoredTables):
         """
         if not self.training:
             return PooledEmbeddings(self._features, self._read(as_jagged(sparse)))
-        plans = self._in_hand.plans_of(sparse, self.executor, self.step)
+        plans = self._in_hand.plans_of(sparse, self.executor)
         self._in_hand.was_served = torch.is_grad_enabled() and self._anchor.requires_grad
         assert self.executor is not None
         return PooledEmbeddings(
@@ -182,14 +187,14 @@ class EmbeddingBagCollection(StoredTables):
             Pooled embeddings (B, F, D), by group.
         """
         with span("lookup"):
-            plans = self._in_hand.plans_of(sparse, self.executor, self.step)
+            plans = self._in_hand.plans_of(sparse, self.executor)
             check_dtype(self.step, dtype)
             if out is not None:
                 what = f"step {self.step}: lookup's out"
                 check_tensors(
                     what, out, self.groups, plans, device=self._anchor.device, contiguous=True
                 )
-            self._in_hand.was_served, self._to_update = True, plans
+            self._in_hand.was_served, self._in_hand.to_update = True, plans
             assert self.executor is not None
             outs = [None] * len(plans) if out is None else out
             return [
@@ -207,11 +212,8 @@ class EmbeddingBagCollection(StoredTables):
             UsageError: there was no lookup in this step, it was updated already, the embeddings
                 are frozen, or a gradient has another shape, type or device.
         """
-        if (
-            self.executor is None
-            or not self._to_update
-            or self.executor.current is not self._to_update
-        ):
+        plans = self._in_hand.to_update
+        if self.executor is None or not plans or self.executor.current is not plans:
             raise UsageError(
                 f"step {self.step}: update was called without a lookup in this step, or twice: "
                 "call lookup, then update, once each"
@@ -222,13 +224,13 @@ class EmbeddingBagCollection(StoredTables):
                 "embeddings"
             )
         what = f"step {self.step}: update's gradients"
-        check_tensors(what, grads, self.groups, self._to_update, device=self._anchor.device)
+        check_tensors(what, grads, self.groups, plans, device=self._anchor.device)
         unscaled = [self._scaling.unscaled(grad) for grad in grads]
         with span("update"), self.executor.undivided():
-            for index, (plan, grad) in enumerate(zip(self._to_update, unscaled, strict=True)):
+            for index, (plan, grad) in enumerate(zip(plans, unscaled, strict=True)):
                 if grad is not None:
                     self.executor.update(index, plan, grad)
-            self._to_update = ()
+            self._in_hand.to_update = ()
 
     def start(
         self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None
@@ -277,7 +279,7 @@ class EmbeddingBagCollection(StoredTables):
 
     def note_step(self, step: int) -> None:
         """Notes that `step` steps are trained, and that no batch is being trained."""
-        self.step = step
+        self._in_hand.step = step
         self._in_hand.let_go()
 
     @property
