@@ -65,13 +65,19 @@ def test_entering_and_planning_wait_for_nothing(kind: str) -> None:
         state.alert[state.alert[0]]
 
 
+def use_small_groups(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """Sums over groups of two tiles, so that small arrays have groups before their last one."""
+    monkeypatch.setattr(module, "GROUP", 2)
+    monkeypatch.setattr(pytest.importorskip("bagpipe.device_oracle.sums_triton"), "GROUP", 2)
+
+
 @pytest.mark.parametrize("number", [0, 1, 37, 299])
 @pytest.mark.parametrize("num_slots", [300, 4_096, 9_999])
 def test_triton_chooses_the_slots_that_torch_operations_do(
     num_slots: int, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = pytest.importorskip("bagpipe.device_oracle.victims_triton")
-    monkeypatch.setattr(triton, "_GROUP", 2)  # tiles: so there are groups before the last one
+    use_small_groups(monkeypatch, triton)
     state, generator = make_one(num_slots), torch.Generator().manual_seed(num_slots + number)
 
     def drawn(low: int, high: int) -> torch.Tensor:
@@ -88,6 +94,39 @@ def test_triton_chooses_the_slots_that_torch_operations_do(
     found = triton.choose_victims(state, wanted)
     expected = victims.choose_victims(state, wanted)
     torch.testing.assert_close(found[:number], expected[:number], rtol=0, atol=0)
+
+
+def test_triton_enters_a_batch_of_many_tiles_as_torch_operations_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    triton = pytest.importorskip("bagpipe.device_oracle.entering_triton")
+    launching = pytest.importorskip("bagpipe.cache.triton_launch")
+    use_small_groups(monkeypatch, triton)
+    monkeypatch.setattr(triton, "_TILE", launching.Tiling(elements=32, per_thread=1).of(1))
+    num_lookups, generator = 590, torch.Generator().manual_seed(3)
+    ids = (50_000 * torch.rand(num_lookups, generator=generator) ** 6).int()
+    ids[::2] = 7  # more than a piece, and more than a tile
+    offsets = torch.randint(0, num_lookups + 1, (200,), generator=generator).sort().values
+    entered = []
+    for function in (triton.enter, entering.enter):
+        state = make_one(1_000, is_jagged=True, is_weighted=True)
+        state.ids[:num_lookups] = ids
+        state.sizes.copy_(torch.tensor([num_lookups, 200]))
+        state.bag_offsets[1:-1] = offsets[1:]
+        state.bag_offsets[-1] = num_lookups
+        state.lookup_weights.copy_(torch.arange(600))
+        function(state)
+        entered.append(state)
+    found, expected = entered
+    _, _, _, number, num_pieces, num_long = expected.headers[0].tolist()
+    assert (number > 200, num_long) == (True, 1)
+    torch.testing.assert_close(found.headers[0], expected.headers[0], rtol=0, atol=0)
+    lengths = dict.fromkeys(("inverse", "bags", "bag_weights", "kept_weights"), num_lookups)
+    lengths |= {"piece_offsets": num_pieces + 1, "long_uniques": num_long}
+    lengths |= {"long_offsets": num_long + 1, "unique_rows": 300, "kept_offsets": 201}
+    for name, length in lengths.items():
+        one, other = getattr(found, name)[0], getattr(expected, name)[0]
+        torch.testing.assert_close(one[:length], other[:length], rtol=0, atol=0)
 
 
 def test_no_size_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:

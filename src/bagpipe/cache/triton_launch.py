@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +26,8 @@ Argument: TypeAlias = Tensor | int | float | None
 VARYING = (
     "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records step "
     "seed_low seed_high "
-    "address moved_rows size room num_rows num_slots num_tiles num_offsets max_pieces max_further "
+    "address moved_rows size room num_rows num_slots num_tiles num_words num_offsets max_pieces "
+    "max_further "
     "slots bag_offsets bag_scales lookup_weights unique_slots bags bag_weights piece_offsets "
     "long_uniques long_offsets"
 ).split()
@@ -81,8 +83,12 @@ def device_function(function: Callable[..., Any]) -> Any:
 class Kernel:
     """A decorator for kernels: their parameters are arguments, then constants (`tl.constexpr`)."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self._jit = function, device_function(function)
+    def __init__(self, function: Callable[..., Any], *, is_specialized: bool = True) -> None:
+        self.function = function
+        arguments = signature(function).parameters.values()
+        names = [each.name for each in arguments if "constexpr" not in str(each.annotation)]
+        varying = VARYING if is_specialized else names
+        self._jit = triton.jit(do_not_specialize=varying)(function)
         self._is_compiled = isinstance(self._jit, JITFunction)  # else Triton's interpreter runs it
         self._variants: dict[tuple[Any, ...], Any] = {}
 
@@ -131,6 +137,15 @@ class Kernel:
             *(num_programs, 1, 1, stream, variant.function, variant.packed_metadata),
             *(None, None, None, *passed, *constants.values()),
         )
+
+
+def element_kernel(function: Callable[..., Any]) -> Kernel:
+    """A decorator for kernels whose threads read and write single elements, at any address.
+
+    Nothing is known of alignment, so no array is given a layout of its own, of several elements
+    side by side. Else values would go from one layout to another through shared memory.
+    """
+    return Kernel(function, is_specialized=False)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -260,13 +260,13 @@ def _assign(
     tl.store(flags + 2 * room + unique, is_ahead.to(tl.int32), mask=inside)
     tl.store(flags + 3 * room + unique, is_urgent.to(tl.int32), mask=inside)
     num_new = tl.sum((missing & (is_evicted == 0)).to(tl.int32), axis=0)
-    tl.atomic_add(num_used_slots, num_new.to(tl.int64), mask=num_new > 0)
+    tl.atomic_add(num_used_slots, num_new.to(tl.int64), mask=num_new > 0, sem="relaxed")
     num_blind = tl.sum(is_blind.to(tl.int32), axis=0)
-    tl.atomic_add(found + 2, num_blind.to(tl.int64), mask=num_blind > 0)
+    tl.atomic_add(found + 2, num_blind.to(tl.int64), mask=num_blind > 0, sem="relaxed")
     fence_ahead = tl.max(tl.where(is_ahead, evicted_at, -1), axis=0)
-    tl.atomic_max(found, fence_ahead.to(tl.int64), mask=fence_ahead >= 0)
+    tl.atomic_max(found, fence_ahead.to(tl.int64), mask=fence_ahead >= 0, sem="relaxed")
     fence_urgent = tl.max(tl.where(is_urgent, evicted_at, -1), axis=0)
-    tl.atomic_max(found + 1, fence_urgent.to(tl.int64), mask=fence_urgent >= 0)
+    tl.atomic_max(found + 1, fence_urgent.to(tl.int64), mask=fence_urgent >= 0, sem="relaxed")
 
 
 @Kernel

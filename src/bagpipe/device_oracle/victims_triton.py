@@ -23,14 +23,19 @@ from torch import Tensor
 
 from bagpipe.cache.triton_launch import Kernel, Tiling, device_function, on_device_of
 from bagpipe.device_oracle.state import NEVER, State
+from bagpipe.device_oracle.sums_triton import (
+    GROUP,
+    make_counts,
+    num_groups,
+    put_count,
+    sum_before,
+)
 from bagpipe.device_oracle.victims import EMPTY, HALF_BITS, MAX_AGE, UNUSED
 
 _TILING = Tiling(elements=2048, per_thread=16)
 _DIGITS = (8, 7, 7)
 """Bits of the digits of a key, the first one first."""
 assert sum(_DIGITS) == 2 * HALF_BITS
-_GROUP = 128
-"""Tiles whose counts are summed, so that nobody reads all counts before its own."""
 
 
 def choose_victims(state: State, number: Tensor) -> Tensor:
@@ -38,16 +43,15 @@ def choose_victims(state: State, number: Tensor) -> Tensor:
     num_slots, device = state.window.num_slots, state.planned.device
     tile = _TILING.of(1)
     num_tiles = tile.count(num_slots)
-    num_groups = -(-num_tiles // _GROUP)
 
     def ints(length: int) -> Tensor:
         return torch.empty(length, dtype=torch.int32, device=device)
 
-    keys, counts = ints(num_tiles * tile.rows), ints(2 * num_tiles)
-    found = [ints(2) for _ in _DIGITS]
-    lengths = [1 << bits for bits in _DIGITS]
-    zeros = torch.zeros(sum(lengths) + 2 * num_groups, dtype=torch.int32, device=device)
-    *histograms, groups = zeros.split_with_sizes([*lengths, 2 * num_groups])
+    keys, found = ints(num_tiles * tile.rows), [ints(2) for _ in _DIGITS]
+    lengths = [*(1 << bits for bits in _DIGITS), 2 * num_groups(num_tiles)]
+    zeros = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
+    *histograms, groups = zeros.split_with_sizes(lengths)
+    counts = make_counts(num_tiles, 2, groups)
     victims = torch.empty(state.capacity.max_uniques, dtype=torch.int64, device=device)
     sizes, warps, rest = {"TILE": tile.rows}, tile.num_warps, sum(_DIGITS) - _DIGITS[0]
     with on_device_of(keys):
@@ -81,14 +85,14 @@ def choose_victims(state: State, number: Tensor) -> Tensor:
             last = found[digit]
         _count.launch(
             num_tiles,
-            (keys, number, last, histograms[-1], found[-1], counts, groups, num_tiles),
-            sizes | {"BEFORE": _DIGITS[-1], "GROUP": _GROUP},
+            (keys, number, last, histograms[-1], found[-1], counts.tiles, counts.groups, num_tiles),
+            sizes | {"BEFORE": _DIGITS[-1], "GROUP": GROUP},
             warps,
         )
         _write.launch(
             num_tiles,
-            (keys, found[-1], counts, groups, victims, num_tiles),
-            sizes | {"GROUP": _GROUP},
+            (keys, found[-1], counts.tiles, counts.groups, victims, num_tiles),
+            sizes | {"GROUP": GROUP},
             warps,
         )
     return victims
@@ -110,7 +114,7 @@ def _add_histogram(
 ) -> None:
     """Counts values below 2**BITS where it holds."""
     counts = tl.histogram(values, 1 << BITS, mask=is_counted)
-    tl.atomic_add(histogram + tl.arange(0, 1 << BITS), counts, mask=counts > 0)
+    tl.atomic_add(histogram + tl.arange(0, 1 << BITS), counts, mask=counts > 0, sem="relaxed")
 
 
 @device_function
@@ -205,43 +209,26 @@ def _count(
     last: tl.tensor,
     before: tl.tensor,
     found: tl.tensor,
-    counts: tl.tensor,
+    tiles: tl.tensor,
     groups: tl.tensor,
     num_tiles: tl.tensor,
     TILE: tl.constexpr,
     BEFORE: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(0)
-    key = tl.load(keys + tile * TILE + tl.arange(0, TILE))
+    key = tl.load(keys + tl.program_id(0) * TILE + tl.arange(0, TILE))
     last_key = _next_digit(before, number, last, found, BEFORE)
     num_greater = tl.sum((key > last_key).to(tl.int32), axis=0)
     num_equal = tl.sum((key == last_key).to(tl.int32), axis=0)
-    num_groups = (num_tiles + GROUP - 1) // GROUP
-    tl.store(counts + tile, num_greater)
-    tl.store(counts + num_tiles + tile, num_equal)
-    tl.atomic_add(groups + tile // GROUP, num_greater, mask=num_greater > 0)
-    tl.atomic_add(groups + num_groups + tile // GROUP, num_equal, mask=num_equal > 0)
-
-
-@device_function
-def _sum_before(
-    counts: tl.tensor, groups: tl.tensor, tile: tl.tensor, GROUP: tl.constexpr
-) -> tl.tensor:
-    """The sum of the counts of the tiles before, of which groups are summed already."""
-    index, group = tl.arange(0, GROUP), tile // GROUP
-    found = tl.load(counts + group * GROUP + index, mask=index < tile % GROUP, other=0)
-    for start in range(0, group, GROUP):
-        is_before = start + index < group
-        found += tl.load(groups + start + index, mask=is_before, other=0)
-    return tl.sum(found, axis=0)
+    put_count(tiles, groups, num_tiles, num_greater, 0, GROUP)
+    put_count(tiles, groups, num_tiles, num_equal, 1, GROUP)
 
 
 @Kernel
 def _write(
     keys: tl.tensor,
     found: tl.tensor,
-    counts: tl.tensor,
+    tiles: tl.tensor,
     groups: tl.tensor,
     victims: tl.tensor,
     num_tiles: tl.tensor,
@@ -252,9 +239,8 @@ def _write(
     slot = tile * TILE + tl.arange(0, TILE)
     key = tl.load(keys + slot)
     last_key, num_equal = tl.load(found), tl.load(found + 1)
-    num_groups = (num_tiles + GROUP - 1) // GROUP
-    greater_before = _sum_before(counts, groups, tile, GROUP)
-    equal_before = _sum_before(counts + num_tiles, groups + num_groups, tile, GROUP)
+    greater_before = sum_before(tiles, groups, num_tiles, tile, 0, GROUP)
+    equal_before = sum_before(tiles, groups, num_tiles, tile, 1, GROUP)
     # Of the slots with the last key the lower ones go, as many as are still wanted. Both running
     # sums in one: a tile has fewer than 2**16 slots.
     is_greater, is_equal = key > last_key, key == last_key
