@@ -54,14 +54,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def forked_oracles() -> Iterator[None]:
     """Oracle processes are forked from one that has imported everything, and has no threads.
 
-    A new program, as users have it, takes seconds to import torch: `tests/feed/test_process.py`
-    and runs by torchrun start those.
+    A new program, as users have it, takes seconds to import torch, and as long again for
+    `torch._dynamo`, which torch imports with the first optimizer: `tests/feed/test_process.py` and
+    runs by torchrun start those.
     """
     from bagpipe.feed import process
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["bagpipe.train.trainer", "bagpipe.feed.child", "hypothesis", "pytest"]
+        ["bagpipe.train.trainer", "bagpipe.feed.child", "torch._dynamo", "hypothesis", "pytest"]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "_CONTEXT", context)

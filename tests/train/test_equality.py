@@ -147,8 +147,9 @@ def test_decay_clipping_and_other_adams(optimizer: Optimizer) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
-@pytest.mark.parametrize("kind", ["memory", "file"])
-@pytest.mark.parametrize("extra_slots", [0, 40, 2000])
+@pytest.mark.parametrize(
+    ("kind", "extra_slots"), [("memory", 0), ("memory", 40), ("memory", 2000), ("file", 0)]
+)
 def test_every_optimizer_and_store(
     optimizer: Optimizer, kind: str, extra_slots: int, tmp_path: Path
 ) -> None:
@@ -166,8 +167,9 @@ def test_every_optimizer_and_store(
     )
 
 
-@pytest.mark.parametrize("lookahead", [1, 3, 50, 200])
-@pytest.mark.parametrize("prefetch_depth", [0, 1, 6])
+@pytest.mark.parametrize(
+    ("lookahead", "prefetch_depth"), [(1, 0), (1, 6), (3, 1), (50, 0), (50, 6), (200, 1)]
+)
 def test_every_lookahead_and_prefetch_depth(lookahead: int, prefetch_depth: int) -> None:
     check_equal(
         TABLES,

@@ -63,7 +63,6 @@ def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(
     tmp_path: Path, num_kills: int
 ) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bagpipe.train.trainer", "tests.train.runs"])
 
     def run_once(name: str, moment: Moment | None) -> int | None:
         process = context.Process(target=run, args=(str(tmp_path / name), moment))

@@ -79,7 +79,6 @@ def test_processes_equal_one_trainer_where_sums_are_exact_and_repeat_to_the_bit_
     batches = make_batches(NUM_STEPS)
     expected = train(make_tables(), OPTIMIZER, batches, [(1, NUM_STEPS)], lookahead=3)
     context = multiprocessing.get_context("forkserver")  # which imports once for all
-    context.set_forkserver_preload([__name__])
     ranks = [
         context.Process(target=run_rank, args=(rank, num_trainers, tmp_path / "meeting", tmp_path))
         for rank in range(num_trainers)
