@@ -118,9 +118,11 @@ def write_run(folder: Path, *, steps: int = 30, num_samples: int = 2903) -> Path
     return file
 
 
-def records_of(folder: Path) -> tuple[int, np.ndarray, np.ndarray]:
-    """Step, rows and records of the newest checkpoint's first group, whatever files they are in."""
-    checkpoint = list_checkpoints(folder / "run" / "checkpoints")[-1]
+def records_of(folder: Path, number: int = -1) -> tuple[int, np.ndarray, np.ndarray]:
+    """Step, rows and records of a checkpoint's first group, whatever files they are in; of the
+    newest checkpoint by default.
+    """
+    checkpoint = list_checkpoints(folder / "run" / "checkpoints")[number]
     manifest = read_manifest(checkpoint)
     records: dict[int, np.ndarray] = {}
     for file in record_files(manifest)[0]:
@@ -141,28 +143,6 @@ def train_here(file: Path, *options: str) -> None:
     """One trainer, in this process."""
     result = CliRunner().invoke(app, ["train", str(file), *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-
-
-def test_two_processes_train_as_one_does_and_one_goes_on_alone(tmp_path: Path) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    for folder in (alone, together):
-        folder.mkdir()
-    train_here(write_run(alone))
-    train(2, write_run(together, steps=30))
-    losses = [record["loss"] for record in log_of(alone, "train")]
-    assert [record["loss"] for record in log_of(together, "train")] == pytest.approx(
-        losses, rel=1e-4
-    )
-    step, rows, records = records_of(alone)
-    other_step, other_rows, other_records = records_of(together)
-    assert other_step == step
-    np.testing.assert_array_equal(other_rows, rows)
-    np.testing.assert_allclose(other_records, records, rtol=1e-3, atol=1e-5)
-    assert log_of(together, "evaluation")[-1]["auc"] == pytest.approx(
-        log_of(alone, "evaluation")[-1]["auc"], abs=1e-3
-    )
-    train_here(write_run(together, steps=35), "--resume")
-    assert records_of(together)[0] == 35
 
 
 @pytest.mark.soak
@@ -239,19 +219,44 @@ def test_whoever_is_killed_the_run_ends_within_seconds_says_why_and_leaves_no_or
 
 
 @pytest.mark.parametrize("receiver", ["rank 1", pytest.param("torchrun", marks=pytest.mark.soak)])
-def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
+def test_two_processes_train_as_one_until_a_signal_ends_both_and_one_goes_on_alone(
     receiver: str, tmp_path: Path
 ) -> None:
-    process, ranks, _ = running(tmp_path)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    train_here(write_run(alone))
+    process, ranks, _ = running(
+        together,
+        *("--set", "train.eval_every_steps=30"),
+        *("--set", "checkpoint.every_steps=30", "--set", "checkpoint.keep=1_000_000"),
+    )
+    checkpoints = together / "run" / "checkpoints"
+    wait_until(lambda: process.poll() is not None or list_checkpoints(checkpoints))
     os.kill(ranks[1] if receiver == "rank 1" else process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0
-    (end,) = log_of(tmp_path, "end")
-    assert records_of(tmp_path)[0] == end["step"] < 100_000
+    # all ended after the same step
+    (end,) = log_of(together, "end")
+    assert records_of(together)[0] == end["step"] < 100_000
     if receiver == "torchrun":  # which else ends rank 0 as soon as rank 1 has ended
         assert f"stopped by SIGTERM after step {end['step']}; checkpoint: " in " ".join(
             output.split()
         ), output
+    losses = [record["loss"] for record in log_of(alone, "train")]
+    assert [record["loss"] for record in log_of(together, "train")][: len(losses)] == pytest.approx(
+        losses, rel=1e-4
+    )
+    step, rows, records = records_of(alone)
+    first_step, first_rows, first_records = records_of(together, 0)
+    assert first_step == step == 30
+    np.testing.assert_array_equal(first_rows, rows)
+    np.testing.assert_allclose(first_records, records, rtol=1e-3, atol=1e-5)
+    assert log_of(together, "evaluation")[0]["auc"] == pytest.approx(
+        log_of(alone, "evaluation")[-1]["auc"], abs=1e-3
+    )
+    train_here(write_run(together, steps=end["step"] + 5), "--resume")
+    assert records_of(together)[0] == end["step"] + 5
 
 
 @pytest.mark.soak
