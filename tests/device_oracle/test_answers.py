@@ -16,12 +16,12 @@ from tests.device_oracle.test_device_oracle import (
 )
 from torch.overrides import TorchFunctionMode
 
-from bagpipe.cache.device_plan import _shared_memory
 from bagpipe.device_oracle import answers
 from bagpipe.device_oracle import oracle as oracle_module
 from bagpipe.device_oracle.planner import MadePlan, Planner
 from bagpipe.device_oracle.read_back import read_back
 from bagpipe.device_oracle.state import BATCH_SIZE, NUM_LOOKUPS, STEP, State
+from bagpipe.errors import PlanError
 from bagpipe.oracle import checked
 from bagpipe.types import Jagged
 
@@ -64,10 +64,18 @@ def test_a_plan_holds_what_moves_until_another_one_is_made_in_its_place() -> Non
                     np.testing.assert_array_equal(
                         getattr(getattr(held, kind), name), getattr(getattr(copied, kind), name)
                     )
-            torch.testing.assert_close(
-                held.overlapped_slots.evict_slots.cpu(),
-                torch.from_numpy(copied.overlapped.evict_slots),
-            )
+                    torch.testing.assert_close(
+                        getattr(getattr(held, f"{kind}_on_device"), name).cpu(),
+                        torch.from_numpy(getattr(getattr(copied, kind), name)),
+                    )
+
+
+def test_a_lookup_in_another_slot_than_its_row_is_found() -> None:
+    planner = make_planner(one_table(2000), num_slots=99)
+    *_, made = made_plans(planner, skewed(3, 64))
+    made.plan.groups[0].on_device.lookup_slots[5] += 1
+    with pytest.raises(PlanError, match=r"step 2: lookup 5 is in slot \d+, and its row in slot"):
+        read_back(planner, made)
 
 
 class Counted(TorchFunctionMode):
@@ -120,9 +128,3 @@ def test_a_step_takes_the_planners_thread_few_calls_of_torch(
         for _ in range(10):
             next(plans)
     assert len(counted.names) <= 10 * most, counted.names
-
-
-def test_arrays_of_one_tensor_are_no_shared_memory() -> None:
-    """They are packed on their way to a GPU, as the slots of urgent transfers are."""
-    words = torch.arange(8, dtype=torch.int32).numpy()
-    assert _shared_memory([words[:2], words[4:6].view(np.int32)]) is None

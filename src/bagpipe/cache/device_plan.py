@@ -226,13 +226,6 @@ class DeviceTransfers:
         return cls(**dict(zip(names, tensors, strict=True)))
 
 
-def all_of(
-    transfers: Sequence[Transfers], device: torch.device, *, with_rows: bool
-) -> tuple[DeviceTransfers, ...]:
-    """`DeviceTransfers.of` each group's."""
-    return tuple(DeviceTransfers.of(group, device, with_rows=with_rows) for group in transfers)
-
-
 @dataclass(frozen=True, kw_only=True)
 class DeviceExchange:
     """What one group's exchanges with other trainers need on the device.
@@ -258,39 +251,12 @@ class PlanOnDevice:
     overlapped: Transfers
     urgent: Transfers
     num_lookups: int
+    num_uniques: int
     inverse: Tensor  # (L,) int32, as that of `GroupPlan`
-    bag_offsets: Tensor | None  # (F * B + 1,) int32
-    bag_scales: Tensor | None  # (B * F,) float32
-    lookup_weights: Tensor | None  # (L,) float32
-    schedule: Mapping[str, Tensor | None]
-    """The arrays of `GradientSchedule` by name."""
-    overlapped_slots: DeviceTransfers
+    on_device: DevicePlan
+    overlapped_on_device: DeviceTransfers
+    urgent_on_device: DeviceTransfers
     exchange: None = None
-
-    @property
-    def num_uniques(self) -> int:
-        """How many unique rows the step uses."""
-        return len(self._unique_slots)
-
-    @property
-    def _unique_slots(self) -> Tensor:
-        slots = self.schedule["unique_slots"]
-        assert slots is not None
-        return slots
-
-    def for_step(self, *, step: int, batch_size: int, num_features: int) -> DevicePlan:
-        """What the kernels need, with lookups that are found on the current stream."""
-        schedule: dict[str, Any] = dict(self.schedule)
-        return DevicePlan(
-            step=step,
-            batch_size=batch_size,
-            num_features=num_features,
-            lookup_slots=self._unique_slots.index_select(0, self.inverse),
-            bag_offsets=self.bag_offsets,
-            bag_scales=self.bag_scales,
-            lookup_weights=self.lookup_weights,
-            **schedule,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +299,8 @@ def plan_to_device(
     """
     if isinstance(plan, PlanOnDevice):
         return DeviceGroup(
-            plan=plan.for_step(step=step, batch_size=batch_size, num_features=num_features),
-            overlapped=plan.overlapped_slots,
+            plan=plan.on_device,
+            overlapped=plan.overlapped_on_device,
             exchange=None,
             along=tuple(all_to_device(along, device)),
         )
@@ -381,6 +347,24 @@ def plan_to_device(
     device_plan = DevicePlan(step=step, batch_size=batch_size, num_features=num_features, **tensors)
     return DeviceGroup(
         plan=device_plan, overlapped=overlapped, exchange=on_device, along=moved_along
+    )
+
+
+def urgent_to_device(
+    plans: Sequence[HostGroupPlan], device: torch.device, *, with_rows: bool
+) -> tuple[DeviceTransfers, ...]:
+    """The urgent transfers of each group's plan, moved to a device unless they are there.
+
+    Args:
+        plans: By group.
+        device: Where the transfers go, on the current stream.
+        with_rows: Whether the rows to move go there, too, with their slots.
+    """
+    return tuple(
+        plan.urgent_on_device
+        if isinstance(plan, PlanOnDevice)
+        else DeviceTransfers.of(plan.urgent, device, with_rows=with_rows)
+        for plan in plans
     )
 
 

@@ -31,8 +31,8 @@ from bagpipe.cache.device_plan import (
     DevicePlan,
     DeviceTransfers,
     MovedArray,
-    all_of,
     plan_to_device,
+    urgent_to_device,
 )
 from bagpipe.cache.exchange import exchange_with
 from bagpipe.cache.issued import IssuedTransfers, naming_step
@@ -297,8 +297,9 @@ class Executor:
 
     def _issue_urgent(self, pending: _Pending) -> None:
         """Hands out the urgent transfers of the step that comes now."""
-        transfers = tuple(group.urgent for group in pending.plan.groups)
-        to_device = partial(all_of, transfers, self._device, with_rows=self._mover.with_rows)
+        groups, with_rows = pending.plan.groups, self._mover.with_rows
+        transfers = tuple(group.urgent for group in groups)
+        to_device = partial(urgent_to_device, groups, self._device, with_rows=with_rows)
         with self.undivided():
             pending.urgent = self._mover.issue(
                 pending.plan, transfers, pending.plan.step, to_device

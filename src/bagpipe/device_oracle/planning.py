@@ -39,6 +39,10 @@ def plan(state: State) -> None:
     slots = torch.where(is_missing, victims[rank.clamp(min=0)], slots)
     moved = _assign(state, rows, slots, next_uses, is_missing, target)
     state.unique_slots.index_copy_(0, target, slots.int().unsqueeze(0))
+    # What an inverse holds of a batch that did not enter must stay within bounds.
+    inverse = state.inverse.index_select(0, position)[0].clamp(0, len(slots) - 1)
+    lookup_slots = slots.int().index_select(0, inverse)
+    state.lookup_slots.index_copy_(0, target, lookup_slots.unsqueeze(0))
     spare = torch.zeros(HEADER_LENGTH - BATCH_HEADER_LENGTH - len(moved) - 1, device=rows.device)
     header = torch.cat((header, moved, state.num_used_slots, spare.long()))
     header = torch.where(is_running, header, state.plan_headers[target][0])

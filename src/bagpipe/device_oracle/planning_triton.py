@@ -7,6 +7,7 @@ assign    slots for the missing rows; which transfers can be issued ahead
 (running sums of those)
 lists     rows and slots that move, side by side
 header    (one program)
+lookups   the slot of each lookup
 """
 
 from __future__ import annotations
@@ -132,6 +133,21 @@ def plan(state: State) -> None:
             ),
             {"BATCH_HEADER": BATCH_HEADER_LENGTH, "HEADER": HEADER_LENGTH},
             1,
+        )
+        size = state.capacity.max_lookups
+        _lookups.launch(
+            _TILE.count(size),
+            (
+                now,
+                state.headers,
+                state.inverse,
+                state.unique_slots,
+                state.lookup_slots,
+                size,
+                room,
+            ),
+            tile | {"HEADER": BATCH_HEADER_LENGTH},
+            warps,
         )
 
 
@@ -332,3 +348,24 @@ def _header(
         tl.store(into + BATCH_HEADER + 4 + index, tl.load(found + index), mask=is_running)
     tl.store(into + BATCH_HEADER + 7, tl.load(num_used_slots), mask=is_running)
     tl.store(planned, step + 1, mask=is_running)
+
+
+@Kernel
+def _lookups(
+    now: tl.tensor,
+    headers: tl.tensor,
+    inverse: tl.tensor,
+    unique_slots: tl.tensor,
+    lookup_slots: tl.tensor,
+    size: tl.tensor,
+    room: tl.tensor,
+    TILE: tl.constexpr,
+    HEADER: tl.constexpr,
+) -> None:
+    lookup = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    position, place = tl.load(now + 1), tl.load(now + 2)
+    number = tl.load(headers + position * HEADER + 1) * tl.load(now + 4)  # 0 if it does not run
+    is_lookup = (lookup < size) & (lookup < number)
+    unique = tl.load(inverse + position * size + lookup, mask=is_lookup, other=0)
+    slot = tl.load(unique_slots + place * room + unique, mask=is_lookup, other=0)
+    tl.store(lookup_slots + place * size + lookup, slot, mask=is_lookup)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bagpipe.cache.device_plan import PlanOnDevice
 from bagpipe.device_oracle.oracle import DeviceOracle
 from bagpipe.device_oracle.planner import MadePlan, Planner
+from bagpipe.errors import PlanError
 from bagpipe.oracle import DedupedBatch, checked
 from bagpipe.oracle.dedup import DedupedGroup
 from bagpipe.oracle.merge import merge
@@ -36,13 +37,17 @@ def checked_on_device(
 def read_back(
     planner: Planner, made: MadePlan[PayloadT]
 ) -> tuple[tuple[StepPlan, ...], DedupedBatch[MadePlan[PayloadT]]]:
-    """A plan and its batch as the host's oracle would hand them out. The plan must be the last."""
+    """A plan and its batch as the host's oracle would hand them out. The plan must be the last.
+
+    Raises:
+        PlanError: A lookup is not in the slot of its row.
+    """
     plan = made.plan
     whole = StepPlan(
         step=plan.step,
         issue_tick=plan.issue_tick,
         batch_size=plan.batch_size,
-        groups=tuple(_group_plan(group) for group in plan.groups),
+        groups=tuple(_group_plan(plan.step, group) for group in plan.groups),
         lookahead=plan.lookahead,
     )
     groups = tuple(
@@ -52,17 +57,30 @@ def read_back(
     return (whole,), DedupedBatch(payload=made, groups=groups, share_sizes=(plan.batch_size,))
 
 
-def _group_plan(plan: PlanOnDevice) -> GroupPlan:
+def _group_plan(step: int, plan: PlanOnDevice) -> GroupPlan:
+    on_device, inverse = plan.on_device, _read(plan.inverse)
+    lookup_slots, expected = _read(on_device.lookup_slots), _read(on_device.unique_slots)[inverse]
+    wrong = np.flatnonzero(lookup_slots != expected)
+    if len(wrong):
+        raise PlanError(
+            f"step {step}: lookup {wrong[0]} is in slot {lookup_slots[wrong[0]]}, and its row in "
+            f"slot {expected[wrong[0]]}"
+        )
     return GroupPlan(
-        inverse=_read(plan.inverse),
-        bag_offsets=_read_if(plan.bag_offsets),
-        bag_scales=_read_if(plan.bag_scales),
+        inverse=inverse,
+        bag_offsets=_read_if(on_device.bag_offsets),
+        bag_scales=_read_if(on_device.bag_scales),
         schedule=GradientSchedule(
-            **{name: _read_if(tensor) for name, tensor in plan.schedule.items()}  # type: ignore[arg-type]
+            unique_slots=_read(on_device.unique_slots),
+            bags=_read(on_device.bags),
+            piece_offsets=_read(on_device.piece_offsets),
+            long_uniques=_read(on_device.long_uniques),
+            long_offsets=_read(on_device.long_offsets),
+            bag_weights=_read_if(on_device.bag_weights),
         ),
         overlapped=_copied(plan.overlapped),
         urgent=_copied(plan.urgent),
-        lookup_weights=_read_if(plan.lookup_weights),
+        lookup_weights=_read_if(on_device.lookup_weights),
     )
 
 

@@ -145,6 +145,7 @@ class State:
     # the ring of plans
     plan_headers: Tensor  # (K, HEADER_LENGTH) int64
     unique_slots: Tensor  # (K, max_uniques) int32
+    lookup_slots: Tensor  # (K, max_lookups) int32
     evict_rows: Tensor  # (K, max_uniques) int64, the overlapped ones first; and so on
     evict_slots: Tensor  # (K, max_uniques) int32
     fetch_rows: Tensor  # (K, max_uniques) int64
@@ -169,7 +170,7 @@ _OF_GROUP_AND_CACHE = (
 """What stays as it is when capacities grow; `places_of_rows` is made anew, in place."""
 _OF_BATCHES = (
     "inverse bags piece_offsets long_uniques long_offsets kept_offsets bag_scales kept_weights "
-    "bag_weights unique_slots evict_rows evict_slots fetch_rows fetch_slots"
+    "bag_weights unique_slots lookup_slots evict_rows evict_slots fetch_rows fetch_slots"
 ).split()
 
 
@@ -279,6 +280,7 @@ class _Maker:
             "kept_weights": self._full((ring, num_weights), 0, real),
             "bag_weights": self._full((ring, num_weights), 0, real),
             "unique_slots": self._full((plans, uniques), 0),
+            "lookup_slots": self._full((plans, lookups), 0),
             "evict_rows": self._full((plans, uniques), 0, torch.int64),
             "evict_slots": self._full((plans, uniques), 0),
             "fetch_rows": self._full((plans, uniques), 0, torch.int64),
