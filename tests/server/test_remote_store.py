@@ -65,34 +65,18 @@ class TestOneShard(OverServers):
     pass
 
 
-class TestTwoShards(OverServers):
-    num_shards = 2
+class TestTwoFarShards(OverServers):
+    num_shards, staging = 2, False
 
 
 class TestThreeShards(OverServers):
     num_shards = 3
 
 
-class TestSevenShards(OverServers):
-    num_shards = 7
-    test_a_huge_group_is_made_lazily = None  # seven servers in one process look at 700 MB of flags
-
-
 class TestThreeShardsInFiles(OverServers):
     num_shards, files = 3, True
 
 
-class TestOneFarShard(TestOneShard):
-    staging = False
-
-
-class TestTwoFarShards(TestTwoShards):
-    staging = False
-
-
-class TestThreeFarShards(TestThreeShards):
-    staging = False
-
-
-class TestSevenFarShards(TestSevenShards):
-    staging = False
+class TestSevenFarShards(OverServers):
+    num_shards, staging = 7, False
+    test_a_huge_group_is_made_lazily = None  # seven servers in one process look at 700 MB of flags
