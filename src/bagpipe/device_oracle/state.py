@@ -13,6 +13,7 @@ more a lookup with per-sample weights, 4 a bag where bags are jagged, 4 more wit
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ class State:
     fetch_rows: Tensor  # (K, max_uniques) int64
     fetch_slots: Tensor  # (K, max_uniques) int32
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors; what a running graph uses besides is not included."""
         tensors = self.tensors()
