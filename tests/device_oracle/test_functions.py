@@ -10,7 +10,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagpipe.device_oracle import entering, planning, victims
-from bagpipe.device_oracle.state import NEVER, Capacity, State, Window, make_state
+from bagpipe.device_oracle.state import (
+    EVICTED,
+    FETCHED,
+    NEVER,
+    NUM_USED_SLOTS,
+    SPARE,
+    Capacity,
+    State,
+    Window,
+    make_state,
+)
 from bagpipe.optimizers import SGD
 from bagpipe.types import TableConfig, group_tables
 
@@ -96,37 +106,54 @@ def test_triton_chooses_the_slots_that_torch_operations_do(
     torch.testing.assert_close(found[:number], expected[:number], rtol=0, atol=0)
 
 
-def test_triton_enters_a_batch_of_many_tiles_as_torch_operations_do(
+def batch_of_many_tiles(state: State, seed: int) -> None:
+    """Writes a batch of 590 lookups where it enters, of which one row has every other one."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = (50_000 * torch.rand(590, generator=generator) ** 6).int()
+    ids[::2] = 7  # more than a piece and a tile
+    state.ids[:590] = ids
+    state.sizes.copy_(torch.tensor([590, 200]))
+    offsets = torch.randint(0, 591, (199,), generator=generator).sort().values
+    state.bag_offsets[1:-1] = offsets
+    state.bag_offsets[-1] = 590
+    state.lookup_weights.copy_(torch.arange(600))
+
+
+def test_triton_does_with_many_tiles_what_torch_operations_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    triton = pytest.importorskip("bagpipe.device_oracle.entering_triton")
+    enters = pytest.importorskip("bagpipe.device_oracle.entering_triton")
+    plans = pytest.importorskip("bagpipe.device_oracle.planning_triton")
     launching = pytest.importorskip("bagpipe.cache.triton_launch")
-    use_small_groups(monkeypatch, triton)
-    monkeypatch.setattr(triton, "_TILE", launching.Tiling(elements=32, per_thread=1).of(1))
-    num_lookups, generator = 590, torch.Generator().manual_seed(3)
-    ids = (50_000 * torch.rand(num_lookups, generator=generator) ** 6).int()
-    ids[::2] = 7  # more than a piece, and more than a tile
-    offsets = torch.randint(0, num_lookups + 1, (200,), generator=generator).sort().values
-    entered = []
-    for function in (triton.enter, entering.enter):
-        state = make_one(1_000, is_jagged=True, is_weighted=True)
-        state.ids[:num_lookups] = ids
-        state.sizes.copy_(torch.tensor([num_lookups, 200]))
-        state.bag_offsets[1:-1] = offsets[1:]
-        state.bag_offsets[-1] = num_lookups
-        state.lookup_weights.copy_(torch.arange(600))
-        function(state)
-        entered.append(state)
-    found, expected = entered
-    _, _, _, number, num_pieces, num_long = expected.headers[0].tolist()
-    assert (number > 200, num_long) == (True, 1)
-    torch.testing.assert_close(found.headers[0], expected.headers[0], rtol=0, atol=0)
-    lengths = dict.fromkeys(("inverse", "bags", "bag_weights", "kept_weights"), num_lookups)
-    lengths |= {"piece_offsets": num_pieces + 1, "long_uniques": num_long}
-    lengths |= {"long_offsets": num_long + 1, "unique_rows": 300, "kept_offsets": 201}
-    for name, length in lengths.items():
-        one, other = getattr(found, name)[0], getattr(expected, name)[0]
-        torch.testing.assert_close(one[:length], other[:length], rtol=0, atol=0)
+    for module in (enters, plans):
+        use_small_groups(monkeypatch, module)
+        monkeypatch.setattr(module, "_TILE", launching.Tiling(elements=128, per_thread=4).of(1))
+    states = []
+    for enter, plan in ((enters.enter, plans.plan), (entering.enter, planning.plan)):
+        state = make_one(300, is_jagged=True, is_weighted=True)
+        for step in range(2):
+            batch_of_many_tiles(state, step)
+            enter(state)
+            plan(state)
+        states.append(state)
+    found, expected = states
+    for step in range(2):
+        _, _, _, number, num_pieces, num_long = expected.headers[step].tolist()
+        assert (number > 200, num_long) == (True, 1)
+        lengths = dict.fromkeys(("inverse", "bags", "bag_weights", "kept_weights"), 590)
+        lengths |= {"headers": 6, "piece_offsets": num_pieces + 1, "long_uniques": num_long}
+        lengths |= {"long_offsets": num_long + 1, "unique_rows": 300, "kept_offsets": 201}
+        header = expected.plan_headers[step].tolist()
+        lengths |= {"plan_headers": NUM_USED_SLOTS + 1, "unique_slots": number}
+        lengths |= dict.fromkeys(("evict_rows", "evict_slots"), header[EVICTED])
+        lengths |= dict.fromkeys(("fetch_rows", "fetch_slots"), header[FETCHED])
+        assert (header[EVICTED] > 100) == (step > 0)
+        for name, length in lengths.items():
+            one, other = getattr(found, name)[step], getattr(expected, name)[step]
+            torch.testing.assert_close(one[:length], other[:length], rtol=0, atol=0)
+    for name in ("slots_of_rows", "places_of_rows", "rows_of_slots", "next_uses", "last_uses"):
+        one, other = getattr(found, name)[:-SPARE], getattr(expected, name)[:-SPARE]
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_no_size_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:

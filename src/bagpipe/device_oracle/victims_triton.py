@@ -98,16 +98,6 @@ def choose_victims(state: State, number: Tensor) -> Tensor:
     return victims
 
 
-def running_sums(counts: Tensor) -> Tensor:
-    """The running sum of each of a few long rows, (k, n) int32.
-
-    Torch gives a row to one block of threads; all rows as one take a twentieth of the time.
-    """
-    sums = torch.cumsum(counts.view(-1), 0, dtype=torch.int32).view(counts.shape)
-    sums[1:] -= sums[:-1, -1:].clone()
-    return sums
-
-
 @device_function
 def _add_histogram(
     histogram: tl.tensor, values: tl.tensor, is_counted: tl.tensor, BITS: tl.constexpr
