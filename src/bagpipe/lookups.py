@@ -53,14 +53,12 @@ def group_lookups(group: Group, batch: Jagged) -> GroupLookups:
         )
     starts = batch.offsets[keys * batch.batch_size].astype(np.int64)
     lengths = batch.offsets[(keys + 1) * batch.batch_size].astype(np.int64) - starts
-    bag_lengths = np.diff(batch.offsets).reshape(len(batch.keys), batch.batch_size)[keys]  # (F, B)
-    bag_offsets = np.zeros(bag_lengths.size + 1, np.int32)
-    np.cumsum(bag_lengths, out=bag_offsets[1:])
+    bag_offsets = _bag_offsets(batch, batch.offsets, keys)
     return GroupLookups(
         feature_starts=starts,
         feature_lengths=lengths,
         bag_offsets=bag_offsets,
-        bag_scales=_bag_scales(group, bag_lengths),
+        bag_scales=_bag_scales(group, bag_offsets),
         weights=_weights(group, batch, starts, lengths),
     )
 
@@ -167,13 +165,26 @@ def _weights(
     return result
 
 
-def _bag_scales(group: Group, bag_lengths: npt.NDArray[np.integer]) -> Float32Array | None:
+def _bag_offsets(batch: Jagged, offsets: npt.NDArray[np.integer], keys: Int64Array) -> Int32Array:
+    """Where each bag of these features begins (F * B + 1,), of their own lookups."""
+    if (np.diff(keys) == 1).all():  # a run, as of a group that has all features
+        begin, end = keys[0] * batch.batch_size, (keys[-1] + 1) * batch.batch_size
+        own: npt.NDArray[np.integer] = offsets[begin : end + 1] - offsets[begin]
+        return own.astype(np.int32, copy=False)
+    bag_lengths = np.diff(offsets).reshape(len(batch.keys), batch.batch_size)[keys]
+    bag_offsets = np.zeros(bag_lengths.size + 1, np.int32)
+    np.cumsum(bag_lengths, out=bag_offsets[1:])
+    return bag_offsets
+
+
+def _bag_scales(group: Group, bag_offsets: Int32Array) -> Float32Array | None:
     """What each bag's sum is multiplied by (B * F,), by output row.
 
-    That is 1 / length for features that pool by mean, and 1 for others. `bag_lengths` is (F, B).
+    That is 1 / length for features that pool by mean, and 1 for others.
     """
     is_mean = np.array([group.tables[table].pooling == "mean" for table in group.feature_tables])
     if not is_mean.any():
         return None
+    bag_lengths = np.diff(bag_offsets).reshape(len(is_mean), -1)
     scales = np.where(is_mean[:, None], 1.0 / np.maximum(bag_lengths, 1), 1.0)
     return np.ascontiguousarray(scales.T, dtype=np.float32).reshape(-1)
