@@ -27,9 +27,8 @@ settings.load_profile("bagpipe")
 # what needs none finds them compiled then, where it would compile them a second time.
 _COMPILES_MOST = "tests/benchmarks/test_bench.py"
 _NEEDS_NONE = (
-    *("tests/cli/test_serve.py", "tests/config/", "tests/launch/", "tests/native/test_jit.py"),
-    *("tests/server/test_local.py", "tests/test_architecture.py", "tests/test_docs.py"),
-    "tests/test_packaging.py",
+    *("tests/cli/test_serve.py", "tests/config/", "tests/launch/", "tests/server/test_local.py"),
+    *("tests/test_architecture.py", "tests/test_docs.py", "tests/test_packaging.py"),
 )
 
 
