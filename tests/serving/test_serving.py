@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import bagpipe.serving
 from bagpipe.data.base import Batch, BatchSource
 from bagpipe.errors import ConfigError, DataError
+from bagpipe.exporting import tables
 from bagpipe.serving import ServedModel
 from bagpipe.train.export import export
 from bagpipe.train.predict import predictions, probabilities
@@ -29,6 +30,7 @@ from bagpipe.train.report import SilentReporter
 from bagpipe.train.saved import SavedModel, load_model, open_saved
 from bagpipe.train.scored import open_scored
 from bagpipe.train.trainer import train
+from bagpipe.types import Float32Array, Group, Int64Array
 from benchmarks.cli import app as benchmarks
 
 MULTI_HOT = {"data": {"multi_hot": {"C2": [0, 3]}}}
@@ -162,6 +164,26 @@ def test_tables_are_written_for_other_programs(exported: tuple[SavedModel, Path]
             with pa.memory_map(str(folder / str(table.arrow))) as file:
                 column = pa.ipc.open_file(file).read_all().column("weights").combine_chunks()
                 assert (column.flatten().to_numpy().reshape(expected.shape) == expected).all()
+
+
+def test_records_map_one_span_of_the_tables_at_a_time(
+    exported: tuple[SavedModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, folder = exported
+    put, written = tables._put, []
+
+    def watched(group: Group, views: Any, rows: Int64Array, records: Float32Array) -> None:
+        written.append({int(row) // 50 for row in rows})
+        put(group, views, rows, records)
+
+    monkeypatch.setattr(tables, "_put", watched)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(tables, "SPAN_BYTES", 50 * 4 * of.groups[0].embedding_dim, raising=False)
+    export(of, tmp_path / "model", arrow=False)
+    assert all(len(spans) == 1 for spans in written)
+    assert len(written) > -(-of.groups[0].num_rows // 50)  # initial weights, then records
+    files = [each / "tables.safetensors" for each in (folder, tmp_path / "model")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def copied(folder: Path, to: Path) -> Path:

@@ -3,7 +3,8 @@
 The file of all tables is made at its full size and mapped. Every row gets its initial weights, and
 then those of the records that were written, in their order, as a store would take them.
 Nothing is kept: the operating system writes the mapped pages out, and they are let go of block by
-block.
+block. A block of records may have rows of all the tables, each of which would map up to a huge page
+around it. So its rows are written in the order of the file, and let go of span by span.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from bagpipe.types import Float32Array, Group, Int64Array
 
 Weights: TypeAlias = npt.NDArray[Any]
 BLOCK_ROWS = 65_536
+SPAN_BYTES = 64 << 20
+"""Of a group's weights, about how much is mapped at a time."""
 _DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 _ARROW_TYPES = {"fp32": pa.float32(), "fp16": pa.float16(), "bf16": pa.uint16()}
 """Arrow has no bfloat16: its 16 bits stand there as a number."""
@@ -67,8 +70,9 @@ def write_safetensors(of: Exported, path: Path, on_stage: OnStage) -> None:
         views = [_view(mapped, group, begins[key], shapes[key]) for key in keys]
         _fill(group, of.seed, views, mapped, on_stage)
         for rows, records in of.records(group):
-            _put(group, views, rows, records)
-            mapped.madvise(mmap.MADV_DONTNEED)
+            for places in _spans(group, rows):
+                _put(group, views, rows[places], records[places])
+                mapped.madvise(mmap.MADV_DONTNEED)
         on_stage("records", number, len(of.groups))
 
 
@@ -127,6 +131,17 @@ def _fill(
         _put(group, views, rows, records[: len(rows)])
         mapped.madvise(mmap.MADV_DONTNEED)
         on_stage("rows", int(rows[-1]) + 1, group.num_rows)
+
+
+def _spans(group: Group, rows: Int64Array) -> list[Int64Array]:
+    """Places in rows (n,), those of each span of the group together.
+
+    Of a row that comes again the last place stays the last.
+    """
+    row_bytes = group.embedding_dim * np.dtype(_DTYPES[group.data_type]).itemsize
+    order = np.argsort(rows, kind="stable")
+    spans = rows[order] // max(1, SPAN_BYTES // row_bytes)
+    return np.split(order, np.flatnonzero(np.diff(spans)) + 1)
 
 
 def _put(group: Group, views: Sequence[Weights], rows: Int64Array, records: Float32Array) -> None:
