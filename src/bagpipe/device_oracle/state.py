@@ -7,7 +7,8 @@ row, slot and place arrays have.
 
 Memory: 8 bytes a row of the tables (12 where there are 2**31 rows or more: those of a slot and of a
 unique row are 4 more then), 12 a slot, and per batch of the ring 8 a lookup, 12 a unique row, 8
-more a lookup with per-sample weights, 4 a bag where bags are jagged, 4 more with mean pooling.
+more a lookup with per-sample weights, 4 a bag where bags are jagged, 4 more with mean pooling. Per
+plan 4 a lookup and 28 a unique row.
 """
 
 from __future__ import annotations
