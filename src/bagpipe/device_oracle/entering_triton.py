@@ -35,7 +35,7 @@ from bagpipe.device_oracle.sums_triton import GROUP, TileCounts, make_counts, nu
 from bagpipe.plan import MAX_PIECE_LENGTH
 from bagpipe.topology import LINE_BITS, NUM_SHARDS
 
-_TILE = Tiling(elements=1024, per_thread=4).of(1)
+_TILE = Tiling(elements=512, per_thread=2).of(1)
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # that of `topology.shard_of`, as an int64
 _SHARD_BITS = 3
 _SHARDS: dict[str, Any] = {

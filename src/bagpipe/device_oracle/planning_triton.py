@@ -19,9 +19,9 @@ from bagpipe.cache.triton_launch import Tiling, on_device_of
 from bagpipe.device_oracle import planning_kernels as kernels
 from bagpipe.device_oracle.state import BATCH_HEADER_LENGTH, HEADER_LENGTH, NEVER, State
 from bagpipe.device_oracle.sums_triton import GROUP, make_counts, num_groups
-from bagpipe.device_oracle.victims_triton import choose_victims
+from bagpipe.device_oracle.victims_triton import choose_victims, num_counters
 
-_TILE = Tiling(elements=1024, per_thread=4).of(1)
+_TILE = Tiling(elements=512, per_thread=2).of(1)
 _KINDS = 4
 """Kinds of transfers: evicted ahead, evicted urgently, fetched ahead, fetched urgently."""
 
@@ -42,9 +42,10 @@ def plan(state: State) -> None:
     now = torch.empty(5, dtype=torch.int64, device=device)
     slots, next_uses, ranks, kinds = ints(room), ints(room), ints(room), ints(room)
     evicted = state.rows_of_slots.new_empty(room)
-    lengths = [1, _NOTED, num_groups(num_tiles), _KINDS * num_groups(num_tiles)]
+    lengths = [num_counters(window.num_slots), 1, _NOTED]
+    lengths += [num_groups(num_tiles), _KINDS * num_groups(num_tiles)]
     zeros = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
-    num_missing, noted, missing_groups, moved_groups = zeros.split_with_sizes(lengths)
+    counters, num_missing, noted, missing_groups, moved_groups = zeros.split_with_sizes(lengths)
     missing = make_counts(num_tiles, 1, missing_groups)
     moved = make_counts(num_tiles, _KINDS, moved_groups)
     with on_device_of(now):
@@ -82,7 +83,7 @@ def plan(state: State) -> None:
             },
             warps,
         )
-        victims = choose_victims(state, num_missing)
+        victims = choose_victims(state, num_missing, counters)
         kernels.assign.launch(
             num_tiles,
             (

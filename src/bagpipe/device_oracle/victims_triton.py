@@ -38,8 +38,19 @@ _DIGITS = (8, 7, 7)
 assert sum(_DIGITS) == 2 * HALF_BITS
 
 
-def choose_victims(state: State, number: Tensor) -> Tensor:
-    """See `victims.choose_victims`."""
+def num_counters(num_slots: int) -> int:
+    """How many counters `choose_victims` takes."""
+    return sum(1 << bits for bits in _DIGITS) + 2 * num_groups(_TILING.of(1).count(num_slots))
+
+
+def choose_victims(state: State, number: Tensor, counters: Tensor) -> Tensor:
+    """See `victims.choose_victims`.
+
+    Args:
+        state: As there.
+        number: As there.
+        counters: (num_counters(num_slots),) int32, zeros, at an address that is a multiple of 16.
+    """
     num_slots, device = state.window.num_slots, state.planned.device
     tile = _TILING.of(1)
     num_tiles = tile.count(num_slots)
@@ -49,8 +60,7 @@ def choose_victims(state: State, number: Tensor) -> Tensor:
 
     keys, found = ints(num_tiles * tile.rows), [ints(2) for _ in _DIGITS]
     lengths = [*(1 << bits for bits in _DIGITS), 2 * num_groups(num_tiles)]
-    zeros = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
-    *histograms, groups = zeros.split_with_sizes(lengths)
+    *histograms, groups = counters.split_with_sizes(lengths)
     counts = make_counts(num_tiles, 2, groups)
     victims = torch.empty(state.capacity.max_uniques, dtype=torch.int64, device=device)
     sizes, warps, rest = {"TILE": tile.rows}, tile.num_warps, sum(_DIGITS) - _DIGITS[0]
