@@ -152,7 +152,7 @@ def admit(
     NO_ROOM: tl.constexpr,
     TOO_MANY_ROWS: tl.constexpr,
 ) -> None:
-    """Writes whether the batch enters, how many unique rows of it do, and its ring position.
+    """Writes whether the batch enters, its unique rows that do, its ring position and number.
 
     Tiles of words get the number of marks before them in place of their own.
     """
@@ -175,6 +175,7 @@ def admit(
     tl.store(admitted, is_running.to(tl.int64))
     tl.store(admitted + 1, tl.where(is_running, number, 0))
     tl.store(admitted + 2, step % RING)
+    tl.store(admitted + 3, step)
 
 
 @element_kernel

@@ -8,8 +8,8 @@
     runs      where each run of equal rows begins, and which unique row it is of
     counts    how many lookups each unique row has
     totals    the lookups of each tile of unique rows, in first pieces and beyond
-    uniques   where their pieces begin, long rows, and linking
-    lookups   inverse, bags, weights, where further pieces begin, and the header
+    pieces    where their lookups begin, and long rows
+    lookups   inverse, bags, weights, further pieces, and the header; at the same time, linking
     bags      offsets and scales, where bags are jagged
 
 It computes what the torch operations do, with an access to memory for each value instead of ten.
@@ -78,7 +78,7 @@ class _Uniques:
     totals: TileCounts  # of _KINDS
     rest_begins: Tensor  # (max_uniques,) int32, where the lookups beyond the first piece begin
     further_begins: Tensor  # (max_uniques,) int32, further pieces of the rows before
-    admitted: Tensor  # (3,) int64: whether the batch enters, its unique rows, its ring position
+    admitted: Tensor  # (4,) int64: whether the batch enters, unique rows, ring position, number
 
 
 def enter(state: State) -> None:
@@ -97,7 +97,7 @@ def enter(state: State) -> None:
         admitted = _admit(state, lookups, marks)
         totals = make_counts(_TILE.count(room), _KINDS, groups)
         found = _find_uniques(state, lookups, marks, admitted, totals)
-        _write_uniques(state, found)
+        _write_pieces(state, found)
         _write_lookups(state, lookups, found)
 
 
@@ -159,7 +159,7 @@ def _admit(state: State, lookups: _Lookups, marks: _Marks) -> Tensor:
         _tiled(),
         _TILE.num_warps,
     )
-    admitted = torch.empty(3, dtype=torch.int64, device=state.ids.device)
+    admitted = torch.empty(4, dtype=torch.int64, device=state.ids.device)
     kernels.admit.launch(
         1,
         (
@@ -236,45 +236,37 @@ def _find_uniques(
     return found
 
 
-def _write_uniques(state: State, found: _Uniques) -> None:
-    """Writes first pieces, long rows and links."""
-    capacity, room = state.capacity, state.capacity.max_uniques
-    linking.uniques.launch(
-        _TILE.count(room),
+def _write_pieces(state: State, found: _Uniques) -> None:
+    """Writes first pieces and long rows."""
+    capacity = state.capacity
+    num_tiles = _TILE.count(capacity.max_uniques)
+    linking.pieces.launch(
+        num_tiles,
         (
             found.counts,
             found.totals.tiles,
             found.totals.groups,
             found.admitted,
-            state.planned,
-            state.entered,
-            state.batches,
-            state.unique_rows,
             state.piece_offsets,
             state.long_uniques,
             state.long_offsets,
             found.rest_begins,
             found.further_begins,
-            state.slots_of_rows,
-            state.places_of_rows,
-            state.next_of_places,
-            state.next_uses,
-            room,
-            state.num_rows,
-            _TILE.count(room),
+            num_tiles,
             capacity.max_pieces,
             capacity.max_further,
         ),
-        _tiled(LONGEST=MAX_PIECE_LENGTH, NEVER=NEVER, GROUP=GROUP),
+        _tiled(LONGEST=MAX_PIECE_LENGTH, GROUP=GROUP),
         _TILE.num_warps,
     )
 
 
 def _write_lookups(state: State, lookups: _Lookups, found: _Uniques) -> None:
-    """Writes inverse, bags and further pieces, what is kept of the bags, and the header."""
+    """Links, writes inverse, bags, further pieces and the header, and keeps bags."""
     capacity, size = state.capacity, state.capacity.max_lookups
+    num_tiles = _TILE.count(capacity.max_uniques)
     linking.lookups.launch(
-        _TILE.count(size),
+        num_tiles + _TILE.count(size),
         (
             lookups.order,
             lookups.runs,
@@ -283,10 +275,10 @@ def _write_lookups(state: State, lookups: _Lookups, found: _Uniques) -> None:
             found.rest_begins,
             found.further_begins,
             lookups.outputs,
-            found.admitted,
-            state.sizes,
             found.totals.tiles,
             found.totals.groups,
+            found.admitted,
+            state.sizes,
             state.lookup_weights if capacity.is_weighted else None,
             state.inverse,
             state.bags,
@@ -296,14 +288,22 @@ def _write_lookups(state: State, lookups: _Lookups, found: _Uniques) -> None:
             state.long_offsets,
             state.headers,
             state.batches,
+            state.planned,
             state.entered,
+            state.unique_rows,
+            state.slots_of_rows,
+            state.places_of_rows,
+            state.next_of_places,
+            state.next_uses,
             size,
+            capacity.max_uniques,
+            state.num_rows,
             state.num_features,
-            _TILE.count(capacity.max_uniques),
+            num_tiles,
             capacity.max_pieces,
             capacity.max_further,
         ),
-        _tiled(LONGEST=MAX_PIECE_LENGTH, GROUP=GROUP, HEADER=BATCH_HEADER_LENGTH),
+        _tiled(LONGEST=MAX_PIECE_LENGTH, NEVER=NEVER, GROUP=GROUP, HEADER=BATCH_HEADER_LENGTH),
         _TILE.num_warps,
     )
     if capacity.is_jagged:

@@ -3,8 +3,7 @@
 find      which step it is; the slots of the batch's rows, and which rows have none
 (`victims_triton`)
 assign    slots for the missing rows; which transfers can be issued ahead
-lists     rows and slots that move, side by side, and the header
-lookups   the slot of each lookup
+lists     rows and slots that move, side by side; slots of lookups; the header
 
 A kernel that counts says how many there are in each tile, and the next one adds what is before its
 own (`sums_triton`). What one program does for all is done by the first one, in passing.
@@ -113,12 +112,15 @@ def plan(state: State) -> None:
             tiled | {"DEPTH": window.prefetch_depth, "FIRST": window.first_step, "NEVER": NEVER},
             warps,
         )
+        size = state.capacity.max_lookups
         kernels.lists.launch(
-            num_tiles,
+            num_tiles + _TILE.count(size),
             (
                 now,
                 state.unique_rows,
                 state.unique_slots,
+                state.inverse,
+                state.lookup_slots,
                 kinds,
                 moved.tiles,
                 moved.groups,
@@ -132,24 +134,10 @@ def plan(state: State) -> None:
                 state.plan_headers,
                 state.num_used_slots,
                 state.planned,
+                size,
                 room,
                 num_tiles,
             ),
             tiled | {"BATCH_HEADER": BATCH_HEADER_LENGTH, "HEADER": HEADER_LENGTH},
-            warps,
-        )
-        size = state.capacity.max_lookups
-        kernels.lookups.launch(
-            _TILE.count(size),
-            (
-                now,
-                state.headers,
-                state.inverse,
-                state.unique_slots,
-                state.lookup_slots,
-                size,
-                room,
-            ),
-            {"TILE": _TILE.rows, "HEADER": BATCH_HEADER_LENGTH},
             warps,
         )
