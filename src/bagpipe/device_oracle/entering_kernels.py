@@ -191,6 +191,7 @@ def runs(
     admitted: tl.tensor,
     starts: tl.tensor,
     unique_of_run: tl.tensor,
+    run_of_unique: tl.tensor,
     unique_rows: tl.tensor,
     size: tl.tensor,
     room: tl.tensor,
@@ -220,24 +221,6 @@ def runs(
     unique += tl.load(tiles + word // TILE, mask=first, other=0)
     tl.store(starts + run, place, mask=first)
     tl.store(unique_of_run + run, unique, mask=first)
+    tl.store(run_of_unique + unique, run, mask=first)
     kept = unique_rows + tl.load(admitted + 2) * room + unique
     tl.store(kept, row.to(unique_rows.dtype.element_ty), mask=first)
-
-
-@element_kernel
-def counts(
-    starts: tl.tensor,
-    unique_of_run: tl.tensor,
-    admitted: tl.tensor,
-    sizes: tl.tensor,
-    counts: tl.tensor,
-    TILE: tl.constexpr,
-) -> None:
-    """Writes how many lookups each unique row has."""
-    run = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    number = tl.load(admitted + 1)
-    # The last run ends behind the last lookup.
-    end = tl.load(starts + run + 1, mask=run + 1 < number, other=tl.load(sizes).to(tl.int32))
-    count = end - tl.load(starts + run, mask=run < number, other=0)
-    unique = tl.load(unique_of_run + run, mask=run < number, other=0)
-    tl.store(counts + unique, count, mask=run < number)

@@ -6,8 +6,7 @@
     words     how many of these bits there are up to each word of them
     admit     (one program) how many there are, which says whether the batch may enter
     runs      where each run of equal rows begins, and which unique row it is of
-    counts    how many lookups each unique row has
-    totals    the lookups of each tile of unique rows, in first pieces and beyond
+    totals    how many lookups each unique row has, and each tile of them
     pieces    where their lookups begin, and long rows
     lookups   inverse, bags, weights, further pieces, and the header; at the same time, linking
     bags      offsets and scales, where bags are jagged
@@ -74,6 +73,7 @@ class _Uniques:
 
     starts: Tensor  # (max_uniques,) int32, by run
     of_run: Tensor  # (max_uniques,) int32, the unique row of each run
+    run_of: Tensor  # (max_uniques,) int32, the run of each unique row
     counts: Tensor  # (max_uniques,) int32, how many lookups each has
     totals: TileCounts  # of _KINDS
     rest_begins: Tensor  # (max_uniques,) int32, where the lookups beyond the first piece begin
@@ -192,6 +192,7 @@ def _find_uniques(
     found = _Uniques(
         starts=_ints(state, room),
         of_run=_ints(state, room),
+        run_of=_ints(state, room),
         counts=_ints(state, room),
         totals=totals,
         rest_begins=_ints(state, room),
@@ -212,6 +213,7 @@ def _find_uniques(
             admitted,
             found.starts,
             found.of_run,
+            found.run_of,
             state.unique_rows,
             size,
             room,
@@ -221,15 +223,18 @@ def _find_uniques(
         _tiled(GROUP=GROUP, **_SHARDS),
         _TILE.num_warps,
     )
-    kernels.counts.launch(
-        _TILE.count(room),
-        (found.starts, found.of_run, admitted, state.sizes, found.counts),
-        _tiled(),
-        _TILE.num_warps,
-    )
     linking.totals.launch(
         _TILE.count(room),
-        (found.counts, admitted, totals.tiles, totals.groups, _TILE.count(room)),
+        (
+            found.starts,
+            found.run_of,
+            admitted,
+            state.sizes,
+            found.counts,
+            totals.tiles,
+            totals.groups,
+            _TILE.count(room),
+        ),
         _tiled(LONGEST=MAX_PIECE_LENGTH, GROUP=GROUP),
         _TILE.num_warps,
     )

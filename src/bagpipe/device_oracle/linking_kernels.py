@@ -15,8 +15,11 @@ from bagpipe.device_oracle.sums_triton import put_count, sum_before
 
 @element_kernel
 def totals(
-    counts: tl.tensor,
+    starts: tl.tensor,
+    run_of_unique: tl.tensor,
     admitted: tl.tensor,
+    sizes: tl.tensor,
+    counts: tl.tensor,
     tiles: tl.tensor,
     groups: tl.tensor,
     num_tiles: tl.tensor,
@@ -24,9 +27,16 @@ def totals(
     LONGEST: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """Counts each tile's lookups in first pieces and beyond, further pieces and long rows."""
+    """Counts the lookups of each unique row, and for each tile what `_KINDS` names."""
     unique = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    count = tl.load(counts + unique, mask=unique < tl.load(admitted + 1), other=0)
+    number = tl.load(admitted + 1)
+    is_unique = unique < number
+    run = tl.load(run_of_unique + unique, mask=is_unique, other=0)
+    # The last run ends behind the last lookup.
+    has_next, num_lookups = is_unique & (run + 1 < number), tl.load(sizes).to(tl.int32)
+    end = tl.load(starts + run + 1, mask=has_next, other=num_lookups)
+    count = tl.where(is_unique, end - tl.load(starts + run, mask=is_unique, other=0), 0)
+    tl.store(counts + unique, count, mask=is_unique)
     rest = tl.maximum(count - LONGEST, 0)
     further, is_long = (rest + LONGEST - 1) // LONGEST, (rest > 0).to(tl.int32)
     put_count(tiles, groups, num_tiles, tl.sum(count - rest, axis=0), 0, GROUP)

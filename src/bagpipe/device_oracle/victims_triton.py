@@ -73,6 +73,7 @@ def choose_victims(state: State, number: Tensor, counters: Tensor) -> Tensor:
                 state.rows_of_slots,
                 state.planned,
                 state.settled,
+                state.num_used_slots,
                 keys,
                 histograms[0],
                 num_slots,
@@ -153,6 +154,7 @@ def _keys(
     rows_of_slots: tl.tensor,
     planned: tl.tensor,
     settled: tl.tensor,
+    num_used_slots: tl.tensor,
     keys: tl.tensor,
     histogram: tl.tensor,
     num_slots: tl.tensor,
@@ -168,11 +170,14 @@ def _keys(
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = slot < num_slots
     # Four slots at a time, of 16 bytes. There are spare ones behind the last.
-    near = (slot // 4) <= ((num_slots - 1) // 4)
+    last_four = (num_slots - 1) // 4
+    near = (slot // 4) <= last_four
     step = tl.load(planned).to(tl.int32)
     next_use = tl.load(next_uses + slot, mask=near, other=0)
     last_use = tl.load(last_uses + slot, mask=near, other=0)
-    row = tl.load(rows_of_slots + slot, mask=near, other=0)
+    # Once all slots have been filled none is empty.
+    last_four = tl.where(tl.load(num_used_slots) < num_slots, last_four, -1)
+    row = tl.load(rows_of_slots + slot, mask=(slot // 4) <= last_four, other=0)
     age = tl.minimum(tl.maximum(step - last_use, 1), MAX_AGE)
     ahead = tl.minimum(tl.maximum(next_use - step, 1), UNUSED - 1)
     key = tl.where(next_use == NEVER, UNUSED + age, ahead)
