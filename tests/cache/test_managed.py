@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import weakref
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ plain_memory = partial(np.zeros, dtype=np.uint8)
 
 
 def test_on_a_cpu_a_store_has_memory_of_its_own_kind() -> None:
-    assert memory_store_on(torch.device("cpu")) is MemoryStore
+    assert memory_store_on(torch.device("cpu"), [make_group()]) is MemoryStore
 
 
 def test_tables_too_large_to_take_at_once_are_moved_by_the_host(
@@ -33,9 +37,35 @@ def test_tables_too_large_to_take_at_once_are_moved_by_the_host(
     needed = group.num_rows * group.record_bytes
     monkeypatch.setattr(managed, "_available_bytes", lambda: 2 * needed - 1)
     with caplog.at_level("INFO", "bagpipe.lookahead"):
-        store = memory_store_on(CUDA)(group, 0)
+        store = memory_store_on(CUDA, [group])(group, 0)
     assert type(store) is MemoryStore
     assert "more than 50% of the" in caplog.text
+
+
+def test_groups_that_are_too_large_together_take_nothing_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = make_group()
+    monkeypatch.setattr(
+        managed, "_available_bytes", lambda: 3 * group.num_rows * group.record_bytes
+    )
+    with caplog.at_level("INFO", "bagpipe.lookahead"):
+        make = memory_store_on(CUDA, [group, group])
+        assert {type(make(group, 0)), type(make(group, 0))} == {MemoryStore}
+    assert "threads of the host move rows of all tables" in caplog.text
+
+
+def test_where_the_driver_has_no_such_memory_the_host_moves_rows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(device: torch.device, num_bytes: int) -> np.ndarray:
+        raise OSError(f"CUDA's driver has error 2 for managed memory on {device}")
+
+    monkeypatch.setattr(managed, "_refusal", lambda num_bytes, device: None)
+    monkeypatch.setattr(managed, "_allocate", refuse)
+    group = make_group()
+    assert type(memory_store_on(CUDA, [group])(group, 0)) is MemoryStore
+    assert "has error 2 for managed memory on cuda:0" in caplog.text
 
 
 def test_a_machine_without_the_driver_moves_rows_by_the_host(
@@ -43,12 +73,30 @@ def test_a_machine_without_the_driver_moves_rows_by_the_host(
 ) -> None:
     monkeypatch.setattr(managed, "_DRIVER", "libno-such-driver.so.1")
     with caplog.at_level("INFO", "bagpipe.lookahead"):
-        assert type(memory_store_on(CUDA)(make_group(), 0)) is MemoryStore
+        assert type(memory_store_on(CUDA, [make_group()])(make_group(), 0)) is MemoryStore
     assert "the CUDA driver can't be loaded" in caplog.text
 
 
 def test_free_memory_is_known() -> None:
     assert 0 < managed._available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+
+
+def test_a_container_has_no_more_than_its_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit, none = tmp_path / "memory.max", tmp_path / "no limit"
+    none.write_text("max\n")
+    monkeypatch.setattr(managed, "_CONTAINER_LIMITS", (none, limit, tmp_path / "missing"))
+    assert managed._available_bytes() > 4096
+    limit.write_text("4096\n")
+    assert managed._available_bytes() == 4096
+
+
+def test_a_system_that_does_not_tell_of_its_memory_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(managed, "_MEMORY_INFO", tmp_path / "missing")
+    assert managed._available_bytes() == 0
 
 
 def test_touching_leaves_zeros_and_no_page_out() -> None:
@@ -73,3 +121,24 @@ def test_one_store_that_a_device_does_not_reach_leaves_all_moves_to_the_host() -
         assert isinstance(mover, RecordMover)
     finally:
         mover.close()
+
+
+def test_a_stream_that_is_closed_keeps_no_table() -> None:
+    direct = pytest.importorskip("bagpipe.cache.direct")
+    group, memories = make_group(), list[weakref.ref[np.ndarray]]()
+
+    def allocate(num_bytes: int) -> np.ndarray:
+        memory = np.zeros(num_bytes, np.uint8)
+        memories.append(weakref.ref(memory))
+        return memory
+
+    store = ManagedStore(group, 0, allocate)
+    cache = DeviceCache(group=group, num_slots=2, device=torch.device("cpu"))
+    streams: Any = SimpleNamespace()
+    mover = direct.DirectMover([cache], [store], streams)
+    mover.close()
+    mover.give_memory_back()
+    store.clear()
+    assert [memory() is None for memory in memories] == [True, False]
+    store.close()
+    assert memories[1]() is None

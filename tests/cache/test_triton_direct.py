@@ -36,7 +36,7 @@ def make_group(dim: int, optimizer: Optimizer, data_type: DataType) -> Group:
 def make_store(group: Group) -> ManagedStore:
     if DEVICE.type == "cpu":
         return ManagedStore(group, 0, partial(np.zeros, dtype=np.uint8))
-    store = memory_store_on(DEVICE)(group, 0)
+    store = memory_store_on(DEVICE, [group])(group, 0)
     assert isinstance(store, ManagedStore)
     return store
 

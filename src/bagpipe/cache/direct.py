@@ -96,7 +96,8 @@ class DirectMover:
         torch.cuda.synchronize(self._device)
 
     def give_memory_back(self) -> None:
-        """See `give_back`."""
+        """Lets go of the tables, or they would outlive stores that are cleared or closed."""
+        self._tables.clear()
 
     def close(self, *, wait: bool = True) -> None:
         """Ends the thread."""

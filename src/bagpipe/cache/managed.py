@@ -13,21 +13,29 @@ import ctypes
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bagpipe.errors import StoreError
 from bagpipe.native.fork import check_same_process
 from bagpipe.store import MemoryStore
 from bagpipe.types import Float32Array, Group, UInt8Array
 
 _MAX_SHARE = 0.5
-"""Share of the free memory that one group's tables may take: they take it at once, while those of
-other stores take pages as rows are written."""
+"""Share of the free memory that tables may take: they take it at once, while those of other stores
+take pages as rows are written."""
+_MEMORY_INFO = Path("/proc/meminfo")
+_CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+"""Of Linux's control groups, version 2 and 1, as a container sees its own."""
 _DRIVER = "libcuda.so.1"
 _ATTACH_GLOBAL, _PREFERRED_LOCATION, _ACCESSED_BY, _HOST = 1, 3, 5, -1
 """CU_MEM_ATTACH_GLOBAL, CU_MEM_ADVISE_SET_PREFERRED_LOCATION and CU_MEM_ADVISE_SET_ACCESSED_BY,
@@ -63,17 +71,28 @@ class ManagedStore(MemoryStore):
         return super()._open_arrays()
 
 
-def memory_store_on(device: torch.device) -> Callable[[Group, int], MemoryStore]:
-    """What makes a group's store in memory: where possible in memory that the device reads."""
+def memory_store_on(
+    device: torch.device, groups: Sequence[Group]
+) -> Callable[[Group, int], MemoryStore]:
+    """What makes the groups' stores in memory: where possible in memory that the device reads.
+
+    A device that can't read one group's tables moves no rows of the others either.
+    """
     if device.type != "cuda":
+        return MemoryStore
+    reason = _refusal(sum(group.num_rows * group.record_bytes for group in groups), device)
+    if reason is not None:
+        _logger.info("threads of the host move rows of all tables, since %s", reason)
         return MemoryStore
 
     def make(group: Group, seed: int) -> MemoryStore:
-        reason = _refusal(group.num_rows * group.record_bytes, device)
-        if reason is None:
+        try:
             return ManagedStore(group, seed, partial(_allocate, device))
-        _logger.info("%s: threads of the host move its rows, since %s", group.name, reason)
-        return MemoryStore(group, seed)
+        except StoreError as error:
+            _logger.warning(
+                "threads of the host move rows of all tables, since %s", error.__cause__
+            )
+            return MemoryStore(group, seed)
 
     return make
 
@@ -139,9 +158,17 @@ def _number_of(device: torch.device) -> int:
 
 
 def _available_bytes() -> int:
-    """Bytes of memory that programs may still take, as Linux estimates them."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return 1024 * int(value.split()[0])
-    return 0
+    """Bytes of memory that programs may still take, as Linux estimates them; 0: it does not tell.
+
+    A container's limit is less than what its machine has.
+    """
+    available = 0
+    with suppress(OSError):
+        for line in _MEMORY_INFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                available = 1024 * int(value.split()[0])
+    for limit in _CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            available = min(available, int(limit.read_text()))
+    return available

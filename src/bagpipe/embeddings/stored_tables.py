@@ -115,7 +115,7 @@ class StoredTables(nn.Module, ABC):
                 shared.close()
 
             return tuple(shared.stores), let_go
-        make = store or memory_store_on(self.device)
+        make = store or memory_store_on(self.device, self.groups)
         stores = tuple(make(group, seed) for group in self.groups)
         if self.peers.has_others and not all(isinstance(each, OrderedStore) for each in stores):
             raise ConfigError(
