@@ -35,9 +35,9 @@ def rows(
     if outputs is not None:
         # the last bag that begins at the lookup or before it
         low = tl.zeros((TILE,), tl.int32)
-        high = low + batch_size * num_features
+        high = low + tl.load(sizes + 1).to(tl.int32) * num_features
         for _ in tl.static_range(STEPS):
-            middle = (low + high + 1) // 2
+            middle = (low + high + 1) >> 1
             begins = tl.load(bag_offsets + middle) <= bag
             low = tl.where(begins, middle, low)
             high = tl.where(begins, high, middle - 1)

@@ -120,7 +120,7 @@ def _sort_lookups(state: State, first_bad: Tensor, run_counts: TileCounts) -> _L
             state.num_features,
             state.num_rows,
         ),
-        _tiled(STEPS=capacity.max_bags.bit_length() + 1),
+        _tiled(STEPS=capacity.max_bags.bit_length()),
         _TILE.num_warps,
     )
     sorted_rows, order = torch.sort(rows, stable=True)
