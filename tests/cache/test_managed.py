@@ -134,8 +134,12 @@ def test_a_stream_that_is_closed_keeps_no_table() -> None:
 
     store = ManagedStore(group, 0, allocate)
     cache = DeviceCache(group=group, num_slots=2, device=torch.device("cpu"))
-    streams: Any = SimpleNamespace()
+    waited = list[str]()
+    streams: Any = SimpleNamespace(
+        out=SimpleNamespace(wait_event=waited.append), record_compute=lambda: "tables are made"
+    )
     mover = direct.DirectMover([cache], [store], streams)
+    assert waited == ["tables are made"]  # whatever stream the steps are on
     mover.close()
     mover.give_memory_back()
     store.clear()

@@ -41,6 +41,9 @@ class DirectMover:
             CachedTable.of(store.records, cache)
             for store, cache in zip(stores, caches, strict=True)
         ]
+        # They are being made on this stream, and steps may be on another one. What leaves waits for
+        # them, and what enters follows that.
+        streams.out.wait_event(streams.record_compute())
         self._first_uses = Workers("bagpipe-first-use")
 
     def issue(

@@ -125,6 +125,7 @@ class Kernel:
         if variant is None:
             options = {"num_warps": num_warps, "enable_fp_fusion": False}
             variant = self._jit.warmup(*arguments, **constants, **options, grid=(num_programs,))
+            _ = variant[(num_programs, 1, 1)]  # loads it before another thread finds it half loaded
             self._variants[key] = variant
         # Addresses, since for a tensor Triton asks the driver whether the device can reach it.
         passed = [
