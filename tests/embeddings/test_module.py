@@ -4,6 +4,8 @@ shape and the type that they need, or is refused; and nobody writes to stores be
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -180,3 +182,15 @@ def test_loading_weights_tells_that_optimizer_state_is_none_of_them(
     with torch.no_grad():
         dense = torch.nn.ModuleDict({"embeddings": other, "dense": torch.nn.Linear(2, 2)})
         dense.load_state_dict({"dense.bias": torch.zeros(2)}, strict=False)  # no table
+
+
+def test_who_only_looks_rows_up_does_not_import_torchs_compiler() -> None:
+    code = (
+        "import sys, numpy as np, bagpipe\n"
+        "table = bagpipe.TableConfig(\n"
+        "    name='f', num_embeddings=8, embedding_dim=2, feature_names=['f'])\n"
+        "tables = bagpipe.EmbeddingBagCollection([table], optimizer=bagpipe.SGD(lr=0.5)).eval()\n"
+        "tables(bagpipe.Jagged(keys=('f',), values=np.array([1, 2]), batch_size=2))\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

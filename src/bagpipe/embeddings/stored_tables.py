@@ -6,6 +6,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,8 +62,15 @@ class StoredTables(nn.Module, ABC):
 
         `bagpipe.lookahead` adds those of the collections that it trains together.
         """
-        self.fused_optimizer = FusedOptimizer(self.groups)
-        """The learning rates, for torch's schedulers; `set_learning_rate` sets them, too."""
+
+    @cached_property
+    def fused_optimizer(self) -> FusedOptimizer:
+        """The learning rates, for torch's schedulers; `set_learning_rate` sets them, too.
+
+        Made once asked for: torch's first optimizer imports its compiler, a second that whoever
+        only predicts does not need.
+        """
+        return FusedOptimizer(self.groups)
 
     @property
     def lr(self) -> float:
