@@ -35,9 +35,9 @@ def rows(
     if outputs is not None:
         # the last bag that begins at the lookup or before it
         low = tl.zeros((TILE,), tl.int32)
-        high = low + tl.load(sizes + 1).to(tl.int32) * num_features
+        high = low + batch_size * num_features
         for _ in tl.static_range(STEPS):
-            middle = (low + high + 1) >> 1
+            middle = (low + high + 1) // 2
             begins = tl.load(bag_offsets + middle) <= bag
             low = tl.where(begins, middle, low)
             high = tl.where(begins, high, middle - 1)
@@ -152,7 +152,7 @@ def admit(
     NO_ROOM: tl.constexpr,
     TOO_MANY_ROWS: tl.constexpr,
 ) -> None:
-    """Writes whether the batch enters, its unique rows that do, its ring position and number.
+    """Writes whether the batch enters, how many unique rows of it do, and its ring position.
 
     Tiles of words get the number of marks before them in place of their own.
     """
@@ -175,7 +175,6 @@ def admit(
     tl.store(admitted, is_running.to(tl.int64))
     tl.store(admitted + 1, tl.where(is_running, number, 0))
     tl.store(admitted + 2, step % RING)
-    tl.store(admitted + 3, step)
 
 
 @element_kernel
@@ -191,7 +190,6 @@ def runs(
     admitted: tl.tensor,
     starts: tl.tensor,
     unique_of_run: tl.tensor,
-    run_of_unique: tl.tensor,
     unique_rows: tl.tensor,
     size: tl.tensor,
     room: tl.tensor,
@@ -221,6 +219,24 @@ def runs(
     unique += tl.load(tiles + word // TILE, mask=first, other=0)
     tl.store(starts + run, place, mask=first)
     tl.store(unique_of_run + run, unique, mask=first)
-    tl.store(run_of_unique + unique, run, mask=first)
     kept = unique_rows + tl.load(admitted + 2) * room + unique
     tl.store(kept, row.to(unique_rows.dtype.element_ty), mask=first)
+
+
+@element_kernel
+def counts(
+    starts: tl.tensor,
+    unique_of_run: tl.tensor,
+    admitted: tl.tensor,
+    sizes: tl.tensor,
+    counts: tl.tensor,
+    TILE: tl.constexpr,
+) -> None:
+    """Writes how many lookups each unique row has."""
+    run = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    number = tl.load(admitted + 1)
+    # The last run ends behind the last lookup.
+    end = tl.load(starts + run + 1, mask=run + 1 < number, other=tl.load(sizes).to(tl.int32))
+    count = end - tl.load(starts + run, mask=run < number, other=0)
+    unique = tl.load(unique_of_run + run, mask=run < number, other=0)
+    tl.store(counts + unique, count, mask=run < number)

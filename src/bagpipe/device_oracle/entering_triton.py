@@ -6,9 +6,10 @@
     words     how many of these bits there are up to each word of them
     admit     (one program) how many there are, which says whether the batch may enter
     runs      where each run of equal rows begins, and which unique row it is of
-    totals    how many lookups each unique row has, and each tile of them
-    pieces    where their lookups begin, and long rows
-    lookups   inverse, bags, weights, further pieces, and the header; at the same time, linking
+    counts    how many lookups each unique row has
+    totals    the lookups of each tile of unique rows, in first pieces and beyond
+    uniques   where their pieces begin, long rows, and linking
+    lookups   inverse, bags, weights, where further pieces begin, and the header
     bags      offsets and scales, where bags are jagged
 
 It computes what the torch operations do, with an access to memory for each value instead of ten.
@@ -34,7 +35,7 @@ from bagpipe.device_oracle.sums_triton import GROUP, TileCounts, make_counts, nu
 from bagpipe.plan import MAX_PIECE_LENGTH
 from bagpipe.topology import LINE_BITS, NUM_SHARDS
 
-_TILE = Tiling(elements=512, per_thread=2).of(1)
+_TILE = Tiling(elements=1024, per_thread=4).of(1)
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # that of `topology.shard_of`, as an int64
 _SHARD_BITS = 3
 _SHARDS: dict[str, Any] = {
@@ -73,12 +74,11 @@ class _Uniques:
 
     starts: Tensor  # (max_uniques,) int32, by run
     of_run: Tensor  # (max_uniques,) int32, the unique row of each run
-    run_of: Tensor  # (max_uniques,) int32, the run of each unique row
     counts: Tensor  # (max_uniques,) int32, how many lookups each has
     totals: TileCounts  # of _KINDS
     rest_begins: Tensor  # (max_uniques,) int32, where the lookups beyond the first piece begin
     further_begins: Tensor  # (max_uniques,) int32, further pieces of the rows before
-    admitted: Tensor  # (4,) int64: whether the batch enters, unique rows, ring position, number
+    admitted: Tensor  # (3,) int64: whether the batch enters, its unique rows, its ring position
 
 
 def enter(state: State) -> None:
@@ -97,7 +97,7 @@ def enter(state: State) -> None:
         admitted = _admit(state, lookups, marks)
         totals = make_counts(_TILE.count(room), _KINDS, groups)
         found = _find_uniques(state, lookups, marks, admitted, totals)
-        _write_pieces(state, found)
+        _write_uniques(state, found)
         _write_lookups(state, lookups, found)
 
 
@@ -120,7 +120,7 @@ def _sort_lookups(state: State, first_bad: Tensor, run_counts: TileCounts) -> _L
             state.num_features,
             state.num_rows,
         ),
-        _tiled(STEPS=capacity.max_bags.bit_length()),
+        _tiled(STEPS=capacity.max_bags.bit_length() + 1),
         _TILE.num_warps,
     )
     sorted_rows, order = torch.sort(rows, stable=True)
@@ -159,7 +159,7 @@ def _admit(state: State, lookups: _Lookups, marks: _Marks) -> Tensor:
         _tiled(),
         _TILE.num_warps,
     )
-    admitted = torch.empty(4, dtype=torch.int64, device=state.ids.device)
+    admitted = torch.empty(3, dtype=torch.int64, device=state.ids.device)
     kernels.admit.launch(
         1,
         (
@@ -192,7 +192,6 @@ def _find_uniques(
     found = _Uniques(
         starts=_ints(state, room),
         of_run=_ints(state, room),
-        run_of=_ints(state, room),
         counts=_ints(state, room),
         totals=totals,
         rest_begins=_ints(state, room),
@@ -213,7 +212,6 @@ def _find_uniques(
             admitted,
             found.starts,
             found.of_run,
-            found.run_of,
             state.unique_rows,
             size,
             room,
@@ -223,55 +221,60 @@ def _find_uniques(
         _tiled(GROUP=GROUP, **_SHARDS),
         _TILE.num_warps,
     )
+    kernels.counts.launch(
+        _TILE.count(room),
+        (found.starts, found.of_run, admitted, state.sizes, found.counts),
+        _tiled(),
+        _TILE.num_warps,
+    )
     linking.totals.launch(
         _TILE.count(room),
-        (
-            found.starts,
-            found.run_of,
-            admitted,
-            state.sizes,
-            found.counts,
-            totals.tiles,
-            totals.groups,
-            _TILE.count(room),
-        ),
+        (found.counts, admitted, totals.tiles, totals.groups, _TILE.count(room)),
         _tiled(LONGEST=MAX_PIECE_LENGTH, GROUP=GROUP),
         _TILE.num_warps,
     )
     return found
 
 
-def _write_pieces(state: State, found: _Uniques) -> None:
-    """Writes first pieces and long rows."""
-    capacity = state.capacity
-    num_tiles = _TILE.count(capacity.max_uniques)
-    linking.pieces.launch(
-        num_tiles,
+def _write_uniques(state: State, found: _Uniques) -> None:
+    """Writes first pieces, long rows and links."""
+    capacity, room = state.capacity, state.capacity.max_uniques
+    linking.uniques.launch(
+        _TILE.count(room),
         (
             found.counts,
             found.totals.tiles,
             found.totals.groups,
             found.admitted,
+            state.planned,
+            state.entered,
+            state.batches,
+            state.unique_rows,
             state.piece_offsets,
             state.long_uniques,
             state.long_offsets,
             found.rest_begins,
             found.further_begins,
-            num_tiles,
+            state.slots_of_rows,
+            state.places_of_rows,
+            state.next_of_places,
+            state.next_uses,
+            room,
+            state.num_rows,
+            _TILE.count(room),
             capacity.max_pieces,
             capacity.max_further,
         ),
-        _tiled(LONGEST=MAX_PIECE_LENGTH, GROUP=GROUP),
+        _tiled(LONGEST=MAX_PIECE_LENGTH, NEVER=NEVER, GROUP=GROUP),
         _TILE.num_warps,
     )
 
 
 def _write_lookups(state: State, lookups: _Lookups, found: _Uniques) -> None:
-    """Links, writes inverse, bags, further pieces and the header, and keeps bags."""
+    """Writes inverse, bags and further pieces, what is kept of the bags, and the header."""
     capacity, size = state.capacity, state.capacity.max_lookups
-    num_tiles = _TILE.count(capacity.max_uniques)
     linking.lookups.launch(
-        num_tiles + _TILE.count(size),
+        _TILE.count(size),
         (
             lookups.order,
             lookups.runs,
@@ -280,10 +283,10 @@ def _write_lookups(state: State, lookups: _Lookups, found: _Uniques) -> None:
             found.rest_begins,
             found.further_begins,
             lookups.outputs,
-            found.totals.tiles,
-            found.totals.groups,
             found.admitted,
             state.sizes,
+            found.totals.tiles,
+            found.totals.groups,
             state.lookup_weights if capacity.is_weighted else None,
             state.inverse,
             state.bags,
@@ -293,22 +296,14 @@ def _write_lookups(state: State, lookups: _Lookups, found: _Uniques) -> None:
             state.long_offsets,
             state.headers,
             state.batches,
-            state.planned,
             state.entered,
-            state.unique_rows,
-            state.slots_of_rows,
-            state.places_of_rows,
-            state.next_of_places,
-            state.next_uses,
             size,
-            capacity.max_uniques,
-            state.num_rows,
             state.num_features,
-            num_tiles,
+            _TILE.count(capacity.max_uniques),
             capacity.max_pieces,
             capacity.max_further,
         ),
-        _tiled(LONGEST=MAX_PIECE_LENGTH, NEVER=NEVER, GROUP=GROUP, HEADER=BATCH_HEADER_LENGTH),
+        _tiled(LONGEST=MAX_PIECE_LENGTH, GROUP=GROUP, HEADER=BATCH_HEADER_LENGTH),
         _TILE.num_warps,
     )
     if capacity.is_jagged:

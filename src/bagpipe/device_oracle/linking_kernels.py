@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from bagpipe.cache.triton_launch import device_function, element_kernel
+from bagpipe.cache.triton_launch import element_kernel
 from bagpipe.device_oracle.entering_kernels import output_of
 from bagpipe.device_oracle.sums_triton import put_count, sum_before
 
 
 @element_kernel
 def totals(
-    starts: tl.tensor,
-    run_of_unique: tl.tensor,
-    admitted: tl.tensor,
-    sizes: tl.tensor,
     counts: tl.tensor,
+    admitted: tl.tensor,
     tiles: tl.tensor,
     groups: tl.tensor,
     num_tiles: tl.tensor,
@@ -27,16 +24,9 @@ def totals(
     LONGEST: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """Counts the lookups of each unique row, and for each tile what `_KINDS` names."""
+    """Counts each tile's lookups in first pieces and beyond, further pieces and long rows."""
     unique = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    number = tl.load(admitted + 1)
-    is_unique = unique < number
-    run = tl.load(run_of_unique + unique, mask=is_unique, other=0)
-    # The last run ends behind the last lookup.
-    has_next, num_lookups = is_unique & (run + 1 < number), tl.load(sizes).to(tl.int32)
-    end = tl.load(starts + run + 1, mask=has_next, other=num_lookups)
-    count = tl.where(is_unique, end - tl.load(starts + run, mask=is_unique, other=0), 0)
-    tl.store(counts + unique, count, mask=is_unique)
+    count = tl.load(counts + unique, mask=unique < tl.load(admitted + 1), other=0)
     rest = tl.maximum(count - LONGEST, 0)
     further, is_long = (rest + LONGEST - 1) // LONGEST, (rest > 0).to(tl.int32)
     put_count(tiles, groups, num_tiles, tl.sum(count - rest, axis=0), 0, GROUP)
@@ -46,67 +36,41 @@ def totals(
 
 
 @element_kernel
-def pieces(
+def uniques(
     counts: tl.tensor,
     tiles: tl.tensor,
     groups: tl.tensor,
     admitted: tl.tensor,
+    planned: tl.tensor,
+    entered: tl.tensor,
+    batches: tl.tensor,
+    unique_rows: tl.tensor,
     piece_offsets: tl.tensor,
     long_uniques: tl.tensor,
     long_offsets: tl.tensor,
     rest_begins: tl.tensor,
     further_begins: tl.tensor,
-    num_tiles: tl.tensor,
-    max_pieces: tl.tensor,
-    max_further: tl.tensor,
-    TILE: tl.constexpr,
-    LONGEST: tl.constexpr,
-    GROUP: tl.constexpr,
-) -> None:
-    """Writes where the lookups of each unique row begin, and its further pieces."""
-    tile = tl.program_id(0)
-    unique = tile * TILE + tl.arange(0, TILE)
-    position = tl.load(admitted + 2)
-    is_unique = unique < tl.load(admitted + 1)
-    count = tl.load(counts + unique, mask=is_unique, other=0)
-    rest = tl.maximum(count - LONGEST, 0)
-    first = count - rest
-    begin = sum_before(tiles, groups, num_tiles, tile, 0, GROUP) + tl.cumsum(first, axis=0) - first
-    tl.store(piece_offsets + position * (max_pieces + 1) + unique, begin, mask=is_unique)
-    if tl.max(rest, axis=0) > 0:
-        is_long = rest > 0
-        further = (rest + LONGEST - 1) // LONGEST
-        num_firsts = sum_before(tiles, groups, num_tiles, num_tiles, 0, GROUP)
-        rests = num_firsts + sum_before(tiles, groups, num_tiles, tile, 1, GROUP)
-        tl.store(rest_begins + unique, rests + tl.cumsum(rest, axis=0) - rest, mask=is_long)
-        end = sum_before(tiles, groups, num_tiles, tile, 2, GROUP) + tl.cumsum(further, axis=0)
-        tl.store(further_begins + unique, end - further, mask=is_long)
-        index = sum_before(tiles, groups, num_tiles, tile, 3, GROUP)
-        index += tl.cumsum(is_long.to(tl.int32), axis=0)
-        tl.store(long_uniques + position * max_further + index - 1, unique, mask=is_long)
-        tl.store(long_offsets + position * (max_further + 1) + index, end, mask=is_long)
-
-
-@device_function
-def _link(
-    tile: tl.tensor,
-    admitted: tl.tensor,
-    planned: tl.tensor,
-    batches: tl.tensor,
-    unique_rows: tl.tensor,
     slots_of_rows: tl.tensor,
     places_of_rows: tl.tensor,
     next_of_places: tl.tensor,
     next_uses: tl.tensor,
     room: tl.tensor,
     num_rows: tl.tensor,
+    num_tiles: tl.tensor,
+    max_pieces: tl.tensor,
+    max_further: tl.tensor,
     TILE: tl.constexpr,
+    LONGEST: tl.constexpr,
     NEVER: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
-    """Tells the last uses of a tile's unique rows, or their slots, that this batch is the next."""
+    """Writes where pieces of unique rows begin, and tells their last uses of this one."""
+    tile = tl.program_id(0)
     unique = tile * TILE + tl.arange(0, TILE)
-    position, step = tl.load(admitted + 2), tl.load(admitted + 3).to(tl.int32)
+    position = tl.load(admitted + 2)
     is_unique = unique < tl.load(admitted + 1)
+    # linking, whose loads are the farthest away
+    step = tl.load(entered).to(tl.int32)
     place = position * room + unique
     row = tl.load(unique_rows + place, mask=is_unique, other=num_rows).to(tl.int64)
     previous = tl.load(places_of_rows + row, mask=is_unique, other=-1)
@@ -125,11 +89,29 @@ def _link(
     is_cached = is_unique & (slot >= 0) & (is_planned | (is_kept == 0))
     tl.store(next_uses + slot, now, mask=is_cached)
     tl.store(places_of_rows + row, place.to(tl.int32), mask=is_unique)
+    # pieces
+    count = tl.load(counts + unique, mask=is_unique, other=0)
+    rest = tl.maximum(count - LONGEST, 0)
+    first = count - rest
+    begin = sum_before(tiles, groups, num_tiles, tile, 0, GROUP) + tl.cumsum(first, axis=0) - first
+    pieces = piece_offsets + position * (max_pieces + 1)
+    tl.store(pieces + unique, begin, mask=is_unique)
+    if tl.max(rest, axis=0) > 0:
+        is_long = rest > 0
+        further = (rest + LONGEST - 1) // LONGEST
+        num_firsts = sum_before(tiles, groups, num_tiles, num_tiles, 0, GROUP)
+        rests = num_firsts + sum_before(tiles, groups, num_tiles, tile, 1, GROUP)
+        tl.store(rest_begins + unique, rests + tl.cumsum(rest, axis=0) - rest, mask=is_long)
+        end = sum_before(tiles, groups, num_tiles, tile, 2, GROUP) + tl.cumsum(further, axis=0)
+        tl.store(further_begins + unique, end - further, mask=is_long)
+        index = sum_before(tiles, groups, num_tiles, tile, 3, GROUP)
+        index += tl.cumsum(is_long.to(tl.int32), axis=0)
+        tl.store(long_uniques + position * max_further + index - 1, unique, mask=is_long)
+        tl.store(long_offsets + position * (max_further + 1) + index, end, mask=is_long)
 
 
-@device_function
-def _lay_out(
-    tile: tl.tensor,
+@element_kernel
+def lookups(
     order: tl.tensor,
     runs: tl.tensor,
     starts: tl.tensor,
@@ -139,20 +121,30 @@ def _lay_out(
     outputs: tl.tensor,
     admitted: tl.tensor,
     sizes: tl.tensor,
+    tiles: tl.tensor,
+    groups: tl.tensor,
     lookup_weights: tl.tensor,
     inverse: tl.tensor,
     bags: tl.tensor,
     bag_weights: tl.tensor,
     kept_weights: tl.tensor,
     piece_offsets: tl.tensor,
+    long_offsets: tl.tensor,
+    headers: tl.tensor,
+    batches: tl.tensor,
+    entered: tl.tensor,
     size: tl.tensor,
     num_features: tl.tensor,
+    num_tiles: tl.tensor,
     max_pieces: tl.tensor,
+    max_further: tl.tensor,
     TILE: tl.constexpr,
     LONGEST: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADER: tl.constexpr,
 ) -> None:
-    """Writes inverse, bags, weights and further pieces of a tile's lookups."""
-    place = tile * TILE + tl.arange(0, TILE)
+    """Writes inverse, bags, weights and further pieces. One program writes the header, too."""
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     is_running, number = tl.load(admitted).to(tl.int32), tl.load(admitted + 1).to(tl.int32)
     position = tl.load(admitted + 2)
     num_lookups = tl.load(sizes).to(tl.int32) * is_running
@@ -163,8 +155,8 @@ def _lay_out(
     tl.store(inverse + position * size + lookup, unique, mask=inside)
     within = place - tl.load(starts + run, mask=inside, other=0)
     is_beyond = inside & (within >= LONGEST)
-    offsets = piece_offsets + position * (max_pieces + 1)
-    begin = tl.load(offsets + unique, mask=inside & (within < LONGEST), other=0)
+    pieces = piece_offsets + position * (max_pieces + 1)
+    begin = tl.load(pieces + unique, mask=inside & (within < LONGEST), other=0)
     rest_begin = tl.load(rest_begins + unique, mask=is_beyond, other=0)
     target = tl.where(is_beyond, rest_begin + within - LONGEST, begin + within)
     if outputs is not None:
@@ -180,150 +172,22 @@ def _lay_out(
     begins_piece = is_beyond & (within % LONGEST == 0)
     piece = tl.load(further_begins + unique, mask=begins_piece, other=0)
     piece += number + within // LONGEST - 1
-    tl.store(offsets + piece, target, mask=begins_piece & (piece <= max_pieces))
-
-
-@device_function
-def _finish(
-    admitted: tl.tensor,
-    sizes: tl.tensor,
-    tiles: tl.tensor,
-    groups: tl.tensor,
-    piece_offsets: tl.tensor,
-    long_offsets: tl.tensor,
-    headers: tl.tensor,
-    batches: tl.tensor,
-    entered: tl.tensor,
-    num_tiles: tl.tensor,
-    max_pieces: tl.tensor,
-    max_further: tl.tensor,
-    GROUP: tl.constexpr,
-    HEADER: tl.constexpr,
-) -> None:
-    """Writes the header of a batch that is admitted."""
-    number, position = tl.load(admitted + 1), tl.load(admitted + 2)
-    step, num_lookups = tl.load(admitted + 3), tl.load(sizes)
-    num_pieces = number + sum_before(tiles, groups, num_tiles, num_tiles, 2, GROUP)
-    num_long = sum_before(tiles, groups, num_tiles, num_tiles, 3, GROUP)
-    header = headers + position * HEADER
-    tl.store(header, step)
-    tl.store(header + 1, num_lookups)
-    tl.store(header + 2, tl.load(sizes + 1))
-    tl.store(header + 3, number)
-    tl.store(header + 4, num_pieces)
-    tl.store(header + 5, num_long.to(tl.int64))
-    end = piece_offsets + position * (max_pieces + 1) + num_pieces
-    tl.store(end, num_lookups.to(tl.int32))
-    tl.store(long_offsets + position * (max_further + 1), 0)
-    tl.store(batches + position, step)
-    tl.store(entered, step + 1)
-
-
-@element_kernel
-def lookups(
-    order: tl.tensor,
-    runs: tl.tensor,
-    starts: tl.tensor,
-    unique_of_run: tl.tensor,
-    rest_begins: tl.tensor,
-    further_begins: tl.tensor,
-    outputs: tl.tensor,
-    tiles: tl.tensor,
-    groups: tl.tensor,
-    admitted: tl.tensor,
-    sizes: tl.tensor,
-    lookup_weights: tl.tensor,
-    inverse: tl.tensor,
-    bags: tl.tensor,
-    bag_weights: tl.tensor,
-    kept_weights: tl.tensor,
-    piece_offsets: tl.tensor,
-    long_offsets: tl.tensor,
-    headers: tl.tensor,
-    batches: tl.tensor,
-    planned: tl.tensor,
-    entered: tl.tensor,
-    unique_rows: tl.tensor,
-    slots_of_rows: tl.tensor,
-    places_of_rows: tl.tensor,
-    next_of_places: tl.tensor,
-    next_uses: tl.tensor,
-    size: tl.tensor,
-    room: tl.tensor,
-    num_rows: tl.tensor,
-    num_features: tl.tensor,
-    num_tiles: tl.tensor,
-    max_pieces: tl.tensor,
-    max_further: tl.tensor,
-    TILE: tl.constexpr,
-    LONGEST: tl.constexpr,
-    NEVER: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADER: tl.constexpr,
-) -> None:
-    """The first `num_tiles` programs link unique rows, while the others lay out lookups.
-
-    They need nothing of each other: rows wait for the device's memory, lookups for its cache. The
-    first of the others writes the header.
-    """
-    tile = tl.program_id(0)
-    if tile < num_tiles:
-        _link(
-            tile,
-            admitted,
-            planned,
-            batches,
-            unique_rows,
-            slots_of_rows,
-            places_of_rows,
-            next_of_places,
-            next_uses,
-            room,
-            num_rows,
-            TILE,
-            NEVER,
-        )
-    else:
-        _lay_out(
-            tile - num_tiles,
-            order,
-            runs,
-            starts,
-            unique_of_run,
-            rest_begins,
-            further_begins,
-            outputs,
-            admitted,
-            sizes,
-            lookup_weights,
-            inverse,
-            bags,
-            bag_weights,
-            kept_weights,
-            piece_offsets,
-            size,
-            num_features,
-            max_pieces,
-            TILE,
-            LONGEST,
-        )
-    if (tile == num_tiles) & (tl.load(admitted) != 0):
-        _finish(
-            admitted,
-            sizes,
-            tiles,
-            groups,
-            piece_offsets,
-            long_offsets,
-            headers,
-            batches,
-            entered,
-            num_tiles,
-            max_pieces,
-            max_further,
-            GROUP,
-            HEADER,
-        )
+    tl.store(pieces + piece, target, mask=begins_piece & (piece <= max_pieces))
+    if (tl.program_id(0) == 0) & (is_running > 0):
+        num_further = sum_before(tiles, groups, num_tiles, num_tiles, 2, GROUP)
+        num_long = sum_before(tiles, groups, num_tiles, num_tiles, 3, GROUP)
+        num_pieces, step = number + num_further, tl.load(entered)
+        header = headers + position * HEADER
+        tl.store(header, step)
+        tl.store(header + 1, tl.load(sizes))
+        tl.store(header + 2, tl.load(sizes + 1))
+        tl.store(header + 3, number.to(tl.int64))
+        tl.store(header + 4, num_pieces.to(tl.int64))
+        tl.store(header + 5, num_long.to(tl.int64))
+        tl.store(pieces + num_pieces, num_lookups)
+        tl.store(long_offsets + position * (max_further + 1), 0)
+        tl.store(batches + position, step)
+        tl.store(entered, step + 1)
 
 
 @element_kernel

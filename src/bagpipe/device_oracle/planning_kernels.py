@@ -203,9 +203,8 @@ def pair_of(kind: tl.tensor, FIRST_BIT: tl.constexpr) -> tl.tensor:
     return ((kind >> FIRST_BIT) & 1) + (((kind >> (FIRST_BIT + 1)) & 1) << 16)
 
 
-@device_function
-def _list_moves(
-    tile: tl.tensor,
+@element_kernel
+def lists(
     now: tl.tensor,
     unique_rows: tl.tensor,
     unique_slots: tl.tensor,
@@ -218,12 +217,18 @@ def _list_moves(
     evict_slots: tl.tensor,
     fetch_rows: tl.tensor,
     fetch_slots: tl.tensor,
+    headers: tl.tensor,
+    plan_headers: tl.tensor,
+    num_used_slots: tl.tensor,
+    planned: tl.tensor,
     room: tl.tensor,
     num_tiles: tl.tensor,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
+    BATCH_HEADER: tl.constexpr,
+    HEADER: tl.constexpr,
 ) -> None:
-    """Puts rows that move, and their slots, side by side."""
+    tile = tl.program_id(0)
     unique = tile * TILE + tl.arange(0, TILE)
     first = tl.load(now + 2) * room
     kind = tl.load(kinds + unique, mask=unique < tl.load(now + 3), other=0)
@@ -247,11 +252,24 @@ def _list_moves(
             moved = row.to(fetch_rows.dtype.element_ty)
             tl.store(fetch_rows + first + place, moved, mask=bits > 0)
             tl.store(fetch_slots + first + place, slot, mask=bits > 0)
+    if (tile == 0) & (tl.load(now + 4) != 0):
+        source = headers + tl.load(now + 1) * BATCH_HEADER
+        into = plan_headers + tl.load(now + 2) * HEADER
+        for index in tl.static_range(BATCH_HEADER):
+            tl.store(into + index, tl.load(source + index))
+        for index in tl.static_range(7):
+            value = tl.load(noted + index)
+            if index == 1 or index == 3:  # all of them
+                value += tl.load(noted + index - 1)
+            if index == 4 or index == 5:
+                value -= 1
+            tl.store(into + BATCH_HEADER + index, value.to(tl.int64))
+        tl.store(into + BATCH_HEADER + 7, tl.load(num_used_slots))
+        tl.store(planned, tl.load(now) + 1)
 
 
-@device_function
-def _list_lookups(
-    tile: tl.tensor,
+@element_kernel
+def lookups(
     now: tl.tensor,
     headers: tl.tensor,
     inverse: tl.tensor,
@@ -260,116 +278,13 @@ def _list_lookups(
     size: tl.tensor,
     room: tl.tensor,
     TILE: tl.constexpr,
-    BATCH_HEADER: tl.constexpr,
+    HEADER: tl.constexpr,
 ) -> None:
     """Writes the slot of each lookup."""
-    lookup = tile * TILE + tl.arange(0, TILE)
+    lookup = tl.program_id(0) * TILE + tl.arange(0, TILE)
     position, place = tl.load(now + 1), tl.load(now + 2)
-    number = tl.load(headers + position * BATCH_HEADER + 1) * tl.load(now + 4)  # if it runs
+    number = tl.load(headers + position * HEADER + 1) * tl.load(now + 4)  # 0 if it does not run
     is_lookup = (lookup < size) & (lookup < number)
     unique = tl.load(inverse + position * size + lookup, mask=is_lookup, other=0)
     slot = tl.load(unique_slots + place * room + unique, mask=is_lookup, other=0)
     tl.store(lookup_slots + place * size + lookup, slot, mask=is_lookup)
-
-
-@device_function
-def _finish(
-    now: tl.tensor,
-    noted: tl.tensor,
-    headers: tl.tensor,
-    plan_headers: tl.tensor,
-    num_used_slots: tl.tensor,
-    planned: tl.tensor,
-    BATCH_HEADER: tl.constexpr,
-    HEADER: tl.constexpr,
-) -> None:
-    """Writes the header of a plan that runs."""
-    source = headers + tl.load(now + 1) * BATCH_HEADER
-    into = plan_headers + tl.load(now + 2) * HEADER
-    for index in tl.static_range(BATCH_HEADER):
-        tl.store(into + index, tl.load(source + index))
-    for index in tl.static_range(7):
-        value = tl.load(noted + index)
-        if index == 1 or index == 3:  # all of them
-            value += tl.load(noted + index - 1)
-        if index == 4 or index == 5:
-            value -= 1
-        tl.store(into + BATCH_HEADER + index, value.to(tl.int64))
-    tl.store(into + BATCH_HEADER + 7, tl.load(num_used_slots))
-    tl.store(planned, tl.load(now) + 1)
-
-
-@element_kernel
-def lists(
-    now: tl.tensor,
-    unique_rows: tl.tensor,
-    unique_slots: tl.tensor,
-    inverse: tl.tensor,
-    lookup_slots: tl.tensor,
-    kinds: tl.tensor,
-    tiles: tl.tensor,
-    groups: tl.tensor,
-    evicted_rows: tl.tensor,
-    noted: tl.tensor,
-    evict_rows: tl.tensor,
-    evict_slots: tl.tensor,
-    fetch_rows: tl.tensor,
-    fetch_slots: tl.tensor,
-    headers: tl.tensor,
-    plan_headers: tl.tensor,
-    num_used_slots: tl.tensor,
-    planned: tl.tensor,
-    size: tl.tensor,
-    room: tl.tensor,
-    num_tiles: tl.tensor,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BATCH_HEADER: tl.constexpr,
-    HEADER: tl.constexpr,
-) -> None:
-    """The first `num_tiles` programs list what moves, while the others list slots of lookups."""
-    tile = tl.program_id(0)
-    if tile < num_tiles:
-        _list_moves(
-            tile,
-            now,
-            unique_rows,
-            unique_slots,
-            kinds,
-            tiles,
-            groups,
-            evicted_rows,
-            noted,
-            evict_rows,
-            evict_slots,
-            fetch_rows,
-            fetch_slots,
-            room,
-            num_tiles,
-            TILE,
-            GROUP,
-        )
-    else:
-        _list_lookups(
-            tile - num_tiles,
-            now,
-            headers,
-            inverse,
-            unique_slots,
-            lookup_slots,
-            size,
-            room,
-            TILE,
-            BATCH_HEADER,
-        )
-    if (tile == 0) & (tl.load(now + 4) != 0):
-        _finish(
-            now,
-            noted,
-            headers,
-            plan_headers,
-            num_used_slots,
-            planned,
-            BATCH_HEADER,
-            HEADER,
-        )

@@ -3,7 +3,8 @@
 find      which step it is; the slots of the batch's rows, and which rows have none
 (`victims_triton`)
 assign    slots for the missing rows; which transfers can be issued ahead
-lists     rows and slots that move, side by side; slots of lookups; the header
+lists     rows and slots that move, side by side, and the header
+lookups   the slot of each lookup
 
 A kernel that counts says how many there are in each tile, and the next one adds what is before its
 own (`sums_triton`). What one program does for all is done by the first one, in passing.
@@ -18,9 +19,9 @@ from bagpipe.cache.triton_launch import Tiling, on_device_of
 from bagpipe.device_oracle import planning_kernels as kernels
 from bagpipe.device_oracle.state import BATCH_HEADER_LENGTH, HEADER_LENGTH, NEVER, State
 from bagpipe.device_oracle.sums_triton import GROUP, make_counts, num_groups
-from bagpipe.device_oracle.victims_triton import choose_victims, num_counters
+from bagpipe.device_oracle.victims_triton import choose_victims
 
-_TILE = Tiling(elements=512, per_thread=2).of(1)
+_TILE = Tiling(elements=1024, per_thread=4).of(1)
 _KINDS = 4
 """Kinds of transfers: evicted ahead, evicted urgently, fetched ahead, fetched urgently."""
 
@@ -41,10 +42,9 @@ def plan(state: State) -> None:
     now = torch.empty(5, dtype=torch.int64, device=device)
     slots, next_uses, ranks, kinds = ints(room), ints(room), ints(room), ints(room)
     evicted = state.rows_of_slots.new_empty(room)
-    lengths = [num_counters(window.num_slots), 1, _NOTED]
-    lengths += [num_groups(num_tiles), _KINDS * num_groups(num_tiles)]
+    lengths = [1, _NOTED, num_groups(num_tiles), _KINDS * num_groups(num_tiles)]
     zeros = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
-    counters, num_missing, noted, missing_groups, moved_groups = zeros.split_with_sizes(lengths)
+    num_missing, noted, missing_groups, moved_groups = zeros.split_with_sizes(lengths)
     missing = make_counts(num_tiles, 1, missing_groups)
     moved = make_counts(num_tiles, _KINDS, moved_groups)
     with on_device_of(now):
@@ -82,7 +82,7 @@ def plan(state: State) -> None:
             },
             warps,
         )
-        victims = choose_victims(state, num_missing, counters)
+        victims = choose_victims(state, num_missing)
         kernels.assign.launch(
             num_tiles,
             (
@@ -112,15 +112,12 @@ def plan(state: State) -> None:
             tiled | {"DEPTH": window.prefetch_depth, "FIRST": window.first_step, "NEVER": NEVER},
             warps,
         )
-        size = state.capacity.max_lookups
         kernels.lists.launch(
-            num_tiles + _TILE.count(size),
+            num_tiles,
             (
                 now,
                 state.unique_rows,
                 state.unique_slots,
-                state.inverse,
-                state.lookup_slots,
                 kinds,
                 moved.tiles,
                 moved.groups,
@@ -134,10 +131,24 @@ def plan(state: State) -> None:
                 state.plan_headers,
                 state.num_used_slots,
                 state.planned,
-                size,
                 room,
                 num_tiles,
             ),
             tiled | {"BATCH_HEADER": BATCH_HEADER_LENGTH, "HEADER": HEADER_LENGTH},
+            warps,
+        )
+        size = state.capacity.max_lookups
+        kernels.lookups.launch(
+            _TILE.count(size),
+            (
+                now,
+                state.headers,
+                state.inverse,
+                state.unique_slots,
+                state.lookup_slots,
+                size,
+                room,
+            ),
+            {"TILE": _TILE.rows, "HEADER": BATCH_HEADER_LENGTH},
             warps,
         )

@@ -38,19 +38,8 @@ _DIGITS = (8, 7, 7)
 assert sum(_DIGITS) == 2 * HALF_BITS
 
 
-def num_counters(num_slots: int) -> int:
-    """How many counters `choose_victims` takes."""
-    return sum(1 << bits for bits in _DIGITS) + 2 * num_groups(_TILING.of(1).count(num_slots))
-
-
-def choose_victims(state: State, number: Tensor, counters: Tensor) -> Tensor:
-    """See `victims.choose_victims`.
-
-    Args:
-        state: As there.
-        number: As there.
-        counters: (num_counters(num_slots),) int32, zeros, at an address that is a multiple of 16.
-    """
+def choose_victims(state: State, number: Tensor) -> Tensor:
+    """See `victims.choose_victims`."""
     num_slots, device = state.window.num_slots, state.planned.device
     tile = _TILING.of(1)
     num_tiles = tile.count(num_slots)
@@ -60,7 +49,8 @@ def choose_victims(state: State, number: Tensor, counters: Tensor) -> Tensor:
 
     keys, found = ints(num_tiles * tile.rows), [ints(2) for _ in _DIGITS]
     lengths = [*(1 << bits for bits in _DIGITS), 2 * num_groups(num_tiles)]
-    *histograms, groups = counters.split_with_sizes(lengths)
+    zeros = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
+    *histograms, groups = zeros.split_with_sizes(lengths)
     counts = make_counts(num_tiles, 2, groups)
     victims = torch.empty(state.capacity.max_uniques, dtype=torch.int64, device=device)
     sizes, warps, rest = {"TILE": tile.rows}, tile.num_warps, sum(_DIGITS) - _DIGITS[0]
@@ -73,7 +63,6 @@ def choose_victims(state: State, number: Tensor, counters: Tensor) -> Tensor:
                 state.rows_of_slots,
                 state.planned,
                 state.settled,
-                state.num_used_slots,
                 keys,
                 histograms[0],
                 num_slots,
@@ -154,7 +143,6 @@ def _keys(
     rows_of_slots: tl.tensor,
     planned: tl.tensor,
     settled: tl.tensor,
-    num_used_slots: tl.tensor,
     keys: tl.tensor,
     histogram: tl.tensor,
     num_slots: tl.tensor,
@@ -170,14 +158,11 @@ def _keys(
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = slot < num_slots
     # Four slots at a time, of 16 bytes. There are spare ones behind the last.
-    last_four = (num_slots - 1) // 4
-    near = (slot // 4) <= last_four
+    near = (slot // 4) <= ((num_slots - 1) // 4)
     step = tl.load(planned).to(tl.int32)
     next_use = tl.load(next_uses + slot, mask=near, other=0)
     last_use = tl.load(last_uses + slot, mask=near, other=0)
-    # Once all slots have been filled none is empty.
-    last_four = tl.where(tl.load(num_used_slots) < num_slots, last_four, -1)
-    row = tl.load(rows_of_slots + slot, mask=(slot // 4) <= last_four, other=0)
+    row = tl.load(rows_of_slots + slot, mask=near, other=0)
     age = tl.minimum(tl.maximum(step - last_use, 1), MAX_AGE)
     ahead = tl.minimum(tl.maximum(next_use - step, 1), UNUSED - 1)
     key = tl.where(next_use == NEVER, UNUSED + age, ahead)
