@@ -79,6 +79,24 @@ def test_what_moves_along_arrives(
         np.testing.assert_array_equal(labels.cpu().numpy(), expected.labels)
 
 
+def test_tensors_that_share_memory_with_a_device_that_plans_outlive_their_step() -> None:
+    """On a CPU nothing is copied behind the host, so no memory need be used again."""
+    batches = make_batches(12)
+    embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=SGD(lr=0.1))
+    kept = []
+    with bagpipe.lookahead(
+        batches, embeddings, cache=2_000, lookahead=3, oracle="device", move=TorchBatch.moved
+    ) as stream:
+        for batch in stream:
+            kept.append(batch.labels)
+            embeddings.update(
+                [torch.zeros_like(group) for group in embeddings.lookup(batch.sparse)]
+            )
+    embeddings.close()
+    for expected, labels in zip(batches, kept, strict=True):
+        np.testing.assert_array_equal(labels.numpy(), expected.labels)
+
+
 def train(stream: Iterable[TorchBatch], embeddings: EmbeddingBagCollection) -> None:
     for batch in stream:
         embeddings.update([torch.ones_like(group) for group in embeddings.lookup(batch.sparse)])

@@ -85,8 +85,8 @@ class Staging:
 
         For a GPU they are pinned memory of torch's.
         """
-        self._is_pinned = device.type == "cuda"
-        self._memory = None if self._is_pinned else memory
+        self.is_pinned = device.type == "cuda"
+        self._memory = None if self.is_pinned else memory
         # No lock: a deque's operations are atomic.
         self._free: dict[int, deque[Tensor]] = defaultdict(deque)
 
@@ -118,5 +118,5 @@ class Staging:
 
     def _new(self, size: int) -> Tensor:
         if self._memory is None:
-            return torch.empty(size, pin_memory=self._is_pinned)
+            return torch.empty(size, pin_memory=self.is_pinned)
         return torch.from_numpy(self._memory.take(1, size)[0])

@@ -149,7 +149,7 @@ def lookahead(
 
             All arrays of a step share one piece of the device's memory: keep a `clone()` of what
             must outlive the step. Other arrays of an oracle process's batch are good until the step
-            after the batch's; so are the tensors without a GPU, since they share the arrays'
+            after the batch's; so are its tensors without a GPU, since they share the arrays'
             memory.
         replicas: how many rows of other ranks one step may need, or so many for each group; by
             default half the cache's rows, and at least 4,096.

@@ -25,11 +25,13 @@ class TakenApart:
 
     arrays: Sequence[MovedArray]
     make_batch: MakeBatch
-    buffer: Buffer
+    buffer: Buffer | None
+    """Their memory, which is used again; None: it is the user's, whose tensors share it."""
 
     def give_back(self) -> None:
-        """Nothing reads the arrays any more."""
-        self.buffer.give_back()
+        """The device reads the arrays no more."""
+        if self.buffer is not None:
+            self.buffer.give_back()
 
 
 def packed_apart(move: Move, staging: Staging, batch: Any, step: int) -> TakenApart:
@@ -48,7 +50,9 @@ def packed_apart(move: Move, staging: Staging, batch: Any, step: int) -> TakenAp
     ]
     for copy, array in zip(packed, arrays, strict=True):
         copy[...] = array
-    return TakenApart(arrays=packed, make_batch=make_batch, buffer=buffer)
+    return TakenApart(
+        arrays=packed, make_batch=make_batch, buffer=buffer if staging.is_pinned else None
+    )
 
 
 def take_apart(batch: Any, move: Move | None, step: int) -> tuple[Sequence[MovedArray], MakeBatch]:
