@@ -88,8 +88,8 @@ class CacheConfig(Section):
     oracle: Literal["auto", OraclePlace] = "auto"
     """Where batches are read and planned: in threads of the trainer, or in a process of its own,
     which serves all trainers of a host. "auto": the process on a GPU and with several trainers.
-    "device": read in threads, planned on the trainer's GPU, for one trainer: for multi-hot models and
-    hosts with few cores."""
+    "device": read in threads, planned on the trainer's GPU, for one trainer: it suits multi-hot
+    models and hosts with few cores."""
     check: bool = False
     """Whether every plan is checked against its invariants before it is used (slow)."""
 
