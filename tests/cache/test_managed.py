@@ -142,6 +142,8 @@ def test_a_stream_that_is_closed_keeps_no_table() -> None:
     assert waited == ["tables are made"]  # whatever stream the steps are on
     mover.close()
     mover.give_memory_back()
+    with pytest.raises(AssertionError):  # not as if all were written
+        mover.write_all()
     store.clear()
     assert [memory() is None for memory in memories] == [True, False]
     store.close()

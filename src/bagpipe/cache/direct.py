@@ -94,6 +94,7 @@ class DirectMover:
 
     def write_all(self) -> None:
         """Writes every resident record to its table; no transfer may be under way."""
+        assert len(self._tables) == len(self._stores), "the memory is given back"
         for table in self._tables:
             write_all_to(table)
         torch.cuda.synchronize(self._device)
