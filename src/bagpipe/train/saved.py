@@ -34,7 +34,7 @@ from bagpipe.distributed.alone import ALONE
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import CheckpointError, ConfigError
 from bagpipe.models import RankingModel
-from bagpipe.store import FileStore
+from bagpipe.store import FileStore, MemoryStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.store.manifest import MANIFEST, check_tables
 from bagpipe.train.build import choose_device, make_model, matrix_products
@@ -221,13 +221,11 @@ def put_model(saved: SavedRun, model: RankingModel) -> None:
 
 
 @contextmanager
-def _own_stores(
-    config: RunConfig,
-) -> Iterator[Callable[[Group, int], EmbeddingStore] | None]:
-    """What makes stores like the run's, apart from those; None is memory."""
+def _own_stores(config: RunConfig) -> Iterator[Callable[[Group, int], EmbeddingStore]]:
+    """What makes stores like the run's, apart from those; plain memory, since nothing trains."""
     store = config.embeddings.store
     if store.kind == "memory":
-        yield None
+        yield MemoryStore
         return
     parent = store.folder.parent
     try:
