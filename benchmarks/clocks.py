@@ -77,6 +77,6 @@ def seconds_a_call(device: torch.device, function: Callable[[], object], num_cal
 
 def timed_event() -> torch.cuda.Event:
     """An event that keeps its time, recorded on the current stream."""
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

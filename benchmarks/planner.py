@@ -120,7 +120,7 @@ def _measure_beside(
     dense = SharedDense(workload, device)
     numbers = torch.zeros(workload.batch_size, NUM_DENSE, device=device)
     labels = torch.zeros(workload.batch_size, device=device)
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def step() -> None:
         dense.step(numbers, labels)

@@ -304,7 +304,7 @@ class TorchCpuArm:
     def update(self, grads: Tensor) -> None:
         """See `StepArm.update`."""
         assert self._pooled is not None
-        self._pooled.backward(grads.to("cpu", torch.float32))  # type: ignore[no-untyped-call]
+        self._pooled.backward(grads.to("cpu", torch.float32))
         with torch.no_grad():
             for weight, state in zip(self._weights, self._state, strict=True):
                 assert weight.grad is not None

@@ -82,7 +82,7 @@ class FbgemmArm:
         ]
         self._step = -1
         self._tables = _make_tables(self._settings, group, cache_rows, device)
-        self._side = torch.cuda.Stream(device) if self._settings.prefetch else None  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(device) if self._settings.prefetch else None
         self._pooled: Tensor | None = None
 
     def load(self, rows: Int64Array, records: Float32Array) -> None:
@@ -114,7 +114,7 @@ class FbgemmArm:
     def update(self, grads: Tensor) -> None:
         """See `StepArm.update`."""
         assert self._pooled is not None
-        self._pooled.backward(grads.view(len(grads), -1).to(self._pooled.dtype))  # type: ignore[no-untyped-call]
+        self._pooled.backward(grads.view(len(grads), -1).to(self._pooled.dtype))
         self._pooled = None
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:

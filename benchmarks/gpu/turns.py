@@ -233,7 +233,7 @@ class Turns:
         for name, kernel in run.arm.kernels(self._dense.pooled, grads).items():
             kernel()
             if self._device.type == "cuda":
-                torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+                torch.cuda._sleep(_HEAD_START_CYCLES)
             run.kernels_ms[name] = 1e3 * seconds_a_call(self._device, kernel, _KERNEL_REPEATS)
 
     def _time_idle(self, run: _Run) -> float:

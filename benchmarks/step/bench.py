@@ -125,7 +125,7 @@ class _Runner:
         loss: Tensor = nn.functional.binary_cross_entropy_with_logits(
             self.model(batch.dense, sparse), batch.labels
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.arm.finish_step()

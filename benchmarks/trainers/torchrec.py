@@ -178,7 +178,7 @@ class TorchRecArm:
     def update(self, grads: Tensor) -> None:
         """See `StepArm.update`."""
         assert self._pooled is not None
-        self._pooled.backward(grads.reshape(len(grads), -1).to(self._pooled.dtype))  # type: ignore[no-untyped-call]
+        self._pooled.backward(grads.reshape(len(grads), -1).to(self._pooled.dtype))
         self._pooled = None
 
     def close(self) -> None:
@@ -236,7 +236,7 @@ class _Stream:
     """A CUDA stream beside the current one; on a CPU, nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def entered(self) -> AbstractContextManager[object]:
         """Makes it the current stream."""

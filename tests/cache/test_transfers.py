@@ -126,8 +126,9 @@ def test_write_backs_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     for step, row in enumerate((10, 11)):
         evicted, to_device = moves({row: 0}, {})
         mover.issue(PLAN, [evicted], step, to_device).gathered.result()
-    mover.finish_writes()
+    mover.finish_writes()  # raises where one has waited in vain
     mover.close()
+    assert not meeting.broken
 
 
 class MarkedStore(Store):

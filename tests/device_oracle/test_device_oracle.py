@@ -259,3 +259,4 @@ def test_no_graph_is_captured_for_a_capacity_that_is_new(monkeypatch: pytest.Mon
     monkeypatch.setattr(oracle, "_issuing", Grows())
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: pytest.fail("captures"))
     oracle.capture_if_due()
+    assert not oracle._graphs

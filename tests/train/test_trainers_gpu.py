@@ -149,7 +149,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     most of the time.
     """
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, args=(2, free_port(), str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(run_rank, args=(2, free_port(), str(folder)), nprocs=2)
     return folder
 
 
@@ -206,7 +206,7 @@ def test_graphs_of_two_ranks_average_as_eager_does(tmp_path: Path) -> None:
     for graph in (False, True):
         folder = tmp_path / f"graph-{graph}"
         folder.mkdir()
-        torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+        torch.multiprocessing.spawn(
             take_dense_steps, args=(2, free_port(), str(folder), graph), nprocs=2
         )
         found.append([np.load(folder / f"{rank}.npz") for rank in range(2)])

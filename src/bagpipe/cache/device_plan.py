@@ -183,8 +183,8 @@ class DevicePlan:
             "lookup_weights": lookups.weights,
         }
         nothing = torch.empty(0, dtype=torch.int32, device=device)
-        tensors = _move(arrays, device) | dict.fromkeys(_SCHEDULE, nothing)
-        return cls(step=0, batch_size=batch_size, num_features=num_features, **tensors)  # type: ignore[arg-type]
+        tensors: dict[str, Any] = _move(arrays, device) | dict.fromkeys(_SCHEDULE, nothing)
+        return cls(step=0, batch_size=batch_size, num_features=num_features, **tensors)
 
     @classmethod
     def of_schedule(cls, tensors: Mapping[str, Tensor], *, step: int, num_bags: int) -> DevicePlan:

@@ -367,7 +367,7 @@ class _BackgroundStream:
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(streams.compute.device)  # type: ignore[no-untyped-call]
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(streams.compute.device)
 
     def start(self, work: Callable[..., None], *arguments: Any) -> Callable[[], object]:
         """Asks the device for it; what is returned lets the current stream follow it."""

@@ -386,7 +386,7 @@ class Executor:
         """
         while self._ended and self._ended[0].is_over:
             computed = self._ended[0].computed
-            if computed is not None and not computed.query():  # type: ignore[no-untyped-call]
+            if computed is not None and not computed.query():
                 break
             ended = self._ended.pop(0)
             for transfers in (ended.overlapped, ended.urgent):

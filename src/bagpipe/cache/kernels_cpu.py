@@ -95,7 +95,9 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
             begin, end, table, code, slots, offsets, *factors, *sizes, pooled
         )
     elif plan.bag_offsets is None and plan.lookup_weights is None:
-        work = lambda begin, end: cpu_loops.lookup_one_hot(begin, end, table, slots, *sizes, pooled)  # noqa: E731
+        work = lambda begin, end: cpu_loops.lookup_one_hot(  # noqa: E731
+            begin, end, table, slots, *sizes, pooled
+        )
     else:
         if plan.bag_offsets is None:
             offsets = np.arange(plan.num_bags + 1, dtype=np.int32)

@@ -32,8 +32,8 @@ class Streams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.out: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.into: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.out: torch.cuda.Stream = torch.cuda.Stream(device)
+        self.into: torch.cuda.Stream = torch.cuda.Stream(device)
         self.compute: torch.cuda.Stream
         self.computed: torch.cuda.Event
         self.record_compute()

@@ -38,7 +38,7 @@ class CudaRegistrar:
     def register(self, address: int, num_bytes: int) -> str | None:
         """See `Registrar.register`."""
         with torch.cuda.device(self._device):  # each thread has one, 0 by default
-            error = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)  # type: ignore[no-untyped-call]
+            error = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
             if int(error) == 0:
                 return None
             self._clear_error()
@@ -47,7 +47,7 @@ class CudaRegistrar:
     def unregister(self, address: int) -> None:
         """See `Registrar.unregister`."""
         with torch.cuda.device(self._device):
-            error = torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+            error = torch.cuda.cudart().cudaHostUnregister(address)
             if int(error) != 0:
                 self._clear_error()
 

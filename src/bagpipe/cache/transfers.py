@@ -251,7 +251,7 @@ class RecordMover:
             sent = self._sends[index](rows, buffer.array)
             self._hand_out(self._write_threads, tick, self._write_back, sent, buffer)
             return None
-        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        copied = torch.cuda.Event(blocking=True)
         copied.record(self._streams.out)
         if self._order_thread is None:
             send: Callable[[], Callable[[], None]] = partial(

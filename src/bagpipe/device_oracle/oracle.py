@@ -120,7 +120,7 @@ class DeviceOracle:
         with self._issuing:
             if not self._is_capture_due:  # it has grown since
                 return
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(self._device)
             try:
                 for function in (self._enter, self._plan):
                     with captured_graph(stream) as graph:

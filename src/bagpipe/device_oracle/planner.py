@@ -67,9 +67,9 @@ class Planner:
         """Plans that may be in use at a time."""
         self._staging = Staging(device)
         # The priority is the lowest unless another one is asked for.
-        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if is_cuda else None
         # Recorded anew each time: its thread waits for it before.
-        self._event = torch.cuda.Event(blocking=True) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event(blocking=True) if is_cuda else None
         self._answers = Answers(device)
         self.oracles: tuple[DeviceOracle, ...] = ()
         """By group; empty before the first batch."""

@@ -173,9 +173,10 @@ def _describe_array(array: npt.NDArray[Any]) -> tuple[Any, ...]:
     dtype = array.dtype
     if dtype.kind not in "biufc" or not dtype.isnative or not array.flags.c_contiguous:
         return array.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[return-value]
+    memory = pickle.PickleBuffer(array)  # type: ignore[arg-type]
     if array.ndim == 1:
-        return np.frombuffer, (pickle.PickleBuffer(array), dtype.char)  # type: ignore[arg-type]
-    return _make_array, (pickle.PickleBuffer(array), dtype.char, array.shape)  # type: ignore[arg-type]
+        return np.frombuffer, (memory, dtype.char)
+    return _make_array, (memory, dtype.char, array.shape)
 
 
 def _make_array(memory: memoryview, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:

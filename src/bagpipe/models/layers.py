@@ -122,7 +122,9 @@ class PairwiseDot(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, num_vectors, D) float to (B, num_pairs) of the same type."""
-        products: Tensor = _PairwiseDotFunction.apply(vectors, self.lower, self.symmetric)  # type: ignore[no-untyped-call]
+        products: Tensor = _PairwiseDotFunction.apply(  # type: ignore[no-untyped-call]
+            vectors, self.lower, self.symmetric
+        )
         return products
 
 

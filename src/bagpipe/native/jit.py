@@ -69,7 +69,7 @@ NUM_MANY_THREADS = max(2, min(8, _NUM_CORES // 4))
 NUM_CRITICAL_THREADS = max(2, min(4, _NUM_CORES // 4))
 """How many threads share a loop of the stage that sets the pace."""
 # a dict would be emptied by the first compilation
-_ONLY_PRANGE: Any = ParallelOptions(  # type: ignore[no-untyped-call]
+_ONLY_PRANGE: Any = ParallelOptions(
     dict.fromkeys(
         ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"),
         False,
@@ -225,7 +225,7 @@ class _Listener(event.Listener):
 
 
 _listener = _Listener()
-event.register("numba:compile", _listener)  # type: ignore[no-untyped-call]
+event.register("numba:compile", _listener)
 
 
 def is_compiling() -> bool:

@@ -283,7 +283,7 @@ class DenseStep:
         if weight != 1.0:
             loss = loss * weight
         trained = loss if loss.dim() == 0 else loss[0]
-        trained.backward()  # type: ignore[no-untyped-call]
+        trained.backward()
         if self._averaged is not None:
             self._averaged.collect()
         return loss.detach()
@@ -331,7 +331,7 @@ class DenseStep:
         # replays write here
         inputs = [tensor.to(self._device, copy=True) for tensor in inputs]
         pooled = [buffer.detach().requires_grad_() for buffer in self.pooled(len(inputs[0]))]
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(_NUM_WARMUPS):

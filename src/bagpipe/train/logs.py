@@ -136,7 +136,7 @@ def _write_settings(
     metrics = config.get("train", {}).get("metrics", ())
     scores = [score_name(metric, label, labels) for label in labels for metric in metrics]
     charts = ["train/loss", *(f"evaluation/{score}" for score in scores)]
-    summaries = hparams(flat, dict.fromkeys(charts, 0.0))  # type: ignore[no-untyped-call]
+    summaries = hparams(flat, dict.fromkeys(charts, 0.0))
     for summary in summaries:
         board.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]
     board.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", step)
