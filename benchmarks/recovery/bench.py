@@ -2,9 +2,10 @@
 
 Two trainers under torchrun train over a server that they start on their host, with an oracle
 process. All rows are written first, so a server that has died loads all of them, while one that
-lives puts back those written since the checkpoint. The processes are killed one after the other,
-each some steps behind a checkpoint. Where torchrun itself is killed, its trainers end by themselves
-and it is started again at once.
+lives puts back those written since the checkpoint. The first checkpoint has all rows, and many
+steps pass while it is written, so each death comes behind a later one. The processes are killed one
+after the other, each some steps behind a checkpoint. Where torchrun itself is killed, its trainers
+end by themselves and it is started again at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bagpipe.errors import ConfigError
 from benchmarks.measure import Progress, Result
 from benchmarks.recovery.run import Died, Run
 from benchmarks.recovery.settings import PARTS, Event, RecoveryBench
@@ -31,14 +33,21 @@ def bench_recovery(bench: RecoveryBench, progress: Progress, folder: str | None 
         folder: where the run's folder is made, which has the checkpoints; None: where temporary
             files are.
 
+    Returns:
+        What was found; a run that does not go on ends it early, and a note says why.
+
     Raises:
-        ConfigError: The run does not go on, or there is nobody to kill.
+        ConfigError: The run does not go on before the first death, or there is nobody to kill.
     """
-    found = []
+    found: list[dict[str, Any]] = []
+    notes: list[str] = []
     progress("deaths", 0, len(bench.victims))
     with tempfile.TemporaryDirectory(prefix="bagpipe-", dir=folder) as made:
         run = Run(bench, Path(made))
         try:
+            before_s = run.await_filled()
+            took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in before_s.items())
+            notes.append(f"before the first death: {took}")
             for number, victim in enumerate(bench.victims, start=1):
                 run.await_checkpoint()
                 checkpoint_bytes = run.checkpoint_bytes()
@@ -48,12 +57,22 @@ def bench_recovery(bench: RecoveryBench, progress: Progress, folder: str | None 
                     {"victim": victim, "checkpoint_bytes": checkpoint_bytes, "parts_s": parts}
                 )
                 progress("deaths", number, len(bench.victims))
+        except ConfigError as error:
+            if not found:
+                raise
+            notes.append(str(error))
         finally:
             run.close()
     return Result(
         name="recovery",
         tables=(_table(bench, found),),
-        values={"sizes": asdict(bench), "num_rows": bench.group.num_rows, "deaths": found},
+        values={
+            "sizes": asdict(bench),
+            "num_rows": bench.group.num_rows,
+            "before_s": before_s,
+            "deaths": found,
+        },
+        notes=tuple(notes),
     )
 
 

@@ -89,6 +89,7 @@ class Run:
     def _launch(self) -> subprocess.Popen[bytes]:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=99"),
+            "--local-addr=127.0.0.1",  # else the host's name, which need not lead anywhere
             *(f"--nproc-per-node={self._bench.num_trainers}", "-m", "benchmarks.recovery.trainer"),
             *(str(self._file), str(self._events)),
         ]
@@ -96,6 +97,19 @@ class Run:
         return subprocess.Popen(
             command, env=environment, stdout=self._out, stderr=subprocess.STDOUT
         )
+
+    def await_filled(self) -> dict[str, float]:
+        """Waits for the checkpoint of all rows; seconds of what comes before the first death."""
+        began_s = time.monotonic()
+        self._await("trainers that have met", lambda: "filling" in self._moments())
+        self._await("every row to be written", lambda: "filled" in self._moments())
+        self._await("a checkpoint of all rows", lambda: bool(self._checkpoints()))
+        told = self._moments()
+        return {
+            "start": told["filling"] - began_s,
+            "fill": told["filled"] - told["filling"],
+            "checkpoint": time.monotonic() - told["filled"],
+        }
 
     def await_checkpoint(self) -> None:
         """Waits for a checkpoint that is newer than all there are, and for some steps behind it."""
@@ -169,6 +183,9 @@ class Run:
     def _told(self) -> list[Event]:
         lines = self._events.read_text().splitlines()
         return [Event(**json.loads(line)) for line in lines if line.endswith("}")]
+
+    def _moments(self) -> dict[str, float]:
+        return {event.name: event.at_s for event in self._told()}
 
     def _step(self) -> int:
         """The last step of the newest start."""

@@ -28,7 +28,7 @@ from bagpipe.train.trainer import train
 from benchmarks.recovery.settings import Event
 
 _FILL_ROWS = 1 << 16
-_FILL_THREADS = 2
+_FILL_THREADS = min(8, os.cpu_count() or 1)
 
 
 class Teller:
@@ -96,6 +96,7 @@ def _filled_before(teller: Teller, loop: type[Loop]) -> Iterator[None]:
 
     def run(self: Loop, ready: Callable[[], None]) -> Any:
         if self.parts.embeddings.step == 0 and self.trainers.is_first:
+            teller.tell("filling")
             for store in self.parts.embeddings.stores:
                 _fill(store)
             teller.tell("filled")
