@@ -5,6 +5,7 @@ Each subcommand is one benchmark and measures again what docs/results.md states.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -227,6 +228,26 @@ def serving(
 
         sizes = sizes_of(QUICK if quick else {}, max_rows=max_rows, num_requests=steps)
         return bench_serving(ServingBench(**sizes), progress)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
+
+
+@app.command()
+def start(
+    quick: Quick = False,
+    other: Annotated[
+        Path | None, typer.Option(help="Another clone that takes turns with this one.")
+    ] = None,
+    rounds: Rounds = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time `bagpipe train` from the start of its process to its first step."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.start import QUICK, StartBench, bench_start
+
+        sizes = sizes_of(QUICK if quick else {}, other=other, num_rounds=rounds)
+        return bench_start(StartBench(**sizes), progress)
 
     measure(run, "cpu", quick=quick, json_file=json_file)
 

@@ -54,6 +54,13 @@ def test_the_oracle_on_the_device_at_a_tiny_size(tmp_path: Path) -> None:
     assert values["num_capacities"] >= 2
 
 
+def test_the_start_of_a_run_at_a_tiny_size(tmp_path: Path) -> None:
+    found = run_to_json(tmp_path / "start.json", "start")["start"]["seconds_and_cpu"]
+    ((elapsed_s, cpu_s),) = found[str(Path.cwd())]
+    assert elapsed_s > 0
+    assert cpu_s > 0
+
+
 # first of all tests on a new machine, these compile nearly every loop: two minutes on two cores
 def test_the_oracle_at_a_tiny_size(tmp_path: Path) -> None:
     saved = run_to_json(tmp_path / "oracle.json", "oracle")

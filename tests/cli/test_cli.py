@@ -97,6 +97,23 @@ def test_what_trains_is_imported_without_looking_for_garbage() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_run_does_not_import_torchs_compiler(file: Path) -> None:
+    code = (
+        "import sys; from bagpipe.cli.app import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    changes = ("--set", "train.steps=2", "--set", "train.lr_schedule={kind='cosine'}")
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "train", file, *changes],
+        capture_output=True,
+        text=True,
+        timeout=SOON_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "trained 2 steps" in ended.stdout
+
+
 def test_train_then_resume_for_longer(file: Path) -> None:
     result = invoke("train", file, "--set", "train.steps=4")
     assert result.exit_code == 0

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from bagpipe.embeddings.quick_start import without_compiler
 from bagpipe.types import Group
 
 
+@without_compiler
 class FusedOptimizer(torch.optim.Optimizer):
     """The optimizer of the tables as torch's schedulers see it: ``param_groups``, no parameters.
 

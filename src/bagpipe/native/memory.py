@@ -6,19 +6,43 @@ numba's own copies, of one array's slice to another's, take several times as lon
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 import numba.core.cgutils
+import numpy as np
 import numpy.typing as npt
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
 from bagpipe.native.jit import NUM_PARTS, jit, parallel_jit, prange, threaded
-from bagpipe.types import Int64Array
+from bagpipe.native.workers import Workers
+from bagpipe.types import Int32Array, Int64Array
 
 _cgutils: Any = numba.core.cgutils  # only a part of numba is typed
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_THREAD_ITEMS = 1 << 22
+"""From how many items on a thread is worth its start."""
+_MAX_THREADS = 8
+
+
+def filled(num_rows: int, value: int) -> Int32Array:
+    """A column of `num_rows` times `value`, (num_rows, 1).
+
+    Several threads fill a long one, since its pages are new: the system clears each, and a virtual
+    machine may have to ask its host for it.
+    """
+    column = np.empty((num_rows, 1), np.int32)
+    num_threads = min(num_rows // _THREAD_ITEMS, os.cpu_count() or 1, _MAX_THREADS)
+    if num_threads < 2:
+        column.fill(value)
+        return column
+    with Workers("bagpipe-fill", num_threads) as workers:
+        parts = np.array_split(column, num_threads)
+        for call in [workers.submit(part.fill, value) for part in parts]:
+            call.result()
+    return column
 
 
 def keep_freed_memory() -> None:

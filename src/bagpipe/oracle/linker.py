@@ -32,6 +32,7 @@ from bagpipe.native.jit import (
     prange,
     threaded,
 )
+from bagpipe.native.memory import filled
 from bagpipe.native.prefetch import prefetch
 from bagpipe.oracle.merge import MergedGroup
 from bagpipe.oracle.shards import shard_bounds
@@ -87,7 +88,7 @@ class Linker:
         """
         self.settled = first_step - 1
         """The last step whose occurrences nobody will read again."""
-        self._last_uses = np.full((group.num_rows, 1), -1, np.int32)
+        self._last_uses = filled(group.num_rows, -1)
         self._num_shards = num_shards
         self._next_step, self._next_occurrence = first_step, 0
         self._kept: deque[BatchUses] = deque()  # not settled yet, as far as is known here

@@ -24,6 +24,7 @@ from bagpipe.data.base import BatchSource
 from bagpipe.data.notes import run_notes
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.embeddings.collection import EmbeddingBagCollection
+from bagpipe.embeddings.quick_start import without_compiler
 from bagpipe.errors import ConfigError
 from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore
@@ -47,10 +48,10 @@ _MODELS: Mapping[str, Callable[..., RankingModel]] = {
     "deepfm": DeepFM,
 }
 _DENSE_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adagrad": torch.optim.Adagrad,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "sgd": without_compiler(torch.optim.SGD),
+    "adagrad": without_compiler(torch.optim.Adagrad),
+    "adam": without_compiler(torch.optim.Adam),
+    "adamw": without_compiler(torch.optim.AdamW),
 }
 
 

@@ -40,6 +40,7 @@ from itertools import islice
 import numpy as np
 
 from bagpipe.errors import CacheTooSmallError
+from bagpipe.native.memory import filled
 from bagpipe.oracle.cache_plan import CachePlan
 from bagpipe.oracle.eviction import loops, moved, queues, shard_loops
 from bagpipe.oracle.linker import BatchUses, LinkedGroup, Linker, roomy_ring
@@ -80,7 +81,7 @@ class Cacher:
         self.linker = Linker(group, num_shards=num_shards, first_step=first_step)
         self._first_step = self._next_step = self._next_admitted = self._next_taken = first_step
         self._state = loops.State(
-            slots_of_rows=np.full((group.num_rows, 1), -1, np.int32),
+            slots_of_rows=filled(group.num_rows, -1),
             rows_of_slots=np.full(num_slots, -1, np.int64),
             slot_bounds=bounds,
             num_used=np.zeros(num_shards, np.int64),
