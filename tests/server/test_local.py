@@ -25,11 +25,12 @@ from bagpipe.errors import ConfigError, StoreError
 from bagpipe.optimizers import SGD
 from bagpipe.server import local
 from bagpipe.server.credentials import Credentials
-from bagpipe.server.local import LocalServer, local_server
+from bagpipe.server.local import local_server
 from bagpipe.server.made import with_secrets
 from bagpipe.server.security import connect
 from bagpipe.server.staging import peer_of
 from bagpipe.server.start import Served
+from bagpipe.server.told import StartedServer
 from bagpipe.types import TableConfig, group_tables
 
 WITHIN_S = SOON_S
@@ -46,7 +47,7 @@ def served_by(*, num_shards: int = 2, **servers: Any) -> Served:
 SERVED, KEY = served_by(start_timeout_s=TIMEOUT_S), "the run"
 
 
-def started_by(agent: subprocess.Popen[bytes], number: int = 0, **options: Any) -> LocalServer:
+def started_by(agent: subprocess.Popen[bytes], number: int = 0, **options: Any) -> StartedServer:
     return local_server(SERVED, number, key=KEY, lives_with=agent.pid, **options)
 
 
@@ -58,7 +59,7 @@ def agent() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def identity(server: LocalServer) -> dict[str, Any]:
+def identity(server: StartedServer) -> dict[str, Any]:
     options = flight.FlightCallOptions(timeout=WITHIN_S)
     with connect(*split_address(server.address), server.credentials) as client:
         (answer,) = client.do_action(flight.Action("identify", b"{}"), options)

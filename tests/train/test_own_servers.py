@@ -22,8 +22,8 @@ from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import StoreError
 from bagpipe.optimizers import SGD
 from bagpipe.server.client import RemoteStore
-from bagpipe.server.local import LocalServer
 from bagpipe.server.staging import peer_of
+from bagpipe.server.told import StartedServer
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train as train_run
 from bagpipe.types import group_tables
@@ -110,7 +110,7 @@ def test_a_run_of_one_trainer_leaves_no_server_to_its_process(
 ) -> None:
     started: list[int] = []
 
-    def note(*of: Any, **options: Any) -> Sequence[LocalServer]:
+    def note(*of: Any, **options: Any) -> Sequence[StartedServer]:
         servers = servers_of_hosts(*of, **options)
         assert servers[0].hold is not None
         started.append(peer_of(servers[0].hold)[0])

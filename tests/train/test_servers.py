@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from bagpipe.config.run import RunConfig
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import BagpipeError, ConfigError
 from bagpipe.server.shard import Shard
-from bagpipe.server.start import running_shard
+from bagpipe.server.start import running_shard, served_of
+from bagpipe.server.told import ToldServer, told_server
 from bagpipe.store.record_files import read_records
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.settings import check_same_run, describe_start
@@ -86,6 +89,24 @@ def test_one_trainer_trains_the_same_model(
         result = train(over(addresses, tmp_path), reporter=SilentReporter())
     assert_same(tmp_path, undisturbed)
     assert result.scores is not None
+
+
+def test_a_launchers_servers_need_no_files_of_secrets(tmp_path: Path, undisturbed: Path) -> None:
+    config = small_config(tmp_path, servers={"num_shards": 2})
+    assert config.servers is not None
+    with ExitStack() as stack:
+        told = [
+            stack.enter_context(told_server(served_of(config), number, listen=("0.0.0.0", 0)))
+            for number in range(2)
+        ]
+        assert all(each.token and each.root for each in told)
+        assert all(each.token not in repr(each) for each in told)
+        servers = [
+            ToldServer(**json.loads(json.dumps(asdict(each)))).started(config.servers)
+            for each in told
+        ]
+        train(config, reporter=SilentReporter(), servers=servers)
+    assert_same(tmp_path, undisturbed)
 
 
 def test_checkpoints_are_written_while_training_goes_on_and_a_run_resumes(

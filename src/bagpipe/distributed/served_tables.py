@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,9 @@ from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import StoreError
 from bagpipe.server.client import ShardServers
 from bagpipe.server.control import ServerControl
-from bagpipe.server.local import LocalServer, credentials_with, local_server
+from bagpipe.server.local import local_server
 from bagpipe.server.start import Served
+from bagpipe.server.told import StartedServer, ToldServer
 from bagpipe.store.base import OrderedStore
 from bagpipe.types import Group
 
@@ -30,7 +32,7 @@ _MOST_SECONDS = 86_400.0
 
 def servers_of_hosts(
     trainers: Trainers, served: Served, *, key: str, lives_with: int | None
-) -> tuple[LocalServer, ...]:
+) -> tuple[StartedServer, ...]:
     """One server a host, started there unless it still runs: where they are, and what to show.
 
     All ranks must call it.
@@ -44,7 +46,7 @@ def servers_of_hosts(
     Raises:
         ConfigError, StoreError: As for `local_server`, on all ranks.
     """
-    peers, found = trainers.peers, list[LocalServer]()
+    peers, found = trainers.peers, list[StartedServer]()
 
     def find(*, is_first: bool) -> dict[str, Any] | None:
         if peers.hosts.is_first != is_first:
@@ -53,7 +55,7 @@ def servers_of_hosts(
         found.append(
             local_server(served, peers.hosts.own, key=key, lives_with=lives_with, listen=listen)
         )
-        return _told(found[0]) if peers.hosts.num_hosts > 1 else {}
+        return asdict(found[0].told()) if peers.hosts.num_hosts > 1 else {}
 
     # first who may have to start one: a process for each rank would be too much for its host
     what = "the shard servers of all hosts"
@@ -61,24 +63,9 @@ def servers_of_hosts(
     trainers.all_do(what, partial(find, is_first=False), StoreError)
     (own,) = found
     return tuple(
-        own if host == peers.hosts.own else _as_told(served, each)
+        own if host == peers.hosts.own else ToldServer(**each).started(served.servers)
         for host, each in enumerate(each for each in told if each is not None)
     )
-
-
-def _told(server: LocalServer) -> dict[str, Any]:
-    """What ranks of other hosts are told of a server."""
-    token, root = server.credentials.token, server.credentials.root
-    return {
-        "address": server.address,
-        "token": None if token is None else token.get_secret_value(),
-        "root": None if root is None else root.decode(),
-    }
-
-
-def _as_told(served: Served, told: dict[str, Any]) -> LocalServer:
-    credentials = credentials_with(served, told["token"], told["root"])
-    return LocalServer(address=told["address"], credentials=credentials)
 
 
 class ServedTables:

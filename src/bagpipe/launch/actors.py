@@ -7,12 +7,15 @@ import queue
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bagpipe.config.run import RunConfig
+from bagpipe.config.servers import ServersConfig
+from bagpipe.server.told import ToldServer
 from bagpipe.train.loop import Result
 from bagpipe.train.trainer import StopRequest, train
 
@@ -34,16 +37,19 @@ class ServerActor:
     """A shard server; it lives as long as the actor."""
 
     def __init__(self, config: RunConfig, number: int, host: str | None, folder: str) -> None:
-        from bagpipe.server.start import running_shard
+        from bagpipe.server.start import served_of
+        from bagpipe.server.told import told_server
 
         _go_to(folder)
         self._stack = ExitStack()
         listen = (host or _own_host(), 0)
-        self._running = self._stack.enter_context(running_shard(config, number, listen=listen))
+        self._told = self._stack.enter_context(
+            told_server(served_of(config), number, listen=listen)
+        )
 
-    def address(self) -> str:
-        """Where trainers reach it."""
-        return self._running.address
+    def told(self) -> ToldServer:
+        """Where trainers reach it, and what they show it."""
+        return self._told
 
     def look(self) -> bool:
         """A sign of life."""
@@ -70,6 +76,7 @@ class TrainerActor:
     def run(
         self,
         config: RunConfig,
+        servers: Sequence[ToldServer],
         environment: dict[str, str],
         resume: bool,
         overwrite: bool,
@@ -88,6 +95,7 @@ class TrainerActor:
                 start_from=start_from,
                 peers=peers,
                 stop=self._stop,
+                servers=[told.started(config.servers or ServersConfig()) for told in servers],
             )
 
     def look(self) -> list[tuple[str, tuple[Any, ...]]]:

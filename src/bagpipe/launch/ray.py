@@ -23,6 +23,7 @@ from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig
 from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, StoreError
 from bagpipe.launch.actors import LOOK_EVERY_S, ServerActor, TrainerActor
+from bagpipe.server.told import ToldServer
 from bagpipe.train.loop import Result
 from bagpipe.train.report import Reporter
 from bagpipe.train.trainer import StopRequest
@@ -32,6 +33,9 @@ LIFE_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 10.0
 """How long trainers may take to say why they end, once the first of them has ended."""
 _START_TIMEOUT_S = 120.0
+_NUM_CPUS = 0.01
+"""Of an actor: so little that a laptop has enough. With none Ray would place actors at random, and
+also on a head that has no CPUs so that nothing runs there."""
 _MAX_FAILURES = 5
 """Starts in a row in which no step was trained, after which the run is given up."""
 _RESTARTABLE = (BackgroundError, StoreError)
@@ -77,9 +81,9 @@ def train_on_ray(
         stack.callback(servers.end)
         stop, failures = stack.enter_context(StopRequest()), 0
         while True:
-            trainers = _Trainers(ray, servers.with_addresses(), roles, reporter, start_from)
+            trainers = _Trainers(ray, servers, roles, reporter, start_from)
             try:
-                return trainers.run(servers, stop, resume=resume, overwrite=overwrite)
+                return trainers.run(stop, resume=resume, overwrite=overwrite)
             except _DiedError as death:
                 failures = 0 if trainers.num_steps else failures + 1
                 if stop.signal is not None or failures == _MAX_FAILURES:
@@ -100,32 +104,36 @@ class _Servers:
     """The servers of all shards."""
 
     def __init__(self, ray: Any, config: RunConfig, roles: Roles) -> None:
-        self._ray, self._config, self._timeout_s = ray, config, roles.life_timeout_s
+        self._ray, self._timeout_s = ray, roles.life_timeout_s
+        self.config = config
+        """For trainers, too."""
         where = config.servers or ServersConfig()
         self._actors: list[Any] = []
         if where.addresses:
             return
-        self._where = where.model_copy(update={"num_shards": roles.num_servers})
+        where = where.model_copy(update={"num_shards": roles.num_servers})
+        self.config = config.model_copy(update={"servers": where})
         nodes = [node for node in ray.nodes() if node["Alive"]]
         host = "127.0.0.1" if len(nodes) == 1 else None
         actor = ray.remote(ServerActor).options(
-            num_cpus=0, max_restarts=-1, max_concurrency=2, scheduling_strategy="SPREAD"
+            num_cpus=_NUM_CPUS,
+            max_restarts=-1,
+            max_concurrency=2,
+            scheduling_strategy="SPREAD",
         )
-        served = config.model_copy(update={"servers": self._where})
         self._actors = [
-            actor.remote(served, number, host, os.getcwd()) for number in range(roles.num_servers)
+            actor.remote(self.config, number, host, os.getcwd())
+            for number in range(roles.num_servers)
         ]
 
-    def with_addresses(self) -> RunConfig:
-        """The run's configuration, once all servers are up, with where they are now."""
-        if not self._actors:
-            return self._config
+    def told(self) -> list[ToldServer]:
+        """Where they are now, once all are up; none where the configuration has their addresses."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while True:
-            asked = [actor.address.remote() for actor in self._actors]
+            asked = [actor.told.remote() for actor in self._actors]
             try:
-                addresses = self._ray.get(asked, timeout=_START_TIMEOUT_S)
-                break
+                told: list[ToldServer] = self._ray.get(asked, timeout=_START_TIMEOUT_S)
+                return told
             except self._ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, BagpipeError):
                     raise error.cause from None
@@ -141,8 +149,6 @@ class _Servers:
                         f"{_first_line(error)}"
                     ) from None
                 time.sleep(LOOK_EVERY_S)
-        where = self._where.model_copy(update={"addresses": tuple(addresses)})
-        return self._config.model_copy(update={"servers": where})
 
     def check(self) -> None:
         """Replaces servers that do not answer. _DiedError: one did not."""
@@ -170,18 +176,21 @@ class _Trainers:
     def __init__(
         self,
         ray: Any,
-        config: RunConfig,
+        servers: _Servers,
         roles: Roles,
         reporter: Reporter,
         start_from: Path | None,
     ) -> None:
-        self._ray, self._config, self._reporter = ray, config, reporter
+        self._ray, self._servers, self._reporter = ray, servers, reporter
+        self._told = servers.told()
         self._start_from, self._timeout_s = start_from, roles.life_timeout_s
         self.num_steps = 0
         """Told by rank 0 since this start."""
-        wants_gpu = config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+        wants_gpu = (
+            servers.config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+        )
         actor = ray.remote(TrainerActor).options(
-            num_cpus=0,  # a laptop with two cores is enough
+            num_cpus=_NUM_CPUS,
             num_gpus=int(wants_gpu),
             max_restarts=0,
             max_concurrency=3,
@@ -189,7 +198,7 @@ class _Trainers:
         )
         self._actors = [actor.remote(os.getcwd()) for _ in range(roles.num_trainers)]
 
-    def run(self, servers: _Servers, stop: StopRequest, *, resume: bool, overwrite: bool) -> Result:
+    def run(self, stop: StopRequest, *, resume: bool, overwrite: bool) -> Result:
         """Trains to the end. _DiedError: somebody has died."""
         results = self._start(resume=resume, overwrite=overwrite)
         is_told = False
@@ -198,7 +207,7 @@ class _Trainers:
             if len(ended) == len(results) or any(map(self._has_failed, ended)):
                 break
             self._look()
-            servers.check()
+            self._servers.check()
             if stop.signal is not None and not is_told:
                 is_told = True
                 for actor in self._actors:
@@ -219,8 +228,8 @@ class _Trainers:
         except self._ray.exceptions.GetTimeoutError:
             raise ConfigError(
                 f"the Ray cluster did not start {len(self._actors)} trainers within "
-                f"{_START_TIMEOUT_S:g} s: it has too few GPUs, or no memory: start fewer, or add "
-                "nodes"
+                f"{_START_TIMEOUT_S:g} s: it has too few GPUs, no free CPU, or no memory: start "
+                "fewer, or add nodes"
             ) from None
         except self._ray.exceptions.RayError as error:
             raise _DiedError(f"a trainer died at its start ({_first_line(error)})") from None
@@ -232,7 +241,8 @@ class _Trainers:
         meeting = {"MASTER_ADDR": places[0].host, "MASTER_PORT": str(places[0].port)}
         return [
             actor.run.remote(
-                self._config,
+                self._servers.config,
+                self._told,
                 meeting
                 | {
                     "RANK": str(rank),

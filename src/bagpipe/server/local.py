@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import pickle
-import secrets
 import selectors
 import signal
 import socket
@@ -31,35 +30,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
-from pydantic import SecretStr
 
 from bagpipe.errors import BagpipeError, ConfigError, StoreError
 from bagpipe.native.memory import keep_freed_memory
-from bagpipe.server.credentials import Credentials, client_credentials, is_loopback
 from bagpipe.server.ending import Ending
-from bagpipe.server.made import own_address, with_secrets
 from bagpipe.server.staging import peer_of
-from bagpipe.server.start import Address, RunningShard, Served, serving
+from bagpipe.server.start import Address, Served
+from bagpipe.server.told import StartedServer, ToldServer, told_server
 
 _MAX_ANSWER_BYTES = 1 << 16
 _LOOPBACK: Address = ("127.0.0.1", 0)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalServer:
-    """Where the server of this host is, and what trainers show it."""
-
-    address: str
-    credentials: Credentials
-    hold: socket.socket | None = None
-    """Open for as long as this process holds a server that ends with who holds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +66,7 @@ def local_server(
     key: str,
     lives_with: int | None,
     listen: Address = _LOOPBACK,
-) -> LocalServer:
+) -> StartedServer:
     """Finds the server of this host, or starts it. Several processes may call it at a time.
 
     Args:
@@ -114,22 +100,10 @@ def local_server(
                     f"{servers.start_timeout_s:g} s after it was started: see what it logs"
                 )
             holds.enter_context(_started(request, servers.start_timeout_s))
-    answer, asking = found
+    told, asking = found
     if lives_with is not None:
         asking.close()
-    return LocalServer(
-        address=answer["address"],
-        credentials=credentials_with(served, answer["token"], answer["root"]),
-        hold=None if lives_with is not None else asking,
-    )
-
-
-def credentials_with(served: Served, token: str | None, root: str | None) -> Credentials:
-    """A trainer's, with the token and the certificate that a server has made, if it has."""
-    found = client_credentials(served.servers)
-    if token is not None:
-        found = replace(found, token=SecretStr(token))
-    return found if root is None else replace(found, root=root.encode())
+    return told.started(servers, hold=None if lives_with is not None else asking)
 
 
 def _name(key: str, number: int, lives_with: int | None) -> str:
@@ -147,7 +121,7 @@ def _name(key: str, number: int, lives_with: int | None) -> str:
     return f"bagpipe-server-{os.geteuid()}-{lives_with}-{began}-{run}-{number}"
 
 
-def _ask(name: str, timeout_s: float) -> tuple[dict[str, Any], socket.socket] | None:
+def _ask(name: str, timeout_s: float) -> tuple[ToldServer, socket.socket] | None:
     """What the server of that name answers, and the connection; None where there is none.
 
     One that does not answer is killed.
@@ -177,7 +151,7 @@ def _ask(name: str, timeout_s: float) -> tuple[dict[str, Any], socket.socket] | 
         if not answer:
             return None
         stack.pop_all()
-    return json.loads(answer), asking
+    return ToldServer(**json.loads(answer)), asking
 
 
 @contextmanager
@@ -234,15 +208,16 @@ def _serve(request: _Request, tells: int, hold: socket.socket) -> None:
     keep_freed_memory()  # messages are as large as those before them
     ending = Ending(request.lives_with)
     try:
-        with _named(request.name) as listener, _running(request) as (running, answer):
-            door = _Door(listener, answer, ending.end)
+        serving = told_server(request.served, request.number, listen=request.listen)
+        with _named(request.name) as listener, serving as told:
+            door = _Door(listener, json.dumps(asdict(told)).encode(), ending.end)
             if request.lives_with is None:
                 door.hold(hold)
             else:
                 hold.close()
             threading.Thread(target=door.serve, daemon=True).start()
             _report(tells, None)
-            _log.info("serves at %s", running.address)
+            _log.info("serves at %s", told.address)
             _log.info("ends: %s", ending.wait())
     except _TakenError:
         _report(tells, None)
@@ -251,35 +226,6 @@ def _serve(request: _Request, tells: int, hold: socket.socket) -> None:
     # a client that stays would keep the process, and nothing is left to be saved
     logging.shutdown()
     os._exit(0)
-
-
-@contextmanager
-def _running(request: _Request) -> Iterator[tuple[RunningShard, bytes]]:
-    """The server, and what its trainers are told."""
-    served, is_far = request.served, not is_loopback(request.listen[0])
-    makes_root = is_far and served.servers.tls is None
-    with ExitStack() as stack, ExitStack() as secret_files:
-        address = own_address() if makes_root else None
-        if address is not None:
-            servers = secret_files.enter_context(with_secrets(served.servers, address))
-            served = replace(served, servers=servers)
-        running = stack.enter_context(
-            serving(
-                served,
-                request.number,
-                listen=request.listen,
-                name=address,
-                own_token=SecretStr(secrets.token_hex(32)),
-            )
-        )
-        secret_files.close()
-        token, root = running.credentials.token, running.credentials.root
-        answer = {
-            "address": running.address,
-            "token": None if token is None else token.get_secret_value(),
-            "root": root.decode() if makes_root and root is not None else None,
-        }
-        yield running, json.dumps(answer).encode()
 
 
 class _TakenError(Exception):

@@ -75,15 +75,23 @@ def running_shard(
     Raises:
         DataError: The data do not say how large the tables are.
     """
-    served = Served(
+    with serving(served_of(config), number, listen=listen, metrics=metrics) as running:
+        yield running
+
+
+def served_of(config: RunConfig) -> Served:
+    """What the shard servers of a run's configuration serve.
+
+    Raises:
+        DataError: The data do not say how large the tables are.
+    """
+    return Served(
         groups=_groups(config),
         seed=config.train.seed,
         store=config.embeddings.store,
         servers=config.servers or ServersConfig(),
         folder=config.log.folder,
     )
-    with serving(served, number, listen=listen, metrics=metrics) as running:
-        yield running
 
 
 @contextmanager

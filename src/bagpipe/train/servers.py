@@ -19,9 +19,9 @@ from bagpipe.errors import ConfigError, StoreError
 from bagpipe.server.client import ShardServers
 from bagpipe.server.control import ServerControl
 from bagpipe.server.credentials import Credentials, client_credentials
-from bagpipe.server.local import LocalServer
 from bagpipe.server.shard import Checkpoint
 from bagpipe.server.start import Served
+from bagpipe.server.told import StartedServer
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.start import Start
 from bagpipe.types import Group
@@ -47,6 +47,7 @@ def joined_servers(
     *,
     claim: Callable[[], Start],
     trainers: Trainers,
+    started: Sequence[StartedServer] = (),
 ) -> Iterator[Joined]:
     """Begins this start's epoch on all servers, and opens this rank's streams to them.
 
@@ -57,6 +58,7 @@ def joined_servers(
         groups: All groups of the run.
         claim: Claims the run's folder, once the servers are known to be those of this run.
         trainers: All ranks.
+        started: The servers that the trainers' launcher has started, shard by shard.
 
     Raises:
         ConfigError: A secret is missing or open to others, or there are not as many shards as
@@ -69,7 +71,7 @@ def joined_servers(
     credentials: Credentials | Sequence[Credentials] = client_credentials(where)
     with ExitStack() as stack:
         if not addresses:
-            started = _started(config, groups, where, trainers)
+            started = started or _started(config, groups, where, trainers)
             for server in started:
                 stack.enter_context(server.hold or nullcontext())
             addresses = [server.address for server in started]
@@ -109,7 +111,7 @@ def joined_servers(
 
 def _started(
     config: RunConfig, groups: Sequence[Group], servers: ServersConfig, trainers: Trainers
-) -> Sequence[LocalServer]:
+) -> Sequence[StartedServer]:
     """One server a host, which lives as long as the process that started the trainers.
 
     A trainer alone, which nothing starts again, has one for itself, as long as it holds it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from bagpipe.checkpoint.run_folder import told_before
 from bagpipe.config.run import RunConfig
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.distributed.trainers import Launcher, Trainers
+from bagpipe.server.told import StartedServer
 from bagpipe.train.build import Run, build_run, choose_device
 from bagpipe.train.compile_ahead import compiled_ahead
 from bagpipe.train.cuts import Cuts
@@ -47,6 +48,7 @@ def train(
     stop: StopRequest | None = None,
     peers: Peers = ALONE,
     launcher: Launcher | None = None,
+    servers: Sequence[StartedServer] = (),
 ) -> Result:
     """Trains to the end of the configuration, or to the step at which SIGINT or SIGTERM comes.
 
@@ -67,6 +69,8 @@ def train(
         peers: the other trainers; by default none.
         launcher: what has started them, if it starts them again when they fail. It does not once
             another start has taken the run over.
+        servers: shard servers that the launcher has started, shard by shard, for a configuration
+            that has no addresses; by default trainers start them.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds an earlier run and neither `resume` nor
@@ -84,7 +88,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         is_from_another=start_from is not None,
-        takes_over=config.servers is not None or peers.has_others,
+        takes_over=bool(servers) or config.servers is not None or peers.has_others,
         launcher=launcher,
     )
     with ExitStack() as stack:
@@ -94,7 +98,7 @@ def train(
         source = None
         if start_from is not None and not (resume and starting.has_checkpoints()):
             source = find_source(start_from, config, trainers, reporter)
-        run, start, ready = _begin(starting, stack)
+        run, start, ready = _begin(starting, stack, servers)
         taken = _fill(run, start, source, starting)
         log = _open_log(config, start.saved, reporter, trainers)
         stack.enter_context(log)
@@ -131,7 +135,9 @@ def _check_same_start(starting: Starting, start_from: Path | None) -> None:
     check_same_run(peers, {**describe_start(config), **own})
 
 
-def _begin(starting: Starting, stack: ExitStack) -> tuple[Run, Start, Callable[[], None]]:
+def _begin(
+    starting: Starting, stack: ExitStack, servers: Sequence[StartedServer]
+) -> tuple[Run, Start, Callable[[], None]]:
     """Claims the run's folder and builds the run; `stack` closes both.
 
     With shard servers the claim comes once they are known to be this run's.
@@ -147,7 +153,7 @@ def _begin(starting: Starting, stack: ExitStack) -> tuple[Run, Start, Callable[[
     join = start = None
     if starting.takes_over:
         starting.check()
-        join = partial(joined_servers, config, claim=claim, trainers=trainers)
+        join = partial(joined_servers, config, claim=claim, trainers=trainers, started=servers)
     else:
         start = claim()
     peers, say = trainers.peers, starting.reporter.say
