@@ -75,8 +75,9 @@ def ray_nodes(num_nodes: int, folder: Path) -> Iterator[Sequence[Node]]:
     }
     with ExitStack() as stack:
         network = stack.enter_context(linked_hosts(num_nodes, Link(gbit_per_s=10)))
-        names = [f"{host.address} node{number}" for number, host in enumerate(network.hosts)]
-        (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
+        # as on many machines a node's own name leads to loopback
+        names = " ".join(f"node{number}" for number in range(num_nodes))
+        (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {names}\n")
         head = network.hosts[0].address
         nodes = []
         for number, host in enumerate(network.hosts):

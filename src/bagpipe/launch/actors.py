@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import signal
 import socket
+import struct
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -21,6 +23,8 @@ from bagpipe.train.trainer import StopRequest, train
 
 LOOK_EVERY_S = 0.5
 """How often an actor is asked for a sign of life."""
+_ADDRESS_OF_INTERFACE = 0x8915
+"""Linux's SIOCGIFADDR."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,9 @@ class TrainerActor:
     ) -> Result:
         """Trains as this rank, to the end."""
         os.environ.update(environment)
+        # else trainers meet at the address of this machine's name, which may be loopback
+        if (interface := interface_of(_own_host())) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         from bagpipe.launch.torchrun import joined_trainers
 
         with joined_trainers(config.train.wait_timeout_s) as peers:
@@ -135,6 +142,19 @@ class _Teller:
 
     def say(self, text: str) -> None:
         self._told.put(("say", (text,)))
+
+
+def interface_of(address: str) -> str | None:
+    """The name of this machine's network interface with that IPv4 address; None: there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no IPv4 address
+                told = fcntl.ioctl(
+                    asking, _ADDRESS_OF_INTERFACE, struct.pack("256s", name.encode())
+                )
+                if socket.inet_ntoa(told[20:24]) == address:
+                    return name
+    return None
 
 
 def _own_host() -> str:

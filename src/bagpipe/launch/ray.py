@@ -290,6 +290,8 @@ class _Trainers:
                 self._ray.get(result, timeout=0)
             except self._ray.exceptions.RayTaskError as error:
                 errors.append((rank, error.cause))
+            except self._ray.exceptions.GetTimeoutError:
+                continue  # it waits for the one that has failed, which says why
             except self._ray.exceptions.RayError as error:
                 errors.append((rank, error))
         with suppress(_DiedError):
