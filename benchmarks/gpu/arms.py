@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.data.base import Batch
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.batches import Lookahead
@@ -29,7 +30,7 @@ from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.lookahead import lookahead
 from bagpipe.optimizers import RowWiseAdagrad
 from bagpipe.store.base import EmbeddingStore
-from bagpipe.train.dense_step import TorchBatch
+from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.types import Float32Array, Group, Int64Array
 from benchmarks.prepared_stream import ResidentBatch, Stream
 from benchmarks.workloads import Workload
@@ -208,6 +209,11 @@ class BagpipeArm:
     def update(self, grads: Tensor) -> None:
         """See `StepArm.update`."""
         self.embeddings.update([grads])
+
+    def rows(self) -> GraphRows | None:
+        """What does both within the dense part's graph, where plans are made on the device."""
+        assert self._batch is not None
+        return self.embeddings.rows_in_graph(self._batch.sparse)
 
     def kernels(self, pooled: Tensor, grads: Tensor) -> dict[str, Callable[[], object]]:
         """See `GpuArm.kernels`."""

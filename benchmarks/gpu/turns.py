@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.data.prepared import PreparedSource
 from bagpipe.store import FileStore
 from bagpipe.types import Group
@@ -208,10 +209,18 @@ class Turns:
 
     def _step(self, arm: GpuArm) -> Tensor:
         dense, labels = arm.next_batch()
+        rows = self._rows(arm)
+        if rows is not None:
+            return self._dense.step(dense, labels, rows=rows)[0]
         arm.lookup(self._dense.pooled)
         loss, grads = self._dense.step(dense, labels)
         arm.update(grads[0])
         return loss
+
+    def _rows(self, arm: GpuArm) -> GraphRows | None:
+        """What looks up and updates within the dense part's graph, as in `bagpipe train`."""
+        can_replay = self._dense.step.can_replay(self._workload.batch_size)
+        return arm.rows() if isinstance(arm, BagpipeArm) and can_replay else None
 
     def _turn(self, run: _Run) -> None:
         """Trains a turn of an arm, and notes how long a step took."""
@@ -240,23 +249,31 @@ class Turns:
         """Milliseconds that the device waits, in a step, for rows or for the host.
 
         Takes one more turn. Between a step's update and the end of the next one's lookup lie that
-        wait and the lookup, whose own time is known.
+        wait and the lookup, whose own time is known. Where one graph holds all, between two graphs
+        lies nothing else.
         """
         if self._device.type == "cpu":
             return 0.0
         self._dense.load(run.parameters)
         updated, looked_up = list[torch.cuda.Event](), list[torch.cuda.Event]()
+        lookup_ms = run.kernels_ms["lookup"]
         for step in range(self._workload.turn_and_settle_steps):
             dense, labels = run.arm.next_batch()
-            run.arm.lookup(self._dense.pooled)
+            rows = self._rows(run.arm)
+            if rows is None:
+                run.arm.lookup(self._dense.pooled)
+            else:
+                lookup_ms = 0.0
             if updated:
                 looked_up.append(timed_event())
-            run.arm.update(self._dense.step(dense, labels)[1][0])
+            grads = self._dense.step(dense, labels, rows=rows)[1]
+            if rows is None:
+                run.arm.update(grads[0])
             if step >= self._workload.settle_steps:
                 updated.append(timed_event())
         torch.cuda.synchronize(self._device)
         between = [begin.elapsed_time(end) for begin, end in zip(updated, looked_up, strict=False)]
-        return max(0.0, float(sum(between)) / len(between) - run.kernels_ms["lookup"])
+        return max(0.0, float(sum(between)) / len(between) - lookup_ms)
 
     def _allocated(self) -> int:
         if self._device.type == "cpu":

@@ -29,7 +29,7 @@ from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.lookahead import lookahead
 from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.optimizers import RowWiseAdagrad
-from bagpipe.train.dense_step import TorchBatch
+from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.types import Float32Array, Group, Jagged, TableConfig
 from benchmarks.step.fused import FusedTables
 

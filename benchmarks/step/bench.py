@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from bagpipe.models import DLRM
-from bagpipe.train.dense_step import TorchBatch
+from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.types import Group
 from benchmarks.measure import Progress, Result, Timing, relative_differences
 from benchmarks.step.arms import Arm, BagpipeArm, FbgemmArm, FusedArm, TorchBagsArm

@@ -17,7 +17,7 @@ from bagpipe.data.base import Batch
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import UsageError
 from bagpipe.optimizers import SGD
-from bagpipe.train.dense_step import TorchBatch
+from bagpipe.train.torch_batch import TorchBatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 _CYCLES = 2_000_000

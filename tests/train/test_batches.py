@@ -13,8 +13,8 @@ from bagpipe.config.run import RunConfig, TrainConfig
 from bagpipe.config.tables import make_tables
 from bagpipe.data.base import Batch, FeatureSpec, Position, count_batches
 from bagpipe.errors import ConfigError
-from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.schedule import RemainingBatches, Schedule, make_schedule
+from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.types import Int64Array, Jagged
 
 

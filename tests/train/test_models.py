@@ -19,8 +19,8 @@ from bagpipe.errors import CheckpointError
 from bagpipe.models import DeepFM
 from bagpipe.store import MemoryStore
 from bagpipe.train.build import Run, build_run
-from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.report import SilentReporter
+from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.train.trainer import train
 
 SECTIONS: dict[str, dict[str, Any]] = {

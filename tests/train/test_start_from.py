@@ -22,10 +22,10 @@ from bagpipe.config.run import RunConfig
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.errors import BagpipeError, CheckpointError, ConfigError
 from bagpipe.train.build import Run, build_run
-from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.saved import any_split, find_saved, load_model, open_saved
 from bagpipe.train.start_from import StartFrom, find_source
+from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.train.trainer import train
 from bagpipe.types import Float32Array
 

@@ -114,6 +114,11 @@ class DeviceCache:
         return sums
 
     @property
+    def reads_rings(self) -> bool:
+        """Whether `lookup` and `update` take plans with a `Ring`."""
+        return self._kernels is not kernels_cpu
+
+    @property
     def words(self) -> Tensor:
         """The weights' memory as float32: (num_slots + num_replica_slots, weight_words)."""
         return words_of(self.weights)

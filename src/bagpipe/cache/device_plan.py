@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from bagpipe.cache.ring import Ring, RingLayout
 from bagpipe.lookups import GroupLookups
 from bagpipe.plan import GroupPlan, HostGroupPlan, Transfers
 from bagpipe.types import Int32Array, UInt8Array
@@ -128,7 +129,10 @@ def _owner(array: MovedArray) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """What the kernels of one step need: arrays of `GroupPlan` and `GradientSchedule`."""
+    """What the kernels of one step need: arrays of `GroupPlan` and `GradientSchedule`.
+
+    With a `ring` its arrays are rings of plans, in which the kernels find that of the step.
+    """
 
     step: int
     batch_size: int
@@ -143,6 +147,7 @@ class DevicePlan:
     piece_offsets: Tensor  # (num_pieces + 1,) int32
     long_uniques: Tensor  # (num_long,) int32
     long_offsets: Tensor  # (num_long + 1,) int32
+    ring: Ring | None = None
 
     @property
     def num_bags(self) -> int:
@@ -203,6 +208,7 @@ class DevicePlan:
             lookup_slots=nothing,
             bag_offsets=None,
             bag_scales=None,
+            ring=None,
             **tensors,
         )
 
@@ -242,6 +248,14 @@ class DeviceExchange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanRings:
+    """One group's plans of many steps, as the device keeps them."""
+
+    plans: DevicePlan  # of no step and no batch size yet
+    layout: RingLayout
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanOnDevice:
     """One group's plan of a step that was made on the device. The host has only what moves.
 
@@ -256,6 +270,8 @@ class PlanOnDevice:
     on_device: DevicePlan
     overlapped_on_device: DeviceTransfers
     urgent_on_device: DeviceTransfers
+    rings: PlanRings | None = None
+    """Where it lies, the same object for each step, if these rings are there to stay."""
     exchange: None = None
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,7 +26,6 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import (
     DeviceExchange,
-    DeviceGroup,
     DevicePlan,
     DeviceTransfers,
     MovedArray,
@@ -35,39 +33,18 @@ from bagpipe.cache.device_plan import (
     urgent_to_device,
 )
 from bagpipe.cache.exchange import exchange_with
-from bagpipe.cache.issued import IssuedTransfers, naming_step
+from bagpipe.cache.graph_rows import GraphRows, RowsInGraphs, StepToTrain
+from bagpipe.cache.issued import naming_step
 from bagpipe.cache.marks import marks_on
 from bagpipe.cache.movers import mover_for
 from bagpipe.cache.overlap import Streams
+from bagpipe.cache.pending import Pending
+from bagpipe.cache.waits import Waits
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import UsageError
 from bagpipe.native.spans import span
 from bagpipe.plan import HostStepPlan
 from bagpipe.store.base import EmbeddingStore
-
-
-@dataclass(kw_only=True)
-class Waits:
-    """Seconds that the trainer's thread waited, added up over steps."""
-
-    plan_s: float = 0.0
-    rows_s: float = 0.0
-    slots_s: float = 0.0
-    replicas_s: float = 0.0  # of rows that other trainers own
-
-
-@dataclass(kw_only=True)
-class _Pending:
-    """A submitted step, up to the time that nothing reads its plan any more."""
-
-    plan: HostStepPlan
-    release: Callable[[], None] | None
-    along: Sequence[MovedArray]
-    on_device: tuple[DeviceGroup, ...] = ()  # by group
-    overlapped: IssuedTransfers | None = None
-    urgent: IssuedTransfers | None = None
-    is_over: bool = False  # everything that reads its plan is done, or on CUDA issued
-    computed: torch.cuda.Event | None = None  # on CUDA after that
 
 
 class Executor:
@@ -105,11 +82,12 @@ class Executor:
         self._streams = Streams(self._device) if self._device.type == "cuda" else None
         self._exchange = exchange_with(peers, caches, self._streams)
         self._mover = mover_for(caches, stores, self._streams, marks_on(stores, stream))
-        self._pending: list[_Pending] = []
-        self._ended: list[_Pending] = []  # steps whose plans may still be read
+        self._pending: list[Pending] = []
+        self._ended: list[Pending] = []  # steps whose plans may still be read
         self._num_kept = int(self._exchange.has_others)  # ended, their gradients on their way
         self._is_clean = True  # the stores hold everything
         self._torn_step: int | None = None
+        self._in_graph = RowsInGraphs(self.caches, self._training)
         self.at_close: list[Callable[[], None]] = [self._mover.give_memory_back]
         """Called at the end of `close`, when neither threads nor device read a plan any more."""
 
@@ -130,7 +108,7 @@ class Executor:
                 `along` any more, if that is before `close`.
             along: moves to the device with the plan, and is then in `moved_along`.
         """
-        self._pending.append(_Pending(plan=plan, release=release, along=along))
+        self._pending.append(Pending(plan=plan, release=release, along=along))
 
     def begin_step(self) -> None:
         """The tick of the oldest submitted step: issues what is due, then waits for its rows."""
@@ -184,6 +162,23 @@ class Executor:
         number = plan.step + 1 - self._num_skipped[index]
         self._exchange.update(index, plan, grads, number=number)
         self._updated.add(index)
+
+    def rows_in_graph(self) -> GraphRows | None:
+        """The current step's rows for a graph, if it can find their plan."""
+        can_find = self.caches[0].reads_rings and not self._exchange.has_others
+        return self._in_graph.of(self._pending[0].plan, self.current or ()) if can_find else None
+
+    @contextmanager
+    def _training(self) -> Iterator[StepToTrain]:
+        """A context in which all groups' rows of the current step are updated."""
+        step = self._pending[0].plan.step
+        with self.undivided():
+            rates = [
+                cache.rate_of(step + 1 - skipped)
+                for cache, skipped in zip(self.caches, self._num_skipped, strict=True)
+            ]
+            yield StepToTrain(step=step, rates=rates)
+            self._updated.update(range(len(self.caches)))
 
     def end_step(self) -> None:
         """Says that the compute of the current step has been issued."""
@@ -278,6 +273,7 @@ class Executor:
             torch.cuda.synchronize(self._device)
         self._pending.clear()
         self._ended.clear()
+        self._in_graph.let_go()
         self.current, self.moved_along = None, ()
         if is_stuck:
             self.at_close.clear()
@@ -285,7 +281,7 @@ class Executor:
             self.at_close[0]()
             self.at_close.pop(0)
 
-    def _issue_overlapped(self, pending: _Pending) -> None:
+    def _issue_overlapped(self, pending: Pending) -> None:
         """Hands out a step's plan and its overlapped transfers, unless that is done."""
         if pending.overlapped is None:
             plan = pending.plan
@@ -295,7 +291,7 @@ class Executor:
                 pending.overlapped = self._mover.issue(plan, transfers, plan.issue_tick, to_device)
             self._mover.mark("overlapped", plan.step)
 
-    def _issue_urgent(self, pending: _Pending) -> None:
+    def _issue_urgent(self, pending: Pending) -> None:
         """Hands out the urgent transfers of the step that comes now."""
         groups, with_rows = pending.plan.groups, self._mover.with_rows
         transfers = tuple(group.urgent for group in groups)
@@ -305,7 +301,7 @@ class Executor:
                 pending.plan, transfers, pending.plan.step, to_device
             )
 
-    def _plan_to_device(self, pending: _Pending) -> tuple[DeviceTransfers, ...]:
+    def _plan_to_device(self, pending: Pending) -> tuple[DeviceTransfers, ...]:
         plan, last = pending.plan, len(self.caches) - 1
         with span("plan"):
             pending.on_device = tuple(
@@ -334,7 +330,7 @@ class Executor:
         # or autograd takes a change of one for a change of all
         return tuple(tensor.data for tensor in tensors)
 
-    def _wait_for_replicas(self, pending: _Pending) -> None:
+    def _wait_for_replicas(self, pending: Pending) -> None:
         """Waits for the replicas of the step that comes now, and asks for those of the next one."""
         started = time.perf_counter()
         self._exchange.finish_replicas(pending.plan)
@@ -343,7 +339,7 @@ class Executor:
         if following is not None and following.overlapped is not None:
             self._exchange.ask_for_replicas(following.plan, partial(self._filled, following))
 
-    def _filled(self, pending: _Pending) -> list[DeviceExchange]:
+    def _filled(self, pending: Pending) -> list[DeviceExchange]:
         """Waits until a step's overlapped rows are in their slots, on CUDA on the current stream.
 
         Returns what the step exchanges, by group.
@@ -354,7 +350,7 @@ class Executor:
             torch.cuda.current_stream(self._device).wait_event(pending.overlapped.filled)
         return [group.exchange for group in pending.on_device if group.exchange is not None]
 
-    def _wait_for_rows(self, pending: _Pending) -> None:
+    def _wait_for_rows(self, pending: Pending) -> None:
         """Fills the rows of the step that comes now, and accounts for waiting for them."""
         assert pending.overlapped is not None
         started = time.perf_counter()

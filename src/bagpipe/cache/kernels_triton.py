@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.triton_launch import (
+    Argument,
     Kernel,
     Tiling,
     aligned,
@@ -61,11 +62,12 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
     dim, stride = out.shape[1], weights.shape[1]
     into = aligned(out)
     sizes = (plan.num_bags, plan.num_features, plan.batch_size)
+    ring = _ring_arguments(plan)
     with on_device_of(weights):
         if plan.bag_offsets is None:
             tile = _ONE_HOT.of(dim)
             constants = {"DIM": dim, "STRIDE": stride, "ROWS": tile.rows, "COLUMNS": tile.columns}
-            arguments = (weights, plan.lookup_slots, plan.lookup_weights, into, *sizes)
+            arguments = (weights, plan.lookup_slots, plan.lookup_weights, into, *sizes, *ring)
             _lookup_one_hot.launch(tile.count(plan.num_bags), arguments, constants, tile.num_warps)
         else:
             tile = _BAGS.of(dim)
@@ -79,6 +81,7 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
                     plan.bag_scales,
                     into,
                     *sizes,
+                    *ring,
                 ),
                 {
                     "DIM": dim,
@@ -91,6 +94,14 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
             )
         if into is not out:
             out.copy_(into)
+
+
+def _ring_arguments(plan: DevicePlan) -> tuple[Argument, ...]:
+    if plan.ring is None:
+        return None, None, None, None, None
+    (num_plans, max_lookups), num_batches = plan.lookup_slots.shape, plan.ring.layout.num_batches
+    max_bags = 0 if plan.bag_offsets is None else plan.bag_offsets.shape[1] - 1
+    return plan.ring.clock, num_plans, num_batches, max_lookups, max_bags
 
 
 def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None:
@@ -145,11 +156,21 @@ def _lookup_one_hot(
     num_bags: tl.tensor,
     num_features: tl.tensor,
     batch_size: tl.tensor,
+    clock: tl.tensor,
+    num_plans: tl.tensor,
+    num_batches: tl.tensor,
+    max_lookups: tl.tensor,
+    max_bags: tl.tensor,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
+    if clock is not None:
+        step = tl.load(clock)
+        slots += step % num_plans * max_lookups
+        if lookup_weights is not None:
+            lookup_weights += step % num_batches * max_lookups
     bag = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     # This and all that follow are (ROWS, COLUMNS).
@@ -177,12 +198,25 @@ def _lookup_jagged(
     num_bags: tl.tensor,
     num_features: tl.tensor,
     batch_size: tl.tensor,
+    clock: tl.tensor,
+    num_plans: tl.tensor,
+    num_batches: tl.tensor,
+    max_lookups: tl.tensor,
+    max_bags: tl.tensor,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
+    if clock is not None:
+        step = tl.load(clock)
+        slots += step % num_plans * max_lookups
+        bag_offsets += step % num_batches * (max_bags + 1)
+        if lookup_weights is not None:
+            lookup_weights += step % num_batches * max_lookups
+        if bag_scales is not None:
+            bag_scales += step % num_batches * max_bags
     bag = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_bag = bag < num_bags
     begin = tl.load(bag_offsets + bag, mask=is_bag, other=0)

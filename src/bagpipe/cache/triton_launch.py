@@ -27,7 +27,7 @@ VARYING = (
     "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records step "
     "seed_low seed_high "
     "address moved_rows size room num_rows num_slots num_tiles num_words num_offsets max_pieces "
-    "max_further "
+    "max_further num_plans num_batches max_lookups max_bags max_uniques "
     "slots bag_offsets bag_scales lookup_weights unique_slots bags bag_weights piece_offsets "
     "long_uniques long_offsets"
 ).split()

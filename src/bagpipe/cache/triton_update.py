@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
-from bagpipe.cache.triton_launch import Tiling, aligned, on_device_of
+from bagpipe.cache.triton_launch import Argument, Tiling, aligned, on_device_of
 from bagpipe.cache.triton_update_kernels import update_long_rows, update_pieces
 from bagpipe.cache.weights import COLUMNS_A_BLOCK
 from bagpipe.optimizers import Optimizer
@@ -46,26 +46,35 @@ def update(
         rate: The learning rate, with Adam's bias corrections in it.
         seed: Decides how new weights of 16 bits are rounded by chance.
     """
+    # of plans in rings the most that there can be
     num_uniques, num_pieces, num_long = (
-        plan.unique_slots.shape[0],
-        plan.piece_offsets.shape[0] - 1,
-        plan.long_uniques.shape[0],
+        plan.unique_slots.shape[-1],
+        plan.piece_offsets.shape[-1] - 1,
+        plan.long_uniques.shape[-1],
     )
     if num_uniques == 0:
         return
     dim, num_further = grads.shape[1], num_pieces - num_uniques
     numbers = optimizer.update_constants(rate)
-    # what is not asked for is not compiled in
-    update_constants = (*numbers[:4], *(number or None for number in numbers[4:]))
+    # what is not asked for is not compiled in; a rate of zero may be another one later
+    shrinkage = numbers.shrinkage if optimizer.decays_apart and optimizer.weight_decay else None
+    update_constants = (
+        *(*numbers[:4], numbers.max_grad_norm or None, numbers.l2 or None),
+        shrinkage,
+    )
     rounding = _rounding(weights, plan.step, seed)
     width = dim if weights.dtype == torch.float32 else max(dim, COLUMNS_A_BLOCK)
     tile, long_tile = _PIECES.of(width), _LONG_ROWS.of(width)
     constants = {"DIM": dim, "STRIDE": weights.shape[1], "KIND": optimizer.kind}
+    constants |= _header_constants(plan)
+    ring = _ring_arguments(plan)
+    expected = (num_uniques, num_pieces, num_long) if plan.ring is None else plan.ring.typical
+    expected_uniques, expected_pieces, expected_long = expected
     with on_device_of(weights):
         # First the sums of further pieces, then those of the first pieces of long rows.
         sums = torch.empty(num_further + num_long, dim, device=weights.device)
         update_pieces.launch(
-            tile.count(num_further) + tile.count(num_uniques),
+            max(1, tile.count(expected_pieces - expected_uniques) + tile.count(expected_uniques)),
             (
                 weights,
                 state,
@@ -83,13 +92,14 @@ def update(
                 1 << num_long.bit_length() >> 1,
                 *update_constants,
                 *rounding,
+                *ring,
             ),
             constants | {"ROWS": tile.rows, "COLUMNS": tile.columns, "UNROLL": _UNROLL},
             tile.num_warps,
         )
         if num_long > 0:
             update_long_rows.launch(
-                long_tile.count(num_long),
+                max(1, long_tile.count(expected_long)),
                 (
                     weights,
                     state,
@@ -102,11 +112,33 @@ def update(
                     num_long,
                     *update_constants,
                     *rounding,
+                    *ring,
                 ),
                 constants
                 | {"ROWS": long_tile.rows, "COLUMNS": long_tile.columns, "UNROLL": _UNROLL},
                 long_tile.num_warps,
             )
+
+
+def _ring_arguments(plan: DevicePlan) -> tuple[Argument, ...]:
+    """What a kernel needs to find its plan in rings."""
+    if plan.ring is None:
+        return (None,) * 10
+    (num_plans, max_uniques), num_batches = plan.unique_slots.shape, plan.ring.layout.num_batches
+    max_bags = 0 if plan.bag_scales is None else plan.bag_scales.shape[1]
+    sizes = (plan.bags.shape[1], max_bags, max_uniques, plan.piece_offsets.shape[1] - 1)
+    ring = plan.ring
+    return (
+        *(ring.clock, ring.rates, ring.layout.headers, num_plans, num_batches),
+        *(*sizes, plan.long_uniques.shape[1]),
+    )
+
+
+def _header_constants(plan: DevicePlan) -> dict[str, int]:
+    if plan.ring is None:
+        return {"HEADER": 0, "UNIQUES": 0, "PIECES": 0, "LONG": 0}
+    layout, names = plan.ring.layout, ("HEADER", "UNIQUES", "PIECES", "LONG")
+    return dict(zip(names, (layout.headers.shape[1], *layout.columns), strict=True))
 
 
 def _rounding(

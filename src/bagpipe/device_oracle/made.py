@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bagpipe.cache.device_plan import DevicePlan, DeviceTransfers, PlanOnDevice
+from bagpipe.cache.device_plan import DevicePlan, DeviceTransfers, PlanOnDevice, PlanRings
+from bagpipe.cache.ring import RingLayout
 from bagpipe.device_oracle import state as names
 from bagpipe.device_oracle.answers import GroupAnswer
 from bagpipe.device_oracle.cuts import Cuts
@@ -26,10 +27,44 @@ class Kind:
         return cls(is_jagged=staged.bag_offsets is not None, is_weighted=staged.weights is not None)
 
 
+def rings_of(state: State, kind: Kind) -> PlanRings:
+    """The rings of plans, for batches of a kind."""
+    has_scales = kind.is_jagged and state.bag_scales.shape[1] > 0
+    plans = DevicePlan(
+        step=0,
+        batch_size=0,
+        num_features=state.num_features,
+        lookup_slots=state.lookup_slots,
+        bag_offsets=state.kept_offsets if kind.is_jagged else None,
+        bag_scales=state.bag_scales if has_scales else None,
+        lookup_weights=state.kept_weights if kind.is_weighted else None,
+        unique_slots=state.unique_slots,
+        bags=state.bags,
+        bag_weights=state.bag_weights if kind.is_weighted else None,
+        piece_offsets=state.piece_offsets,
+        long_uniques=state.long_uniques,
+        long_offsets=state.long_offsets,
+    )
+    layout = RingLayout(
+        headers=state.plan_headers,
+        columns=(names.NUM_UNIQUES, names.NUM_PIECES, names.NUM_LONG),
+        num_batches=state.window.ring_length,
+    )
+    return PlanRings(plans=plans, layout=layout)
+
+
 def plan_on_device(
-    state: State, cuts: Cuts, step: int, kind: Kind, answer: GroupAnswer
+    state: State,
+    cuts: Cuts,
+    step: int,
+    kind: Kind,
+    answer: GroupAnswer,
+    rings: PlanRings | None = None,
 ) -> PlanOnDevice:
-    """The plan of a step that is in the rings, and of which the host has the answer."""
+    """The plan of a step that is in the rings, and of which the host has the answer.
+
+    `rings` are these rings, once they are there to stay.
+    """
     window, header = state.window, answer.header
     position, at = step % window.ring_length, step % window.num_plans
     length, num_uniques = header[names.NUM_LOOKUPS], header[names.NUM_UNIQUES]
@@ -71,6 +106,7 @@ def plan_on_device(
             fetch_rows=cut("fetch_rows", at, num_fetched),
         ),
         urgent_on_device=_urgent(cuts, at, header),
+        rings=rings,
     )
 
 

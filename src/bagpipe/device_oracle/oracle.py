@@ -18,9 +18,11 @@ from typing import TypeAlias
 import torch
 
 from bagpipe.cache.captured import captured_graph
+from bagpipe.cache.device_plan import PlanRings
 from bagpipe.device_oracle import alerts, entering, planning
 from bagpipe.device_oracle.alerts import Alert, grown
 from bagpipe.device_oracle.cuts import Cuts
+from bagpipe.device_oracle.made import Kind, rings_of
 from bagpipe.device_oracle.staged import StagedIds, write
 from bagpipe.device_oracle.state import Capacity, State, Window, make_state
 from bagpipe.errors import ConfigError, UsageError
@@ -65,6 +67,7 @@ class DeviceOracle:
         self.num_capacities = 1
         """How many capacities it has had."""
         self._graphs: dict[Function, torch.cuda.CUDAGraph] = {}
+        self._rings: dict[Kind, PlanRings] = {}
         self._can_capture = device.type == "cuda"
         self._num_plans = 0  # with this capacity
         self._issuing = threading.Lock()
@@ -136,10 +139,24 @@ class DeviceOracle:
                     error,
                 )
 
+    def rings_for(self, kind: Kind) -> PlanRings | None:
+        """The rings of plans for batches of a kind, once the capacity has held for some steps.
+
+        They are the same object as long as the capacity holds.
+        """
+        if not self._is_settled:
+            return None
+        if kind not in self._rings:
+            self._rings[kind] = rings_of(self.state, kind)
+        return self._rings[kind]
+
+    @property
+    def _is_settled(self) -> bool:
+        return self._num_plans >= _PLANS_BEFORE_CAPTURE
+
     @property
     def _is_capture_due(self) -> bool:
-        is_settled = self._num_plans >= _PLANS_BEFORE_CAPTURE
-        return is_settled and self._can_capture and not self._graphs
+        return self._is_settled and self._can_capture and not self._graphs
 
     def _with_room_for(self, staged: StagedIds) -> Capacity:
         capacity = grown(
@@ -158,6 +175,7 @@ class DeviceOracle:
     def _replace(self, capacity: Capacity) -> None:
         """Goes on with a state of another capacity."""
         self._graphs.clear()
+        self._rings.clear()
         self._num_plans = 0
         self.num_capacities += 1
         self.state = make_state(self.group, self.window, capacity, self._device, self.state)

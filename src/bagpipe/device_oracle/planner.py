@@ -239,7 +239,7 @@ class Planner:
         """Puts the plan together."""
         options = self.options
         groups = tuple(
-            plan_on_device(oracle.state, oracle.cuts, step, kind, answer)
+            plan_on_device(oracle.state, oracle.cuts, step, kind, answer, oracle.rings_for(kind))
             for oracle, kind, answer in zip(self.oracles, kinds, answers, strict=True)
         )
         plan = StepPlan(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
+from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.embeddings.executor_part import ExecutorPart
 from bagpipe.errors import UsageError
 from bagpipe.jagged import as_jagged, same_ids
+
+
+class Stream(Protocol):
+    """What embeddings know of the `bagpipe.lookahead` that serves them."""
+
+    def flush_between_steps(self) -> None:
+        """See `Lookahead.flush_between_steps`."""
 
 
 class BatchInHand:
@@ -59,3 +69,14 @@ class BatchInHand:
             )
         self.was_asked = True
         return executor.current
+
+    def rows_in_graph(
+        self, sparse: object, executor: Executor | ExecutorPart | None
+    ) -> GraphRows | None:
+        """The current step's rows for a graph, if it can hold them; raises as `plans_of`."""
+        self.plans_of(sparse, executor)
+        # of several collections none has all groups
+        rows = executor.rows_in_graph() if isinstance(executor, Executor) else None
+        if rows is not None:
+            self.was_served = True
+        return rows

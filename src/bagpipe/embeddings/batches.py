@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from bagpipe.cache.executor import Waits
 from bagpipe.cache.overlap import Staging
+from bagpipe.cache.waits import Waits
 from bagpipe.device_oracle.source import DeviceSource
 from bagpipe.distributed.lockstep import plan_act
 from bagpipe.embeddings.collection import EmbeddingBagCollection

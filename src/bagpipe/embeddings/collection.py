@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from bagpipe.cache.executor import Executor
+from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.distributed.alone import Peers
-from bagpipe.embeddings.batch_in_hand import BatchInHand
+from bagpipe.embeddings.batch_in_hand import BatchInHand, Stream
 from bagpipe.embeddings.capacity import make_caches
 from bagpipe.embeddings.executor_part import ExecutorPart
 from bagpipe.embeddings.grad_scaling import GradScaling
@@ -33,13 +34,6 @@ from bagpipe.native.spans import span
 from bagpipe.optimizers import Optimizer
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Group
-
-
-class Stream(Protocol):
-    """What embeddings know of the `bagpipe.lookahead` that serves them."""
-
-    def flush_between_steps(self) -> None:
-        """See `Lookahead.flush_between_steps`."""
 
 
 class EmbeddingBagCollection(StoredTables):
@@ -231,6 +225,18 @@ class EmbeddingBagCollection(StoredTables):
                 if grad is not None:
                     self.executor.update(index, plan, grad)
             self._in_hand.to_update = ()
+
+    def rows_in_graph(self, sparse: Any) -> GraphRows | None:
+        """What looks up and updates a batch's rows within a CUDA graph, in place of both calls.
+
+        Args:
+            sparse: as in `forward`.
+
+        Returns:
+            None where only `lookup` and `update` can: unless the device has made the plan.
+        """
+        can_hold = self._anchor.requires_grad and self._scaling.scaler() is None
+        return self._in_hand.rows_in_graph(sparse, self.executor) if can_hold else None
 
     def start(
         self, num_slots: Sequence[int], num_replica_slots: Sequence[int] | None = None

@@ -43,18 +43,27 @@ class GradScaling:
         Raises:
             UsageError: there is a scaler of which nobody has told the embeddings.
         """
+        scaler = self.scaler()
+        if scaler is None:
+            return grads
+        if not bool(torch.isfinite(grads).all()):
+            self._tell_of_overflow(scaler, grads.device)
+            return None
+        return grads * (1.0 / scaler.get_scale())
+
+    def scaler(self) -> GradScaler | None:
+        """What scales the loss, if anything does.
+
+        Raises:
+            UsageError: there is a scaler of which nobody has told the embeddings.
+        """
         if not self._is_told and _find_scaler() is not None:
             raise UsageError(
                 "a GradScaler is in use, and the embeddings, which backward updates, do not know "
                 "whether the loss is scaled by it: call embeddings.set_grad_scaler(scaler) before "
                 "the loop, or embeddings.set_grad_scaler(None) if this loss is not"
             )
-        if self._scaler is None or not self._scaler.is_enabled():
-            return grads
-        if not bool(torch.isfinite(grads).all()):
-            self._tell_of_overflow(self._scaler, grads.device)
-            return None
-        return grads * (1.0 / self._scaler.get_scale())
+        return self._scaler if self._scaler is not None and self._scaler.is_enabled() else None
 
     def _tell_of_overflow(self, scaler: GradScaler, device: torch.device) -> None:
         """Lets the scaler's next `update` lower the scale, as after any optimizer's overflow."""

@@ -13,8 +13,9 @@ from typing import Any
 
 from bagpipe.cache.executor import Executor
 from bagpipe.distributed.alone import ALONE, Peers
+from bagpipe.embeddings.batch_in_hand import Stream
 from bagpipe.embeddings.capacity import make_caches
-from bagpipe.embeddings.collection import EmbeddingBagCollection, Stream
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.embeddings.executor_part import ExecutorPart
 from bagpipe.errors import ConfigError, UsageError
 from bagpipe.feed.loader_states import LoaderStates

@@ -7,8 +7,9 @@
 
 With `graph`, batches of `batch_size` samples replay one CUDA graph: a step of hundreds of small
 kernels then costs the host one launch. Its inputs and outputs have fixed places, so what is
-returned is good until the next call. Other batches, such as a smaller last one, run eagerly with
-the same arithmetic.
+returned is good until the next call. Where plans lie on the device (`rows`), a second graph holds
+the lookup before and the update behind, too. Other batches, such as a smaller last one, run eagerly
+with the same arithmetic.
 
 The graph is captured at the first batch of its size, after a warm-up. Parameters, buffers,
 optimizer state and random numbers are then put back as they were. `bagpipe train` restores
@@ -37,12 +38,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from bagpipe.cache.captured import captured_graph
-from bagpipe.data.base import Batch
+from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.native.spans import span
 from bagpipe.train.averaged import AveragedGradients
 from bagpipe.train.capture import parameters_of, unchanged
 from bagpipe.train.objective import Objective
-from bagpipe.types import Float32Array, Jagged
 
 DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,), or (B, L)
@@ -52,42 +52,6 @@ Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 
 _NUM_WARMUPS = 3
 """Before a capture, as torch asks for: libraries choose their algorithms then."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TorchBatch:
-    """One step's data, which shares the memory of the reader's arrays or lies on the device.
-
-    The sparse part stays on the host.
-    """
-
-    dense: Tensor  # (B, num_dense) float32
-    sparse: Jagged
-    labels: Tensor  # (B,) or (B, L) float32
-    weights: Tensor | None = None  # (B,) float32, of the samples
-
-    @classmethod
-    def of(cls, batch: Batch) -> TorchBatch:
-        """Shares the arrays' memory."""
-        arrays, make = cls.moved(batch)
-        return make([torch.from_numpy(array) for array in arrays])
-
-    @classmethod
-    def moved(
-        cls, batch: Batch
-    ) -> tuple[Sequence[Float32Array], Callable[[Sequence[Tensor]], TorchBatch]]:
-        """For `bagpipe.lookahead(move=...)`: all but the sparse part goes to the device."""
-        weights = () if batch.weights is None else (batch.weights,)
-        return (batch.dense, batch.labels, *weights), lambda tensors: cls(
-            dense=tensors[0],
-            sparse=batch.sparse,
-            labels=tensors[1],
-            weights=tensors[2] if weights else None,
-        )
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +65,8 @@ class _Captured:
     loss: Tensor
     grads: list[Tensor]
     parameter_grads: list[Tensor | None]
+    rows: GraphRows | None
+    """Whose lookup and update the graph holds, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +152,7 @@ class DenseStep:
             )
         self._buffers: dict[int, list[Tensor]] = {}
         self._captured: _Captured | None = None
+        self._whole: _Captured | None = None  # with rows
         self._num_replays = 0
 
     @property
@@ -218,6 +185,7 @@ class DenseStep:
         labels: Tensor,
         weight: float = 1.0,
         sample_weights: Tensor | None = None,
+        rows: GraphRows | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Makes one step on the embeddings in `pooled`.
 
@@ -227,6 +195,8 @@ class DenseStep:
             weight: by what the loss is multiplied, for a trainer with more or fewer samples than
                 the others.
             sample_weights: (B,) float32, likewise; all batches have some, or none has.
+            rows: what looks embeddings up and updates them, to be done here, too; by default the
+                caller does both. There must be no other trainers then.
 
         Returns:
             The loss, as `Objective.loss` gives it, and the gradients (B, F, D) of `pooled`, good
@@ -234,17 +204,32 @@ class DenseStep:
         """
         inputs = [dense, labels] if sample_weights is None else [dense, labels, sample_weights]
         with span("dense"):
-            if (
-                len(labels) == self._batch_size
-                and weight == 1.0
-                and (self._captured is not None or self._ways)
-            ):
-                captured = self._captured = self._captured or self._try_to_capture(inputs)
+            if self.can_replay(len(labels)) and weight == 1.0:
+                captured = self._graph_for(inputs, rows)
                 if captured is not None:
                     return self._replay(captured, inputs)
+            if rows is not None:
+                with rows.around(self.pooled(len(labels))) as update:
+                    loss, grads = self(dense, labels, weight, sample_weights)
+                    update(grads)
+                return loss, grads
             inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
             pooled = [leaf.detach().requires_grad_() for leaf in self.pooled(len(labels))]
             return self._compute(self._part, inputs, pooled, weight)
+
+    def can_replay(self, batch_size: int) -> bool:
+        """Whether batches of so many samples replay a graph."""
+        return batch_size == self._batch_size and (self._captured is not None or bool(self._ways))
+
+    def _graph_for(self, inputs: list[Tensor], rows: GraphRows | None) -> _Captured | None:
+        """The graph without rows, or with these; None if it can't be captured."""
+        if rows is None:
+            self._captured = self._captured or self._try_to_capture(inputs, None)
+            return self._captured
+        if self._whole is None or self._whole.rows is not rows:
+            self._whole = None  # its memory is free for the next one
+            self._whole = self._try_to_capture(inputs, rows)
+        return self._whole
 
     def count_replays(self) -> None:
         """Adds the replays to the steps that the optimizer counts on the host.
@@ -296,7 +281,10 @@ class DenseStep:
     def _replay(self, captured: _Captured, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         # one launch from the device
         torch._foreach_copy_(captured.inputs, inputs, non_blocking=True)
-        captured.graph.replay()
+        if captured.rows is None:
+            captured.graph.replay()
+        else:
+            captured.rows.replay(captured.graph)
         if self._averaged is not None:
             self._averaged.average()
         if self._rate_changes:
@@ -312,13 +300,13 @@ class DenseStep:
             self._num_replays += 1
         return captured.loss.clone(), captured.grads
 
-    def _try_to_capture(self, inputs: list[Tensor]) -> _Captured | None:
+    def _try_to_capture(self, inputs: list[Tensor], rows: GraphRows | None) -> _Captured | None:
         """Captures in the first way that works; None, and no other try, where none does."""
         while self._ways:
             way = self._ways[0]
             try:
                 with unchanged(self._optimizer, self._device, self._kept):
-                    return self._capture(way.make(), inputs)
+                    return self._capture(way.make(), inputs, rows)
             except RuntimeError as error:  # as torch raises those of compilers, CUDA and memory
                 self._ways.pop(0)
                 # leaving a capture fails too
@@ -327,7 +315,7 @@ class DenseStep:
                 self._say(f"{way.name} failed ({type(first).__name__}: {reason}): {way.otherwise}")
         return None
 
-    def _capture(self, part: DensePart, inputs: list[Tensor]) -> _Captured:
+    def _capture(self, part: DensePart, inputs: list[Tensor], rows: GraphRows | None) -> _Captured:
         # replays write here
         inputs = [tensor.to(self._device, copy=True) for tensor in inputs]
         pooled = [buffer.detach().requires_grad_() for buffer in self.pooled(len(inputs[0]))]
@@ -339,11 +327,17 @@ class DenseStep:
                     leaf.grad = None
                 self._backward(part, inputs, pooled)
                 self._update()
+            if rows is not None:
+                rows.warm_up(self.pooled(len(inputs[0])))
         torch.cuda.current_stream(self._device).wait_stream(stream)
         for leaf in pooled:
             leaf.grad = None
         with captured_graph(stream) as graph:
+            if rows is not None:
+                rows.lookup(self.pooled(len(inputs[0])))
             loss = self._backward(part, inputs, pooled)
+            if rows is not None:
+                rows.update([_grad(leaf) for leaf in pooled])
             if self._averaged is None and not self._rate_changes:
                 self._update()
         optimizer_graph = None
@@ -357,6 +351,7 @@ class DenseStep:
             loss=loss,
             grads=[_grad(leaf) for leaf in pooled],
             parameter_grads=[parameter.grad for parameter in parameters_of(self._optimizer)],
+            rows=rows,
         )
 
 

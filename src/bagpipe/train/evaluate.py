@@ -19,9 +19,10 @@ from bagpipe.config.metrics import DEFAULT_METRICS, Metric
 from bagpipe.data.base import BatchSource, count_batches
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import ConfigError
-from bagpipe.train.dense_step import Precision, TorchBatch
+from bagpipe.train.dense_step import Precision
 from bagpipe.train.metrics import LabelScores, Scores
 from bagpipe.train.objective import check_logits
+from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.types import Jagged
 
 

@@ -33,13 +33,13 @@ from bagpipe.embeddings.lookahead import lookahead
 from bagpipe.errors import BagpipeError, CheckpointError, LossError, TakenOverError
 from bagpipe.train.banner import banner
 from bagpipe.train.build import Run
-from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.evaluate import evaluate
 from bagpipe.train.logs import NoLog, RunLog
 from bagpipe.train.metrics import Scores
 from bagpipe.train.report import Meter, Reporter
 from bagpipe.train.saving import Saving
 from bagpipe.train.schedule import RemainingBatches
+from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.train.trace import StepProfiler
 
 LOOK_EVERY_S = 1.0
@@ -233,14 +233,18 @@ class Loop:
     def _train_step(self, batch: TorchBatch) -> None:
         parts = self.parts
         self._in_step = True
-        parts.embeddings.lookup(batch.sparse, out=parts.dense_step.pooled(batch.batch_size))
+        can_replay = parts.dense_step.can_replay(batch.batch_size)
+        rows = parts.embeddings.rows_in_graph(batch.sparse) if can_replay else None
+        if rows is None:
+            parts.embeddings.lookup(batch.sparse, out=parts.dense_step.pooled(batch.batch_size))
         weight = self.trainers.weight(
             batch.batch_size, parts.schedule.batch_size_of(self._step, parts.source.num_samples)
         )
         parts.noise.begin(self._step)
         with self.trainers.averaging(self._step):
-            loss, grads = parts.dense_step(batch.dense, batch.labels, weight, batch.weights)
-        parts.embeddings.update(grads)
+            loss, grads = parts.dense_step(batch.dense, batch.labels, weight, batch.weights, rows)
+        if rows is None:
+            parts.embeddings.update(grads)
         self._step += 1
         parts.rates.after_step(self._step)
         self._in_step = False

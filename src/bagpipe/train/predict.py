@@ -23,10 +23,10 @@ from bagpipe.embeddings.pooled import PooledEmbeddings
 from bagpipe.errors import DataError
 from bagpipe.feed.stream import Deferred
 from bagpipe.native.files import replaced
-from bagpipe.train.dense_step import TorchBatch
 from bagpipe.train.evaluate import check_groups, ids_of
 from bagpipe.train.metrics import LabelScores, Scores
 from bagpipe.train.saved import LoadedModel
+from bagpipe.train.torch_batch import TorchBatch
 
 OnBatch = Callable[[int, int], None]
 """Told how many of all batches are done."""
