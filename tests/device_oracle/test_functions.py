@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -154,6 +155,26 @@ def test_triton_does_with_many_tiles_what_torch_operations_do(
     for name in ("slots_of_rows", "places_of_rows", "rows_of_slots", "next_uses", "last_uses"):
         one, other = getattr(found, name)[:-SPARE], getattr(expected, name)[:-SPARE]
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="only the interpreter tells what is read")
+def test_triton_reads_one_offset_of_a_batch_without_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until a batch has samples, there may be room for fewer bags than there are features."""
+    enters = pytest.importorskip("bagpipe.device_oracle.entering_triton")
+    interpreter = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    load, read = interpreter.create_masked_load, set[int]()
+
+    def note(builder: Any, addresses: Any, mask: Any, *others: Any) -> Any:
+        read.update(addresses.data[mask.data.astype(bool)].tolist())
+        return load(builder, addresses, mask, *others)
+
+    monkeypatch.setattr(interpreter, "create_masked_load", note)
+    state, memory = make_one(1_000, is_jagged=True), torch.zeros(9, dtype=torch.int32)
+    enters.enter(replace(state, num_features=3, bag_offsets=memory[:2]))
+    assert int(state.entered) == 1
+    assert [place for place in range(9) if memory[place:].data_ptr() in read] == [0]
 
 
 def test_no_size_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def rows(
     if outputs is not None:
         # the last bag that begins at the lookup or before it
         low = tl.zeros((TILE,), tl.int32)
-        high = low + batch_size * num_features
+        high = low + tl.load(sizes + 1).to(tl.int32) * num_features  # 0 without samples
         for _ in tl.static_range(STEPS):
             middle = (low + high + 1) // 2
             begins = tl.load(bag_offsets + middle) <= bag
