@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 
 HERE = "tests.train.test_own_model"
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 class Linear(RankingModel):
@@ -38,6 +40,15 @@ def test_it_is_trained_with_its_arguments(tmp_path: Path) -> None:
     run(tmp_path, kind=f"{HERE}:Linear", arguments={"bias": False})
     (dense,) = (tmp_path / "checkpoints").glob("*/dense.pt")
     assert torch.load(dense)["model"].keys() == {"linear.weight"}
+
+
+def test_the_model_of_the_page_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(# mymodels\.py\n.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "mymodels.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    run(tmp_path / "run", kind="mymodels:TwoTowers", arguments={"size": 4})
+    (dense,) = (tmp_path / "run" / "checkpoints").glob("*/dense.pt")
+    assert torch.load(dense)["model"]["user.weight"].shape == (4, 4)
 
 
 @pytest.mark.parametrize(

@@ -231,8 +231,8 @@ class SplitConfig(Section):
     """Which rows are held out for validation and for a test."""
 
     by: Literal["time", "share"] = "time"
-    """time: the last rows by the time column, or in the order of reading; share: rows by a hash of
-    their number."""
+    """time: the last rows by prepare.source.time, or without it in the order of reading; share:
+    rows by a hash of their number."""
     validation_share: Share = 0.1
     test_share: Share = 0.0
     """Rows that neither train nor choose a model. By time they come after those of validation."""

@@ -108,5 +108,5 @@ def check_bottom(model: str, bottom: Sequence[int], num_dense: int) -> None:
     if num_dense < 1:
         raise ConfigError(
             f"{model}: the data have no dense features, which its bottom layers need: use WideDeep "
-            "or DeepFM"
+            "or DeepFM (in a file model.kind = 'wide_deep' or 'deepfm', without model.bottom)"
         )
