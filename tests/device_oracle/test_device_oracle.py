@@ -200,6 +200,18 @@ def test_capacities_grow_and_cut_nothing(way: str, monkeypatch: pytest.MonkeyPat
     assert oracle.capacity.max_uniques >= 100
 
 
+def test_a_small_first_batch_does_not_make_the_window_too_long() -> None:
+    group, batches = one_table(2000), [*skewed(1, 2), *skewed(6, 64)]
+    options = StreamOptions(
+        groups=(group,), num_slots=(200,), lookahead="auto", lookahead_bytes=20 * 64 * 14
+    )
+    for batch_size, expected in ((None, 256), (64, 20)):
+        planner = Planner(options, DEVICE, batch_size)
+        for _ in plan_on_device(planner, batches):
+            pass
+        assert planner.oracles[0].window.lookahead == expected
+
+
 @pytest.mark.parametrize("bad", [-1, 2000, 2**40])
 def test_an_id_outside_its_table_is_named_after_all_batches_before(bad: int) -> None:
     group, batches = one_table(2000), skewed(6, 8)

@@ -93,11 +93,9 @@ class CacheConfig(Section):
     check: bool = False
     """Whether every plan is checked against its invariants before it is used (slow)."""
 
-    def oracle_of(self, *, is_better_apart: bool) -> OraclePlace:
-        """Where it is planned, with "auto" decided."""
-        if self.oracle == "auto":
-            return "process" if is_better_apart else "thread"
-        return self.oracle
+    def oracle_of(self, best: OraclePlace) -> OraclePlace:
+        """Where it is planned: `best` with "auto"."""
+        return best if self.oracle == "auto" else self.oracle
 
 
 class DenseOptimizerConfig(Section):

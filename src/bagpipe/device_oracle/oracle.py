@@ -198,16 +198,28 @@ def functions_for(device: torch.device) -> tuple[Function, Function]:
     return entering.enter, planning.plan
 
 
+def has_room_for_rows(groups: Sequence[Group], device: torch.device) -> bool:
+    """Whether a device may keep what the oracle knows of each row."""
+    return not _excess_of_rows(groups, device)
+
+
 def check_rows(groups: Sequence[Group], device: torch.device) -> None:
     """Raises ConfigError if what is kept of each row takes too much of the device's memory."""
+    excess = _excess_of_rows(groups, device)
+    if excess:
+        raise ConfigError(excess)
+
+
+def _excess_of_rows(groups: Sequence[Group], device: torch.device) -> str:
     if device.type != "cuda":
-        return
+        return ""
     total = torch.cuda.get_device_properties(device).total_memory
     num_rows = sum(group.num_rows for group in groups)
     needed = _BYTES_A_ROW * num_rows
-    if needed > MAX_SHARE_OF_ROWS * total:
-        raise ConfigError(
-            f"the oracle on the device keeps {_BYTES_A_ROW} bytes of each of {num_rows:,} rows of "
-            f"all tables, {needed / 2**30:.1f} GiB, which is more than {MAX_SHARE_OF_ROWS:.1%} of "
-            f"the device's {total / 2**30:.1f} GiB: plan on the host (oracle = 'process')"
-        )
+    if needed <= MAX_SHARE_OF_ROWS * total:
+        return ""
+    return (
+        f"the oracle on the device keeps {_BYTES_A_ROW} bytes of each of {num_rows:,} rows of "
+        f"all tables, {needed / 2**30:.1f} GiB, which is more than {MAX_SHARE_OF_ROWS:.1%} of "
+        f"the device's {total / 2**30:.1f} GiB: plan on the host (oracle = 'process')"
+    )

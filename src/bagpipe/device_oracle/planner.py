@@ -35,6 +35,9 @@ PayloadT = TypeVar("PayloadT")
 _Waiting: TypeAlias = tuple[tuple[Kind, ...], PayloadT]
 """A batch that has entered and is not yet planned, and what goes with it."""
 
+_BYTES_A_LOOKUP = 14
+"""In the ring of batches: 8 of each lookup, and 12 of each unique row, of which there is room for
+half as many. Slots and rows count for nothing here."""
 _MAX_AUTO_LOOKAHEAD = 256
 """Batches that `lookahead="auto"` looks ahead at most."""
 
@@ -54,14 +57,21 @@ class MadePlan(Generic[PayloadT]):
 class Planner:
     """The oracle of all groups on one device. `plan` runs in one thread."""
 
-    def __init__(self, options: StreamOptions, device: torch.device) -> None:
+    def __init__(
+        self, options: StreamOptions, device: torch.device, batch_size: int | None = None
+    ) -> None:
         """Makes nothing yet on the device: how far it looks, the first batch decides.
+
+        Args:
+            options: How to plan.
+            device: Where.
+            batch_size: Samples of most batches, if that is known. The first one may have fewer.
 
         Raises:
             ConfigError: What is kept of each row takes too much of the device's memory.
         """
         check_rows(options.groups, device)
-        self.options, self._device = options, device
+        self.options, self._device, self._batch_size = options, device, batch_size
         is_cuda = device.type == "cuda"
         self.num_plans = options.prefetch_depth + PLANS_BEYOND
         """Plans that may be in use at a time."""
@@ -257,9 +267,10 @@ class Planner:
         if options.lookahead != "auto":
             lookahead = options.lookahead
         else:
-            # Of each lookup the ring keeps 8 bytes, and 12 of each unique row, of which there is
-            # room for half as many. Slots and rows count for nothing here.
-            bytes_a_batch = sum(14 * each.num_lookups for each in staged)
+            num_lookups = sum(each.num_lookups for each in staged)
+            num_samples = max(1, staged[0].batch.batch_size)
+            size = max(num_samples, self._batch_size or 0)
+            bytes_a_batch = _BYTES_A_LOOKUP * num_lookups * size // num_samples
             fitting = options.lookahead_bytes // max(bytes_a_batch, 1)
             lookahead = max(options.prefetch_depth, min(fitting, _MAX_AUTO_LOOKAHEAD))
         return tuple(

@@ -86,7 +86,8 @@ class DeviceSource(ThreadSource[BatchT]):
             pack: Copies what goes to the device of a batch to be handed out, given its step, where
                 the device copies it from. Threads that read call it.
         """
-        self._planner = Planner(options, device)
+        size = getattr(batches, "batch_size", None)  # as torch's DataLoader has it
+        self._planner = Planner(options, device, size if isinstance(size, int) else None)
         self._places = Places(self._planner.num_plans)
         super().__init__(
             batches, options, adapter, partial(plan_stream, self._planner, self._places, pack)

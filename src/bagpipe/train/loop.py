@@ -27,6 +27,7 @@ from typing import Any
 from bagpipe.checkpoint.checkpoints import environment
 from bagpipe.checkpoint.files import mark_best
 from bagpipe.data.base import Batch, BatchSource
+from bagpipe.device_oracle.oracle import has_room_for_rows
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.lookahead import lookahead
@@ -41,6 +42,7 @@ from bagpipe.train.saving import Saving
 from bagpipe.train.schedule import RemainingBatches
 from bagpipe.train.torch_batch import TorchBatch
 from bagpipe.train.trace import StepProfiler
+from bagpipe.types import OraclePlace
 
 LOOK_EVERY_S = 1.0
 """How often rank 0 looks whether a newer start has taken the run over, which no message tells it
@@ -215,7 +217,6 @@ class Loop:
     def _open_stream(self) -> Lookahead[TorchBatch]:
         parts, cache = self.parts, self.parts.config.cache
         start = parts.schedule.position_after(self._step)
-        is_better_apart = parts.device.type == "cuda" or self.trainers.peers.has_others
         return lookahead(
             RemainingBatches(source=parts.source, schedule=parts.schedule, start=start),
             parts.embeddings,
@@ -225,10 +226,23 @@ class Loop:
             prefetch_depth=cache.prefetch_depth,
             dedup_threads=cache.threads,
             check=cache.check,
-            oracle=cache.oracle_of(is_better_apart=is_better_apart),
+            oracle=cache.oracle_of(self._best_oracle()),
             hand_out=Batch.without_ids,
             move=TorchBatch.moved,
         )
+
+    def _best_oracle(self) -> OraclePlace:
+        """Where plans are best made.
+
+        On the device a step is one graph. Without it more calls compete with the planner's for
+        Python's lock.
+        """
+        parts, has_others = self.parts, self.trainers.peers.has_others
+        if parts.device.type == "cpu" and not has_others:
+            return "thread"
+        is_one_graph = not has_others and parts.dense_step.can_replay(parts.config.train.batch_size)
+        has_room = has_room_for_rows(parts.embeddings.groups, parts.device)
+        return "device" if is_one_graph and has_room else "process"
 
     def _train_step(self, batch: TorchBatch) -> None:
         parts = self.parts

@@ -83,7 +83,7 @@ def predictions(
         lookahead_memory=config.cache.lookahead_memory,
         prefetch_depth=config.cache.prefetch_depth,
         dedup_threads=config.cache.threads,
-        oracle=config.cache.oracle_of(is_better_apart=device.type == "cuda"),
+        oracle=config.cache.oracle_of("process" if device.type == "cuda" else "thread"),
         hand_out=Batch.without_ids,
         move=TorchBatch.moved,
     )

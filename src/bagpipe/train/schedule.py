@@ -73,6 +73,11 @@ class RemainingBatches:
     schedule: Schedule
     start: Position
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of most batches; the last one of an epoch may have fewer."""
+        return self.schedule.batch_size
+
     def __iter__(self) -> Iterator[Deferred[Batch]]:
         schedule, epoch, first = self.schedule, self.start.epoch, self.start.batch
         left = schedule.num_steps - (epoch * schedule.num_batches + first)
