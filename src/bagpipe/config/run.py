@@ -86,10 +86,11 @@ class CacheConfig(Section):
     threads: Threads | None = None
     """Threads that read and de-duplicate. Left out: as many as suit the machine."""
     oracle: Literal["auto", OraclePlace] = "auto"
-    """Where batches are read and planned: in threads of the trainer, or in a process of its own,
-    which serves all trainers of a host. "auto": the process on a GPU and with several trainers.
-    "device": read in threads, planned on the trainer's GPU, for one trainer: it suits multi-hot
-    models and hosts with few cores."""
+    """Where batches are read and planned: in threads of the trainer ("thread"); in a process of its
+    own, which serves all trainers of a host; or read in threads and planned on the trainer's GPU
+    ("device", for one trainer). "auto": on the GPU where the dense part is a CUDA graph and the GPU
+    has room for what is kept of each row; else in the process on a GPU and with several trainers;
+    else in threads."""
     check: bool = False
     """Whether every plan is checked against its invariants before it is used (slow)."""
 
