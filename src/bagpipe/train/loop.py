@@ -27,7 +27,6 @@ from typing import Any
 from bagpipe.checkpoint.checkpoints import environment
 from bagpipe.checkpoint.files import mark_best
 from bagpipe.data.base import Batch, BatchSource
-from bagpipe.device_oracle.oracle import has_room_for_rows
 from bagpipe.distributed.trainers import Trainers
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.lookahead import lookahead
@@ -241,8 +240,7 @@ class Loop:
         if parts.device.type == "cpu" and not has_others:
             return "thread"
         is_one_graph = not has_others and parts.dense_step.can_replay(parts.config.train.batch_size)
-        has_room = has_room_for_rows(parts.embeddings.groups, parts.device)
-        return "device" if is_one_graph and has_room else "process"
+        return "device" if is_one_graph and parts.embeddings.can_be_planned_there else "process"
 
     def _train_step(self, batch: TorchBatch) -> None:
         parts = self.parts
