@@ -5,9 +5,10 @@ Without a GPU, Triton's interpreter runs the kernels.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 import bagpipe
 from bagpipe.cache import device_cache, kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.cache.executor import Executor
 from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.cache.ring import Ring, RingLayout
 from bagpipe.device_oracle import oracle
@@ -106,6 +108,7 @@ def trained(*, in_graph: bool) -> tuple[list[float], list[np.ndarray], int]:
     batches, losses, num_held = equality.skewed_batches(13, batch_size=6), list[float](), 0
     stream = bagpipe.lookahead(batches, embeddings, cache=[60, 12], lookahead=4, oracle="device")
     for step, batch in enumerate(stream):
+        executor = weakref.ref(cast(Executor, embeddings.executor))
         rows: GraphRows | None = None
         # some steps in another way, and one without an update, between those of a graph
         if in_graph and step not in (7, 9):
@@ -127,6 +130,8 @@ def trained(*, in_graph: bool) -> tuple[list[float], list[np.ndarray], int]:
             num_held += 1
     records = equality.all_records(embeddings)
     embeddings.close()
+    del stream
+    assert executor() is None  # caches are freed at once, and not by the garbage collector
     return losses, records, num_held
 
 

@@ -87,7 +87,7 @@ class Executor:
         self._num_kept = int(self._exchange.has_others)  # ended, their gradients on their way
         self._is_clean = True  # the stores hold everything
         self._torn_step: int | None = None
-        self._in_graph = RowsInGraphs(self.caches, self._training)
+        self._in_graph = RowsInGraphs(self.caches)
         self.at_close: list[Callable[[], None]] = [self._mover.give_memory_back]
         """Called at the end of `close`, when neither threads nor device read a plan any more."""
 
@@ -165,8 +165,9 @@ class Executor:
 
     def rows_in_graph(self) -> GraphRows | None:
         """The current step's rows for a graph, if it can find their plan."""
-        can_find = self.caches[0].reads_rings and not self._exchange.has_others
-        return self._in_graph.of(self._pending[0].plan, self.current or ()) if can_find else None
+        if not self.caches[0].reads_rings or self._exchange.has_others:
+            return None
+        return self._in_graph.of(self._pending[0].plan, self.current or (), self._training)
 
     @contextmanager
     def _training(self) -> Iterator[StepToTrain]:

@@ -55,7 +55,8 @@ class GraphRows:
             current: plans of about the size of those to come, by group.
             training: a context in which the current step's rows are updated.
         """
-        self._caches, self._training = tuple(caches), training
+        self._caches = tuple(caches)
+        self._training: Callable[[], AbstractContextManager[StepToTrain]] = training
         self._found_in = tuple(rings)
         self._plans = [_with_clock(each, plan) for each, plan in zip(rings, current, strict=True)]
         # What the device has been told.
@@ -105,6 +106,7 @@ class GraphRows:
     def let_go(self) -> None:
         """Frees caches and rings; no graph of these rows is replayed again."""
         self._caches, self._plans, self._found_in = (), [], ()
+        self._training = _over  # the executor's, which would live on with its own rows
 
     @property
     def _rings(self) -> list[Ring]:
@@ -139,24 +141,30 @@ def _with_clock(rings: PlanRings, current: DevicePlan) -> DevicePlan:
     return replace(rings.plans, batch_size=current.batch_size, ring=ring)
 
 
+def _over() -> AbstractContextManager[StepToTrain]:
+    raise AssertionError("the stream of these rows is over")
+
+
 class RowsInGraphs:
     """The rows of one executor's graphs, by batch size."""
 
-    def __init__(
-        self,
-        caches: Sequence[DeviceCache],
-        training: Callable[[], AbstractContextManager[StepToTrain]],
-    ) -> None:
-        """Has none yet; arguments as for `GraphRows`."""
-        self._caches, self._training = caches, training
+    def __init__(self, caches: Sequence[DeviceCache]) -> None:
+        """Has none yet; `caches` are by group."""
+        self._caches = caches
         self._rows: dict[int, GraphRows] = {}
 
-    def of(self, plan: HostStepPlan, current: Sequence[DevicePlan]) -> GraphRows | None:
+    def of(
+        self,
+        plan: HostStepPlan,
+        current: Sequence[DevicePlan],
+        training: Callable[[], AbstractContextManager[StepToTrain]],
+    ) -> GraphRows | None:
         """Those of a step, the same object as long as rings stay.
 
         Args:
             plan: of the step.
             current: the same, on the device.
+            training: as for `GraphRows`.
 
         Returns:
             None unless the plan lies in rings that are there to stay.
@@ -172,7 +180,7 @@ class RowsInGraphs:
         if rows is None or not rows.are_in(rings):
             if rows is not None:
                 rows.let_go()
-            rows = GraphRows(self._caches, rings, current, self._training)
+            rows = GraphRows(self._caches, rings, current, training)
             self._rows[plan.batch_size] = rows
         return rows
 
