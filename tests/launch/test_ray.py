@@ -40,7 +40,8 @@ def config_of(folder: Path) -> RunConfig:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("undisturbed")
-    train_on_ray(config_of(folder), Roles(num_trainers=2, num_servers=2), reporter=Listener())
+    roles = Roles(num_trainers=2, num_servers=2)
+    train_on_ray(config_of(folder), roles, reporter=Listener(), address="local")
     return folder
 
 
@@ -75,7 +76,7 @@ def test_whoever_is_gone_the_run_ends_as_undisturbed(
     )
     killing.start()
     roles = Roles(num_trainers=2, num_servers=2, life_timeout_s=5.0)
-    result = train_on_ray(config_of(tmp_path), roles, reporter=listener)
+    result = train_on_ray(config_of(tmp_path), roles, reporter=listener, address="local")
     killing.join()
     assert result.step == NUM_STEPS
     assert_same(tmp_path, undisturbed)
