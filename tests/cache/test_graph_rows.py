@@ -5,6 +5,7 @@ Without a GPU, Triton's interpreter runs the kernels.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -143,9 +144,9 @@ def backward(pooled: list[Tensor], losses: list[float]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, leaves))
 
 
-def test_steps_that_a_graph_could_hold_train_as_others_do(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def reading_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that read rings, also on a CPU, and rings that are soon there to stay."""
     # On a CPU threads fill slots, and Triton's interpreter is for one thread alone.
     moves = kernels_triton if DEVICE.type == "cuda" else kernels_cpu
     kernels = SimpleNamespace(
@@ -156,12 +157,45 @@ def test_steps_that_a_graph_could_hold_train_as_others_do(
     )
     monkeypatch.setattr(device_cache, "kernels_of", lambda _: kernels)
     monkeypatch.setattr(oracle, "_PLANS_BEFORE_CAPTURE", 2)
+
+
+@pytest.mark.usefixtures("reading_rings")
+def test_steps_that_a_graph_could_hold_train_as_others_do() -> None:
     losses, records, _ = trained(in_graph=False)
     held_losses, held_records, num_held = trained(in_graph=True)
     assert num_held >= 5
     assert held_losses == losses
     for one, other in zip(held_records, records, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("reading_rings")
+def test_rows_of_a_graph_that_is_kept_keep_no_memory() -> None:
+    """Not that of rings which have grown, nor that of a cache whose stream is over."""
+    embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=SGD(lr=0.1), device=DEVICE)
+    small, large = (equality.skewed_batches(9, batch_size=size) for size in (4, 12))
+    kept, rings, caches = list[GraphRows](), list[weakref.ref[Any]](), list[weakref.ref[Any]]()
+    gc.disable()
+    try:
+        stream = bagpipe.lookahead(
+            [*small, *large], embeddings, cache=[90, 20], lookahead=1, oracle="device"
+        )
+        for step, batch in enumerate(stream):
+            rows = embeddings.rows_in_graph(batch)
+            if rows is not None and rows not in kept:
+                kept.append(rows)
+                rings.append(weakref.ref(rows._found_in[0]))
+                assert embeddings.executor is not None
+                caches.append(weakref.ref(embeddings.executor.caches[0]))
+            if step == len(small) + 3:
+                stream.flush()  # the device has computed the steps of the old rings
+                assert rings[0]() is None
+        del stream
+        assert len(kept) == 2
+        assert [each() for each in (*rings, *caches)] == [None] * 4
+    finally:
+        gc.enable()
+    embeddings.close()
 
 
 def test_a_cpu_and_plans_of_the_host_have_no_rows_for_a_graph() -> None:

@@ -175,6 +175,7 @@ class RowsInGraphs:
             if isinstance(group, PlanOnDevice) and group.rings is not None
         ]
         if len(rings) < len(plan.groups):
+            self.let_go()  # a capacity has grown: what the old rings take is needed for new ones
             return None
         rows = self._rows.get(plan.batch_size)
         if rows is None or not rows.are_in(rings):
@@ -185,6 +186,9 @@ class RowsInGraphs:
         return rows
 
     def let_go(self) -> None:
-        """Frees caches and rings; no graph is replayed again."""
-        for rows in self._rows.values():
-            rows.let_go()
+        """Frees caches and rings; no graph is replayed again.
+
+        The device may still compute steps of these rings: their plans hold them until it has.
+        """
+        while self._rows:
+            self._rows.popitem()[1].let_go()

@@ -145,7 +145,10 @@ class Planner:
         finally:
             self._wait()
         if failure is not None and not isinstance(failure, StopIteration):
-            raise failure
+            try:
+                raise failure
+            finally:
+                failure = None  # it holds this frame, which holds what the device keeps
 
     def _lookahead_at(self, step: int) -> int:
         """How many batches beyond a step are seen when it is planned."""
@@ -169,6 +172,8 @@ class Planner:
             with span("oracle.enter"):
                 for oracle, each in zip(self.oracles, staged, strict=True):
                     oracle.enter(each)
+        except StopIteration as end:
+            return end.with_traceback(None)  # as in `plan`
         except BaseException as error:
             return self._told(error)
         self._unconfirmed = staged
