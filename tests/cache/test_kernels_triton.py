@@ -179,6 +179,18 @@ def test_clipped_and_decayed_updates_equal_the_cpu(optimizer: Optimizer) -> None
     check_update(group, plan, torch.float32)
 
 
+def test_a_rate_of_zero_leaves_every_weight_as_it_is() -> None:
+    optimizer = AdamW(lr=0.0, weight_decay=0.3)
+    group = make_group(4, optimizer, num_embeddings=20)
+    plan = moved(make_plan(group, 8, None))
+    weights, state = (tensor.to(DEVICE) for tensor in random_records(group, group.num_rows))
+    weights[:, 0] = -0.0
+    before = weights.clone()
+    grads = torch.ones(plan.num_bags, 4, device=DEVICE)
+    kernels_triton.update(weights, state, plan, grads, optimizer, 0.0)
+    assert torch.equal(weights.view(torch.int32), before.view(torch.int32))
+
+
 @pytest.mark.parametrize("max_length", [None, 5])
 @pytest.mark.parametrize("dim", [4, 13])
 def test_weighted_lookup_and_update_equal_the_cpu(dim: int, max_length: int | None) -> None:

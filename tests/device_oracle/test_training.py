@@ -15,7 +15,9 @@ from tests.train.ranks import run_ranks
 from tests.train.runs import newest_files, small_config
 
 import bagpipe
+from bagpipe.device_oracle import source
 from bagpipe.device_oracle.oracle import DeviceOracle
+from bagpipe.device_oracle.planner import Planner
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, CacheTooSmallError, ConfigError, DataError
 from bagpipe.optimizers import SGD
@@ -59,6 +61,37 @@ def test_a_stream_may_be_left_and_its_threads_end() -> None:
         assert not thread.is_alive()
     assert train(embeddings, batches(4)) == 10
     embeddings.close()
+
+
+class ResumableLoader:
+    """As torchdata's `StatefulDataLoader`, whose first batch is what is left of an epoch."""
+
+    batch_size = 64
+
+    def __iter__(self) -> Iterator[Jagged]:
+        yield from batches(1, batch_size=2)
+        yield from batches(2, batch_size=self.batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def test_a_loader_tells_how_large_most_batches_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[int | None]()
+
+    class Noting(Planner):
+        def __init__(self, options: Any, device: Any, batch_size: int | None = None) -> None:
+            told.append(batch_size)
+            super().__init__(options, device, batch_size)
+
+    monkeypatch.setattr(source, "Planner", Noting)
+    embeddings = make_embeddings()
+    for loader in (ResumableLoader(), batches(3)):
+        assert train(embeddings, loader, cache=100) in (3, 6)
+    assert told == [64, None]
 
 
 def bad_id() -> Iterator[Jagged]:

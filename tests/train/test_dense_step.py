@@ -5,6 +5,7 @@ and update.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from bagpipe.errors import ConfigError, UsageError
 from bagpipe.models import DLRM
 from bagpipe.optimizers import RowWiseAdagrad
 from bagpipe.train.build import has_graph, make_dense_step
-from bagpipe.train.dense_step import DenseStep, Precision
+from bagpipe.train.dense_step import DenseStep, Precision, _Captured
 from bagpipe.train.objective import Objective
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
@@ -204,6 +205,41 @@ def test_lookup_and_update_are_called_once_a_batch_and_in_this_order() -> None:
     with pytest.raises(UsageError, match="step 2: update was called without"):
         embeddings.update(grads)
     stream.close()
+
+
+def test_where_no_graph_holds_the_rows_that_of_the_dense_part_is_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda part, dynamic: part)
+    _, model, optimizer = make()
+    said, replayed, updated = list[str](), list[int](), list[Any]()
+    step = dense_step(model, optimizer, graph=True, compile_part=True, say=said.append)
+    dense, _, labels = make_batches(2)[0]
+    graph: Any = SimpleNamespace(replay=lambda: replayed.append(1))
+    rows: Any = SimpleNamespace(around=lambda pooled: nullcontext(updated.append))
+
+    def capture(part: Any, inputs: Any, rows: Any) -> _Captured:
+        if rows is not None:
+            raise RuntimeError("no room\nfor two")
+        return _Captured(
+            graph=graph,
+            optimizer_graph=None,
+            inputs=[dense.clone(), labels.clone()],
+            loss=torch.tensor(0.5),
+            grads=[],
+            parameter_grads=[],
+            rows=None,
+        )
+
+    monkeypatch.setattr(step, "_capture", capture)
+    step(dense, labels)
+    for _ in range(2):
+        assert step(dense, labels, rows=rows)[0] == 0.5
+    assert (len(replayed), len(updated)) == (3, 2)
+    assert said == [
+        "compiling the dense part, with embeddings in it, failed (RuntimeError: no room): they are "
+        "looked up and updated beside it"
+    ]
 
 
 def test_a_graph_wants_shares_of_one_size() -> None:

@@ -116,8 +116,8 @@ def apply(
         grad *= tl.div_rn(limit, tl.maximum(norm, limit))[:, None]  # 1 where it is within
     if l2 is not None:
         grad += weight * l2
-    if shrinkage is not None:
-        weight -= weight * shrinkage
+    if shrinkage is not None:  # at a rate of zero -0.0 and infinity stay as they are
+        weight = tl.where(shrinkage > 0, weight - weight * shrinkage, weight)
     if KIND == _SGD:
         weight -= grad * lr
     elif KIND == _ADAGRAD:

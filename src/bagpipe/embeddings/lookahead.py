@@ -129,9 +129,11 @@ def lookahead(
             once for all of that host. `batches` and `sparse` must be picklable then, and as with a
             DataLoader's workers a script needs ``if __name__ == "__main__":``. "device" reads in
             threads and plans on the device of `embeddings`, for a single trainer; the host then
-            only reads and moves rows. With it lookahead="auto" is how many batches of the first
-            one's size fit `lookahead_memory`, at most 256, and the window grows to that by one
-            batch a step. Where later batches are larger, the memory grows with them.
+            only reads and moves rows. With it lookahead="auto" is how many batches fit
+            `lookahead_memory`, at most 256, and the window grows to that by one batch a step. They
+            are counted as of the loader's `batch_size`, as a DataLoader has it, or of the first
+            one's size where that is larger. Where later ones are larger, the memory grows with
+            them.
         hand_out: makes of each batch, where it is read and planned, what goes on from there. Leave
             out here what training does not need, above all the ids
             (`bagpipe.data.base.Batch.without_ids`): an oracle process would copy them. The

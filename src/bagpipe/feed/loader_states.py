@@ -31,6 +31,8 @@ class LoaderStates(Generic[BatchT]):
         self.has_state = all(
             callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")
         )
+        self.batch_size = getattr(loader, "batch_size", None)
+        """The loader's, if it says so."""
         self._kept: deque[tuple[int, Any]] = deque()  # the reader's thread adds to its end
 
     def __iter__(self) -> Iterator[BatchT]:

@@ -309,10 +309,15 @@ class DenseStep:
                     return self._capture(way.make(), inputs, rows)
             except RuntimeError as error:  # as torch raises those of compilers, CUDA and memory
                 self._ways.pop(0)
+                what, otherwise = way.name, way.otherwise
+                if self._captured is not None:  # in this way: another would give other numbers
+                    self._ways.clear()
+                    what += ", with embeddings in it,"
+                    otherwise = "they are looked up and updated beside it"
                 # leaving a capture fails too
                 first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
                 reason = str(first).strip().partition("\n")[0]
-                self._say(f"{way.name} failed ({type(first).__name__}: {reason}): {way.otherwise}")
+                self._say(f"{what} failed ({type(first).__name__}: {reason}): {otherwise}")
         return None
 
     def _capture(self, part: DensePart, inputs: list[Tensor], rows: GraphRows | None) -> _Captured:
