@@ -26,7 +26,7 @@ from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.cache.ring import Ring, RingLayout
 from bagpipe.device_oracle import oracle
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer
+from bagpipe.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RowWiseAdagrad
 
 kernels_triton = pytest.importorskip("bagpipe.cache.kernels_triton")
 
@@ -69,23 +69,29 @@ def in_rings(plan: DevicePlan, rates: tuple[float, float]) -> DevicePlan:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "max_length", "is_mean", "is_weighted"),
+    ("optimizer", "max_length", "is_mean", "is_weighted", "dtype"),
     [
-        (Adagrad(lr=0.1), None, False, False),
-        (Adam(lr=0.1), 3, True, False),
-        (AdamW(lr=0.1, weight_decay=0.3), 3, False, True),
-        (SGD(lr=0.1, max_grad_norm=0.5), None, False, True),
+        (RowWiseAdagrad(lr=0.1), None, False, False, torch.float32),
+        (Adam(lr=0.1), 3, True, False, torch.float32),
+        (AdamW(lr=0.1, weight_decay=0.3), 3, False, True, torch.float32),
+        (SGD(lr=0.1, max_grad_norm=0.5), None, False, True, torch.float32),
+        (Adagrad(lr=0.1), None, False, False, torch.bfloat16),  # whose random bits go by the step
     ],
-    ids=["one-hot", "mean", "weighted", "clipped"],
+    ids=["one-hot", "mean", "weighted", "clipped", "16 bits"],
 )
 def test_a_plan_in_rings_gives_what_the_plan_gives(
-    optimizer: Optimizer, max_length: int | None, is_mean: bool, is_weighted: bool
+    optimizer: Optimizer,
+    max_length: int | None,
+    is_mean: bool,
+    is_weighted: bool,
+    dtype: torch.dtype,
 ) -> None:
     group = make_group(4, optimizer, is_mean=is_mean, num_embeddings=20)
     plan = make_plan(group, 300, max_length, is_weighted=is_weighted)
     assert len(plan.long_uniques) > 0
     shrinkage = optimizer.update_constants(0.1).shrinkage
     weights, state = (tensor.to(DEVICE) for tensor in random_records(group, group.num_rows))
+    weights = weights.to(dtype)
     grads = torch.randn(
         plan.num_bags, 4, generator=torch.Generator().manual_seed(2), device="cpu"
     ).to(DEVICE)
