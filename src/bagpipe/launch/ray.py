@@ -21,7 +21,7 @@ from typing import Any
 
 from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig
-from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, StoreError
+from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, LostError, StoreError
 from bagpipe.launch.actors import LOOK_EVERY_S, ServerActor, TrainerActor
 from bagpipe.server.told import ToldServer
 from bagpipe.train.loop import Result
@@ -38,6 +38,7 @@ _NUM_CPUS = 0.01
 also on a head that has no CPUs so that nothing runs there."""
 _MAX_FAILURES = 5
 """Starts in a row in which no step was trained, after which the run is given up."""
+_GO_ON = "go on from the newest checkpoint with --resume"
 _RESTARTABLE = (BackgroundError, StoreError)
 """Errors of somebody else's death; all other ones come again."""
 
@@ -74,6 +75,7 @@ def train_on_ray(
 
     Raises:
         ConfigError: Ray is not installed, or has too few GPUs.
+        LostError: Actors died in start after start, or after a signal that ends the run.
         BagpipeError: What a trainer raised that another start would not mend.
     """
     with _cluster(address) as ray, ExitStack() as stack:
@@ -86,9 +88,15 @@ def train_on_ray(
                 return trainers.run(stop, resume=resume, overwrite=overwrite)
             except _DiedError as death:
                 failures = 0 if trainers.num_steps else failures + 1
-                if stop.signal is not None or failures == _MAX_FAILURES:
-                    raise BackgroundError(
-                        f"given up after {failures} starts without a step: {death}"
+                if stop.signal is not None:
+                    raise LostError(
+                        f"{stop.signal.name} came, and then {death}: the last steps may be in "
+                        f"no checkpoint: {_GO_ON}"
+                    ) from death
+                if failures == _MAX_FAILURES:
+                    raise LostError(
+                        f"given up after {failures} starts without a step: {death}: mend the "
+                        f"cause, of which trainers and servers may have printed more; {_GO_ON}"
                     ) from death
                 reporter.say(f"{death}; all trainers start again")
                 resume, overwrite = True, False

@@ -1,0 +1,112 @@
+"""As much of Ray as the supervisor of a run speaks to, without processes.
+
+Actors are not made: what each of their methods answers is said beforehand.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bagpipe.launch.actors import ActorPlace
+from bagpipe.server.told import ToldServer
+
+TOLD = ToldServer(address="127.0.0.1:1", token=None, root=None)
+Answers = Mapping[str, Callable[[], object]]
+
+
+class RayError(Exception):
+    """Base of Ray's own."""
+
+
+class GetTimeoutError(RayError):
+    """No answer in time."""
+
+
+class RayTaskError(RayError):
+    """What a method raised is its `cause`."""
+
+
+class ActorDiedError(RayError):
+    """An actor can't be started."""
+
+
+class FakeRay:
+    """A module `ray`, for `sys.modules`."""
+
+    exceptions = SimpleNamespace(
+        RayError=RayError,
+        GetTimeoutError=GetTimeoutError,
+        RayTaskError=RayTaskError,
+        ActorDiedError=ActorDiedError,
+    )
+
+    def __init__(self, answers: Answers) -> None:
+        """`answers` are by an actor's method; those left out are of actors that are well."""
+        self._answers: Answers = {
+            "told": lambda: TOLD,
+            "place": lambda: ActorPlace(node="node", host="127.0.0.1", port=1),
+            "look": list,
+            **answers,
+        }
+        self.started: list[tuple[str, tuple[Any, ...]]] = []
+        """The class and the arguments of each actor."""
+        self.timeouts: list[float | None] = []
+        """Of each `get`."""
+
+    def init(self, **_: object) -> None:
+        """Connects."""
+
+    def shutdown(self) -> None:
+        """Parts."""
+
+    def nodes(self) -> list[dict[str, bool]]:
+        """One."""
+        return [{"Alive": True}]
+
+    def cluster_resources(self) -> dict[str, float]:
+        """No GPU."""
+        return {}
+
+    def remote(self, kind: type) -> Any:
+        """What makes actors of that class."""
+
+        def start(*arguments: object) -> Any:
+            self.started.append((kind.__name__, arguments))
+            return SimpleNamespace(
+                **{
+                    name: SimpleNamespace(remote=lambda *_, answer=answer: answer)
+                    for name, answer in self._answers.items()
+                }
+            )
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+
+    def get(self, asked: Any, timeout: float | None = None) -> Any:
+        """The answer, or all of them."""
+        self.timeouts.append(timeout)
+        return [answer() for answer in asked] if isinstance(asked, Sequence) else asked()
+
+    def wait(self, asked: Sequence[Any], **_: object) -> tuple[Sequence[Any], Sequence[Any]]:
+        """All have answered."""
+        return asked, []
+
+    def kill(self, actor: object, **_: object) -> None:
+        """Ends nothing."""
+
+
+def use_fake_ray(monkeypatch: pytest.MonkeyPatch, **answers: Callable[[], object]) -> FakeRay:
+    """`import ray` gives the one that answers so, until the test ends."""
+    ray = FakeRay(answers)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    for name, value in (
+        ("RAY_worker_niceness", "0"),  # which are set for actors, and would stay
+        ("RAY_IGNORE_UNHANDLED_ERRORS", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return ray

@@ -1,0 +1,54 @@
+"""The supervisor of a run on Ray, without Ray: what it asks for, and what it says at the end."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from tests.cli.test_cli import RUN, invoke
+from tests.launch.fake_ray import TOLD, RayError, use_fake_ray
+from typer.testing import Result
+
+from bagpipe.server.told import ToldServer
+
+
+def trained(folder: Path, *arguments: object) -> Result:
+    file = folder / "run.toml"
+    file.write_text(RUN.format(folder=folder))
+    return invoke("train", file, "--engine", "ray", "--trainers", 2, *arguments)
+
+
+def die() -> None:
+    raise RayError("it was killed")
+
+
+def told_while_a_signal_comes() -> ToldServer:
+    signal.raise_signal(signal.SIGTERM)
+    return TOLD
+
+
+def test_a_run_whose_every_start_fails_is_given_up_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = use_fake_ray(monkeypatch, run=die)
+    result = trained(tmp_path)
+    assert result.exit_code == 2
+    assert [kind for kind, _ in ray.started].count("TrainerActor") == 2 * 5
+    assert result.stderr.startswith(
+        "error: given up after 5 starts without a step: rank 0 has ended (it was killed): mend "
+        "the cause"
+    )
+    assert result.stderr.endswith("go on from the newest checkpoint with --resume\n")
+
+
+def test_an_actor_that_dies_after_a_signal_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_ray(monkeypatch, run=die, told=told_while_a_signal_comes)
+    result = trained(tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: SIGTERM came, and then rank 0 has ended (it was killed): the last steps may be in "
+        "no checkpoint: go on from the newest checkpoint with --resume\n"
+    )
