@@ -147,6 +147,7 @@ def test_train_another_model_and_trace_it(file: Path) -> None:
         (["--set", "servers.num_shards=2"], "trainers start one server on each of 1 hosts"),
         (["--engine", "slurm"], "--engine slurm: must be ray"),
         (["--servers", "2"], "belong to --engine ray"),
+        (["--life-timeout", "5"], "belong to --engine ray"),
         (
             ["--set", "model.kind=deepfm"],
             "model.bottom: unknown key in [model]; there are top, dropout, batch_norm, kind",

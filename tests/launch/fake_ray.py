@@ -45,12 +45,19 @@ class FakeRay:
         ActorDiedError=ActorDiedError,
     )
 
-    def __init__(self, answers: Answers) -> None:
-        """`answers` are by an actor's method; those left out are of actors that are well."""
+    def __init__(self, answers: Answers, *, are_done: bool) -> None:
+        """Has no actors yet.
+
+        Args:
+            answers: By an actor's method; those left out are of actors that are well.
+            are_done: Whether methods have come to their end when somebody waits for them.
+        """
+        self._are_done = are_done
         self._answers: Answers = {
             "told": lambda: TOLD,
             "place": lambda: ActorPlace(node="node", host="127.0.0.1", port=1),
             "look": list,
+            "run": lambda: None,
             **answers,
         }
         self.started: list[tuple[str, tuple[Any, ...]]] = []
@@ -92,16 +99,18 @@ class FakeRay:
         return [answer() for answer in asked] if isinstance(asked, Sequence) else asked()
 
     def wait(self, asked: Sequence[Any], **_: object) -> tuple[Sequence[Any], Sequence[Any]]:
-        """All have answered."""
-        return asked, []
+        """All have answered, or none."""
+        return (asked, []) if self._are_done else ([], asked)
 
     def kill(self, actor: object, **_: object) -> None:
         """Ends nothing."""
 
 
-def use_fake_ray(monkeypatch: pytest.MonkeyPatch, **answers: Callable[[], object]) -> FakeRay:
+def use_fake_ray(
+    monkeypatch: pytest.MonkeyPatch, *, are_done: bool = True, **answers: Callable[[], object]
+) -> FakeRay:
     """`import ray` gives the one that answers so, until the test ends."""
-    ray = FakeRay(answers)
+    ray = FakeRay(answers, are_done=are_done)
     monkeypatch.setitem(sys.modules, "ray", ray)
     for name, value in (
         ("RAY_worker_niceness", "0"),  # which are set for actors, and would stay

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.test_cli import RUN, invoke
-from tests.launch.fake_ray import TOLD, RayError, use_fake_ray
+from tests.launch.fake_ray import TOLD, GetTimeoutError, RayError, use_fake_ray
 from typer.testing import Result
 
 from bagpipe.server.told import ToldServer
@@ -52,3 +52,27 @@ def test_an_actor_that_dies_after_a_signal_is_told_in_a_sentence(
         "error: SIGTERM came, and then rank 0 has ended (it was killed): the last steps may be in "
         "no checkpoint: go on from the newest checkpoint with --resume\n"
     )
+
+
+def never() -> None:
+    raise GetTimeoutError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit"), [((), "30 s"), (("--life-timeout", "7.5"), "7.5 s")]
+)
+def test_how_long_a_sign_of_life_may_be_owed_is_an_option(
+    arguments: tuple[str, ...], limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = use_fake_ray(monkeypatch, look=never, are_done=False)
+    result = trained(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert f"rank 0 has given no sign of life for {limit}: " in result.stderr
+    assert float(limit.split()[0]) in ray.timeouts
+
+
+@pytest.mark.parametrize("limit", ["0.5", "nan", "1e9"])
+def test_a_limit_for_signs_of_life_must_make_sense(limit: str, tmp_path: Path) -> None:
+    result = trained(tmp_path, "--life-timeout", limit)
+    assert result.exit_code == 2
+    assert f"--life-timeout {float(limit):g}: must be from 1 to 86,400 s" in result.stderr

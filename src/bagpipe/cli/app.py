@@ -118,6 +118,15 @@ def train(
             "else one is started on this machine."
         ),
     ] = None,
+    life_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a trainer or server on Ray may give no sign of life before all trainers "
+            "start again; 30 by default.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a model."""
     console = Console()
@@ -132,8 +141,10 @@ def train(
             )
         if engine not in (None, "ray"):
             raise typer.BadParameter(f"--engine {engine}: must be ray")
-        if engine is None and (trainers, servers, address) != (1, 1, None):
-            raise typer.BadParameter("--trainers, --servers and --address belong to --engine ray")
+        if engine is None and (trainers, servers, address, life_timeout) != (1, 1, None, None):
+            raise typer.BadParameter(
+                "these belong to --engine ray: --trainers, --servers, --address, --life-timeout"
+            )
         if engine is not None and trace is not None:
             raise typer.BadParameter("--trace is not supported with --engine ray")
         from bagpipe.config.load import load_config
@@ -143,13 +154,18 @@ def train(
         prepare_environment(config.train.device)  # before the import of torch below
         traced = {"path": trace, "num_steps": trace_steps, "after": trace_after}
         if engine is not None:
-            from bagpipe.launch.ray import Roles, train_on_ray
+            from bagpipe.launch.ray import LIFE_TIMEOUT_S, Roles, train_on_ray
             from bagpipe.train.progress import ConsoleReporter
 
+            roles = Roles(
+                num_trainers=trainers,
+                num_servers=servers,
+                life_timeout_s=LIFE_TIMEOUT_S if life_timeout is None else life_timeout,
+            )
             with ConsoleReporter(console) as reporter:
                 result = train_on_ray(
                     config,
-                    Roles(num_trainers=trainers, num_servers=servers),
+                    roles,
                     reporter=reporter,
                     address=address,
                     resume=resume,

@@ -30,6 +30,7 @@ from bagpipe.train.trainer import StopRequest
 
 LIFE_TIMEOUT_S = 30.0
 """How long an actor may owe a sign of life, by default."""
+_LIFE_TIMEOUTS_S = (1.0, 86_400.0)
 _LAST_WORDS_S = 10.0
 """How long trainers may take to say why they end, once the first of them has ended."""
 _START_TIMEOUT_S = 120.0
@@ -45,11 +46,18 @@ _RESTARTABLE = (BackgroundError, StoreError)
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """How many actors a run has."""
+    """How many actors a run has, and how long one may owe a sign of life."""
 
     num_trainers: int
     num_servers: int
     life_timeout_s: float = LIFE_TIMEOUT_S
+
+    def __post_init__(self) -> None:
+        least, most = _LIFE_TIMEOUTS_S
+        if not least <= self.life_timeout_s <= most:
+            raise ConfigError(
+                f"--life-timeout {self.life_timeout_s:g}: must be from {least:g} to {most:,.0f} s"
+            )
 
 
 def train_on_ray(
