@@ -17,6 +17,7 @@ from benchmarks.options import (
     BatchSize,
     BatchSizes,
     CacheShare,
+    Device,
     Lookahead,
     Lookaheads,
     MaxRows,
@@ -186,9 +187,7 @@ def trainers(
     quick: Quick = False,
     arms: Arms = None,
     num_trainers: NumTrainers = None,
-    device: Annotated[
-        str, typer.Option(help="cpu; cuda, a device each; or cuda:0, which all share.")
-    ] = "cpu",
+    device: Device = "cpu",
     graph: Annotated[
         bool, typer.Option("--graph", help="On CUDA: the dense part as a CUDA graph.")
     ] = False,
@@ -212,6 +211,59 @@ def trainers(
         return bench_trainers(TrainersBench(**settings), progress)
 
     measure(run, device, quick=quick, json_file=json_file)
+
+
+@app.command()
+@takes(of_workload)
+def scaling(
+    sizes: dict[str, Any],
+    workloads: Annotated[
+        list[str] | None,
+        typer.Option("--workload", help="As of trainers; may be repeated. W1, W2 and W3 on CUDA."),
+    ] = None,
+    quick: Quick = False,
+    arms: Arms = None,
+    trainers: Annotated[
+        list[int] | None,
+        typer.Option("--trainers", min=1, help="May be repeated. 1, 2, 4 and so on by default."),
+    ] = None,
+    modes: Annotated[
+        list[str] | None, typer.Option("--mode", help="weak or strong. Both by default.")
+    ] = None,
+    device: Device = "cpu",
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep each run here, and don't make those again.")
+    ] = None,
+    plot: Plot = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Train on one trainer, two, four, up to all GPUs: weak and strong scaling, by all arms."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.trainers.scaling import (
+            SCALING_ALWAYS,
+            SCALING_ARMS,
+            ScalingBench,
+            bench_scaling,
+            checked_modes,
+            counts_on,
+        )
+        from benchmarks.trainers.settings import QUICK
+        from benchmarks.workloads import make_workload
+
+        names = workloads or (["small"] if device == "cpu" else ["W1", "W2", "W3"])
+        settings = sizes_of(
+            QUICK if quick else {},
+            workloads=[make_workload(name, sizes, quick=quick) for name in names],
+            trainers=trainers or counts_on(device),
+            modes=checked_modes(modes),
+            arms=chosen_arms(arms, SCALING_ARMS, SCALING_ALWAYS),
+            device=device,
+            keep=keep,
+        )
+        return bench_scaling(ScalingBench(**settings), progress, plot)
+
+    measure(run, device, quick=quick, json_file=json_file, plot=plot)
 
 
 @app.command()

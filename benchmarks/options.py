@@ -76,6 +76,7 @@ OracleOf = Annotated[
     ),
 ]
 NumTrainers = Annotated[int | None, typer.Option("--trainers", help="How many trainers.")]
+Device = Annotated[str, typer.Option(help="cpu; cuda, a device each; or cuda:0, which all share.")]
 StepRows = Annotated[int | None, typer.Option("--rows", min=1, help="Rows that a step fetches.")]
 Gbits = Annotated[
     list[float] | None,

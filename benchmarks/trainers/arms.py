@@ -5,6 +5,7 @@
     one_trainer  Bagpipe on rank 0 alone with one trainer's batch: tells what N trainers gain
     dense        no embedding work: the dense part and its averaged gradients, the least that a step
                  can take
+    dense_alone  the same without averaging: tells what averaging takes
 
 The peers are in `peers` (`replicated`, `hashed`) and `torchrec`.
 """
@@ -105,8 +106,9 @@ class CountingCommunicator(Communicator):
 class DenseShareArm(DenseArm):
     """The dense part alone, on a rank's shares, which sends no embeddings."""
 
-    def __init__(self, shares: Sequence[Share]) -> None:
+    def __init__(self, name: str, shares: Sequence[Share]) -> None:
         super().__init__(shares)
+        self.name = name
         self.sent = Sent()
 
 

@@ -38,8 +38,9 @@ from benchmarks.measure import (
     relative_differences,
 )
 from benchmarks.prepared_stream import make_stream
+from benchmarks.trainers.planned import plan_run
 from benchmarks.trainers.rank import run_rank
-from benchmarks.trainers.settings import ALONE, TrainersBench
+from benchmarks.trainers.settings import ALONE, WITHOUT_ROWS, TrainersBench
 from benchmarks.trainers.tables import render
 from benchmarks.trainers.torchrec import missing_torchrec
 
@@ -48,6 +49,14 @@ _END_TIMEOUT_S = 60.0
 
 
 def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
+    """Measures and shows what was found; see `run_trainers`."""
+    values = run_trainers(bench, progress)
+    return Result(
+        name="trainers", tables=render(values), values=values, notes=tuple(values.pop("notes"))
+    )
+
+
+def run_trainers(bench: TrainersBench, progress: Progress) -> dict[str, Any]:
     """Makes the stream, starts the ranks and adds up what they saw.
 
     Args:
@@ -55,7 +64,8 @@ def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
         progress: is told how far rank 0 is.
 
     Returns:
-        Tables, values, and notes on arms that were left out and on losses that differ.
+        JSON values and `Timing`s; under "notes" what to say of arms that were left out and of
+        losses that differ.
 
     Raises:
         BagpipeError: what a rank raised.
@@ -67,9 +77,10 @@ def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
     try:
         _write_stream(bench, folder, progress)
         seen = _run_ranks(bench, folder, progress)
+        planned = plan_run(bench, folder / "data", progress)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    values = summarize(bench, seen)
+    values = summarize(bench, seen) | {"planned": planned}
     differences = {name: arm["loss_differences"] for name, arm in values["arms"].items()}
     notes = [f"left out {name}: {why}" for name, why in missing.items()]
     wrong = disagreements(differences)
@@ -84,7 +95,7 @@ def bench_trainers(bench: TrainersBench, progress: Progress) -> Result:
             f"losses of the first {bench.workload.num_compared} steps agree within "
             f"{LOSS_TOLERANCE:g} of them; means of the last turn: {lasts}"
         )
-    return Result(name="trainers", tables=render(values), values=values, notes=tuple(notes))
+    return values | {"notes": notes}
 
 
 def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -93,21 +104,23 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
     steps = {name: _slowest(seen, name) for name in seen[0]["arms"]}  # (rounds, steps) seconds
     means = {name: times.mean(1) for name, times in steps.items()}
     losses = {name: _mean_losses(seen, name) for name in steps if name != ALONE}
+    parts = [rank["parts"] for rank in seen]
     compared, last = slice(workload.num_compared), slice(-workload.turn_steps, None)
     arms: dict[str, Any] = {}
     for name, times in steps.items():
         sent = [rank["arms"][name]["sent_bytes"] for rank in seen if name in rank["arms"]]
         arms[name] = {
             "step": Timing.of(times.ravel().tolist()),
-            "over_bagpipe": _quartiles(means[name] / means["bagpipe"]),
-            "over_dense": _quartiles(means[name] / means["dense"]),
+            "means_ms": (1e3 * means[name]).tolist(),  # by round
+            "over_bagpipe": quartiles(means[name] / means["bagpipe"]),
+            "over_dense": quartiles(means[name] / means["dense"]),
             "sent_bytes": float(np.mean([sum(each.values()) for each in sent])),
             "critical_bytes": float(np.mean([each["urgent"] for each in sent])),
             "most_sent_bytes": max(sum(each.values()) for each in sent),
             "loss_differences": [],
             "counters": seen[0]["arms"][name].get("counters"),
         }
-        if name not in ("dense", ALONE):
+        if name not in (*WITHOUT_ROWS, ALONE):
             arms[name]["loss_differences"] = relative_differences(
                 losses[name][compared], losses["bagpipe"][compared]
             )
@@ -121,8 +134,12 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
         "dense_bytes": seen[0]["dense_bytes"],
         "graph": bench.graph,
         "arms": arms,
+        "num_fetched": float(
+            np.mean([rank["arms"]["bagpipe"]["counters"]["num_fetched"] for rank in seen])
+        ),
+        "parts_ms": {name: float(np.mean([each[name] for each in parts])) for name in parts[0]},
         # N trainers train N batches in the time in which one trains one.
-        "speedup_over_one": _quartiles(bench.num_trainers * means[ALONE] / means["bagpipe"])
+        "speedup_over_one": quartiles(bench.num_trainers * means[ALONE] / means["bagpipe"])
         if ALONE in means
         else None,
     }
@@ -141,7 +158,8 @@ def _mean_losses(seen: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return means
 
 
-def _quartiles(ratios: Float64Array) -> dict[str, float]:
+def quartiles(ratios: Float64Array) -> dict[str, float]:
+    """The median and the quartiles of ratios (n,)."""
     low, median, high = np.percentile(ratios, [25, 50, 75])
     return {"median": float(median), "low": float(low), "high": float(high)}
 

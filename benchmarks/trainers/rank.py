@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.data.prepared import PreparedSource
+from bagpipe.device_oracle.oracle import has_room_for_rows
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.jagged import share_of
+from bagpipe.native.spans import named_by
 from bagpipe.train.schedule import RemainingBatches
 from benchmarks.clocks import clock_of
 from benchmarks.dense import SharedDense
@@ -43,10 +45,13 @@ from benchmarks.trainers.peers import (
     replicated_batch,
     ring_bytes,
 )
-from benchmarks.trainers.settings import ALONE, TrainersBench
+from benchmarks.trainers.settings import ALONE, UNAVERAGED, WITHOUT_ROWS, TrainersBench
+from benchmarks.trainers.stages import Stages
 from benchmarks.trainers.torchrec import TORCHREC_ARMS, TorchRecArm
 
 _TIMEOUT = timedelta(minutes=10)
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+"""NVLink multicast can put the GPUs of a host, which others may share, out of service."""
 
 
 @dataclass(kw_only=True)
@@ -80,6 +85,7 @@ def run_rank(
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ |= _NO_MULTICAST
         if bench.num_devices == 1:
             claim_own_host(rank)
     else:
@@ -127,13 +133,9 @@ class _Rank:
         self._touched = np.load(folder / "touched.npy")
         self._shares, self._replicated = self._read()
         self._notes: list[str] = []
-        communicator = Communicator.from_default_group(timeout=_TIMEOUT)
-        self._dense = SharedDense(
-            self._workload,
-            device,
-            graph=bench.graph,
-            communicator=communicator,
-            say=self._notes.append,
+        has_others = bench.num_trainers > 1
+        self._dense = self._make_dense(
+            Communicator.from_default_group(timeout=_TIMEOUT) if has_others else None
         )
         self._runs: dict[str, _Run] = {}
 
@@ -158,9 +160,11 @@ class _Rank:
                 self._turn(name)
             self._progress("measuring", turn + 1, workload.rounds)
         self._meet()
+        arms = {name: self._seen(run, before.get(name)) for name, run in self._runs.items()}
         return {
             "notes": self._notes,
-            "arms": {name: self._seen(run, before.get(name)) for name, run in self._runs.items()},
+            "arms": arms,
+            "parts": self._time_parts(self._runs["bagpipe"]),
             "dense_bytes": ring_bytes(4 * self._dense.num_parameters, self._bench.num_trainers),
         }
 
@@ -192,22 +196,14 @@ class _Rank:
         self._meet()
         if name != ALONE or self._rank == 0:
             arm.start()
-            dense = (
-                self._dense
-                if name != ALONE
-                else SharedDense(self._workload, self._device, graph=self._bench.graph)
-            )
+            dense = self._make_dense(None) if name in (ALONE, UNAVERAGED) else self._dense
             self._runs[name] = _Run(arm=arm, dense=dense, parameters=self._dense.save())
 
     def _make(self, name: str) -> TrainersArm:
-        match name:
-            case "dense":
-                return DenseShareArm(self._shares)
-            case "one_trainer":
-                batches = self._stream(self._workload.batch_size)
-                return BagpipeShareArm(
-                    name, self._workload, self._group, batches, device=self._device
-                )
+        if name in WITHOUT_ROWS:
+            return DenseShareArm(name, self._shares)
+        if name == ALONE or (name == "bagpipe" and self._bench.num_trainers == 1):
+            return self._alone(name)
         if name in TORCHREC_ARMS:
             return TorchRecArm(
                 name,
@@ -236,6 +232,24 @@ class _Rank:
             overlap=name == "bagpipe",
         )
 
+    def _alone(self, name: str) -> BagpipeShareArm:
+        """Bagpipe without other trainers, which plans where `bagpipe train` would."""
+        workload = self._workload
+        if self._bench.graph and has_room_for_rows([self._group], self._device):
+            workload = replace(workload, oracle=workload.oracle or "device")
+        batches = self._stream(workload.batch_size)
+        return BagpipeShareArm(name, workload, self._group, batches, device=self._device)
+
+    def _make_dense(self, communicator: Communicator | None) -> SharedDense:
+        """The dense part, averaged over the communicator's ranks."""
+        return SharedDense(
+            self._workload,
+            self._device,
+            graph=self._bench.graph,
+            communicator=communicator,
+            say=self._notes.append,
+        )
+
     def _stream(self, batch_size: int) -> RemainingBatches:
         """Reads as many batches of `batch_size` as there are global ones."""
         return all_batches(self._source, batch_size, self._bench.num_batches)
@@ -261,14 +275,34 @@ class _Rank:
         run.dense.load(run.parameters)
         clock = clock_of(self._device)
         for _ in range(num_steps):
-            dense, labels = run.arm.next_batch()
-            run.arm.lookup(run.dense.pooled)
-            loss, grads = run.dense.step(dense, labels)
-            run.arm.update(grads[0])
-            run.losses.append(loss)
+            run.losses.append(self._step(run))
             clock.tick()
         run.parameters = run.dense.save()
         return clock.seconds()
+
+    def _step(self, run: _Run) -> Tensor:
+        """Makes one step, in one graph where it can be; returns its loss."""
+        dense, labels = run.arm.next_batch()
+        can_replay = run.dense.step.can_replay(self._workload.batch_size)
+        rows = run.arm.rows() if isinstance(run.arm, BagpipeShareArm) and can_replay else None
+        if rows is not None:
+            return run.dense.step(dense, labels, rows=rows)[0]
+        run.arm.lookup(run.dense.pooled)
+        loss, grads = run.dense.step(dense, labels)
+        run.arm.update(grads[0])
+        return loss
+
+    def _time_parts(self, run: _Run) -> dict[str, float]:
+        """Times Bagpipe's stages and waits in one more turn: milliseconds of a step."""
+        assert isinstance(run.arm, BagpipeShareArm)
+        workload, stages = self._workload, Stages(self._device)
+        self._steps(run, workload.settle_steps)
+        before = run.arm.counters()
+        with named_by(stages):
+            steps_s = self._steps(run, workload.turn_steps)
+        counted = run.arm.counters_since(before)
+        waits = {name: ms for name, ms in counted.items() if name.endswith("_wait_ms")}
+        return {"step": 1e3 * float(np.mean(steps_s))} | stages.ms_a_step(len(steps_s)) | waits
 
     def _seen(self, run: _Run, before: dict[str, float] | None) -> dict[str, Any]:
         """What this rank saw of an arm.

@@ -14,7 +14,9 @@ from benchmarks.workloads import Workload
 
 ALWAYS = ("bagpipe", "dense")
 ALONE = "one_trainer"
-ARMS = ("bagpipe", "no_overlap", "replicated", "hashed", *TORCHREC_ARMS, "dense", ALONE)
+UNAVERAGED = "dense_alone"
+ARMS = ("bagpipe", "no_overlap", "replicated", "hashed", *TORCHREC_ARMS, "dense", UNAVERAGED, ALONE)
+WITHOUT_ROWS = ("dense", UNAVERAGED)
 QUICK: dict[str, Any] = {"pause_s": 0.05}
 
 
@@ -36,9 +38,11 @@ class TrainersBench:
     """A pause before each turn, in which the background threads of the arm before come to rest."""
 
     def __post_init__(self) -> None:
-        if self.num_trainers < 2:
+        least = 2 if ALONE in self.arms else 1
+        if self.num_trainers < least:
             raise ConfigError(
-                f"--trainers {self.num_trainers}: must be at least 2; the arm {ALONE} measures one"
+                f"--trainers {self.num_trainers}: must be at least {least}; the arm {ALONE} "
+                "measures one"
             )
         if self.workload.store != "memory":
             raise ConfigError(
@@ -70,5 +74,8 @@ class TrainersBench:
 
     @property
     def num_batches(self) -> int:
-        """Global batches of the stream: enough that the window stays full while it is measured."""
-        return self.num_steps + self.workload.lookahead + 2
+        """Global batches of the stream: enough that the window stays full while it is measured.
+
+        Bagpipe takes one more turn, in which its stages are timed.
+        """
+        return self.num_steps + self.workload.turn_and_settle_steps + self.workload.lookahead + 2

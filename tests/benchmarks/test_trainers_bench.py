@@ -18,6 +18,7 @@ from benchmarks.trainers.settings import TrainersBench
 from benchmarks.workloads import make_workload
 
 ROOT = Path(__file__).parents[2]
+COMPARED = ("bagpipe", "no_overlap", "replicated", "hashed")
 
 
 @pytest.mark.soak
@@ -44,12 +45,13 @@ def test_the_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
         "replicated",
         "hashed",
         "dense",
+        "dense_alone",
         "one_trainer",
     ]
     for name, arm in values["arms"].items():
         assert arm["step"]["count"] == 6
         assert arm["over_bagpipe"]["median"] > 0
-        assert len(arm["loss_differences"]) == (0 if name in ("dense", "one_trainer") else 8)
+        assert len(arm["loss_differences"]) == (8 if name in COMPARED else 0)
         assert max(arm["loss_differences"], default=0.0) == 0.0  # two trainers: no sum has an order
     sent = {
         name: (arm["sent_bytes"], arm["critical_bytes"]) for name, arm in values["arms"].items()
@@ -97,7 +99,7 @@ def test_the_benchmark_on_gpus(tmp_path: Path) -> None:
     result = run("trainers", "--quick", "--device", device, "--json", tmp_path / "trainers.json")
     assert result.exit_code == 0, result.stderr
     arms = json.loads((tmp_path / "trainers.json").read_text())["trainers"]["arms"]
-    assert list(arms) == ["bagpipe", "no_overlap", "replicated", "hashed", "dense", "one_trainer"]
+    assert list(arms) == [*COMPARED, "dense", "dense_alone", "one_trainer"]
     assert max(difference for arm in arms.values() for difference in arm["loss_differences"]) < 1e-3
 
 
@@ -138,12 +140,14 @@ def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() 
             "turns_s": turns_s,
             "losses": losses,
             "sent_bytes": {"urgent": now, "overlapped": 2.0},
+            "counters": {"num_fetched": 10 * now},
         }
 
     seen = [
         {
             "notes": [],
             "dense_bytes": 7,
+            "parts": {"step": 4.0, "lookup": 1.0},
             "arms": {
                 "bagpipe": arm([[1, 3], [2, 2]], [0.5, 0.7], 4.0),
                 "dense": arm([[1, 1], [2, 2]], [1, 1], 0),
@@ -152,6 +156,7 @@ def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() 
         {
             "notes": [],
             "dense_bytes": 7,
+            "parts": {"step": 6.0, "lookup": 2.0},
             "arms": {
                 "bagpipe": arm([[3, 1], [2, 2]], [0.5, 0.9], 6.0),
                 "dense": arm([[1, 1], [1, 1]], [1, 1], 0),
@@ -165,4 +170,6 @@ def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() 
     assert dense["over_bagpipe"]["median"] == (1 / 3 + 2 / 2) / 2
     assert (lrpp["sent_bytes"], lrpp["critical_bytes"], lrpp["most_sent_bytes"]) == (7.0, 5.0, 8.0)
     assert lrpp["last_loss"] == 0.65
+    assert (lrpp["means_ms"], values["num_fetched"]) == ([3000.0, 2000.0], 50.0)
+    assert values["parts_ms"] == {"step": 5.0, "lookup": 1.5}
     assert values["speedup_over_one"] is None
