@@ -45,13 +45,16 @@ class FakeRay:
         ActorDiedError=ActorDiedError,
     )
 
-    def __init__(self, answers: Answers, *, are_done: bool) -> None:
+    def __init__(self, answers: Answers, *, are_done: bool, is_own: bool) -> None:
         """Has no actors yet.
 
         Args:
             answers: By an actor's method; those left out are of actors that are well.
             are_done: Whether methods have come to their end when somebody waits for them.
+            is_own: Whether this process starts the cluster.
         """
+        node = SimpleNamespace(is_head=lambda: is_own)
+        self._private = SimpleNamespace(worker=SimpleNamespace(_global_node=node))
         self._are_done = are_done
         self._answers: Answers = {
             "told": lambda: TOLD,
@@ -70,10 +73,6 @@ class FakeRay:
 
     def shutdown(self) -> None:
         """Parts."""
-
-    def nodes(self) -> list[dict[str, bool]]:
-        """One."""
-        return [{"Alive": True}]
 
     def cluster_resources(self) -> dict[str, float]:
         """No GPU."""
@@ -107,10 +106,14 @@ class FakeRay:
 
 
 def use_fake_ray(
-    monkeypatch: pytest.MonkeyPatch, *, are_done: bool = True, **answers: Callable[[], object]
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    are_done: bool = True,
+    is_own: bool = False,
+    **answers: Callable[[], object],
 ) -> FakeRay:
     """`import ray` gives the one that answers so, until the test ends."""
-    ray = FakeRay(answers, are_done=are_done)
+    ray = FakeRay(answers, are_done=are_done, is_own=is_own)
     monkeypatch.setitem(sys.modules, "ray", ray)
     for name, value in (
         ("RAY_worker_niceness", "0"),  # which are set for actors, and would stay

@@ -76,3 +76,13 @@ def test_a_limit_for_signs_of_life_must_make_sense(limit: str, tmp_path: Path) -
     result = trained(tmp_path, "--life-timeout", limit)
     assert result.exit_code == 2
     assert f"--life-timeout {float(limit):g}: must be from 1 to 86,400 s" in result.stderr
+
+
+@pytest.mark.parametrize(("is_own", "host"), [(True, "127.0.0.1"), (False, None)])
+def test_servers_keep_to_loopback_only_on_a_cluster_that_no_node_can_join(
+    is_own: bool, host: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = use_fake_ray(monkeypatch, run=die, is_own=is_own)  # of one node
+    trained(tmp_path)
+    listened = [arguments[2] for kind, arguments in ray.started if kind == "ServerActor"]
+    assert listened == [host]  # None: its node's own address

@@ -129,8 +129,8 @@ class _Servers:
             return
         where = where.model_copy(update={"num_shards": roles.num_servers})
         self.config = config.model_copy(update={"servers": where})
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        host = "127.0.0.1" if len(nodes) == 1 else None
+        # nodes may join any other cluster, also one that has a single node now
+        host = "127.0.0.1" if _is_own(ray) else None
         actor = ray.remote(ServerActor).options(
             num_cpus=_NUM_CPUS,
             max_restarts=-1,
@@ -342,6 +342,12 @@ def _cluster(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _is_own(ray: Any) -> bool:
+    """Whether this process has started the cluster, for itself; Ray has no public way to ask."""
+    node = ray._private.worker._global_node  # None: this is a client of Ray's, on no node
+    return node is not None and bool(node.is_head())
 
 
 def _token_hint() -> str:
