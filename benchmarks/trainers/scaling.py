@@ -116,22 +116,24 @@ def bench_scaling(bench: ScalingBench, progress: Progress, plot: Path | None = N
         BagpipeError: what a rank raised, but that it died.
     """
     runs: list[dict[str, Any]] = []
-    notes: list[str] = []
+    notes: dict[str, list[str]] = {}  # the runs of which one is to be told
     every = list(bench.runs())
     for number, (mode, each) in enumerate(every, start=1):
         name = run_name(each, mode)
         try:
             values = _made_or_kept(bench.keep, name, each, progress)
         except BackgroundError as error:
-            notes.append(f"{name}: left out: {error}")
+            notes.setdefault(f"left out: {error}", []).append(name)
         else:
-            notes += [f"{name}: {note}" for note in values["notes"]]
+            for note in values["notes"]:
+                notes.setdefault(note, []).append(name)
             runs.append(values | {"mode": mode})
         progress("runs", number, len(every))
     found = [_compared(run, runs) for run in runs]
     if plot is not None:
         save_plot(found, plot)
-    return Result(name="scaling", tables=render(found), values={"runs": found}, notes=tuple(notes))
+    told = tuple(f"{', '.join(names)}: {note}" for note, names in notes.items())
+    return Result(name="scaling", tables=render(found), values={"runs": found}, notes=told)
 
 
 def run_name(bench: TrainersBench, mode: Mode | None) -> str:

@@ -118,14 +118,14 @@ def test_a_run_whose_rank_dies_costs_no_other(made: Runs, monkeypatch: pytest.Mo
     def run_trainers(bench: TrainersBench, progress: Callable[..., None]) -> dict[str, Any]:
         if bench.num_trainers == 2:
             raise BackgroundError("rank 1 ended with status -9")
-        return values_of(bench, 10.0)
+        return values_of(bench, 10.0) | {"notes": ["a note of all"]}
 
     monkeypatch.setattr("benchmarks.trainers.scaling.run_trainers", run_trainers)
     monkeypatch.setenv("COLUMNS", "200")
     result = run("scaling", "--quick", "--trainers", 2, "--trainers", 4, "--mode", "weak")
     assert result.exit_code == 0
     assert "small-weak-2: left out: rank 1 ended with status -9" in result.stdout
-    assert "small-weak-4: a note of 4" in result.stdout
+    assert "small-1, small-weak-4: a note of all" in result.stdout
     assert "1.00 [1.00, 1.00] │ 0.93: reached" in result.stdout
 
 
