@@ -21,7 +21,6 @@ from tests.train.test_servers import assert_same
 from bagpipe.checkpoint.files import list_checkpoints
 from bagpipe.config.run import RunConfig
 from bagpipe.errors import ConfigError
-from bagpipe.launch.actors import interface_of
 from bagpipe.launch.ray import Roles, train_on_ray
 
 NUM_STEPS = 300
@@ -88,11 +87,6 @@ def test_whoever_is_gone_the_run_ends_as_undisturbed(
     while (left := actors("TrainerActor") + actors("ServerActor")) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []
-
-
-def test_the_interface_of_an_address_is_found() -> None:
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("192.0.2.1") is None
 
 
 def test_without_ray_one_sentence_says_how_to_install_it(tmp_path: Path) -> None:

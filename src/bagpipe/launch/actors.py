@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import queue
 import signal
 import socket
-import struct
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -17,14 +15,13 @@ from typing import Any
 
 from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig
+from bagpipe.native.interfaces import interface_of
 from bagpipe.server.told import ToldServer
 from bagpipe.train.loop import Result
 from bagpipe.train.trainer import StopRequest, train
 
 LOOK_EVERY_S = 0.5
 """How often an actor is asked for a sign of life."""
-_ADDRESS_OF_INTERFACE = 0x8915
-"""Linux's SIOCGIFADDR."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,19 +139,6 @@ class _Teller:
 
     def say(self, text: str) -> None:
         self._told.put(("say", (text,)))
-
-
-def interface_of(address: str) -> str | None:
-    """The name of this machine's network interface with that IPv4 address; None: there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has no IPv4 address
-                told = fcntl.ioctl(
-                    asking, _ADDRESS_OF_INTERFACE, struct.pack("256s", name.encode())
-                )
-                if socket.inet_ntoa(told[20:24]) == address:
-                    return name
-    return None
 
 
 def _own_host() -> str:

@@ -6,6 +6,7 @@ connect must be given it, and the token, by a way of its own.
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import subprocess
@@ -16,15 +17,20 @@ from tempfile import TemporaryDirectory
 
 from bagpipe.config.servers import ServersConfig, TlsConfig
 from bagpipe.errors import ConfigError
+from bagpipe.native.interfaces import address_of
 
 _DAYS = 3650
 
 
 def own_address() -> str:
-    """The address to which this host's name leads here; loopback where it leads nowhere.
+    """The address by which other hosts reach this one, as gloo chooses it for trainers.
 
-    So does gloo choose it, by which trainers speak to each other.
+    It is that of the interface that GLOO_SOCKET_IFNAME names, the first that has one. Else it is
+    the one to which this host's name leads here; loopback where it leads nowhere.
     """
+    for interface in os.environ.get("GLOO_SOCKET_IFNAME", "").split(","):
+        if interface and (address := address_of(interface)) is not None:
+            return address
     try:
         return str(socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)[0][4][0])
     except OSError:
