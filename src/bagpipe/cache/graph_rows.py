@@ -1,9 +1,9 @@
 """Lookups and updates that a CUDA graph holds, for whatever step it is replayed.
 
-A graph is captured once, and its launches keep their arguments. So they are of no plan, but of the
-rings in which the device's plans lie: a clock on the device says which step it is. Each replay ends
-by advancing it, so the host tells the device nothing, as a rule: only where a step was trained in
-another way, and where a learning rate has changed.
+A graph is captured once, and its launches keep their arguments. So these name no plan, but the
+rings that hold all plans, and a clock on the device says which step it is. Each replay advances the
+clock. The host sets it only where a step was trained in another way, and it tells learning rates
+only where they change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from bagpipe.cache.ring import Ring
 from bagpipe.plan import HostStepPlan
 
 _SHARE_BEYOND = 8
-"""By an eighth more than a step's rows may come before programs of its graph do more than one tile
-each."""
+"""Grids have room for an eighth more rows than the current step has. Where more come, programs take
+several tiles each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class StepToTrain:
 class GraphRows:
     """The rows of one batch size's steps, as long as their plans lie in the same rings.
 
-    `lookup` and `update` are for a capture, in which they do nothing yet. `replay` trains a step.
+    A capture calls `lookup` and `update`, which do nothing then. `replay` trains a step.
     """
 
     def __init__(

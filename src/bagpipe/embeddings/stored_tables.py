@@ -83,8 +83,8 @@ class StoredTables(nn.Module, ABC):
         return common_rate(self.groups)
 
     @property
-    def can_be_planned_there(self) -> bool:
-        """Whether their device has room for what oracle="device" keeps of each row."""
+    def has_room_for_oracle(self) -> bool:
+        """Whether the device has room for what oracle="device" keeps of each row."""
         return has_room_for_rows(self.groups, self.device)
 
     def set_learning_rate(self, lr: float | Mapping[str, float]) -> None:
