@@ -2,6 +2,7 @@
 
     bagpipe      Bagpipe as it is: reader, oracle, transfers and exchanges live
     no_overlap   the same plans with everything that trainers send each other on the critical path
+    by_nccl      Bagpipe with rows that travel by NCCL, where they would by peer memory
     one_trainer  Bagpipe on rank 0 alone with one trainer's batch: tells what N trainers gain
     dense        no embedding work: the dense part and its averaged gradients, the least that a step
                  can take
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from bagpipe.data.base import Batch
 from bagpipe.distributed.communicator import Communicator, Moment
-from bagpipe.plan import RowExchange
 from bagpipe.types import Group, Jagged
 from benchmarks.gpu.arms import BagpipeArm, DenseArm, StepArm
 from benchmarks.workloads import Workload
@@ -88,19 +88,9 @@ class CountingCommunicator(Communicator):
         settings = {each.name: getattr(base, each.name) for each in fields(base) if each.init}
         return cls(**settings | {"kv_store": dist.PrefixStore(name, base.kv_store)})  # type: ignore[attr-defined]
 
-    def exchange(
-        self,
-        rows: Tensor,
-        received: Tensor,
-        plan: RowExchange,
-        *,
-        moment: Moment,
-        step: int,
-        what: str,
-    ) -> None:
-        """See `Communicator.exchange`."""
-        self.sent.add(step, moment, rows.nbytes)  # plans send nothing to the rank itself
-        super().exchange(rows, received, plan, moment=moment, step=step, what=what)
+    def note_sent(self, num_bytes: int, *, moment: Moment, step: int) -> None:
+        """See `Communicator.note_sent`."""
+        self.sent.add(step, moment, num_bytes)  # plans send nothing to the rank itself
 
 
 class DenseShareArm(DenseArm):

@@ -40,7 +40,7 @@ from benchmarks.measure import (
 from benchmarks.prepared_stream import make_stream
 from benchmarks.trainers.planned import plan_run
 from benchmarks.trainers.rank import run_rank
-from benchmarks.trainers.settings import ALONE, WITHOUT_ROWS, TrainersBench
+from benchmarks.trainers.settings import ALONE, BY_NCCL, WITHOUT_ROWS, TrainersBench
 from benchmarks.trainers.tables import render
 from benchmarks.trainers.torchrec import missing_torchrec
 
@@ -72,6 +72,8 @@ def run_trainers(bench: TrainersBench, progress: Progress) -> dict[str, Any]:
         BackgroundError: a rank died.
     """
     missing = missing_torchrec(bench.arms, bench.device)
+    if BY_NCCL in bench.arms and bench.device != "cuda":
+        missing[BY_NCCL] = "rows travel by peer memory with --device cuda alone"
     bench = replace(bench, arms=[name for name in bench.arms if name not in missing])
     folder = Path(tempfile.mkdtemp(prefix="bagpipe-bench-"))
     try:

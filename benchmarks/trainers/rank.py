@@ -45,7 +45,7 @@ from benchmarks.trainers.peers import (
     replicated_batch,
     ring_bytes,
 )
-from benchmarks.trainers.settings import ALONE, UNAVERAGED, WITHOUT_ROWS, TrainersBench
+from benchmarks.trainers.settings import ALONE, BY_NCCL, UNAVERAGED, WITHOUT_ROWS, TrainersBench
 from benchmarks.trainers.stages import Stages
 from benchmarks.trainers.torchrec import TORCHREC_ARMS, TorchRecArm
 
@@ -222,14 +222,16 @@ class _Rank:
                 )
             case "hashed":
                 return HashedArm(self._group, self._shares, base, self._device)
+        communicator = CountingCommunicator.of(base, name)
+        communicator.by_peer_memory = name != BY_NCCL
         return BagpipeShareArm(
             name,
             self._workload,
             self._group,
             self._stream(self._workload.batch_size * self._bench.num_trainers),
             device=self._device,
-            communicator=CountingCommunicator.of(base, name),
-            overlap=name == "bagpipe",
+            communicator=communicator,
+            overlap=name != "no_overlap",
         )
 
     def _alone(self, name: str) -> BagpipeShareArm:

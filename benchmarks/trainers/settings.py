@@ -14,9 +14,13 @@ from benchmarks.workloads import Workload
 
 ALWAYS = ("bagpipe", "dense")
 ALONE = "one_trainer"
+BY_NCCL = "by_nccl"
 UNAVERAGED = "dense_alone"
-ARMS = ("bagpipe", "no_overlap", "replicated", "hashed", *TORCHREC_ARMS, "dense", UNAVERAGED, ALONE)
 WITHOUT_ROWS = ("dense", UNAVERAGED)
+ARMS = (
+    *("bagpipe", "no_overlap", "replicated", "hashed", BY_NCCL),
+    *(*TORCHREC_ARMS, *WITHOUT_ROWS, ALONE),
+)
 QUICK: dict[str, Any] = {"pause_s": 0.05}
 
 

@@ -137,7 +137,7 @@ def test_arms_are_named_alike_and_an_unknown_one_is_refused() -> None:
     for benchmark, known in (
         ("step", "bagpipe, fused, fbgemm, torch_bags, of which bagpipe always runs"),
         ("gpu", "bagpipe, dense, served, fbgemm_hbm"),
-        ("trainers", "bagpipe, no_overlap, replicated, hashed, torchrec"),
+        ("trainers", "bagpipe, no_overlap, replicated, hashed, by_nccl, torchrec"),
     ):
         result = run(benchmark, "--quick", "--arm", "nosuch")
         assert result.exit_code == 2

@@ -16,9 +16,9 @@ from tests.train.one_table import GROUP, batch_of, make, random_batches, records
 from tests.train.ranks import run_ranks
 
 import bagpipe
-from bagpipe.cache.device_plan import MovedArray
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.executor import Executor
+from bagpipe.cache.moved import MovedArray
 from bagpipe.distributed import communicator as communicator_module
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection

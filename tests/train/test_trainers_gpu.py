@@ -1,14 +1,15 @@
 """Two trainers on GPUs give what one gives, to the bit where sums are exact; see `test_trainers`.
 
 Each takes a GPU. Where there is but one they share it, which NCCL allows only to ranks of different
-hosts: they claim to be.
+hosts: they claim to be. Peer memory allows it if it is told to.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,8 @@ from tests.train.test_trainers import (
 )
 
 import bagpipe
+from bagpipe.cache.exchange import Exchange
+from bagpipe.cache.executor import Executor
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import Optimizer
@@ -48,6 +51,7 @@ def train(
     slots: Sequence[int],
     communicator: Communicator | None,
     oracle: Literal["thread", "process"],
+    way: str = "",
 ) -> list[np.ndarray]:
     """All records after training, by group, then what the rank has looked up, by step and group; on
     the current device.
@@ -64,6 +68,11 @@ def train(
     with bagpipe.lookahead(
         batches, embeddings, cache=slots, replicas=replicas, lookahead=4, oracle=oracle
     ) as stream:
+        if communicator is not None:
+            executor = embeddings.executor
+            assert isinstance(executor, Executor)
+            assert isinstance(executor._exchange, Exchange)
+            assert type(executor._exchange._way).__name__ == way
         looked_up: list[torch.Tensor] = []
         for number, batch in enumerate(stream):
             pooled = embeddings(batch).groups
@@ -89,15 +98,20 @@ class Case:
     oracle: Literal["thread", "process"] = "thread"
     slow: str = ""
     has_own_host: bool = False  # each rank
+    way: Literal["PeerMemory", "Messages"] = "PeerMemory"
 
 
-CASES = {
+_BY_PEER_MEMORY = {
     **{type(optimizer).__name__: Case(optimizer=optimizer) for optimizer in OPTIMIZERS},
     **{f"slow {kind}": Case(slow=kind) for kind in KINDS},
     "oracle in a process": Case(slots=(30, 24), oracle="process"),
-    "two hosts": Case(slots=(18, 24), has_own_host=True),
+}
+CASES = {
+    **_BY_PEER_MEMORY,
+    **{f"{name} by NCCL": replace(case, way="Messages") for name, case in _BY_PEER_MEMORY.items()},
+    "two hosts": Case(slots=(18, 24), has_own_host=True, way="Messages"),
     "an oracle process on each of two hosts": Case(
-        slots=(30, 50), has_own_host=True, oracle="process"
+        slots=(30, 50), has_own_host=True, oracle="process", way="Messages"
     ),
 }
 
@@ -107,6 +121,7 @@ def join(rank: int, num_trainers: int, port: int) -> torch.device:
     num_devices = torch.cuda.device_count()
     if num_devices < num_trainers:
         claim_own_host(rank)
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     device = torch.device("cuda", rank % num_devices)
     torch.cuda.set_device(device)
     address = f"tcp://127.0.0.1:{port}"
@@ -129,9 +144,10 @@ def run_rank(rank: int, num_trainers: int, port: int, path: str) -> None:
             communicator = Communicator.from_default_group(
                 host=f"host {rank}" if case.has_own_host else None, timeout=timedelta(seconds=60)
             )
+            communicator.by_peer_memory = case.way == "PeerMemory"
             np.savez(
                 f"{path}/{name}-{rank}.npz",
-                *train(case.optimizer, case.slots, communicator, case.oracle),
+                *train(case.optimizer, case.slots, communicator, case.oracle, case.way),
             )
     dist.barrier()
     dist.destroy_process_group()

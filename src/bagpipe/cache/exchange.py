@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DeviceExchange, DevicePlan
+from bagpipe.cache.device_plan import DeviceExchange, DevicePlan, DeviceRows
 from bagpipe.cache.overlap import Streams
+from bagpipe.cache.ways import way_for
 from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.native.spans import span
@@ -129,6 +130,7 @@ class Exchange:
         communicator.begin_stream()
         self._communicator, self._streams = communicator, streams
         self._caches = tuple(caches)
+        self._way = way_for(communicator, caches, streams)
         self._background = _BackgroundThread() if streams is None else _BackgroundStream(streams)
         self._steps: dict[int, _Step] = {}
         self._newest = 0  # step that has begun
@@ -257,6 +259,7 @@ class Exchange:
             if step.sums and (number != open_step or len(step.sums) == len(self._caches)):
                 self.defer(number)
         self.finish_deferred(max(self._steps, default=0))
+        self._way.finish()  # nothing is written back that was made of rows that did not come
 
     def end_flush(self) -> None:
         """Waits until all ranks have written their rows back."""
@@ -268,6 +271,7 @@ class Exchange:
         Without `wait` it waits for nothing, since the stream has failed.
         """
         self._background.close(wait=wait)
+        self._way.close(wait=wait)
         self._communicator.end_stream(has_failed=not wait)
 
     def _send_replicas_overlapped(
@@ -288,9 +292,8 @@ class Exchange:
                 rows, send = exchange.replicas_urgent, on_device.replicas_urgent
                 begin += exchange.replicas_overlapped.num_received
             with span(f"replicas_{moment}"):
-                into = cache.words[begin : begin + rows.num_received]
                 self._exchange(
-                    cache.words, send, into, rows, moment, step, f"replicas of {cache.group.name}"
+                    cache.words, begin, send, rows, moment, step, f"replicas of {cache.group.name}"
                 )
 
     def _apply_overlapped(self, step: _Step) -> None:
@@ -317,22 +320,25 @@ class Exchange:
         else:
             rows, send, apply = exchange.sync_urgent, on_device.sync_urgent, on_device.apply_urgent
         with span(f"sync_{moment}"):
-            into = sums[num_uniques : num_uniques + rows.num_received]
-            self._exchange(sums, send, into, rows, moment, step, f"gradients of {cache.group.name}")
+            what = f"gradients of {cache.group.name}"
+            self._exchange(sums, num_uniques, send, rows, moment, step, what)
             cache.apply(apply, sums, rate=step.rates[index])
 
     def _exchange(
         self,
-        source: Tensor,
-        send: Tensor,
-        into: Tensor,
+        values: Tensor,
+        first_received: int,
+        send: DeviceRows,
         rows: RowExchange,
         moment: Moment,
         step: _Step,
         what: str,
     ) -> None:
-        self._communicator.exchange(
-            source.index_select(0, send), into, rows, moment=moment, step=step.plan.step, what=what
+        number = step.plan.step
+        num_bytes = len(rows.send) * values.shape[1] * values.element_size()
+        self._communicator.note_sent(num_bytes, moment=moment, step=number)
+        self._way.exchange(
+            values, first_received, send, rows, moment=moment, step=number, what=what
         )
 
 

@@ -28,7 +28,6 @@ from bagpipe.cache.device_plan import (
     DeviceExchange,
     DevicePlan,
     DeviceTransfers,
-    MovedArray,
     plan_to_device,
     urgent_to_device,
 )
@@ -36,6 +35,7 @@ from bagpipe.cache.exchange import exchange_with
 from bagpipe.cache.graph_rows import GraphRows, RowsInGraphs, StepToTrain
 from bagpipe.cache.issued import naming_step
 from bagpipe.cache.marks import marks_on
+from bagpipe.cache.moved import MovedArray
 from bagpipe.cache.movers import mover_for
 from bagpipe.cache.overlap import Streams
 from bagpipe.cache.pending import Pending

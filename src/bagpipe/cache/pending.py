@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bagpipe.cache.device_plan import DeviceGroup, MovedArray
+from bagpipe.cache.device_plan import DeviceGroup
 from bagpipe.cache.issued import IssuedTransfers
+from bagpipe.cache.moved import MovedArray
 from bagpipe.plan import HostStepPlan
 
 

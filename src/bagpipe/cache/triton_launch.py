@@ -28,6 +28,8 @@ VARYING = (
     "seed_low seed_high "
     "address moved_rows size room num_rows num_slots num_tiles num_words num_offsets max_pieces "
     "max_further num_plans num_batches max_lookups max_bags max_uniques "
+    "rank number first_slot first_row region_bytes flags_at regions_at stop_address done_address "
+    "send_counts receive_counts "
     "slots bag_offsets bag_scales lookup_weights unique_slots bags bag_weights piece_offsets "
     "long_uniques long_offsets"
 ).split()
@@ -89,7 +91,7 @@ class Kernel:
         names = [each.name for each in arguments if "constexpr" not in str(each.annotation)]
         varying = VARYING if is_specialized else names
         self._jit = triton.jit(do_not_specialize=varying)(function)
-        self._is_compiled = isinstance(self._jit, JITFunction)  # else Triton's interpreter runs it
+        self.is_compiled = isinstance(self._jit, JITFunction)  # else Triton's interpreter runs it
         self._variants: dict[tuple[Any, ...], Any] = {}
 
     def launch(
@@ -107,7 +109,7 @@ class Kernel:
             constants: By the kernel's parameters, in their order.
             num_warps: Of each program.
         """
-        if not self._is_compiled:
+        if not self.is_compiled:
             self._jit[(num_programs,)](*arguments, **constants)
             return
         # What the code depends on; in line, since calls would take the trainer's thread 5 us more.

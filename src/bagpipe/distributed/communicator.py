@@ -73,6 +73,8 @@ class Communicator:
     open_tables: OpenTables | None = None
     """What opens tables for which the user names no store; None: shard servers are started."""
     timeout: timedelta = field(default_factory=lambda: timedelta(minutes=5))
+    by_peer_memory: bool = True
+    """Whether rows travel between GPUs of one host by peer memory where they can; else by NCCL."""
     number: int = 0
     """Tells the keys of several communicators of one key-value store apart."""
     lockstep: Lockstep = field(init=False)
@@ -181,6 +183,9 @@ class Communicator:
                 received, rows, plan.receive_counts.tolist(), plan.send_counts.tolist()
             )
             self._finish(message, received)
+
+    def note_sent(self, num_bytes: int, *, moment: Moment, step: int) -> None:
+        """Is told how much `step` sends to other ranks, by whatever way; benchmarks count it."""
 
     def _finish(self, message: Any, values: Tensor) -> None:
         """Waits for `values`; those of a GPU its current stream waits for."""

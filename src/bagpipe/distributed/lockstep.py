@@ -132,7 +132,7 @@ class Lockstep:
             except RuntimeError:
                 is_over = message.is_completed()  # it has failed, or come meanwhile
                 self._look()
-                self._raise_if_failed()  # asked last: who fails leaves word before it goes
+                self.raise_if_failed()  # asked last: who fails leaves word before it goes
                 if is_over:
                     message.wait()
                     return
@@ -158,7 +158,7 @@ class Lockstep:
                     try:
                         told.message.wait()
                     except RuntimeError:
-                        self._raise_if_failed()
+                        self.raise_if_failed()
                         raise
                 self._told.popleft()
                 told_by_rank = [
@@ -171,7 +171,8 @@ class Lockstep:
         if self._parted is not None:
             raise self._parted
 
-    def _raise_if_failed(self) -> None:
+    def raise_if_failed(self) -> None:
+        """Raises RuntimeError if a rank has left word that it failed; any thread may call it."""
         reason = ""
         with contextlib.suppress(RuntimeError):  # the key-value store's process may be gone, too
             if self._kv_store.check([self._key]):

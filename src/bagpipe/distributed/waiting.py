@@ -55,7 +55,7 @@ class KeyWaiter:
                 waited = time.monotonic() - started
                 if waited < _LOOK_AFTER.total_seconds() / 2 or time.monotonic() >= deadline:
                     raise
-                self._raise_if_gone()
+                self.raise_if_gone()
             else:
                 return
 
@@ -64,7 +64,8 @@ class KeyWaiter:
         self.wait_for(key)
         return str(self.connection.get(key).decode())
 
-    def _raise_if_gone(self) -> None:
+    def raise_if_gone(self) -> None:
+        """Raises RuntimeError if a process that is watched has ended."""
         readable, _, _ = select.select(list(self._processes.values()), [], [], 0)
         for rank, process in self._processes.items():
             if process in readable:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from bagpipe.cache.device_plan import MovedArray, aligned_begins
+from bagpipe.cache.moved import MovedArray, aligned_begins
 from bagpipe.cache.overlap import Buffer, Staging
 from bagpipe.errors import UsageError
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DevicePlan, to_device
+from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.cache.moved import to_device
 from bagpipe.lookups import group_lookups, group_rows
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.types import Jagged

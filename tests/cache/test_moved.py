@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagpipe.cache.device_plan import _as_array, _cut
+from bagpipe.cache.moved import _as_array, _cut
 
 
 @given(

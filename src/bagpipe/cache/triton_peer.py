@@ -1,0 +1,226 @@
+"""Lets a GPU write rows into the memory of the others of its host, and wait for theirs.
+
+One launch sends this rank's rows and receives the others'. Part q of a message between two ranks is
+the work of one program on each of them, which are twins: it copies its tiles of rows into the
+other's region, raises its twin's flag, waits for its own, and copies what has come to where it is
+needed. So a program waits for its twin alone. Nothing here waits for a program of its own launch,
+so no number of programs can keep itself from running.
+
+A flag holds the number of the last round that has come, and has one writer. The writes before it
+are released to the whole system, and acquired with it. A round's number follows from the numbers of
+rows, which both ranks know: a round of no rows in either direction is none. What the regions hold
+and when they may be written again is told in `peer_memory`.
+
+A loop that waits asks at times for a word in the host's memory, by which the host ends it: another
+rank may never raise the flag. All threads of a program must leave the loop together, but each loads
+a number for itself, and the host may write between two loads. What an atomic operation returns, one
+thread has asked for and all are given. So the host's word goes into one on the device by such an
+operation, and the loop ends by what that returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bagpipe.cache.device_plan import DeviceRows
+from bagpipe.cache.triton_launch import Kernel, Tile, Tiling, on_device_of
+
+_TILE = Tiling(elements=4096, per_thread=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """One rank's side of all messages of one moment; sizes and places are in bytes."""
+
+    rank: int
+    num_trainers: int
+    num_parts: int
+    """Into how many parts the rows of two ranks are cut."""
+    region_bytes: int
+    flags_at: int
+    """Where flags begin in each rank's memory."""
+    regions_at: int
+    addresses: Tensor
+    """Of each rank's memory: (num_trainers,) int64."""
+    rounds: Tensor
+    """So far: (num_trainers, num_parts) int64."""
+    done: Tensor
+    """In the host's memory: the last launch that is over, of the shape of `rounds`."""
+    stop: Tensor
+    """In the host's memory: what ends all waiting, once it is not zero; (1,) int32."""
+    stopped: Tensor
+    """What waiting programs have seen of it: (1,) int32."""
+
+    @cached_property
+    def fixed(self) -> tuple[int, ...]:
+        """What is the same in all launches, for the kernel."""
+        return self.region_bytes, self.flags_at, self.regions_at, self.rank
+
+    @cached_property
+    def on_host(self) -> tuple[int, int]:
+        """The addresses of `stop` and `done`."""
+        return self.stop.data_ptr(), self.done.data_ptr()
+
+
+def exchange_rows(
+    lane: Lane,
+    values: Tensor,
+    rows: DeviceRows,
+    first_received: int,
+    *,
+    first: int,
+    num_rows: int,
+    number: int,
+    sends: bool = True,
+    receives: bool = True,
+) -> None:
+    """Takes part in one round of a message.
+
+    Args:
+        lane: The rank's, of the message's moment.
+        values: (n, W) float32, from which rows are sent and into which they are received.
+        rows: Which are sent, and how many to and from each rank.
+        first_received: The row of `values` from which on they are received.
+        first: The first row of each two ranks' that is in this round.
+        num_rows: How many rows a round has at most.
+        number: Of the launch.
+        sends: Whether this launch sends.
+        receives: Whether this launch waits and receives.
+    """
+    width = values.shape[1]
+    tile, constants = _constants(width, lane.num_trainers, lane.num_parts, sends, receives)
+    with on_device_of(values):
+        travel.launch(
+            (lane.num_trainers - 1) * lane.num_parts,
+            (
+                values,
+                rows.send,
+                rows.send_counts,
+                rows.receive_counts,
+                lane.addresses,
+                lane.rounds,
+                lane.stopped,
+                *lane.on_host,
+                first_received,
+                first,
+                num_rows,
+                number,
+                *lane.fixed,
+            ),
+            constants,
+            tile.num_warps,
+        )
+
+
+@cache
+def _constants(
+    width: int, num_trainers: int, num_parts: int, sends: bool, receives: bool
+) -> tuple[Tile, Mapping[str, object]]:
+    tile = _TILE.of(width)
+    return tile, {
+        "WIDTH": width,
+        "RANKS": num_trainers,
+        "RANKS_TILE": triton.next_power_of_2(num_trainers),
+        "PARTS": num_parts,
+        "SENDS": sends,
+        "RECEIVES": receives,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+    }
+
+
+@Kernel
+def travel(
+    values: tl.tensor,
+    moved_rows: tl.tensor,
+    send_counts: tl.tensor,
+    receive_counts: tl.tensor,
+    addresses: tl.tensor,
+    rounds: tl.tensor,
+    stopped: tl.tensor,
+    stop_address: tl.tensor,
+    done_address: tl.tensor,
+    first_slot: tl.tensor,
+    first_row: tl.tensor,
+    num_rows: tl.tensor,
+    number: tl.tensor,
+    region_bytes: tl.tensor,
+    flags_at: tl.tensor,
+    regions_at: tl.tensor,
+    rank: tl.tensor,
+    WIDTH: tl.constexpr,
+    RANKS: tl.constexpr,
+    RANKS_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SENDS: tl.constexpr,
+    RECEIVES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    index, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    peer = index + (index >= rank).to(tl.int32)
+    others, columns = tl.arange(0, RANKS_TILE), tl.arange(0, COLUMNS)
+    to_all = tl.load(send_counts + others, mask=others < RANKS, other=0)
+    from_all = tl.load(receive_counts + others, mask=others < RANKS, other=0)
+    send_begin = tl.sum(tl.where(others < peer, to_all, 0)) + first_row
+    receive_begin = tl.sum(tl.where(others < peer, from_all, 0)) + first_row + first_slot
+    num_sent = tl.sum(tl.where(others == peer, to_all, 0)) - first_row
+    num_received = tl.sum(tl.where(others == peer, from_all, 0)) - first_row
+    twin = peer * PARTS + part
+    if tl.maximum(num_sent, num_received) > 0:
+        in_round = tl.load(rounds + twin) + 1
+        # Regions take turns.
+        regions = regions_at + (in_round % 2) * RANKS * region_bytes
+        own, theirs = tl.load(addresses + rank), tl.load(addresses + peer)
+        if SENDS:
+            region = theirs + regions + rank * region_bytes
+            into = tl.multiple_of(region.to(tl.pointer_type(tl.float32)), 16)
+            num_sent = tl.minimum(num_sent, num_rows)
+            for tile in range(part, tl.cdiv(num_sent, ROWS), PARTS):
+                row = tile * ROWS + tl.arange(0, ROWS)
+                slot = tl.load(moved_rows + send_begin + row, mask=row < num_sent, other=0)
+                inside = (row < num_sent)[:, None] & (columns < WIDTH)[None, :]
+                at = values + slot.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+                tl.store(
+                    into + row[:, None] * WIDTH + columns[None, :],
+                    tl.load(at, mask=inside),
+                    mask=inside,
+                )
+            tl.debug_barrier()  # all threads' writes come before the flag of one
+            flag = theirs + flags_at + (rank * PARTS + part) * 8
+            tl.atomic_xchg(flag.to(tl.pointer_type(tl.int64)), in_round, sem="release", scope="sys")
+        if RECEIVES:
+            flag = (own + flags_at + twin * 8).to(tl.pointer_type(tl.int64))
+            stop = stop_address.to(tl.pointer_type(tl.int32))
+            has_come = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+            is_stopped, num_polls = 0, 0
+            while (has_come < in_round) & (is_stopped == 0):
+                has_come = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+                num_polls += 1
+                if num_polls % 64 == 0:  # the host's memory is far
+                    is_stopped = tl.atomic_max(stopped, tl.load(stop, volatile=True))
+            tl.debug_barrier()
+            num_received = tl.where(has_come < in_round, 0, tl.minimum(num_received, num_rows))
+            region = own + regions + peer * region_bytes
+            come = tl.multiple_of(region.to(tl.pointer_type(tl.float32)), 16)
+            for tile in range(part, tl.cdiv(num_received, ROWS), PARTS):
+                row = tile * ROWS + tl.arange(0, ROWS)
+                inside = (row < num_received)[:, None] & (columns < WIDTH)[None, :]
+                at = values + (receive_begin + row)[:, None] * WIDTH + columns[None, :]
+                # past the L1 cache, which does not see what another device writes
+                record = tl.load(
+                    come + row[:, None] * WIDTH + columns[None, :],
+                    mask=inside,
+                    cache_modifier=".cg",
+                )
+                tl.store(at, record, mask=inside)
+            tl.store(rounds + twin, in_round)
+    if RECEIVES:
+        done = done_address.to(tl.pointer_type(tl.int64))
+        tl.store(done + twin, number.to(tl.int64))
