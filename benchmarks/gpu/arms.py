@@ -211,7 +211,7 @@ class BagpipeArm:
         self.embeddings.update([grads])
 
     def rows(self) -> GraphRows | None:
-        """What does both within the dense part's graph, where plans are made on the device."""
+        """What does both within the dense part's graph, if it can hold them."""
         assert self._batch is not None
         return self.embeddings.rows_in_graph(self._batch.sparse)
 

@@ -113,7 +113,7 @@ class ReplicatedArm:
     def update(self, grads: Tensor) -> None:
         """See `StepArm.update`."""
         batch, num_trainers = _given(self._batch), self._communicator.num_trainers
-        own = self.cache.sum_by_row(batch.own, grads, scale=1.0 / num_trainers, room=0)
+        own = self.cache.sum_by_row(batch.own, grads, scale=1.0 / num_trainers)
         # All ranks need buffers of one shape, so rows that are not in the share add zero.
         sums = own.new_zeros(len(batch.all_rows.unique_slots), own.shape[1])
         sums.index_copy_(0, batch.places, own)
@@ -199,7 +199,7 @@ class HashedArm:
     def update(self, grads: Tensor) -> None:
         """See `StepArm.update`."""
         asked = _given(self._asked)
-        sums = self.cache.sum_by_row(asked.plan, grads, scale=1.0 / self._num_trainers, room=0)
+        sums = self.cache.sum_by_row(asked.plan, grads, scale=1.0 / self._num_trainers)
         by_owner = sums if asked.order is None else sums.index_select(0, asked.order)
         # They come in the order of ranks, and each row's gradients are added in this order.
         received = self._exchange(by_owner, asked.asked_counts, asked.counts)

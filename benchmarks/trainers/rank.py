@@ -290,9 +290,7 @@ class _Rank:
         if rows is not None:
             return run.dense.step(dense, labels, rows=rows)[0]
         run.arm.lookup(run.dense.pooled)
-        loss, grads = run.dense.step(dense, labels)
-        run.arm.update(grads[0])
-        return loss
+        return run.dense.step(dense, labels, update=lambda grads: run.arm.update(grads[0]))[0]
 
     def _time_parts(self, run: _Run) -> dict[str, float]:
         """Times Bagpipe's stages and waits in one more turn: milliseconds of a step."""

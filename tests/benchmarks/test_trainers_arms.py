@@ -229,5 +229,5 @@ def test_rows_found_by_a_sort_give_the_sums_of_the_oracles(is_jagged: bool, kind
     expected = np.zeros((600, 4), np.float32)
     np.add.at(expected, rows, grads.numpy().reshape(-1, 4)[output_rows])
     cache = DeviceCache(group=group, num_slots=600, device=device)
-    sums = cache.sum_by_row(plan, grads.to(device), scale=1.0, room=0)
+    sums = cache.sum_by_row(plan, grads.to(device), scale=1.0)
     np.testing.assert_array_equal(sums.cpu(), expected[np.unique(rows)])

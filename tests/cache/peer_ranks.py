@@ -15,6 +15,7 @@ from tests.soon import TIMEOUT_S
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DeviceRows
+from bagpipe.cache.ring import RowRings
 from bagpipe.cache.triton_launch import Tiling
 from bagpipe.distributed.waiting import naming_failures
 
@@ -48,12 +49,24 @@ class Host:
         )
         return peer_memory.PeerMemory(communicator, self.layout, buffers, timeout_s=timeout_s)
 
-    def has_come(self, lane: triton_peer.Lane, rows: DeviceRows, first: int) -> bool:
+    def has_come(self, lane: triton_peer.Lane, rows: DeviceRows | RowRings, first: int) -> bool:
         """Whether a rank's flags say that all rows of a round are there."""
         at = lane.flags_at // 8
         flags = self.owned[lane.rank][at : at + lane.rounds.numel()].view(lane.rounds.shape)
-        takes_part = torch.maximum(rows.send_counts, rows.receive_counts) > first
-        return bool((flags > lane.rounds)[takes_part].all())
+        counts = torch.maximum(rows.send_counts, rows.receive_counts)
+        if isinstance(rows, RowRings):
+            counts = counts[int(rows.clock) % len(counts)]
+        return bool((flags > lane.rounds)[counts > first].all())
+
+
+def assert_all_over(way: Any) -> None:
+    """The device has counted as many launches as the host."""
+    for traffic in way._traffic.values():
+        lane = traffic.lane
+        others = torch.arange(lane.num_trainers) != lane.rank
+        assert (lane.done[others] == traffic.num_issued).all()
+    way.look()
+    assert not any(traffic.issued for traffic in way._traffic.values())
 
 
 class Alike:
@@ -75,15 +88,20 @@ class Turns:
     """
 
     def __init__(self, host: Host) -> None:
-        self._host, self._turn = host, threading.Condition()
+        self._host, self.turn = host, threading.Condition()
         self._launch = triton_peer.exchange_rows
 
     def exchange_rows(
-        self, lane: triton_peer.Lane, values: Tensor, rows: DeviceRows, *place: int, **options: Any
+        self,
+        lane: triton_peer.Lane,
+        values: Tensor,
+        rows: DeviceRows | RowRings,
+        *place: int,
+        **options: Any,
     ) -> None:
-        with self._turn:
-            if options["receives"]:
+        with self.turn:
+            if options.get("receives"):
                 come = partial(self._host.has_come, lane, rows, options["first"])
-                assert self._turn.wait_for(come, TIMEOUT_S)
+                assert self.turn.wait_for(come, TIMEOUT_S)
             self._launch(lane, values, rows, *place, **options)
-            self._turn.notify_all()
+            self.turn.notify_all()

@@ -6,7 +6,9 @@ Without a GPU, Triton's interpreter runs the kernels.
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,14 +21,16 @@ from tests.train import equality
 from torch import Tensor
 
 import bagpipe
-from bagpipe.cache import device_cache, kernels_cpu
+from bagpipe.cache import device_cache, kernels_cpu, plan_rings
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.cache.ring import Ring, RingLayout
-from bagpipe.device_oracle import oracle
+from bagpipe.cache.triton_launch import Kernel
+from bagpipe.device_oracle import oracle as device_oracle
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RowWiseAdagrad
+from bagpipe.types import OraclePlace
 
 kernels_triton = pytest.importorskip("bagpipe.cache.kernels_triton")
 
@@ -108,12 +112,12 @@ def test_a_plan_in_rings_gives_what_the_plan_gives(
         assert torch.equal(one, other)
 
 
-def trained(*, in_graph: bool) -> tuple[list[float], list[np.ndarray], int]:
+def trained(oracle: OraclePlace, *, in_graph: bool) -> tuple[list[float], list[np.ndarray], int]:
     """Losses, records at the end, and how many steps a graph could have held."""
     tables, optimizer = equality.TABLES, AdamW(lr=0.05, weight_decay=0.5)
     embeddings = EmbeddingBagCollection(tables, optimizer=optimizer, device=DEVICE, seed=11)
     batches, losses, num_held = equality.skewed_batches(13, batch_size=6), list[float](), 0
-    stream = bagpipe.lookahead(batches, embeddings, cache=[60, 12], lookahead=4, oracle="device")
+    stream = bagpipe.lookahead(batches, embeddings, cache=[60, 12], lookahead=4, oracle=oracle)
     for step, batch in enumerate(stream):
         executor = weakref.ref(cast(Executor, embeddings.executor))
         rows: GraphRows | None = None
@@ -153,22 +157,37 @@ def backward(pooled: list[Tensor], losses: list[float]) -> list[Tensor]:
 @pytest.fixture
 def reading_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that read rings, also on a CPU, and rings that are soon there to stay."""
-    # On a CPU threads fill slots, and Triton's interpreter is for one thread alone.
+    turn = threading.RLock()
+
+    def alone(call: Callable[..., Any]) -> Callable[..., Any]:
+        """Triton's interpreter is for one thread, and writes back all memory of its arguments."""
+
+        def called(*arguments: Any, **options: Any) -> Any:
+            with turn:
+                return call(*arguments, **options)
+
+        return called
+
+    # On a CPU threads fill slots and move plans.
     moves = kernels_triton if DEVICE.type == "cuda" else kernels_cpu
     kernels = SimpleNamespace(
         lookup=kernels_triton.lookup,
         update=kernels_triton.update,
-        fill=moves.fill,
-        read=moves.read,
+        fill=alone(moves.fill),
+        read=alone(moves.read),
     )
     monkeypatch.setattr(device_cache, "kernels_of", lambda _: kernels)
-    monkeypatch.setattr(oracle, "_PLANS_BEFORE_CAPTURE", 2)
+    for owner, name in ((Kernel, "launch"), (plan_rings.HostRings, "move")):
+        monkeypatch.setattr(owner, name, alone(getattr(owner, name)))
+    monkeypatch.setattr(device_oracle, "_PLANS_BEFORE_CAPTURE", 2)
+    monkeypatch.setattr(plan_rings, "_PLANS_BEFORE_STAY", 2)
 
 
+@pytest.mark.parametrize("oracle", ["thread", "device"])
 @pytest.mark.usefixtures("reading_rings")
-def test_steps_that_a_graph_could_hold_train_as_others_do() -> None:
-    losses, records, _ = trained(in_graph=False)
-    held_losses, held_records, num_held = trained(in_graph=True)
+def test_steps_that_a_graph_could_hold_train_as_others_do(oracle: OraclePlace) -> None:
+    losses, records, _ = trained(oracle, in_graph=False)
+    held_losses, held_records, num_held = trained(oracle, in_graph=True)
     assert num_held >= 5
     assert held_losses == losses
     for one, other in zip(held_records, records, strict=True):
@@ -190,9 +209,10 @@ def test_rows_of_a_graph_that_is_kept_keep_no_memory() -> None:
             rows = embeddings.rows_in_graph(batch)
             if rows is not None and rows not in kept:
                 kept.append(rows)
-                rings.append(weakref.ref(rows._found_in[0]))
-                assert embeddings.executor is not None
-                caches.append(weakref.ref(embeddings.executor.caches[0]))
+                executor = cast(Executor, embeddings.executor)
+                rings.append(weakref.ref(executor._in_graph._rows[batch.batch_size][0][0]))
+                caches.append(weakref.ref(executor.caches[0]))
+                del executor
             if step == len(small) + 3:
                 stream.flush()  # the device has computed the steps of the old rings
                 assert rings[0]() is None
@@ -204,7 +224,7 @@ def test_rows_of_a_graph_that_is_kept_keep_no_memory() -> None:
     embeddings.close()
 
 
-def test_a_cpu_and_plans_of_the_host_have_no_rows_for_a_graph() -> None:
+def test_a_cpu_has_no_rows_for_a_graph() -> None:
     embeddings = EmbeddingBagCollection(equality.TABLES, optimizer=SGD(lr=0.1))
     for place in ("thread", "device"):
         stream = bagpipe.lookahead(

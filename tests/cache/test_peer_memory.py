@@ -13,13 +13,21 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.cache.peer_ranks import Alike, Host, Turns, peer_memory, use_small_parts
+from tests.cache.peer_ranks import (
+    Alike,
+    Host,
+    Turns,
+    assert_all_over,
+    peer_memory,
+    use_small_parts,
+)
 from tests.train.test_trainers import (
     assert_equal,
     curved_loss,
@@ -31,6 +39,7 @@ from torch import Tensor
 
 from bagpipe.cache import exchange, triton_peer
 from bagpipe.cache.device_plan import DeviceRows
+from bagpipe.cache.ring import RowRings
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.errors import LostError
 from bagpipe.optimizers import RowWiseAdagrad
@@ -39,7 +48,7 @@ from bagpipe.plan import RowExchange
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="tests/train/test_trainers_gpu.py does it"
 )
-NUM_VALUES = 40
+NUM_VALUES, NUM_MESSAGES, FIRST_STEP = 40, 6, 100
 MOMENTS: tuple[Moment, Moment] = ("urgent", "overlapped")
 
 
@@ -57,20 +66,25 @@ class Launches:
     streams: dict[tuple[int, int], deque[Any]] = field(default_factory=dict)
 
     def exchange_rows(self, lane: triton_peer.Lane, *arguments: Any, **options: Any) -> None:
-        stream = self.streams.setdefault((lane.rank, lane.flags_at), deque())
-        stream.append((lane, arguments, options))
+        _, rows, *_ = arguments
+        self.ask(
+            lane,
+            partial(self.launch, lane, *arguments, **options),
+            lambda: not options["receives"] or self.host.has_come(lane, rows, options["first"]),
+        )
+
+    def ask(
+        self, lane: triton_peer.Lane, call: Callable[..., object], can_end: Callable[[], bool]
+    ) -> None:
+        self.streams.setdefault((lane.rank, lane.flags_at), deque()).append((call, can_end))
 
     def run_all(self, chance: random.Random) -> None:
         """Runs all in an order drawn by chance; of those that wait none runs before it can end."""
         while any(self.streams.values()):
-            ready = [stream for stream in self.streams.values() if stream and self._can_end(stream)]
+            ready = [stream for stream in self.streams.values() if stream and stream[0][1]()]
             assert ready, "ranks wait for each other"
-            lane, arguments, options = chance.choice(ready).popleft()
-            self.launch(lane, *arguments, **options)
-
-    def _can_end(self, stream: deque[Any]) -> bool:
-        lane, (_, rows, *_), options = stream[0]
-        return not options["receives"] or self.host.has_come(lane, rows, options["first"])
+            call, _ = chance.choice(ready).popleft()
+            call()
 
 
 def draw_counts(chance: random.Random, num_trainers: int) -> np.ndarray:
@@ -90,17 +104,45 @@ def on_device(rows: RowExchange) -> DeviceRows:
     )
 
 
+def make_rings(num_trainers: int) -> RowRings:
+    """Of a place for each message; what no message fills is wrong."""
+    headers = torch.zeros(NUM_MESSAGES, 2 * num_trainers + 1, dtype=torch.int64)
+    return RowRings(
+        send=torch.full((NUM_MESSAGES, 6 * num_trainers), NUM_VALUES - 1, dtype=torch.int32),
+        send_counts=headers[:, :num_trainers],
+        receive_counts=headers[:, num_trainers:-1],
+        firsts=headers[:, -1],
+        clock=torch.zeros(1, dtype=torch.int64),
+    )
+
+
+def fill(rings: RowRings, rows: RowExchange, first_received: int, step: int) -> None:
+    place = step % len(rings.firsts)
+    rings.send[place, : len(rows.send)] = torch.from_numpy(rows.send)
+    rings.send_counts[place] = torch.from_numpy(rows.send_counts)
+    rings.receive_counts[place] = torch.from_numpy(rows.receive_counts)
+    rings.firsts[place] = first_received
+
+
 def exchange_at_random(num_trainers: int, width: int, region_rows: int, seed: int) -> None:
-    """Exchanges a few messages of each moment and compares what came with what was sent."""
+    """Exchanges a few messages of each moment and compares what came with what was sent.
+
+    Each rank takes each message from arrays of its own, or from rings.
+    """
     chance = random.Random(seed)
     host = Host(num_trainers, region_rows * width * 4)
     launches = Launches(host=host, launch=peer_memory.exchange_rows)
     ways = [host.open(Alike(rank, num_trainers)) for rank in range(num_trainers)]
+    rings = [{moment: make_rings(num_trainers) for moment in MOMENTS} for _ in ways]
+    for way, by_moment in zip(ways, rings, strict=True):
+        for moment in MOMENTS:
+            way.warm_up(torch.zeros(1, width), by_moment[moment], moment)
     checks: list[tuple[Tensor, Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peer_memory, "exchange_rows", launches.exchange_rows)
-        for number in range(6):
+        for number in range(NUM_MESSAGES):
             counts, moment = draw_counts(chance, num_trainers), chance.choice(MOMENTS)
+            step, first_received = FIRST_STEP + number, chance.choice([11, 15])
             values = [
                 torch.arange(NUM_VALUES * width, dtype=torch.float32).view(NUM_VALUES, width)
                 + 1000 * (number * num_trainers + rank)
@@ -121,27 +163,40 @@ def exchange_at_random(num_trainers: int, width: int, region_rows: int, seed: in
                     values[other][torch.from_numpy(np.split(each, counts[other].cumsum())[rank])]
                     for other, each in enumerate(sent)
                 ]
-                expected[11 : 11 + counts[:, rank].sum()] = torch.cat(parts)
+                expected[first_received : first_received + counts[:, rank].sum()] = torch.cat(parts)
                 checks.append((values[rank], expected))
-                way.exchange(
-                    values[rank], 11, on_device(rows), rows, moment=moment, step=number, what="rows"
-                )
+                if chance.random() < 0.5:
+                    own_rings = rings[rank][moment]
+                    fill(own_rings, rows, first_received, step)
+                    tick = partial(own_rings.clock.fill_, step)
+                    launches.ask(way._traffic[moment].lane, tick, lambda: True)
+                    way.launch(values[rank], own_rings, moment)
+                    way.note(moment, step, "rows")
+                else:
+                    way.exchange(
+                        *(values[rank], first_received, on_device(rows), rows),
+                        moment=moment,
+                        step=step,
+                        what="rows",
+                    )
         launches.run_all(chance)
     for way in ways:
         way.finish()
+        assert_all_over(way)
         way.close(wait=True)
     for found, expected in checks:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     ("num_trainers", "width", "region_rows"),
     [(2, 4, 30), (2, 4, 4), (3, 3, 4)],  # one round, and several
 )
 def test_rows_come_as_by_messages_whoever_is_ahead(
-    num_trainers: int, width: int, region_rows: int
+    num_trainers: int, width: int, region_rows: int, seed: int
 ) -> None:
-    exchange_at_random(num_trainers, width, region_rows, seed=0)
+    exchange_at_random(num_trainers, width, region_rows, seed)
 
 
 def with_fault(monkeypatch: pytest.MonkeyPatch, folder: Path, right: str, wrong: str) -> None:
@@ -164,15 +219,21 @@ def with_fault(monkeypatch: pytest.MonkeyPatch, folder: Path, right: str, wrong:
     ("right", "wrong"),
     [
         ("(in_round % 2)", "(in_round * 0)"),  # a region is written a round early
-        ("tl.minimum(num_sent, num_rows)", "tl.minimum(num_sent, num_rows) - 1"),
+        ("tl.minimum(num_sent - first, num_rows)", "tl.minimum(num_sent - first, num_rows) - 1"),
         (
-            "tl.where(others < peer, from_all, 0)) + first_row",
-            "tl.where(others < peer, to_all, 0)) + first_row",
+            "tl.where(others < peer, from_all, 0)) + first_slot",
+            "tl.where(others < peer, to_all, 0)) + first_slot",
         ),
         ("in_round, sem=", "in_round - 1, sem="),  # a flag is left out
         ("has_come < in_round, 0,", "has_come > in_round, 0,"),
+        ("tl.load(clock) % num_plans", "tl.load(clock) % (num_plans - 1)"),
+        ("place * firsts_stride", "place"),
+        ("    number = tl.load(launches + twin) + 1", "    number = tl.load(rounds + twin) + 1"),
     ],
-    ids=["region early", "row left out", "wrong begin", "flag left out", "nothing taken"],
+    ids=[
+        *("region early", "row left out", "wrong begin", "flag left out", "nothing taken"),
+        *("wrong place", "wrong first", "rounds counted"),
+    ],
 )
 def test_planted_faults_are_found(
     right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,10 +253,21 @@ def lone_message(way: Any) -> None:
     )
 
 
-def test_a_rank_that_sends_nothing_is_waited_for_no_longer_than_the_timeout() -> None:
+def lone_launch(way: Any) -> None:
+    """The same from rings."""
+    rings = make_rings(2)
+    rings.receive_counts[0, 1] = 1
+    way.note("urgent", 7, "gradients")
+    way.launch(torch.zeros(4, 4), rings, "urgent")
+
+
+@pytest.mark.parametrize("ask", [lone_message, lone_launch])
+def test_a_rank_that_sends_nothing_is_waited_for_no_longer_than_the_timeout(
+    ask: Callable[[Any], None],
+) -> None:
     way = Host(2, 64).open(Alike(0, 2), timeout_s=0.0)
-    lone_message(way)  # returns: the thread that looks has ended the waiting
-    for call in (way.finish, lambda: lone_message(way)):
+    ask(way)  # returns: the thread that looks has ended the waiting
+    for call in (way.finish, lambda: ask(way)):
         with pytest.raises(
             LostError, match=r"rank 0: exchanging gradients of step 7 failed.* rank 1 for"
         ):

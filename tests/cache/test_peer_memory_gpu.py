@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,22 +19,28 @@ import torch
 import torch.distributed as dist
 from tests.train.test_trainers_gpu import free_port, join
 
+from bagpipe.cache.captured import captured_graph
 from bagpipe.cache.device_plan import DeviceRows
 from bagpipe.cache.moved import all_to_device
+from bagpipe.cache.ring import RowRings
 from bagpipe.cache.ways import Messages, Way
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.errors import LostError
 from bagpipe.plan import RowExchange
+
+if TYPE_CHECKING:
+    from bagpipe.cache.peer_memory import PeerMemory
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 NUM_ROWS, WIDTH, MOST = 60_000, 64, 20_000
-NUM_MESSAGES = 200
+NUM_MESSAGES, NUM_STEPS, NUM_PLACES = 200, 60, 4
+MOMENTS: tuple[Moment, Moment] = ("urgent", "overlapped")
 
 
-def open_way(communicator: Communicator, device: torch.device, region_rows: int) -> Way:
+def open_way(communicator: Communicator, device: torch.device, region_rows: int) -> PeerMemory:
     from bagpipe.cache.peer_buffers import open_buffers
     from bagpipe.cache.peer_memory import PeerLayout, PeerMemory
 
@@ -98,16 +106,105 @@ def exchange_all(way: Way, device: torch.device, rank: int) -> list[torch.Tensor
     return [*sums, *values.values()]
 
 
+def make_rings(device: torch.device) -> dict[Moment, RowRings]:
+    clock = torch.zeros(1, dtype=torch.int64, device=device)
+    rings = {}
+    for moment in MOMENTS:
+        headers = torch.zeros(NUM_PLACES, 5, dtype=torch.int64, device=device)
+        rings[moment] = RowRings(
+            send=torch.zeros(NUM_PLACES, MOST, dtype=torch.int32, device=device),
+            send_counts=headers[:, :2],
+            receive_counts=headers[:, 2:4],
+            firsts=headers[:, 4],
+            clock=clock,
+        )
+    return rings
+
+
+def capture(
+    way: PeerMemory,
+    values: Mapping[Moment, torch.Tensor],
+    rings: Mapping[Moment, RowRings],
+    stream: torch.cuda.Stream,
+) -> torch.cuda.CUDAGraph:
+    """A graph of a step's messages, of both moments."""
+    for moment in MOMENTS:
+        way.warm_up(values[moment], rings[moment], moment)
+    with captured_graph(stream) as graph:
+        for moment in MOMENTS:
+            way.launch(values[moment], rings[moment], moment)
+        rings["urgent"].clock.add_(1)
+    return graph
+
+
+def exchange_by_graphs(
+    way: PeerMemory | Messages, device: torch.device, rank: int
+) -> list[torch.Tensor]:
+    """A message of each moment in each step; peer memory's of two steps of three are a graph's."""
+    chance, stream, rings = random.Random(rank), torch.cuda.Stream(device), make_rings(device)
+    values = {
+        moment: torch.arange(NUM_ROWS * WIDTH, dtype=torch.float32, device=device).view(-1, WIDTH)
+        + 0.25 * rank
+        for moment in MOMENTS
+    }
+    torch.cuda.synchronize(device)
+    graph = None if isinstance(way, Messages) else capture(way, values, rings, stream)
+    sums = []
+    with torch.cuda.stream(stream):
+        for step in range(NUM_STEPS):
+            if chance.random() < 0.2:
+                torch.cuda._sleep(chance.randrange(2_000_000))
+            first, place, is_replayed = NUM_ROWS - MOST - step, step % NUM_PLACES, step % 3 > 0
+            messages = {
+                moment: message(2 * step + MOMENTS.index(moment), rank) for moment in MOMENTS
+            }
+            for moment, rows in messages.items():
+                ring = rings[moment]
+                send, to, from_ = all_to_device(
+                    [rows.send, rows.send_counts, rows.receive_counts], device
+                )
+                ring.send[place, : len(send)] = send
+                ring.send_counts[place], ring.receive_counts[place] = to, from_
+                ring.firsts[place].fill_(first)
+                if graph is None or not is_replayed:
+                    on_device = DeviceRows(send=send, send_counts=to, receive_counts=from_)
+                    way.exchange(
+                        *(values[moment], first, on_device, rows),
+                        moment=moment,
+                        step=step,
+                        what="rows",
+                    )
+            if graph is not None and is_replayed:
+                graph.replay()
+                for moment in MOMENTS:
+                    way.note(moment, step, "rows")
+            else:
+                rings["urgent"].clock.add_(1)
+            for moment, rows in messages.items():
+                come = values[moment][first : first + rows.num_received]
+                sums.append(come.double().sum(0))
+                values[moment][: rows.num_received].lerp_(come, 0.5)
+    way.finish()
+    torch.cuda.synchronize(device)
+    return [*sums, *values.values()]
+
+
 def run_rank(rank: int, port: int) -> None:
+    from tests.cache.peer_ranks import assert_all_over
+
     device = join(rank, 2, port)
     for region_rows in (MOST, 3000):
         communicator = Communicator.from_default_group(timeout=timedelta(seconds=60))
         way = open_way(communicator, device, region_rows)
-        found = exchange_all(way, device, rank)
+        for exchange in (exchange_all, exchange_by_graphs):
+            found = exchange(way, device, rank)
+            assert_all_over(way)
+            expected = exchange(Messages(communicator), device, rank)
+            for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+                assert torch.equal(one, other), (
+                    f"{exchange.__name__}: message {number} of regions of {region_rows} rows"
+                )
         way.close(wait=True)
-        expected = exchange_all(Messages(communicator), device, rank)
-        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert torch.equal(one, other), f"message {number} of regions of {region_rows} rows"
     dist.barrier()
     dist.destroy_process_group()
 

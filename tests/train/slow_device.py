@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[type, str]] = {
     "fills": (RecordMover, "_fill_slots"),
     "lookups": (DeviceCache, "lookup"),
     "updates": (DeviceCache, "apply"),
-    "sums": (DeviceCache, "sum_by_row"),
+    "sums": (DeviceCache, "sum_into"),
     "exchanges": (Exchange, "_exchange"),
 }
 OF_SEVERAL_TRAINERS = ("sums", "exchanges")

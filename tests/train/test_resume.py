@@ -57,9 +57,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     batches: list[list[int]] = []
     real = DenseStep.__call__
 
-    def call(self: DenseStep, dense: Any, *others: Any) -> Any:
+    def call(self: DenseStep, dense: Any, *others: Any, **options: Any) -> Any:
         batches.append(dense[:, 0].int().tolist())
-        return real(self, dense, *others)
+        return real(self, dense, *others, **options)
 
     monkeypatch.setattr(DenseStep, "__call__", call)
     return batches

@@ -28,7 +28,7 @@ import bagpipe
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
-from bagpipe.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from bagpipe.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RowWiseAdagrad
 from bagpipe.oracle import dedup, shards
 from bagpipe.store import EmbeddingStore, MemoryStore
 from bagpipe.types import Group, Jagged, TableConfig, group_tables
@@ -342,10 +342,21 @@ def flush_in_steps(trainer: Trainer, batches: Sequence[Jagged]) -> None:
                 trainer.embeddings.flush()
 
 
-@pytest.mark.parametrize("loop", [break_and_go_on, skip_backward, flush_in_steps])
+def set_rates_after_steps(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+    """When gradients of the step are still on their way."""
+    with trainer.stream(batches) as stream:
+        for step, loss in trainer.losses(stream):
+            loss.backward()
+            trainer.embeddings.set_learning_rate(0.05 * (1 + step % 3))
+
+
+@pytest.mark.parametrize(
+    "loop", [break_and_go_on, skip_backward, flush_in_steps, set_rates_after_steps]
+)
 @pytest.mark.parametrize("depth", [0, 2])
 def test_loops_of_any_kind(loop: Loop, depth: int) -> None:
-    tables, batches, optimizer = make_tables(), make_batches(14), Adam(lr=0.05)
+    tables, batches = make_tables(), make_batches(14)
+    optimizer = AdamW(lr=0.05, weight_decay=0.5)
     options = {"loop": loop, "cache": [300, 50], "lookahead": 3, "prefetch_depth": depth}
     expected = train(tables, optimizer, batches, [(1, 14)], **options)
     assert_equal(train(tables, optimizer, batches, [(2, 14)], **options), expected)

@@ -20,7 +20,7 @@ from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.moved import MovedArray
 from bagpipe.distributed import communicator as communicator_module
-from bagpipe.distributed.communicator import Communicator
+from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import BackgroundError, DataError
 from bagpipe.feed.stream import StreamOptions, plan_stream
@@ -134,20 +134,21 @@ def test_a_late_gradient_has_the_rate_of_its_step_when_the_next_one_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batches = random_batches(20, 8)
-    original = Exchange._apply_overlapped
+    original = Exchange._sync_all
 
     def rate_of(step: int) -> float:
         return 0.5 ** (step % 4 + 1)
 
-    def apply_overlapped(exchange: Exchange, step: Any) -> None:
-        if step.plan.step < len(batches) - 1:  # behind which none sets another rate
+    def sync_all(exchange: Exchange, step: Any, moment: Moment) -> None:
+        # behind the last one none sets another rate
+        if moment == "overlapped" and step.plan.step < len(batches) - 1:
             wait_until(lambda: exchange._caches[0].group.optimizer.lr != rate_of(step.plan.step))
-        original(exchange, step)
+        original(exchange, step, moment)
 
     def set_rate(embeddings: EmbeddingBagCollection, step: int) -> None:
         embeddings.set_learning_rate(rate_of(step))
 
-    monkeypatch.setattr(Exchange, "_apply_overlapped", apply_overlapped)
+    monkeypatch.setattr(Exchange, "_sync_all", sync_all)
     np.testing.assert_array_equal(
         train(2, batches, set_rate, cache=[50], replicas=50, lookahead=3),
         train(1, batches, set_rate, cache=[50]),

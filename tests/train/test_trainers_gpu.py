@@ -29,8 +29,10 @@ from tests.train.test_trainers import (
 )
 
 import bagpipe
+from bagpipe.cache.captured import captured_graph
 from bagpipe.cache.exchange import Exchange
 from bagpipe.cache.executor import Executor
+from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import Optimizer
@@ -52,6 +54,8 @@ def train(
     communicator: Communicator | None,
     oracle: Literal["thread", "process"],
     way: str = "",
+    *,
+    in_graphs: bool = False,
 ) -> list[np.ndarray]:
     """All records after training, by group, then what the rank has looked up, by step and group; on
     the current device.
@@ -60,7 +64,9 @@ def train(
     """
     batches, tables = make_batches(NUM_STEPS), make_tables()
     groups = group_tables(tables, optimizer)
-    num_trainers = 1 if communicator is None else communicator.num_trainers
+    rank, num_trainers = (
+        (0, 1) if communicator is None else (communicator.rank, communicator.num_trainers)
+    )
     embeddings = EmbeddingBagCollection(
         tables, optimizer=optimizer, device="cuda", seed=11, communicator=communicator
     )
@@ -74,19 +80,61 @@ def train(
             assert isinstance(executor._exchange, Exchange)
             assert type(executor._exchange._way).__name__ == way
         looked_up: list[torch.Tensor] = []
+        replayed = Replayed(embeddings, num_trainers)
         for number, batch in enumerate(stream):
-            pooled = embeddings(batch).groups
+            is_replayed = in_graphs and number % 7 != rank  # at times on one rank alone
+            rows = embeddings.rows_in_graph(batch) if is_replayed else None
+            if rows is None:
+                pooled = embeddings(batch).groups
+                (linear_loss(pooled) * num_trainers).backward()
+            else:
+                pooled = replayed.train(rows, batch.batch_size)
             # on the device, which the host may run ahead of
             looked_up += [group.detach().clone() for group in pooled]
-            (linear_loss(pooled) * num_trainers).backward()
+            if communicator is not None:  # as the dense part's gradients, in the same order
+                communicator.average(torch.ones(1, device="cuda"))
             if number == NUM_STEPS // 2:
                 stream.flush()
+        assert replayed.num_steps >= NUM_STEPS // 2 or not in_graphs
     # every rank reads all of it; all have written their rows when the stream has ended
     records = [all_records(*each) for each in zip(groups, embeddings.stores, strict=True)]
     if communicator is not None:
         communicator.barrier("waiting for all to have read")
     embeddings.close()
     return [*records, *(each.cpu().numpy() for each in looked_up)]
+
+
+class Replayed:
+    """Steps that a CUDA graph holds whole."""
+
+    def __init__(self, embeddings: EmbeddingBagCollection, num_trainers: int) -> None:
+        self._groups, self._num_trainers = embeddings.groups, num_trainers
+        self._graphs: dict[GraphRows, tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]] = {}
+        self.num_steps = 0
+
+    def train(self, rows: GraphRows, batch_size: int) -> list[torch.Tensor]:
+        """Trains the current step; returns what it has looked up."""
+        if rows not in self._graphs:
+            self._graphs[rows] = self._capture(rows, batch_size)
+        graph, pooled = self._graphs[rows]
+        rows.replay(graph)
+        self.num_steps += 1
+        return pooled
+
+    def _capture(
+        self, rows: GraphRows, batch_size: int
+    ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+        pooled = [
+            torch.zeros(batch_size, len(group.features), group.embedding_dim, device="cuda")
+            for group in self._groups
+        ]
+        rows.warm_up(pooled)
+        with captured_graph(torch.cuda.Stream()) as graph:
+            rows.lookup(pooled)
+            leaves = [each.detach().requires_grad_() for each in pooled]
+            loss = linear_loss(leaves) * self._num_trainers
+            rows.update(torch.autograd.grad(loss, leaves))
+        return graph, pooled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +147,7 @@ class Case:
     slow: str = ""
     has_own_host: bool = False  # each rank
     way: Literal["PeerMemory", "Messages"] = "PeerMemory"
+    in_graphs: bool = False
 
 
 _BY_PEER_MEMORY = {
@@ -109,6 +158,9 @@ _BY_PEER_MEMORY = {
 CASES = {
     **_BY_PEER_MEMORY,
     **{f"{name} by NCCL": replace(case, way="Messages") for name, case in _BY_PEER_MEMORY.items()},
+    **{
+        f"{name} in graphs": replace(case, in_graphs=True) for name, case in _BY_PEER_MEMORY.items()
+    },
     "two hosts": Case(slots=(18, 24), has_own_host=True, way="Messages"),
     "an oracle process on each of two hosts": Case(
         slots=(30, 50), has_own_host=True, oracle="process", way="Messages"
@@ -147,7 +199,14 @@ def run_rank(rank: int, num_trainers: int, port: int, path: str) -> None:
             communicator.by_peer_memory = case.way == "PeerMemory"
             np.savez(
                 f"{path}/{name}-{rank}.npz",
-                *train(case.optimizer, case.slots, communicator, case.oracle, case.way),
+                *train(
+                    case.optimizer,
+                    case.slots,
+                    communicator,
+                    case.oracle,
+                    case.way,
+                    in_graphs=case.in_graphs,
+                ),
             )
     dist.barrier()
     dist.destroy_process_group()

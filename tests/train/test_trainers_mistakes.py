@@ -19,6 +19,7 @@ from tests.train.test_trainers import (
 )
 
 from bagpipe.cache.exchange import Exchange
+from bagpipe.distributed.communicator import Moment
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
 from bagpipe.optimizers import SGD
 from bagpipe.oracle.ranks import RankPlanner
@@ -45,14 +46,15 @@ def defer_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drop_a_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Exchange._apply_overlapped
+    original = Exchange._sync_all
 
-    def apply_overlapped(self: Exchange, step: Any) -> None:
-        for sums in step.sums.values():
-            sums[:1] = 0.0
-        original(self, step)
+    def sync_all(self: Exchange, step: Any, moment: Moment) -> None:
+        if moment == "overlapped":
+            for sums in step.sums.values():
+                sums.values[:1] = 0.0
+        original(self, step, moment)
 
-    monkeypatch.setattr(Exchange, "_apply_overlapped", apply_overlapped)
+    monkeypatch.setattr(Exchange, "_sync_all", sync_all)
 
 
 ROOMY: dict[str, Any] = {"cache": [150, 50], "lookahead": 4}

@@ -12,10 +12,17 @@ from bagpipe.cache import kernels_cpu
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import empty_weights, rounding_seed, words_of
 from bagpipe.errors import ConfigError
-from bagpipe.optimizers import SGD
+from bagpipe.optimizers import Optimizer
 from bagpipe.types import Group
 
-_SUM = SGD(lr=1.0)
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRate:
+    """At which rate an update is made, which may be applied when the tables have another one."""
+
+    optimizer: Optimizer
+    """With its learning rate of that time, by which weights may decay."""
+    rate: float
 
 
 @dataclass(kw_only=True)
@@ -47,6 +54,7 @@ class DeviceCache:
         self.state = torch.empty(self.num_slots, self.group.state_width, device=self.device)
         self._rounding_seed = rounding_seed(self.seed, self.group)
         self._kernels = kernels_of(self.device)
+        self._places = torch.arange(0, dtype=torch.int32, device=self.device)
 
     def lookup(
         self, plan: DevicePlan, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None
@@ -82,36 +90,46 @@ class DeviceCache:
         number = plan.step + 1 if number is None else number
         self.apply(plan, self._by_bag(plan, grads), rate=self.rate_of(number))
 
-    def rate_of(self, number: int) -> float:
-        """The rate that `apply` needs for the tables' `number`th update."""
-        return self.group.optimizer.update_rate(number)
+    def rate_of(self, number: int) -> UpdateRate:
+        """The rate that `apply` needs for the tables' `number`th update, if that came now."""
+        optimizer = self.group.optimizer
+        return UpdateRate(optimizer=optimizer, rate=optimizer.update_rate(number))
 
-    def apply(self, plan: DevicePlan, grads: Tensor, *, rate: float) -> None:
+    def apply(self, plan: DevicePlan, grads: Tensor, *, rate: UpdateRate) -> None:
         """`update` with gradients by bag (num_bags, D)."""
         self._kernels.update(
-            self.weights, self.state, plan, grads, self.group.optimizer, rate, self._rounding_seed
+            self.weights, self.state, plan, grads, rate.optimizer, rate.rate, self._rounding_seed
         )
 
-    def sum_by_row(self, plan: DevicePlan, grads: Tensor, *, scale: float, room: int) -> Tensor:
+    def sum_by_row(self, plan: DevicePlan, grads: Tensor, *, scale: float) -> Tensor:
         """Sums gradients by unique row, in the order in which `update` adds them up.
 
         Args:
             plan: The step's plan.
             grads: (B, F, D) float32 or bfloat16.
             scale: What each sum is multiplied by.
-            room: How many rows of zeros follow the sums.
 
         Returns:
-            (U + room, D) float32.
+            (U, D) float32.
         """
         num_uniques = len(plan.unique_slots)
-        sums = torch.zeros(num_uniques + room, self.group.embedding_dim, device=self.device)
-        by_unique = replace(
-            plan, unique_slots=torch.arange(num_uniques, dtype=torch.int32, device=self.device)
-        )
-        # Descent from zero at the rate -1 is a sum.
-        self._kernels.update(sums, sums[:, :0], by_unique, self._by_bag(plan, grads), _SUM, -scale)
+        sums = self.no_sums(num_uniques)
+        self.sum_into(sums, replace(plan, unique_slots=self.places(0, num_uniques)), grads, scale)
         return sums
+
+    def sum_into(self, sums: Tensor, plan: DevicePlan, grads: Tensor, scale: float) -> None:
+        """`sum_by_row` into the rows `plan.unique_slots` of `sums` (n, D)."""
+        self._kernels.sum_by_row(sums, plan, self._by_bag(plan, grads), scale)
+
+    def no_sums(self, num_rows: int) -> Tensor:
+        """Room for sums: (num_rows, D) float32."""
+        return torch.empty(num_rows, self.group.embedding_dim, device=self.device)
+
+    def places(self, begin: int, end: int) -> Tensor:
+        """The numbers from `begin` to before `end`, as slots."""
+        if len(self._places) < end:
+            self._places = torch.arange(2 * end, dtype=torch.int32, device=self.device)
+        return self._places[begin:end]
 
     @property
     def reads_rings(self) -> bool:

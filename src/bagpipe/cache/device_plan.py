@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -77,7 +78,7 @@ class DevicePlan:
             "lookup_weights": lookups.weights,
         }
         nothing = torch.empty(0, dtype=torch.int32, device=device)
-        tensors: dict[str, Any] = _move(arrays, device) | dict.fromkeys(_SCHEDULE, nothing)
+        tensors: dict[str, Any] = _move(arrays, device) | dict.fromkeys(SCHEDULE, nothing)
         return cls(step=0, batch_size=batch_size, num_features=num_features, **tensors)
 
     @classmethod
@@ -116,7 +117,7 @@ class DeviceTransfers:
         cls, transfers: Transfers, device: torch.device, *, with_rows: bool = False
     ) -> DeviceTransfers:
         """Moves the slots of `transfers`, and their rows if asked for, on the current stream."""
-        names = _MOVES if with_rows else _MOVES[:2]
+        names = MOVES if with_rows else MOVES[:2]
         tensors = all_to_device([getattr(transfers, name) for name in names], device)
         return cls(**dict(zip(names, tensors, strict=True)))
 
@@ -173,21 +174,49 @@ class PlanOnDevice:
     exchange: None = None
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceGroup:
-    """All of one group's plan of a step that moves to the device by one copy."""
+    """All of one group's plan of a step that moves to the device by one copy.
 
-    plan: DevicePlan
+    What a step that a graph holds does not need is made when it is asked for.
+    """
+
     overlapped: DeviceTransfers
-    exchange: DeviceExchange | None
-    along: tuple[Tensor, ...]  # what moved with it
+    along: tuple[Tensor, ...] = ()  # what moved with it
+    plan_of: Callable[[], DevicePlan]
+    exchange_of: Callable[[], DeviceExchange | None] = _nothing
+    rings: PlanRings | None = None
+    """Where it lies, the same object for each step, if these rings are there to stay."""
+    sums_rows: int = 0
+    """Of a plan in rings with an exchange: the rows of one of two halves of a tensor of sums.
+
+    A step's sums begin at `first_sum`, and those received come behind them. The places in sums that
+    the exchange names are places in this tensor.
+    """
+    first_sum: int = 0
+    give_back: Callable[[], None] = _nothing
+    """To be called once the device has computed the step: its memory of the host is used again."""
+
+    @cached_property
+    def plan(self) -> DevicePlan:
+        """The plan's tensors."""
+        return self.plan_of()
+
+    @cached_property
+    def exchange(self) -> DeviceExchange | None:
+        """Those of its exchange, if it has one."""
+        return self.exchange_of()
 
 
-_SCHEDULE: Final = ("unique_slots", "bags", "piece_offsets", "long_uniques", "long_offsets")
-_MOVES: Final = ("evict_slots", "fetch_slots", "evict_rows", "fetch_rows")
-_SENT: Final = ("replicas_overlapped", "replicas_urgent", "sync_urgent", "sync_overlapped")
+SCHEDULE: Final = ("unique_slots", "bags", "piece_offsets", "long_uniques", "long_offsets")
+MOVES: Final = ("evict_slots", "fetch_slots", "evict_rows", "fetch_rows")
+SENT: Final = ("replicas_overlapped", "replicas_urgent", "sync_urgent", "sync_overlapped")
 _ROWS: Final = ("send", "send_counts", "receive_counts")
-_APPLIED: Final = ("apply_urgent", "apply_overlapped")
+APPLIED: Final = ("apply_urgent", "apply_overlapped")
 
 
 def plan_to_device(
@@ -214,10 +243,10 @@ def plan_to_device(
     """
     if isinstance(plan, PlanOnDevice):
         return DeviceGroup(
-            plan=plan.on_device,
+            plan_of=lambda: plan.on_device,
             overlapped=plan.overlapped_on_device,
-            exchange=None,
             along=tuple(all_to_device(along, device)),
+            rings=plan.rings,
         )
     assert isinstance(plan, GroupPlan)
     schedule, exchange = plan.schedule, plan.exchange
@@ -233,14 +262,14 @@ def plan_to_device(
         "long_uniques": schedule.long_uniques,
         "long_offsets": schedule.long_offsets,
     }
-    moves = _MOVES if with_rows else _MOVES[:2]
+    moves = MOVES if with_rows else MOVES[:2]
     arrays |= {name: getattr(plan.overlapped, name) for name in moves}
     if exchange is not None:
-        for rows in _SENT:
+        for rows in SENT:
             arrays |= {f"{rows}.{name}": getattr(getattr(exchange, rows), name) for name in _ROWS}
-        for apply in _APPLIED:
+        for apply in APPLIED:
             arrays |= {
-                f"{apply}.{name}": getattr(getattr(exchange, apply), name) for name in _SCHEDULE
+                f"{apply}.{name}": getattr(getattr(exchange, apply), name) for name in SCHEDULE
             }
     arrays |= {f"along.{index}": array for index, array in enumerate(along)}
     tensors: dict[str, Any] = _move(arrays, device)
@@ -253,20 +282,23 @@ def plan_to_device(
         num_bags = schedule.num_uniques + exchange.num_room
         applied: dict[str, Any] = {
             apply: DevicePlan.of_schedule(
-                {name: tensors.pop(f"{apply}.{name}") for name in _SCHEDULE},
+                {name: tensors.pop(f"{apply}.{name}") for name in SCHEDULE},
                 step=step,
                 num_bags=num_bags,
             )
-            for apply in _APPLIED
+            for apply in APPLIED
         }
         sent: dict[str, Any] = {
             rows: DeviceRows(**{name: tensors.pop(f"{rows}.{name}") for name in _ROWS})
-            for rows in _SENT
+            for rows in SENT
         }
         on_device = DeviceExchange(**sent, **applied)
     device_plan = DevicePlan(step=step, batch_size=batch_size, num_features=num_features, **tensors)
     return DeviceGroup(
-        plan=device_plan, overlapped=overlapped, exchange=on_device, along=moved_along
+        plan_of=lambda: device_plan,
+        overlapped=overlapped,
+        exchange_of=lambda: on_device,
+        along=moved_along,
     )
 
 

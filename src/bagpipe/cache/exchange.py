@@ -18,7 +18,8 @@ and applying is an update whose bags are the sums.
 On a CPU a thread does what is in the background. On CUDA the trainer's thread asks for it too, on a
 stream of its own: it follows the compute issued before the tick, and the compute that needs its
 result follows it, all by events. Nothing there depends on what is ready when, so all ranks send the
-same messages in the same order.
+same messages in the same order. Where rows travel by peer memory, graphs hold the most of it
+(`exchange_graph`); then `note_update` says what one has done.
 
 Owned here: for each step that is not over its sums by group, with room behind them for the sums
 received.
@@ -31,36 +32,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DeviceExchange, DevicePlan, DeviceRows
+from bagpipe.cache.background import BackgroundStream, BackgroundThread
+from bagpipe.cache.device_cache import DeviceCache, UpdateRate
+from bagpipe.cache.device_plan import DeviceExchange, DeviceGroup, DevicePlan
+from bagpipe.cache.exchange_graph import BehindGraph, SharedUpdate, are_same, lasting_rings
+from bagpipe.cache.exchange_step import ExchangeStep, RowSums
+from bagpipe.cache.graph_rows import GroupUpdate
+from bagpipe.cache.no_exchange import Filled, NoExchange
 from bagpipe.cache.overlap import Streams
+from bagpipe.cache.plan_layout import HostPlanRings
 from bagpipe.cache.ways import way_for
 from bagpipe.distributed.alone import Alone, Peers
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.native.spans import span
-from bagpipe.native.workers import Workers
 from bagpipe.plan import GroupExchange, HostStepPlan, RowExchange
 
-
-@dataclass(kw_only=True)
-class _Step:
-    """A step, from asking for its replicas to applying its last gradient."""
-
-    plan: HostStepPlan
-    # by group, once its overlapped rows are in their slots
-    on_device: Sequence[DeviceExchange] = ()
-    finish_replicas: Callable[[], object] | None = None
-    finish_deferred: Callable[[], object] | None = None
-    sums: dict[int, Tensor] = field(default_factory=dict)  # by group (U + room, D)
-    # by group: the rate of the update when its gradients came
-    rates: dict[int, float] = field(default_factory=dict)
+_WORD_BYTES = 4
+_ExchangeT = TypeVar("_ExchangeT", GroupExchange, DeviceExchange)
 
 
 def exchange_with(
@@ -72,50 +65,6 @@ def exchange_with(
     stream of plans.
     """
     return NoExchange(caches) if isinstance(peers, Alone) else Exchange(peers, caches, streams)
-
-
-class NoExchange:
-    """The exchanges of a trainer without others; see `Exchange`."""
-
-    has_others = False
-
-    def __init__(self, caches: Sequence[DeviceCache]) -> None:
-        self._caches = tuple(caches)
-
-    def begin_step(self, number: int) -> None:
-        """Nothing to compare."""
-
-    def start_behind(
-        self, plan: HostStepPlan, filled: Callable[[], Sequence[DeviceExchange]]
-    ) -> None:
-        """Nothing travels."""
-
-    def ask_for_replicas(
-        self, plan: HostStepPlan, filled: Callable[[], Sequence[DeviceExchange]]
-    ) -> None:
-        """There are none."""
-
-    def finish_replicas(self, plan: HostStepPlan) -> None:
-        """There are none."""
-
-    def update(self, index: int, plan: DevicePlan, grads: Tensor, *, number: int) -> None:
-        """Updates the rows at once."""
-        self._caches[index].update(plan, grads, number=number)
-
-    def end_step(self, number: int, undivided: Callable[[], AbstractContextManager[None]]) -> None:
-        """Nothing to send."""
-
-    def begin_flush(self) -> None:
-        """Nothing to compare."""
-
-    def finish_all(self, open_step: int | None) -> None:
-        """All gradients are applied."""
-
-    def end_flush(self) -> None:
-        """Nobody to wait for."""
-
-    def close(self, *, wait: bool = True) -> None:
-        """Nothing to end."""
 
 
 class Exchange:
@@ -131,8 +80,11 @@ class Exchange:
         self._communicator, self._streams = communicator, streams
         self._caches = tuple(caches)
         self._way = way_for(communicator, caches, streams)
-        self._background = _BackgroundThread() if streams is None else _BackgroundStream(streams)
-        self._steps: dict[int, _Step] = {}
+        self._launcher = self._way.launcher  # what graphs exchange rows by, if they can
+        self._background = BackgroundThread() if streams is None else BackgroundStream(streams)
+        self._behind: BehindGraph | None = None
+        self._sums = [cache.no_sums(0) for cache in self._caches]  # by group, of plans in rings
+        self._steps: dict[int, ExchangeStep] = {}
         self._newest = 0  # step that has begun
         # On a GPU the host does not wait for rows, so one act a step tells all. On a CPU the update
         # must be told before its messages, or a rank that skips it would leave others waiting.
@@ -150,19 +102,41 @@ class Exchange:
         self._communicator.compare_acts(number)
         self.finish_deferred(number - 2)
 
-    def start_behind(
-        self, plan: HostStepPlan, filled: Callable[[], Sequence[DeviceExchange]]
-    ) -> None:
-        """Hands out what travels behind the compute of `plan`'s step, which comes now.
+    def begin_replicas(self, plan: HostStepPlan, filled: Filled) -> None:
+        """Hands out what must travel before the transfers of `plan`'s step, which comes now.
 
-        Its own overlapped replicas come first, unless they could be asked for a step ago.
+        These are its own overlapped replicas, unless they could be asked for a step ago. They are
+        sent once `filled` returns, which waits for the step's overlapped rows.
         """
-        self.ask_for_replicas(plan, filled)
-        self.defer(plan.step - 1)
+        if plan.step not in self._steps:
+            self._start(None, plan, filled)
+        if plan.has_urgent or not self.defers_late:
+            self.defer(plan.step - 1)
         if plan.has_urgent:
             self.finish_deferred(plan.step - 1)
             if self._streams is not None:
                 self._streams.record_compute()  # urgent evictions follow what was deferred
+
+    def finish_replicas(self, plan: HostStepPlan) -> None:
+        """Waits for a step's overlapped replicas and exchanges the urgent ones."""
+        step = self._steps[plan.step]
+        assert step.finish_replicas is not None
+        step.finish_replicas()
+        self._send_replicas(step, "urgent")
+
+    def start_behind(
+        self, plan: HostStepPlan, following: HostStepPlan | None, filled: Filled
+    ) -> None:
+        """Hands out what travels behind the compute of `plan`'s step, which comes now.
+
+        These are the gradients that the step before deferred, and replicas of the `following` step,
+        if its overlapped rows have been asked for; `filled` waits for them.
+        """
+        before = self._steps.get(plan.step - 1)
+        if before is not None and before.finish_deferred is not None:
+            before = None
+        if before is not None or following is not None:
+            self._start(before, following, filled)
 
     def end_step(self, number: int, undivided: Callable[[], AbstractContextManager[None]]) -> None:
         """Sends what has come, where not all groups have gradients.
@@ -192,56 +166,80 @@ class Exchange:
         )
         self._untold = ""
 
-    def ask_for_replicas(
-        self, plan: HostStepPlan, filled: Callable[[], Sequence[DeviceExchange]]
-    ) -> None:
-        """Hands out a step's overlapped replicas, unless that is done.
-
-        They are sent once `filled` returns, which waits for the step's overlapped rows.
-        """
-        if plan.step not in self._steps:
-            step = self._steps[plan.step] = _Step(plan=plan)
-            step.finish_replicas = self._background.start(
-                self._send_replicas_overlapped, step, filled
-            )
-
-    def finish_replicas(self, plan: HostStepPlan) -> None:
-        """Waits for a step's overlapped replicas and exchanges the urgent ones."""
-        step = self._steps[plan.step]
-        assert step.finish_replicas is not None
-        step.finish_replicas()
-        self._send_replicas(step, "urgent")
-
     def update(self, index: int, plan: DevicePlan, grads: Tensor, *, number: int) -> None:
         """Takes a step's gradients (B, F, D) of group `index`, for its `number`th update, from 1.
 
         Once all groups' are there, the urgent ones are exchanged and applied. The others wait for
-        the next step's `start_behind`.
+        the next step.
         """
         step, cache = self._steps[plan.step], self._caches[index]
-        exchange = _of(step.plan.groups[index].exchange)
-        step.rates[index] = cache.rate_of(number)
         is_last = len(step.sums) == len(self._caches) - 1
         if is_last:
-            lr = cache.group.optimizer.lr
-            act = f"updates its rows in step {plan.step} at the learning rate {lr!r}"
-            if self._tells_updates_later:
-                self._untold = f"{act}, then "
-            else:
-                self._communicator.tell(act, needed_at=plan.step + 1)
+            self._tell_update(step)
         with span("sum"):
-            sums = cache.sum_by_row(
-                plan, grads, scale=1.0 / self._communicator.num_trainers, room=exchange.num_room
-            )
-        step.sums[index] = sums
+            sums = self._sums_of(step, index)
+            places = cache.places(sums.first, sums.first + len(plan.unique_slots))
+            by_place = replace(plan, unique_slots=places)
+            cache.sum_into(sums.values, by_place, grads, 1.0 / self._communicator.num_trainers)
+        step.rates[index], step.sums[index] = cache.rate_of(number), sums
         if is_last:
             self._sync_all(step, "urgent")
+
+    @property
+    def defers_late(self) -> bool:
+        """Whether gradients of the step before are asked for when a step's own rows are there.
+
+        A GPU has them and the next step's replicas in one graph. On a CPU they travel while the
+        trainer's thread waits for rows.
+        """
+        return self._streams is not None
+
+    @property
+    def fits_graphs(self) -> bool:
+        """Whether a graph can hold updates."""
+        return self._launcher is not None
+
+    def updates_in_graph(
+        self, plan: HostStepPlan, groups: Sequence[DeviceGroup], clock: Tensor
+    ) -> list[GroupUpdate]:
+        """How a graph updates rows, by group."""
+        assert self._launcher is not None
+        step, updates = self._steps[plan.step], list[GroupUpdate]()
+        for index, (cache, group) in enumerate(zip(self._caches, groups, strict=True)):
+            assert isinstance(group.rings, HostPlanRings)
+            update = SharedUpdate(
+                cache,
+                group.rings,
+                self._sums_of(step, index).values,
+                clock,
+                self._launcher,
+                batch_size=plan.batch_size,
+                num_trainers=self._communicator.num_trainers,
+            )
+            updates.append(update)
+        return updates
+
+    def note_update(self, number: int, rates: Sequence[UpdateRate]) -> None:
+        """Says that a graph has updated the rows of step `number`, all groups at their rates."""
+        step = self._steps[number]
+        self._tell_update(step)
+        for index in range(len(self._caches)):
+            step.sums[index], step.rates[index] = self._sums_of(step, index), rates[index]
+            self._note_launched(step, index, "sync_urgent")
+
+    def _tell_update(self, step: ExchangeStep) -> None:
+        lr, number = self._caches[-1].group.optimizer.lr, step.plan.step
+        act = f"updates its rows in step {number} at the learning rate {lr!r}"
+        if self._tells_updates_later:
+            self._untold = f"{act}, then "
+        else:
+            self._communicator.tell(act, needed_at=number + 1)
 
     def defer(self, number: int) -> None:
         """Hands out the overlapped gradients of the computed step `number`, unless that is done."""
         step = self._steps.get(number)
         if step is not None and step.finish_deferred is None:
-            step.finish_deferred = self._background.start(self._apply_overlapped, step)
+            self._start(step, None, tuple)
 
     def finish_deferred(self, last_step: int) -> None:
         """Waits for the overlapped gradients of all steps up to `last_step` that are handed out."""
@@ -272,125 +270,128 @@ class Exchange:
         """
         self._background.close(wait=wait)
         self._way.close(wait=wait)
+        if wait:  # else the device may still replay it
+            self._behind = None
         self._communicator.end_stream(has_failed=not wait)
 
-    def _send_replicas_overlapped(
-        self, step: _Step, filled: Callable[[], Sequence[DeviceExchange]]
+    def _start(
+        self, before: ExchangeStep | None, following: HostStepPlan | None, filled: Filled
     ) -> None:
-        step.on_device = filled()
-        self._send_replicas(step, "overlapped")
+        """Hands out a step's deferred gradients, and overlapped replicas unless that is done."""
+        after = None
+        if following is not None and following.step not in self._steps:
+            after = self._steps[following.step] = ExchangeStep(plan=following)
+        if before is None and after is None:
+            return
+        finish = self._background.start(self._send_behind, before, after, filled)
+        if before is not None:
+            before.finish_deferred = finish
+        if after is not None:
+            after.finish_replicas = finish
 
-    def _send_replicas(self, step: _Step, moment: Moment) -> None:
-        for cache, group, on_device in zip(
-            self._caches, step.plan.groups, step.on_device, strict=True
-        ):
-            exchange = _of(group.exchange)
+    def _send_behind(
+        self, before: ExchangeStep | None, after: ExchangeStep | None, filled: Filled
+    ) -> None:
+        if after is not None:
+            after.on_device = filled()
+        if before is not None and after is not None and self._replay_behind(before, after):
+            return
+        if before is not None:
+            self._sync_all(before, "overlapped")
+        if after is not None:
+            self._send_replicas(after, "overlapped")
+
+    def _replay_behind(self, before: ExchangeStep, after: ExchangeStep) -> bool:
+        """Does both by a graph, if it can hold them."""
+        rings = lasting_rings(after.on_device)
+        if self._launcher is None or rings is None:
+            self._behind = None  # what old rings take is needed for new ones
+            return False
+        is_whole = len(before.sums) == len(self._caches)
+        if not is_whole or not are_same(rings, lasting_rings(before.on_device)):
+            return False
+        if self._behind is None or not are_same(rings, self._behind.rings):
+            self._behind = BehindGraph(self._launcher, self._caches, rings, self._sums)
+        self._behind.replay(before.plan.step, [rate for _, rate in sorted(before.rates.items())])
+        for index in range(len(self._caches)):
+            self._note_launched(before, index, "sync_overlapped")
+        for index in range(len(self._caches)):
+            self._note_launched(after, index, "replicas_overlapped")
+        return True
+
+    def _sums_of(self, step: ExchangeStep, index: int) -> RowSums:
+        """Where a step's sums belong."""
+        cache, group = self._caches[index], step.plan.groups[index]
+        num_rows = step.on_device[index].sums_rows
+        if num_rows == 0:  # not in rings
+            return RowSums(
+                values=cache.no_sums(group.num_uniques + _of(group.exchange).num_room), first=0
+            )
+        if len(self._sums[index]) != 2 * num_rows:
+            self._sums[index] = cache.no_sums(2 * num_rows)
+        return RowSums(values=self._sums[index], first=step.on_device[index].first_sum)
+
+    def _send_replicas(self, step: ExchangeStep, moment: Moment) -> None:
+        for index, cache in enumerate(self._caches):
+            exchange = _of(step.plan.groups[index].exchange)
             begin = exchange.first_replica
-            if moment == "overlapped":
-                rows, send = exchange.replicas_overlapped, on_device.replicas_overlapped
-            else:
-                rows, send = exchange.replicas_urgent, on_device.replicas_urgent
+            if moment == "urgent":
                 begin += exchange.replicas_overlapped.num_received
             with span(f"replicas_{moment}"):
-                self._exchange(
-                    cache.words, begin, send, rows, moment, step, f"replicas of {cache.group.name}"
-                )
+                self._exchange(step, index, f"replicas_{moment}", cache.words, begin)
 
-    def _apply_overlapped(self, step: _Step) -> None:
-        self._sync_all(step, "overlapped")
-
-    def _sync_all(self, step: _Step, moment: Moment) -> None:
+    def _sync_all(self, step: ExchangeStep, moment: Moment) -> None:
         for index in sorted(step.sums):  # none where no rank has called backward
             self._sync(step, index, moment)
 
-    def _sync(self, step: _Step, index: int, moment: Moment) -> None:
+    def _sync(self, step: ExchangeStep, index: int, moment: Moment) -> None:
         """Sends gradients to the rows' owners, receives those of own rows, and applies what is due.
 
         What is received lies behind this rank's own sums.
         """
-        cache, group = self._caches[index], step.plan.groups[index]
-        on_device, sums = step.on_device[index], step.sums[index]
-        exchange, num_uniques = _of(group.exchange), group.num_uniques
-        if moment == "overlapped":
-            rows, send, apply = (
-                exchange.sync_overlapped,
-                on_device.sync_overlapped,
-                on_device.apply_overlapped,
-            )
-        else:
-            rows, send, apply = exchange.sync_urgent, on_device.sync_urgent, on_device.apply_urgent
+        sums, exchange = step.sums[index], _of(step.on_device[index].exchange)
+        apply = exchange.apply_urgent if moment == "urgent" else exchange.apply_overlapped
         with span(f"sync_{moment}"):
-            what = f"gradients of {cache.group.name}"
-            self._exchange(sums, num_uniques, send, rows, moment, step, what)
-            cache.apply(apply, sums, rate=step.rates[index])
+            begin = sums.first + step.plan.groups[index].num_uniques
+            self._exchange(step, index, f"sync_{moment}", sums.values, begin)
+            self._caches[index].apply(apply, sums.values, rate=step.rates[index])
 
     def _exchange(
-        self,
-        values: Tensor,
-        first_received: int,
-        send: DeviceRows,
-        rows: RowExchange,
-        moment: Moment,
-        step: _Step,
-        what: str,
+        self, step: ExchangeStep, index: int, name: str, values: Tensor, first_received: int
     ) -> None:
-        number = step.plan.step
-        num_bytes = len(rows.send) * values.shape[1] * values.element_size()
-        self._communicator.note_sent(num_bytes, moment=moment, step=number)
+        """Exchanges the rows that a `GroupExchange` calls `name`."""
+        rows, what = self._note_sent(step, index, name)
         self._way.exchange(
-            values, first_received, send, rows, moment=moment, step=number, what=what
+            values,
+            first_received,
+            getattr(_of(step.on_device[index].exchange), name),
+            rows,
+            moment=_moment_of(name),
+            step=step.plan.step,
+            what=what,
         )
 
+    def _note_launched(self, step: ExchangeStep, index: int, name: str) -> None:
+        """Notes rows that a graph exchanges."""
+        assert self._launcher is not None
+        _, what = self._note_sent(step, index, name)
+        self._launcher.note(_moment_of(name), step.plan.step, what)
 
-class _BackgroundThread:
-    """Work behind a CPU's compute, one after the other, up to the first that fails."""
-
-    def __init__(self) -> None:
-        self._thread = Workers("bagpipe-exchange")
-        self._failure: BaseException | None = None
-
-    def start(self, work: Callable[..., None], *arguments: Any) -> Callable[[], object]:
-        """Hands out a call; what is returned waits for it and raises what it raised."""
-        return self._thread.submit(self._do, work, *arguments).result
-
-    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
-        # A failed call has left messages out. Other ranks would take those of the next call for
-        # them, and gloo ends a process that is sent more than it waits for.
-        if self._failure is not None:
-            raise self._failure
-        try:
-            work(*arguments)
-        except BaseException as failure:
-            self._failure = failure
-            raise
-
-    def close(self, *, wait: bool) -> None:
-        self._thread.close(wait=wait)
+    def _note_sent(self, step: ExchangeStep, index: int, name: str) -> tuple[RowExchange, str]:
+        """Counts a message; returns its rows, and what errors call it."""
+        rows: RowExchange = getattr(_of(step.plan.groups[index].exchange), name)
+        cache, is_replicas = self._caches[index], name.startswith("replicas")
+        width = cache.words.shape[1] if is_replicas else cache.group.embedding_dim
+        self._communicator.note_sent(
+            _WORD_BYTES * len(rows.send) * width, moment=_moment_of(name), step=step.plan.step
+        )
+        return rows, f"{'replicas' if is_replicas else 'gradients'} of {cache.group.name}"
 
 
-class _BackgroundStream:
-    """Work behind a GPU's compute: after that of the last tick, beside what is issued next."""
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(streams.compute.device)
-
-    def start(self, work: Callable[..., None], *arguments: Any) -> Callable[[], object]:
-        """Asks the device for it; what is returned lets the current stream follow it."""
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._streams.computed)
-            work(*arguments)
-            done = self._stream.record_event()
-        return partial(_follow, done, self._stream.device)
-
-    def close(self, *, wait: bool) -> None:
-        """Nothing to end: the executor waits for the device."""
+def _moment_of(name: str) -> Moment:
+    return "urgent" if name.endswith("urgent") else "overlapped"
 
 
-def _follow(event: torch.cuda.Event, device: torch.device) -> None:
-    torch.cuda.current_stream(device).wait_event(event)
-
-
-def _of(exchange: GroupExchange | None) -> GroupExchange:
+def _of(exchange: _ExchangeT | None) -> _ExchangeT:
     assert exchange is not None
     return exchange

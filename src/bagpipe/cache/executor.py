@@ -25,10 +25,9 @@ from torch import Tensor
 
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import (
-    DeviceExchange,
+    DeviceGroup,
     DevicePlan,
     DeviceTransfers,
-    plan_to_device,
     urgent_to_device,
 )
 from bagpipe.cache.exchange import exchange_with
@@ -39,6 +38,7 @@ from bagpipe.cache.moved import MovedArray
 from bagpipe.cache.movers import mover_for
 from bagpipe.cache.overlap import Streams
 from bagpipe.cache.pending import Pending
+from bagpipe.cache.plan_rings import PlanMover
 from bagpipe.cache.waits import Waits
 from bagpipe.distributed.alone import ALONE, Peers
 from bagpipe.errors import UsageError
@@ -74,14 +74,16 @@ class Executor:
         self._updated: set[int] = set()  # groups, in the step that is being computed
         self.caches, self.stores = tuple(caches), tuple(stores)
         self.waits = Waits()
-        self.current: tuple[DevicePlan, ...] | None = None
-        """The plans of the step that is being computed, by group."""
+        self.is_in_step = False
+        """Whether a step is being computed."""
+        self._current: tuple[DevicePlan, ...] | None = None  # once somebody has asked for it
         self.moved_along: tuple[Tensor, ...] = ()
         """What `submit` was given to move along with the current step's plan, on the device."""
         self._device = caches[0].device
         self._streams = Streams(self._device) if self._device.type == "cuda" else None
         self._exchange = exchange_with(peers, caches, self._streams)
         self._mover = mover_for(caches, stores, self._streams, marks_on(stores, stream))
+        self._plans = PlanMover(caches, peers, self._streams, with_rows=self._mover.with_rows)
         self._pending: list[Pending] = []
         self._ended: list[Pending] = []  # steps whose plans may still be read
         self._num_kept = int(self._exchange.has_others)  # ended, their gradients on their way
@@ -125,7 +127,7 @@ class Executor:
             # Overlapped ones of later steps come last: they may fetch what this step's urgent ones
             # evict.
             self._issue_overlapped(pending)
-            self._exchange.start_behind(pending.plan, partial(self._filled, pending))
+            self._exchange.begin_replicas(pending.plan, partial(self._filled, pending))
             urgent = [group.urgent for group in pending.plan.groups]
             if any(len(moved.evict_rows) or len(moved.fetch_rows) for moved in urgent):
                 self._issue_urgent(pending)
@@ -150,8 +152,15 @@ class Executor:
                     and due.overlapped.gathered.has_succeeded
                 ):
                     self._mover.fill(due.overlapped)
-        self.current = tuple(group.plan for group in pending.on_device)
+        self.is_in_step, self._current = True, None
         self.moved_along = self._for_compute(pending.on_device[-1].along)
+
+    @property
+    def current(self) -> tuple[DevicePlan, ...] | None:
+        """The plans of the step that is being computed, by group; the same value throughout."""
+        if self.is_in_step and self._current is None:
+            self._current = tuple(group.plan for group in self._pending[0].on_device)
+        return self._current
 
     def is_current(self, plan: DevicePlan) -> bool:
         """Whether `plan` belongs to the step that is being computed."""
@@ -165,9 +174,15 @@ class Executor:
 
     def rows_in_graph(self) -> GraphRows | None:
         """The current step's rows for a graph, if it can find their plan."""
-        if not self.caches[0].reads_rings or self._exchange.has_others:
+        if not self.caches[0].reads_rings or not self._exchange.fits_graphs:
             return None
-        return self._in_graph.of(self._pending[0].plan, self.current or (), self._training)
+        pending = self._pending[0]
+        return self._in_graph.of(
+            pending.plan.batch_size,
+            [group.rings for group in pending.on_device],
+            partial(self._exchange.updates_in_graph, pending.plan, pending.on_device),
+            self._training,
+        )
 
     @contextmanager
     def _training(self) -> Iterator[StepToTrain]:
@@ -179,6 +194,7 @@ class Executor:
                 for cache, skipped in zip(self.caches, self._num_skipped, strict=True)
             ]
             yield StepToTrain(step=step, rates=rates)
+            self._exchange.note_update(step, rates)
             self._updated.update(range(len(self.caches)))
 
     def end_step(self) -> None:
@@ -190,7 +206,7 @@ class Executor:
         ]
         # Without a call between, so that no signal's handler sees a part of it.
         self._num_skipped[:], self._updated = num_skipped, updated
-        self._ended, self._pending, self.current = ended, pending, None
+        self._ended, self._pending, self.is_in_step, self._current = ended, pending, False, None
 
     @property
     def step(self) -> int:
@@ -253,12 +269,12 @@ class Executor:
             # whatever stream is current: what is sent next follows the steps' compute
             torch.cuda.synchronize(self._device)
             self._streams.record_compute()
-        self._exchange.finish_all(None if self.current is None else self._pending[0].plan.step)
+        self._exchange.finish_all(self._pending[0].plan.step if self.is_in_step else None)
         if self._streams is not None:
             torch.cuda.synchronize(self._device)
         self._mover.write_all()
         self._exchange.end_flush()
-        self._is_clean = self.current is None  # a step that is open may still update its rows
+        self._is_clean = not self.is_in_step  # a step that is open may still update its rows
 
     def close(self, *, has_failed: bool = False) -> None:
         """Ends the background threads; what is not flushed is lost. Closing twice is allowed.
@@ -275,7 +291,7 @@ class Executor:
         self._pending.clear()
         self._ended.clear()
         self._in_graph.let_go()
-        self.current, self.moved_along = None, ()
+        self.is_in_step, self._current, self.moved_along = False, None, ()
         if is_stuck:
             self.at_close.clear()
         while self.at_close:
@@ -303,22 +319,8 @@ class Executor:
             )
 
     def _plan_to_device(self, pending: Pending) -> tuple[DeviceTransfers, ...]:
-        plan, last = pending.plan, len(self.caches) - 1
         with span("plan"):
-            pending.on_device = tuple(
-                plan_to_device(
-                    group_plan,
-                    step=plan.step,
-                    batch_size=plan.batch_size,
-                    num_features=len(cache.group.features),
-                    device=self._device,
-                    along=pending.along if index == last else (),  # as they lie in shared memory
-                    with_rows=self._mover.with_rows,
-                )
-                for index, (group_plan, cache) in enumerate(
-                    zip(plan.groups, self.caches, strict=True)
-                )
-            )
+            pending.on_device = self._plans.move(pending.plan, pending.along)
         return tuple(group.overlapped for group in pending.on_device)
 
     def _for_compute(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -337,19 +339,22 @@ class Executor:
         self._exchange.finish_replicas(pending.plan)
         self.waits.replicas_s += time.perf_counter() - started
         following = self._pending[1] if len(self._pending) > 1 else None
-        if following is not None and following.overlapped is not None:
-            self._exchange.ask_for_replicas(following.plan, partial(self._filled, following))
+        if following is None or following.overlapped is None:
+            self._exchange.start_behind(pending.plan, None, tuple)
+        else:
+            filled = partial(self._filled, following)
+            self._exchange.start_behind(pending.plan, following.plan, filled)
 
-    def _filled(self, pending: Pending) -> list[DeviceExchange]:
+    def _filled(self, pending: Pending) -> Sequence[DeviceGroup]:
         """Waits until a step's overlapped rows are in their slots, on CUDA on the current stream.
 
-        Returns what the step exchanges, by group.
+        Returns its groups.
         """
         assert pending.overlapped is not None
         self._mover.fill(pending.overlapped)
         if pending.overlapped.filled is not None:
             torch.cuda.current_stream(self._device).wait_event(pending.overlapped.filled)
-        return [group.exchange for group in pending.on_device if group.exchange is not None]
+        return pending.on_device
 
     def _wait_for_rows(self, pending: Pending) -> None:
         """Fills the rows of the step that comes now, and accounts for waiting for them."""
@@ -389,5 +394,7 @@ class Executor:
             for transfers in (ended.overlapped, ended.urgent):
                 if transfers is not None:
                     self._mover.give_back(transfers)
+            for group in ended.on_device:
+                group.give_back()
             if ended.release is not None:
                 ended.release()

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import DevicePlan, PlanOnDevice, PlanRings
+from bagpipe.cache.device_cache import DeviceCache, UpdateRate
+from bagpipe.cache.device_plan import DevicePlan, PlanRings
 from bagpipe.cache.ring import Ring
-from bagpipe.plan import HostStepPlan
 
 _SHARE_BEYOND = 8
 """Grids have room for an eighth more rows than the current step has. Where more come, programs take
@@ -30,8 +30,42 @@ class StepToTrain:
     """What a replay has to know of its step."""
 
     step: int
-    rates: Sequence[float]
-    """By group, as `DeviceCache.apply` takes them."""
+    rates: Sequence[UpdateRate]
+    """By group."""
+
+
+class GroupUpdate(Protocol):
+    """How a graph updates one group's rows."""
+
+    @property
+    def plan(self) -> DevicePlan:
+        """What is looked up, in rings."""
+
+    @property
+    def applied(self) -> DevicePlan:
+        """What updates rows, in rings whose rates are the step's."""
+
+    def __call__(self, grads: Tensor) -> None:
+        """Updates rows with gradients (B, F, D)."""
+
+    def warm_up(self, grads: Tensor) -> None:
+        """Compiles and loads what a call launches; no row changes."""
+
+
+class OwnUpdate:
+    """How a graph updates one group's rows, which this trainer alone uses."""
+
+    def __init__(self, cache: DeviceCache, plan: DevicePlan) -> None:
+        """Launches nothing yet; `plan` lies in rings."""
+        self._cache, self.plan, self.applied = cache, plan, plan
+
+    def __call__(self, grads: Tensor) -> None:
+        """See `GroupUpdate`."""
+        self._cache.update(self.plan, grads)
+
+    def warm_up(self, grads: Tensor) -> None:
+        """See `GroupUpdate`."""
+        self._cache.update(of_no_rows(self.plan), grads)
 
 
 class GraphRows:
@@ -43,49 +77,40 @@ class GraphRows:
     def __init__(
         self,
         caches: Sequence[DeviceCache],
-        rings: Sequence[PlanRings],
-        current: Sequence[DevicePlan],
+        updates: Sequence[GroupUpdate],
+        clock: Tensor,
         training: Callable[[], AbstractContextManager[StepToTrain]],
     ) -> None:
         """Launches nothing yet.
 
         Args:
             caches: by group.
-            rings: by group.
-            current: plans of about the size of those to come, by group.
+            updates: by group.
+            clock: (1,) int64 on the device, the step that they look up and update.
             training: a context in which the current step's rows are updated.
         """
-        self._caches = tuple(caches)
+        self._caches, self._updates, self._clock = tuple(caches), tuple(updates), clock
         self._training: Callable[[], AbstractContextManager[StepToTrain]] = training
-        self._found_in = tuple(rings)
-        self._plans = [_with_clock(each, plan) for each, plan in zip(rings, current, strict=True)]
         # What the device has been told.
         self._step = -1
-        self._numbers: list[tuple[float, float]] = [(0.0, 0.0)] * len(self._rings)
-
-    def are_in(self, rings: Sequence[PlanRings]) -> bool:
-        """Whether these are the rings in which their plans lie."""
-        return all(own is each for own, each in zip(self._found_in, rings, strict=True))
+        self._rates: list[UpdateRate] = []
 
     def lookup(self, out: Sequence[Tensor]) -> None:
         """Pools embeddings into `out`, (B, F, D) by group."""
-        for cache, plan, into in zip(self._caches, self._plans, out, strict=True):
-            cache.lookup(plan, out=into)
+        for cache, update, into in zip(self._caches, self._updates, out, strict=True):
+            cache.lookup(update.plan, out=into)
 
     def update(self, grads: Sequence[Tensor]) -> None:
         """Updates rows with `grads`, (B, F, D) by group, and advances the clock."""
-        for cache, plan, grad in zip(self._caches, self._plans, grads, strict=True):
-            cache.update(plan, grad)
-        torch._foreach_add_([ring.clock for ring in self._rings], 1)
+        for update, grad in zip(self._updates, grads, strict=True):
+            update(grad)
+        self._clock.add_(1)
 
     def warm_up(self, pooled: Sequence[Tensor]) -> None:
         """Compiles and loads what a capture launches; no row changes."""
         self.lookup(pooled)
-        for cache, plan, grad in zip(self._caches, self._plans, pooled, strict=True):
-            assert plan.ring is not None
-            layout = plan.ring.layout
-            nothing = replace(layout, headers=torch.zeros_like(layout.headers))
-            cache.update(replace(plan, ring=replace(plan.ring, layout=nothing)), grad)
+        for update, grad in zip(self._updates, pooled, strict=True):
+            update.warm_up(grad)
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Trains the current step by a graph that holds `lookup` and `update`."""
@@ -105,40 +130,70 @@ class GraphRows:
 
     def let_go(self) -> None:
         """Frees caches and rings; no graph of these rows is replayed again."""
-        self._caches, self._plans, self._found_in = (), [], ()
+        self._caches, self._updates = (), ()
         self._training = _over  # the executor's, which would live on with its own rows
-
-    @property
-    def _rings(self) -> list[Ring]:
-        return [plan.ring for plan in self._plans if plan.ring is not None]
 
     def _tell(self, current: StepToTrain) -> None:
         """Tells the device what it does not know of the step."""
-        numbers = [
-            (rate, cache.group.optimizer.update_constants(rate).shrinkage)
-            for cache, rate in zip(self._caches, current.rates, strict=True)
-        ]
-        if numbers != self._numbers:
-            for ring, values in zip(self._rings, numbers, strict=True):
-                for place, value in enumerate(values):
-                    ring.rates[place].fill_(value)
-            self._numbers = numbers
+        if list(current.rates) != self._rates:
+            self._rates = list(current.rates)
+            for update, rate in zip(self._updates, self._rates, strict=True):
+                tell_rate(update.applied, rate)
         if current.step != self._step:
-            for ring in self._rings:
-                ring.clock.fill_(current.step)
+            self._clock.fill_(current.step)
 
 
-def _with_clock(rings: PlanRings, current: DevicePlan) -> DevicePlan:
-    device, num_pieces = rings.layout.headers.device, len(current.piece_offsets) - 1
-    sizes = (len(current.unique_slots), num_pieces, len(current.long_uniques))
-    uniques, pieces, long = (size + size // _SHARE_BEYOND for size in sizes)
+def in_ring(
+    rings: PlanRings,
+    clock: Tensor,
+    *,
+    batch_size: int = 0,
+    rate: float = 0.0,
+    current: DevicePlan | None = None,
+) -> DevicePlan:
+    """The plan of whatever step it is.
+
+    Args:
+        rings: in which plans lie.
+        clock: (1,) int64 on the device, the step.
+        batch_size: the number of samples.
+        rate: the learning rate, up to `tell_rate`.
+        current: a plan of about the size of those to come, by default one that fills its places.
+    """
+    plans = rings.plans
+    sizes = (plans.unique_slots, plans.piece_offsets, plans.long_uniques)
+    if current is None:
+        uniques, pieces, long = (each.shape[1] for each in sizes)
+    else:
+        numbers = (
+            len(current.unique_slots),
+            len(current.piece_offsets) - 1,
+            len(current.long_uniques),
+        )
+        uniques, pieces, long = (number + number // _SHARE_BEYOND for number in numbers)
     ring = Ring(
         layout=rings.layout,
-        clock=torch.zeros(1, dtype=torch.int64, device=device),
-        rates=torch.zeros(2, device=device),
+        clock=clock,
+        rates=torch.tensor([rate, 0.0], device=clock.device),
         typical=(uniques, pieces, long),
     )
-    return replace(rings.plans, batch_size=current.batch_size, ring=ring)
+    return replace(plans, batch_size=batch_size, ring=ring)
+
+
+def of_no_rows(plan: DevicePlan) -> DevicePlan:
+    """The same launches, which find that a plan in rings has no rows."""
+    assert plan.ring is not None
+    layout = plan.ring.layout
+    nothing = replace(layout, headers=torch.zeros_like(layout.headers))
+    return replace(plan, ring=replace(plan.ring, layout=nothing))
+
+
+def tell_rate(plan: DevicePlan, rate: UpdateRate) -> None:
+    """Tells the device the rate at which a plan in rings updates rows, on the current stream."""
+    assert plan.ring is not None
+    shrinkage = rate.optimizer.update_constants(rate.rate).shrinkage
+    for place, value in enumerate((rate.rate, shrinkage)):
+        plan.ring.rates[place].fill_(value)
 
 
 def _over() -> AbstractContextManager[StepToTrain]:
@@ -151,38 +206,40 @@ class RowsInGraphs:
     def __init__(self, caches: Sequence[DeviceCache]) -> None:
         """Has none yet; `caches` are by group."""
         self._caches = caches
-        self._rows: dict[int, GraphRows] = {}
+        self._rows: dict[int, tuple[list[PlanRings], GraphRows]] = {}
 
     def of(
         self,
-        plan: HostStepPlan,
-        current: Sequence[DevicePlan],
+        batch_size: int,
+        rings: Sequence[PlanRings | None],
+        updates: Callable[[Tensor], Sequence[GroupUpdate]],
         training: Callable[[], AbstractContextManager[StepToTrain]],
     ) -> GraphRows | None:
         """Those of a step, the same object as long as rings stay.
 
         Args:
-            plan: of the step.
-            current: the same, on the device.
+            batch_size: of the step.
+            rings: in which its plans lie, by group.
+            updates: makes its updates by group, for a clock.
             training: as for `GraphRows`.
 
         Returns:
-            None unless the plan lies in rings that are there to stay.
+            None unless the plans lie in rings that are there to stay.
         """
-        rings = [
-            group.rings
-            for group in plan.groups
-            if isinstance(group, PlanOnDevice) and group.rings is not None
-        ]
-        if len(rings) < len(plan.groups):
+        found = [each for each in rings if each is not None]
+        if len(found) < len(rings):
             self.let_go()  # a capacity has grown: what the old rings take is needed for new ones
             return None
-        rows = self._rows.get(plan.batch_size)
-        if rows is None or not rows.are_in(rings):
-            if rows is not None:
-                rows.let_go()
-            rows = GraphRows(self._caches, rings, current, training)
-            self._rows[plan.batch_size] = rows
+        known = self._rows.get(batch_size)
+        if known is not None and all(
+            own is each for own, each in zip(known[0], found, strict=True)
+        ):
+            return known[1]
+        if known is not None:
+            known[1].let_go()
+        clock = torch.zeros(1, dtype=torch.int64, device=self._caches[0].device)
+        rows = GraphRows(self._caches, updates(clock), clock, training)
+        self._rows[batch_size] = found, rows
         return rows
 
     def let_go(self) -> None:
@@ -191,4 +248,4 @@ class RowsInGraphs:
         The device may still compute steps of these rings: their plans hold them until it has.
         """
         while self._rows:
-            self._rows.popitem()[1].let_go()
+            self._rows.popitem()[1][1].let_go()

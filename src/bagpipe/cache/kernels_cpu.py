@@ -1,13 +1,14 @@
 """The data plane's operations on a CPU, compiled by numba.
 
-Four operations on one group's cache, `weights` (num_slots, D), of the data type, and `state`
+Five operations on one group's cache, `weights` (num_slots, D), of the data type, and `state`
 (num_slots, S) float32:
 
-    lookup   gather + pool                    -> (B * F, D), float32 or bfloat16
-    update   sum gradients of either type along the plan's schedule, in float32, and apply the
-             optimizer to the records in place
-    fill     records (n, D + S) into slots
-    read     slots into records (n, D + S)
+    lookup       gather + pool                -> (B * F, D), float32 or bfloat16
+    update       sum gradients of either type along the plan's schedule, in float32, and apply the
+                 optimizer to the records in place
+    sum_by_row   the sums alone
+    fill         records (n, D + S) into slots
+    read         slots into records (n, D + S)
 
 Torch alone would write each intermediate (summed gradients, squares, quotients) to memory and read
 it back. On two cores that made backward and optimizer about twice as slow as the loops here, which
@@ -35,7 +36,7 @@ from bagpipe.cache import cpu_half, cpu_loops
 from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.weights import words_of
 from bagpipe.native.workers import Workers
-from bagpipe.optimizers import Optimizer
+from bagpipe.optimizers import SGD, Optimizer
 from bagpipe.store.half import CODES
 
 _CHUNKS_A_THREAD = 4
@@ -105,6 +106,19 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
             begin, end, table, slots, offsets, *factors, *sizes, pooled
         )
     _in_chunks(plan.batch_size, work)
+
+
+def sum_by_row(sums: Tensor, plan: DevicePlan, grads: Tensor, scale: float) -> None:
+    """Puts sums of gradients by unique row, times `scale`, into the rows `plan.unique_slots`.
+
+    Args:
+        sums: (n, D) float32; its other rows become zeros.
+        plan: The step's plan but for `unique_slots`.
+        grads: As for `update`.
+        scale: A factor.
+    """
+    sums.zero_()  # descent from zero at the rate -1 is a sum
+    update(sums, sums[:, :0], plan, grads, SGD(lr=1.0), -scale)
 
 
 def update(

@@ -7,7 +7,7 @@ multiple of 4, and asks for several rows before it adds the first.
     lookup   One program takes a tile of bags, feature-major: slots lie in that order, and rows of
              one table are asked for again while they are in the L2 cache. One program sums a bag,
              in lookup order.
-    update   is in `triton_update`.
+    update   is in `triton_update`, as is sum_by_row.
     fill     copies staged records into slots.
     read     copies slots into packed records.
 
@@ -37,10 +37,10 @@ from bagpipe.cache.triton_launch import (
     on_device_of,
     sum_rows,
 )
-from bagpipe.cache.triton_update import update
+from bagpipe.cache.triton_update import sum_by_row, update
 from bagpipe.cache.weights import words_of
 
-__all__ = ["fill", "lookup", "read", "update"]
+__all__ = ["fill", "lookup", "read", "sum_by_row", "update"]
 
 _ONE_HOT = Tiling(elements=2048, per_thread=16)
 _BAGS = Tiling(elements=256, per_thread=4)
@@ -98,10 +98,13 @@ def lookup(weights: Tensor, plan: DevicePlan, out: Tensor) -> None:
 
 def _ring_arguments(plan: DevicePlan) -> tuple[Argument, ...]:
     if plan.ring is None:
-        return None, None, None, None, None
-    (num_plans, max_lookups), num_batches = plan.lookup_slots.shape, plan.ring.layout.num_batches
-    max_bags = 0 if plan.bag_offsets is None else plan.bag_offsets.shape[1] - 1
-    return plan.ring.clock, num_plans, num_batches, max_lookups, max_bags
+        return (None,) * 6
+    offsets, scales = (
+        0 if array is None else array.stride(0) for array in (plan.bag_offsets, plan.bag_scales)
+    )
+    num_plans, max_lookups = len(plan.lookup_slots), plan.lookup_slots.stride(0)
+    ring = plan.ring
+    return ring.clock, num_plans, ring.layout.num_batches, max_lookups, offsets, scales
 
 
 def fill(weights: Tensor, state: Tensor, slots: Tensor, records: Tensor) -> None:
@@ -160,6 +163,7 @@ def _lookup_one_hot(
     num_plans: tl.tensor,
     num_batches: tl.tensor,
     max_lookups: tl.tensor,
+    max_offsets: tl.tensor,
     max_bags: tl.tensor,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -202,6 +206,7 @@ def _lookup_jagged(
     num_plans: tl.tensor,
     num_batches: tl.tensor,
     max_lookups: tl.tensor,
+    max_offsets: tl.tensor,
     max_bags: tl.tensor,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -212,7 +217,7 @@ def _lookup_jagged(
     if clock is not None:
         step = tl.load(clock)
         slots += step % num_plans * max_lookups
-        bag_offsets += step % num_batches * (max_bags + 1)
+        bag_offsets += step % num_batches * max_offsets
         if lookup_weights is not None:
             lookup_weights += step % num_batches * max_lookups
         if bag_scales is not None:

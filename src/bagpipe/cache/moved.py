@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -41,22 +42,41 @@ def all_to_device(arrays: Sequence[MovedArray], device: torch.device) -> list[Te
     """
     if device.type == "cpu" or not arrays:
         return [torch.from_numpy(array) for array in arrays]
+    words, spans = words_to_device(arrays, device)
+    return cut_out(words, spans, arrays)
+
+
+def words_to_device(
+    arrays: Sequence[MovedArray], device: torch.device
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Arrays on `device` by one copy, as for `all_to_device`; at least one.
+
+    Returns:
+        A piece of memory as int32, and where each array is in it: (offset, length) in bytes.
+    """
     places = [pa.py_buffer(array).address for array in arrays]  # numpy takes six times as long
+    sizes = [array.nbytes for array in arrays]
     begin = min(places) // _LONGEST_WORD * _LONGEST_WORD
-    end = max(place + array.nbytes for place, array in zip(places, arrays, strict=True))
-    shared = _shared_memory(arrays)
+    end = max(map(add, places, sizes))
+    shared = _shared_memory(arrays[0])
+    offset = 0 if shared is None else begin - pa.py_buffer(shared).address
     if (
         shared is not None
-        and end - begin
-        <= _MAX_SPREAD * sum(array.nbytes for array in arrays) + len(arrays) * _ALIGNMENT
+        and 0 <= offset <= len(shared) - (end - begin)  # all arrays are in it
+        and end - begin <= _MAX_SPREAD * sum(sizes) + len(arrays) * _ALIGNMENT
     ):
-        offset = begin - pa.py_buffer(shared).address
         source = torch.from_numpy(shared[offset : offset + end - begin])
     else:
-        source, places = _packed(arrays)
+        source, places = _packed(arrays, is_pinned=device.type == "cuda")
         begin = 0
     words = source.to(device, non_blocking=True).view(torch.int32)
-    spans = [(place - begin, array.nbytes) for place, array in zip(places, arrays, strict=True)]
+    return words, [(place - begin, size) for place, size in zip(places, sizes, strict=True)]
+
+
+def cut_out(
+    words: Tensor, spans: Sequence[tuple[int, int]], arrays: Sequence[MovedArray]
+) -> list[Tensor]:
+    """Arrays out of `words_to_device`, each by its span."""
     cut = _cut(words, spans)
     return [_as_array(cut[span], array) for span, array in zip(spans, arrays, strict=True)]
 
@@ -94,26 +114,27 @@ def aligned_begins(arrays: Sequence[MovedArray]) -> tuple[list[int], int]:
     return begins, end
 
 
-def _packed(arrays: Sequence[MovedArray]) -> tuple[Tensor, list[int]]:
-    """One pinned uint8 tensor that holds all arrays, and where each begins in it."""
+def _packed(arrays: Sequence[MovedArray], *, is_pinned: bool) -> tuple[Tensor, list[int]]:
+    """One uint8 tensor that holds all arrays, and where each begins in it."""
     begins, end = aligned_begins(arrays)
-    pinned = torch.empty(end, dtype=torch.uint8, pin_memory=True)
+    packed = torch.empty(end, dtype=torch.uint8, pin_memory=is_pinned)
+    whole = packed.numpy()
     for begin, array in zip(begins, arrays, strict=True):
-        pinned.numpy()[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
-    return pinned, begins
+        whole[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return packed, begins
 
 
-def _shared_memory(arrays: Sequence[MovedArray]) -> UInt8Array | None:
-    """The memory map, or pinned tensor, that all arrays are views of, if there is one.
+def _shared_memory(array: MovedArray) -> UInt8Array | None:
+    """The memory map, or pinned tensor, that an array is a view of, if there is one.
 
     Such a map is pinned (`bagpipe.embeddings.lookahead`).
     """
-    owners = [_owner(array) for array in arrays]
-    if isinstance(owners[0], np.ndarray) or any(owner is not owners[0] for owner in owners):
+    owner = _owner(array)
+    if isinstance(owner, np.ndarray):
         return None
-    if isinstance(owners[0], Tensor):
-        return owners[0].numpy().view(np.uint8) if owners[0].is_pinned() else None
-    return np.frombuffer(owners[0], np.uint8)  # type: ignore[call-overload,no-any-return]
+    if isinstance(owner, Tensor):
+        return owner.numpy().view(np.uint8) if owner.is_pinned() else None
+    return np.frombuffer(owner, np.uint8)  # type: ignore[call-overload,no-any-return]
 
 
 def _owner(array: MovedArray) -> object:

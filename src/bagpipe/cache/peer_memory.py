@@ -1,6 +1,6 @@
 """Rows travel between GPUs of one host by peer memory: a sender writes into a receiver's memory.
 
-A message is one launch on each rank (`triton_peer`), or several rounds of it if it is larger than a
+A message is one launch on each rank (`triton_peer`), in several rounds if it is larger than a
 region. Neither the host nor another stream waits: who waits for rows is the kernel that puts them
 where they are needed, on the stream on which they are needed.
 
@@ -12,17 +12,29 @@ which take turns, and a pair of them for each moment, since urgent and overlappe
 different streams and nothing orders them.
 
 When may a region be written again? Ranks go in lockstep: messages of one moment are the same on all
-ranks, in the same order, on one stream each. Both ranks of a pair know how many rows go each way,
-so they count the same rounds; a round raises both ranks' flags, however few rows go one way. Take
-ranks a and b, and round k + 2 of a, which writes the region that round k wrote.
+ranks, in the same order, and a launch begins once all programs of the one before have ended, as on
+one stream. Both ranks of a pair know how many rows go each way, so they count the same rounds; a
+round raises both ranks' flags, however few rows go one way. Part q of a round is the work of one
+program on each rank, twins of the same number in all launches. Within a message a program writes
+the same bytes of the region in every round and its twin reads them. The next message may have
+wider rows: then other programs write those bytes.
 
-    a's round k + 2 follows a's round k + 1 on a's stream, which has seen b's flag k + 1
-    b's flag k + 1 was raised by b's round k + 1, which follows b's round k on b's stream
-    b's round k had copied its rows out of the region before it ended
+Take ranks a and b, and a program of a in round k + 2, which writes where round k wrote.
+
+    it follows its own round k + 1, which has seen its twin's flag k + 1
+    its twin raised that in its round k + 1, after it had itself copied its rows of round k
+    round k of the same message: it was the twin who read those bytes
+    round k of an earlier message, round k + 1 of this one: the twin's launch began after all
+        programs of b had ended round k
+    round k + 1 of an earlier message: a's launch began after all programs of a had seen the flags
+        k + 1 of their twins, so all programs of b had copied their rows of round k
 
 So the region is free, and nobody tells so. With one region in place of two a's round k + 1 would
 write what b's round k may still be reading. A flag is a number that only grows, and a rank may find
 it one round ahead of its own.
+
+A CUDA graph can hold launches (`PeerMemory.launch`): they find their rows in rings. The host keeps
+the books of those, too, since it looks after launches that are not over: it notes each replay.
 
 The order of sums is that of ranks, as by messages: rows from rank 0 come first, whoever came first.
 So all results are the same to the bit.
@@ -51,6 +63,7 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceRows
 from bagpipe.cache.peer_buffers import PeerBuffers, open_buffers
+from bagpipe.cache.ring import RowRings
 from bagpipe.cache.triton_peer import Lane, exchange_rows, travel
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.plan import RowExchange
@@ -133,6 +146,10 @@ class _Traffic:
     looked_at: int = 0  # the oldest launch that was not over
     since_s: float = 0.0
 
+    def note(self, step: int, what: str) -> None:
+        self.num_issued += 1
+        self.issued.append(_Launch(self.num_issued, step, what))
+
 
 class PeerMemory:
     """One rank's messages by peer memory. Each moment's are asked for by one thread."""
@@ -169,6 +186,11 @@ class PeerMemory:
             daemon=True,
         ).start()
 
+    @property
+    def launcher(self) -> PeerMemory:
+        """See `Way.launcher`."""
+        return self
+
     @classmethod
     def open(
         cls, communicator: Communicator, caches: Sequence[DeviceCache], device: torch.device
@@ -194,26 +216,44 @@ class PeerMemory:
     ) -> None:
         """See `Way.exchange`."""
         self.check()
-        traffic = self._traffic[moment]
         # numpy takes longer
-        most = max(*rows.send_counts.tolist(), *rows.receive_counts.tolist())
-        num_rows = traffic.lane.region_bytes // (values.element_size() * values.shape[1])
-        for first in range(0, most, num_rows):
-            traffic.num_issued += 1
-            traffic.issued.append(_Launch(traffic.num_issued, step, what))
-            # In Triton's interpreter programs run one after the other.
-            for sends, receives in _AT_ONCE if travel.is_compiled else _ONE_BY_ONE:
-                exchange_rows(
-                    traffic.lane,
-                    values,
-                    on_device,
-                    first_received,
-                    first=first,
-                    num_rows=num_rows,
-                    number=traffic.num_issued,
-                    sends=sends,
-                    receives=receives,
-                )
+        if max(*rows.send_counts.tolist(), *rows.receive_counts.tolist()) > 0:
+            traffic = self._traffic[moment]
+            traffic.note(step, what)
+            _exchange(traffic.lane, values, on_device, first_received)
+
+    def launch(self, values: Tensor, rings: RowRings, moment: Moment) -> None:
+        """Exchanges rows of the step that the device's clock tells, on the current stream.
+
+        A graph that is captured now holds it. Each time that the device does it must be noted. The
+        graph holds addresses only: it may be replayed as long as tensors stay and this is open.
+
+        Args:
+            values: (n, W) float32, contiguous, from which rows are sent and into which they are
+                received.
+            rings: where the kernel finds which rows.
+            moment: whether they are on the critical path. On the device all its messages are one
+                after the other, in the same order on all ranks.
+        """
+        _exchange(self._traffic[moment].lane, values, rings)
+
+    def warm_up(self, values: Tensor, rings: RowRings, moment: Moment) -> None:
+        """Compiles and loads what `launch` launches, and launches nothing: nothing to note."""
+        exchange_rows(self._traffic[moment].lane, values, rings, only_loads=True)
+
+    def note(self, moment: Moment, step: int, what: str) -> None:
+        """Notes that the device has been asked for one `launch`, as by a replay of a graph.
+
+        Args:
+            moment: of the launch.
+            step: named in errors, as is `what`.
+            what: is exchanged.
+
+        Raises:
+            LostError: as `check`.
+        """
+        self.check()
+        self._traffic[moment].note(step, what)
 
     def check(self) -> None:
         """Raises LostError if the device has ended its waiting for rows that did not come."""
@@ -283,6 +323,7 @@ class PeerMemory:
             regions_at=layout.regions_at(moment),
             addresses=addresses,
             rounds=torch.zeros(shape, dtype=torch.int64, device=self._device),
+            launches=torch.zeros(shape, dtype=torch.int64, device=self._device),
             done=done,
             stop=self._stop,
             stopped=torch.zeros(1, dtype=torch.int32, device=self._device),
@@ -297,8 +338,26 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-_AT_ONCE: Final = ((True, True),)
-_ONE_BY_ONE: Final = ((True, False), (False, True))
+def _exchange(
+    lane: Lane, values: Tensor, rows: DeviceRows | RowRings, first_received: int = 0
+) -> None:
+    if travel.is_compiled:
+        exchange_rows(lane, values, rows, first_received)
+        return
+    # In Triton's interpreter programs run one after the other: all send before one waits.
+    most = int(max(rows.send_counts.max(), rows.receive_counts.max()))
+    num_rows = lane.rows_per_round(values)
+    for first in range(0, most, num_rows):
+        for sends in (True, False):
+            exchange_rows(
+                *(lane, values, rows, first_received),
+                first=first,
+                end=first + num_rows,
+                sends=sends,
+                receives=not sends,
+                ends=False,
+            )
+    exchange_rows(lane, values, rows, first_received, end=0, sends=False, receives=False)
 
 
 def _keep_looking(memory: weakref.ReferenceType[PeerMemory], closing: threading.Event) -> None:

@@ -34,3 +34,22 @@ class Ring:
     """About as many unique rows, pieces and long rows are expected. There may be more."""
     rates: Tensor
     """(2,) float32, the learning rate and the share by which weights shrink."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRings:
+    """One message's rows of many steps: those of step t are in place t % K.
+
+    Rows of the arrays may lie further apart than they are long.
+    """
+
+    send: Tensor
+    """(K, capacity) int32, the rows that are sent."""
+    send_counts: Tensor
+    """(K, num_trainers) int64."""
+    receive_counts: Tensor
+    """(K, num_trainers) int64."""
+    firsts: Tensor
+    """(K,) int64, the row from which on others' are received."""
+    clock: Tensor
+    """(1,) int64, the step."""

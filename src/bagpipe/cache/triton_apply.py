@@ -17,6 +17,9 @@ _ADAGRAD = tl.constexpr(Adagrad.kind)
 _ROW_WISE_ADAGRAD = tl.constexpr(RowWiseAdagrad.kind)
 _ADAM = tl.constexpr(Adam.kind)
 _PARTIAL_ROW_WISE_ADAM = tl.constexpr(PartialRowWiseAdam.kind)
+SUM_KIND = -1
+"""Descent from zero, whatever the weights are: at the rate -1 a sum."""
+_SUM = tl.constexpr(SUM_KIND)
 
 
 @device_function
@@ -59,9 +62,12 @@ def load_record(
     """
     columns = tl.arange(0, COLUMNS)
     inside = is_row[:, None] & (columns < DIM)[None, :]
-    weight = tl.load(
-        weights + slot[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0
-    ).to(tl.float32)
+    if KIND == _SUM:
+        weight = tl.zeros(inside.shape, tl.float32)
+    else:
+        weight = tl.load(
+            weights + slot[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
     first = weight
     second = weight
     if KIND == _ADAGRAD:
@@ -118,7 +124,7 @@ def apply(
         grad += weight * l2
     if shrinkage is not None:  # at a rate of zero -0.0 and infinity stay as they are
         weight = tl.where(shrinkage > 0, weight - weight * shrinkage, weight)
-    if KIND == _SGD:
+    if (KIND == _SGD) or (KIND == _SUM):
         weight -= grad * lr
     elif KIND == _ADAGRAD:
         first += grad * grad

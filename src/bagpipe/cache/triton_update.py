@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DevicePlan
+from bagpipe.cache.triton_apply import SUM_KIND
 from bagpipe.cache.triton_launch import Argument, Tiling, aligned, on_device_of
 from bagpipe.cache.triton_update_kernels import update_long_rows, update_pieces
 from bagpipe.cache.weights import COLUMNS_A_BLOCK
-from bagpipe.optimizers import Optimizer
+from bagpipe.optimizers import SGD, Optimizer
 
 _PIECES = Tiling(elements=256, per_thread=8)
 _LONG_ROWS = Tiling(elements=64, per_thread=8)
@@ -46,6 +47,31 @@ def update(
         rate: The learning rate, with Adam's bias corrections in it.
         seed: Decides how new weights of 16 bits are rounded by chance.
     """
+    _update(weights, state, plan, grads, optimizer, rate, seed, optimizer.kind)
+
+
+def sum_by_row(sums: Tensor, plan: DevicePlan, grads: Tensor, scale: float) -> None:
+    """Puts sums of gradients by unique row, times `scale`, into the rows `plan.unique_slots`.
+
+    Args:
+        sums: (n, D) float32.
+        plan: The step's plan but for `unique_slots`.
+        grads: As for `update`.
+        scale: A factor; of plans in rings the negative of their rate is taken.
+    """
+    _update(sums, sums[:, :0], plan, grads, SGD(lr=1.0), -scale, 0, SUM_KIND)
+
+
+def _update(
+    weights: Tensor,
+    state: Tensor,
+    plan: DevicePlan,
+    grads: Tensor,
+    optimizer: Optimizer,
+    rate: float,
+    seed: int,
+    kind: int,
+) -> None:
     # of plans in rings the most that there can be
     num_uniques, num_pieces, num_long = (
         plan.unique_slots.shape[-1],
@@ -65,7 +91,7 @@ def update(
     rounding = _rounding(weights, plan.step, seed)
     width = dim if weights.dtype == torch.float32 else max(dim, COLUMNS_A_BLOCK)
     tile, long_tile = _PIECES.of(width), _LONG_ROWS.of(width)
-    constants = {"DIM": dim, "STRIDE": weights.shape[1], "KIND": optimizer.kind}
+    constants = {"DIM": dim, "STRIDE": weights.shape[1], "KIND": kind}
     constants |= _header_constants(plan)
     ring = _ring_arguments(plan)
     expected = (num_uniques, num_pieces, num_long) if plan.ring is None else plan.ring.typical
@@ -123,14 +149,14 @@ def update(
 def _ring_arguments(plan: DevicePlan) -> tuple[Argument, ...]:
     """What a kernel needs to find its plan in rings."""
     if plan.ring is None:
-        return (None,) * 10
-    (num_plans, max_uniques), num_batches = plan.unique_slots.shape, plan.ring.layout.num_batches
-    max_bags = 0 if plan.bag_scales is None else plan.bag_scales.shape[1]
-    sizes = (plan.bags.shape[1], max_bags, max_uniques, plan.piece_offsets.shape[1] - 1)
-    ring = plan.ring
+        return (None,) * 11
+    ring, num_plans = plan.ring, len(plan.unique_slots)
+    arrays = (plan.unique_slots, plan.bags, plan.piece_offsets, plan.long_uniques)
     return (
-        *(ring.clock, ring.rates, ring.layout.headers, num_plans, num_batches),
-        *(*sizes, plan.long_uniques.shape[1]),
+        *(ring.clock, ring.rates, ring.layout.headers, num_plans, ring.layout.num_batches),
+        *(array.stride(0) for array in arrays),
+        plan.long_offsets.stride(0),
+        0 if plan.bag_scales is None else plan.bag_scales.stride(0),
     )
 
 

@@ -46,11 +46,12 @@ def update_pieces(
     headers: tl.tensor,
     num_plans: tl.tensor,
     num_batches: tl.tensor,
-    max_lookups: tl.tensor,
-    max_bags: tl.tensor,
     max_uniques: tl.tensor,
+    max_lookups: tl.tensor,
     max_pieces: tl.tensor,
-    max_further: tl.tensor,
+    max_long: tl.tensor,
+    max_offsets: tl.tensor,
+    max_bags: tl.tensor,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
     KIND: tl.constexpr,
@@ -76,8 +77,8 @@ def update_pieces(
         unique_slots += now % num_plans * max_uniques
         batch = now % num_batches
         bags += batch * max_lookups
-        piece_offsets += batch * (max_pieces + 1)
-        long_uniques += batch * max_further
+        piece_offsets += batch * max_pieces
+        long_uniques += batch * max_long
         if bag_weights is not None:
             bag_weights += batch * max_lookups
         if bag_scales is not None:
@@ -166,11 +167,12 @@ def update_long_rows(
     headers: tl.tensor,
     num_plans: tl.tensor,
     num_batches: tl.tensor,
-    max_lookups: tl.tensor,
-    max_bags: tl.tensor,
     max_uniques: tl.tensor,
+    max_lookups: tl.tensor,
     max_pieces: tl.tensor,
-    max_further: tl.tensor,
+    max_long: tl.tensor,
+    max_offsets: tl.tensor,
+    max_bags: tl.tensor,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
     KIND: tl.constexpr,
@@ -195,8 +197,8 @@ def update_long_rows(
             step = now.to(tl.int32)
         unique_slots += now % num_plans * max_uniques
         batch = now % num_batches
-        long_uniques += batch * max_further
-        long_offsets += batch * (max_further + 1)
+        long_uniques += batch * max_long
+        long_offsets += batch * max_offsets
     tile = tl.program_id(0)
     while tile < tl.cdiv(num_long, ROWS):
         long = tile * ROWS + tl.arange(0, ROWS)

@@ -11,14 +11,42 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceRows
 from bagpipe.cache.overlap import Streams
+from bagpipe.cache.ring import RowRings
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.plan import RowExchange
 
 _logger = logging.getLogger("bagpipe.lookahead")
 
 
+class Launcher(Protocol):
+    """What a graph that is captured can exchange rows by."""
+
+    def launch(self, values: Tensor, rings: RowRings, moment: Moment) -> None:
+        """Exchanges rows of the step that the device's clock tells, on the current stream.
+
+        Args:
+            values: as for `Way.exchange`.
+            rings: where the device finds which rows.
+            moment: as for `Way.exchange`.
+        """
+
+    def warm_up(self, values: Tensor, rings: RowRings, moment: Moment) -> None:
+        """Compiles and loads what `launch` launches, and launches nothing."""
+
+    def note(self, moment: Moment, step: int, what: str) -> None:
+        """Notes that the device has been asked for a `launch`, as by a replay of a graph.
+
+        Raises:
+            BackgroundError: as `Way.exchange`.
+        """
+
+
 class Way(Protocol):
     """How rows travel. All ranks exchange the same in the same order, for each moment."""
+
+    @property
+    def launcher(self) -> Launcher | None:
+        """What graphs use; None: they can't hold messages."""
 
     def exchange(
         self,
@@ -55,6 +83,8 @@ class Way(Protocol):
 
 class Messages:
     """By process groups: NCCL's for rows on GPUs, gloo's for those of CPUs."""
+
+    launcher = None
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator

@@ -52,7 +52,14 @@ class BatchInHand:
         Raises:
             UsageError: no batch is being trained, it was served already, or `sparse` has other ids.
         """
-        if executor is None or executor.current is None:
+        plans = self._check(sparse, executor).current
+        assert plans is not None
+        return plans
+
+    def _check(
+        self, sparse: object, executor: Executor | ExecutorPart | None
+    ) -> Executor | ExecutorPart:
+        if executor is None or not executor.is_in_step:
             raise UsageError(
                 "no batch is being trained: iterate over bagpipe.lookahead(loader, embeddings) and "
                 "pass each batch's sparse part, or call eval() to read rows without training"
@@ -68,13 +75,13 @@ class BatchInHand:
                 "bagpipe.lookahead handed out last; its plan is for that batch alone"
             )
         self.was_asked = True
-        return executor.current
+        return executor
 
     def rows_in_graph(
         self, sparse: object, executor: Executor | ExecutorPart | None
     ) -> GraphRows | None:
         """The current step's rows for a graph, if it can hold them; raises as `plans_of`."""
-        self.plans_of(sparse, executor)
+        executor = self._check(sparse, executor)
         # of several collections none has all groups
         rows = executor.rows_in_graph() if isinstance(executor, Executor) else None
         if rows is not None:

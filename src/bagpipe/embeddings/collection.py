@@ -233,7 +233,8 @@ class EmbeddingBagCollection(StoredTables):
             sparse: as in `forward`.
 
         Returns:
-            None where only `lookup` and `update` can: unless the device has made the plan.
+            None where only `lookup` and `update` can: on a CPU, in the first steps, and with
+            several trainers whose rows don't travel by peer memory.
         """
         can_hold = self._anchor.requires_grad and self._scaling.scaler() is None
         return self._in_hand.rows_in_graph(sparse, self.executor) if can_hold else None
@@ -278,7 +279,7 @@ class EmbeddingBagCollection(StoredTables):
 
     def end_step(self) -> None:
         """Closes the step that `begin_step` opened, if there is one."""
-        if self.executor is None or self.executor.current is None:
+        if self.executor is None or not self.executor.is_in_step:
             return
         self.note_step(self.executor.step + 1)  # twice is once, should an interrupt come here
         self.executor.end_step()
@@ -292,7 +293,7 @@ class EmbeddingBagCollection(StoredTables):
     def is_batch_unused(self) -> bool:
         """Whether a batch has been handed out whose embeddings nobody has asked for yet."""
         executor = self.executor
-        return executor is not None and executor.current is not None and not self._in_hand.was_asked
+        return executor is not None and executor.is_in_step and not self._in_hand.was_asked
 
     def note_stream(self, stream: Callable[[], Stream | None], states: LoaderStates[Any]) -> None:
         """Notes the `bagpipe.lookahead` that serves these embeddings."""

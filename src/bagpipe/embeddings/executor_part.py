@@ -40,6 +40,11 @@ class ExecutorPart:
         return self._current
 
     @property
+    def is_in_step(self) -> bool:
+        """Whether a step is being computed."""
+        return self._executor.is_in_step
+
+    @property
     def step(self) -> int:
         """The number of the step that is being computed, or comes next."""
         return self._executor.step

@@ -144,7 +144,7 @@ class JointCollections:
 
     def _end_step(self) -> None:
         assert self._executor is not None
-        if self._executor.current is not None:
+        if self._executor.is_in_step:
             for member in self._members:
                 member.note_step(self._executor.step + 1)
             self._executor.end_step()

@@ -7,9 +7,8 @@
 
 With `graph`, batches of `batch_size` samples replay one CUDA graph: a step of hundreds of small
 kernels then costs the host one launch. Its inputs and outputs have fixed places, so what is
-returned is good until the next call. Where plans lie on the device (`rows`), a second graph holds
-the lookup before and the update behind, too. Other batches, such as a smaller last one, run eagerly
-with the same arithmetic.
+returned is good until the next call. With `rows` another graph holds the lookup before and the
+update behind, too. Other batches, such as a smaller last one, run eagerly with the same arithmetic.
 
 The graph is captured at the first batch of its size, after a warm-up. Parameters, buffers,
 optimizer state and random numbers are then put back as they were. `bagpipe train` restores
@@ -23,7 +22,8 @@ part does what no graph can hold: every batch then runs eagerly. A sentence says
 With several trainers there are two ways to average gradients. The dense part may be a
 DistributedDataParallel, which averages them itself but is not captured. Or `average` is given: then
 there are two graphs, and between them one message averages the gradients. A capture sends no
-message, so it does not matter when, or whether, the other trainers capture theirs.
+message, and rows are updated before the average whether a graph holds the update or not. So it does
+not matter when, or whether, the other trainers capture theirs.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ from bagpipe.train.objective import Objective
 DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,), or (B, L)
 of L labels."""
+Update: TypeAlias = Callable[[Sequence[Tensor]], None]
+"""Takes gradients (B, F, D) of pooled embeddings, by group."""
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 """tf32 is a setting of the process, which `build_run` makes; here it is fp32."""
 
@@ -185,9 +187,15 @@ class DenseStep:
         labels: Tensor,
         weight: float = 1.0,
         sample_weights: Tensor | None = None,
+        *,
         rows: GraphRows | None = None,
+        update: Update | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Makes one step on the embeddings in `pooled`.
+
+        With several trainers rows are updated between backward and the average, whether a graph
+        holds the update or `update` makes it: ranks that do it in different ways would wait for
+        each other.
 
         Args:
             dense: (B, num_dense) float32, on the device or in host memory.
@@ -195,8 +203,9 @@ class DenseStep:
             weight: by what the loss is multiplied, for a trainer with more or fewer samples than
                 the others.
             sample_weights: (B,) float32, likewise; all batches have some, or none has.
-            rows: what looks embeddings up and updates them, to be done here, too; by default the
-                caller does both. There must be no other trainers then.
+            rows: what looks embeddings up and updates them, to be done here, too.
+            update: without `rows`, updates embeddings with the gradients of `pooled`. By default
+                the caller does, later.
 
         Returns:
             The loss, as `Objective.loss` gives it, and the gradients (B, F, D) of `pooled`, good
@@ -207,15 +216,13 @@ class DenseStep:
             if self.can_replay(len(labels)) and weight == 1.0:
                 captured = self._graph_for(inputs, rows)
                 if captured is not None:
-                    return self._replay(captured, inputs)
+                    return self._replay(captured, inputs, update)
             if rows is not None:
-                with rows.around(self.pooled(len(labels))) as update:
-                    loss, grads = self(dense, labels, weight, sample_weights)
-                    update(grads)
-                return loss, grads
+                with rows.around(self.pooled(len(labels))) as update_rows:
+                    return self(dense, labels, weight, sample_weights, update=update_rows)
             inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
             pooled = [leaf.detach().requires_grad_() for leaf in self.pooled(len(labels))]
-            return self._compute(self._part, inputs, pooled, weight)
+            return self._compute(self._part, inputs, pooled, weight, update)
 
     def can_replay(self, batch_size: int) -> bool:
         """Whether batches of so many samples replay a graph."""
@@ -242,13 +249,21 @@ class DenseStep:
         self._num_replays = 0
 
     def _compute(
-        self, part: DensePart, inputs: list[Tensor], pooled: list[Tensor], weight: float = 1.0
+        self,
+        part: DensePart,
+        inputs: list[Tensor],
+        pooled: list[Tensor],
+        weight: float,
+        update: Update | None,
     ) -> tuple[Tensor, list[Tensor]]:
         loss = self._backward(part, inputs, pooled, weight)
+        grads = [_grad(leaf) for leaf in pooled]
+        if update is not None:
+            update(grads)
         if self._averaged is not None:
             self._averaged.average()
         self._update()
-        return loss, [_grad(leaf) for leaf in pooled]
+        return loss, grads
 
     def _backward(
         self, part: DensePart, inputs: list[Tensor], pooled: list[Tensor], weight: float = 1.0
@@ -278,11 +293,15 @@ class DenseStep:
             clip_grad_norm_(parameters_of(self._optimizer), self._max_grad_norm)
         self._optimizer.step()
 
-    def _replay(self, captured: _Captured, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _replay(
+        self, captured: _Captured, inputs: list[Tensor], update: Update | None
+    ) -> tuple[Tensor, list[Tensor]]:
         # one launch from the device
         torch._foreach_copy_(captured.inputs, inputs, non_blocking=True)
         if captured.rows is None:
             captured.graph.replay()
+            if update is not None:
+                update(captured.grads)
         else:
             captured.rows.replay(captured.graph)
         if self._averaged is not None:

@@ -233,8 +233,8 @@ class Loop:
     def _best_oracle(self) -> OraclePlace:
         """Where plans are best made.
 
-        On the device a step is one graph. Without it more calls compete with the planner's for
-        Python's lock.
+        On the device the host has least to do, if a step is one graph. Else calls of the trainer's
+        thread compete with the planner's for Python's lock.
         """
         parts, has_others = self.parts, self.trainers.peers.has_others
         if parts.device.type == "cpu" and not has_others:
@@ -254,9 +254,14 @@ class Loop:
         )
         parts.noise.begin(self._step)
         with self.trainers.averaging(self._step):
-            loss, grads = parts.dense_step(batch.dense, batch.labels, weight, batch.weights, rows)
-        if rows is None:
-            parts.embeddings.update(grads)
+            loss, _ = parts.dense_step(
+                batch.dense,
+                batch.labels,
+                weight,
+                batch.weights,
+                rows=rows,
+                update=parts.embeddings.update,
+            )
         self._step += 1
         parts.rates.after_step(self._step)
         self._in_step = False

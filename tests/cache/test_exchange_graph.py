@@ -1,0 +1,189 @@
+"""What graphs hold of several trainers' steps, run without a GPU: the bits of steps without graphs.
+
+Ranks are threads. Memory of the host stands for that of GPUs, and Triton's interpreter runs the
+kernels, one launch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from tests.cache.peer_ranks import Host, Turns, peer_memory
+from tests.cache.test_kernels_triton import make_group
+from tests.oracle.rank_replay import plan_all
+from tests.train.test_trainers import (
+    Trainer,
+    assert_equal,
+    curved_loss,
+    make_batches,
+    make_tables,
+    train,
+)
+
+from bagpipe.cache import device_cache, exchange, kernels_cpu, plan_rings
+from bagpipe.cache.exchange_graph import BehindGraph, SharedUpdate
+from bagpipe.cache.plan_layout import HostPlanRings
+from bagpipe.cache.triton_launch import Kernel
+from bagpipe.optimizers import Adam, Optimizer, RowWiseAdagrad
+from bagpipe.types import Jagged
+
+kernels_triton = pytest.importorskip("bagpipe.cache.kernels_triton")
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="tests/train/test_trainers_gpu.py does it"
+)
+NUM_STEPS = 12
+
+
+class Held:
+    """Counts what was done as a graph does it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+        self.host = host
+        self.counts = dict.fromkeys((SharedUpdate, BehindGraph), 0)
+        for owner, name in ((SharedUpdate, "__call__"), (BehindGraph, "_launch")):
+            monkeypatch.setattr(owner, name, self._counted(owner, getattr(owner, name)))
+
+    def _counted(self, owner: type, original: Callable[..., None]) -> Callable[..., None]:
+        def counted(*arguments: Any) -> None:
+            self.counts[owner] += 1
+            original(*arguments)
+
+        return counted
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Ranks on a CPU do what they would do on GPUs of one host."""
+    monkeypatch.setattr(peer_memory, "_NUM_PROGRAMS", {"urgent": 2, "overlapped": 2})
+    monkeypatch.setattr(plan_rings, "_PLANS_BEFORE_STAY", 2)
+    host = Host(2, 320)
+    turns = Turns(host)
+
+    def in_turn(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            with turns.turn:
+                return call(*arguments, **options)
+
+        return called
+
+    kernels = SimpleNamespace(
+        lookup=kernels_triton.lookup,
+        update=kernels_triton.update,
+        sum_by_row=kernels_triton.sum_by_row,
+        # by threads; an interpreted launch writes back all memory that its arguments are of
+        fill=in_turn(kernels_cpu.fill),
+        read=in_turn(kernels_cpu.read),
+    )
+    monkeypatch.setattr(device_cache, "kernels_of", lambda _: kernels)
+    for owner, name in ((Kernel, "launch"), (plan_rings.HostRings, "move")):
+        monkeypatch.setattr(owner, name, in_turn(getattr(owner, name)))
+    monkeypatch.setattr(peer_memory, "exchange_rows", turns.exchange_rows)
+    monkeypatch.setattr(exchange, "way_for", lambda communicator, *_: host.open(communicator))
+    monkeypatch.setattr(exchange.Exchange, "defers_late", True)
+    return Held(monkeypatch, host)
+
+
+def in_graphs(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+    """Steps as graphs do them, and between them others, one of which has no backward."""
+    embeddings = trainer.embeddings
+    with trainer.stream(batches) as stream:
+        for step, batch in enumerate(stream):
+            rows = None if step in (6, 9) else embeddings.rows_in_graph(batch)
+            if rows is not None:
+                pooled = [
+                    torch.empty(batch.batch_size, len(group.features), group.embedding_dim)
+                    for group in embeddings.groups
+                ]
+                with rows.around(pooled) as update:
+                    leaves = [each.detach().requires_grad_() for each in pooled]
+                    loss = trainer.loss(leaves) * trainer.num_trainers
+                    update(torch.autograd.grad(loss, leaves))
+            elif step != 6:
+                (trainer.loss(embeddings(batch).groups) * trainer.num_trainers).backward()
+            if step == 10:
+                stream.flush()
+
+
+def without_graphs(trainer: Trainer, batches: Sequence[Jagged]) -> None:
+    """The same steps."""
+    with trainer.stream(batches) as stream:
+        for step, loss in trainer.losses(stream):
+            if step != 6:
+                loss.backward()
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=0.05), RowWiseAdagrad(lr=0.1)])
+def test_ranks_train_in_graphs_as_without(optimizer: Optimizer, held: Held) -> None:
+    """Sums are not exact, so a sum in another order shows."""
+
+    def trained(loop: Callable[[Trainer, Sequence[Jagged]], None]) -> list[np.ndarray]:
+        for buffer in held.host.owned:
+            buffer.zero_()  # as `open_buffers` leaves it
+        return train(
+            make_tables(),
+            optimizer,
+            make_batches(NUM_STEPS),
+            [(2, NUM_STEPS)],
+            loop=loop,
+            loss=curved_loss,
+            cache=[300, 50],
+            lookahead=3,
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange.Exchange, "_replay_behind", lambda *_: False)
+        expected = trained(without_graphs)
+    assert not any(held.counts.values())
+    assert_equal(trained(in_graphs), expected)
+    assert all(count >= 2 * 5 for count in held.counts.values())
+
+
+def test_sums_of_many_rows_are_the_same_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than rings begin with, and rows of so many bags that several pieces are summed."""
+    monkeypatch.setattr(plan_rings, "_PLANS_BEFORE_STAY", 0)
+    group = make_group(4, RowWiseAdagrad(lr=0.1), num_embeddings=200)
+    rng, size = np.random.default_rng(3), 300
+    batches = [
+        Jagged(
+            keys=("a", "b", "c"),
+            values=np.concatenate([np.zeros(2 * size, np.int64), rng.integers(0, 200, size)]),
+            batch_size=size,
+        )
+        for _ in range(8)
+    ]
+    planned = plan_all(group, batches, 2, group.num_rows, depth=2, first_step=4)
+    rings = plan_rings.HostRings(num_features=3, num_trainers=2, device=torch.device("cpu"))
+    for plans in planned.plans:
+        plan = plans[-1]
+        moved = rings.move(
+            plan.groups[0], step=plan.step, issue_tick=plan.issue_tick, batch_size=plan.batch_size
+        )
+    assert isinstance(moved.rings, HostPlanRings)
+    assert len(moved.plan.long_uniques) > 0
+    cache = device_cache.DeviceCache(group=group, num_slots=900, device=torch.device("cpu"))
+    cache._kernels = kernels_triton
+    update = SharedUpdate(
+        cache,
+        moved.rings,
+        cache.no_sums(2 * moved.sums_rows),
+        torch.tensor([plan.step]),
+        MagicMock(),
+        batch_size=plan.batch_size,
+        num_trainers=2,
+    )
+    grads = torch.randn(plan.batch_size, 3, 4, generator=torch.Generator().manual_seed(1))
+    update.warm_up(grads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "apply", lambda *_, **__: None)
+        update(grads)
+    expected = cache.sum_by_row(moved.plan, grads, scale=0.5)
+    begin = moved.first_sum
+    assert len(expected) > 32
+    assert torch.equal(update._sums[begin : begin + len(expected)], expected)
