@@ -16,6 +16,7 @@ from bagpipe.distributed.alone import Peers
 from bagpipe.errors import ConfigError
 from bagpipe.feed.process import OracleProcess, SharedOracle
 from bagpipe.feed.stream import BatchAdapter, StreamOptions
+from bagpipe.native.main_script import check_main_is_guarded
 from bagpipe.types import UInt8Array
 
 _NAME = "the oracle process"
@@ -58,9 +59,11 @@ def start_oracle(
         at_close: gets what gives their memory back, to be called when nothing reads them any more.
 
     Raises:
-        ConfigError: the first rank can't start the process; on all ranks of the host.
+        ConfigError: the first rank can't start the process; on all ranks of the host. Or the script
+            that was started would run a second time in it.
         BackgroundError: the first rank is gone.
     """
+    check_main_is_guarded('oracle="process"', 'plan in threads (oracle="thread")')
     pinned = PinnedMemory(CudaRegistrar(device))
     process = _start_or_join(
         batches,
