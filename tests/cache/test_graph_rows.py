@@ -136,8 +136,8 @@ def trained(oracle: OraclePlace, *, in_graph: bool) -> tuple[list[float], list[n
                 torch.empty(6, len(group.features), group.embedding_dim, device=DEVICE)
                 for group in embeddings.groups
             ]
-            with rows.around(pooled) as update:
-                update(backward(pooled, losses))
+            update = rows.look_up_now(pooled)
+            update(backward(pooled, losses))
             num_held += 1
     records = equality.all_records(embeddings)
     embeddings.close()
@@ -210,7 +210,9 @@ def test_rows_of_a_graph_that_is_kept_keep_no_memory() -> None:
             if rows is not None and rows not in kept:
                 kept.append(rows)
                 executor = cast(Executor, embeddings.executor)
-                rings.append(weakref.ref(executor._in_graph._rows[batch.batch_size][0][0]))
+                newest = list(executor._in_graph._rows.values())[-1]
+                rings.append(weakref.ref(newest[0][0]))
+                del newest
                 caches.append(weakref.ref(executor.caches[0]))
                 del executor
             if step == len(small) + 3:

@@ -5,7 +5,6 @@ and update.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -216,7 +215,7 @@ def test_where_no_graph_holds_the_rows_that_of_the_dense_part_is_replayed(
     step = dense_step(model, optimizer, graph=True, compile_part=True, say=said.append)
     dense, _, labels = make_batches(2)[0]
     graph: Any = SimpleNamespace(replay=lambda: replayed.append(1))
-    rows: Any = SimpleNamespace(around=lambda pooled: nullcontext(updated.append))
+    rows: Any = SimpleNamespace(look_up_now=lambda pooled: updated.append)
 
     def capture(part: Any, inputs: Any, rows: Any) -> _Captured:
         if rows is not None:

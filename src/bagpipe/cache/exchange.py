@@ -22,7 +22,7 @@ same messages in the same order. Where rows travel by peer memory, graphs hold t
 (`exchange_graph`); then `note_update` says what one has done.
 
 Owned here: for each step that is not over its sums by group, with room behind them for the sums
-received.
+received. Where plans lie in rings, two steps' sums take turns in the halves of one tensor.
 
 A trainer without others has a `NoExchange`, which does the same to no effect: its gradients update
 its own rows at once.
@@ -89,6 +89,10 @@ class Exchange:
         # On a GPU the host does not wait for rows, so one act a step tells all. On a CPU the update
         # must be told before its messages, or a rank that skips it would leave others waiting.
         self._tells_updates_later = streams is not None
+        # Gradients of the step before are asked for when a step's own rows are there, as a GPU has
+        # them in one graph with the next step's replicas. On a CPU they travel while the trainer's
+        # thread waits for rows.
+        self._defers_late = streams is not None
         self._untold = ""  # what was done since the last act
 
     def begin_step(self, number: int) -> None:
@@ -110,7 +114,7 @@ class Exchange:
         """
         if plan.step not in self._steps:
             self._start(None, plan, filled)
-        if plan.has_urgent or not self.defers_late:
+        if plan.has_urgent or not self._defers_late:
             self.defer(plan.step - 1)
         if plan.has_urgent:
             self.finish_deferred(plan.step - 1)
@@ -184,15 +188,6 @@ class Exchange:
         step.rates[index], step.sums[index] = cache.rate_of(number), sums
         if is_last:
             self._sync_all(step, "urgent")
-
-    @property
-    def defers_late(self) -> bool:
-        """Whether gradients of the step before are asked for when a step's own rows are there.
-
-        A GPU has them and the next step's replicas in one graph. On a CPU they travel while the
-        trainer's thread waits for rows.
-        """
-        return self._streams is not None
 
     @property
     def fits_graphs(self) -> bool:

@@ -108,7 +108,9 @@ class BehindGraph:
         """Launches nothing yet; caches, rings and sums, as for `SharedUpdate`, are by group."""
         self.rings = tuple(rings)
         self._launcher, self._caches = launcher, tuple(caches)
-        self._clocks = [torch.zeros(1, dtype=torch.int64, device=caches[0].device) for _ in "ab"]
+        self._clocks = [
+            torch.zeros(1, dtype=torch.int64, device=caches[0].device) for _ in range(2)
+        ]
         before, following = self._clocks
         self._sums = tuple(sums)
         self._deferred = [_at(each.sync_overlapped, before) for each in rings]

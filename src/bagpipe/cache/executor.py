@@ -23,15 +23,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.device_plan import (
-    DeviceGroup,
-    DevicePlan,
-    DeviceTransfers,
-    urgent_to_device,
-)
+from bagpipe.cache.device_cache import DeviceCache, UpdateRate
+from bagpipe.cache.device_plan import DeviceGroup, DevicePlan, DeviceTransfers, urgent_to_device
 from bagpipe.cache.exchange import exchange_with
-from bagpipe.cache.graph_rows import GraphRows, RowsInGraphs, StepToTrain
+from bagpipe.cache.graph_rows import GraphRows, RowsInGraphs
 from bagpipe.cache.issued import naming_step
 from bagpipe.cache.marks import marks_on
 from bagpipe.cache.moved import MovedArray
@@ -178,6 +173,7 @@ class Executor:
             return None
         pending = self._pending[0]
         return self._in_graph.of(
+            pending.plan.step,
             pending.plan.batch_size,
             [group.rings for group in pending.on_device],
             partial(self._exchange.updates_in_graph, pending.plan, pending.on_device),
@@ -185,7 +181,7 @@ class Executor:
         )
 
     @contextmanager
-    def _training(self) -> Iterator[StepToTrain]:
+    def _training(self) -> Iterator[Sequence[UpdateRate]]:
         """A context in which all groups' rows of the current step are updated."""
         step = self._pending[0].plan.step
         with self.undivided():
@@ -193,7 +189,7 @@ class Executor:
                 cache.rate_of(step + 1 - skipped)
                 for cache, skipped in zip(self.caches, self._num_skipped, strict=True)
             ]
-            yield StepToTrain(step=step, rates=rates)
+            yield rates
             self._exchange.note_update(step, rates)
             self._updated.update(range(len(self.caches)))
 

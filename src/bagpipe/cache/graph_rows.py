@@ -8,10 +8,10 @@ only where they change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,13 +25,8 @@ _SHARE_BEYOND = 8
 several tiles each."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepToTrain:
-    """What a replay has to know of its step."""
-
-    step: int
-    rates: Sequence[UpdateRate]
-    """By group."""
+Training: TypeAlias = Callable[[], AbstractContextManager[Sequence[UpdateRate]]]
+"""A context in which the current step's rows are updated, at these rates by group."""
 
 
 class GroupUpdate(Protocol):
@@ -79,7 +74,7 @@ class GraphRows:
         caches: Sequence[DeviceCache],
         updates: Sequence[GroupUpdate],
         clock: Tensor,
-        training: Callable[[], AbstractContextManager[StepToTrain]],
+        training: Training,
     ) -> None:
         """Launches nothing yet.
 
@@ -87,12 +82,14 @@ class GraphRows:
             caches: by group.
             updates: by group.
             clock: (1,) int64 on the device, the step that they look up and update.
-            training: a context in which the current step's rows are updated.
+            training: updates the current step's rows.
         """
         self._caches, self._updates, self._clock = tuple(caches), tuple(updates), clock
-        self._training: Callable[[], AbstractContextManager[StepToTrain]] = training
+        self._training: Training = training
+        self.step = -1
+        """The current one."""
         # What the device has been told.
-        self._step = -1
+        self._told_step = -1
         self._rates: list[UpdateRate] = []
 
     def lookup(self, out: Sequence[Tensor]) -> None:
@@ -114,33 +111,45 @@ class GraphRows:
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Trains the current step by a graph that holds `lookup` and `update`."""
-        with self._training() as current:
-            self._tell(current)
+        with self._training() as rates:
+            self._tell_step()
+            self._tell_rates(rates)
             graph.replay()
-            self._step = current.step + 1
+            self._told_step += 1
 
-    @contextmanager
-    def around(self, pooled: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], None]]:
-        """Trains the current step without a graph: looks up, and yields `update`, to be called."""
-        with self._training() as current:
-            self._tell(current)
-            self.lookup(pooled)
-            yield self.update
-            self._step = current.step + 1
+    def look_up_now(self, pooled: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
+        """Looks the current step's rows up without a graph.
+
+        Returns:
+            What then updates them with gradients, by group.
+        """
+        self._tell_step()
+        self.lookup(pooled)
+        return self._update_now
+
+    def _update_now(self, grads: Sequence[Tensor]) -> None:
+        with self._training() as rates:
+            self._tell_rates(rates)
+            self.update(grads)
+            self._told_step += 1
 
     def let_go(self) -> None:
         """Frees caches and rings; no graph of these rows is replayed again."""
         self._caches, self._updates = (), ()
         self._training = _over  # the executor's, which would live on with its own rows
 
-    def _tell(self, current: StepToTrain) -> None:
-        """Tells the device what it does not know of the step."""
-        if list(current.rates) != self._rates:
-            self._rates = list(current.rates)
+    def _tell_step(self) -> None:
+        """Sets the device's clock, unless it is right."""
+        if self.step != self._told_step:
+            self._clock.fill_(self.step)
+            self._told_step = self.step
+
+    def _tell_rates(self, rates: Sequence[UpdateRate]) -> None:
+        """Tells the device the rates that it does not know."""
+        if list(rates) != self._rates:
+            self._rates = list(rates)
             for update, rate in zip(self._updates, self._rates, strict=True):
                 tell_rate(update.applied, rate)
-        if current.step != self._step:
-            self._clock.fill_(current.step)
 
 
 def in_ring(
@@ -196,29 +205,32 @@ def tell_rate(plan: DevicePlan, rate: UpdateRate) -> None:
         plan.ring.rates[place].fill_(value)
 
 
-def _over() -> AbstractContextManager[StepToTrain]:
+def _over() -> AbstractContextManager[Sequence[UpdateRate]]:
     raise AssertionError("the stream of these rows is over")
 
 
 class RowsInGraphs:
-    """The rows of one executor's graphs, by batch size."""
+    """The rows of one executor's graphs."""
 
     def __init__(self, caches: Sequence[DeviceCache]) -> None:
         """Has none yet; `caches` are by group."""
         self._caches = caches
-        self._rows: dict[int, tuple[list[PlanRings], GraphRows]] = {}
+        # by batch size and rings, which differ with what only some batches have
+        self._rows: dict[tuple[int, ...], tuple[list[PlanRings], GraphRows]] = {}
 
     def of(
         self,
+        step: int,
         batch_size: int,
         rings: Sequence[PlanRings | None],
         updates: Callable[[Tensor], Sequence[GroupUpdate]],
-        training: Callable[[], AbstractContextManager[StepToTrain]],
+        training: Training,
     ) -> GraphRows | None:
         """Those of a step, the same object as long as rings stay.
 
         Args:
-            batch_size: of the step.
+            step: its number.
+            batch_size: its samples.
             rings: in which its plans lie, by group.
             updates: makes its updates by group, for a clock.
             training: as for `GraphRows`.
@@ -230,16 +242,12 @@ class RowsInGraphs:
         if len(found) < len(rings):
             self.let_go()  # a capacity has grown: what the old rings take is needed for new ones
             return None
-        known = self._rows.get(batch_size)
-        if known is not None and all(
-            own is each for own, each in zip(known[0], found, strict=True)
-        ):
-            return known[1]
-        if known is not None:
-            known[1].let_go()
-        clock = torch.zeros(1, dtype=torch.int64, device=self._caches[0].device)
-        rows = GraphRows(self._caches, updates(clock), clock, training)
-        self._rows[batch_size] = found, rows
+        key = (batch_size, *map(id, found))
+        if key not in self._rows:
+            clock = torch.zeros(1, dtype=torch.int64, device=self._caches[0].device)
+            self._rows[key] = found, GraphRows(self._caches, updates(clock), clock, training)
+        _, rows = self._rows[key]
+        rows.step = step
         return rows
 
     def let_go(self) -> None:

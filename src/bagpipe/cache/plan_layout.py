@@ -37,10 +37,10 @@ Kind: TypeAlias = tuple[bool, bool, bool, bool]
 """Which of the optional arrays there are."""
 
 _PLACES_BEYOND = 4
-"""Places besides those of the steps that are known ahead.
+"""Places besides those of the steps that are known ahead, two of them to spare.
 
 What moves at tick t follows the compute of step t - 1, but not the gradients that it has deferred.
-So the plan of step t - 2 is over, and that of step t - 1 is not. One place more makes K even."""
+So the plan of step t - 2 is over, and those of steps t - 1 and t are not."""
 _MIN_CAPACITY = 32
 _ALIGNED_WORDS = 4
 """A place begins at a multiple of 16 bytes."""
@@ -356,7 +356,7 @@ class PlanLayout:
 
 def places_for(depth: int) -> int:
     """How many places there must be for plans that move `depth` steps ahead."""
-    return depth + _PLACES_BEYOND + depth % 2
+    return depth + _PLACES_BEYOND + depth % 2  # even
 
 
 def no_layout(shape: PlanShape) -> PlanLayout:

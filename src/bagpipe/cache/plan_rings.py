@@ -111,7 +111,7 @@ class HostRings:
         numbers += layout.additions[half]
         row = self._free.pop() if self._free else self._new_row()
         row[1][:] = numbers
-        self._follow()  # the copy of the arrays has not waited: only the place must be free
+        self._follow()  # behind the first copy, which need not wait: only the place must be free
         header = layout.header_rows[place]
         header.copy_(row[0], non_blocking=True)
         self._unpack(

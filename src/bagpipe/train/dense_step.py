@@ -193,8 +193,8 @@ class DenseStep:
     ) -> tuple[Tensor, list[Tensor]]:
         """Makes one step on the embeddings in `pooled`.
 
-        With several trainers rows are updated between backward and the average, whether a graph
-        holds the update or `update` makes it: ranks that do it in different ways would wait for
+        Where `average` is given, rows are updated between backward and the average, whether a graph
+        holds the update or `update` makes it: ranks that do it in different orders would wait for
         each other.
 
         Args:
@@ -212,17 +212,14 @@ class DenseStep:
             until the next call.
         """
         inputs = [dense, labels] if sample_weights is None else [dense, labels, sample_weights]
-        with span("dense"):
-            if self.can_replay(len(labels)) and weight == 1.0:
-                captured = self._graph_for(inputs, rows)
-                if captured is not None:
-                    return self._replay(captured, inputs, update)
-            if rows is not None:
-                with rows.around(self.pooled(len(labels))) as update_rows:
-                    return self(dense, labels, weight, sample_weights, update=update_rows)
-            inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
-            pooled = [leaf.detach().requires_grad_() for leaf in self.pooled(len(labels))]
-            return self._compute(self._part, inputs, pooled, weight, update)
+        if self.can_replay(len(labels)) and weight == 1.0:
+            captured = self._graph_for(inputs, rows)
+            if captured is not None:
+                return self._replay(captured, inputs, update)
+        if rows is not None:
+            update_rows = rows.look_up_now(self.pooled(len(labels)))
+            return self(dense, labels, weight, sample_weights, update=update_rows)
+        return self._compute(inputs, weight, update)
 
     def can_replay(self, batch_size: int) -> bool:
         """Whether batches of so many samples replay a graph."""
@@ -249,20 +246,19 @@ class DenseStep:
         self._num_replays = 0
 
     def _compute(
-        self,
-        part: DensePart,
-        inputs: list[Tensor],
-        pooled: list[Tensor],
-        weight: float,
-        update: Update | None,
+        self, inputs: list[Tensor], weight: float, update: Update | None
     ) -> tuple[Tensor, list[Tensor]]:
-        loss = self._backward(part, inputs, pooled, weight)
-        grads = [_grad(leaf) for leaf in pooled]
+        with span("dense"):
+            pooled = [leaf.detach().requires_grad_() for leaf in self.pooled(len(inputs[0]))]
+            inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
+            loss = self._backward(self._part, inputs, pooled, weight)
+            grads = [_grad(leaf) for leaf in pooled]
         if update is not None:
             update(grads)
-        if self._averaged is not None:
-            self._averaged.average()
-        self._update()
+        with span("dense"):
+            if self._averaged is not None:
+                self._averaged.average()
+            self._update()
         return loss, grads
 
     def _backward(
@@ -296,16 +292,23 @@ class DenseStep:
     def _replay(
         self, captured: _Captured, inputs: list[Tensor], update: Update | None
     ) -> tuple[Tensor, list[Tensor]]:
-        # one launch from the device
-        torch._foreach_copy_(captured.inputs, inputs, non_blocking=True)
-        if captured.rows is None:
-            captured.graph.replay()
-            if update is not None:
-                update(captured.grads)
-        else:
-            captured.rows.replay(captured.graph)
-        if self._averaged is not None:
-            self._averaged.average()
+        with span("dense"):
+            # one launch from the device
+            torch._foreach_copy_(captured.inputs, inputs, non_blocking=True)
+            if captured.rows is None:
+                captured.graph.replay()
+            else:
+                captured.rows.replay(captured.graph)
+        if captured.rows is None and update is not None:
+            update(captured.grads)
+        with span("dense"):
+            if self._averaged is not None:
+                self._averaged.average()
+            self._step_after(captured)
+            return captured.loss.clone(), captured.grads
+
+    def _step_after(self, captured: _Captured) -> None:
+        """The optimizer's step, unless the first graph held it."""
         if self._rate_changes:
             # an eager step since the capture has left gradients of its own
             for parameter, grad in zip(
@@ -313,11 +316,10 @@ class DenseStep:
             ):
                 parameter.grad = grad
             self._update()
-        else:
-            if captured.optimizer_graph is not None:
-                captured.optimizer_graph.replay()
-            self._num_replays += 1
-        return captured.loss.clone(), captured.grads
+            return
+        if captured.optimizer_graph is not None:
+            captured.optimizer_graph.replay()
+        self._num_replays += 1
 
     def _try_to_capture(self, inputs: list[Tensor], rows: GraphRows | None) -> _Captured | None:
         """Captures in the first way that works; None, and no other try, where none does."""
