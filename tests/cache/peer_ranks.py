@@ -15,7 +15,7 @@ from tests.soon import TIMEOUT_S
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DeviceRows
-from bagpipe.cache.ring import RowRings
+from bagpipe.cache.ring import RowsByClock
 from bagpipe.cache.triton_launch import Tiling
 from bagpipe.distributed.waiting import naming_failures
 
@@ -49,12 +49,12 @@ class Host:
         )
         return peer_memory.PeerMemory(communicator, self.layout, buffers, timeout_s=timeout_s)
 
-    def has_come(self, lane: triton_peer.Lane, rows: DeviceRows | RowRings, first: int) -> bool:
+    def has_come(self, lane: triton_peer.Lane, rows: DeviceRows | RowsByClock, first: int) -> bool:
         """Whether a rank's flags say that all rows of a round are there."""
         at = lane.flags_at // 8
         flags = self.owned[lane.rank][at : at + lane.rounds.numel()].view(lane.rounds.shape)
         counts = torch.maximum(rows.send_counts, rows.receive_counts)
-        if isinstance(rows, RowRings):
+        if isinstance(rows, RowsByClock):
             counts = counts[int(rows.clock) % len(counts)]
         return bool((flags > lane.rounds)[counts > first].all())
 
@@ -95,7 +95,7 @@ class Turns:
         self,
         lane: triton_peer.Lane,
         values: Tensor,
-        rows: DeviceRows | RowRings,
+        rows: DeviceRows | RowsByClock,
         *place: int,
         **options: Any,
     ) -> None:

@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from tests.cache.one_at_a_time import in_turn, launch_in_turn
 from tests.cache.peer_ranks import Host, Turns, peer_memory
 from tests.cache.test_kernels_triton import make_group
 from tests.oracle.rank_replay import plan_all
@@ -29,7 +30,6 @@ from tests.train.test_trainers import (
 from bagpipe.cache import device_cache, exchange, kernels_cpu, plan_rings
 from bagpipe.cache.exchange_graph import BehindGraph, SharedUpdate
 from bagpipe.cache.plan_layout import HostPlanRings
-from bagpipe.cache.triton_launch import Kernel
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import AdamW, RowWiseAdagrad
 from bagpipe.types import Jagged
@@ -74,24 +74,16 @@ def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> Held:
     host = Host(2, 4096)
     turns = Turns(host)
 
-    def in_turn(call: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*arguments: Any, **options: Any) -> Any:
-            with turns.turn:
-                return call(*arguments, **options)
-
-        return called
-
     kernels = SimpleNamespace(
         lookup=kernels_triton.lookup,
         update=kernels_triton.update,
         sum_by_row=kernels_triton.sum_by_row,
-        # by threads; an interpreted launch writes back all memory that its arguments are of
-        fill=in_turn(kernels_cpu.fill),
-        read=in_turn(kernels_cpu.read),
+        # by threads
+        fill=in_turn(turns.turn, kernels_cpu.fill),
+        read=in_turn(turns.turn, kernels_cpu.read),
     )
     monkeypatch.setattr(device_cache, "kernels_of", lambda _: kernels)
-    for owner, name in ((Kernel, "launch"), (plan_rings.HostRings, "move")):
-        monkeypatch.setattr(owner, name, in_turn(getattr(owner, name)))
+    launch_in_turn(turns.turn, monkeypatch)
     monkeypatch.setattr(peer_memory, "exchange_rows", turns.exchange_rows)
     monkeypatch.setattr(exchange, "way_for", lambda communicator, *_: host.open(communicator))
     # as on a GPU, whatever is set

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from tests.cache.one_at_a_time import in_turn, launch_in_turn
 from tests.cache.test_kernels_triton import DEVICE, make_group, make_plan, moved, random_records
 from tests.train import equality
 from torch import Tensor
@@ -26,7 +26,6 @@ from bagpipe.cache.device_plan import DevicePlan
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.cache.ring import Ring, RingLayout
-from bagpipe.cache.triton_launch import Kernel
 from bagpipe.device_oracle import oracle as device_oracle
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RowWiseAdagrad
@@ -158,27 +157,16 @@ def backward(pooled: list[Tensor], losses: list[float]) -> list[Tensor]:
 def reading_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that read rings, also on a CPU, and rings that are soon there to stay."""
     turn = threading.RLock()
-
-    def alone(call: Callable[..., Any]) -> Callable[..., Any]:
-        """Triton's interpreter is for one thread, and writes back all memory of its arguments."""
-
-        def called(*arguments: Any, **options: Any) -> Any:
-            with turn:
-                return call(*arguments, **options)
-
-        return called
-
     # On a CPU threads fill slots and move plans.
     moves = kernels_triton if DEVICE.type == "cuda" else kernels_cpu
     kernels = SimpleNamespace(
         lookup=kernels_triton.lookup,
         update=kernels_triton.update,
-        fill=alone(moves.fill),
-        read=alone(moves.read),
+        fill=in_turn(turn, moves.fill),
+        read=in_turn(turn, moves.read),
     )
     monkeypatch.setattr(device_cache, "kernels_of", lambda _: kernels)
-    for owner, name in ((Kernel, "launch"), (plan_rings.HostRings, "move")):
-        monkeypatch.setattr(owner, name, alone(getattr(owner, name)))
+    launch_in_turn(turn, monkeypatch)
     monkeypatch.setattr(device_oracle, "_PLANS_BEFORE_CAPTURE", 2)
     monkeypatch.setattr(plan_rings, "_PLANS_BEFORE_STAY", 2)
 

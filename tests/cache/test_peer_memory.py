@@ -39,7 +39,7 @@ from torch import Tensor
 
 from bagpipe.cache import exchange, triton_peer
 from bagpipe.cache.device_plan import DeviceRows
-from bagpipe.cache.ring import RowRings
+from bagpipe.cache.ring import RowsByClock
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.errors import LostError
 from bagpipe.optimizers import RowWiseAdagrad
@@ -104,10 +104,10 @@ def on_device(rows: RowExchange) -> DeviceRows:
     )
 
 
-def make_rings(num_trainers: int) -> RowRings:
+def make_rings(num_trainers: int) -> RowsByClock:
     """Of a place for each message; what no message fills is wrong."""
     headers = torch.zeros(NUM_MESSAGES, 2 * num_trainers + 1, dtype=torch.int64)
-    return RowRings(
+    return RowsByClock(
         send=torch.full((NUM_MESSAGES, 6 * num_trainers), NUM_VALUES - 1, dtype=torch.int32),
         send_counts=headers[:, :num_trainers],
         receive_counts=headers[:, num_trainers:-1],
@@ -116,7 +116,7 @@ def make_rings(num_trainers: int) -> RowRings:
     )
 
 
-def fill(rings: RowRings, rows: RowExchange, first_received: int, step: int) -> None:
+def fill(rings: RowsByClock, rows: RowExchange, first_received: int, step: int) -> None:
     place = step % len(rings.firsts)
     rings.send[place, : len(rows.send)] = torch.from_numpy(rows.send)
     rings.send_counts[place] = torch.from_numpy(rows.send_counts)

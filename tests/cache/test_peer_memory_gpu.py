@@ -22,7 +22,7 @@ from tests.train.test_trainers_gpu import free_port, join
 from bagpipe.cache.captured import captured_graph
 from bagpipe.cache.device_plan import DeviceRows
 from bagpipe.cache.moved import all_to_device
-from bagpipe.cache.ring import RowRings
+from bagpipe.cache.ring import RowsByClock
 from bagpipe.cache.ways import Messages, Way
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.errors import LostError
@@ -106,12 +106,12 @@ def exchange_all(way: Way, device: torch.device, rank: int) -> list[torch.Tensor
     return [*sums, *values.values()]
 
 
-def make_rings(device: torch.device) -> dict[Moment, RowRings]:
+def make_rings(device: torch.device) -> dict[Moment, RowsByClock]:
     clock = torch.zeros(1, dtype=torch.int64, device=device)
     rings = {}
     for moment in MOMENTS:
         headers = torch.zeros(NUM_PLACES, 5, dtype=torch.int64, device=device)
-        rings[moment] = RowRings(
+        rings[moment] = RowsByClock(
             send=torch.zeros(NUM_PLACES, MOST, dtype=torch.int32, device=device),
             send_counts=headers[:, :2],
             receive_counts=headers[:, 2:4],
@@ -124,7 +124,7 @@ def make_rings(device: torch.device) -> dict[Moment, RowRings]:
 def capture(
     way: PeerMemory,
     values: Mapping[Moment, torch.Tensor],
-    rings: Mapping[Moment, RowRings],
+    rings: Mapping[Moment, RowsByClock],
     stream: torch.cuda.Stream,
 ) -> torch.cuda.CUDAGraph:
     """A graph of a step's messages, of both moments."""

@@ -22,7 +22,7 @@ from torch import Tensor
 import bagpipe
 from bagpipe.cache import executor, plan_rings
 from bagpipe.cache.device_plan import DeviceGroup, DevicePlan, PlanRings, plan_to_device
-from bagpipe.cache.plan_layout import ExchangeRings, HostPlanRings, RowsInRings
+from bagpipe.cache.plan_layout import ExchangeRings, HostPlanRings, RowRings
 from bagpipe.cache.plan_rings import HostRings
 from bagpipe.cache.ring import Ring
 from bagpipe.embeddings.collection import EmbeddingBagCollection
@@ -185,7 +185,7 @@ def with_clock(rings: PlanRings, step: int, batch_size: int) -> DevicePlan:
     return replace(rings.plans, batch_size=batch_size, ring=ring)
 
 
-def in_place(rows: RowsInRings, step: int) -> tuple[list[int], list[int], int]:
+def in_place(rows: RowRings, step: int) -> tuple[list[int], list[int], int]:
     place = step % len(rows.send)
     counts = (rows.send_counts[place].tolist(), rows.receive_counts[place].tolist())
     return *counts, int(rows.firsts[place])

@@ -21,8 +21,8 @@ from bagpipe.cache.captured import captured_graph
 from bagpipe.cache.device_cache import DeviceCache, UpdateRate
 from bagpipe.cache.device_plan import DeviceGroup, DevicePlan
 from bagpipe.cache.graph_rows import in_ring, of_no_rows, tell_rate
-from bagpipe.cache.plan_layout import ExchangeRings, HostPlanRings, RowsInRings
-from bagpipe.cache.ring import RowRings
+from bagpipe.cache.plan_layout import ExchangeRings, HostPlanRings
+from bagpipe.cache.ring import RowRings, RowsByClock
 from bagpipe.cache.ways import Launcher
 
 _logger = logging.getLogger("bagpipe.lookahead")
@@ -165,7 +165,7 @@ class BehindGraph:
         return graph
 
     @property
-    def _deferrals(self) -> list[tuple[DeviceCache, Tensor, RowRings, DevicePlan]]:
+    def _deferrals(self) -> list[tuple[DeviceCache, Tensor, RowsByClock, DevicePlan]]:
         return list(zip(self._caches, self._sums, self._deferred, self._applied, strict=True))
 
     def _tell(self, step: int, rates: list[UpdateRate]) -> None:
@@ -184,14 +184,8 @@ def _exchange_of(rings: HostPlanRings) -> ExchangeRings:
     return rings.exchange
 
 
-def _at(rows: RowsInRings, clock: Tensor) -> RowRings:
-    return RowRings(
-        send=rows.send,
-        send_counts=rows.send_counts,
-        receive_counts=rows.receive_counts,
-        firsts=rows.firsts,
-        clock=clock,
-    )
+def _at(rows: RowRings, clock: Tensor) -> RowsByClock:
+    return RowsByClock(clock=clock, **vars(rows))
 
 
 def _places_of_sums(rings: HostPlanRings) -> Tensor:

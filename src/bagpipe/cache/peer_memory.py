@@ -63,7 +63,7 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceRows
 from bagpipe.cache.peer_buffers import PeerBuffers, open_buffers
-from bagpipe.cache.ring import RowRings
+from bagpipe.cache.ring import RowsByClock
 from bagpipe.cache.triton_peer import Lane, exchange_rows, travel
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.plan import RowExchange
@@ -222,7 +222,7 @@ class PeerMemory:
             traffic.note(step, what)
             _exchange(traffic.lane, values, on_device, first_received)
 
-    def launch(self, values: Tensor, rings: RowRings, moment: Moment) -> None:
+    def launch(self, values: Tensor, rings: RowsByClock, moment: Moment) -> None:
         """Exchanges rows of the step that the device's clock tells, on the current stream.
 
         A graph that is captured now holds it. Each time that the device does it must be noted. The
@@ -237,7 +237,7 @@ class PeerMemory:
         """
         _exchange(self._traffic[moment].lane, values, rings)
 
-    def warm_up(self, values: Tensor, rings: RowRings, moment: Moment) -> None:
+    def warm_up(self, values: Tensor, rings: RowsByClock, moment: Moment) -> None:
         """Compiles and loads what `launch` launches, and launches nothing: nothing to note."""
         exchange_rows(self._traffic[moment].lane, values, rings, only_loads=True)
 
@@ -339,7 +339,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _exchange(
-    lane: Lane, values: Tensor, rows: DeviceRows | RowRings, first_received: int = 0
+    lane: Lane, values: Tensor, rows: DeviceRows | RowsByClock, first_received: int = 0
 ) -> None:
     if travel.is_compiled:
         exchange_rows(lane, values, rows, first_received)

@@ -30,7 +30,7 @@ from bagpipe.cache.device_plan import (
     PlanRings,
 )
 from bagpipe.cache.moved import MovedArray
-from bagpipe.cache.ring import RingLayout
+from bagpipe.cache.ring import RingLayout, RowRings
 from bagpipe.plan import GradientSchedule, GroupExchange, GroupPlan
 
 Kind: TypeAlias = tuple[bool, bool, bool, bool]
@@ -57,23 +57,13 @@ _IN_SUMS: Final = {"sync_urgent", "sync_overlapped", *(f"{apply}.bags" for apply
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsInRings:
-    """One message's `DeviceRows` of many steps; row t % K is that of step t."""
-
-    send: Tensor  # (K, capacity) int32
-    send_counts: Tensor  # (K, num_trainers) int64
-    receive_counts: Tensor  # (K, num_trainers) int64
-    firsts: Tensor  # (K,) int64, the first row that is received
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExchangeRings:
     """One group's `DeviceExchange` of many steps."""
 
-    replicas_overlapped: RowsInRings
-    replicas_urgent: RowsInRings
-    sync_urgent: RowsInRings
-    sync_overlapped: RowsInRings
+    replicas_overlapped: RowRings
+    replicas_urgent: RowRings
+    sync_urgent: RowRings
+    sync_overlapped: RowRings
     apply_urgent: PlanRings
     apply_overlapped: PlanRings
     sums_rows: int
@@ -339,7 +329,7 @@ class PlanLayout:
         rings = dict[str, Any]()
         for index, name in enumerate(SENT):
             sent, received = self._counts(index)
-            rings[name] = RowsInRings(
+            rings[name] = RowRings(
                 send=self._arrays[name],
                 send_counts=self.headers[:, sent],
                 receive_counts=self.headers[:, received],

@@ -51,5 +51,11 @@ class RowRings:
     """(K, num_trainers) int64."""
     firsts: Tensor
     """(K,) int64, the row from which on others' are received."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsByClock(RowRings):
+    """A message for whatever step it is."""
+
     clock: Tensor
     """(1,) int64, the step."""

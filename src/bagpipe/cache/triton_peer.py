@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bagpipe.cache.device_plan import DeviceRows
-from bagpipe.cache.ring import RowRings
+from bagpipe.cache.ring import RowsByClock
 from bagpipe.cache.triton_launch import (
     Argument,
     Kernel,
@@ -90,7 +90,7 @@ class Lane:
 def exchange_rows(
     lane: Lane,
     values: Tensor,
-    rows: DeviceRows | RowRings,
+    rows: DeviceRows | RowsByClock,
     first_received: int = 0,
     *,
     first: int = 0,
@@ -142,7 +142,7 @@ def exchange_rows(
         )
 
 
-def _ring_arguments(rows: DeviceRows | RowRings) -> tuple[Argument, ...]:
+def _ring_arguments(rows: DeviceRows | RowsByClock) -> tuple[Argument, ...]:
     """What the kernel needs to find its message in rings."""
     if isinstance(rows, DeviceRows):
         return (None,) * 7

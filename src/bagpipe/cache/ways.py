@@ -11,7 +11,7 @@ from torch import Tensor
 from bagpipe.cache.device_cache import DeviceCache
 from bagpipe.cache.device_plan import DeviceRows
 from bagpipe.cache.overlap import Streams
-from bagpipe.cache.ring import RowRings
+from bagpipe.cache.ring import RowsByClock
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.plan import RowExchange
 
@@ -21,7 +21,7 @@ _logger = logging.getLogger("bagpipe.lookahead")
 class Launcher(Protocol):
     """What a graph that is captured can exchange rows by."""
 
-    def launch(self, values: Tensor, rings: RowRings, moment: Moment) -> None:
+    def launch(self, values: Tensor, rings: RowsByClock, moment: Moment) -> None:
         """Exchanges rows of the step that the device's clock tells, on the current stream.
 
         Args:
@@ -30,7 +30,7 @@ class Launcher(Protocol):
             moment: as for `Way.exchange`.
         """
 
-    def warm_up(self, values: Tensor, rings: RowRings, moment: Moment) -> None:
+    def warm_up(self, values: Tensor, rings: RowsByClock, moment: Moment) -> None:
         """Compiles and loads what `launch` launches, and launches nothing."""
 
     def note(self, moment: Moment, step: int, what: str) -> None:
