@@ -33,14 +33,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import Tensor
 
 from bagpipe.cache.background import BackgroundStream, BackgroundThread
 from bagpipe.cache.device_cache import DeviceCache, UpdateRate
-from bagpipe.cache.device_plan import DeviceExchange, DeviceGroup, DevicePlan
+from bagpipe.cache.device_plan import DeviceGroup, DevicePlan
 from bagpipe.cache.exchange_graph import BehindGraph, SharedUpdate, are_same, lasting_rings
+from bagpipe.cache.exchange_messages import RowMessages, of_plan
 from bagpipe.cache.exchange_step import ExchangeStep, RowSums
 from bagpipe.cache.graph_rows import GroupUpdate
 from bagpipe.cache.no_exchange import Filled, NoExchange
@@ -48,12 +48,9 @@ from bagpipe.cache.overlap import Streams
 from bagpipe.cache.plan_layout import HostPlanRings
 from bagpipe.cache.ways import way_for
 from bagpipe.distributed.alone import Alone, Peers
-from bagpipe.distributed.communicator import Communicator, Moment
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.native.spans import span
-from bagpipe.plan import GroupExchange, HostStepPlan, RowExchange
-
-_WORD_BYTES = 4
-_ExchangeT = TypeVar("_ExchangeT", GroupExchange, DeviceExchange)
+from bagpipe.plan import HostStepPlan
 
 
 def exchange_with(
@@ -81,6 +78,7 @@ class Exchange:
         self._caches = tuple(caches)
         self._way = way_for(communicator, caches, streams)
         self._launcher = self._way.launcher  # what graphs exchange rows by, if they can
+        self._messages = RowMessages(communicator, caches, self._way)
         self._background = BackgroundThread() if streams is None else BackgroundStream(streams)
         self._behind: BehindGraph | None = None
         self._sums = [cache.no_sums(0) for cache in self._caches]  # by group, of plans in rings
@@ -122,11 +120,28 @@ class Exchange:
                 self._streams.record_compute()  # urgent evictions follow what was deferred
 
     def finish_replicas(self, plan: HostStepPlan) -> None:
-        """Waits for a step's overlapped replicas and exchanges the urgent ones."""
+        """Waits for a step's overlapped replicas.
+
+        Exchanges the urgent ones, too, unless a graph may do so.
+        """
         step = self._steps[plan.step]
         assert step.finish_replicas is not None
         step.finish_replicas()
-        self._send_replicas(step, "urgent")
+        if self._launcher is None:
+            self._send_urgent_replicas(step)
+
+    def send_urgent_replicas(
+        self, number: int, undivided: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Exchanges those of step `number`, unless that is done; what it sends is `undivided`."""
+        step = self._steps.get(number)  # a flush may have ended it
+        if step is not None and not step.has_urgent_replicas:
+            with undivided():
+                self._send_urgent_replicas(step)
+
+    def _send_urgent_replicas(self, step: ExchangeStep) -> None:
+        self._messages.send_replicas(step, "urgent")
+        step.has_urgent_replicas = True
 
     def start_behind(
         self, plan: HostStepPlan, following: HostStepPlan | None, filled: Filled
@@ -147,6 +162,7 @@ class Exchange:
 
         No rank may wait for others in vain. What it sends is `undivided`.
         """
+        self.send_urgent_replicas(number, undivided)
         with undivided():
             self._end_step(number)
 
@@ -158,7 +174,7 @@ class Exchange:
         act = f"ends step {number} with gradients of {', '.join(names) or 'nothing'} alone"
         if step.sums:
             self._communicator.do_together(act)
-            self._sync_all(step, "urgent")
+            self._messages.sync(step, "urgent")
         else:
             self._communicator.tell(act, needed_at=number + 1)
 
@@ -187,12 +203,11 @@ class Exchange:
             cache.sum_into(sums.values, by_place, grads, 1.0 / self._communicator.num_trainers)
         step.rates[index], step.sums[index] = cache.rate_of(number), sums
         if is_last:
-            self._sync_all(step, "urgent")
+            self._messages.sync(step, "urgent")
 
-    @property
-    def fits_graphs(self) -> bool:
-        """Whether a graph can hold updates."""
-        return self._launcher is not None
+    def fits_graph(self, number: int) -> bool:
+        """Whether a graph can hold what step `number` still exchanges."""
+        return self._launcher is not None and not self._steps[number].has_urgent_replicas
 
     def updates_in_graph(
         self, plan: HostStepPlan, groups: Sequence[DeviceGroup], clock: Tensor
@@ -214,13 +229,21 @@ class Exchange:
             updates.append(update)
         return updates
 
+    def note_replicas(self, number: int) -> None:
+        """Says that what a graph holds has exchanged the urgent replicas of step `number`."""
+        step = self._steps[number]
+        if not step.has_urgent_replicas:
+            self._messages.note_launched(step, "replicas_urgent")
+            step.has_urgent_replicas = True
+
     def note_update(self, number: int, rates: Sequence[UpdateRate]) -> None:
-        """Says that a graph has updated the rows of step `number`, all groups at their rates."""
+        """Says that it has updated the rows of step `number`, too, all groups at their rates."""
+        self.note_replicas(number)
         step = self._steps[number]
         self._tell_update(step)
         for index in range(len(self._caches)):
             step.sums[index], step.rates[index] = self._sums_of(step, index), rates[index]
-            self._note_launched(step, index, "sync_urgent")
+        self._messages.note_launched(step, "sync_urgent")
 
     def _tell_update(self, step: ExchangeStep) -> None:
         lr, number = self._caches[-1].group.optimizer.lr, step.plan.step
@@ -292,9 +315,9 @@ class Exchange:
         if before is not None and after is not None and self._replay_behind(before, after):
             return
         if before is not None:
-            self._sync_all(before, "overlapped")
+            self._messages.sync(before, "overlapped")
         if after is not None:
-            self._send_replicas(after, "overlapped")
+            self._messages.send_replicas(after, "overlapped")
 
     def _replay_behind(self, before: ExchangeStep, after: ExchangeStep) -> bool:
         """Does both by a graph, if it can hold them."""
@@ -308,10 +331,8 @@ class Exchange:
         if self._behind is None or not are_same(rings, self._behind.rings):
             self._behind = BehindGraph(self._launcher, self._caches, rings, self._sums)
         self._behind.replay(before.plan.step, [rate for _, rate in sorted(before.rates.items())])
-        for index in range(len(self._caches)):
-            self._note_launched(before, index, "sync_overlapped")
-        for index in range(len(self._caches)):
-            self._note_launched(after, index, "replicas_overlapped")
+        self._messages.note_launched(before, "sync_overlapped")
+        self._messages.note_launched(after, "replicas_overlapped")
         return True
 
     def _sums_of(self, step: ExchangeStep, index: int) -> RowSums:
@@ -320,73 +341,8 @@ class Exchange:
         num_rows = step.on_device[index].sums_rows
         if num_rows == 0:  # not in rings
             return RowSums(
-                values=cache.no_sums(group.num_uniques + _of(group.exchange).num_room), first=0
+                values=cache.no_sums(group.num_uniques + of_plan(group.exchange).num_room), first=0
             )
         if len(self._sums[index]) != 2 * num_rows:
             self._sums[index] = cache.no_sums(2 * num_rows)
         return RowSums(values=self._sums[index], first=step.on_device[index].first_sum)
-
-    def _send_replicas(self, step: ExchangeStep, moment: Moment) -> None:
-        for index, cache in enumerate(self._caches):
-            exchange = _of(step.plan.groups[index].exchange)
-            begin = exchange.first_replica
-            if moment == "urgent":
-                begin += exchange.replicas_overlapped.num_received
-            with span(f"replicas_{moment}"):
-                self._exchange(step, index, f"replicas_{moment}", cache.words, begin)
-
-    def _sync_all(self, step: ExchangeStep, moment: Moment) -> None:
-        for index in sorted(step.sums):  # none where no rank has called backward
-            self._sync(step, index, moment)
-
-    def _sync(self, step: ExchangeStep, index: int, moment: Moment) -> None:
-        """Sends gradients to the rows' owners, receives those of own rows, and applies what is due.
-
-        What is received lies behind this rank's own sums.
-        """
-        sums, exchange = step.sums[index], _of(step.on_device[index].exchange)
-        apply = exchange.apply_urgent if moment == "urgent" else exchange.apply_overlapped
-        with span(f"sync_{moment}"):
-            begin = sums.first + step.plan.groups[index].num_uniques
-            self._exchange(step, index, f"sync_{moment}", sums.values, begin)
-            self._caches[index].apply(apply, sums.values, rate=step.rates[index])
-
-    def _exchange(
-        self, step: ExchangeStep, index: int, name: str, values: Tensor, first_received: int
-    ) -> None:
-        """Exchanges the rows that a `GroupExchange` calls `name`."""
-        rows, what = self._note_sent(step, index, name)
-        self._way.exchange(
-            values,
-            first_received,
-            getattr(_of(step.on_device[index].exchange), name),
-            rows,
-            moment=_moment_of(name),
-            step=step.plan.step,
-            what=what,
-        )
-
-    def _note_launched(self, step: ExchangeStep, index: int, name: str) -> None:
-        """Notes rows that a graph exchanges."""
-        assert self._launcher is not None
-        _, what = self._note_sent(step, index, name)
-        self._launcher.note(_moment_of(name), step.plan.step, what)
-
-    def _note_sent(self, step: ExchangeStep, index: int, name: str) -> tuple[RowExchange, str]:
-        """Counts a message; returns its rows, and what errors call it."""
-        rows: RowExchange = getattr(_of(step.plan.groups[index].exchange), name)
-        cache, is_replicas = self._caches[index], name.startswith("replicas")
-        width = cache.words.shape[1] if is_replicas else cache.group.embedding_dim
-        self._communicator.note_sent(
-            _WORD_BYTES * len(rows.send) * width, moment=_moment_of(name), step=step.plan.step
-        )
-        return rows, f"{'replicas' if is_replicas else 'gradients'} of {cache.group.name}"
-
-
-def _moment_of(name: str) -> Moment:
-    return "urgent" if name.endswith("urgent") else "overlapped"
-
-
-def _of(exchange: _ExchangeT | None) -> _ExchangeT:
-    assert exchange is not None
-    return exchange

@@ -1,6 +1,7 @@
 """What CUDA graphs hold of the exchanges of `exchange`, where plans lie in rings.
 
-    in the graph of a step      its gradients summed by row; urgent ones -> owners, who apply them
+    in the graph of a step      replicas that the step before has changed -> users;
+                                gradients summed by row; urgent ones -> owners, who apply them
     in a graph behind compute   gradients that the step before deferred -> owners, who apply them;
                                 replicas of the step that follows -> users
 
@@ -76,8 +77,13 @@ class SharedUpdate:
         self._summed = in_ring(
             replace(rings, plans=by_place), clock, batch_size=batch_size, rate=-self._scale
         )
+        self._replicas = _at(exchange.replicas_urgent, clock)
         self._sent = _at(exchange.sync_urgent, clock)
         self.applied = in_ring(exchange.apply_urgent, clock)
+
+    def receive(self) -> None:
+        """See `GroupUpdate`."""
+        self._launcher.launch(self._cache.words, self._replicas, "urgent")
 
     def __call__(self, grads: Tensor) -> None:
         """Sums gradients (B, F, D), sends the urgent sums and applies what has come."""
@@ -86,7 +92,8 @@ class SharedUpdate:
         self._cache.apply(self.applied, self._sums, rate=self._cache.rate_of(1))
 
     def warm_up(self, grads: Tensor) -> None:
-        """Compiles and loads what a call launches; no row changes."""
+        """See `GroupUpdate`."""
+        self._launcher.warm_up(self._cache.words, self._replicas, "urgent")
         self._cache.sum_into(self._sums, of_no_rows(self._summed), grads, self._scale)
         self._launcher.warm_up(self._sums, self._sent, "urgent")
         self._cache.apply(of_no_rows(self.applied), self._sums, rate=self._cache.rate_of(1))

@@ -28,6 +28,8 @@ class ExchangeStep:
     # by group, once its overlapped rows are in their slots
     on_device: Sequence[DeviceGroup] = ()
     finish_replicas: Callable[[], object] | None = None
+    has_urgent_replicas: bool = False
+    """Whether they have been asked for, all groups'."""
     finish_deferred: Callable[[], object] | None = None
     sums: dict[int, RowSums] = field(default_factory=dict)  # by group
     # by group: the rate of the update when its gradients came

@@ -154,6 +154,7 @@ class Executor:
     def current(self) -> tuple[DevicePlan, ...] | None:
         """The plans of the step that is being computed, by group; the same value throughout."""
         if self.is_in_step and self._current is None:
+            self._exchange.send_urgent_replicas(self.step, self.undivided)
             self._current = tuple(group.plan for group in self._pending[0].on_device)
         return self._current
 
@@ -169,7 +170,7 @@ class Executor:
 
     def rows_in_graph(self) -> GraphRows | None:
         """The current step's rows for a graph, if it can find their plan."""
-        if not self.caches[0].reads_rings or not self._exchange.fits_graphs:
+        if not self.caches[0].reads_rings or not self._exchange.fits_graph(self.step):
             return None
         pending = self._pending[0]
         return self._in_graph.of(
@@ -177,13 +178,20 @@ class Executor:
             pending.plan.batch_size,
             [group.rings for group in pending.on_device],
             partial(self._exchange.updates_in_graph, pending.plan, pending.on_device),
-            self._training,
+            self,
         )
 
     @contextmanager
-    def _training(self) -> Iterator[Sequence[UpdateRate]]:
-        """A context in which all groups' rows of the current step are updated."""
-        step = self._pending[0].plan.step
+    def receiving(self) -> Iterator[None]:
+        """See `Books`."""
+        with self.undivided():
+            yield
+            self._exchange.note_replicas(self.step)
+
+    @contextmanager
+    def training(self) -> Iterator[Sequence[UpdateRate]]:
+        """See `Books`."""
+        step = self.step
         with self.undivided():
             rates = [
                 cache.rate_of(step + 1 - skipped)
@@ -255,6 +263,8 @@ class Executor:
         if self._is_clean:
             return
         self._exchange.begin_flush()
+        if self.is_in_step:
+            self._exchange.send_urgent_replicas(self.step, self.undivided)
         for pending in self._pending:
             with naming_step(pending.plan.step):
                 for transfer in (pending.overlapped, pending.urgent):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,12 +25,24 @@ _SHARE_BEYOND = 8
 several tiles each."""
 
 
-Training: TypeAlias = Callable[[], AbstractContextManager[Sequence[UpdateRate]]]
-"""A context in which the current step's rows are updated, at these rates by group."""
+class Books(Protocol):
+    """What is noted of the current step, since a graph says nothing of what it has done."""
+
+    def receiving(self) -> AbstractContextManager[None]:
+        """A context in which other trainers' rows come, without an update."""
+
+    def training(self) -> AbstractContextManager[Sequence[UpdateRate]]:
+        """A context in which rows are updated, at these rates by group.
+
+        Other trainers' rows come there, too, unless they have.
+        """
 
 
 class GroupUpdate(Protocol):
     """How a graph updates one group's rows."""
+
+    def receive(self) -> None:
+        """Lets rows of other trainers come that the step before has changed."""
 
     @property
     def plan(self) -> DevicePlan:
@@ -54,6 +66,9 @@ class OwnUpdate:
         """Launches nothing yet; `plan` lies in rings."""
         self._cache, self.plan, self.applied = cache, plan, plan
 
+    def receive(self) -> None:
+        """There are no others."""
+
     def __call__(self, grads: Tensor) -> None:
         """See `GroupUpdate`."""
         self._cache.update(self.plan, grads)
@@ -74,7 +89,7 @@ class GraphRows:
         caches: Sequence[DeviceCache],
         updates: Sequence[GroupUpdate],
         clock: Tensor,
-        training: Training,
+        books: Books,
     ) -> None:
         """Launches nothing yet.
 
@@ -82,10 +97,10 @@ class GraphRows:
             caches: by group.
             updates: by group.
             clock: (1,) int64 on the device, the step that they look up and update.
-            training: updates the current step's rows.
+            books: of the current step.
         """
         self._caches, self._updates, self._clock = tuple(caches), tuple(updates), clock
-        self._training: Training = training
+        self._books: Books | None = books
         self.step = -1
         """The current one."""
         # What the device has been told.
@@ -93,7 +108,12 @@ class GraphRows:
         self._rates: list[UpdateRate] = []
 
     def lookup(self, out: Sequence[Tensor]) -> None:
-        """Pools embeddings into `out`, (B, F, D) by group."""
+        """Pools embeddings into `out`, (B, F, D) by group, once other trainers' rows have come."""
+        for update in self._updates:
+            update.receive()
+        self._pool(out)
+
+    def _pool(self, out: Sequence[Tensor]) -> None:
         for cache, update, into in zip(self._caches, self._updates, out, strict=True):
             cache.lookup(update.plan, out=into)
 
@@ -105,13 +125,13 @@ class GraphRows:
 
     def warm_up(self, pooled: Sequence[Tensor]) -> None:
         """Compiles and loads what a capture launches; no row changes."""
-        self.lookup(pooled)
+        self._pool(pooled)
         for update, grad in zip(self._updates, pooled, strict=True):
             update.warm_up(grad)
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Trains the current step by a graph that holds `lookup` and `update`."""
-        with self._training() as rates:
+        with self._of_step.training() as rates:
             self._tell_step()
             self._tell_rates(rates)
             graph.replay()
@@ -124,11 +144,12 @@ class GraphRows:
             What then updates them with gradients, by group.
         """
         self._tell_step()
-        self.lookup(pooled)
+        with self._of_step.receiving():
+            self.lookup(pooled)
         return self._update_now
 
     def _update_now(self, grads: Sequence[Tensor]) -> None:
-        with self._training() as rates:
+        with self._of_step.training() as rates:
             self._tell_rates(rates)
             self.update(grads)
             self._told_step += 1
@@ -136,7 +157,12 @@ class GraphRows:
     def let_go(self) -> None:
         """Frees caches and rings; no graph of these rows is replayed again."""
         self._caches, self._updates = (), ()
-        self._training = _over  # the executor's, which would live on with its own rows
+        self._books = None  # the executor, which would live on with its own rows
+
+    @property
+    def _of_step(self) -> Books:
+        assert self._books is not None, "the stream of these rows is over"
+        return self._books
 
     def _tell_step(self) -> None:
         """Sets the device's clock, unless it is right."""
@@ -205,10 +231,6 @@ def tell_rate(plan: DevicePlan, rate: UpdateRate) -> None:
         plan.ring.rates[place].fill_(value)
 
 
-def _over() -> AbstractContextManager[Sequence[UpdateRate]]:
-    raise AssertionError("the stream of these rows is over")
-
-
 class RowsInGraphs:
     """The rows of one executor's graphs."""
 
@@ -224,7 +246,7 @@ class RowsInGraphs:
         batch_size: int,
         rings: Sequence[PlanRings | None],
         updates: Callable[[Tensor], Sequence[GroupUpdate]],
-        training: Training,
+        books: Books,
     ) -> GraphRows | None:
         """Those of a step, the same object as long as rings stay.
 
@@ -233,7 +255,7 @@ class RowsInGraphs:
             batch_size: its samples.
             rings: in which its plans lie, by group.
             updates: makes its updates by group, for a clock.
-            training: as for `GraphRows`.
+            books: as for `GraphRows`.
 
         Returns:
             None unless the plans lie in rings that are there to stay.
@@ -245,7 +267,7 @@ class RowsInGraphs:
         key = (batch_size, *map(id, found))
         if key not in self._rows:
             clock = torch.zeros(1, dtype=torch.int64, device=self._caches[0].device)
-            self._rows[key] = found, GraphRows(self._caches, updates(clock), clock, training)
+            self._rows[key] = found, GraphRows(self._caches, updates(clock), clock, books)
         _, rows = self._rows[key]
         rows.step = step
         return rows

@@ -34,6 +34,11 @@ class NoExchange:
     def finish_replicas(self, plan: HostStepPlan) -> None:
         """There are none."""
 
+    def send_urgent_replicas(
+        self, number: int, undivided: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """There are none."""
+
     def start_behind(
         self, plan: HostStepPlan, following: HostStepPlan | None, filled: Filled
     ) -> None:
@@ -43,7 +48,9 @@ class NoExchange:
         """Updates the rows at once."""
         self._caches[index].update(plan, grads, number=number)
 
-    fits_graphs = True
+    def fits_graph(self, number: int) -> bool:
+        """A graph can hold what is exchanged, which is nothing."""
+        return True
 
     def updates_in_graph(
         self, plan: HostStepPlan, groups: Sequence[DeviceGroup], clock: Tensor
@@ -55,6 +62,9 @@ class NoExchange:
             rows = in_ring(group.rings, clock, batch_size=plan.batch_size, current=group.plan)
             updates.append(OwnUpdate(cache, rows))
         return updates
+
+    def note_replicas(self, number: int) -> None:
+        """There are none."""
 
     def note_update(self, number: int, rates: Sequence[UpdateRate]) -> None:
         """Nobody to tell."""
