@@ -104,7 +104,7 @@ def in_graphs(trainer: Trainer, batches: Sequence[Jagged]) -> None:
     with trainer.stream(batches) as stream:
         for step, batch in enumerate(stream):
             if step == 11:
-                stream.flush()  # before other trainers' rows have come
+                stream.flush_between_steps()  # before other trainers' rows have come
             rows = None if step in (6, 9) else embeddings.rows_in_graph(batch)
             if rows is not None:
                 pooled = [
