@@ -82,6 +82,10 @@ def train(
         looked_up: list[torch.Tensor] = []
         replayed = Replayed(embeddings, num_trainers)
         for number, batch in enumerate(stream):
+            if number == NUM_STEPS // 4:
+                if rank == 0:  # whose device then waits for rows of the other rank
+                    embeddings(batch)
+                embeddings.flush()
             is_replayed = in_graphs and number % 7 != rank  # at times on one rank alone
             rows = embeddings.rows_in_graph(batch) if is_replayed else None
             if rows is None:
