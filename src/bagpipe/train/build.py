@@ -30,7 +30,8 @@ from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.best import Best
-from bagpipe.train.dense_step import DensePart, DenseStep, Precision
+from bagpipe.train.capture import DensePart
+from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.evaluate import check_groups
 from bagpipe.train.noise import Noise, check_batch_norm
 from bagpipe.train.objective import Objective

@@ -1,12 +1,50 @@
-"""What a capture of a part of a step changes, and puts back."""
+"""Ways to capture the dense part, and what a capture changes and puts back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,), or (B, L)
+of L labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A form of the dense part to capture, and what is done where that fails."""
+
+    name: str
+    make: Callable[[], DensePart]
+    otherwise: str
+
+
+def ways_to_capture(dense_part: DensePart, *, graph: bool, compile_part: bool) -> list[Way]:
+    """In which the dense part may be captured; the first that works is to be taken."""
+    ways = []
+    if compile_part:
+        ways.append(
+            Way(
+                name="compiling the dense part",
+                make=partial(torch.compile, dense_part, dynamic=False),
+                otherwise="it is captured as it is written",
+            )
+        )
+    if graph:
+        ways.append(
+            Way(
+                name="capturing the dense part as a CUDA graph",
+                make=lambda: dense_part,
+                otherwise="it runs eagerly",
+            )
+        )
+    return ways
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -41,12 +40,9 @@ from bagpipe.cache.captured import captured_graph
 from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.native.spans import span
 from bagpipe.train.averaged import AveragedGradients
-from bagpipe.train.capture import parameters_of, unchanged
+from bagpipe.train.capture import DensePart, parameters_of, unchanged, ways_to_capture
 from bagpipe.train.objective import Objective
 
-DensePart: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""From dense features (B, num_dense) and pooled embeddings (B, sum of D) to logits (B,), or (B, L)
-of L labels."""
 Update: TypeAlias = Callable[[Sequence[Tensor]], None]
 """Takes gradients (B, F, D) of pooled embeddings, by group."""
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
@@ -69,15 +65,6 @@ class _Captured:
     parameter_grads: list[Tensor | None]
     rows: GraphRows | None
     """Whose lookup and update the graph holds, too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Way:
-    """A form of the dense part to capture, and what is done where that fails."""
-
-    name: str
-    make: Callable[[], DensePart]
-    otherwise: str
 
 
 class DenseStep:
@@ -133,25 +120,7 @@ class DenseStep:
         self._averaged = (
             None if average is None else AveragedGradients(parameters_of(optimizer), average)
         )
-        # in which the dense part may be captured; the first that works is taken
-        self._ways: list[_Way] = []
-        if compile_part:
-            compiled = partial(torch.compile, dense_part, dynamic=False)
-            self._ways.append(
-                _Way(
-                    name="compiling the dense part",
-                    make=compiled,
-                    otherwise="it is captured as it is written",
-                )
-            )
-        if graph:
-            self._ways.append(
-                _Way(
-                    name="capturing the dense part as a CUDA graph",
-                    make=lambda: dense_part,
-                    otherwise="it runs eagerly",
-                )
-            )
+        self._ways = ways_to_capture(dense_part, graph=graph, compile_part=compile_part)
         self._buffers: dict[int, list[Tensor]] = {}
         self._captured: _Captured | None = None
         self._whole: _Captured | None = None  # with rows
