@@ -31,7 +31,7 @@ from bagpipe.cache.issued import naming_step
 from bagpipe.cache.marks import marks_on
 from bagpipe.cache.moved import MovedArray
 from bagpipe.cache.movers import mover_for
-from bagpipe.cache.overlap import Streams
+from bagpipe.cache.overlap import Streams, for_user
 from bagpipe.cache.pending import Pending
 from bagpipe.cache.plan_rings import PlanMover
 from bagpipe.cache.waits import Waits
@@ -148,7 +148,7 @@ class Executor:
                 ):
                     self._mover.fill(due.overlapped)
         self.is_in_step, self._current = True, None
-        self.moved_along = self._for_compute(pending.on_device[-1].along)
+        self.moved_along = for_user(pending.on_device[-1].along, self._streams)
 
     @property
     def current(self) -> tuple[DevicePlan, ...] | None:
@@ -328,16 +328,6 @@ class Executor:
         with span("plan"):
             pending.on_device = self._plans.move(pending.plan, pending.along)
         return tuple(group.overlapped for group in pending.on_device)
-
-    def _for_compute(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Tensors for the user, who may keep them.
-
-        Their memory, made on another stream, must outlive what compute does with it.
-        """
-        if tensors and self._streams is not None:
-            tensors[0].record_stream(self._streams.compute)  # of all, which share it
-        # or autograd takes a change of one for a change of all
-        return tuple(tensor.data for tensor in tensors)
 
     def _wait_for_replicas(self, pending: Pending) -> None:
         """Waits for the replicas of the step that comes now, and asks for those of the next one."""

@@ -45,6 +45,17 @@ class Streams:
         return self.computed
 
 
+def for_user(tensors: tuple[Tensor, ...], streams: Streams | None) -> tuple[Tensor, ...]:
+    """Tensors of a plan's memory for the user, who may keep them.
+
+    That memory, made on another stream, must outlive what compute does with it.
+    """
+    if tensors and streams is not None:
+        tensors[0].record_stream(streams.compute)  # of all, which share it
+    # or autograd takes a change of one for a change of all
+    return tuple(tensor.data for tensor in tensors)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Buffer:
     """Host memory for records, (num_records, record_width) float32."""
