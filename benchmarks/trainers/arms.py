@@ -4,11 +4,12 @@
     no_overlap   the same plans with everything that trainers send each other on the critical path
     by_nccl      Bagpipe with rows that travel by NCCL, where they would by peer memory
     one_trainer  Bagpipe on rank 0 alone with one trainer's batch: tells what N trainers gain
-    dense        no embedding work: the dense part and its averaged gradients, the least that a step
-                 can take
+    dense        no embedding work: the dense part and its averaged gradients, about the least that
+                 a step can take
     dense_alone  the same without averaging: tells what averaging takes
 
-The peers are in `peers` (`replicated`, `hashed`) and `torchrec`.
+The peers are in `peers` (`replicated`, `hashed`) and `torchrec`. On GPUs NCCL averages gradients of
+the dense part in all arms but those of Bagpipe whose rows travel by peer memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bagpipe.cache.averaging import PeerAverage
 from bagpipe.data.base import Batch
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.types import Group, Jagged
@@ -137,3 +139,9 @@ class BagpipeShareArm(BagpipeArm):
             overlap=overlap,
         )
         self.sent = Sent() if communicator is None else communicator.sent
+
+    @property
+    def dense_average(self) -> PeerAverage | None:
+        """What averages the dense part's gradients in place of NCCL, as in `bagpipe train`."""
+        executor = self.embeddings.executor
+        return None if executor is None else executor.dense_average

@@ -286,11 +286,15 @@ class _Rank:
         """Makes one step, in one graph where it can be; returns its loss."""
         dense, labels = run.arm.next_batch()
         can_replay = run.dense.step.can_replay(self._workload.batch_size)
-        rows = run.arm.rows() if isinstance(run.arm, BagpipeShareArm) and can_replay else None
-        if rows is not None:
-            return run.dense.step(dense, labels, rows=rows)[0]
-        run.arm.lookup(run.dense.pooled)
-        return run.dense.step(dense, labels, update=lambda grads: run.arm.update(grads[0]))[0]
+        rows = average = None
+        if isinstance(run.arm, BagpipeShareArm):
+            rows, average = run.arm.rows() if can_replay else None, run.arm.dense_average
+        if rows is None:
+            run.arm.lookup(run.dense.pooled)
+        update = run.arm.update
+        return run.dense.step(
+            dense, labels, rows=rows, update=lambda grads: update(grads[0]), average=average
+        )[0]
 
     def _time_parts(self, run: _Run) -> dict[str, float]:
         """Times Bagpipe's stages and waits in one more turn: milliseconds of a step."""

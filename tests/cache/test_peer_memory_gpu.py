@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tests.train.test_trainers_gpu import free_port, join
 
+from bagpipe.cache.averaging import PeerAverage
 from bagpipe.cache.captured import captured_graph
 from bagpipe.cache.device_plan import DeviceRows
 from bagpipe.cache.moved import all_to_device
@@ -37,6 +38,7 @@ pytestmark = [
 ]
 NUM_ROWS, WIDTH, MOST = 60_000, 64, 20_000
 NUM_MESSAGES, NUM_STEPS, NUM_PLACES = 200, 60, 4
+NUM_GRADIENTS = (9, 1_000_003)
 MOMENTS: tuple[Moment, Moment] = ("urgent", "overlapped")
 
 
@@ -189,6 +191,39 @@ def exchange_by_graphs(
     return [*sums, *values.values()]
 
 
+def average_all(
+    average: PeerAverage | Callable[[torch.Tensor], None], device: torch.device, rank: int
+) -> list[torch.Tensor]:
+    """Means of a few tensors; peer memory's of two steps of three are a graph's, not always on both
+    ranks.
+    """
+    chance, stream, means = random.Random(rank), torch.cuda.Stream(device), []
+    for size in NUM_GRADIENTS:
+        values, graph = torch.zeros(size, device=device), None
+        torch.cuda.synchronize(device)
+        if isinstance(average, PeerAverage):
+            average.warm_up(values)
+            torch.cuda.synchronize(device)
+            with captured_graph(stream) as graph:
+                average.launch(values)
+        with torch.cuda.stream(stream):
+            for step in range(NUM_STEPS):
+                if chance.random() < 0.2:
+                    torch.cuda._sleep(chance.randrange(2_000_000))
+                random_numbers = torch.Generator(device).manual_seed(2 * step + rank)
+                values.copy_(torch.randn(size, generator=random_numbers, device=device))
+                if isinstance(average, PeerAverage):
+                    average.step = step
+                if isinstance(average, PeerAverage) and graph is not None and (step + rank) % 3:
+                    graph.replay()
+                    average.note()
+                else:
+                    average(values)
+                means.append(values.clone())
+        torch.cuda.synchronize(device)
+    return means
+
+
 def run_rank(rank: int, port: int) -> None:
     from tests.cache.peer_ranks import assert_all_over
 
@@ -204,6 +239,11 @@ def run_rank(rank: int, port: int) -> None:
                 assert torch.equal(one, other), (
                     f"{exchange.__name__}: message {number} of regions of {region_rows} rows"
                 )
+        means = average_all(PeerAverage(way.launcher, rank, 2), device, rank)
+        assert_all_over(way)
+        expected = average_all(communicator.average, device, rank)
+        for number, (one, other) in enumerate(zip(means, expected, strict=True)):
+            assert torch.equal(one, other), f"mean {number} by regions of {region_rows} rows"
         way.close(wait=True)
     dist.barrier()
     dist.destroy_process_group()

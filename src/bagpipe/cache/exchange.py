@@ -36,6 +36,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from bagpipe.cache.averaging import PeerAverage
 from bagpipe.cache.background import BackgroundStream, BackgroundThread
 from bagpipe.cache.device_cache import DeviceCache, UpdateRate
 from bagpipe.cache.device_plan import DeviceGroup, DevicePlan
@@ -79,6 +80,7 @@ class Exchange:
         self._way = way_for(communicator, caches, streams)
         self._launcher = self._way.launcher  # what graphs exchange rows by, if they can
         self._messages = RowMessages(communicator, caches, self._way)
+        self.dense_average = PeerAverage.by(self._launcher, communicator)
         self._background = BackgroundThread() if streams is None else BackgroundStream(streams)
         self._behind: BehindGraph | None = None
         self._sums = [cache.no_sums(0) for cache in self._caches]  # by group, of plans in rings
@@ -99,6 +101,8 @@ class Exchange:
         Ends what step `number` - 2 deferred, before its rows may be evicted and its plan released.
         """
         self._newest = number
+        if self.dense_average is not None:
+            self.dense_average.step = number
         self._communicator.tell(f"{self._untold}begins step {number}", needed_at=number + 1)
         self._untold = ""
         self._communicator.compare_acts(number)
@@ -288,8 +292,10 @@ class Exchange:
         """
         self._background.close(wait=wait)
         self._way.close(wait=wait)
-        if wait:  # else the device may still replay it
+        if wait:  # else the device may still replay them
             self._behind = None
+            if self.dense_average is not None:
+                self.dense_average.let_go()
         self._communicator.end_stream(has_failed=not wait)
 
     def _start(

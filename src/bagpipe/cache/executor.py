@@ -77,6 +77,8 @@ class Executor:
         self._device = caches[0].device
         self._streams = Streams(self._device) if self._device.type == "cuda" else None
         self._exchange = exchange_with(peers, caches, self._streams)
+        self.dense_average = self._exchange.dense_average
+        """Averages the dense part's gradients by peer memory; None: no rows travel by it."""
         self._mover = mover_for(caches, stores, self._streams, marks_on(stores, stream))
         self._plans = PlanMover(caches, peers, self._streams, with_rows=self._mover.with_rows)
         self._pending: list[Pending] = []

@@ -21,6 +21,7 @@ class NoExchange:
     """The exchanges of a trainer without others; see `Exchange`."""
 
     has_others = False
+    dense_average = None
 
     def __init__(self, caches: Sequence[DeviceCache]) -> None:
         self._caches = tuple(caches)

@@ -91,7 +91,7 @@ class PeerLayout:
         """Regions for all that a step may send, but no more than `_MAX_BYTES` of them.
 
         What a rank sends another one are replicas that the other has room for, or the sums of its
-        own replicas.
+        own replicas. Of the dense part's gradients nobody knows the number yet.
         """
         row_bytes = [4 * max(cache.words.shape[1], cache.group.embedding_dim) for cache in caches]
         most = max(

@@ -105,7 +105,8 @@ def exchange_rows(
     Args:
         lane: The rank's, of the message's moment.
         values: (n, W) float32, from which rows are sent and into which they are received.
-        rows: Which are sent, and how many to and from each rank.
+        rows: Which are sent, and how many to and from each rank. What a rank would send itself is
+            passed over, where it is sent from and where it is received.
         first_received: The row of `values` from which on they are received, unless `rows` tells it.
         first: The first row of each two ranks' that is exchanged; a round begins there.
         end: No round begins here or later.

@@ -14,6 +14,9 @@ from bagpipe.cache.executor import Executor
 class ExecutorPart:
     """An `Executor` to the collection that has the groups from `first` on, `num_groups` of them."""
 
+    dense_average = None
+    """A single trainer's, as are all parts."""
+
     def __init__(
         self,
         executor: Executor,

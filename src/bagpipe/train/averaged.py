@@ -1,4 +1,4 @@
-"""Gradients of the dense part, averaged over trainers between two CUDA graphs."""
+"""Gradients of the dense part in one tensor, which is averaged over trainers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from bagpipe.cache.averaging import PeerAverage
+
 
 class AveragedGradients:
     """The dense part's gradients of several trainers, averaged by one message.
 
     DistributedDataParallel averages while backward runs, in messages of some layers each. A CUDA
     graph that held its messages would hold the process group too. So where the dense part is
-    captured, its gradients end up in one tensor, which is averaged between the graph that computes
-    them and the graph of the optimizer.
+    captured, its gradients end up in one tensor. Peer memory averages it within a graph, a process
+    group between the graph that computes it and the graph of the optimizer.
 
     The parameters are all of one dtype and on one device. `average` replaces
     a tensor (n,) by its mean over the trainers, in place.
@@ -22,6 +24,8 @@ class AveragedGradients:
 
     def __init__(self, parameters: Iterable[Tensor], average: Callable[[Tensor], None]) -> None:
         self._parameters, self._average = list(parameters), average
+        self.by: PeerAverage | None = None
+        """What averages in place of `average`, in the current step."""
         self._all = torch.cat(
             [
                 torch.zeros_like(parameter, requires_grad=False).flatten()
@@ -46,6 +50,21 @@ class AveragedGradients:
                 part.copy_(parameter.grad)
             parameter.grad = part
 
+    def use(self, by: PeerAverage | None) -> None:
+        """Takes what averages in the step that comes, if that can: it moves float32 alone."""
+        self.by = by if self._all.dtype == torch.float32 else None
+
+    def warm_up(self) -> None:
+        """Does what must come before a capture of `launch`."""
+        assert self.by is not None
+        self.by.warm_up(self._all)
+
+    def launch(self) -> None:
+        """As `average`, for a graph that is captured now; replays are to be noted."""
+        assert self.by is not None
+        self.by.launch(self._all)
+
     def average(self) -> None:
         """Averages what is collected over the trainers."""
-        self._average(self._all)
+        average = self.by or self._average
+        average(self._all)

@@ -21,9 +21,10 @@ part does what no graph can hold: every batch then runs eagerly. A sentence says
 
 With several trainers there are two ways to average gradients. The dense part may be a
 DistributedDataParallel, which averages them itself but is not captured. Or `average` is given: then
-there are two graphs, and between them one message averages the gradients. A capture sends no
-message, and rows are updated before the average whether a graph holds the update or not. So it does
-not matter when, or whether, the other trainers capture theirs.
+there are two graphs, and between them the gradients are averaged. What peer memory averages, the
+graph with `rows` holds, and so all of the step. A capture sends no message, and rows are updated
+before the average whatever graphs hold. So it does not matter when, or whether, the other trainers
+capture theirs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from bagpipe.cache.averaging import PeerAverage
 from bagpipe.cache.captured import captured_graph
 from bagpipe.cache.graph_rows import GraphRows
 from bagpipe.native.spans import span
@@ -64,7 +66,9 @@ class _Captured:
     grads: list[Tensor]
     parameter_grads: list[Tensor | None]
     rows: GraphRows | None
-    """Whose lookup and update the graph holds, too."""
+    """Whose lookup and update the first graph holds, too."""
+    average: PeerAverage | None = None
+    """By which it averages, too."""
 
 
 class DenseStep:
@@ -103,7 +107,7 @@ class DenseStep:
             graph: whether to capture.
             compile_part: captures what torch.compile makes of the dense part; needs `graph`.
             average: with several trainers, averages the gradients (n,) over them, in place and on
-                the current stream.
+                the current stream, where a call names no other means.
             rate_changes: whether the optimizer's learning rate changes. A graph would keep that
                 of its capture, so the optimizer then steps outside of it.
             max_grad_norm: the norm to which longer gradients of all parameters together, averaged
@@ -159,10 +163,11 @@ class DenseStep:
         *,
         rows: GraphRows | None = None,
         update: Update | None = None,
+        average: PeerAverage | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Makes one step on the embeddings in `pooled`.
 
-        Where `average` is given, rows are updated between backward and the average, whether a graph
+        With several trainers rows are updated between backward and the average, whether a graph
         holds the update or `update` makes it: ranks that do it in different orders would wait for
         each other.
 
@@ -175,19 +180,23 @@ class DenseStep:
             rows: what looks embeddings up and updates them, to be done here, too.
             update: without `rows`, updates embeddings with the gradients of `pooled`. By default
                 the caller does, later.
+            average: that of the stream which `rows` are of. It averages in place of the
+                constructor's, if that has one. All ranks give theirs, or none, in the same steps.
 
         Returns:
             The loss, as `Objective.loss` gives it, and the gradients (B, F, D) of `pooled`, good
             until the next call.
         """
         inputs = [dense, labels] if sample_weights is None else [dense, labels, sample_weights]
+        if self._averaged is not None:
+            self._averaged.use(average)
         if self.can_replay(len(labels)) and weight == 1.0:
             captured = self._graph_for(inputs, rows)
             if captured is not None:
                 return self._replay(captured, inputs, update)
         if rows is not None:
-            update_rows = rows.look_up_now(self.pooled(len(labels)))
-            return self(dense, labels, weight, sample_weights, update=update_rows)
+            update = rows.look_up_now(self.pooled(len(labels)))
+            return self(dense, labels, weight, sample_weights, update=update, average=average)
         return self._compute(inputs, weight, update)
 
     def can_replay(self, batch_size: int) -> bool:
@@ -271,7 +280,9 @@ class DenseStep:
         if captured.rows is None and update is not None:
             update(captured.grads)
         with span("dense"):
-            if self._averaged is not None:
+            if captured.average is not None:
+                captured.average.note()
+            elif self._averaged is not None:
                 self._averaged.average()
             self._step_after(captured)
             return captured.loss.clone(), captured.grads
@@ -314,16 +325,11 @@ class DenseStep:
         # replays write here
         inputs = [tensor.to(self._device, copy=True) for tensor in inputs]
         pooled = [buffer.detach().requires_grad_() for buffer in self.pooled(len(inputs[0]))]
+        in_graph = self._averaged_with(rows)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            for _ in range(_NUM_WARMUPS):
-                for leaf in pooled:
-                    leaf.grad = None
-                self._backward(part, inputs, pooled)
-                self._update()
-            if rows is not None:
-                rows.warm_up(self.pooled(len(inputs[0])))
+            self._warm_up(part, inputs, pooled, rows)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         for leaf in pooled:
             leaf.grad = None
@@ -333,10 +339,12 @@ class DenseStep:
             loss = self._backward(part, inputs, pooled)
             if rows is not None:
                 rows.update([_grad(leaf) for leaf in pooled])
-            if self._averaged is None and not self._rate_changes:
+            if in_graph is not None:
+                in_graph.launch()
+            if self._averaged is in_graph and not self._rate_changes:
                 self._update()
         optimizer_graph = None
-        if self._averaged is not None and not self._rate_changes:
+        if self._averaged is not in_graph and not self._rate_changes:
             with captured_graph(stream) as optimizer_graph:
                 self._update()
         return _Captured(
@@ -347,7 +355,29 @@ class DenseStep:
             grads=[_grad(leaf) for leaf in pooled],
             parameter_grads=[parameter.grad for parameter in parameters_of(self._optimizer)],
             rows=rows,
+            average=None if in_graph is None else in_graph.by,
         )
+
+    def _warm_up(
+        self, part: DensePart, inputs: list[Tensor], pooled: list[Tensor], rows: GraphRows | None
+    ) -> None:
+        """Does what a capture needs to have been done."""
+        for _ in range(_NUM_WARMUPS):
+            for leaf in pooled:
+                leaf.grad = None
+            self._backward(part, inputs, pooled)
+            self._update()
+        if rows is not None:
+            rows.warm_up(self.pooled(len(inputs[0])))
+        in_graph = self._averaged_with(rows)
+        if in_graph is not None:
+            in_graph.warm_up()
+
+    def _averaged_with(self, rows: GraphRows | None) -> AveragedGradients | None:
+        """What a graph averages that holds these rows."""
+        averaged = self._averaged
+        is_held = rows is not None and averaged is not None and averaged.by is not None
+        return averaged if is_held else None
 
 
 def _grad(leaf: Tensor) -> Tensor:

@@ -243,7 +243,8 @@ class Loop:
         return "device" if is_one_graph and parts.embeddings.has_room_for_oracle else "process"
 
     def _train_step(self, batch: TorchBatch) -> None:
-        parts = self.parts
+        parts, executor = self.parts, self.parts.embeddings.executor
+        assert executor is not None
         self._in_step = True
         can_replay = parts.dense_step.can_replay(batch.batch_size)
         rows = parts.embeddings.rows_in_graph(batch.sparse) if can_replay else None
@@ -261,6 +262,7 @@ class Loop:
                 batch.weights,
                 rows=rows,
                 update=parts.embeddings.update,
+                average=executor.dense_average,
             )
         self._step += 1
         parts.rates.after_step(self._step)
