@@ -32,14 +32,19 @@ def made_up_device(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         SimpleNamespace(wait_event=lambda _: None, record_event=lambda event=event: event)
         for event in ("evicted", None)  # None: compute, on a CPU, waits for no event
     )
-    streams = SimpleNamespace(out=out, into=into, computed=None, record_compute=lambda: None)
+    streams = SimpleNamespace(
+        out=out,
+        into=into,
+        on=lambda _: contextlib.nullcontext(),
+        let_out_follow=lambda: None,
+        record_compute=lambda: None,
+    )
 
     def mover_for(caches: Any, stores: Any, *_: object) -> Any:
         movers.append(direct.DirectMover(caches, stores, streams))
         return movers[-1]
 
     monkeypatch.setattr(executor, "mover_for", mover_for)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return movers
 

@@ -105,13 +105,17 @@ def test_an_interrupt_while_a_step_is_issued_loses_no_row(monkeypatch: pytest.Mo
 def made_up_streams(monkeypatch: pytest.MonkeyPatch) -> Any:
     """As those of a CUDA device."""
     event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     stream = SimpleNamespace(
         wait_event=lambda _: None, record_event=lambda: event, synchronize=lambda: None
     )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    return SimpleNamespace(out=stream, into=stream, computed=event)
+    return SimpleNamespace(
+        out=stream,
+        into=stream,
+        on=lambda _: contextlib.nullcontext(),
+        current=lambda: stream,
+        let_out_follow=lambda: None,
+    )
 
 
 def test_write_backs_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

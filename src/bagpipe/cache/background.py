@@ -44,18 +44,25 @@ class BackgroundStream:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._stream: torch.cuda.Stream = torch.cuda.Stream(streams.compute.device)
+        self._followed: tuple[torch.cuda.Event, torch.cuda.Stream] | None = None  # what, and who
 
     def start(self, work: Callable[..., None], *arguments: Any) -> Callable[[], object]:
         """Asks the device for it; what is returned lets the current stream follow it."""
-        with torch.cuda.stream(self._stream):
+        with self._streams.on(self._stream):
             self._stream.wait_event(self._streams.computed)
             work(*arguments)
             done = self._stream.record_event()
-        return partial(_follow, done, self._stream.device)
+        return partial(self._follow, done)
 
     def close(self, *, wait: bool) -> None:
         """Nothing to end: the executor waits for the device."""
 
+    def _follow(self, done: torch.cuda.Event) -> None:
+        """Once for each stream.
 
-def _follow(event: torch.cuda.Event, device: torch.device) -> None:
-    torch.cuda.current_stream(device).wait_event(event)
+        A step's rows, and the gradients before them, are asked for at once and waited for twice.
+        """
+        current = self._streams.current()
+        if self._followed != (done, current):
+            current.wait_event(done)
+            self._followed = done, current

@@ -55,9 +55,9 @@ class DirectMover:
     ) -> IssuedTransfers:
         """Evicts, and looks for rows that were never written."""
         out = self._streams.out
-        with span("evict"), torch.cuda.stream(out):
+        with span("evict"), self._streams.on(out):
             on_device = to_device()
-            out.wait_event(self._streams.computed)
+            self._streams.let_out_follow()
             for index, moved in enumerate(on_device):
                 assert moved.evict_rows is not None
                 write_to(self._tables[index], moved.evict_rows, moved.evict_slots)
@@ -72,7 +72,7 @@ class DirectMover:
         assert issued.evicted is not None
         issued.gathered.result()
         into = self._streams.into
-        with span("fetch"), torch.cuda.stream(into):
+        with span("fetch"), self._streams.on(into):
             into.wait_event(issued.evicted)
             for index, moved in enumerate(issued.on_device):
                 assert moved.fetch_rows is not None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -34,9 +34,9 @@ from bagpipe.cache.movers import mover_for
 from bagpipe.cache.overlap import Streams, for_user
 from bagpipe.cache.pending import Pending
 from bagpipe.cache.plan_rings import PlanMover
+from bagpipe.cache.undivided import Undivided
 from bagpipe.cache.waits import Waits
 from bagpipe.distributed.alone import ALONE, Peers
-from bagpipe.errors import UsageError
 from bagpipe.native.spans import span
 from bagpipe.plan import HostStepPlan
 from bagpipe.store.base import EmbeddingStore
@@ -85,7 +85,7 @@ class Executor:
         self._ended: list[Pending] = []  # steps whose plans may still be read
         self._num_kept = int(self._exchange.has_others)  # ended, their gradients on their way
         self._is_clean = True  # the stores hold everything
-        self._torn_step: int | None = None
+        self._undivided = Undivided()
         self._in_graph = RowsInGraphs(self.caches)
         self.at_close: list[Callable[[], None]] = [self._mover.give_memory_back]
         """Called at the end of `close`, when neither threads nor device read a plan any more."""
@@ -111,7 +111,7 @@ class Executor:
 
     def begin_step(self) -> None:
         """The tick of the oldest submitted step: issues what is due, then waits for its rows."""
-        self._check_not_torn()
+        self._undivided.check()
         pending = self._pending[0]
         tick = pending.plan.step
         self._is_clean = False
@@ -125,14 +125,15 @@ class Executor:
             # evict.
             self._issue_overlapped(pending)
             self._exchange.begin_replicas(pending.plan, partial(self._filled, pending))
-            urgent = [group.urgent for group in pending.plan.groups]
-            if any(len(moved.evict_rows) or len(moved.fetch_rows) for moved in urgent):
-                self._issue_urgent(pending)
+            for group in pending.plan.groups:
+                if len(group.urgent.evict_rows) or len(group.urgent.fetch_rows):
+                    self._issue_urgent(pending)
+                    break
             # Before the overlapped ones of later steps: other ranks may wait for it before they do
             # what those wait for.
             self._mover.mark("urgent", tick)
             for due in self._pending:
-                if due.plan.issue_tick <= tick:
+                if due.overlapped is None and due.plan.issue_tick <= tick:
                     self._issue_overlapped(due)
             self._mover.raise_failed_writes()
             self._wait_for_rows(pending)
@@ -219,29 +220,9 @@ class Executor:
         """The number of the step that is being computed, or comes next."""
         return self._pending[0].plan.step
 
-    @contextmanager
-    def undivided(self) -> Iterator[None]:
-        """For work in which no interrupt may come.
-
-        Ctrl-C may come between any two lines of the trainer's thread. If one comes here, nobody
-        knows which rows have changed or moved, so from then on no step begins and nothing is
-        written back.
-        """
-        self._torn_step = self.step
-        try:
-            yield
-        except Exception:  # which has its own way to be told
-            self._torn_step = None
-            raise
-        self._torn_step = None
-
-    def _check_not_torn(self) -> None:
-        if self._torn_step is not None:
-            raise UsageError(
-                f"step {self._torn_step}: an interrupt came while rows were being updated or "
-                "moved, so some are and some are not: resume from a checkpoint; a handler of "
-                "signals that only sets a flag, which the loop reads between batches, loses nothing"
-            )
+    def undivided(self) -> AbstractContextManager[None]:
+        """For updates and for handing out transfers, see `Undivided`."""
+        return self._undivided.of(self.step)
 
     def release_computed(self) -> None:
         """Waits for the device, up to the last tick, and lets go of its plans.
@@ -261,7 +242,7 @@ class Executor:
         Raises:
             UsageError: an interrupt came into `undivided` work.
         """
-        self._check_not_torn()
+        self._undivided.check()
         if self._is_clean:
             return
         self._exchange.begin_flush()
@@ -351,7 +332,8 @@ class Executor:
         assert pending.overlapped is not None
         self._mover.fill(pending.overlapped)
         if pending.overlapped.filled is not None:
-            torch.cuda.current_stream(self._device).wait_event(pending.overlapped.filled)
+            assert self._streams is not None
+            self._streams.current().wait_event(pending.overlapped.filled)
         return pending.on_device
 
     def _wait_for_rows(self, pending: Pending) -> None:

@@ -120,9 +120,9 @@ class RecordMover:
             asked = self._order_thread.submit(self._evict_and_ask, plan, transfers, tick, to_device)
             done = self._gather_threads.submit(self._receive_and_fill, asked)
             return IssuedTransfers(on_device=(), gathered=done, evicted=None, is_filled=True)
-        with torch.cuda.stream(self._streams.out):
+        with self._streams.on(self._streams.out):
             on_device = to_device()
-            self._streams.out.wait_event(self._streams.computed)
+            self._streams.let_out_follow()
             evicted = (
                 self._evict_all(transfers, on_device, tick) or self._streams.out.record_event()
             )
@@ -138,7 +138,7 @@ class RecordMover:
         assert self._streams is not None
         assert issued.evicted is not None
         stagings = issued.gathered.result()
-        with torch.cuda.stream(self._streams.into):
+        with self._streams.on(self._streams.into):
             self._streams.into.wait_event(issued.evicted)
             self._fill_slots(issued.on_device, stagings)
             issued.filled = self._streams.into.record_event()
@@ -179,7 +179,7 @@ class RecordMover:
                 block = slots[begin : begin + block_rows]
                 buffer = self._read(index, torch.from_numpy(block).to(self._device))
                 if self._streams is not None:
-                    torch.cuda.current_stream(self._device).synchronize()
+                    self._streams.current().synchronize()
                 sent = self._sends[index](rows_of_slots[block], buffer.array)
                 under_way.append(partial(self._write_back, sent, buffer))
                 if len(under_way) > 1:  # the next block is read while one is on its way

@@ -161,6 +161,8 @@ class Lockstep:
                         self.raise_if_failed()
                         raise
                 self._told.popleft()
+                if told.acts == told.acts[:_BYTES] * self._num_trainers:
+                    continue
                 told_by_rank = [
                     told.acts[begin : begin + _BYTES] for begin in range(0, len(told.acts), _BYTES)
                 ]
