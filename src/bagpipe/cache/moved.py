@@ -77,29 +77,15 @@ def cut_out(
     words: Tensor, spans: Sequence[tuple[int, int]], arrays: Sequence[MovedArray]
 ) -> list[Tensor]:
     """Arrays out of `words_to_device`, each by its span."""
-    cut = _cut(words, spans)
-    return [_as_array(cut[span], array) for span, array in zip(spans, arrays, strict=True)]
+    return [_as_array(words, span, array) for span, array in zip(spans, arrays, strict=True)]
 
 
-def _cut(words: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
-    """The words of each span, (offset, length) in bytes.
-
-    One call cuts them all, since a call for each takes longer than the copy.
-    """
-    # Sorting puts an empty span before another one that begins at the same place.
-    ordered, lengths, end = (sorted(set(spans)), list[int](), 0)
-    for offset, length in ordered:
-        if offset < end:  # views of a batch's array that overlap
-            return {span: words[span[0] // _WORD : sum(span) // _WORD] for span in ordered}
-        lengths += [(offset - end) // _WORD, length // _WORD]
-        end = offset + length
-    pieces = words.split_with_sizes([*lengths, len(words) - sum(lengths)])
-    return dict(zip(ordered, pieces[1::2], strict=True))
-
-
-def _as_array(words: Tensor, array: MovedArray) -> Tensor:
-    tensor = words if array.dtype == np.int32 else words.view(_TORCH_DTYPES[array.dtype])
-    return tensor if array.ndim == 1 else tensor.view(array.shape)
+def _as_array(words: Tensor, span: tuple[int, int], array: MovedArray) -> Tensor:
+    begin, length = span
+    part = words[begin // _WORD : (begin + length) // _WORD]
+    if array.dtype != np.int32:
+        part = part.view(_TORCH_DTYPES[array.dtype])
+    return part if array.ndim == 1 else part.view(array.shape)
 
 
 _TORCH_DTYPES: Final = {np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32}

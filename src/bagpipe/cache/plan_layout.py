@@ -17,6 +17,7 @@ from itertools import accumulate
 from operator import gt
 from typing import Any, Final, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,12 +215,20 @@ class PlanLayout:
         *firsts, end = accumulate((stride * num_places for stride in strides), initial=0)
         # Zeros, since a graph that is warmed up may read a place that no plan has been in.
         self.words = torch.zeros(end, dtype=torch.int32, device=shape.device)
-        self.targets = [
-            [first + place * stride for first, stride in zip(firsts, strides, strict=True)]
+        self.ends = [
+            np.array(
+                [
+                    *(
+                        first + place * stride
+                        for first, stride in zip(firsts, strides, strict=True)
+                    ),
+                    *(self.first_sum(place) * (name in _IN_SUMS) for name in shape.names),
+                ],
+                np.int64,
+            )
             for place in range(num_places)
         ]
-        halves = (0, self.sums_rows)
-        self.additions = [[half * (name in _IN_SUMS) for name in shape.names] for half in halves]
+        """Targets and additions, by place."""
         self.headers = torch.zeros(num_places, shape.width, dtype=torch.int64, device=shape.device)
         self.header_rows = self.headers.unbind(0)
         self._arrays = {
@@ -249,6 +258,10 @@ class PlanLayout:
         num_places = max(num_places, self.num_places)
         return PlanLayout(self.shape, new_sizes, (offsets, scales, weights, factors), num_places)
 
+    def first_sum(self, step: int) -> int:
+        """Where a step's sums begin, or those of all steps in a place."""
+        return step % 2 * self.sums_rows
+
     def rings(self, kind: Kind) -> HostPlanRings:
         """The rings for plans of a kind, the same object each time."""
         rings = self._rings.get(kind)
@@ -256,40 +269,39 @@ class PlanLayout:
             rings = self._rings[kind] = self._rings_of(kind)
         return rings
 
-    def plan(
-        self, step: int, batch_size: int, lengths: Mapping[str, int], kind: Kind
-    ) -> DevicePlan:
+    def plan(self, step: int, batch_size: int, lengths: Sequence[int], kind: Kind) -> DevicePlan:
         """Views of a step's plan.
 
         Args:
             step: The number of the step.
             batch_size: The number of samples.
-            lengths: Of the arrays, by name.
+            lengths: Of `arrays_of`.
             kind: Which optional arrays there are.
         """
-        has = dict(zip(_OPTIONAL, kind, strict=True))
+        has, by_name = dict(zip(_OPTIONAL, kind, strict=True)), self._by_name(lengths)
         arrays: dict[str, Any] = {
-            name: self._place(name, step, lengths) if has.get(name, True) else None
+            name: self._place(name, step, by_name) if has.get(name, True) else None
             for name in _MAIN
         }
         return DevicePlan(
             step=step, batch_size=batch_size, num_features=self.shape.num_features, **arrays
         )
 
-    def exchange(self, step: int, lengths: Mapping[str, int]) -> DeviceExchange | None:
+    def exchange(self, step: int, lengths: Sequence[int]) -> DeviceExchange | None:
         """Views of a step's exchange; arguments as for `plan`."""
         if not self.shape.num_trainers:
             return None
         header, views = self.header_rows[step % self.num_places], dict[str, Any]()
+        by_name = self._by_name(lengths)
         for index, name in enumerate(SENT):
             sent, received = self._counts(index)
             views[name] = DeviceRows(
-                send=self._place(name, step, lengths),
+                send=self._place(name, step, by_name),
                 send_counts=header[sent],
                 receive_counts=header[received],
             )
         for apply in APPLIED:
-            arrays = {name: self._place(f"{apply}.{name}", step, lengths) for name in SCHEDULE}
+            arrays = {name: self._place(f"{apply}.{name}", step, by_name) for name in SCHEDULE}
             views[apply] = DevicePlan.of_schedule(arrays, step=step, num_bags=2 * self.sums_rows)
         return DeviceExchange(**views)
 
@@ -297,6 +309,9 @@ class PlanLayout:
         whole = self.words[first : first + self.num_places * stride]
         whole = whole.view(torch.float32) if name in _FLOATS else whole
         return whole.view(self.num_places, stride)[:, :capacity]
+
+    def _by_name(self, lengths: Sequence[int]) -> dict[str, int]:
+        return dict(zip(self.shape.names, lengths, strict=True))
 
     def _place(self, name: str, step: int, lengths: Mapping[str, int]) -> Tensor:
         return self._places[name][step % self.num_places][: lengths[name]]

@@ -59,7 +59,8 @@ class HostRings:
             num_trainers: whose plans have exchanges; 0 for one alone.
             device: where the rings are.
             with_rows: whether the rows to move go there, too, with their slots.
-            follow: lets the current stream follow the compute of steps up to the last tick.
+            follow: lets the stream on which plans move follow the compute of steps up to the last
+                tick.
         """
         from bagpipe.cache.triton_unpack import unpack  # loads Triton
 
@@ -100,17 +101,15 @@ class HostRings:
         if not layout.fits(sizes, kind, num_places):
             layout = self._layout = layout.grown(sizes, kind, num_places)
         layout.num_plans += 1
-        place, half = step % layout.num_places, step % 2
-        first_sum = half * layout.sums_rows
+        place, first_sum = step % layout.num_places, layout.first_sum(step)
         if plan.exchange is not None:
             put_sums_at(first_sum, numbers)
         of_present = iter(spans)
         numbers += [0 if array is None else next(of_present)[0] // _WORD_BYTES for array in arrays]
         numbers += lengths
-        numbers += layout.targets[place]
-        numbers += layout.additions[half]
         row = self._free.pop() if self._free else self._new_row()
-        row[1][:] = numbers
+        row[1][: len(numbers)] = numbers
+        row[1][len(numbers) :] = layout.ends[place]
         self._follow()  # behind the first copy, which need not wait: only the place must be free
         header = layout.header_rows[place]
         header.copy_(row[0], non_blocking=True)
@@ -121,12 +120,11 @@ class HostRings:
             longest=max(lengths),
         )
         moved = cut_out(words, spans[len(present) :], beside)
-        by_name = dict(zip(shape.names, lengths, strict=True))
         return DeviceGroup(
             overlapped=DeviceTransfers(**dict(zip(self._moves, moved, strict=False))),
             along=tuple(moved[len(self._moves) :]),
-            plan_of=partial(layout.plan, step, batch_size, by_name, kind),
-            exchange_of=partial(layout.exchange, step, by_name),
+            plan_of=partial(layout.plan, step, batch_size, lengths, kind),
+            exchange_of=partial(layout.exchange, step, lengths),
             rings=layout.rings(kind) if layout.num_plans > _PLANS_BEFORE_STAY else None,
             sums_rows=layout.sums_rows,
             first_sum=first_sum,
@@ -137,10 +135,6 @@ class HostRings:
         is_pinned = self._shape.device.type == "cuda"
         row = torch.empty(self._shape.width, dtype=torch.int64, pin_memory=is_pinned)
         return row, row.numpy()
-
-
-def _follow_compute(streams: Streams) -> None:
-    torch.cuda.current_stream(streams.compute.device).wait_event(streams.computed)
 
 
 class PlanMover:
@@ -170,7 +164,7 @@ class PlanMover:
                 num_trainers=peers.num_trainers if peers.has_others else 0,
                 device=self._device,
                 with_rows=with_rows,
-                follow=(lambda: None) if streams is None else partial(_follow_compute, streams),
+                follow=(lambda: None) if streams is None else streams.let_out_follow,
             )
             for num_features in self._num_features
             if caches[0].reads_rings
