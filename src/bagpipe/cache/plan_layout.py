@@ -5,7 +5,8 @@ All rings are one piece of memory, and all of a plan's numbers are in one header
     numbers of unique rows, pieces and long rows    of the plan, then of what it applies
     first rows                                      that are received, of each message
     numbers of rows sent, then received             of each message, by rank
-    begins, lengths, targets, additions             of each array, for the kernel that moves them
+    begins, lengths, targets, additions             of each array, for the kernel that moves them;
+                                                    the device does not keep these
 """
 
 from __future__ import annotations
@@ -99,14 +100,14 @@ class PlanShape:
         return self.num_trainers + self.num_trainers % 2
 
     @cached_property
-    def table(self) -> int:
-        """The first column of the kernel's numbers."""
+    def num_columns(self) -> int:
+        """Of the header's beginning, which the device keeps."""
         return _COUNTS + 2 * len(SENT) * self.counts if self.num_trainers else _NUM_SIZES + 1
 
     @cached_property
     def width(self) -> int:
-        """How many columns a header has; an even number."""
-        return self.table + 4 * len(self.names)
+        """How many columns a header has on the host."""
+        return self.num_columns + 4 * len(self.names)
 
 
 def arrays_of(plan: GroupPlan) -> list[MovedArray | None]:
@@ -229,7 +230,9 @@ class PlanLayout:
             for place in range(num_places)
         ]
         """Targets and additions, by place."""
-        self.headers = torch.zeros(num_places, shape.width, dtype=torch.int64, device=shape.device)
+        self.headers = torch.zeros(
+            num_places, shape.num_columns, dtype=torch.int64, device=shape.device
+        )
         self.header_rows = self.headers.unbind(0)
         self._arrays = {
             name: self._ring(name, first, stride, capacity)

@@ -1,8 +1,9 @@
 """Plans that the host has made, in rings on the device, where kernels in graphs find them.
 
-A plan's arrays travel by one copy, a header by a small one, and one kernel puts the arrays into
-place step % K of their rings. The capacity of a ring is what plans so far needed, and a quarter
-more. A plan that needs more gets new rings: those of steps before live on in their plans.
+A plan's arrays travel by one copy, and one kernel puts them into place step % K of their rings. It
+finds them by a header in the host's memory, of which it copies what others read. The capacity of a
+ring is what plans so far needed, and a quarter more. A plan that needs more gets new rings: those
+of steps before live on in their plans.
 
 A place is written again K steps later. What moves there follows the compute of earlier steps
 (`Streams.computed`), and K is enough for the steps that are known ahead and for those whose last
@@ -111,11 +112,8 @@ class HostRings:
         row[1][: len(numbers)] = numbers
         row[1][len(numbers) :] = layout.ends[place]
         self._follow()  # behind the first copy, which need not wait: only the place must be free
-        header = layout.header_rows[place]
-        header.copy_(row[0], non_blocking=True)
         self._unpack(
-            *(words, header, layout.words),
-            table=shape.table,
+            *(words, row[0], layout.header_rows[place], layout.words),
             num_arrays=len(arrays),
             longest=max(lengths),
         )
