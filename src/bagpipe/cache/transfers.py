@@ -265,7 +265,7 @@ class RecordMover:
     def _read(self, index: int, slots: Tensor) -> Buffer:
         """Reads slots; on CUDA the buffer holds them once the current stream has come so far."""
         cache, staging = self._caches[index], self._stagings[index]
-        buffer = staging.take(len(slots), cache.group.record_width)
+        buffer = staging.take(slots.shape[0], cache.group.record_width)
         records = cache.read(slots, None if self._streams else buffer.tensor)
         if self._streams is not None:
             buffer.tensor.copy_(records, non_blocking=True)
@@ -345,7 +345,7 @@ class RecordMover:
     def _fill_slots(self, on_device: Sequence[DeviceTransfers], stagings: Sequence[Buffer]) -> None:
         with span("fetch"):
             for cache, slots, staging in zip(self._caches, on_device, stagings, strict=True):
-                if len(slots.fetch_slots):
+                if staging.shape[0]:
                     cache.fill(
                         slots.fetch_slots, staging.tensor.to(self._device, non_blocking=True)
                     )
