@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from bagpipe.plots import new_figure, save_figure
+from benchmarks.driver_calls import describe
 
 _IN_HBM = ("fbgemm_hbm", "fbgemm_hbm_int32", "fbgemm_hbm_fp32")
 _WITH_CACHE = ("fbgemm_uvm_lru", "fbgemm_uvm_lfu", "fbgemm_uvm_lru_prefetch")
@@ -164,6 +165,10 @@ def _facts(values: dict[str, Any]) -> Table:
     )
     table.add_row("host, mostly ahead of the device, waited for, ms a step", waits)
     table.add_row("device waited between two steps, ms", f"{counted['device_idle_ms']:.3f}")
+    if values["driver_calls"]:
+        table.add_row(
+            "driver calls of the trainer's thread a step", describe(values["driver_calls"])
+        )
     table.add_row(
         "bandwidth, GB/s: device, to it, from it",
         ", ".join(f"{bandwidth / 1e9:.0f}" for bandwidth in bandwidths.values()),

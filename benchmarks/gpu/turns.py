@@ -27,6 +27,7 @@ from bagpipe.store import FileStore
 from bagpipe.types import Group
 from benchmarks.clocks import seconds_a_call, timed_event
 from benchmarks.dense import SharedDense
+from benchmarks.driver_calls import driver_calls_a_step
 from benchmarks.gpu.arms import BagpipeArm, DenseArm, GpuArm, TorchCpuArm
 from benchmarks.gpu.fbgemm import FbgemmArm
 from benchmarks.gpu.floor import embedding_floor, measure_bandwidths
@@ -75,7 +76,8 @@ class Turns:
         self.failures: dict[str, str] = {}
         """Arms that failed, and with what."""
         warmup, turn = workload.warmup_steps, workload.turn_and_settle_steps
-        num_turns = max(1, len(names)) * workload.rounds + 1  # the last one tells idle time
+        # the last two tell idle time and calls of the driver
+        num_turns = max(1, len(names)) * workload.rounds + 2
         self._stream: Stream = make_stream(
             workload,
             folder / "data",
@@ -105,7 +107,9 @@ class Turns:
             counted = bagpipe.counters_since(before)
             self._time_kernels(runs["bagpipe"])
             counted["device_idle_ms"] = self._time_idle(runs["bagpipe"])
-            return self._values(runs, counted, bandwidths, bagpipe.lookahead.oracle_bytes)
+            calls = self._count_driver_calls(runs["bagpipe"])
+            values = self._values(runs, counted, bandwidths, bagpipe.lookahead.oracle_bytes)
+            return values | {"driver_calls": calls}
 
     def _measure_beside(
         self, always: Mapping[str, _Run], names: Sequence[str], num_done: int, num_turns: int
@@ -274,6 +278,15 @@ class Turns:
         torch.cuda.synchronize(self._device)
         between = [begin.elapsed_time(end) for begin, end in zip(updated, looked_up, strict=False)]
         return max(0.0, float(sum(between)) / len(between) - lookup_ms)
+
+    def _count_driver_calls(self, run: _Run) -> dict[str, float]:
+        """Those of this thread in a step, by name. Takes one more turn."""
+        self._dense.load(run.parameters)
+        for _ in range(self._workload.settle_steps):
+            self._step(run.arm)
+        return driver_calls_a_step(
+            self._device, lambda: self._step(run.arm), self._workload.turn_steps
+        )
 
     def _allocated(self) -> int:
         if self._device.type == "cpu":

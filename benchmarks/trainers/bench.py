@@ -139,6 +139,7 @@ def summarize(bench: TrainersBench, seen: Sequence[Mapping[str, Any]]) -> dict[s
         "num_fetched": float(
             np.mean([rank["arms"]["bagpipe"]["counters"]["num_fetched"] for rank in seen])
         ),
+        "driver_calls": seen[0]["driver_calls"],
         "parts_ms": {name: float(np.mean([each[name] for each in parts])) for name in parts[0]},
         # N trainers train N batches in the time in which one trains one.
         "speedup_over_one": quartiles(bench.num_trainers * means[ALONE] / means["bagpipe"])

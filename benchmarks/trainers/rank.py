@@ -28,6 +28,7 @@ from bagpipe.native.spans import named_by
 from bagpipe.train.schedule import RemainingBatches
 from benchmarks.clocks import clock_of
 from benchmarks.dense import SharedDense
+from benchmarks.driver_calls import driver_calls_a_step
 from benchmarks.measure import Progress
 from benchmarks.prepared_stream import all_batches
 from benchmarks.streams import initial_records
@@ -165,6 +166,7 @@ class _Rank:
             "notes": self._notes,
             "arms": arms,
             "parts": self._time_parts(self._runs["bagpipe"]),
+            "driver_calls": self._count_driver_calls(self._runs["bagpipe"]),
             "dense_bytes": ring_bytes(4 * self._dense.num_parameters, self._bench.num_trainers),
         }
 
@@ -307,6 +309,12 @@ class _Rank:
         counted = run.arm.counters_since(before)
         waits = {name: ms for name, ms in counted.items() if name.endswith("_wait_ms")}
         return {"step": 1e3 * float(np.mean(steps_s))} | stages.ms_a_step(len(steps_s)) | waits
+
+    def _count_driver_calls(self, run: _Run) -> dict[str, float]:
+        """Bagpipe's, of this rank's trainer in a step, by name; takes one more turn."""
+        self._steps(run, self._workload.settle_steps)
+        self._meet()
+        return driver_calls_a_step(self._device, lambda: self._step(run), self._workload.turn_steps)
 
     def _seen(self, run: _Run, before: dict[str, float] | None) -> dict[str, Any]:
         """What this rank saw of an arm.

@@ -80,6 +80,7 @@ class TrainersBench:
     def num_batches(self) -> int:
         """Global batches of the stream: enough that the window stays full while it is measured.
 
-        Bagpipe takes one more turn, in which its stages are timed.
+        Bagpipe takes two more turns, in which its stages are timed and calls of the driver counted.
         """
-        return self.num_steps + self.workload.turn_and_settle_steps + self.workload.lookahead + 2
+        more = 2 * self.workload.turn_and_settle_steps
+        return self.num_steps + more + self.workload.lookahead + 2

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.driver_calls import describe
+
 
 def render(values: dict[str, Any]) -> tuple[Table, ...]:
     """A table of the arms' times and bytes, and one of facts."""
@@ -60,6 +62,10 @@ def _facts(values: dict[str, Any]) -> Table:
         "gradients of the dense part, MB sent by a rank in a step, beside those above",
         f"{values['dense_bytes'] / 1e6:.3f}",
     )
+    if values["driver_calls"]:
+        table.add_row(
+            "bagpipe: driver calls of rank 0's trainer a step", describe(values["driver_calls"])
+        )
     for name, arm in values["arms"].items():
         counted = arm["counters"]
         if counted is not None:

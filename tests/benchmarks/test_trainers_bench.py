@@ -148,6 +148,7 @@ def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() 
         {
             "notes": [],
             "dense_bytes": 7,
+            "driver_calls": {"cudaGraphLaunch": 2.0},
             "parts": {"step": 4.0, "lookup": 1.0},
             "arms": {
                 "bagpipe": arm([[1, 3], [2, 2]], [0.5, 0.7], 4.0),
@@ -157,6 +158,7 @@ def test_a_step_is_as_long_as_on_the_slowest_rank_and_ratios_are_of_one_round() 
         {
             "notes": [],
             "dense_bytes": 7,
+            "driver_calls": {"cudaGraphLaunch": 2.0},
             "parts": {"step": 6.0, "lookup": 2.0},
             "arms": {
                 "bagpipe": arm([[3, 1], [2, 2]], [0.5, 0.9], 6.0),
