@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bagpipe.cache.device_cache import DeviceCache
-from bagpipe.cache.exchange import Exchange
+from bagpipe.cache.exchange_messages import RowMessages
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.transfers import RecordMover
 
@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[type, str]] = {
     "lookups": (DeviceCache, "lookup"),
     "updates": (DeviceCache, "apply"),
     "sums": (DeviceCache, "sum_into"),
-    "exchanges": (Exchange, "_exchange"),
+    "exchanges": (RowMessages, "_exchange"),
 }
 OF_SEVERAL_TRAINERS = ("sums", "exchanges")
 _CYCLES = 1_000_000

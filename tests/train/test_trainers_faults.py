@@ -17,6 +17,7 @@ from tests.train.ranks import run_ranks
 
 import bagpipe
 from bagpipe.cache.exchange import Exchange
+from bagpipe.cache.exchange_messages import RowMessages
 from bagpipe.cache.executor import Executor
 from bagpipe.cache.moved import MovedArray
 from bagpipe.distributed import communicator as communicator_module
@@ -134,21 +135,21 @@ def test_a_late_gradient_has_the_rate_of_its_step_when_the_next_one_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batches = random_batches(20, 8)
-    original = Exchange._sync_all
+    original = RowMessages.sync
 
     def rate_of(step: int) -> float:
         return 0.5 ** (step % 4 + 1)
 
-    def sync_all(exchange: Exchange, step: Any, moment: Moment) -> None:
+    def sync_all(messages: RowMessages, step: Any, moment: Moment) -> None:
         # behind the last one none sets another rate
         if moment == "overlapped" and step.plan.step < len(batches) - 1:
-            wait_until(lambda: exchange._caches[0].group.optimizer.lr != rate_of(step.plan.step))
-        original(exchange, step, moment)
+            wait_until(lambda: messages._caches[0].group.optimizer.lr != rate_of(step.plan.step))
+        original(messages, step, moment)
 
     def set_rate(embeddings: EmbeddingBagCollection, step: int) -> None:
         embeddings.set_learning_rate(rate_of(step))
 
-    monkeypatch.setattr(Exchange, "_sync_all", sync_all)
+    monkeypatch.setattr(RowMessages, "sync", sync_all)
     np.testing.assert_array_equal(
         train(2, batches, set_rate, cache=[50], replicas=50, lookahead=3),
         train(1, batches, set_rate, cache=[50]),

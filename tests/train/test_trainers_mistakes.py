@@ -18,7 +18,7 @@ from tests.train.test_trainers import (
     train,
 )
 
-from bagpipe.cache.exchange import Exchange
+from bagpipe.cache.exchange_messages import RowMessages
 from bagpipe.distributed.communicator import Moment
 from bagpipe.errors import BackgroundError, ConfigError, PlanError
 from bagpipe.optimizers import SGD
@@ -46,15 +46,15 @@ def defer_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drop_a_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Exchange._sync_all
+    original = RowMessages.sync
 
-    def sync_all(self: Exchange, step: Any, moment: Moment) -> None:
+    def sync_all(self: RowMessages, step: Any, moment: Moment) -> None:
         if moment == "overlapped":
             for sums in step.sums.values():
                 sums.values[:1] = 0.0
         original(self, step, moment)
 
-    monkeypatch.setattr(Exchange, "_sync_all", sync_all)
+    monkeypatch.setattr(RowMessages, "sync", sync_all)
 
 
 ROOMY: dict[str, Any] = {"cache": [150, 50], "lookahead": 4}

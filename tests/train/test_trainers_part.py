@@ -20,7 +20,7 @@ from tests.train.test_trainers import linear_loss, make_batches, make_tables
 from torch import Tensor
 
 import bagpipe
-from bagpipe.cache.exchange import Exchange
+from bagpipe.cache.exchange_messages import RowMessages
 from bagpipe.distributed.communicator import Communicator, Moment
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.collection import EmbeddingBagCollection
@@ -177,14 +177,14 @@ def test_messages_that_come_late_fit_or_are_not_sent_and_hold_up_nobody_behind(
     """The rank that waits for them sees the error, and sends no more: gloo ends a process that is
     sent more than it waits for. Messages under way end with the connections of both ranks.
     """
-    original = Exchange._send_replicas
+    original = RowMessages.send_replicas
 
-    def send_late(exchange: Exchange, of: Any, moment: Moment) -> None:
-        if moment == "overlapped" and of.plan.step == step and exchange._communicator.rank == late:
+    def send_late(messages: RowMessages, of: Any, moment: Moment) -> None:
+        if moment == "overlapped" and of.plan.step == step and messages._communicator.rank == late:
             time.sleep(0.8)
-        original(exchange, of, moment)
+        original(messages, of, moment)
 
-    monkeypatch.setattr(Exchange, "_send_replicas", send_late)
+    monkeypatch.setattr(RowMessages, "send_replicas", send_late)
     for _, error in outcomes([BATCHES, Failing(BATCHES[:8])]):
         assert isinstance(error, DataError)
         assert "the disk is gone" in str(error)
