@@ -84,7 +84,7 @@ def train(
         for number, batch in enumerate(stream):
             if number == NUM_STEPS // 4:
                 if rank == 0:  # whose device then waits for rows of the other rank
-                    embeddings(batch)
+                    embeddings.lookup(batch)
                 embeddings.flush()
             is_replayed = in_graphs and number % 7 != rank  # at times on one rank alone
             rows = embeddings.rows_in_graph(batch) if is_replayed else None

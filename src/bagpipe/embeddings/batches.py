@@ -28,7 +28,7 @@ from bagpipe.embeddings.move import MakeBatch, Move, packed_apart, take_apart
 from bagpipe.embeddings.oracle_process import start_oracle
 from bagpipe.errors import BackgroundError, ConfigError, DataError, LostError, UsageError
 from bagpipe.feed.loader_states import LoaderStates
-from bagpipe.feed.source import PLANS_AHEAD, PlanSource, ProcessSource, ThreadSource
+from bagpipe.feed.source import PlanSource, ProcessSource, ThreadSource, num_places
 from bagpipe.feed.stream import BatchAdapter, Planned, StreamOptions
 from bagpipe.native.fork import check_same_process
 from bagpipe.native.jit import is_compiling
@@ -292,9 +292,7 @@ class Lookahead(Generic[BatchT]):
             options,
             adapter,
             self._peers,
-            # With several trainers a step's plan is held until the next one's gradients are under
-            # way.
-            num_places=options.prefetch_depth + 2 * PLANS_AHEAD + int(self._has_others),
+            num_places=num_places(options.prefetch_depth, has_others=self._has_others),
             device=self._embeddings.device,
             at_close=self._executor.at_close,
         )

@@ -33,6 +33,7 @@ from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, 
 from bagpipe.feed.wire import FAILURE, ITEM, RELEASED, Failure, Packed, Region, map_region
 from bagpipe.native.memory import keep_freed_memory
 from bagpipe.native.pipeline import BackgroundIterator
+from bagpipe.native.workers import Workers
 
 BatchT = TypeVar("BatchT")
 
@@ -169,6 +170,7 @@ class _Lines:
         self._wake = os.eventfd(0)
         self._messages.register(self._wake, select.POLLIN)
         self._is_waiting = False  # for a plan
+        self._writers: Workers | None = None  # one for each line but the first
         self._sending = threading.Lock()
         self._has_ended = False
 
@@ -227,7 +229,7 @@ class _Lines:
                 departure = self.read(number)
                 if departure is not None:
                     return departure
-        messages = [line.write(item) for line, item in zip(lines, items, strict=True)]
+        messages = self._write(items)
         for planned in step:  # now, since its arrays have been copied
             if planned.seal is not None:
                 planned.seal.check()
@@ -237,6 +239,20 @@ class _Lines:
                 for line, message in zip(lines, messages, strict=True):
                     line.send(message)
         return None
+
+    def _write(self, items: Sequence[Packed]) -> list[bytes]:
+        """Puts items into their places, side by side: copying takes longer than all else here.
+
+        Returns their messages.
+        """
+        first, *others = self._lines.values()
+        if self._writers is None:
+            self._writers = Workers("bagpipe-writer", len(others))
+        calls = [
+            self._writers.submit(line.write, item)
+            for line, item in zip(others, items[1:], strict=True)
+        ]
+        return [first.write(items[0]), *(call.result() for call in calls)]
 
     def read(self, number: int) -> Failure | None:
         """Reads what a trainer says.

@@ -13,8 +13,21 @@ from bagpipe.native.pipeline import BackgroundIterator
 
 BatchT = TypeVar("BatchT")
 
-PLANS_AHEAD = 2
+PLANS_AHEAD = 3
 """Finished plans that wait for the trainer beyond those that it has taken."""
+_STEPS_NOT_COMPUTED = 4
+"""So many steps may have been issued to a device that has not computed them, which holds their
+plans. With fewer the trainer would wait for the device before it gets the next plan."""
+
+
+def num_places(prefetch_depth: int, *, has_others: bool) -> int:
+    """How many plans of an oracle process there may be at a time.
+
+    They are those of the steps that are known ahead, of the current one, of those that the device
+    has not computed, and those on their way. With several trainers a step's plan is held until the
+    next one's gradients are under way.
+    """
+    return prefetch_depth + 1 + _STEPS_NOT_COMPUTED + PLANS_AHEAD + 1 + int(has_others)
 
 
 class PlanSource(Protocol[BatchT]):
