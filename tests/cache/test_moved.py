@@ -45,12 +45,10 @@ def test_arrays_are_cut_out_as_they_were(
     random.shuffle(laid)
     places = [pa.py_buffer(array).address for array in laid]
     first = min(places)
-    spans = [(place - first, array.nbytes) for place, array in zip(places, laid, strict=True)]
-    offset, end = (
-        first - pa.py_buffer(memory).address,
-        max(place + length for place, length in spans),
-    )
+    offset = first - pa.py_buffer(memory).address
+    end = max(place + array.nbytes for place, array in zip(places, laid, strict=True)) - first
     words = torch.from_numpy(memory[offset : offset + end]).view(torch.int32)
-    for tensor, array in zip(cut_out(words, spans, laid), laid, strict=True):
+    begins = [(place - first) // 4 for place in places]
+    for tensor, array in zip(cut_out(words, begins, laid), laid, strict=True):
         assert tuple(tensor.shape) == array.shape
         np.testing.assert_array_equal(tensor.numpy(), array)

@@ -42,17 +42,15 @@ def all_to_device(arrays: Sequence[MovedArray], device: torch.device) -> list[Te
     """
     if device.type == "cpu" or not arrays:
         return [torch.from_numpy(array) for array in arrays]
-    words, spans = words_to_device(arrays, device)
-    return cut_out(words, spans, arrays)
+    words, begins = words_to_device(arrays, device)
+    return cut_out(words, begins, arrays)
 
 
-def words_to_device(
-    arrays: Sequence[MovedArray], device: torch.device
-) -> tuple[Tensor, list[tuple[int, int]]]:
+def words_to_device(arrays: Sequence[MovedArray], device: torch.device) -> tuple[Tensor, list[int]]:
     """Arrays on `device` by one copy, as for `all_to_device`; at least one.
 
     Returns:
-        A piece of memory as int32, and where each array is in it: (offset, length) in bytes.
+        A piece of memory as int32, and at which of its words each array begins.
     """
     places = [pa.py_buffer(array).address for array in arrays]  # numpy takes six times as long
     sizes = [array.nbytes for array in arrays]
@@ -70,19 +68,16 @@ def words_to_device(
         source, places = _packed(arrays, is_pinned=device.type == "cuda")
         begin = 0
     words = source.to(device, non_blocking=True).view(torch.int32)
-    return words, [(place - begin, size) for place, size in zip(places, sizes, strict=True)]
+    return words, [(place - begin) // _WORD for place in places]
 
 
-def cut_out(
-    words: Tensor, spans: Sequence[tuple[int, int]], arrays: Sequence[MovedArray]
-) -> list[Tensor]:
-    """Arrays out of `words_to_device`, each by its span."""
-    return [_as_array(words, span, array) for span, array in zip(spans, arrays, strict=True)]
+def cut_out(words: Tensor, begins: Sequence[int], arrays: Sequence[MovedArray]) -> list[Tensor]:
+    """Arrays out of `words_to_device`, each by its beginning."""
+    return [_as_array(words, begin, array) for begin, array in zip(begins, arrays, strict=True)]
 
 
-def _as_array(words: Tensor, span: tuple[int, int], array: MovedArray) -> Tensor:
-    begin, length = span
-    part = words[begin // _WORD : (begin + length) // _WORD]
+def _as_array(words: Tensor, begin: int, array: MovedArray) -> Tensor:
+    part = words[begin : begin + array.nbytes // _WORD]
     if array.dtype != np.int32:
         part = part.view(_TORCH_DTYPES[array.dtype])
     return part if array.ndim == 1 else part.view(array.shape)

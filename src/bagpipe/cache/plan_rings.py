@@ -38,7 +38,6 @@ from bagpipe.types import Int64Array
 
 _PLANS_BEFORE_STAY = 8
 """Rings in which so many plans have found room are taken to be there to stay."""
-_WORD_BYTES = 4
 
 
 class HostRings:
@@ -95,7 +94,7 @@ class HostRings:
         beside: list[MovedArray] = [getattr(plan.overlapped, name) for name in self._moves]
         beside += along
         present = [array for array in arrays if array is not None]
-        words, spans = words_to_device(present + beside, shape.device)
+        words, begins = words_to_device(present + beside, shape.device)
         lengths = [0 if array is None else len(array) for array in arrays]
         kind, (sizes, numbers) = kind_of(arrays), numbers_of(plan.exchange, lengths, shape)
         layout, num_places = self._layout, places_for(step - issue_tick)
@@ -105,8 +104,8 @@ class HostRings:
         place, first_sum = step % layout.num_places, layout.first_sum(step)
         if plan.exchange is not None:
             put_sums_at(first_sum, numbers)
-        of_present = iter(spans)
-        numbers += [0 if array is None else next(of_present)[0] // _WORD_BYTES for array in arrays]
+        of_present = iter(begins)
+        numbers += [0 if array is None else next(of_present) for array in arrays]
         numbers += lengths
         row = self._free.pop() if self._free else self._new_row()
         row[1][: len(numbers)] = numbers
@@ -117,7 +116,7 @@ class HostRings:
             num_arrays=len(arrays),
             longest=max(lengths),
         )
-        moved = cut_out(words, spans[len(present) :], beside)
+        moved = cut_out(words, begins[len(present) :], beside)
         return DeviceGroup(
             overlapped=DeviceTransfers(**dict(zip(self._moves, moved, strict=False))),
             along=tuple(moved[len(self._moves) :]),
