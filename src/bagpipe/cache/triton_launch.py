@@ -36,6 +36,7 @@ VARYING = (
 """Arguments whose value, or for a plan's arrays whose alignment, must not start a compilation."""
 _LONG = 1 << 31
 """Integers from here on are passed in 64 bits."""
+_NOTHING: AbstractContextManager[None] = nullcontext()
 _ALIGNMENT = 16
 """Bytes: Triton compiles in whether an address is a multiple of it."""
 
@@ -153,9 +154,10 @@ def element_kernel(function: Callable[..., Any]) -> Kernel:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which the tensor's device is the current one."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
+    index = tensor.get_device()  # below 0 on a CPU; takes a third of the time of `device`
+    if index < 0 or index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(index)
 
 
 def aligned(tensor: Tensor) -> Tensor:
