@@ -22,7 +22,9 @@ def driver_calls_a_step(
     """Calls of this thread in one of `num_steps`, by name; of a CPU none."""
     if device.type == "cpu":
         return {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
         torch.cuda.synchronize(device)
         for _ in range(num_steps):
             step()

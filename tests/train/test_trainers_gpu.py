@@ -82,14 +82,16 @@ def train(
         looked_up: list[torch.Tensor] = []
         replayed = Replayed(embeddings, num_trainers)
         for number, batch in enumerate(stream):
+            early = None
             if number == NUM_STEPS // 4:
                 if rank == 0:  # whose device then waits for rows of the other rank
-                    embeddings.lookup(batch)
+                    early = embeddings(batch).groups
                 embeddings.flush()
-            is_replayed = in_graphs and number % 7 != rank  # at times on one rank alone
+            # at times on one rank alone
+            is_replayed = in_graphs and early is None and number % 7 != rank
             rows = embeddings.rows_in_graph(batch) if is_replayed else None
             if rows is None:
-                pooled = embeddings(batch).groups
+                pooled = early or embeddings(batch).groups
                 (linear_loss(pooled) * num_trainers).backward()
             else:
                 pooled = replayed.train(rows, batch.batch_size)
