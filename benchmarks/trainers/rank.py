@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagpipe.data.prepared import PreparedSource
-from bagpipe.device_oracle.oracle import has_room_for_rows
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.jagged import share_of
 from bagpipe.native.spans import named_by
@@ -239,7 +238,7 @@ class _Rank:
     def _alone(self, name: str) -> BagpipeShareArm:
         """Bagpipe without other trainers, which plans where `bagpipe train` would."""
         workload = self._workload
-        if self._bench.graph and has_room_for_rows([self._group], self._device):
+        if self._bench.graph:
             workload = replace(workload, oracle=workload.oracle or "device")
         batches = self._stream(workload.batch_size)
         return BagpipeShareArm(name, workload, self._group, batches, device=self._device)

@@ -121,7 +121,8 @@ def test_a_step_takes_the_planners_thread_few_calls_of_torch(
 
         return run
 
-    monkeypatch.setattr(oracle_module, "functions_for", lambda device: (free(enter), free(plan)))
+    functions = oracle_module.Functions(free(enter), free(plan), lambda state, old: None)
+    monkeypatch.setattr(oracle_module, "functions_for", lambda device: functions)
     planner = make_planner(one_table(2000), num_slots=99)
     offsets = np.arange(9, dtype=np.int32) if kind == "jagged" else None
     batch = Jagged(keys=("f",), values=np.arange(8), offsets=offsets, batch_size=8)

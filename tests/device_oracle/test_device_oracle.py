@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from hypothesis import strategies as st
 from tests import reference, strategies
 from tests.planning import plan_for_one
 
-from bagpipe.device_oracle import Planner, entering, planning
+from bagpipe.device_oracle import Planner, entering, planning, row_index
 from bagpipe.device_oracle import oracle as oracle_module
-from bagpipe.device_oracle.oracle import DeviceOracle, check_rows
+from bagpipe.device_oracle import planner as planner_module
+from bagpipe.device_oracle.oracle import DeviceOracle, Functions
 from bagpipe.device_oracle.read_back import read_back
 from bagpipe.device_oracle.state import Capacity, Window
 from bagpipe.errors import CacheTooSmallError, ConfigError, DataError
@@ -98,14 +98,25 @@ def num_fetched(planned: Iterable[tuple[tuple[StepPlan, ...], DedupedBatch[Any]]
 
 def use(way: str, patch: pytest.MonkeyPatch) -> None:
     """Torch operations or Triton, whatever the device has by default."""
-    functions = entering.enter, planning.plan
+    functions = Functions(entering.enter, planning.plan, row_index.rebuild)
     if way == "triton":
         enters = pytest.importorskip("bagpipe.device_oracle.entering_triton")
         plans = pytest.importorskip("bagpipe.device_oracle.planning_triton")
-        functions = enters.enter, plans.plan
+        index = pytest.importorskip("bagpipe.device_oracle.row_index_triton")
+        functions = Functions(enters.enter, plans.plan, index.rebuild)
     patch.setattr(oracle_module, "functions_for", lambda device: functions)
 
 
+def keep(index: str, patch: pytest.MonkeyPatch) -> None:
+    """An index of all rows, or one that is a map, whatever the device has room for."""
+    patch.setattr(
+        planner_module,
+        "which_know_all_rows",
+        lambda groups, device: (index == "array",) * len(groups),
+    )
+
+
+_INDEXES = pytest.mark.parametrize("index", ["array", "map"])
 _TRACES = (
     strategies.group_traces(),
     st.integers(0, 70),
@@ -117,6 +128,7 @@ _TRACES = (
 
 def check_plans(
     way: str,
+    index: str,
     trace: tuple[Group, list[Jagged]],
     extra_slots: int,
     lookahead: int,
@@ -125,34 +137,37 @@ def check_plans(
 ) -> None:
     group, batches = trace
     num_slots = smallest_cache(group, batches) + extra_slots
-    planner = make_planner(
-        group,
-        num_slots=num_slots,
-        lookahead=lookahead,
-        prefetch_depth=prefetch_depth,
-        first_step=first_step,
-    )
-    planned = checked([group], [num_slots], plan_on_device(planner, batches))
     with pytest.MonkeyPatch.context() as patch:
         use(way, patch)
+        keep(index, patch)
+        planner = make_planner(
+            group,
+            num_slots=num_slots,
+            lookahead=lookahead,
+            prefetch_depth=prefetch_depth,
+            first_step=first_step,
+        )
+        planned = checked([group], [num_slots], plan_on_device(planner, batches))
         for (_, deduped), batch in zip(planned, batches, strict=True):
             assert_equal(deduped.groups[0].shares[0], dedup(group, batch))
 
 
+@_INDEXES
 @given(*_TRACES)
 @settings(max_examples=strategies.examples(40), deadline=None)
 def test_plans_keep_the_invariants_and_unique_rows_are_the_hosts_to_the_bit(
-    trace: Any, extra_slots: int, lookahead: int, prefetch_depth: int, first_step: int
+    index: str, trace: Any, extra_slots: int, lookahead: int, prefetch_depth: int, first_step: int
 ) -> None:
-    check_plans("torch", trace, extra_slots, lookahead, prefetch_depth, first_step)
+    check_plans("torch", index, trace, extra_slots, lookahead, prefetch_depth, first_step)
 
 
+@_INDEXES
 @given(*_TRACES)
 @settings(max_examples=strategies.examples(5), deadline=None)  # the interpreter takes 1 s each
 def test_so_they_do_in_triton(
-    trace: Any, extra_slots: int, lookahead: int, prefetch_depth: int, first_step: int
+    index: str, trace: Any, extra_slots: int, lookahead: int, prefetch_depth: int, first_step: int
 ) -> None:
-    check_plans("triton", trace, extra_slots, lookahead, prefetch_depth, first_step)
+    check_plans("triton", index, trace, extra_slots, lookahead, prefetch_depth, first_step)
 
 
 @pytest.mark.parametrize(("size", "prefetch_depth"), [(1.0, 2), (1.3, 2), (2.0, 0), (4.0, 4)])
@@ -184,10 +199,14 @@ def test_rows_of_many_lookups_are_cut_into_pieces_as_on_the_host(
         assert_equal(deduped.groups[0].shares[0], dedup(group, batch))
 
 
+@_INDEXES
 @pytest.mark.parametrize("way", ["torch", "triton"])
-def test_capacities_grow_and_cut_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capacities_grow_and_cut_nothing(
+    way: str, index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches get larger, and one has more unique rows than was guessed."""
     use(way, monkeypatch)
+    keep(index, monkeypatch)
     group = one_table(2000)
     batches = [*skewed(3, 8), *skewed(3, 50)]
     batches += [Jagged(keys=("f",), values=np.arange(100), batch_size=100)] * 2 + skewed(9, 8)
@@ -244,17 +263,6 @@ def test_more_places_than_have_numbers_are_refused() -> None:
         DeviceOracle(
             one_table(2**29), Window(num_slots=9, lookahead=0, prefetch_depth=1), META, capacity
         )
-
-
-def test_rows_of_all_groups_may_take_an_eighth_of_the_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    properties = SimpleNamespace(total_memory=8 * 8 * 1_500)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    group = one_table(1_000)
-    check_rows([group], torch.device("cuda"))
-    with pytest.raises(ConfigError, match=r"8 bytes of each of 2,000 rows .* more than 12.5%"):
-        check_rows([group, group], torch.device("cuda"))
 
 
 def test_no_graph_is_captured_for_a_capacity_that_is_new(monkeypatch: pytest.MonkeyPatch) -> None:

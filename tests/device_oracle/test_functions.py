@@ -15,6 +15,7 @@ from bagpipe.device_oracle.state import (
     EVICTED,
     FETCHED,
     NEVER,
+    NO_KEY,
     NUM_USED_SLOTS,
     SPARE,
     Capacity,
@@ -28,7 +29,13 @@ from bagpipe.types import TableConfig, group_tables
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_one(num_slots: int, *, is_jagged: bool = False, is_weighted: bool = False) -> State:
+def make_one(
+    num_slots: int,
+    *,
+    is_jagged: bool = False,
+    is_weighted: bool = False,
+    knows_all_rows: bool = True,
+) -> State:
     table = TableConfig(
         name="t",
         num_embeddings=50_000,
@@ -45,7 +52,9 @@ def make_one(num_slots: int, *, is_jagged: bool = False, is_weighted: bool = Fal
         is_weighted=is_weighted,
         is_wide=False,
     )
-    window = Window(num_slots=num_slots, lookahead=4, prefetch_depth=2)
+    window = Window(
+        num_slots=num_slots, lookahead=4, prefetch_depth=2, knows_all_rows=knows_all_rows
+    )
     return make_state(group, window, capacity, DEVICE)
 
 
@@ -62,9 +71,15 @@ class NothingWaits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("knows_all_rows", [True, False])
 @pytest.mark.parametrize("kind", ["one-hot", "jagged", "weighted"])
-def test_entering_and_planning_wait_for_nothing(kind: str) -> None:
-    state = make_one(1_000, is_jagged=kind == "jagged", is_weighted=kind == "weighted")
+def test_entering_and_planning_wait_for_nothing(kind: str, knows_all_rows: bool) -> None:
+    state = make_one(
+        1_000,
+        is_jagged=kind == "jagged",
+        is_weighted=kind == "weighted",
+        knows_all_rows=knows_all_rows,
+    )
     state.sizes.copy_(torch.tensor([200, 200]))
     if kind == "jagged":
         state.bag_offsets.copy_(torch.arange(201))
@@ -120,8 +135,19 @@ def batch_of_many_tiles(state: State, seed: int) -> None:
     state.lookup_weights.copy_(torch.arange(600))
 
 
+def known_of(state: State, rows: torch.Tensor) -> list[torch.Tensor]:
+    """What the index knows of rows, which are all in it: (n,) slots or evictions, (n,) places."""
+    keys = state.keys
+    if keys is None:
+        return [state.slots_of_rows[rows], state.places_of_rows[rows]]
+    entries = (keys == rows[:, None]).nonzero()[:, 1]
+    assert len(entries) == len(rows) == (keys != NO_KEY).sum()
+    return [state.slots_of_rows[entries], state.places_of_rows[entries]]
+
+
+@pytest.mark.parametrize("knows_all_rows", [True, False])
 def test_triton_does_with_many_tiles_what_torch_operations_do(
-    monkeypatch: pytest.MonkeyPatch,
+    knows_all_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enters = pytest.importorskip("bagpipe.device_oracle.entering_triton")
     plans = pytest.importorskip("bagpipe.device_oracle.planning_triton")
@@ -131,7 +157,7 @@ def test_triton_does_with_many_tiles_what_torch_operations_do(
         monkeypatch.setattr(module, "_TILE", launching.Tiling(elements=128, per_thread=4).of(1))
     states = []
     for enter, plan in ((enters.enter, plans.plan), (entering.enter, planning.plan)):
-        state = make_one(300, is_jagged=True, is_weighted=True)
+        state = make_one(300, is_jagged=True, is_weighted=True, knows_all_rows=knows_all_rows)
         for step in range(2):
             batch_of_many_tiles(state, step)
             enter(state)
@@ -152,7 +178,10 @@ def test_triton_does_with_many_tiles_what_torch_operations_do(
         for name, length in lengths.items():
             one, other = getattr(found, name)[step], getattr(expected, name)[step]
             torch.testing.assert_close(one[:length], other[:length], rtol=0, atol=0)
-    for name in ("slots_of_rows", "places_of_rows", "rows_of_slots", "next_uses", "last_uses"):
+    rows = torch.unique(expected.unique_rows[expected.unique_rows < expected.num_rows]).long()
+    for one, other in zip(known_of(found, rows), known_of(expected, rows), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for name in ("rows_of_slots", "next_uses", "last_uses"):
         one, other = getattr(found, name)[:-SPARE], getattr(expected, name)[:-SPARE]
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -181,6 +210,7 @@ def test_no_size_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variant is found by types, so one that was made for a size of 1 would serve all sizes."""
     enters = pytest.importorskip("bagpipe.device_oracle.entering_triton")
     plans = pytest.importorskip("bagpipe.device_oracle.planning_triton")
+    index = pytest.importorskip("bagpipe.device_oracle.row_index_triton")
     launching = pytest.importorskip("bagpipe.cache.triton_launch")
     launch, sizes = launching.Kernel.launch, set[str]()
 
@@ -192,8 +222,9 @@ def test_no_size_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(kernel, programs, arguments, *others)
 
     monkeypatch.setattr(launching.Kernel, "launch", note)
-    state = make_one(1_000, is_jagged=True, is_weighted=True)
+    state = make_one(1_000, is_jagged=True, is_weighted=True, knows_all_rows=False)
     enters.enter(state)
     plans.plan(state)
-    assert {"size", "room", "num_rows", "max_further", "num_tiles"} <= sizes
+    index.rebuild(state, state)
+    assert {"size", "room", "num_rows", "max_further", "num_tiles", "max_near"} <= sizes
     assert sizes <= set(launching.VARYING)

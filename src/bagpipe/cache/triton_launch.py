@@ -27,6 +27,7 @@ VARYING = (
     "num_bags num_features batch_size num_uniques num_pieces num_long search_step num_records step "
     "seed_low seed_high "
     "address moved_rows size room num_rows num_slots num_tiles num_words num_offsets max_pieces "
+    "num_entries max_near old_room "
     "max_further max_long max_offsets num_plans num_batches max_lookups max_bags max_uniques "
     "rank first_slot first_row end_row region_bytes flags_at regions_at stop_address done_address "
     "send_counts receive_counts clock firsts send_stride to_stride from_stride firsts_stride "

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bagpipe.device_oracle.state import Capacity, Window
-from bagpipe.errors import BagpipeError, CacheTooSmallError, UsageError
+from bagpipe.errors import BagpipeError, CacheTooSmallError, PlanError, UsageError
 from bagpipe.lookups import GroupLookups, id_outside_table
 from bagpipe.types import Group, Jagged
 
-RUNNING, BAD_ID, NO_ROOM, TOO_MANY_ROWS = range(4)
+RUNNING, BAD_ID, NO_ROOM, TOO_MANY_ROWS, INDEX_FULL = range(5)
 """Reasons: none; an id outside its table (its lookup); more unique rows than `max_uniques` (how
-many), or than the cache has slots (how many)."""
+many), or than the cache has slots (how many); more rows in the index of rows than it has entries
+(how many it has), which is a fault of the oracle's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,12 @@ class Alert:
                 num_uniques=self.detail,
                 num_needed=self.detail,
                 num_slots=window.num_slots,
+            )
+        if self.reason == INDEX_FULL:
+            return PlanError(
+                f"{group.name}: at step {self.batch} the oracle on the device knows more rows than "
+                f"its index has entries ({self.detail:,}), which is a fault of its own: plan on "
+                "the host (oracle = 'process')"
             )
         return UsageError(
             f"{group.name}: the oracle on the device has stopped at batch {self.batch} (reason "

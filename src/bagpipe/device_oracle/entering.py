@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bagpipe.device_oracle import row_index
 from bagpipe.device_oracle.alerts import BAD_ID, NO_ROOM, RUNNING, TOO_MANY_ROWS
 from bagpipe.device_oracle.masked import pick, scattered, spread
 from bagpipe.device_oracle.state import NEVER, SPARE, State
@@ -244,21 +245,21 @@ def link(state: State, unique_rows: Tensor, number: Tensor, position: Tensor) ->
     is_unique = index < number
     stored = pick(is_unique, unique_rows, state.num_rows)
     _put(state.unique_rows, position, stored.to(state.unique_rows.dtype))
-    rows = spread(is_unique, unique_rows, state.num_rows)
-    previous = state.places_of_rows[rows].long()
+    entries = row_index.claim(state, unique_rows, is_unique)
+    previous = state.places_of_rows[entries].long()
     known = previous.clamp(min=0)
     # An old place may have been taken by a newer batch since; that is found by its row.
-    is_kept = (state.unique_rows.view(-1)[known] == rows) & (known // room != position)
+    is_kept = (state.unique_rows.view(-1)[known] == unique_rows) & (known // room != position)
     is_kept &= is_unique & (previous >= 0)
     is_planned = state.batches[known // room] < state.planned
     places = position * room + index
-    state.next_of_places.scatter_(0, places, torch.full_like(rows, NEVER).int())
+    state.next_of_places.scatter_(0, places, torch.full_like(entries, NEVER).int())
     step = state.entered.int().expand(room)
     state.next_of_places.scatter_(0, spread(is_kept, known, num_places), step)
-    slots = state.slots_of_rows[rows].long()
+    slots = state.slots_of_rows[entries].long()
     is_cached = is_unique & (slots >= 0) & (is_planned | ~is_kept)
     state.next_uses.scatter_(0, spread(is_cached, slots, state.window.num_slots), step)
-    state.places_of_rows.scatter_(0, rows, places.int())
+    state.places_of_rows.scatter_(0, entries, places.int())
 
 
 def _put(ring: Tensor, position: Tensor, values: Tensor) -> None:

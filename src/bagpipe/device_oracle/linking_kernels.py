@@ -10,6 +10,7 @@ import triton.language as tl
 
 from bagpipe.cache.triton_launch import element_kernel
 from bagpipe.device_oracle.entering_kernels import output_of
+from bagpipe.device_oracle.row_index_triton import claim_entry
 from bagpipe.device_oracle.sums_triton import put_count, sum_before
 
 
@@ -50,12 +51,15 @@ def uniques(
     long_offsets: tl.tensor,
     rest_begins: tl.tensor,
     further_begins: tl.tensor,
+    keys: tl.tensor,
     slots_of_rows: tl.tensor,
     places_of_rows: tl.tensor,
     next_of_places: tl.tensor,
     next_uses: tl.tensor,
+    alert: tl.tensor,
     room: tl.tensor,
     num_rows: tl.tensor,
+    num_entries: tl.tensor,
     num_tiles: tl.tensor,
     max_pieces: tl.tensor,
     max_further: tl.tensor,
@@ -73,8 +77,9 @@ def uniques(
     step = tl.load(entered).to(tl.int32)
     place = position * room + unique
     row = tl.load(unique_rows + place, mask=is_unique, other=num_rows).to(tl.int64)
-    previous = tl.load(places_of_rows + row, mask=is_unique, other=-1)
-    slot = tl.load(slots_of_rows + row, mask=is_unique, other=-1)
+    entry = claim_entry(keys, row, is_unique, num_entries, alert, step)
+    previous = tl.load(places_of_rows + entry, mask=is_unique, other=-1)
+    slot = tl.load(slots_of_rows + entry, mask=is_unique, other=-1)
     known = tl.maximum(previous, 0)
     was_here = tl.load(unique_rows + known, mask=is_unique, other=-1).to(tl.int64) == row
     # An old place may have been taken by a newer batch since; that is found by its row.
@@ -88,7 +93,7 @@ def uniques(
     tl.store(next_of_places + known, now, mask=is_kept)
     is_cached = is_unique & (slot >= 0) & (is_planned | (is_kept == 0))
     tl.store(next_uses + slot, now, mask=is_cached)
-    tl.store(places_of_rows + row, place.to(tl.int32), mask=is_unique)
+    tl.store(places_of_rows + entry, place.to(tl.int32), mask=is_unique)
     # pieces
     count = tl.load(counts + unique, mask=is_unique, other=0)
     rest = tl.maximum(count - LONGEST, 0)

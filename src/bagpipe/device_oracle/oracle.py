@@ -11,30 +11,43 @@ the whole device, as the trainer's thread may.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from bagpipe.cache.captured import captured_graph
 from bagpipe.cache.device_plan import PlanRings
-from bagpipe.device_oracle import alerts, entering, planning
+from bagpipe.device_oracle import alerts, entering, planning, row_index
 from bagpipe.device_oracle.alerts import Alert, grown
 from bagpipe.device_oracle.cuts import Cuts
 from bagpipe.device_oracle.made import Kind, rings_of
 from bagpipe.device_oracle.staged import StagedIds, write
 from bagpipe.device_oracle.state import Capacity, State, Window, make_state
-from bagpipe.errors import ConfigError, UsageError
+from bagpipe.errors import UsageError
 from bagpipe.types import Group
 
-MAX_SHARE_OF_ROWS = 0.125
-"""Share of the device's memory that what is kept of each row may take."""
+_MAX_SHARE_OF_ROWS = 0.125
+"""Share of the device's memory that indexes of all rows may take; beyond it they are maps."""
 _BYTES_A_ROW = 8
 _PLANS_BEFORE_CAPTURE = 8
 """Plans with one capacity before graphs are captured for it: the first batches make it grow."""
 Function: TypeAlias = Callable[[State], None]
 _logger = logging.getLogger("bagpipe.lookahead")
+
+
+class Functions(NamedTuple):
+    """What runs on the device."""
+
+    enter: Function
+    plan: Function
+    rebuild: Callable[[State, State], None]
+
+    def forget(self, state: State) -> None:
+        """Rebuilds the index of rows in its place."""
+        self.rebuild(state, state)
 
 
 class DeviceOracle:
@@ -63,13 +76,14 @@ class DeviceOracle:
         self.state = make_state(group, window, capacity or small, device)
         self.cuts = Cuts(self.state)
         """For the thread that issues."""
-        self._enter, self._plan = functions_for(device)
+        self._functions = functions_for(device)
         self.num_capacities = 1
         """How many capacities it has had."""
         self._graphs: dict[Function, torch.cuda.CUDAGraph] = {}
         self._rings: dict[Kind, PlanRings] = {}
         self._can_capture = device.type == "cuda"
         self._num_plans = 0  # with this capacity
+        self._num_entered = 0  # since the index of rows was rebuilt
         self._issuing = threading.Lock()
 
     @property
@@ -87,12 +101,14 @@ class DeviceOracle:
             if capacity != self.capacity:
                 self._replace(capacity)
             write(self.state, self.cuts, staged)
-            self._run(self._enter)
+            if not self.window.knows_all_rows:
+                self._forget_if_due()
+            self._run(self._functions.enter)
 
     def plan(self) -> None:
         """Plans the next step, whose batch must have entered."""
         with self._issuing:
-            self._run(self._plan)
+            self._run(self._functions.plan)
             self._num_plans += 1
 
     def alert(self) -> Alert | None:
@@ -125,7 +141,7 @@ class DeviceOracle:
                 return
             stream = torch.cuda.Stream(self._device)
             try:
-                for function in (self._enter, self._plan):
+                for function in self._captured_functions():
                     with captured_graph(stream) as graph:
                         function(self.state)
                     self._graphs[function] = graph
@@ -158,6 +174,12 @@ class DeviceOracle:
     def _is_capture_due(self) -> bool:
         return self._is_settled and self._can_capture and not self._graphs
 
+    def _captured_functions(self) -> tuple[Function, ...]:
+        enter, plan, _ = self._functions
+        return (
+            (enter, plan) if self.window.knows_all_rows else (enter, plan, self._functions.forget)
+        )
+
     def _with_room_for(self, staged: StagedIds) -> Capacity:
         capacity = grown(
             self.capacity,
@@ -178,8 +200,18 @@ class DeviceOracle:
         self._rings.clear()
         self._num_plans = 0
         self.num_capacities += 1
-        self.state = make_state(self.group, self.window, capacity, self._device, self.state)
+        self._num_entered = 0
+        old = self.state
+        self.state = make_state(self.group, self.window, capacity, self._device, old)
+        self._functions.rebuild(self.state, old)
         self.cuts = Cuts(self.state)
+
+    def _forget_if_due(self) -> None:
+        """Rebuilds a map before its entries may become too few. It counts all that may enter."""
+        if self._num_entered == self.window.batches_between:
+            self._num_entered = 0
+            self._run(self._functions.forget)
+        self._num_entered += 1
 
     def _run(self, function: Function) -> None:
         graph = self._graphs.get(function)
@@ -189,37 +221,29 @@ class DeviceOracle:
             graph.replay()
 
 
-def functions_for(device: torch.device) -> tuple[Function, Function]:
-    """`enter` and `plan` for a device: in Triton for CUDA, else of torch operations."""
+def functions_for(device: torch.device) -> Functions:
+    """What runs on a device: Triton for CUDA, else torch operations."""
     if device.type == "cuda":
-        from bagpipe.device_oracle import entering_triton, planning_triton
+        from bagpipe.device_oracle import entering_triton, planning_triton, row_index_triton
 
-        return entering_triton.enter, planning_triton.plan
-    return entering.enter, planning.plan
-
-
-def has_room_for_rows(groups: Sequence[Group], device: torch.device) -> bool:
-    """Whether a device may keep what the oracle knows of each row."""
-    return not _excess_of_rows(groups, device)
+        return Functions(entering_triton.enter, planning_triton.plan, row_index_triton.rebuild)
+    return Functions(entering.enter, planning.plan, row_index.rebuild)
 
 
-def check_rows(groups: Sequence[Group], device: torch.device) -> None:
-    """Raises ConfigError if what is kept of each row takes too much of the device's memory."""
-    excess = _excess_of_rows(groups, device)
-    if excess:
-        raise ConfigError(excess)
+def which_know_all_rows(groups: Sequence[Group], device: torch.device) -> tuple[bool, ...]:
+    """By group, whether its index of rows is an array of all of them: see `Window`.
+
+    Arrays of all groups take at most a share of the device's memory. Groups of few rows come first.
+    """
+    budget = _MAX_SHARE_OF_ROWS * _total_memory(device) / _BYTES_A_ROW
+    known = [True] * len(groups)
+    for place in sorted(range(len(groups)), key=lambda place: groups[place].num_rows):
+        budget -= groups[place].num_rows
+        known[place] = budget >= 0
+    return tuple(known)
 
 
-def _excess_of_rows(groups: Sequence[Group], device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
-    total = torch.cuda.get_device_properties(device).total_memory
-    num_rows = sum(group.num_rows for group in groups)
-    needed = _BYTES_A_ROW * num_rows
-    if needed <= MAX_SHARE_OF_ROWS * total:
-        return ""
-    return (
-        f"the oracle on the device keeps {_BYTES_A_ROW} bytes of each of {num_rows:,} rows of "
-        f"all tables, {needed / 2**30:.1f} GiB, which is more than {MAX_SHARE_OF_ROWS:.1%} of "
-        f"the device's {total / 2**30:.1f} GiB: plan on the host (oracle = 'process')"
-    )
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -22,7 +22,7 @@ from bagpipe.device_oracle import alerts
 from bagpipe.device_oracle.alerts import Alert
 from bagpipe.device_oracle.answers import Answers, GroupAnswer
 from bagpipe.device_oracle.made import Kind, plan_on_device
-from bagpipe.device_oracle.oracle import DeviceOracle, check_rows
+from bagpipe.device_oracle.oracle import DeviceOracle, which_know_all_rows
 from bagpipe.device_oracle.staged import StagedIds, stage
 from bagpipe.device_oracle.state import BATCH_SIZE, NUM_USED_SLOTS, PLANS_BEYOND, STEP, Window
 from bagpipe.errors import BagpipeError, ConfigError, DataError
@@ -38,6 +38,8 @@ _Waiting: TypeAlias = tuple[tuple[Kind, ...], PayloadT]
 _BYTES_A_LOOKUP = 14
 """In the ring of batches: 8 of each lookup, and 12 of each unique row, of which there is room for
 half as many. Slots and rows count for nothing here."""
+_BYTES_A_LOOKUP_IN_MAP = 26
+"""Beyond these, where the index of rows is a map: 52 of each place."""
 _MAX_AUTO_LOOKAHEAD = 256
 """Batches that `lookahead="auto"` looks ahead at most."""
 
@@ -66,11 +68,8 @@ class Planner:
             options: How to plan.
             device: Where.
             batch_size: Samples of most batches, if that is known. The first one may have fewer.
-
-        Raises:
-            ConfigError: What is kept of each row takes too much of the device's memory.
         """
-        check_rows(options.groups, device)
+        self._know_all_rows = which_know_all_rows(options.groups, device)
         self.options, self._device, self._batch_size = options, device, batch_size
         is_cuda = device.type == "cuda"
         self.num_plans = options.prefetch_depth + PLANS_BEYOND
@@ -272,10 +271,13 @@ class Planner:
         if options.lookahead != "auto":
             lookahead = options.lookahead
         else:
-            num_lookups = sum(each.num_lookups for each in staged)
+            num_bytes = sum(
+                each.num_lookups * (_BYTES_A_LOOKUP + (not known) * _BYTES_A_LOOKUP_IN_MAP)
+                for each, known in zip(staged, self._know_all_rows, strict=True)
+            )
             num_samples = max(1, staged[0].batch.batch_size)
             size = max(num_samples, self._batch_size or 0)
-            bytes_a_batch = _BYTES_A_LOOKUP * num_lookups * size // num_samples
+            bytes_a_batch = num_bytes * size // num_samples
             fitting = options.lookahead_bytes // max(bytes_a_batch, 1)
             lookahead = max(options.prefetch_depth, min(fitting, _MAX_AUTO_LOOKAHEAD))
         return tuple(
@@ -286,10 +288,13 @@ class Planner:
                     lookahead=lookahead,
                     prefetch_depth=options.prefetch_depth,
                     first_step=options.first_step,
+                    knows_all_rows=knows_all_rows,
                 ),
                 self._device,
             )
-            for group, num_slots in zip(options.groups, options.num_slots, strict=True)
+            for group, num_slots, knows_all_rows in zip(
+                options.groups, options.num_slots, self._know_all_rows, strict=True
+            )
         )
 
     def _told(self, error: BaseException) -> BaseException:

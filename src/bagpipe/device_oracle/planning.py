@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bagpipe.device_oracle import row_index
 from bagpipe.device_oracle.masked import pick, scattered, spread
 from bagpipe.device_oracle.state import (
     BATCH_HEADER_LENGTH,
@@ -31,13 +32,13 @@ def plan(state: State) -> None:
     header = state.headers.index_select(0, position)[0]
     number = pick(is_running, header[NUM_UNIQUES].view(1), 0)
     _settle(state, is_running)
-    rows, slots, next_uses, is_unique = _find_rows(state, position, number)
+    rows, entries, slots, next_uses, is_unique = _find_rows(state, position, number)
     is_missing = is_unique & (slots < 0)
     number = is_missing.sum()
     victims = choose_victims(state, number)
     rank = torch.cumsum(is_missing, 0) - 1
     slots = torch.where(is_missing, victims[rank.clamp(min=0)], slots)
-    moved = _assign(state, rows, slots, next_uses, is_missing, target)
+    moved = _assign(state, rows, entries, slots, next_uses, is_missing, target)
     state.unique_slots.index_copy_(0, target, slots.int().unsqueeze(0))
     # What an inverse holds of a batch that did not enter must stay within bounds.
     inverse = state.inverse.index_select(0, position)[0].clamp(0, len(slots) - 1)
@@ -63,29 +64,30 @@ def _settle(state: State, is_running: Tensor) -> None:
 
 def _find_rows(
     state: State, position: Tensor, number: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Finds the slots of the batch's rows, and notes their uses.
 
     Returns:
-        Rows (int64), slots (int64, negative where a row has none), next uses (int32), and whether
-        there is such a row: (max_uniques,) each.
+        Rows and their entries (int64), slots (int64, negative where a row has none), next uses
+        (int32), and whether there is such a row: (max_uniques,) each.
     """
     room, spare = state.capacity.max_uniques, state.window.num_slots
     index = torch.arange(room, device=position.device)
     is_unique = index < number
     rows = state.unique_rows.index_select(0, position)[0].long()
-    rows = spread(is_unique, rows, state.num_rows)
+    entries = row_index.find(state, rows, is_unique)
     next_uses = state.next_of_places[position * room + index]
-    slots = state.slots_of_rows[rows].long()
+    slots = state.slots_of_rows[entries].long()
     used = spread(is_unique & (slots >= 0), slots, spare)
     state.last_uses.scatter_(0, used, state.planned.int().expand(room))
     state.next_uses.scatter_(0, used, next_uses)
-    return rows, slots, next_uses, is_unique
+    return rows, entries, slots, next_uses, is_unique
 
 
 def _assign(
     state: State,
     rows: Tensor,
+    entries: Tensor,
     slots: Tensor,
     next_uses: Tensor,
     is_missing: Tensor,
@@ -107,13 +109,13 @@ def _assign(
     is_old = state.last_uses[taken] < step - window.prefetch_depth
     is_old |= ~is_evicted
     is_blind = is_evicted & (state.next_uses[taken] == NEVER)
-    evicted_at = (-2 - state.slots_of_rows[rows].long()).clamp(min=-1)
+    evicted_at = (-2 - state.slots_of_rows[entries].long()).clamp(min=-1)
     is_ahead = is_missing & is_old & (evicted_at <= ahead)
     is_urgent = is_missing & ~is_ahead
 
-    gone = spread(is_evicted, evicted, state.num_rows)
+    gone = row_index.find(state, evicted, is_evicted)
     state.slots_of_rows.scatter_(0, gone, (-2 - torch.where(is_old, ahead, step)).int())
-    come = spread(is_missing, rows, state.num_rows)
+    come = spread(is_missing, entries, state.num_entries)
     state.slots_of_rows.scatter_(0, come, taken.int())
     state.rows_of_slots.scatter_(0, taken, rows.to(state.rows_of_slots.dtype))
     state.next_uses.scatter_(0, taken, next_uses)

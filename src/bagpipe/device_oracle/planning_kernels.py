@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from bagpipe.cache.triton_launch import device_function, element_kernel
+from bagpipe.device_oracle.row_index_triton import entry_of
 from bagpipe.device_oracle.sums_triton import put_count, sum_before
 
 
@@ -21,6 +22,7 @@ def find(
     now: tl.tensor,
     unique_rows: tl.tensor,
     next_of_places: tl.tensor,
+    keys: tl.tensor,
     slots_of_rows: tl.tensor,
     last_uses: tl.tensor,
     next_uses: tl.tensor,
@@ -32,6 +34,7 @@ def find(
     num_missing: tl.tensor,
     room: tl.tensor,
     num_tiles: tl.tensor,
+    num_entries: tl.tensor,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     RING: tl.constexpr,
@@ -54,7 +57,8 @@ def find(
     place = position * room + unique
     row = tl.load(unique_rows + place, mask=is_unique, other=0).to(tl.int64)
     next_use = tl.load(next_of_places + place, mask=is_unique, other=0)
-    slot = tl.load(slots_of_rows + row, mask=is_unique, other=0)
+    entry = entry_of(keys, row, is_unique, num_entries)
+    slot = tl.load(slots_of_rows + entry, mask=is_unique, other=0)
     is_cached = is_unique & (slot >= 0)
     used = tl.zeros((TILE,), tl.int32) + step.to(tl.int32)
     tl.store(last_uses + slot, used, mask=is_cached)
@@ -110,6 +114,7 @@ def assign(
     missing_groups: tl.tensor,
     victims: tl.tensor,
     rows_of_slots: tl.tensor,
+    keys: tl.tensor,
     slots_of_rows: tl.tensor,
     last_uses: tl.tensor,
     next_uses: tl.tensor,
@@ -123,6 +128,7 @@ def assign(
     room: tl.tensor,
     num_tiles: tl.tensor,
     num_rows: tl.tensor,
+    num_entries: tl.tensor,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -153,8 +159,10 @@ def assign(
     is_ahead = missing & is_old & (evicted_at <= ahead)
     is_urgent = missing & (is_ahead == 0)
     gone = -2 - tl.where(is_old, ahead, step)
-    tl.store(slots_of_rows + evicted, gone, mask=is_evicted)
-    tl.store(slots_of_rows + row, slot.to(tl.int32), mask=missing)
+    left = entry_of(keys, evicted, is_evicted, num_entries)
+    tl.store(slots_of_rows + left, gone, mask=is_evicted)
+    entry = entry_of(keys, row, missing, num_entries)
+    tl.store(slots_of_rows + entry, slot.to(tl.int32), mask=missing)
     tl.store(rows_of_slots + slot, row.to(rows_of_slots.dtype.element_ty), mask=missing)
     next_use = tl.load(found_next_uses + unique, mask=missing, other=0)
     tl.store(next_uses + slot, next_use, mask=missing)

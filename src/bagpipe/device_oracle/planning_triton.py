@@ -59,6 +59,7 @@ def plan(state: State) -> None:
                 now,
                 state.unique_rows,
                 state.next_of_places,
+                state.keys,
                 state.slots_of_rows,
                 state.last_uses,
                 state.next_uses,
@@ -70,6 +71,7 @@ def plan(state: State) -> None:
                 num_missing,
                 room,
                 num_tiles,
+                state.num_entries,
             ),
             tiled
             | {
@@ -95,6 +97,7 @@ def plan(state: State) -> None:
                 missing.groups,
                 victims,
                 state.rows_of_slots,
+                state.keys,
                 state.slots_of_rows,
                 state.last_uses,
                 state.next_uses,
@@ -108,6 +111,7 @@ def plan(state: State) -> None:
                 room,
                 num_tiles,
                 state.num_rows,
+                state.num_entries,
             ),
             tiled | {"DEPTH": window.prefetch_depth, "FIRST": window.first_step, "NEVER": NEVER},
             warps,

@@ -5,10 +5,12 @@ Batches lie in a ring: batch e at position e % `Window.ring_length`. A *place* i
 `Window.num_plans`. Where a masked write must go nowhere, it goes to one of the spare elements that
 row, slot and place arrays have.
 
-Memory: 8 bytes a row of the tables (12 where there are 2**31 rows or more: those of a slot and of a
-unique row are 4 more then), 12 a slot, and per batch of the ring 8 a lookup, 12 a unique row, 8
-more a lookup with per-sample weights, 4 a bag where bags are jagged, 4 more with mean pooling. Per
-plan 4 a lookup and 28 a unique row.
+Memory: 12 bytes a slot, and per batch of the ring 8 a lookup, 12 a unique row, 8 more a lookup with
+per-sample weights, 4 a bag where bags are jagged, 4 more with mean pooling. Per plan 4 a lookup and
+28 a unique row. Where there are 2**31 rows or more, 4 more a slot and a unique row of the ring.
+The index of rows takes 8 bytes a row of the tables, or as a map 24 an entry: there is room for as
+many rows as there are slots and places, and for those of the batches until it is rebuilt.
+Rebuilding takes 16 bytes a slot and a place. So a map takes 40 bytes a slot and 52 a place.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ SPARE = 1024
 but writes of thousands of threads to one address take turns."""
 NEVER = 2**30
 """A next use that nobody knows."""
+NO_KEY = 2**63 - 1
+"""The key of an entry that no row has."""
 _MAX_PLACES = 2**31 - 1 - SPARE
 PLANS_BEYOND = 6
 """Plans that are kept besides those of the prefetch depth: of steps that the device computes, and
@@ -65,6 +69,9 @@ class Window:
     lookahead: int
     prefetch_depth: int
     first_step: int = 0
+    knows_all_rows: bool = True
+    """Whether something is kept of each row of the tables, else only of those that are near:
+    `row_index`."""
 
     @property
     def num_plans(self) -> int:
@@ -75,6 +82,23 @@ class Window:
     def ring_length(self) -> int:
         """Batches that are kept: those in the window, and those whose plans are."""
         return self.lookahead + 1 + self.num_plans
+
+    @property
+    def batches_between(self) -> int:
+        """Batches that enter between two times that rows are forgotten."""
+        return max(1, self.ring_length // 2)
+
+    def max_near(self, max_uniques: int) -> int:
+        """The most rows that are not forgotten, where batches have up to `max_uniques`.
+
+        A batch of the ring is in the window, or its plan is among those that stay readable. The
+        latter counts for the rows that it evicted, no more than it has.
+        """
+        return self.num_slots + self.ring_length * max_uniques
+
+    def max_entries(self, max_uniques: int) -> int:
+        """How many entries a map has: half as many again as it may have rows."""
+        return 3 * (self.max_near(max_uniques) + self.batches_between * max_uniques) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +148,16 @@ class State:
     planned: Tensor  # (1,) int64, the next step to plan
     settled: Tensor  # (1,) int64, uses before this step are settled
     num_used_slots: Tensor  # (1,) int64
-    # rows and slots
-    slots_of_rows: Tensor  # (num_rows + SPARE,) int32: a slot, -1 never cached, -2 - tick evicted
-    places_of_rows: Tensor  # (num_rows + SPARE,) int32, of the last use; -1 for none, or an old one
+    # the index of rows, by entry
+    keys: Tensor | None  # (num_entries + SPARE,) int64 rows, or NO_KEY; None if all have an entry
+    slots_of_rows: (
+        Tensor  # (num_entries + SPARE,) int32: a slot, -1 never cached, -2 - tick evicted
+    )
+    places_of_rows: (
+        Tensor  # (num_entries + SPARE,) int32, of the last use; -1 for none or an old one
+    )
+    forgotten: Tensor  # (1,) int32, the latest tick at which a row that has no entry was evicted
+    # slots
     rows_of_slots: Tensor  # (num_slots + SPARE,) rows; num_rows in an empty slot
     next_uses: Tensor  # (num_slots + SPARE,) int32, a step or NEVER
     last_uses: Tensor  # (num_slots + SPARE,) int32
@@ -153,6 +184,11 @@ class State:
     fetch_rows: Tensor  # (K, max_uniques) int64
     fetch_slots: Tensor  # (K, max_uniques) int32
 
+    @property
+    def num_entries(self) -> int:
+        """How many entries the index of rows has."""
+        return len(self.slots_of_rows) - SPARE
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors; what a running graph uses besides is not included."""
@@ -166,10 +202,11 @@ class State:
 
 
 _OF_GROUP_AND_CACHE = (
-    "first_rows table_sizes is_mean alert entered planned settled num_used_slots slots_of_rows "
+    "first_rows table_sizes is_mean alert entered planned settled num_used_slots forgotten "
     "rows_of_slots next_uses last_uses batches headers plan_headers"
 ).split()
-"""What stays as it is when capacities grow; `places_of_rows` is made anew, in place."""
+"""What stays as it is when capacities grow."""
+_OF_ROWS = ("keys", "slots_of_rows", "places_of_rows")
 _OF_BATCHES = (
     "inverse bags piece_offsets long_uniques long_offsets kept_offsets bag_scales kept_weights "
     "bag_weights unique_slots lookup_slots evict_rows evict_slots fetch_rows fetch_slots"
@@ -191,7 +228,8 @@ def make_state(
         window: The cache and the lookahead.
         capacity: The largest batch; no less than that of `old`.
         device: Where the tensors are.
-        old: What to go on from. It must not be used any more.
+        old: What to go on from. It must not be used any more, but for `row_index.rebuild`, which
+            must take over what is known of rows.
 
     Raises:
         ConfigError: So many batches of so many rows have more places than there are numbers.
@@ -206,8 +244,10 @@ def make_state(
     made = _Maker(group, window, capacity, device)
     tensors = made.fixed() if old is None else {n: getattr(old, n) for n in _OF_GROUP_AND_CACHE}
     tensors |= made.of_capacity()
-    if old is not None:
-        tensors["places_of_rows"] = old.places_of_rows
+    if old is not None and window.knows_all_rows:
+        tensors |= {name: getattr(old, name) for name in _OF_ROWS}
+    else:
+        tensors |= made.of_rows()
     state = State(
         window=window,
         capacity=capacity,
@@ -243,14 +283,26 @@ class _Maker:
             "planned": self._of([first]),
             "settled": self._of([first - window.prefetch_depth]),
             "num_used_slots": self._of([0]),
-            "slots_of_rows": self._full(group.num_rows + SPARE, -1),
-            "places_of_rows": self._full(group.num_rows + SPARE, -1),
+            "forgotten": self._full(1, -1),
             "rows_of_slots": self._full(window.num_slots + SPARE, group.num_rows, self._row),
             "next_uses": self._full(window.num_slots + SPARE, NEVER),
             "last_uses": self._full(window.num_slots + SPARE, -1),
             "batches": self._full(window.ring_length, -1, torch.int64),
             "headers": self._full((window.ring_length, BATCH_HEADER_LENGTH), 0, torch.int64),
             "plan_headers": self._full((window.num_plans, HEADER_LENGTH), -1, torch.int64),
+        }
+
+    def of_rows(self) -> dict[str, Tensor | None]:
+        """The index of rows."""
+        window, size = self._window, self._group.num_rows
+        if not window.knows_all_rows:
+            size = window.max_entries(self._capacity.max_uniques)
+        return {
+            "keys": None
+            if window.knows_all_rows
+            else self._full(size + SPARE, NO_KEY, torch.int64),
+            "slots_of_rows": self._full(size + SPARE, -1),
+            "places_of_rows": self._full(size + SPARE, -1),
         }
 
     def of_capacity(self) -> dict[str, Tensor]:
@@ -301,7 +353,7 @@ class _Maker:
 
 
 def _take_over(old: State, new: State) -> None:
-    """Copies the rings of `old`, and says anew in which place each row was used last."""
+    """Copies the rings of `old`."""
     for name in _OF_BATCHES:
         source, target = getattr(old, name), getattr(new, name)
         target[:, : source.shape[1]] = source
@@ -310,11 +362,3 @@ def _take_over(old: State, new: State) -> None:
     new.unique_rows[:, :room] = old.unique_rows
     before = old.next_of_places[: ring * room].view(ring, room)
     new.next_of_places[: ring * uniques].view(ring, uniques)[:, :room] = before
-    new.places_of_rows.fill_(-1)
-    for position in torch.argsort(old.batches).tolist():  # later uses overwrite earlier ones
-        if int(old.batches[position]) >= 0:
-            rows = new.unique_rows[position].long()
-            first = position * uniques
-            places = torch.arange(first, first + uniques, dtype=torch.int32, device=rows.device)
-            new.places_of_rows[rows] = places
-    new.places_of_rows[-SPARE:] = -1

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from bagpipe.cache.managed import memory_store_on
-from bagpipe.device_oracle.oracle import has_room_for_rows
 from bagpipe.distributed.alone import Peers, peers_of
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.distributed.trainers import Trainers
@@ -81,11 +80,6 @@ class StoredTables(nn.Module, ABC):
             UsageError: tables have several; each group's optimizer has its own.
         """
         return common_rate(self.groups)
-
-    @property
-    def has_room_for_oracle(self) -> bool:
-        """Whether the device has room for what oracle="device" keeps of each row."""
-        return has_room_for_rows(self.groups, self.device)
 
     def set_learning_rate(self, lr: float | Mapping[str, float]) -> None:
         """Sets the embeddings' learning rate from the next backward on.

@@ -240,7 +240,7 @@ class Loop:
         if parts.device.type == "cpu" and not has_others:
             return "thread"
         is_one_graph = not has_others and parts.dense_step.can_replay(parts.config.train.batch_size)
-        return "device" if is_one_graph and parts.embeddings.has_room_for_oracle else "process"
+        return "device" if is_one_graph else "process"
 
     def _train_step(self, batch: TorchBatch) -> None:
         parts, executor = self.parts, self.parts.embeddings.executor
