@@ -163,6 +163,9 @@ def planner(
     max_rows: MaxRows = None,
     lookahead: Lookahead = None,
     steps: Steps = None,
+    row_map: Annotated[
+        bool, typer.Option(help="Let the index of rows be a map, as for billions of rows.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Plan on one GPU, alone and beside the dense part of a step."""
@@ -174,7 +177,7 @@ def planner(
         sizes = sizes_of(
             {}, batch_size=batch_size, max_rows=max_rows, lookahead=lookahead, turn_steps=steps
         )
-        return bench_planner(make_workload(workload, sizes, quick=quick), progress)
+        return bench_planner(make_workload(workload, sizes, quick=quick), progress, row_map=row_map)
 
     measure(run, "auto", quick=quick, json_file=json_file)
 

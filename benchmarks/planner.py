@@ -3,6 +3,7 @@
 A window is filled and planned with a workload's ids, as in training. Then, each by itself:
 
 - `enter` and `plan` on the device's clock, as graphs on a GPU;
+- where the index of rows is a map, `enter` as it forgets rows, which it does now and then;
 - the planner's whole way of a step, its waits for the device included, and its CPU;
 - the dense part alone, and with both functions beside it on another stream: how much longer it is.
 """
@@ -34,15 +35,22 @@ _NUM_BEFORE = 12
 _NUM_CALLS = 20
 
 
-def bench_planner(workload: Workload, progress: Progress) -> Result:
-    """Plans on the GPU, or without one on the CPU, to see that it works."""
+def bench_planner(workload: Workload, progress: Progress, *, row_map: bool = False) -> Result:
+    """Plans on the GPU, or without one on the CPU, to see that it works.
+
+    Args:
+        workload: What to plan.
+        progress: Is told how far it is.
+        row_map: Whether the index of rows is a map, as for tables of billions of rows.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values = _measure_planner(workload, device, progress)
+    values = _measure_planner(workload, device, progress, row_map)
     table = Table(title=f"{workload.name}: the oracle on the device, ms a step")
     for column in ("what", "found"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for name, text in (
         ("enter_ms", "enter, on the device"),
+        ("forgetting_ms", "enter that forgets rows, if the index of rows is a map"),
         ("plan_ms", "plan, on the device"),
         ("way_ms", "the planner's way of a step, its waits included"),
         ("cpu_ms", "CPU of it"),
@@ -60,7 +68,7 @@ def _batches(workload: Workload) -> list[Jagged]:
 
 
 def _measure_planner(
-    workload: Workload, device: torch.device, progress: Progress
+    workload: Workload, device: torch.device, progress: Progress, row_map: bool
 ) -> dict[str, Any]:
     batches = _batches(workload)
     num_steps = workload.lookahead + _NUM_BEFORE + workload.turn_steps
@@ -72,6 +80,7 @@ def _measure_planner(
             prefetch_depth=workload.prefetch_depth,
         ),
         device,
+        know_all_rows=[not row_map],
     )
 
     def stream() -> Iterator[tuple[Any, None]]:
@@ -97,7 +106,7 @@ def _measure_planner(
         num_entered += 1
 
     clock = clock_of(device)
-    for _ in range(_NUM_CALLS):
+    for _ in range(_NUM_CALLS + row_map * oracle.window.batches_between):
         enter()
         clock.tick()
         oracle.plan()
@@ -107,6 +116,7 @@ def _measure_planner(
         "way_ms": 1e3 * way / workload.turn_steps,
         "cpu_ms": 1e3 * cpu / workload.turn_steps,
         "enter_ms": 1e3 * statistics.median(seconds[::2]),
+        "forgetting_ms": 1e3 * max(seconds[::2]) if row_map else 0.0,
         "plan_ms": 1e3 * statistics.median(seconds[1::2]),
         "nbytes": planner.nbytes,
         "num_capacities": oracle.num_capacities,

@@ -48,9 +48,12 @@ def test_a_file_that_can_not_be_written_is_refused_before_anything_runs(
     assert f"{path}:can'tbewritten:Nosuchfileordirectory" in told
 
 
-def test_the_oracle_on_the_device_at_a_tiny_size(tmp_path: Path) -> None:
-    values = run_to_json(tmp_path / "planner.json", "planner", "--workload", "W3")["planner"]
+@pytest.mark.parametrize("index", ["--no-row-map", "--row-map"])
+def test_the_oracle_on_the_device_at_a_tiny_size(index: str, tmp_path: Path) -> None:
+    saved = run_to_json(tmp_path / "planner.json", "planner", "--workload", "W3", index)
+    values = saved["planner"]
     assert min(values[name] for name in ("enter_ms", "plan_ms", "way_ms", "beside_ms")) > 0
+    assert (values["forgetting_ms"] > values["enter_ms"]) == (index == "--row-map")
     assert values["num_capacities"] >= 2
 
 

@@ -265,6 +265,12 @@ def test_more_places_than_have_numbers_are_refused() -> None:
         )
 
 
+def test_a_map_of_more_entries_than_have_numbers_is_refused() -> None:
+    window = Window(num_slots=2**31 // 3 * 2, lookahead=0, prefetch_depth=1, knows_all_rows=False)
+    with pytest.raises(ConfigError, match="take a smaller cache or a shorter lookahead"):
+        DeviceOracle(one_table(2**40), window, META)
+
+
 def test_no_graph_is_captured_for_a_capacity_that_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may grow while the trainer's thread waits for its turn."""
     oracle = DeviceOracle(

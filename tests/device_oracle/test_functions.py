@@ -35,6 +35,7 @@ def make_one(
     is_jagged: bool = False,
     is_weighted: bool = False,
     knows_all_rows: bool = True,
+    max_uniques: int = 300,
 ) -> State:
     table = TableConfig(
         name="t",
@@ -47,7 +48,7 @@ def make_one(
     capacity = Capacity(
         max_lookups=600,
         max_bags=200,
-        max_uniques=300,
+        max_uniques=max_uniques,
         is_jagged=is_jagged,
         is_weighted=is_weighted,
         is_wide=False,

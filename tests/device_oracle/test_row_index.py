@@ -21,21 +21,20 @@ from tests.device_oracle.test_device_oracle import (
     skewed,
     use,
 )
-from tests.device_oracle.test_functions import NothingWaits, known_of, make_one
+from tests.device_oracle.test_functions import NothingWaits
+from tests.device_oracle.test_row_entries import WAYS, make_map, number_of_keys
 
 from bagpipe.device_oracle import oracle as oracle_module
 from bagpipe.device_oracle import row_index
 from bagpipe.device_oracle.alerts import INDEX_FULL
 from bagpipe.device_oracle.oracle import which_know_all_rows
 from bagpipe.device_oracle.planner import Planner
-from bagpipe.device_oracle.state import NO_KEY, SPARE, State, Window
+from bagpipe.device_oracle.state import SPARE, State, Window
 from bagpipe.errors import PlanError
 from bagpipe.feed.stream import StreamOptions
 from bagpipe.oracle import checked, dedup
 from bagpipe.plan import GroupPlan
 from bagpipe.types import Jagged
-
-WAYS = pytest.mark.parametrize("way", ["torch", "triton"])
 
 
 def far_apart(num_batches: int, batch_size: int) -> list[Jagged]:
@@ -48,12 +47,6 @@ def far_apart(num_batches: int, batch_size: int) -> list[Jagged]:
         )
         for step in range(num_batches)
     ]
-
-
-def number_of_keys(state: State) -> int:
-    assert state.keys is not None
-    assert (state.keys[state.num_entries :] == NO_KEY).all()  # nobody has a spare entry
-    return int((state.keys != NO_KEY).sum())
 
 
 def numbers_of_keys(planner: Planner, batches: list[Jagged]) -> Iterator[int]:
@@ -176,56 +169,6 @@ def test_ten_billion_rows_are_planned_in_memory_that_follows_from_cache_and_wind
     assert planner.nbytes < 300_000
 
 
-def functions_of(way: str) -> Any:
-    """`find` and `claim` of a way: (state, rows) -> entries."""
-    if way == "torch":
-        return [
-            lambda state, rows, one=one: one(state, rows, torch.ones_like(rows, dtype=torch.bool))
-            for one in (row_index.find, row_index.claim)
-        ]
-    kernels = pytest.importorskip("tests.device_oracle.index_kernels")
-    return [kernels.find, kernels.claim]
-
-
-def make_map(num_slots: int = 300, **options: Any) -> State:
-    return make_one(num_slots, knows_all_rows=False, **options)
-
-
-@WAYS
-def test_rows_of_one_home_have_entries_of_their_own_around_the_end(way: str) -> None:
-    find, claim = functions_of(way)
-    state = make_map()
-    size = state.num_entries
-    candidates = np.arange(300_000, dtype=np.uint64)
-    upper = (candidates * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
-    homes = (upper * np.uint64(size)) >> np.uint64(32)
-    rows = torch.from_numpy(candidates[homes >= size - 2].astype(np.int64)[:60]).to(DEVICE)
-    entries = torch.cat([claim(state, part) for part in rows.split(40)])
-    assert state.keys is not None
-    assert number_of_keys(state) == len(set(find(state, rows).tolist())) == 60
-    assert int(find(state, rows).max()) < size
-    torch.testing.assert_close(state.keys[find(state, rows)], rows)
-    if way == "triton":  # where entries stay, and rows have such homes
-        torch.testing.assert_close(find(state, rows), entries)
-        assert int((entries < 58).sum()) == 58
-    assert int(find(state, rows + 1).min()) >= size
-
-
-@WAYS
-def test_a_row_that_is_claimed_again_keeps_what_is_known_of_it(way: str) -> None:
-    find, claim = functions_of(way)
-    state, rows = make_map(), torch.arange(40, 80, device=DEVICE)
-    state.forgotten.fill_(6)
-    entries = claim(state, rows)
-    state.slots_of_rows[entries] = rows.int() + 1
-    state.places_of_rows[entries] = rows.int() + 2
-    claim(state, rows - 20)
-    entries = find(state, rows)
-    torch.testing.assert_close(state.slots_of_rows[entries].long(), rows + 1)
-    torch.testing.assert_close(state.places_of_rows[entries].long(), rows + 2)
-    assert (state.places_of_rows[find(state, rows[:20] - 20)] == -1).all()
-
-
 @WAYS
 def test_entries_that_are_too_few_are_told(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be a fault of the oracle's own, so the test makes the map too small."""
@@ -240,21 +183,6 @@ def test_entries_that_are_too_few_are_told(way: str, monkeypatch: pytest.MonkeyP
     assert planner.oracles[0].state.alert.tolist()[:3] == [INDEX_FULL, 4, 100]
 
 
-def test_rows_that_are_near_and_too_many_are_told() -> None:
-    rebuild = pytest.importorskip("bagpipe.device_oracle.row_index_triton").rebuild
-    _, claim = functions_of("triton")
-    state = make_map()
-    entries = claim(state, torch.arange(200, device=DEVICE))
-    state.slots_of_rows[entries] = 0  # near, since each is in a slot
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Window, "max_near", lambda window, max_uniques: 200)
-        rebuild(state, state)
-        assert int(state.alert[0]) == 0
-        patch.setattr(Window, "max_near", lambda window, max_uniques: 199)
-        rebuild(state, state)
-        assert int(state.alert[0]) == INDEX_FULL
-
-
 @WAYS
 def test_what_is_known_of_rows_outlives_growth(way: str) -> None:
     sizes = (8, 30, 20, 90) if way == "triton" else (8, 50, 20, 90, 140)
@@ -267,61 +195,17 @@ def test_what_is_known_of_rows_outlives_growth(way: str) -> None:
             np.testing.assert_array_equal(of_one, of_other)
 
 
-def filled(state: State, rows: torch.Tensor) -> None:
-    """Writes something of each kind down for rows that have an entry, in the midst of a stream."""
-    generator = torch.Generator().manual_seed(5)
-
-    def drawn(low: int, high: int) -> torch.Tensor:
-        return torch.randint(low, high, (len(rows),), generator=generator).to(DEVICE)
-
-    assert state.keys is not None
-    entries = (state.keys == rows[:, None]).nonzero()[:, 1]
-    room = state.capacity.max_uniques
-    state.planned.fill_(40)
-    state.batches.copy_(torch.arange(len(state.batches)) + 40 - state.window.num_plans)
-    evicted = -2 - drawn(0, 40)
-    state.slots_of_rows[entries] = torch.where(drawn(0, 2) > 0, drawn(0, 300), evicted).int()
-    places = (torch.randperm(len(state.batches) * room, generator=generator)).to(DEVICE)
-    places = places[: len(rows)]
-    there = drawn(0, 4) > 0
-    state.unique_rows.view(-1)[places] = torch.where(there, rows, rows + 1).int()
-    state.places_of_rows[entries] = places.masked_fill(drawn(0, 4) == 0, -1).int()
-
-
-def test_triton_keeps_and_forgets_the_rows_that_torch_operations_do(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    triton = pytest.importorskip("bagpipe.device_oracle.row_index_triton")
-    launching = pytest.importorskip("bagpipe.cache.triton_launch")
-    monkeypatch.setattr(triton, "_TILE", launching.Tiling(elements=256, per_thread=4).of(1))
-    known, rows = [], torch.arange(500, device=DEVICE) * 97
-    for way, rebuild in (("torch", row_index.rebuild), ("triton", triton.rebuild)):
-        state = make_map()
-        functions_of(way)[1](state, rows)
-        filled(state, rows)
-        rebuild(state, state)
-        assert state.keys is not None
-        kept = state.keys[state.keys != NO_KEY].sort().values
-        known.append([kept, state.forgotten, *known_of(state, kept)])
-        assert 300 < len(kept) < 450
-        assert int(state.alert[0]) == 0
-        is_unknown = state.slots_of_rows[state.keys == NO_KEY][:-SPARE]
-        assert (is_unknown == -2 - state.forgotten).all()
-    for found, expected in zip(*known, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(("index", "number"), [("array", 2), ("map", 3)])
 def test_forgetting_is_captured_with_entering_and_planning(
     index: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(index, monkeypatch)
     use("torch", monkeypatch)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(oracle_module, "captured_graph", lambda stream: nullcontext(stream))
     planner = make_planner(one_table(2000), num_slots=99)
     for _ in plan_on_device(planner, skewed(20, 64)):
         pass
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(oracle_module, "captured_graph", lambda stream: nullcontext(stream))
     (oracle,) = planner.oracles
     oracle._can_capture = True
     oracle.capture_if_due()

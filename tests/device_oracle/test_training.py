@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.device_oracle.test_device_oracle import keep
 from tests.soon import SOON_S
 from tests.train.ranks import run_ranks
 from tests.train.runs import newest_files, small_config
@@ -177,7 +178,11 @@ def test_a_device_without_memory_left_says_what_to_lower(
     embeddings.close()
 
 
-def test_a_run_whose_device_plans_ends_with_the_same_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", ["array", "map"])
+def test_a_run_whose_device_plans_ends_with_the_same_checkpoint(
+    index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(index, monkeypatch)
     for oracle in ("thread", "device"):
         config = small_config(tmp_path / oracle, cache={"oracle": oracle, "check": True})
         run(config, reporter=SilentReporter())

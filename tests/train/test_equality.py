@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import reference, strategies
+from tests.device_oracle.test_device_oracle import keep
 from tests.train.equality import (
     OPTIMIZERS,
     OTHERS,
@@ -53,6 +54,7 @@ from bagpipe.types import Group, Jagged, TableConfig, group_tables
     prefetch_depth=st.integers(0, 4),
     dedup_threads=st.integers(1, 3),
     oracle=st.sampled_from(["thread", "thread", "device"]),
+    index=st.sampled_from(["array", "map"]),
 )
 @settings(max_examples=strategies.examples(60), suppress_health_check=[HealthCheck.too_slow])
 def test_any_trace_cache_lookahead_depth_threads_and_restarts(
@@ -63,21 +65,24 @@ def test_any_trace_cache_lookahead_depth_threads_and_restarts(
     prefetch_depth: int,
     dedup_threads: int,
     oracle: str,
+    index: str,
 ) -> None:
     tables = data.draw(strategies.table_lists(max_dims=2))
     batches = data.draw(strategies.traces(tables, max_steps=12))
     restarts = data.draw(st.lists(st.integers(0, len(batches)), max_size=2))
-    check_equal(
-        tables,
-        optimizer,
-        batches,
-        extra_slots=extra_slots,
-        restarts=restarts,
-        lookahead=lookahead,
-        prefetch_depth=prefetch_depth,
-        dedup_threads=dedup_threads,
-        oracle=oracle,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        keep(index, patch)
+        check_equal(
+            tables,
+            optimizer,
+            batches,
+            extra_slots=extra_slots,
+            restarts=restarts,
+            lookahead=lookahead,
+            prefetch_depth=prefetch_depth,
+            dedup_threads=dedup_threads,
+            oracle=oracle,
+        )
 
 
 @pytest.mark.parametrize("extra_slots", [160, 250, 2000])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.device_oracle.test_device_oracle import keep
 from tests.train import equality
 from tests.train.slow_device import KINDS, OF_SEVERAL_TRAINERS, slow_down
 from tests.train.test_trainers import linear_loss, make_batches, make_tables
@@ -55,6 +56,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"extra_slots": 0, "oracle": "device"},
     {"extra_slots": 30, "oracle": "device", "lookahead": "auto", "restarts": [11, 30]},
     {"extra_slots": 30, "oracle": "device", "lookahead": 9, "store": UnevenStore},
+    {"extra_slots": 0, "oracle": "device", "lookahead": 1, "row_map": True},
+    {"extra_slots": 30, "oracle": "device", "restarts": [11, 30], "row_map": True},
 ]
 
 
@@ -76,10 +79,13 @@ def run(
     dense = equality.make_dense(embeddings.groups).to(device)
     losses: list[float] = []
     bounds = [0, *restarts, len(batches)]
-    for begin, end in itertools.pairwise(bounds):
-        losses += equality.train_cached(
-            embeddings, batches[begin:end], dense, cache=cache, **variant
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        if variant.pop("row_map", False):
+            keep("map", patch)
+        for begin, end in itertools.pairwise(bounds):
+            losses += equality.train_cached(
+                embeddings, batches[begin:end], dense, cache=cache, **variant
+            )
     records = equality.all_records(embeddings)
     embeddings.close()
     return losses, records

@@ -1,4 +1,4 @@
-"""One group's oracle on one device: its state, and the two functions that run on it.
+"""One group's oracle on one device: its state, and the functions that run on it.
 
 `enter` and `plan` are called once for each batch and step, in order, with `lookahead` batches
 between them. They only issue work on the current stream, on CUDA as graphs once these are captured.
@@ -126,8 +126,8 @@ class DeviceOracle:
         if alert.reason != alerts.NO_ROOM:
             raise UsageError(f"{self.group.name}: more room does not help with {alert}")
         with self._issuing:
+            self.state.alert.zero_()  # first, so that one of rebuilding the index stays
             self._replace(grown(self.capacity, num_uniques=alert.detail))
-            self.state.alert.zero_()
 
     def capture_if_due(self) -> None:
         """Captures graphs if the capacity has held for some steps.
@@ -176,9 +176,7 @@ class DeviceOracle:
 
     def _captured_functions(self) -> tuple[Function, ...]:
         enter, plan, _ = self._functions
-        return (
-            (enter, plan) if self.window.knows_all_rows else (enter, plan, self._functions.forget)
-        )
+        return (enter, plan, *(() if self.window.knows_all_rows else (self._functions.forget,)))
 
     def _with_room_for(self, staged: StagedIds) -> Capacity:
         capacity = grown(

@@ -60,7 +60,11 @@ class Planner:
     """The oracle of all groups on one device. `plan` runs in one thread."""
 
     def __init__(
-        self, options: StreamOptions, device: torch.device, batch_size: int | None = None
+        self,
+        options: StreamOptions,
+        device: torch.device,
+        batch_size: int | None = None,
+        know_all_rows: Sequence[bool] | None = None,
     ) -> None:
         """Makes nothing yet on the device: how far it looks, the first batch decides.
 
@@ -68,8 +72,9 @@ class Planner:
             options: How to plan.
             device: Where.
             batch_size: Samples of most batches, if that is known. The first one may have fewer.
+            know_all_rows: By group, as in `Window`. By default what the device has room for.
         """
-        self._know_all_rows = which_know_all_rows(options.groups, device)
+        self._know_all_rows = know_all_rows or which_know_all_rows(options.groups, device)
         self.options, self._device, self._batch_size = options, device, batch_size
         is_cuda = device.type == "cuda"
         self.num_plans = options.prefetch_depth + PLANS_BEYOND

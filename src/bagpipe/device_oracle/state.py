@@ -3,7 +3,7 @@
 Batches lie in a ring: batch e at position e % `Window.ring_length`. A *place* is a position times
 `max_uniques` plus the index of a unique row. Plans lie in a ring of their own, of
 `Window.num_plans`. Where a masked write must go nowhere, it goes to one of the spare elements that
-row, slot and place arrays have.
+arrays of entries, slots and places have.
 
 Memory: 12 bytes a slot, and per batch of the ring 8 a lookup, 12 a unique row, 8 more a lookup with
 per-sample weights, 4 a bag where bags are jagged, 4 more with mean pooling. Per plan 4 a lookup and
@@ -26,7 +26,7 @@ from bagpipe.plan import MAX_PIECE_LENGTH
 from bagpipe.types import Group
 
 SPARE = 1024
-"""Elements behind those of rows, slots and places: where masked writes go. One element would do,
+"""Elements behind those of entries, slots and places: where masked writes go. One element would do,
 but writes of thousands of threads to one address take turns."""
 NEVER = 2**30
 """A next use that nobody knows."""
@@ -150,12 +150,8 @@ class State:
     num_used_slots: Tensor  # (1,) int64
     # the index of rows, by entry
     keys: Tensor | None  # (num_entries + SPARE,) int64 rows, or NO_KEY; None if all have an entry
-    slots_of_rows: (
-        Tensor  # (num_entries + SPARE,) int32: a slot, -1 never cached, -2 - tick evicted
-    )
-    places_of_rows: (
-        Tensor  # (num_entries + SPARE,) int32, of the last use; -1 for none or an old one
-    )
+    slots_of_rows: Tensor  # (num_entries + SPARE,) int32: a slot, -1 for never, -2 - tick evicted
+    places_of_rows: Tensor  # (num_entries + SPARE,) int32, of the last use; -1 for none or unknown
     forgotten: Tensor  # (1,) int32, the latest tick at which a row that has no entry was evicted
     # slots
     rows_of_slots: Tensor  # (num_slots + SPARE,) rows; num_rows in an empty slot
@@ -232,7 +228,8 @@ def make_state(
             must take over what is known of rows.
 
     Raises:
-        ConfigError: So many batches of so many rows have more places than there are numbers.
+        ConfigError: So many batches of so many rows have more places than there are numbers, or
+            more entries, with so many slots.
     """
     num_places = window.ring_length * capacity.max_uniques
     if num_places > _MAX_PLACES:
@@ -240,6 +237,14 @@ def make_state(
             f"{group.name}: a lookahead of {window.lookahead:,} batches, of up to "
             f"{capacity.max_uniques:,} unique rows each, takes {num_places:,} places, and the "
             f"oracle on the device has {_MAX_PLACES:,}: take a shorter lookahead"
+        )
+    num_entries = 0 if window.knows_all_rows else window.max_entries(capacity.max_uniques)
+    if num_entries > _MAX_PLACES:
+        raise ConfigError(
+            f"{group.name}: a cache of {window.num_slots:,} slots and a lookahead of "
+            f"{window.lookahead:,} batches, of up to {capacity.max_uniques:,} unique rows each, "
+            f"take {num_entries:,} entries in the index of rows of the oracle on the device, which "
+            f"has {_MAX_PLACES:,}: take a smaller cache or a shorter lookahead"
         )
     made = _Maker(group, window, capacity, device)
     tensors = made.fixed() if old is None else {n: getattr(old, n) for n in _OF_GROUP_AND_CACHE}
