@@ -29,6 +29,7 @@ from benchmarks.options import (
     Steps,
     Threads,
     WorkloadName,
+    chosen,
     chosen_arms,
     of_workload,
     sizes_of,
@@ -283,6 +284,63 @@ def serving(
 
         sizes = sizes_of(QUICK if quick else {}, max_rows=max_rows, num_requests=steps)
         return bench_serving(ServingBench(**sizes), progress)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
+
+
+@app.command()
+def predict(
+    quick: Quick = False,
+    batch_size: BatchSize = None,
+    max_rows: MaxRows = None,
+    rounds: Rounds = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Predict with a saved model, beside its training."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.predicting import QUICK, PredictBench, bench_predict
+
+        sizes = sizes_of(
+            QUICK if quick else {}, batch_size=batch_size, max_rows=max_rows, num_rounds=rounds
+        )
+        return bench_predict(PredictBench(**sizes), progress)
+
+    measure(run, "cpu", quick=quick, json_file=json_file)
+
+
+@app.command()
+def quality(
+    quick: Quick = False,
+    data: Annotated[
+        Path,
+        typer.Option(help="The folder of the samples' files; benchmarks/samples.py names them."),
+    ] = Path("../shared/data"),
+    samples: Annotated[
+        list[str] | None, typer.Option("--sample", help="May be repeated. All by default.")
+    ] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="May be repeated. All by default.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=2, help="How often each is trained.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Train models with their defaults on samples of real data, beside plain torch."""
+
+    def run(progress: Progress) -> Result:
+        from benchmarks.quality import MODELS, QUICK, QualityBench, bench_quality
+        from benchmarks.samples import SAMPLES
+
+        sizes = sizes_of(
+            QUICK if quick else {},
+            data=data,
+            samples=chosen("--sample", samples, tuple(SAMPLES)),
+            models=chosen("--model", models, MODELS),
+            num_seeds=seeds,
+        )
+        return bench_quality(QualityBench(**sizes), progress)
 
     measure(run, "cpu", quick=quick, json_file=json_file)
 

@@ -196,3 +196,15 @@ def chosen_arms(
                 f"{' and '.join(always)} always run{'s' if len(always) == 1 else ''}"
             )
     return tuple(name for name in known if not asked or name in asked or name in always)
+
+
+def chosen(option: str, asked: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """Those of `known` that the user named by `option`, in their order; all if none is named.
+
+    Raises:
+        ConfigError: one that was asked for is unknown.
+    """
+    for name in asked or ():
+        if name not in known:
+            raise ConfigError(f"{option} {name}: is unknown; there are {', '.join(known)}")
+    return tuple(name for name in known if not asked or name in asked)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -277,6 +279,35 @@ def test_the_network_at_a_tiny_size(tmp_path: Path) -> None:
         assert all(0 < each["share"] < 1.1 for each in values["links"])
     else:
         assert values["links"] == []
+
+
+def test_predictions_at_a_tiny_size(tmp_path: Path) -> None:
+    values = run_to_json(tmp_path / "predict.json", "predict")["predict"]
+    assert all(rate > 0 for rates in values["examples_per_s"].values() for rate in rates)
+    assert [len(values["shares"][arm]) for arm in ("prepared", "raw")] == [1, 1]
+
+
+def test_quality_at_a_tiny_size(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    columns = {
+        name: random.integers(0, 20, 2000) for name in ("user_id", "item_id", "occupation", "age")
+    }
+    visits = {name: columns[name][:600] for name in ("user_id", "item_id")}
+    columns |= {"gender": columns["age"] % 2, "label": columns["user_id"] < 10}
+    pq.write_table(pa.table(columns), tmp_path / "ml100k_ctr.parquet")
+    pq.write_table(pa.table(visits), tmp_path / "gowalla_interactions.parquet")
+    chosen = ("--sample", "movielens", "--sample", "gowalla", "--model", "deepfm", "--model", "dcn")
+    arguments = ("quality", "--data", tmp_path, *chosen)
+    scores = run_to_json(tmp_path / "quality.json", *arguments)["quality"]["scores"]
+    assert {name: list(models) for name, models in scores.items()} == {
+        "movielens": ["dcn", "deepfm"],
+        "gowalla": ["deepfm"],  # DCN needs dense features, which it has not
+    }
+    assert all(score["auc"] > 0.7 for score in scores["movielens"]["dcn"]["bagpipe"])
+    assert all(len(arm) == 2 for models in scores.values() for arm in models["deepfm"].values())
+    told = run("quality", "--data", tmp_path / "none", "--sample", "avazu").stderr
+    assert f"{tmp_path}/none/avazu_head.parquet: there is no such file" in "".join(told.split("\n"))
+    assert "--model dnn: is unknown; there are dlrm, dcn" in run("quality", "--model", "dnn").stderr
 
 
 def test_the_start_of_a_run_at_a_tiny_size(tmp_path: Path) -> None:
