@@ -69,7 +69,7 @@ def test_the_dense_part_has_a_rate_of_its_model(kind: str, lr: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "lr"), [("dlrm", 0.02), ("dcn", 0.02), ("wide_deep", 0.005), ("deepfm", 0.02)]
+    ("kind", "lr"), [("dlrm", 0.02), ("dcn", 0.02), ("wide_deep", 0.005), ("deepfm", 0.01)]
 )
 def test_tables_have_a_rate_of_their_model_which_checkpoints_remember(kind: str, lr: float) -> None:
     config = config_of(kind)

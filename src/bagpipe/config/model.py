@@ -127,8 +127,8 @@ class DeepFMConfig(WideDeepConfig):
     """`bagpipe.models.DeepFM`; the last column of each table holds the first-order weights."""
 
     # It starts as narrow: the products of all pairs of vectors are added up, so those of small
-    # tables would drown the rest. With those products the usual rate does as well as a lower one.
-    table_lr: ClassVar[float] = _Model.table_lr
+    # tables would drown the rest. With those products half the usual rate is low enough.
+    table_lr: ClassVar[float] = 0.01
 
     kind: Literal["deepfm"] = "deepfm"  # type: ignore[assignment]
     top: LayerSizes = (400, 400, 400, 1)

@@ -64,7 +64,7 @@ class EmbeddingsConfig(Section):
     """The data type of weights; see `bagpipe.TableConfig`."""
     pooling: Pooling = "sum"
     optimizer: EmbeddingOptimizerConfig | None = None
-    """Left out: row-wise Adagrad at 0.02, for Wide & Deep at 0.005."""
+    """Left out: row-wise Adagrad at 0.02, for Wide & Deep at 0.005, for DeepFM at 0.01."""
     init: Annotated[UniformInit | NormalInit, Field(discriminator="kind")] | None = None
     """How rows start. Left out: uniform in +-1/sqrt(rows of the table), as with TorchRec and the
     DLRM reference; with Wide & Deep and DeepFM in +-0.0173."""
