@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from bagpipe.distributed.communicator import Communicator
 from bagpipe.models import DLRM, DLRM_DCN
-from bagpipe.train.build import averaging_part
 from bagpipe.train.dense_step import DenseStep
 from benchmarks.workloads import NUM_DENSE, Workload
 
@@ -55,14 +54,14 @@ class SharedDense:
         ).to(device)
         self._parameters = list(model.parameters())
         self.step = DenseStep(
-            model.dense_part if communicator is None or graph else averaging_part(model),
+            model.dense_part,
             torch.optim.SGD(self._parameters, lr=_DENSE_LR),
             groups=[(num_features, workload.embedding_dim)],
             device=device,
             batch_size=workload.batch_size,
             precision="bf16" if on_cuda else "fp32",
             graph=graph,
-            average=communicator.average if communicator is not None and graph else None,
+            average=None if communicator is None else communicator.average,
             say=say,
         )
         self.pooled = self.step.pooled(workload.batch_size)[0]

@@ -14,16 +14,17 @@ class AveragedGradients:
     """The dense part's gradients of several trainers, averaged by one message.
 
     DistributedDataParallel averages while backward runs, in messages of some layers each. A CUDA
-    graph that held its messages would hold the process group too. So where the dense part is
-    captured, its gradients end up in one tensor. Peer memory averages it within a graph, a process
-    group between the graph that computes it and the graph of the optimizer.
+    graph that held its messages would hold the process group too, and making one imports torch's
+    compiler, which takes a second. So gradients end up in one tensor. Peer memory averages it
+    within a graph, a process group behind backward, or behind the graph that has it.
 
-    The parameters are all of one dtype and on one device. `average` replaces
-    a tensor (n,) by its mean over the trainers, in place.
+    The parameters are all of one dtype and on one device. Those that are frozen stay without a
+    gradient. `average` replaces a tensor (n,) by its mean over the trainers, in place.
     """
 
     def __init__(self, parameters: Iterable[Tensor], average: Callable[[Tensor], None]) -> None:
-        self._parameters, self._average = list(parameters), average
+        self._parameters = [each for each in parameters if each.requires_grad]
+        self._average = average
         self.by: PeerAverage | None = None
         """What averages in place of `average`, in the current step."""
         self._all = torch.cat(

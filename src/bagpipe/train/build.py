@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from bagpipe.checkpoint.checkpoints import State
 from bagpipe.config.model import ModelConfig, OwnModelConfig
@@ -30,7 +28,6 @@ from bagpipe.models import DLRM, DLRM_DCN, DeepFM, RankingModel, WideDeep
 from bagpipe.store import FileStore
 from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.best import Best
-from bagpipe.train.capture import DensePart
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.evaluate import check_groups
 from bagpipe.train.noise import Noise, check_batch_norm
@@ -246,9 +243,11 @@ def make_dense_step(
             f"of {num_trainers} trainers: use "
             f"{max(1, config.batch_size // num_trainers) * num_trainers:,}, or 'eager'"
         )
+    if peers.has_others:
+        _check_types(model)
     graph = has_graph(config, device, num_trainers)
     return DenseStep(
-        averaging_part(model) if peers.has_others and not graph else model.dense_part,
+        model.dense_part,
         optimizer,
         groups=[(len(group.features), group.embedding_dim) for group in embeddings.groups],
         device=device,
@@ -256,13 +255,23 @@ def make_dense_step(
         precision=config.precision,
         graph=graph,
         compile_part=config.dense == "compile",
-        average=peers.average if peers.has_others and graph else None,
+        average=peers.average if peers.has_others else None,
         rate_changes=config.lr_schedule is not None,
         max_grad_norm=config.max_grad_norm,
         buffers=list(model.buffers()),
         objective=objective,
         say=say,
     )
+
+
+def _check_types(model: RankingModel) -> None:
+    """Refuses what several trainers can't average in one tensor."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"{type(model).__name__}: its parameter {name!r} is {parameter.dtype}, and several "
+                "trainers average gradients of float32: make it float32, or use one trainer"
+            )
 
 
 def has_graph(config: TrainConfig, device: torch.device, num_trainers: int) -> bool:
@@ -356,25 +365,6 @@ def choose_device(name: str, peers: Peers) -> torch.device:
     # Filling every new tensor with NaN would cost a pass over it and guards nothing of ours.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def averaging_part(model: RankingModel) -> DensePart:
-    """A model's dense part, whose backward averages gradients over the trainers.
-
-    The parameters are the model's own.
-    """
-    return DistributedDataParallel(_DensePartModule(model))
-
-
-class _DensePartModule(torch.nn.Module):
-    """A model's dense part as a module, whose `forward` DistributedDataParallel watches."""
-
-    def __init__(self, model: RankingModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        return self.model.dense_part(dense, pooled)
 
 
 def _store_maker(
