@@ -95,6 +95,13 @@ def test_requests_get_the_bits_that_the_trainer_predicts(name: str, tmp_path: Pa
     np.testing.assert_allclose(one, expected, rtol=1e-2 if name == "bf16" else 1e-5)
 
 
+def test_a_served_model_tells_a_person_what_it_is(exported: tuple[SavedModel, Path]) -> None:
+    told = repr(bagpipe.serving.load(exported[1]))
+    assert (
+        told == "<ServedModel of step 6: label from I1, I2, I3, C1, C2, C3; 430 rows in 3 tables>"
+    )
+
+
 def test_arrow_requests_are_those_of_dicts(exported: tuple[SavedModel, Path]) -> None:
     of, folder = exported
     model = bagpipe.serving.load(folder)

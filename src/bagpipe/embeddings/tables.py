@@ -122,8 +122,8 @@ class LazyTable:
     def __reduce__(self) -> NoReturn:
         raise UsageError(
             f"table {self.name!r} is not pickled whole, it may not fit in memory: save the tables "
-            "with embeddings.save_tables(path), and in a state dict keep only the entries that are "
-            "tensors"
+            "with embeddings.save_tables(path), and the rest of a model with "
+            "torch.save(bagpipe.dense_state_dict(model), path)"
         )
 
 

@@ -37,6 +37,14 @@ class ServedModel:
         self.manifest = manifest
         self._inputs, self._tables, self._dense_part = inputs, tables, dense_part
 
+    def __repr__(self) -> str:
+        told = self.manifest
+        num_rows = sum(table.num_embeddings for table in told.tables)
+        return (
+            f"<ServedModel of step {told.step:,}: {', '.join(told.labels)} from "
+            f"{', '.join(self.columns.names)}; {num_rows:,} rows in {len(told.tables)} tables>"
+        )
+
     @property
     def columns(self) -> Columns:
         """What each row of a request has."""
