@@ -261,6 +261,26 @@ def test_loads_no_torch() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_80_columns_have_room_for_large_numbers(result: DryRun) -> None:
+    steps, rows = 100, 123_456
+    report = OracleReport(
+        num_steps=steps,
+        num_uniques=2 * rows * steps,
+        num_fetched=rows * steps,
+        num_fetched_urgent=rows * steps - 40,  # 123,455.6 a step
+        num_written_back=99_970,  # 999.7 a step
+        num_waiting_steps=steps,
+        fetched_bytes=516 * rows * steps,
+        written_back_bytes=516 * 99_970,
+        peak_slots=1_234_567,
+    )
+    points = [replace(point, report=report, lookahead=200) for point in result.points]
+    shown = printed(replace(result, points=tuple(points)))
+    assert "…" not in shown
+    assert "123k 60.8M" in shown
+    assert re.search(r" 1k +504K ", shown)
+
+
 def printed(result: DryRun) -> str:
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(render_points(result), render_smallest(result))

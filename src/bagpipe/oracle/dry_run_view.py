@@ -182,7 +182,7 @@ def _curves(result: DryRun) -> dict[tuple[tuple[float, float], ...], list[int]]:
 def format_count(count: float) -> str:
     """Writes a count in three digits, for example "1.5M"."""
     for unit in ("", "k"):
-        if count < 1000:
+        if count < 999.5:  # from there on three digits would be written as 1e+03
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:,.3g}M"
@@ -206,7 +206,7 @@ def _size_cells(result: DryRun, cache_rows: int) -> tuple[str, str, str]:
     num_rows = sum(group.num_rows for group in result.groups)
     return (
         format_count(cache_rows),
-        f"{cache_rows / num_rows:.2%}",
+        f"{cache_rows / num_rows:.{2 if 10 * cache_rows < num_rows else 1}%}",
         format_bytes(result.cache_bytes(cache_rows)),
     )
 
@@ -218,11 +218,11 @@ def _point_cells(point: Point) -> tuple[str, ...]:
     steps = report.num_steps
     return (
         f"{report.hit_rate:.1%}",
-        f"{report.fetched_rows_per_step:,.0f}",
+        format_count(report.fetched_rows_per_step),
         format_bytes(report.fetched_bytes / steps),
-        f"{report.written_back_rows_per_step:,.0f}",
+        format_count(report.written_back_rows_per_step),
         format_bytes(report.written_back_bytes / steps),
-        f"{report.num_fetched_urgent / steps:,.0f}",
+        format_count(report.num_fetched_urgent / steps),
         f"{report.num_waiting_steps / steps:.0%}",
         format_count(report.peak_slots),
     )

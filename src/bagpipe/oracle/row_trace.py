@@ -159,6 +159,8 @@ def read_trace(
                 progress("reading batches", len(kept), max_batches)
     if not kept:
         raise DataError("a dry run needs at least one batch, the data have none")
+    if progress is not None:
+        progress("reading batches", len(kept), len(kept))  # there may be fewer than asked for
     return Trace(
         groups=tuple(groups), batches=tuple(kept), num_trainers=num_trainers, num_hosts=num_hosts
     )
