@@ -54,7 +54,12 @@ class FakeRay:
             is_own: Whether this process starts the cluster.
         """
         node = SimpleNamespace(is_head=lambda: is_own)
-        self._private = SimpleNamespace(worker=SimpleNamespace(_global_node=node))
+        self.left_address: str | None = None
+        """That which `ray start` has left on this machine."""
+        self._private = SimpleNamespace(
+            worker=SimpleNamespace(_global_node=node),
+            services=SimpleNamespace(find_bootstrap_address=lambda _: self.left_address),
+        )
         self._are_done = are_done
         self._answers: Answers = {
             "told": lambda: TOLD,
@@ -115,10 +120,12 @@ def use_fake_ray(
     """`import ray` gives the one that answers so, until the test ends."""
     ray = FakeRay(answers, are_done=are_done, is_own=is_own)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    for name, value in (
-        ("RAY_worker_niceness", "0"),  # which are set for actors, and would stay
-        ("RAY_IGNORE_UNHANDLED_ERRORS", "1"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    keep_environment(monkeypatch)
     return ray
+
+
+def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is set for actors goes when the test ends, and no cluster is named."""
+    for name in ("RAY_worker_niceness", "RAY_IGNORE_UNHANDLED_ERRORS", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)

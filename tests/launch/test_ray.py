@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.launch.fake_ray import keep_environment
 from tests.processes import of_process
 from tests.train.runs import Listener, small_config
 from tests.train.test_servers import assert_same
@@ -117,16 +119,14 @@ def test_a_cluster_that_lets_nobody_in_may_want_a_token(
         raise ConnectionError("Failed to connect")
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
-    for name, value in (
-        ("RAY_AUTH_MODE", mode),
-        ("RAY_worker_niceness", "0"),  # which are set for actors, and would stay
-        ("RAY_IGNORE_UNHANDLED_ERRORS", "1"),
-    ):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"Ray at head:1: Failed to connect.*{told}"):
-        train_on_ray(
-            config_of(tmp_path),
-            Roles(num_trainers=2, num_servers=1),
-            reporter=Listener(),
-            address="head:1",
-        )
+    keep_environment(monkeypatch)
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"Ray at {address}: Failed to connect.*{told}"):
+            train_on_ray(
+                config_of(tmp_path),
+                Roles(num_trainers=2, num_servers=1),
+                reporter=Listener(),
+                address=address,
+            )

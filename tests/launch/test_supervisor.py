@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -86,3 +87,39 @@ def test_servers_keep_to_loopback_only_on_a_cluster_that_no_node_can_join(
     trained(tmp_path)
     listened = [arguments[2] for kind, arguments in ray.started if kind == "ServerActor"]
     assert listened == [host]  # None: its node's own address
+
+
+@pytest.mark.parametrize("own", [None, "INFO"])
+def test_torch_tells_of_no_death_with_its_stack_unless_a_user_wants_it(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_ray(monkeypatch, run=die)
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    if own is not None:
+        monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", own)
+    trained(tmp_path)
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == (own or "ERROR")  # which actors inherit
+
+
+@pytest.mark.parametrize("way", ["left", "variable", "option"])
+def test_a_cluster_that_is_gone_is_told_at_once(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself would try for minutes."""
+    ray, gone = use_fake_ray(monkeypatch, run=die), "127.0.0.1:1"
+    if way == "left":
+        ray.left_address = gone
+    if way == "variable":
+        monkeypatch.setenv("RAY_ADDRESS", gone)
+    result = trained(tmp_path, *(("--address", gone) if way == "option" else ()))
+    assert result.exit_code == 2
+    remedy = {
+        "left": "It was left behind by a cluster that has been killed: forget it with `ray stop`, "
+        "or start a cluster on this machine with --address local",
+    }.get(way, "See that its head runs, and that --address or RAY_ADDRESS names it")
+    assert result.stderr == (
+        f"error: Ray at {gone}: no cluster answers there (Connection refused). {remedy}\n"
+    )
+    assert ray.started == []
+    trained(tmp_path, "--address", "local")  # what is left does not matter there
+    assert ray.started

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from bagpipe.config.run import RunConfig
 from bagpipe.config.servers import ServersConfig
 from bagpipe.errors import BackgroundError, BagpipeError, ConfigError, LostError, StoreError
 from bagpipe.launch.actors import LOOK_EVERY_S, ServerActor, TrainerActor
+from bagpipe.launch.cluster import is_own, ray_cluster
 from bagpipe.server.told import ToldServer
 from bagpipe.train.loop import Result
 from bagpipe.train.report import Reporter
@@ -82,11 +83,11 @@ def train_on_ray(
         start_from: As for `train`.
 
     Raises:
-        ConfigError: Ray is not installed, or has too few GPUs.
+        ConfigError: Ray is not installed, is not at that address, or has too few GPUs.
         LostError: Actors died in start after start, or after a signal that ends the run.
         BagpipeError: What a trainer raised that another start would not mend.
     """
-    with _cluster(address) as ray, ExitStack() as stack:
+    with ray_cluster(address) as ray, ExitStack() as stack:
         servers = _Servers(ray, config, roles)
         stack.callback(servers.end)
         stop, failures = stack.enter_context(StopRequest()), 0
@@ -130,7 +131,7 @@ class _Servers:
         where = where.model_copy(update={"num_shards": roles.num_servers})
         self.config = config.model_copy(update={"servers": where})
         # nodes may join any other cluster, also one that has a single node now
-        host = "127.0.0.1" if _is_own(ray) else None
+        host = "127.0.0.1" if is_own(ray) else None
         actor = ray.remote(ServerActor).options(
             num_cpus=_NUM_CPUS,
             max_restarts=-1,
@@ -320,44 +321,6 @@ class _Trainers:
             raise _DiedError(f"rank {rank} has ended ({_first_line(cause)})")
         outcome: Result = self._ray.get(results[0])
         return outcome
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected. ConfigError: it is not installed, or there is no such cluster."""
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else actors give way to all else
-    # what trainers raise when another one has died is told in one sentence, not by each
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            "--engine ray needs Ray: install it by `pip install 'bagpipe-recsys[ray]'`"
-        ) from error
-    try:
-        ray.init(address=address, log_to_driver=True, ignore_reinit_error=True)
-    except (ConnectionError, ValueError, OSError) as error:
-        raise ConfigError(f"Ray at {address or 'this machine'}: {error}{_token_hint()}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _is_own(ray: Any) -> bool:
-    """Whether this process has started the cluster, for itself; Ray has no public way to ask."""
-    node = ray._private.worker._global_node  # None: this is a client of Ray's, on no node
-    return node is not None and bool(node.is_head())
-
-
-def _token_hint() -> str:
-    """What Ray does not say: a cluster that wants a token answers nobody who has none."""
-    if os.environ.get("RAY_AUTH_MODE") == "token":
-        return ". It may have another token than this process (docs/security.md)"
-    return (
-        ". If it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, to a file that "
-        "has it (docs/security.md)"
-    )
 
 
 def _first_line(error: BaseException) -> str:
