@@ -6,7 +6,7 @@ the rename. Its parts are timed: the flush; the rest that training waits for; an
 steps until its end take longer than those without a cut.
 
 The run has a server on its own host, reached by shared memory, then one behind each link. What
-memory gives is the same flush to a store of the trainer's own process.
+memory gives is the same flush to a store of the trainer's own process, just before.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ def _run(bench: CuttingBench, link: Link | None, folder: str | None) -> dict[str
 def _summary(bench: CuttingBench, link: Link | None, found: dict[str, Any]) -> dict[str, Any]:
     record_bytes = bench.remote.group.record_bytes
     cuts = [Cut(**each) for each in found["cuts"]]
-    in_process_s = float(np.median(found["in_process_s"]))
     summaries = []
-    for cut in cuts:
+    for cut, in_process_s in zip(cuts, found["in_process_s"], strict=True):
         flushed = cut.rows_flushed * record_bytes
         best_s = in_process_s if link is None else flushed / link.bytes_per_s
         cost_s = cut.flush_s + cut.take_s + cut.slower_s

@@ -75,4 +75,5 @@ class Found:
     """How many these are."""
     cuts: list[Cut]
     in_process_s: list[float] = field(default_factory=list)
-    """What flushes of the same cache to a store of the trainer's own process take."""
+    """What a flush of the same cache to a store of the trainer's own process takes, before each
+    cut."""

@@ -9,7 +9,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def measure_cuts(end: End) -> Found:
-    """Trains with cuts, then flushes within this process."""
+    """Trains with cuts; before each, flushes the same cache within this process."""
     bench = CuttingBench.of(end.bench)
     group = end.bench.group
     batches = make_batches(
@@ -55,8 +56,9 @@ def measure_cuts(end: End) -> Found:
         progress=silent,
     )
     planned = end.bench.settings_of("bagpipe", group.num_rows, most_uniques_of(group, batches))
-    found = _train_with_cuts(bench, end, batches, planned)
-    return replace(found, in_process_s=_flush_in_process(bench, batches, planned))
+    with ExitStack() as stack:
+        in_process = _InProcess(bench, batches, planned, stack)
+        return _train_with_cuts(bench, end, batches, planned, in_process)
 
 
 @dataclass(kw_only=True)
@@ -97,7 +99,11 @@ class _Run:
 
 
 def _train_with_cuts(
-    bench: CuttingBench, end: End, batches: Sequence[Batch], planned: ArmSettings
+    bench: CuttingBench,
+    end: End,
+    batches: Sequence[Batch],
+    planned: ArmSettings,
+    in_process: _InProcess,
 ) -> Found:
     folder = Path(end.folder)
     make_folder(folder / "checkpoints")
@@ -119,10 +125,11 @@ def _train_with_cuts(
             run.steps(planned.warmup_steps)
             run.step_s.clear()
             run.began_s.clear()
-            taken = []
+            taken, in_process_s = [], []
             for _ in range(bench.num_cuts):
                 run.steps(bench.steps_between)
                 cuts.finish()
+                in_process_s.append(in_process.flush_s())
                 taken.append(run.cut(cuts, state))
             run.steps(bench.steps_between)
         cuts.finish()
@@ -148,7 +155,7 @@ def _train_with_cuts(
                 num_records=files[-1].num_records or 0,
             )
         )
-    return Found(step_ms=base_ms, num_base=num_base, cuts=found)
+    return Found(step_ms=base_ms, num_base=num_base, cuts=found, in_process_s=in_process_s)
 
 
 def _num_used(batches: Sequence[Batch], group: Group, first_step: int, end_step: int) -> int:
@@ -185,26 +192,29 @@ def _excess(run: _Run, began_s: float, elapsed_s: float, base_s: float) -> float
     return sum(run.step_s[index] - base_s for index in _within(run, began_s, elapsed_s))
 
 
-def _flush_in_process(
-    bench: CuttingBench, batches: Sequence[Batch], planned: ArmSettings
-) -> list[float]:
-    """Seconds of flushes of the same cache to a store of this process: what memory gives."""
-    group = bench.remote.group
-    embeddings = EmbeddingBagCollection(group.tables, optimizer=group.optimizer, seed=SEED)
-    device, seconds = Device(bench.remote, embeddings), []
-    try:
-        with stream_of(embeddings, batches, planned) as stream:
-            for _ in range(planned.warmup_steps):
-                device.step(next(stream), 0.0)
-            for _ in range(bench.num_cuts):
-                began = time.perf_counter()
-                stream.flush()
-                seconds.append(time.perf_counter() - began)
-                for _ in range(SETTLING_STEPS):
-                    device.step(next(stream), 0.0)
-    finally:
-        embeddings.close()
-    return seconds[1:] or seconds  # the first one finds pages that nobody had
+class _InProcess:
+    """The same cache over a store of this process, whose flushes show what memory gives."""
+
+    def __init__(
+        self, bench: CuttingBench, batches: Sequence[Batch], planned: ArmSettings, stack: ExitStack
+    ) -> None:
+        group = bench.remote.group
+        embeddings = EmbeddingBagCollection(group.tables, optimizer=group.optimizer, seed=SEED)
+        stack.callback(embeddings.close)
+        self._device = Device(bench.remote, embeddings)
+        self._stream = stack.enter_context(stream_of(embeddings, batches, planned))
+        self._steps(planned.warmup_steps)
+
+    def flush_s(self) -> float:
+        """Seconds of a flush, some steps behind the one before."""
+        self._steps(SETTLING_STEPS)
+        began = time.perf_counter()
+        self._stream.flush()
+        return time.perf_counter() - began
+
+    def _steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self._device.step(next(self._stream), 0.0)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_cuts_of_a_run_are_taken_apart(tmp_path: Path) -> None:
     # all that is in the cache is flushed, whether it has changed or not
     assert second.num_records >= max(second.rows_used, second.rows_flushed) > 0
     assert min(first.flush_s, first.take_s, first.written_s) > 0
-    assert len(found.in_process_s) == 1
+    assert len(found.in_process_s) == 2
     summary = _summary(bench, None, asdict(found))
     for cut in summary["cuts"]:
         assert 1 <= cut["bytes_over_records"] < 1.1

@@ -320,17 +320,18 @@ def test_a_flush_of_16_mb_sends_half_of_it_before_the_rest_is_read() -> None:
     assert store.happened[:2] == ["sent [10, 11]", "sent [12, 13]"]
 
 
-def test_a_flush_sends_a_block_while_the_one_before_is_on_its_way(
+def test_a_flush_sends_a_block_while_two_before_are_on_their_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(transfers, "_FLUSH_BLOCK_BYTES", 4)  # a row each
     cache, store = Cache(), SentStore()
     mover = RecordMover([cache], [store], None, None)  # type: ignore[list-item]
-    fetched, to_device = moves({}, {10: 0, 11: 1, 12: 2})
+    fetched, to_device = moves({}, {10: 0, 11: 1, 12: 2, 13: 3})
     mover.fill(mover.issue(PLAN, [fetched], 0, to_device))
     cache.memory += 1000
     mover.write_all()
     mover.close()
-    sent, waited = ([f"{what} [{row}]" for row in (10, 11, 12)] for what in ("sent", "waited for"))
-    assert store.happened == [sent[0], sent[1], waited[0], sent[2], waited[1], waited[2]]
-    assert store.records[10:13, 0].tolist() == [1010, 1011, 1012]
+    rows = 10, 11, 12, 13
+    sent, waited = ([f"{what} [{row}]" for row in rows] for what in ("sent", "waited for"))
+    assert store.happened == [*sent[:3], waited[0], sent[3], *waited[1:]]
+    assert store.records[10:14, 0].tolist() == [1010, 1011, 1012, 1013]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import socket
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -63,6 +65,24 @@ def test_as_many_rows_as_a_message_may_have_are_fetched(place: Host) -> None:
     stream.send(place.header(What.FETCH, offset), rows)
     stream.receive()
     np.testing.assert_array_equal(out, initial(GROUP, rows))
+
+
+def test_requests_of_many_rows_are_sent_before_a_server_reads_any(place: Host) -> None:
+    """Else a trainer that flushes stands still each time, and its server then waits for it."""
+    name = f"bagpipe-test-{secrets.token_hex(8)}"
+    header, rows = place.header(What.WRITE), np.zeros(MAX_ROWS, np.int64)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.bind(f"\0{name}")
+        silent.listen()
+        with closing(StagingStream(name, place.memory, header, timeout_s=TIMEOUT_S)) as stream:
+            sending = threading.Thread(
+                target=lambda: [stream.send(header, rows) for _ in range(3)], daemon=True
+            )
+            sending.start()
+            sending.join(SOON_S)
+            is_held_up = sending.is_alive()
+            stream.cancel()
+    assert not is_held_up
 
 
 def test_a_fetch_waits_for_the_marks_of_its_fence(place: Host) -> None:

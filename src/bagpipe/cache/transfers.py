@@ -55,6 +55,9 @@ _MAX_PENDING_WRITES = 64
 
 More would let a slow store fill the memory."""
 _FLUSH_BLOCK_BYTES = 8 << 20
+_FLUSH_BLOCKS_UNDER_WAY = 2
+"""Blocks of a flush that are on their way while the next one is read: with one alone a shard
+server waits each time for a trainer that waits for it."""
 _NUM_THREADS = max(1, min(2, (os.cpu_count() or 1) // 4))
 """That write back, and on CUDA as many that gather.
 
@@ -182,7 +185,7 @@ class RecordMover:
                     self._streams.current().synchronize()
                 sent = self._sends[index](rows_of_slots[block], buffer.array)
                 under_way.append(partial(self._write_back, sent, buffer))
-                if len(under_way) > 1:  # the next block is read while one is on its way
+                if len(under_way) > _FLUSH_BLOCKS_UNDER_WAY:
                     under_way.popleft()()
         for sent in under_way:
             sent()

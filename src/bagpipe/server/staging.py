@@ -46,6 +46,9 @@ MAX_ROWS = 16_384
 MAX_UNDER_WAY = 64
 """Requests of a stream that may wait for their answers; with many more both ends might wait for
 room in the other's socket."""
+_SEND_BUFFER_BYTES = 2 << 20
+"""Of the system's, for a trainer's requests; it may give less. By default one of many rows fills it
+and its trainer stands still until the server has taken it."""
 _NOBODY = "0" * 32
 HEADER_BYTES = len(Header(what=What.ANSWER, epoch=0, instance=_NOBODY).encode())
 _MAX_MESSAGE_BYTES = HEADER_BYTES + 8 * MAX_ROWS
@@ -228,6 +231,7 @@ class StagingStream:
         """
         self._is_open = False
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         _limit(self._connection, socket.SO_SNDTIMEO, timeout_s)
         try:
             connect_unix(self._connection, f"\0{address}")
