@@ -25,6 +25,20 @@ def test_a_number_is_not_used_again_when_its_cuts_are_gone(tmp_path: Path) -> No
     assert claim_epoch(tmp_path).epoch == 3
 
 
+def test_what_a_start_that_died_has_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    died = claim_epoch(tmp_path)
+    (died.cuts / "1").mkdir()
+    (died.cuts / "1" / "group-0.arrow").write_text("half of it")
+    unnamed = tmp_path / "epochs" / ".new-0123"  # of one that died before it had a number
+    (unnamed / "cuts").mkdir(parents=True)
+    for epoch in (2, 3):  # of which the first dies at once
+        run = claim_epoch(tmp_path)
+        assert run.epoch == epoch
+        assert list(run.cuts.iterdir()) == []
+        assert run.identity == died.identity
+        assert sorted(path.name for path in died.cuts.parent.iterdir()) == ["claim.json"]
+
+
 def test_an_older_epoch_can_no_longer_put_a_checkpoint_in_place(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()

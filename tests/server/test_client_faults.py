@@ -92,34 +92,6 @@ def test_a_server_that_is_out_of_memory_says_so(
     assert "divide the tables among more servers" in message
 
 
-@pytest.mark.parametrize(
-    ("change", "fact"),
-    [
-        ("order", "its shard is 1, here it is 0"),
-        ("fewer", "its num_shards is 3, here it is 2"),
-        ("version", f"its version is {wire.VERSION + 1}, here it is {wire.VERSION}"),
-        ("seed", "it has other tables, another optimizer or another seed"),
-        ("tables", "it has other tables, another optimizer or another seed"),
-    ],
-)
-def test_servers_of_another_configuration_are_refused(
-    servers: Servers, change: str, fact: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if change == "version":
-        call, newer = ServerControl._call, {"version": wire.VERSION + 1}
-        monkeypatch.setattr(ServerControl, "_call", lambda *of: call(*of).model_copy(update=newer))
-    addresses, groups, seed = servers.addresses, servers.groups, SEED
-    if change == "order":
-        addresses = [addresses[1], addresses[0], addresses[2]]
-    if change == "fewer":
-        addresses = addresses[:2]
-    if change == "tables":
-        groups = (make_group(num_rows=1_301),)
-    message = raised(lambda: ServerControl(addresses, groups, seed + (change == "seed")))
-    assert fact in message
-    assert "start servers and trainers with one configuration" in message
-
-
 def test_closing_ends_what_is_under_way_and_leaves_no_thread(
     servers: Servers, pool: ThreadPoolExecutor
 ) -> None:
