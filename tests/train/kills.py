@@ -1,4 +1,8 @@
-"""A run of two trainers over a shard server, of which processes are killed or stopped at random.
+"""A run of two trainers over shard servers, of which processes are killed or stopped at random.
+
+Up to seed 69 the trainers start a server on their host, and faults come after random steps. From
+then on there are two servers at given addresses, and faults come within a flush, a cut or a
+recovery (`tests/train/phases.py`).
 
 As a program it tries seeded cases, or those that are named: `python -m tests.train.kills 0 1 2`.
 """
@@ -9,16 +13,19 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.processes import is_alive, of_process
+from tests.train.phases import LASTS_S, PHASES, num_told
+from tests.train.phases import VARIABLE as PHASES_FILE
 from tests.train.test_servers import dense_of, tables_of
 
 from bagpipe.checkpoint.files import list_checkpoints
@@ -54,13 +61,20 @@ folder = "{folder}"
 every_steps = 10
 tensorboard = false
 [servers]
+addresses = {addresses}
 timeout_s = 20.0
 start_timeout_s = 30.0
 """
 VICTIMS = ("rank 0", "rank 1", "oracle", "server", "launcher")
+SERVERS = ("server 0", "server 1")
+NUM_SEEDS = 100
+FIRST_IN_PHASES = 70
+"""From this seed on there are two servers at addresses, and faults come within phases."""
 _LIMIT_S = 240.0
 _WAIT_TIMEOUT_S = 45.0
 """After which a trainer gives up one that is stopped."""
+_SERVER_STOPS_S = 25.0
+"""For which a server at an address is stopped: longer than its trainers wait."""
 _FOLDER = "RUN_OF_A_TEST"
 
 
@@ -73,11 +87,14 @@ class Fault:
     delay_s: float = 0.0
     stops: bool = False
     """Whether it is stopped, and goes on once it has been replaced, rather than killed."""
+    phase: str = ""
+    """In the next one of these after that step; empty: anywhere."""
 
     def __str__(self) -> str:
+        where = f" in a {self.phase}" if self.phase else ""
         return (
             f"{' and '.join(self.victims)} {'stopped' if self.stops else 'killed'} "
-            f"{self.delay_s:.2f} s after step {self.at_step}"
+            f"{self.delay_s:.2f} s{where} after step {self.at_step}"
         )
 
 
@@ -87,6 +104,8 @@ def random_faults(seed: int) -> list[Fault]:
     From seed 60 on trainers and oracles are stopped, too.
     """
     draw = random.Random(seed)
+    if seed >= FIRST_IN_PHASES:
+        return _faults_in_a_phase(draw, PHASES[seed % len(PHASES)])
     stoppable = {"server"} if seed < 60 else set(VICTIMS) - {"launcher"}
     faults = []
     for _ in range(draw.choice([1, 1, 2])):
@@ -102,33 +121,81 @@ def random_faults(seed: int) -> list[Fault]:
     return sorted(faults, key=lambda fault: fault.at_step)
 
 
-def write_run(folder: Path, *, steps: int = NUM_STEPS, wait_timeout_s: float = 1800.0) -> Path:
+def _faults_in_a_phase(draw: random.Random, phase: str) -> list[Fault]:
+    """One fault within the phase; before a recovery another one, which leads to it."""
+    everyone = [name for name in VICTIMS if name != "server"] + list(SERVERS)
+    victims = tuple(draw.sample(everyone, 2 if draw.random() < 0.3 else 1))
+    at_step = draw.choice([0, 10, 40, 60, 80, 100])
+    fault = Fault(
+        victims=victims,
+        at_step=at_step,
+        delay_s=draw.uniform(0.0, LASTS_S),
+        stops=len(victims) == 1 and victims[0] in SERVERS and draw.random() < 0.3,
+        phase=phase,
+    )
+    if phase != "recovery":
+        return [fault]
+    first = draw.choice(["rank 0", "rank 1", *SERVERS])
+    return [Fault(victims=(first,), at_step=at_step, delay_s=draw.random()), fault]
+
+
+def write_run(
+    folder: Path,
+    *,
+    steps: int = NUM_STEPS,
+    wait_timeout_s: float = 1800.0,
+    addresses: Sequence[str] = (),
+) -> Path:
     file = folder / "run.toml"
-    text = RUN.format(folder=folder / "run", steps=steps, wait_timeout_s=wait_timeout_s)
+    text = RUN.format(
+        folder=folder / "run",
+        steps=steps,
+        wait_timeout_s=wait_timeout_s,
+        addresses=list(addresses),
+    )
     file.write_text(text)
     return file
+
+
+def _free_addresses(number: int) -> list[str]:
+    with ExitStack() as stack:
+        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [f"127.0.0.1:{each.getsockname()[1]}" for each in found]
 
 
 class Run:
     """A run under torchrun, started again by hand where torchrun itself is killed."""
 
-    def __init__(self, folder: Path, *, stops_trainers: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, stops_trainers: bool = False, in_phases: bool = False
+    ) -> None:
         wait_timeout_s = _WAIT_TIMEOUT_S if stops_trainers else 1800.0
-        self.folder, self._file = folder, write_run(folder, wait_timeout_s=wait_timeout_s)
+        addresses = _free_addresses(len(SERVERS)) if in_phases else []
+        self.folder = folder
+        self._file = write_run(folder, wait_timeout_s=wait_timeout_s, addresses=addresses)
+        self._phases = folder / "phases"
+        self._module = "tests.train.phases" if in_phases else "bagpipe"
         self._stopped: list[int] = []
         self.hits: list[str] = []
         """Who was there to be killed or stopped."""
         self._out = (folder / "out").open("a")
+        self._servers = {name: self._serve(name) for name in SERVERS[: len(addresses)]}
         self._launcher = self._launch()
 
     def _launch(self) -> subprocess.Popen[bytes]:
+        return self._start(
+            *("torch.distributed.run", "--standalone", "--max-restarts=9", "--nproc-per-node=2"),
+            *("-m", self._module, "train", str(self._file), "--resume"),
+        )
+
+    def _serve(self, name: str) -> subprocess.Popen[bytes]:
+        return self._start(self._module, "serve", str(self._file), "--shard", name[-1])
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        own = {"OMP_NUM_THREADS": "1", _FOLDER: str(self.folder), PHASES_FILE: str(self._phases)}
         return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--max-restarts=9", "--nproc-per-node=2"),
-                *("-m", "bagpipe", "train", str(self._file), "--resume"),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1", _FOLDER: str(self.folder)},
+            [sys.executable, "-m", *arguments],
+            env=os.environ | own,
             stdout=self._out,
             stderr=subprocess.STDOUT,
         )
@@ -138,25 +205,41 @@ class Run:
         for fault in faults:
             if not self._await(lambda fault=fault: self._step() >= fault.at_step):  # type: ignore[misc]
                 break
+            before = num_told(self._phases, fault.phase)
+            if fault.phase and not self._await(
+                lambda fault=fault, before=before: num_told(self._phases, fault.phase) > before  # type: ignore[misc]
+            ):
+                break
             time.sleep(fault.delay_s)
-            found = self._processes()
-            hit = [name for name in fault.victims if name in found]
-            self.hits += hit
-            victims = [found[name] for name in hit]
-            for pid in victims:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP if fault.stops else signal.SIGKILL)
-            self._stopped += victims if fault.stops else []
-            if "launcher" in fault.victims:
-                self._launcher.wait()
-                self._await(lambda: not self._others())
-                self._launcher = self._launch()
+            self._strike(fault)
         self._await(lambda: self._launcher.poll() is not None)
         assert self._launcher.returncode == 0, self.output()
         for pid in self._stopped:  # replaced: what it still does must harm nobody
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+        for server in self._servers.values():
+            server.terminate()
         self._out.close()
+
+    def _strike(self, fault: Fault) -> None:
+        found = self._processes()
+        hit = [name for name in fault.victims if name in found]
+        self.hits += hit
+        for name in hit:
+            with suppress(ProcessLookupError):
+                os.kill(found[name], signal.SIGSTOP if fault.stops else signal.SIGKILL)
+        for name in hit:
+            if name not in self._servers:
+                self._stopped += [found[name]] if fault.stops else []
+            elif fault.stops:  # nobody can replace it at its address
+                time.sleep(_SERVER_STOPS_S)
+                os.kill(found[name], signal.SIGCONT)
+            else:
+                self._servers[name].wait()
+                self._servers[name] = self._serve(name)
+        if "launcher" in fault.victims:
+            self._launcher.wait()
+            self._launcher = self._launch()  # at once: its trainers may still be there
 
     def output(self) -> str:
         return (self.folder / "out").read_text()[-6000:]
@@ -202,9 +285,9 @@ class Run:
                 found["oracle"] = pid
             elif "bagpipe.server.local" in command:
                 found["server"] = pid
-            elif "bagpipe\0train" in command and rank is not None:
+            elif f"{self._module}\0train" in command and rank is not None:
                 found[f"rank {rank[1]}"] = pid
-        return found
+        return found | {name: server.pid for name, server in self._servers.items()}
 
     def _others(self) -> list[int]:
         """All processes of this run but torchrun: they have inherited a variable of its own."""
@@ -226,7 +309,11 @@ def assert_ends_as_undisturbed(folder: Path, faults: list[Fault], undisturbed: P
         Who was killed or stopped.
     """
     stopped = {victim for fault in faults if fault.stops for victim in fault.victims}
-    run = Run(folder, stops_trainers=bool(stopped - {"server"}))
+    run = Run(
+        folder,
+        stops_trainers=bool(stopped - {"server", *SERVERS}),
+        in_phases=any(fault.phase for fault in faults),
+    )
     try:
         run.finish(faults)
         assert list_checkpoints(folder / "run" / "checkpoints"), run.output()
@@ -275,4 +362,4 @@ def main(seeds: list[int]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended
-    sys.exit(main([int(seed) for seed in sys.argv[1:]] or list(range(60))))
+    sys.exit(main([int(seed) for seed in sys.argv[1:]] or list(range(NUM_SEEDS))))

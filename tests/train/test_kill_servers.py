@@ -1,8 +1,8 @@
 """Servers that are given by address are killed and stopped, a trainer is stopped and replaced: the
 run ends in the parameters of one that nothing happened to.
 
-Every role is a process, forked from a server that has imported everything. `tests/train/kills.py`
-does the like under torchrun, with a server that trainers start; tests/model simulates the rest.
+Every role is a process, forked from a server that has imported everything, so that it takes
+seconds. `tests/train/kills.py` does the like under torchrun, and tests/model simulates the rest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 
 NUM_SHARDS = 2
-NUM_STEPS = 80
+NUM_STEPS = 50
 SERVERS = ("server 0", "server 1")
 
 
@@ -129,7 +129,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.soak
 def test_all_servers_are_killed_at_once(tmp_path: Path, undisturbed: Path) -> None:
     with running_cluster(tmp_path) as cluster:
         cluster.start_trainer()
@@ -158,7 +157,6 @@ def test_a_server_that_was_stopped_and_goes_on_serves_the_next_start(
     assert_same(tmp_path, undisturbed)
 
 
-@pytest.mark.soak
 def test_a_trainer_that_was_stopped_and_replaced_changes_nothing(
     tmp_path: Path, undisturbed: Path
 ) -> None:

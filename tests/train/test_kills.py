@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.train.kills import (
+    NUM_SEEDS,
     Fault,
     Run,
     assert_ends_as_undisturbed,
@@ -59,6 +60,6 @@ def test_an_undisturbed_run_that_is_interrupted_leaves_nothing(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(70))
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_random_faults(tmp_path: Path, undisturbed: Path, seed: int) -> None:
     assert_ends_as_undisturbed(tmp_path, random_faults(seed), undisturbed)
