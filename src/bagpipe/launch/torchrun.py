@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import secrets
+import select
 import signal
 import socket
 import sys
@@ -34,7 +35,7 @@ _MEETING = "bagpipe/meeting"
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 _EXIT_SECONDS = 10
-"""How long a rank that failed may take to end, before it is killed."""
+"""How long a rank that failed, or whose launcher has ended, may take to end before it is killed."""
 
 
 @contextmanager
@@ -47,6 +48,8 @@ def joined_trainers(wait_timeout_s: float) -> Iterator[Peers]:
     if num_trainers == 1:
         yield ALONE
         return
+    if torchrun_launcher() is not None:
+        end_with(os.getppid())
     num_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_trainers))
     backend = "gloo"
     if torch.cuda.device_count() >= num_on_host and dist.is_nccl_available():
@@ -67,6 +70,26 @@ def joined_trainers(wait_timeout_s: float) -> Iterator[Peers]:
             end_soon()
         raise
     dist.destroy_process_group()
+
+
+def end_with(launcher: int, within_s: float = _EXIT_SECONDS) -> None:
+    """Lets this process end so soon after the process that has started it, if need be by force.
+
+    Nobody would start the trainers again. Most notice it, since the place where they meet is gone,
+    too. But one that waits for its oracle process, which waits for another trainer, would not.
+    """
+
+    def wait() -> None:
+        with suppress(ProcessLookupError):  # it is gone already
+            select.select([os.pidfd_open(launcher)], [], [])
+        time.sleep(within_s)
+        sys.stderr.write(
+            f"error: the process that started this trainer ({launcher}) has ended: start it again "
+            "with --resume, and the run goes on from its newest checkpoint\n"
+        )
+        os._exit(2)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 def end_soon() -> None:
