@@ -28,7 +28,7 @@ from tests.train.test_trainers import (
 )
 
 from bagpipe.cache import device_cache, exchange, kernels_cpu, plan_rings
-from bagpipe.cache.exchange_graph import BetweenGraph, SharedUpdate
+from bagpipe.cache.exchange_graph import BehindGraph, SharedUpdate
 from bagpipe.cache.plan_layout import HostPlanRings
 from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.optimizers import AdamW, RowWiseAdagrad
@@ -48,15 +48,15 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[int] = []
         """Ranks that have made a graph of what is behind compute."""
-        make = BetweenGraph.__init__
+        make = BehindGraph.__init__
 
-        def making(graph: BetweenGraph, launcher: Any, *arguments: Any) -> None:
+        def making(graph: BehindGraph, launcher: Any, *arguments: Any) -> None:
             self.made.append(launcher._communicator.rank)
             make(graph, launcher, *arguments)
 
-        monkeypatch.setattr(BetweenGraph, "__init__", making)
-        self.counts = dict.fromkeys((SharedUpdate, BetweenGraph), 0)
-        for owner, name in ((SharedUpdate, "__call__"), (BetweenGraph, "_launch")):
+        monkeypatch.setattr(BehindGraph, "__init__", making)
+        self.counts = dict.fromkeys((SharedUpdate, BehindGraph), 0)
+        for owner, name in ((SharedUpdate, "__call__"), (BehindGraph, "_launch")):
             monkeypatch.setattr(owner, name, self._counted(owner, getattr(owner, name)))
 
     def _counted(self, owner: type, original: Callable[..., None]) -> Callable[..., None]:

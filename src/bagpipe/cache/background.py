@@ -38,23 +38,6 @@ class BackgroundThread:
         self._thread.close(wait=wait)
 
 
-class ComputeStream:
-    """Work of a GPU between the compute of two steps, on the stream that is current.
-
-    It is for kernels that wait for other GPUs. On two streams they hold each other up: while one
-    waits, the GPU may not begin what the other stream has for about a millisecond, though another
-    GPU waits for that (docs/lab/several-trainers.md).
-    """
-
-    def start(self, work: Callable[..., None], *arguments: Any) -> Callable[[], object]:
-        """Asks the device for it; what is returned does nothing, since all compute follows it."""
-        work(*arguments)
-        return tuple
-
-    def close(self, *, wait: bool) -> None:
-        """Nothing to end: the executor waits for the device."""
-
-
 class BackgroundStream:
     """Work behind a GPU's compute: after that of the last tick, beside what is issued next."""
 

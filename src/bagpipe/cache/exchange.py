@@ -15,10 +15,9 @@ part. A row's contributions are added in the order of ranks and its optimizer ru
 owner. All of it is made of the kernels of a single trainer: sums by row are a descent from zero,
 and applying is an update whose bags are the sums.
 
-On a CPU a thread does what is in the background. On CUDA the trainer's thread asks for it too. By
-NCCL it is on a stream of its own: it follows the compute issued before the tick, and the compute
-that needs its result follows it, all by events. By peer memory, where it takes some 50 us, it is
-between the compute of two steps. Nothing there depends on what is ready when, so all ranks send the
+On a CPU a thread does what is in the background. On CUDA the trainer's thread asks for it too, on a
+stream of its own: it follows the compute issued before the tick, and the compute that needs its
+result follows it, all by events. Nothing there depends on what is ready when, so all ranks send the
 same messages in the same order. Where rows travel by peer memory, graphs hold the most of it
 (`exchange_graph`); then `note_update` says what one has done.
 
@@ -38,10 +37,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from bagpipe.cache.averaging import PeerAverage
-from bagpipe.cache.background import BackgroundStream, BackgroundThread, ComputeStream
+from bagpipe.cache.background import BackgroundStream, BackgroundThread
 from bagpipe.cache.device_cache import DeviceCache, UpdateRate
 from bagpipe.cache.device_plan import DeviceGroup, DevicePlan
-from bagpipe.cache.exchange_graph import BetweenGraph, SharedUpdate, are_same, lasting_rings
+from bagpipe.cache.exchange_graph import BehindGraph, SharedUpdate, are_same, lasting_rings
 from bagpipe.cache.exchange_messages import RowMessages, of_plan
 from bagpipe.cache.exchange_step import ExchangeStep, RowSums
 from bagpipe.cache.graph_rows import GroupUpdate
@@ -82,8 +81,8 @@ class Exchange:
         self._launcher = self._way.launcher  # what graphs exchange rows by, if they can
         self._messages = RowMessages(communicator, caches, self._way)
         self.dense_average = PeerAverage.by(self._launcher, communicator)
-        self._background = self._background_of(streams)
-        self._between: BetweenGraph | None = None
+        self._background = BackgroundThread() if streams is None else BackgroundStream(streams)
+        self._behind: BehindGraph | None = None
         self._sums = [cache.no_sums(0) for cache in self._caches]  # by group, of plans in rings
         self._steps: dict[int, ExchangeStep] = {}
         self._newest = 0  # step that has begun
@@ -95,13 +94,6 @@ class Exchange:
         # thread waits for rows.
         self._defers_late = streams is not None
         self._untold = ""  # what was done since the last act
-
-    def _background_of(
-        self, streams: Streams | None
-    ) -> BackgroundThread | BackgroundStream | ComputeStream:
-        if streams is None:
-            return BackgroundThread()
-        return BackgroundStream(streams) if self._launcher is None else ComputeStream()
 
     def begin_step(self, number: int) -> None:
         """Compares what ranks have done since the last step, before anything of this one is sent.
@@ -301,7 +293,7 @@ class Exchange:
         self._background.close(wait=wait)
         self._way.close(wait=wait)
         if wait:  # else the device may still replay them
-            self._between = None
+            self._behind = None
             if self.dense_average is not None:
                 self.dense_average.let_go()
         self._communicator.end_stream(has_failed=not wait)
@@ -326,25 +318,25 @@ class Exchange:
     ) -> None:
         if after is not None:
             after.on_device = filled()
-        if before is not None and after is not None and self._replay_between(before, after):
+        if before is not None and after is not None and self._replay_behind(before, after):
             return
         if before is not None:
             self._messages.sync(before, "overlapped")
         if after is not None:
             self._messages.send_replicas(after, "overlapped")
 
-    def _replay_between(self, before: ExchangeStep, after: ExchangeStep) -> bool:
+    def _replay_behind(self, before: ExchangeStep, after: ExchangeStep) -> bool:
         """Does both by a graph, if it can hold them."""
         rings = lasting_rings(after.on_device)
         if self._launcher is None or rings is None:
-            self._between = None  # what old rings take is needed for new ones
+            self._behind = None  # what old rings take is needed for new ones
             return False
         is_whole = len(before.sums) == len(self._caches)
         if not is_whole or not are_same(rings, lasting_rings(before.on_device)):
             return False
-        if self._between is None or not are_same(rings, self._between.rings):
-            self._between = BetweenGraph(self._launcher, self._caches, rings, self._sums)
-        self._between.replay(before.plan.step, [rate for _, rate in sorted(before.rates.items())])
+        if self._behind is None or not are_same(rings, self._behind.rings):
+            self._behind = BehindGraph(self._launcher, self._caches, rings, self._sums)
+        self._behind.replay(before.plan.step, [rate for _, rate in sorted(before.rates.items())])
         self._messages.note_launched(before, "sync_overlapped")
         self._messages.note_launched(after, "replicas_overlapped")
         return True

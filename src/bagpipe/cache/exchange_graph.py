@@ -2,7 +2,7 @@
 
     in the graph of a step      replicas that the step before has changed -> users;
                                 gradients summed by row; urgent ones -> owners, who apply them
-    in a graph between steps    gradients that the step before deferred -> owners, who apply them;
+    in a graph behind compute   gradients that the step before deferred -> owners, who apply them;
                                 replicas of the step that follows -> users
 
 Both do what `Exchange` does without a graph, in the same order, so a rank may replay a graph while
@@ -99,8 +99,8 @@ class SharedUpdate:
         self._cache.apply(of_no_rows(self.applied), self._sums, rate=self._cache.rate_of(1))
 
 
-class BetweenGraph:
-    """What travels between two steps, as long as plans lie in the same rings.
+class BehindGraph:
+    """What travels behind compute, as long as plans lie in the same rings.
 
     Its graph is captured at the first replay. If it can't be, the same is launched call by call.
     """
@@ -167,7 +167,7 @@ class BetweenGraph:
             with captured_graph(torch.cuda.Stream(device)) as graph:
                 self._launch()
         except RuntimeError as error:
-            _logger.warning("what trainers exchange between steps is in no graph: %s", error)
+            _logger.warning("what trainers exchange behind compute is in no graph: %s", error)
             return None
         return graph
 

@@ -8,7 +8,8 @@ where they are needed, on the stream on which they are needed.
                             overlapped: the same
 
 A region holds the rows that one rank sends to this one in one round. There are two for each sender,
-which take turns, and a pair of them for each moment, whose messages have an order of their own.
+which take turns, and a pair of them for each moment, since urgent and overlapped messages are on
+different streams and nothing orders them.
 
 When may a region be written again? Ranks go in lockstep: messages of one moment are the same on all
 ranks, in the same order, and a launch begins once all programs of the one before have ended, as on
@@ -71,8 +72,8 @@ _logger = logging.getLogger("bagpipe.lookahead")
 _MAX_BYTES: Final = 256 << 20
 """Of a rank's memory for the others' rows; what does not fit goes in more rounds."""
 _ALIGNMENT: Final = 4096
-_NUM_PROGRAMS: Final[dict[Moment, int]] = {"urgent": 64, "overlapped": 64}
-"""Of a launch, about; compute follows all of them."""
+_NUM_PROGRAMS: Final[dict[Moment, int]] = {"urgent": 64, "overlapped": 16}
+"""Of a launch, about. Those that wait take room from compute, which urgent ones hold up anyway."""
 _LOOK_AFTER_S: Final = 0.5
 _LOOK_FOR_FAILED_AFTER_S: Final = 2.0
 _left_behind: list[object] = []

@@ -20,6 +20,10 @@ rank may never raise the flag. All threads of a program must leave the loop toge
 a number for itself, and the host may write between two loads. What an atomic operation returns, one
 thread has asked for and all are given. So the host's word goes into one on the device by such an
 operation, and the loop ends by what that returns.
+
+Loads of one word of the host come one after the other, some 2 us each, and all warps of all
+programs make one. While they do, no program sees its flag. So programs ask the host seldom and at
+different times; the word on the device, which costs little, they ask for more often.
 """
 
 from __future__ import annotations
@@ -45,6 +49,10 @@ from bagpipe.cache.triton_launch import (
 
 _TILE = Tiling(elements=4096, per_thread=16)
 _NO_END = (1 << 31) - 1
+_POLLS_A_LOOK = tl.constexpr(64)
+"""Polls of a flag after which a program asks whether another one knows that waiting has ended."""
+_POLLS_A_CALL = tl.constexpr(8192)
+"""Polls after which it asks the host, some milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +256,8 @@ def travel(
             flag = theirs + flags_at + (rank * PARTS + part) * 8
             tl.atomic_xchg(flag.to(tl.pointer_type(tl.int64)), in_round, sem="release", scope="sys")
         if RECEIVES:
-            has_come = _wait(own + flags_at + twin * 8, in_round, stop_address, stopped)
+            flag_here = own + flags_at + twin * 8
+            has_come = _wait(flag_here, in_round, stop_address, stopped, tl.program_id(0))
             tl.debug_barrier()
             come_here = tl.minimum(num_received - first, num_rows)
             come_here = tl.where(has_come < in_round, 0, come_here)
@@ -275,16 +284,22 @@ def travel(
 
 @device_function
 def _wait(
-    flag_address: tl.tensor, in_round: tl.tensor, stop_address: tl.tensor, stopped: tl.tensor
+    flag_address: tl.tensor,
+    in_round: tl.tensor,
+    stop_address: tl.tensor,
+    stopped: tl.tensor,
+    program: tl.tensor,
 ) -> tl.tensor:
     """The number of the last round that has come: `in_round` at least, unless the host ends it."""
     flag = flag_address.to(tl.pointer_type(tl.int64))
     stop = stop_address.to(tl.pointer_type(tl.int32))
     has_come = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    is_stopped, num_polls = 0, 0
+    is_stopped, num_polls = 0, program * 2 * _POLLS_A_LOOK
     while (has_come < in_round) & (is_stopped == 0):
         has_come = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
         num_polls += 1
-        if num_polls % 64 == 0:  # the host's memory is far
+        if num_polls % _POLLS_A_CALL == 0:
             is_stopped = tl.atomic_max(stopped, tl.load(stop, volatile=True))
+        elif num_polls % _POLLS_A_LOOK == 0:
+            is_stopped = tl.atomic_max(stopped, 0)
     return has_come
