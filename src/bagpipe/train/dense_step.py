@@ -19,12 +19,10 @@ written, since each size would be compiled anew. Compiling can fail, for instanc
 machine has no C compiler: the part is then captured as written. A capture can fail, because the
 part does what no graph can hold: every batch then runs eagerly. A sentence says so.
 
-With several trainers there are two ways to average gradients. The dense part may be a
-DistributedDataParallel, which averages them itself but is not captured. Or `average` is given: then
-there are two graphs, and between them the gradients are averaged. What peer memory averages, the
-graph with `rows` holds, and so all of the step. A capture sends no message, and rows are updated
-before the average whatever graphs hold. So it does not matter when, or whether, the other trainers
-capture theirs.
+With several trainers `average` is given: then there are two graphs, and between them the gradients
+are averaged. What peer memory averages, the graph with `rows` holds, and so all of the step. A
+capture sends no message, and rows are updated before the average whatever graphs hold. So it does
+not matter when, or whether, the other trainers capture theirs.
 """
 
 from __future__ import annotations
