@@ -17,6 +17,7 @@ from typing import Any
 import bagpipe
 
 _PLACES = (str(Path(bagpipe.__file__).parent), contextlib.__file__, threading.__file__)
+_START_TIMEOUT_S = 5.0
 _set_interrupt: Any = ctypes.PYFUNCTYPE(None, ctypes.py_object, ctypes.py_object, ctypes.py_object)(
     ctypes.cast(ctypes.pythonapi.PyErr_SetInterrupt, ctypes.c_void_p).value
 )
@@ -68,3 +69,12 @@ def interrupted(at: int | None, *, by_line: bool = False) -> Iterator[Moments]:
             with contextlib.suppress(KeyboardInterrupt):
                 signal.signal(signal.SIGINT, before)
                 is_restored = True
+        _forget_unstarted()
+
+
+def _forget_unstarted() -> None:
+    """Python counts a thread whose start was interrupted among those that run, for ever."""
+    limbo: dict[threading.Thread, Any] = threading._limbo  # type: ignore[attr-defined]
+    for thread in list(limbo):
+        if not thread._started.wait(_START_TIMEOUT_S):  # type: ignore[attr-defined]
+            limbo.pop(thread, None)
