@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,41 @@ def test_errors_of_ours_arrive_as_they_are() -> None:
         drain(process)
     assert caught.value.num_slots == 200
     process.close()
+
+
+def test_spans_are_noted_from_the_beginning_to_the_end_of_a_trace_alone() -> None:
+    process, num_items = start(Batches(150)), 0
+    assert process.spans is not None
+    items = process.items()
+
+    def take(num: int) -> None:
+        nonlocal num_items
+        for item in islice(items, num):
+            assert item.release is not None
+            item.release()
+            num_items += 1
+
+    take(20)
+    assert process.spans.end() == []
+    began_ns = time.time_ns()
+    process.spans.begin()
+    take(50)
+    noted = process.spans.end()
+    ended_ns = time.time_ns()
+    assert {span.name for span in noted} == {
+        f"bagpipe.oracle.{stage}" for stage in ("read", "dedup", "link", "plan")
+    }
+    # what the process has ready before it is told to note, it has not planned since
+    assert sum(span.name == "bagpipe.oracle.plan" for span in noted) <= 50 + NUM_PLACES + 4
+    for span in noted:
+        assert began_ns <= span.begin_ns <= span.end_ns <= ended_ns
+        assert span.process_id == process._process.pid  # type: ignore[union-attr]
+    take(40)  # by now it has heard of the end
+    num_noted = len(process.spans.end())
+    take(150)
+    assert num_items == 150
+    process.close()
+    assert len(noted) <= num_noted == len(process.spans.end())  # which outlives the process
 
 
 @pytest.mark.usefixtures("as_users_have_it")

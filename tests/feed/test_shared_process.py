@@ -179,6 +179,7 @@ def test_each_rank_gets_what_it_would_plan_for_itself(num_trainers: int) -> None
         return num_items
 
     with shared(num_trainers, batches) as ends:
+        assert [end.spans is not None for end in ends] == [True] + [False] * (num_trainers - 1)
         assert (
             outcomes(
                 [lambda rank=rank, end=end: compare(rank, end) for rank, end in enumerate(ends)]

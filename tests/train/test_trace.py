@@ -49,6 +49,41 @@ def test_a_trace_names_the_stages_of_all_threads(tmp_path: Path) -> None:
         )
 
 
+def test_a_trace_has_the_stages_of_an_oracle_process(tmp_path: Path) -> None:
+    train(
+        small_config(tmp_path, train={"steps": 120}, cache={"oracle": "process"}),
+        reporter=SilentReporter(),
+        trace=TraceOptions(path=tmp_path / "trace.json", num_steps=40),
+    )
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    (oracle,) = {
+        event["pid"]
+        for event in events
+        if event["name"] == "process_name" and event["args"]["name"] == "oracle"
+    }
+    threads = {
+        event["tid"]: event["args"]["name"]
+        for event in events
+        if event["name"] == "thread_name" and event["pid"] == oracle
+    }
+    spans = [event for event in events if event["pid"] == oracle and event["ph"] == "X"]
+    where = {event["name"]: threads[event["tid"]] for event in spans}
+    assert set(where) == {f"bagpipe.oracle.{stage}" for stage in ("read", "dedup", "link", "plan")}
+    assert where["bagpipe.oracle.link"] == "bagpipe-reader"
+    assert where["bagpipe.oracle.plan"] == "bagpipe-planner"
+    assert where["bagpipe.oracle.dedup"].startswith("bagpipe-dedup")
+    (whole,) = [event for event in events if event.get("cat") == "Trace"]
+    for event in spans:
+        assert event["dur"] > 0
+        assert whole["ts"] <= event["ts"]
+        assert event["ts"] + event["dur"] <= whole["ts"] + whole["dur"]
+    assert not [
+        event
+        for event in events
+        if event["name"].startswith("bagpipe.oracle") and event["pid"] != oracle
+    ]
+
+
 class ShortOfDisk(Listener):
     """Lets no file grow beyond 2,000 bytes from a step on to another."""
 

@@ -28,6 +28,7 @@ from bagpipe.embeddings.move import MakeBatch, Move, packed_apart, take_apart
 from bagpipe.embeddings.oracle_process import start_oracle
 from bagpipe.errors import BackgroundError, ConfigError, DataError, LostError, UsageError
 from bagpipe.feed.loader_states import LoaderStates
+from bagpipe.feed.noted import OracleSpans
 from bagpipe.feed.source import PlanSource, ProcessSource, ThreadSource, num_places
 from bagpipe.feed.stream import BatchAdapter, Planned, StreamOptions
 from bagpipe.native.fork import check_same_process
@@ -108,6 +109,11 @@ class Lookahead(Generic[BatchT]):
     def waits(self) -> Waits:
         """Seconds that the training loop waited for plans, rows and slots, so far."""
         return self._executor.waits
+
+    @property
+    def oracle_spans(self) -> OracleSpans | None:
+        """What notes the spans of an oracle process that this trainer has started, for a trace."""
+        return self._source.process.spans if isinstance(self._source, ProcessSource) else None
 
     def __len__(self) -> int:
         """How many batches the loader has, those that were handed out included.

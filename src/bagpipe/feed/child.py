@@ -28,6 +28,7 @@ import numpy as np
 from bagpipe.errors import BackgroundError, BagpipeError, LostError
 from bagpipe.feed.loader_states import LoaderStates
 from bagpipe.feed.meeting import Door, Porch
+from bagpipe.feed.noted import SpanWriter
 from bagpipe.feed.seals import OpenBatches
 from bagpipe.feed.stream import BatchAdapter, Deferred, Planned, StreamOptions, plan_stream
 from bagpipe.feed.wire import FAILURE, ITEM, RELEASED, Failure, Packed, Region, map_region
@@ -58,7 +59,8 @@ def run_child(
     """The process's main function; returns once a trainer wants no more, or is gone.
 
     Args:
-        first: leads to the host's first rank, which sends its shared memory over it.
+        first: leads to the host's first rank, which sends its shared memory over it, and then the
+            file of spans.
         door: where the host's other ranks come in; None if there are none.
         batches: global batches, read here.
         options: how to plan, for all ranks of the host.
@@ -70,8 +72,9 @@ def run_child(
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
-    lines = _Lines(num_places)
-    lines.add(_Line(options.topology.ranks[0], first, reduction.recv_handle(first), num_places))
+    memory, spans = reduction.recv_handle(first), reduction.recv_handle(first)
+    lines = _Lines(num_places, SpanWriter(spans))
+    lines.add(_Line(options.topology.ranks[0], first, memory, num_places))
     if door is not None:
         failure = _admit_others(door, lines, options)
         if failure is not None:
@@ -163,8 +166,8 @@ def _exit_in_time() -> None:
 class _Lines:
     """The ways to all trainers."""
 
-    def __init__(self, num_places: int) -> None:
-        self.num_places = num_places
+    def __init__(self, num_places: int, spans: SpanWriter) -> None:
+        self.num_places, self._spans = num_places, spans
         self._lines: dict[int, _Line] = {}  # by file descriptor
         self._messages = select.poll()  # a connection's own poll takes twenty times as long
         self._wake = os.eventfd(0)
@@ -270,6 +273,8 @@ class _Lines:
             return self.departure(number)
         if message == RELEASED:
             line.num_released += 1
+            return None
+        if self._spans.obeys(message):
             return None
         line.has_departed = True
         return Failure(

@@ -12,6 +12,8 @@ are cut behind the old ones, twice as large as it needs.
     child -> trainer   messages of items, then the end or an error             over one
     trainer -> child   one message for each item released, or the wish to stop   socket
 
+While the trainer records a trace, the child notes its spans for it (`bagpipe.feed.noted`).
+
 Several trainers of one host share the child that the first of them starts. Each has a socket and
 shared memory of its own, and gets its own plans and its own share of the batches
 (`bagpipe.feed.child`). The others come to an address that the first tells them
@@ -45,6 +47,7 @@ from typing import Any, Generic, TypeVar
 from bagpipe.errors import ConfigError, LostError
 from bagpipe.feed.child import IGNORED_SIGNALS, run_child
 from bagpipe.feed.meeting import Door, connect
+from bagpipe.feed.noted import OracleSpans
 from bagpipe.feed.stream import DEFAULT_ADAPTER, BatchAdapter, Deferred, Planned, StreamOptions
 from bagpipe.feed.wire import ITEM, RELEASED, STOP, Failure, Received, Region, map_region
 from bagpipe.native.fork import in_child
@@ -86,6 +89,8 @@ class SharedOracle(Generic[BatchT]):
         self._file: int | None = file
         self._mapped: tuple[Region, UInt8Array] | None = None
         self._is_stopped = False
+        self.spans: OracleSpans | None = None
+        """What notes the process's spans, for the trainer that has started it."""
         self.loader_end = b""
         """Where the loader is in the process, once `items` has ended; empty if it has no state."""
         self._stop_at_end = weakref.finalize(self, _stop, connection, process)
@@ -268,10 +273,13 @@ class OracleProcess(SharedOracle[BatchT]):
             name="bagpipe-oracle",
         )
         super().__init__(ours, file, process, on_region, join_timeout_s)
+        spans = _shared_memory()
+        self.spans = OracleSpans(spans, ours.send_bytes)
         try:
             with _signals_put_off():
                 process.start()
             reduction.send_handle(ours, file, process.pid)
+            reduction.send_handle(ours, spans, process.pid)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             self.close()
             raise ConfigError(

@@ -26,6 +26,8 @@ from bagpipe.types import Int64Array, UInt8Array
 
 RELEASED, STOP = b"released", b"stop"
 """Messages to the oracle process: one more item's place is free; no more items are wanted."""
+NOTE_SPANS, NOTE_NO_SPANS = b"note", b"note no more"
+"""Messages to it, too: where its trainer begins and ends a trace (`bagpipe.feed.noted`)."""
 ITEM, FAILURE = b"i", b"f"
 """What messages from the oracle process begin with."""
 _ALIGNMENT = 256

@@ -106,6 +106,7 @@ class Loop:
         ready()
         started = time.perf_counter()
         with self._open_stream() as stream:
+            self.profiler.follow(stream.oracle_spans)
             for line in banner(parts):
                 self.reporter.say(line)
             try:

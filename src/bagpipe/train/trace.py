@@ -1,5 +1,7 @@
 """A profile of some steps of a run: every stage by name, in every thread.
 
+The stages of an oracle process are in it, as those of a process "oracle".
+
 Perfetto and chrome://tracing open the file. By default it holds ten steps, from twenty after the
 run's start or resumption on: late enough to be steady, few enough for a viewer. A run too short for
 that is traced from its middle on. Steps are a little slower while traced, the first of them most.
@@ -11,7 +13,7 @@ import gzip
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bagpipe.errors import ConfigError
+from bagpipe.feed.noted import NotedSpan, OracleSpans
 from bagpipe.native.files import replaced
 from bagpipe.native.spans import named_by
 
@@ -73,6 +76,7 @@ class StepProfiler:
         self._stack = ExitStack()
         self._profile: profile | None = None
         self._threads: dict[int, str] = {}  # also those that end while they are traced
+        self._oracle: OracleSpans | None = None
         if options is None:
             return
         self._first_step = options.after if options.after < num_steps else num_steps // 2
@@ -81,6 +85,12 @@ class StepProfiler:
             options.path.open("ab").close()
         except OSError as error:
             raise ConfigError(f"the trace {options.path} can't be written: {error}") from error
+
+    def follow(self, oracle: OracleSpans | None) -> None:
+        """Traces an oracle process, too, if there is one."""
+        self._oracle = oracle
+        if self._oracle is not None and self._profile is not None:
+            self._oracle.begin()
 
     def step_done(self) -> None:
         """Starts or ends tracing where it is time to."""
@@ -116,16 +126,19 @@ class StepProfiler:
         self._profile = self._stack.enter_context(
             profile(activities=activities, experimental_config=all_threads)
         )
+        if self._oracle is not None:
+            self._oracle.begin()
 
     def _end(self) -> None:
         if self._profile is None or self._options is None:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        noted = [] if self._oracle is None else self._oracle.end()
         self._stack.close()
         taken, self._profile = self._profile, None
         try:
-            _write(taken, self._options.path, self._threads | _thread_names())
+            _write(taken, self._options.path, self._threads | _thread_names(), noted)
         except ConfigError as error:
             self._on_failure(f"no trace, the run goes on without it: {error}")
 
@@ -136,8 +149,10 @@ def _thread_names() -> dict[int, str]:
     return {number: name for number, name in threads.items() if number is not None}
 
 
-def _write(taken: profile, path: Path, thread_names: Mapping[int, str]) -> None:
-    """Writes a trace that is whole and names its threads, or raises ConfigError.
+def _write(
+    taken: profile, path: Path, thread_names: Mapping[int, str], noted: Sequence[NotedSpan]
+) -> None:
+    """Writes a trace that is whole, names its threads and has the oracle, or raises ConfigError.
 
     The profiler itself does not say that a disk is full, but leaves half a file.
     """
@@ -149,7 +164,12 @@ def _write(taken: profile, path: Path, thread_names: Mapping[int, str]) -> None:
         taken.export_chrome_trace(str(plain))
         if not plain.exists() or not _ends_like_json(plain):
             raise OSError(0, "it was cut short; the disk may be full")
-        _name_threads(plain, thread_names)
+        trace = json.loads(plain.read_text(encoding="utf-8"))
+        trace["traceEvents"] = [
+            *_named(trace["traceEvents"], thread_names),
+            *_oracle_events(noted, trace.get("baseTimeNanoseconds", 0)),
+        ]
+        plain.write_text(json.dumps(trace), encoding="utf-8")
         if path.suffix == ".gz":
             with plain.open("rb") as source, gzip.open(temporary, "wb") as target:
                 shutil.copyfileobj(source, target)
@@ -157,16 +177,39 @@ def _write(taken: profile, path: Path, thread_names: Mapping[int, str]) -> None:
             plain.replace(temporary)
 
 
-def _name_threads(path: Path, names: Mapping[int, str]) -> None:
-    """Adds the events by which viewers name threads; the profiler calls them all "python"."""
-    trace = json.loads(path.read_text(encoding="utf-8"))
-    events = [event for event in trace["traceEvents"] if not _names_one_of(event, names)]
-    traced = {event["tid"]: event["pid"] for event in events if event.get("tid") in names}
-    events += [
-        {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": names[tid]}}
-        for tid, pid in traced.items()
+def _named(events: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[Any]:
+    """With the events by which viewers name threads; the profiler calls them all "python"."""
+    others = [event for event in events if not _names_one_of(event, names)]
+    traced = {event["tid"]: event["pid"] for event in others if event.get("tid") in names}
+    return others + [
+        _name_event("thread_name", pid, tid, names[tid]) for tid, pid in traced.items()
     ]
-    path.write_text(json.dumps(trace | {"traceEvents": events}), encoding="utf-8")
+
+
+def _name_event(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def _oracle_events(noted: Sequence[NotedSpan], base_ns: int) -> list[dict[str, Any]]:
+    """The events of an oracle process; those of a trace are in µs since `base_ns` of Unix time."""
+    processes = {span.process_id for span in noted}
+    threads = {(span.process_id, span.thread_id): span.thread for span in noted}
+    return [
+        *(_name_event("process_name", pid, 0, "oracle") for pid in processes),
+        *(_name_event("thread_name", *ids, name) for ids, name in threads.items()),
+        *(
+            {
+                "name": span.name,
+                "cat": "user_annotation",
+                "ph": "X",
+                "pid": span.process_id,
+                "tid": span.thread_id,
+                "ts": (span.begin_ns - base_ns) / 1e3,
+                "dur": (span.end_ns - span.begin_ns) / 1e3,
+            }
+            for span in noted
+        ),
+    ]
 
 
 def _names_one_of(event: Mapping[str, Any], threads: Mapping[int, str]) -> bool:
