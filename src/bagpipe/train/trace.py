@@ -124,7 +124,8 @@ class StepProfiler:
         all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
         self._stack.enter_context(named_by(record_function))
         self._profile = self._stack.enter_context(
-            profile(activities=activities, experimental_config=all_threads)
+            # torch 2.11 warns of a second cycle unless it is to keep what the first has seen
+            profile(activities=activities, experimental_config=all_threads, acc_events=True)
         )
         if self._oracle is not None:
             self._oracle.begin()
