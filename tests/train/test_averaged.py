@@ -73,6 +73,17 @@ def test_a_frozen_parameter_stays_without_a_gradient() -> None:
     assert trained.grad.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_a_parameter_that_is_trained_later_is_averaged_from_then_on() -> None:
+    frozen = torch.ones(2)
+    averaged = AveragedGradients([frozen], lambda gradients: gradients.mul_(0.5))
+    frozen.requires_grad_(True)
+    (frozen * 2.0).sum().backward()
+    averaged.collect()
+    averaged.average()
+    assert frozen.grad is not None
+    assert frozen.grad.tolist() == [1.0, 1.0]
+
+
 def test_parameters_of_16_bits_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"DLRM: its parameter 'dense_arch\.0\.weight' is .*bfl"):
         make_step(lambda gradients: None, dtype=torch.bfloat16)

@@ -19,12 +19,12 @@ class AveragedGradients:
     within a graph, a process group behind backward, or behind the graph that has it.
 
     The parameters are all of one dtype and on one device. Those that are frozen stay without a
-    gradient. `average` replaces a tensor (n,) by its mean over the trainers, in place.
+    gradient, but have a place: they may be trained later, on all trainers alike. `average` replaces
+    a tensor (n,) by its mean over the trainers, in place.
     """
 
     def __init__(self, parameters: Iterable[Tensor], average: Callable[[Tensor], None]) -> None:
-        self._parameters = [each for each in parameters if each.requires_grad]
-        self._average = average
+        self._parameters, self._average = list(parameters), average
         self.by: PeerAverage | None = None
         """What averages in place of `average`, in the current step."""
         self._all = torch.cat(
@@ -49,7 +49,8 @@ class AveragedGradients:
                 part.zero_()
             else:
                 part.copy_(parameter.grad)
-            parameter.grad = part
+            if parameter.requires_grad:
+                parameter.grad = part
 
     def use(self, by: PeerAverage | None) -> None:
         """Takes what averages in the step that comes, if that can: it moves float32 alone."""
