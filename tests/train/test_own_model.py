@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.train.ranks import run_ranks
 from tests.train.runs import small_config
 from torch import Tensor, nn
 
+from bagpipe.distributed.communicator import Communicator
 from bagpipe.errors import ConfigError
 from bagpipe.models import RankingModel
+from bagpipe.train.build import build_run
 from bagpipe.train.report import SilentReporter
 from bagpipe.train.trainer import train
 
@@ -32,6 +36,21 @@ class Linear(RankingModel):
         return logits.squeeze(1)
 
 
+_NUMBERS = itertools.count(1)
+
+
+class Apart(Linear):
+    """Begins with other numbers each time, which torch's seed does not rule."""
+
+    def __init__(self, embeddings: nn.Module, num_dense: int, *, is_odd: bool = False) -> None:
+        super().__init__(embeddings, num_dense)
+        number = next(_NUMBERS)
+        nn.init.constant_(self.linear.weight, number)
+        self.register_buffer("number", torch.tensor(number))
+        if is_odd and number % 2:
+            self.register_buffer("odd", torch.ones(1))
+
+
 def run(folder: Path, **model: Any) -> None:
     train(small_config(folder, model=model, train={"steps": 2}), reporter=SilentReporter())
 
@@ -40,6 +59,33 @@ def test_it_is_trained_with_its_arguments(tmp_path: Path) -> None:
     run(tmp_path, kind=f"{HERE}:Linear", arguments={"bias": False})
     (dense,) = (tmp_path / "checkpoints").glob("*/dense.pt")
     assert torch.load(dense)["model"].keys() == {"linear.weight"}
+
+
+def test_all_trainers_begin_with_the_weights_of_the_first(tmp_path: Path) -> None:
+    config = small_config(tmp_path, model={"kind": f"{HERE}:Apart"})
+
+    def work(communicator: Communicator) -> list[Tensor]:
+        with build_run(config, peers=communicator) as parts:
+            model = parts.model
+            return [each.detach() for each in (*model.parameters(), *model.buffers())]
+
+    ranks = run_ranks(3, work)
+    for rank in ranks[1:]:
+        for found, first in zip(rank, ranks[0], strict=True):
+            assert torch.equal(found, first)
+
+
+def test_trainers_with_other_models_are_told(tmp_path: Path) -> None:
+    config = small_config(tmp_path, model={"kind": f"{HERE}:Apart", "arguments": {"is_odd": True}})
+
+    def work(communicator: Communicator) -> None:
+        with (
+            pytest.raises(ConfigError, match="Apart has other parameters on rank 1 than on rank 0"),
+            build_run(config, peers=communicator),
+        ):
+            pass
+
+    run_ranks(2, work)
 
 
 def test_the_model_of_the_page_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from bagpipe.store.base import EmbeddingStore
 from bagpipe.train.best import Best
 from bagpipe.train.dense_step import DenseStep, Precision
 from bagpipe.train.evaluate import check_groups
+from bagpipe.train.first_weights import share_first_weights
 from bagpipe.train.noise import Noise, check_batch_norm
 from bagpipe.train.objective import Objective
 from bagpipe.train.own_model import make_own_model
@@ -130,6 +131,7 @@ def build_run(
         stack.callback(embeddings.close)
         model = make_model(config.model, embeddings, source.num_dense, len(labels)).to(device)
         check_batch_norm(model, schedule, source.num_samples, peers.num_trainers)
+        share_first_weights(model, peers)
         dense_optimizer = make_dense_optimizer(model, config.dense_optimizer, device)
         rates = Rates(
             [
