@@ -246,8 +246,6 @@ class Executor:
         if self._is_clean:
             return
         self._exchange.begin_flush()
-        if self.is_in_step:
-            self._exchange.send_urgent_replicas(self.step, self.undivided)
         for pending in self._pending:
             with naming_step(pending.plan.step):
                 for transfer in (pending.overlapped, pending.urgent):
@@ -258,6 +256,8 @@ class Executor:
             # whatever stream is current: what is sent next follows the steps' compute
             torch.cuda.synchronize(self._device)
             self._streams.record_compute()
+        if self.is_in_step:
+            self._exchange.send_urgent_replicas(self.step, self.undivided)
         self._exchange.finish_all(self._pending[0].plan.step if self.is_in_step else None)
         if self._streams is not None:
             torch.cuda.synchronize(self._device)
