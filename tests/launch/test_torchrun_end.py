@@ -71,6 +71,20 @@ def test_it_ends_with_the_process_that_has_started_it() -> None:
         )
 
 
+def test_it_ends_also_where_nobody_reads_what_it_says() -> None:
+    """As where a terminal is gone with the launcher."""
+    command = [sys.executable, "-c", LAUNCHER, WAITING]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stderr is not None
+        trainer = int(launcher.stdout.readline())
+        launcher.stderr.close()
+        launcher.kill()
+        wait_until(lambda: not is_alive(trainer))
+
+
 def test_only_torchrun_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a trainer would watch a process that may end before it, as a shell's job."""
     watched: list[int] = []

@@ -83,10 +83,11 @@ def end_with(launcher: int, within_s: float = _EXIT_SECONDS) -> None:
         with suppress(ProcessLookupError):  # it is gone already
             select.select([os.pidfd_open(launcher)], [], [])
         time.sleep(within_s)
-        sys.stderr.write(
-            f"error: the process that started this trainer ({launcher}) has ended: start it again "
-            "with --resume, and the run goes on from its newest checkpoint\n"
-        )
+        with suppress(OSError, ValueError):  # who read it may be gone, too
+            sys.stderr.write(
+                f"error: the process that started this trainer ({launcher}) has ended: start it "
+                "again with --resume, and the run goes on from its newest checkpoint\n"
+            )
         os._exit(2)
 
     threading.Thread(target=wait, name="launcher", daemon=True).start()
