@@ -5,6 +5,7 @@ Actors are not made: what each of their methods answers is said beforehand.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -56,9 +57,11 @@ class FakeRay:
         node = SimpleNamespace(is_head=lambda: is_own)
         self.left_address: str | None = None
         """That which `ray start` has left on this machine."""
+        self.running_address: str | None = None
+        """That of a cluster here that has left none."""
         self._private = SimpleNamespace(
             worker=SimpleNamespace(_global_node=node),
-            services=SimpleNamespace(find_bootstrap_address=lambda _: self.left_address),
+            services=SimpleNamespace(get_ray_address_from_environment=self._address_here),
         )
         self._are_done = are_done
         self._answers: Answers = {
@@ -72,6 +75,18 @@ class FakeRay:
         """The class and the arguments of each actor."""
         self.timeouts: list[float | None] = []
         """Of each `get`."""
+
+    def _address_here(self, address: str | None, folder: None) -> str | None:
+        """As Ray 2.60 looks for a cluster."""
+        address = os.environ.get("RAY_ADDRESS") or address
+        if address not in (None, "auto"):
+            return address
+        found = self.left_address
+        if address == "auto":
+            found = self.running_address or found
+            if found is None:
+                raise ConnectionError("Could not find any running Ray instance.")
+        return found
 
     def init(self, **_: object) -> None:
         """Connects."""

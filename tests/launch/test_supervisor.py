@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,24 @@ def test_a_cluster_that_is_gone_is_told_at_once(
     assert ray.started == []
     trained(tmp_path, "--address", "local")  # what is left does not matter there
     assert ray.started
+
+
+def test_a_cluster_that_runs_is_joined_whatever_another_one_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only with "auto": Ray itself looks for no such cluster without an address."""
+    ray = use_fake_ray(monkeypatch, run=die)
+    ray.left_address = "127.0.0.1:1"
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        ray.running_address = f"127.0.0.1:{head.getsockname()[1]}"
+        trained(tmp_path, "--address", "auto")
+        assert ray.started
+        assert "no cluster answers there" in trained(tmp_path).stderr
+
+
+def test_that_no_cluster_is_found_is_told_by_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = use_fake_ray(monkeypatch, run=die)
+    trained(tmp_path, "--address", "auto")
+    assert ray.started  # this one does not mind

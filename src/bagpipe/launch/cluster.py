@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from bagpipe.config.servers import split_address
@@ -66,13 +66,14 @@ def _check_answers(ray: Any, address: str | None) -> None:
     """
     left = ""
     if address in (None, "auto"):
-        address = os.environ.get("RAY_ADDRESS") or None
-    if address in (None, "auto"):
-        address = ray._private.services.find_bootstrap_address(None)
-        left = (
-            "It was left behind by a cluster that has been killed: forget it with `ray stop`, or "
-            "start a cluster on this machine with --address local"
-        )
+        if os.environ.get("RAY_ADDRESS", "auto") in ("", "auto"):
+            left = (
+                "It was left behind by a cluster that has been killed: forget it with `ray stop`, "
+                "or start a cluster on this machine with --address local"
+            )
+        with suppress(ConnectionError):  # there is none, as Ray will say
+            # as Ray does: "auto" may also be a cluster that runs and has left no address
+            address = ray._private.services.get_ray_address_from_environment(address, None)
     try:
         where = split_address(address or "")
     except ValueError:  # "local", none at all, or what Ray itself has to make sense of
