@@ -24,17 +24,22 @@ from tests.device_oracle.test_device_oracle import (
 from tests.device_oracle.test_functions import NothingWaits
 from tests.device_oracle.test_row_entries import WAYS, make_map, number_of_keys
 
+import bagpipe
 from bagpipe.device_oracle import oracle as oracle_module
+from bagpipe.device_oracle import planner as planner_module
 from bagpipe.device_oracle import row_index
 from bagpipe.device_oracle.alerts import INDEX_FULL
 from bagpipe.device_oracle.oracle import which_know_all_rows
 from bagpipe.device_oracle.planner import Planner
 from bagpipe.device_oracle.state import SPARE, State, Window
+from bagpipe.embeddings import capacity
+from bagpipe.embeddings.collection import EmbeddingBagCollection
 from bagpipe.errors import PlanError
 from bagpipe.feed.stream import StreamOptions
+from bagpipe.optimizers import SGD
 from bagpipe.oracle import checked, dedup
 from bagpipe.plan import GroupPlan
-from bagpipe.types import Jagged
+from bagpipe.types import Jagged, TableConfig
 
 
 def far_apart(num_batches: int, batch_size: int) -> list[Jagged]:
@@ -299,3 +304,21 @@ def test_only_a_map_is_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             pass
         assert sum(rebuilt) == expected
+
+
+@pytest.mark.parametrize(("index", "num_slots"), [("array", 100), ("map", 23)])
+def test_an_automatic_cache_counts_the_map_of_rows_that_the_device_keeps(
+    index: str, num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = TableConfig(name="a", num_embeddings=900, embedding_dim=4, feature_names=["f"])
+    monkeypatch.setattr(capacity, "_free_bytes", lambda device: 2 * 100 * 16)
+    keep(index, monkeypatch)
+    monkeypatch.setattr(oracle_module, "which_know_all_rows", planner_module.which_know_all_rows)
+    embeddings = EmbeddingBagCollection([table], optimizer=SGD(lr=0.1), device=DEVICE)
+    batches = [Jagged(keys=("f",), values=np.arange(6), batch_size=6)] * 3
+    with bagpipe.lookahead(batches, embeddings, oracle="device") as stream:
+        assert embeddings.executor is not None
+        assert embeddings.executor.caches[0].num_slots == num_slots
+        assert len(list(stream)) == 3
+    with bagpipe.lookahead(batches, embeddings, oracle="thread"):
+        assert embeddings.executor.caches[0].num_slots == 100

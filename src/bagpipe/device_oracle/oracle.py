@@ -32,6 +32,8 @@ from bagpipe.types import Group
 _MAX_SHARE_OF_ROWS = 0.125
 """Share of the device's memory that indexes of all rows may take; beyond it they are maps."""
 _BYTES_A_ROW = 8
+_BYTES_A_SLOT = 52
+"""Where the index of rows is a map, which takes 40 of them: see `state`."""
 _PLANS_BEFORE_CAPTURE = 8
 """Plans with one capacity before graphs are captured for it: the first batches make it grow."""
 Function: TypeAlias = Callable[[State], None]
@@ -239,6 +241,11 @@ def which_know_all_rows(groups: Sequence[Group], device: torch.device) -> tuple[
         budget -= groups[place].num_rows
         known[place] = budget >= 0
     return tuple(known)
+
+
+def bytes_beside_slots(groups: Sequence[Group], device: torch.device) -> tuple[int, ...]:
+    """What the oracle keeps for each slot of a group whose index of rows is a map; else 0."""
+    return tuple(0 if known else _BYTES_A_SLOT for known in which_know_all_rows(groups, device))
 
 
 def _total_memory(device: torch.device) -> int:

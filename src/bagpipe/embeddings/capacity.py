@@ -24,6 +24,7 @@ def slots_for(
     groups: Sequence[Group],
     device: torch.device,
     peers: Peers = ALONE,
+    bytes_beside: Sequence[int] = (),
 ) -> list[int]:
     """Slots for each group; none gets more than it has rows.
 
@@ -35,6 +36,8 @@ def slots_for(
         device: whose free memory "auto" divides.
         peers: the other trainers; by default none. "auto" is the same for all: what the one with
             the least free memory can have. On CPUs the trainers of a host share its memory.
+        bytes_beside: what else a slot takes of that memory, by group, for "auto" to count; by
+            default nothing.
 
     Raises:
         ConfigError: `cache` is anything else.
@@ -48,7 +51,12 @@ def slots_for(
         if len(cache) != len(groups):
             raise ConfigError(f"cache has {len(cache)} entries for {len(groups)} groups")
         return [min(int(slots), group.num_rows) for slots, group in zip(cache, groups, strict=True)]
-    size = f"{_automatic_bytes(device, peers)}B" if cache == "auto" else str(cache)
+    size = str(cache)
+    if cache == "auto":
+        num_bytes = _automatic_bytes(device, peers)
+        if any(bytes_beside):
+            num_bytes = int(num_bytes * _share_of_records(groups, bytes_beside))
+        size = f"{num_bytes}B"
     return slots_of(parse_rows(size, groups, "cache"), groups)
 
 
@@ -72,6 +80,13 @@ def make_caches(
         DeviceCache(group=group, num_slots=slots, num_replica_slots=more, device=device, seed=seed)
         for group, slots, more in zip(groups, num_slots, replicas, strict=True)
     ]
+
+
+def _share_of_records(groups: Sequence[Group], bytes_beside: Sequence[int]) -> float:
+    """Of the memory that slots take, where all groups keep the same share of their rows."""
+    records = sum(group.num_rows * group.record_bytes for group in groups)
+    others = (group.num_rows * beside for group, beside in zip(groups, bytes_beside, strict=True))
+    return records / (records + sum(others))
 
 
 def _automatic_bytes(device: torch.device, peers: Peers) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args, overload
 
+from bagpipe.device_oracle.oracle import bytes_beside_slots
 from bagpipe.embeddings.agreement import check_same_settings
 from bagpipe.embeddings.batches import Lookahead
 from bagpipe.embeddings.capacity import slots_for
@@ -186,7 +187,8 @@ def lookahead(
             f"oracle is 'device' with {peers.num_trainers} trainers: the device plans for one "
             "trainer alone, so take 'process' or 'thread'"
         )
-    num_slots = slots_for(cache, whole.groups, whole.device, peers)
+    beside = bytes_beside_slots(whole.groups, whole.device) if oracle == "device" else ()
+    num_slots = slots_for(cache, whole.groups, whole.device, peers, beside)
     options = StreamOptions(
         groups=whole.groups,
         num_slots=tuple(num_slots),
