@@ -88,9 +88,8 @@ class CacheConfig(Section):
     oracle: Literal["auto", OraclePlace] = "auto"
     """Where batches are read and planned: in threads of the trainer ("thread"); in a process of its
     own, which serves all trainers of a host; or read in threads and planned on the trainer's GPU
-    ("device", for one trainer). "auto": on the GPU where the dense part is a CUDA graph and the GPU
-    has room for what is kept of each row; else in the process on a GPU and with several trainers;
-    else in threads."""
+    ("device", for one trainer). "auto": on the GPU where one trainer's dense part is a CUDA graph;
+    else in the process on a GPU and with several trainers; else in threads."""
     check: bool = False
     """Whether every plan is checked against its invariants before it is used (slow)."""
 

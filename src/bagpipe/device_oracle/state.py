@@ -8,9 +8,9 @@ arrays of entries, slots and places have.
 Memory: 12 bytes a slot, and per batch of the ring 8 a lookup, 12 a unique row, 8 more a lookup with
 per-sample weights, 4 a bag where bags are jagged, 4 more with mean pooling. Per plan 4 a lookup and
 28 a unique row. Where there are 2**31 rows or more, 4 more a slot and a unique row of the ring.
-The index of rows takes 8 bytes a row of the tables, or as a map 24 an entry: there is room for as
-many rows as there are slots and places, and for those of the batches until it is rebuilt.
-Rebuilding takes 16 bytes a slot and a place. So a map takes 40 bytes a slot and 52 a place.
+The index of rows takes 8 bytes a row of the tables, or as a map 24 a row that there is room for:
+as many as there are slots and places, and those of the batches until it is rebuilt. Rebuilding
+takes 16 bytes a slot and a place. So a map takes 40 bytes a slot and 52 a place.
 """
 
 from __future__ import annotations
