@@ -22,9 +22,14 @@ GROUP = SimpleNamespace(features=("a", "b"), embedding_dim=4)
 CPU = torch.device("cpu")
 
 
-def make_step(average: Any, **dtype: torch.dtype) -> tuple[Any, DLRM]:
+def make_step(
+    average: Any, *, dtype: torch.dtype = torch.float32, frozen: bool = False
+) -> tuple[Any, DLRM]:
     torch.manual_seed(0)
-    model = DLRM(torch.nn.Module(), 3, num_features=2, bottom=[4], top=[2, 1]).to(**dtype)
+    model = DLRM(torch.nn.Module(), 3, num_features=2, bottom=[4], top=[2, 1]).to(dtype)
+    if frozen:
+        kept = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16), requires_grad=False)
+        model.register_parameter("kept", kept)
     peers = SimpleNamespace(has_others=True, num_trainers=2, average=average)
     embeddings: Any = SimpleNamespace(groups=(GROUP,), peers=peers)
     config = TrainConfig.model_validate({"batch_size": 8})
@@ -87,3 +92,10 @@ def test_a_parameter_that_is_trained_later_is_averaged_from_then_on() -> None:
 def test_parameters_of_16_bits_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"DLRM: its parameter 'dense_arch\.0\.weight' is .*bfl"):
         make_step(lambda gradients: None, dtype=torch.bfloat16)
+
+
+def test_frozen_parameters_may_have_16_bits() -> None:
+    sizes = list[int]()
+    step, model = make_step(lambda gradients: sizes.append(len(gradients)), frozen=True)
+    step(torch.ones(4, 3), torch.ones(4))
+    assert sizes == [sum(each.numel() for each in model.parameters() if each.requires_grad)]

@@ -269,7 +269,7 @@ def make_dense_step(
 def _check_types(model: RankingModel) -> None:
     """Refuses what several trainers can't average in one tensor."""
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ConfigError(
                 f"{type(model).__name__}: its parameter {name!r} is {parameter.dtype}, and several "
                 "trainers average gradients of float32: make it float32, or use one trainer"
