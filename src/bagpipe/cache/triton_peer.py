@@ -21,9 +21,10 @@ a number for itself, and the host may write between two loads. What an atomic op
 thread has asked for and all are given. So the host's word goes into one on the device by such an
 operation, and the loop ends by what that returns.
 
-Loads of one word of the host come one after the other, some 2 us each, and all warps of all
-programs make one. While they do, no program sees its flag. So programs ask the host seldom and at
-different times; the word on the device, which costs little, they ask for more often.
+All warps of all programs load the host's word, which no cache may answer, and meanwhile no program
+sees its flag. By traces that seems to have cost a millisecond (docs/lab/several-trainers.md). So
+programs ask the host seldom and at different times. The word on the device costs little, and they
+ask for it more often.
 """
 
 from __future__ import annotations
